@@ -1,0 +1,23 @@
+"""redraft: train, convert, sample, evaluate and serve diffusion language models."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redraft.language_model import Generation, LanguageModel, load
+
+__version__ = "0.1.0"
+__all__ = ["Generation", "LanguageModel", "__version__", "load"]
+
+_HOME = {
+    "load": "redraft.language_model",
+    "LanguageModel": "redraft.language_model",
+    "Generation": "redraft.language_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that `import redraft` stays as cheap as `import torch`."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'redraft' has no attribute {name!r}; it offers {', '.join(__all__)}")

@@ -1,0 +1,73 @@
+"""The command line: `redraft COMMAND ...`. Each command is a module with `main(arguments) -> exit code`."""
+
+import sys
+from importlib import import_module
+
+from redraft.errors import unknown_name
+
+COMMANDS = {
+    "train": "train a model by a recipe, or go on with a run",
+    "sample": "generate text from prompts",
+    "infill": "fill the gaps in a text",
+    "chat": "talk with a model and watch its drafts form",
+    "doctor": "report versions, devices and whether a tiny model runs",
+}
+EXIT_USER_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 a user's mistake, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_dispatch(arguments))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from redraft import __version__
+
+        print(f"redraft {__version__}")
+        return 0
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            raise unknown_name("command", command, COMMANDS)
+        return int(import_module(f"redraft.cli.{command}").main(rest))
+    except ValueError as error:
+        if _is_user_mistake(error):
+            print(f"redraft {command}: {error}", file=sys.stderr)
+            return EXIT_USER_MISTAKE
+        raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone: nobody is left to tell
+        return 0
+
+
+def _is_user_mistake(error: ValueError) -> bool:
+    """Tell our own messages from a library's ValueError, whose traceback is worth seeing."""
+    traceback = error.__traceback__
+    while traceback and traceback.tb_next:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("redraft")
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: redraft COMMAND [...]",
+            "",
+            "Diffusion language models: train, sample, infill, chat.",
+            "",
+            *lines,
+            "",
+            "redraft COMMAND --help shows a command's settings with their defaults and units.",
+        ]
+    )

@@ -1,0 +1,83 @@
+"""`redraft train RECIPE`: one run from data to checkpoint."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from redraft.cli.parsing import parse
+from redraft.errors import unknown_name
+from redraft.recipes import RECIPES
+from redraft.training.config import RECIPE_FILE, RunConfig
+
+
+def main(arguments: list[str]) -> int:
+    """Resolve the recipe and its flags, train, and say what came out."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    name, *flags = arguments
+    resume = "--resume" in flags
+    flags = [flag for flag in flags if flag != "--resume"]
+    default = _find(name)
+    if "-h" in flags or "--help" in flags:
+        print(f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n")
+    config = parse(RunConfig, flags, command=f"train {name}", default=default)
+
+    from redraft.training.run import run  # heavy: transformers' trainer
+
+    console = Console()
+    outcome = run(config, resume=resume, console=console)
+    if outcome.signal:
+        return 128 + outcome.signal
+    if outcome.is_complete:
+        for line in next_steps(str(outcome.folder)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def next_steps(folder: str) -> list[str]:
+    """Name three commands to try on a trained model."""
+    return [
+        "try next:",
+        f'  redraft sample {folder} "import os\\n\\ndef " --trace {folder}/trace.html',
+        f'  redraft infill {folder} "def is_even(n):\\n    return [MASK:8]\\n"',
+        f"  redraft chat {folder}",
+    ]
+
+
+def default_doc(name: str) -> str:
+    """First paragraph of a recipe's docstring."""
+    recipe = RECIPES.get(name)
+    return ((recipe.__doc__ or "") if recipe else f"the run saved in {name}").strip()
+
+
+def _find(name: str) -> RunConfig:
+    """Read a recipe by its name, its file, or the folder of a run."""
+    if name in RECIPES:
+        return RECIPES[name]()
+    path = Path(name)
+    if path.is_dir():
+        if not (path / RECIPE_FILE).exists():
+            raise ValueError(f"{path} holds no {RECIPE_FILE}, so it is not a run to continue. {_known()}")
+        return RunConfig.read(path / RECIPE_FILE)
+    if path.suffix == ".json":
+        return RunConfig.read(path)
+    raise unknown_name("recipe", name, RECIPES)
+
+
+def _known() -> str:
+    return f"The recipes are {', '.join(RECIPES)}."
+
+
+def _help() -> str:
+    width = max(map(len, RECIPES))
+    lines = [f"  {name:<{width}}  {default_doc(name).splitlines()[0]}" for name in RECIPES]
+    return "\n".join(
+        [
+            "usage: redraft train RECIPE [--resume] [--SECTION.NAME VALUE ...]",
+            "",
+            "RECIPE is a name below, a recipe.json, or the folder of a run. `redraft train RECIPE --help` lists the settings.",
+            "",
+            *lines,
+        ]
+    )

@@ -1,0 +1,120 @@
+"""Documents of one file, and what is wrong with it where it cannot be read."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+TEXT_SUFFIXES = {".txt", ".md", ".py"}
+SUFFIXES = [*sorted(TEXT_SUFFIXES), ".jsonl", ".json", ".csv", ".parquet"]
+
+
+def read_file(path: Path, *, text_field: str) -> Iterator[str | None]:
+    """Read a file by its suffix: text is one document, a table or a list of records holds many in `text_field`."""
+    if path.suffix in TEXT_SUFFIXES:
+        return iter([_decode(path.read_bytes(), where=str(path))])
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"{str(path)!r} is of no known kind ({path.suffix!r}). Known are {', '.join(SUFFIXES)}.")
+    return readers[path.suffix](path, text_field)
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str | None]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if line.strip():
+                yield _text_of(_parse_json(_decode(line, where=where), where=where), text_field, where=where)
+
+
+def _read_json(path: Path, text_field: str) -> Iterator[str | None]:
+    content = _decode(path.read_bytes(), where=str(path))
+    records = _parse_json(content, where=str(path)) if content.strip() else []
+    for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
+        yield _text_of(record, text_field, where=f"{path}, record {number}")
+
+
+def _read_csv(path: Path, text_field: str) -> Iterator[str | None]:
+    import pandas
+
+    content = _decode(path.read_bytes(), where=str(path))
+    if not content.strip():
+        return
+    try:
+        for table in pandas.read_csv(StringIO(content), dtype=str, keep_default_na=False, chunksize=10_000):
+            require_field(table.columns, text_field, where=str(path))
+            yield from table[text_field]
+    except pandas.errors.ParserError as error:
+        raise ValueError(f"{path}: not a CSV table ({str(error).strip()}). Quote such fields.") from error
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str | None]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a parquet file ({str(error).strip()}). Write it again.") from error
+    require_field(table.schema_arrow.names, text_field, where=str(path))
+    for batch in table.iter_batches(columns=[text_field]):
+        for document in batch.column(0).to_pylist():
+            yield require_text(document, text_field, where=str(path))
+
+
+def why_not_text(content: bytes) -> str | None:
+    """Say why bytes are not UTF-8 text; None where they are."""
+    if b"\0" in content:
+        return "holds NUL bytes"
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 (byte {error.start})"
+    return None
+
+
+def _decode(content: bytes, *, where: str) -> str:
+    if reason := why_not_text(content):
+        raise ValueError(f"{where} {reason}: not a text file. Convert it to UTF-8 text.")
+    return content.decode("utf-8-sig")  # newlines stay as they are, a byte-order mark is no text
+
+
+def _parse_json(content: str, *, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        place = where if content.count("\n") <= 1 else f"{where}, line {error.lineno}"
+        raise ValueError(f"{place}: not JSON ({error.msg}, column {error.colno}). Mend or remove it.") from error
+
+
+def _text_of(record: Any, text_field: str, *, where: str) -> str | None:
+    if not isinstance(record, Mapping):
+        raise ValueError(f'{where}: a record must be {{"{text_field}": "..."}}; got {type(record).__name__}. Wrap it.')
+    require_field(record, text_field, where=where)
+    return require_text(record[text_field], text_field, where=where)
+
+
+def require_field(fields: Iterable[str], text_field: str, *, where: str) -> None:
+    """Raise ValueError with the fields that there are."""
+    if text_field not in fields:
+        raise ValueError(f"{where}: no field {text_field!r}; it has {listed(text_field, fields)}. Set text_field.")
+
+
+def require_text(document: Any, text_field: str, *, where: str) -> str | None:
+    """Return the document (or null); ValueError where it is no text."""
+    if document is not None and not isinstance(document, str):
+        got = type(document).__name__
+        raise ValueError(f"{where}: field {text_field!r} must be a string; got {got}. Set text_field.")
+    if document and not document.isascii() and re.search("[\ud800-\udfff]", document):
+        raise ValueError(f"{where}: field {text_field!r} holds a lone surrogate, which is no character. Remove it.")
+    return document
+
+
+def listed(name: str, names: Iterable[str]) -> str:
+    """List the valid names and the one nearest to `name`."""
+    names = sorted(map(str, names))
+    nearest = get_close_matches(name, names, n=1)
+    return ", ".join(names) + (f" (did you mean {nearest[0]!r}?)" if nearest else "")

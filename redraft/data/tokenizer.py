@@ -1,0 +1,160 @@
+"""Byte-level tokenizers: training, loading, encoding text as text, bytes per token."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+else:
+    Tokenizer = Any  # transformers is imported on use only
+
+PAD, EOS, MASK = "<|pad|>", "<|eos|>", "<|mask|>"
+SMALLEST_VOCAB_SIZE = 256 + 3  # every byte and the three special tokens
+
+
+def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
+    """Train a lossless byte-level BPE with `<|pad|>`, `<|eos|>` and `<|mask|>` as ids 0, 1 and 2.
+
+    No normalisation and no prefix space: decode(encode(x)) == x for every text. The result depends on the documents but
+    not on their order. Raises ValueError where the corpus has too few distinct pairs for `vocab_size`: a smaller
+    vocabulary is never returned silently.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < SMALLEST_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size must be at least {SMALLEST_VOCAB_SIZE} (256 bytes and 3 special tokens); got {vocab_size}."
+        )
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS, MASK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    if backend.get_vocab_size() < vocab_size:
+        raise ValueError(
+            f"the documents support a vocabulary of {backend.get_vocab_size()} tokens; got vocab_size={vocab_size}."
+            f" Use vocab_size={backend.get_vocab_size()} or less, or more text."
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS, mask_token=MASK)
+
+
+def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
+    """Load a tokenizer from a folder or the hub; remote code is never run."""
+    from transformers import AutoTokenizer
+
+    if Path(path_or_id).is_file():
+        raise ValueError(f"tokenizer must be a folder or a hub id; got the file {str(path_or_id)!r}. Give its folder.")
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(path_or_id))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"tokenizer {str(path_or_id)!r} cannot be loaded: {reason} Give a folder that holds tokenizer.json,"
+            " or the id of a hub model that is reachable or cached."
+        ) from error
+    _require_fast(tokenizer)
+    if len(tokenizer) == len(tokenizer.all_special_ids):  # transformers makes one up from a config.json alone
+        raise ValueError(f"{str(path_or_id)!r} holds a model but no tokenizer. Save the tokenizer beside it.")
+    return tokenizer
+
+
+def require_mask_token(tokenizer: Tokenizer) -> int:
+    """Return the id of the mask token; ValueError where there is none."""
+    return _require_special_token(tokenizer, "mask_token", MASK)
+
+
+def require_eos_token(tokenizer: Tokenizer) -> int:
+    """Return the id of the token that ends a document; ValueError where there is none."""
+    return _require_special_token(tokenizer, "eos_token", EOS)
+
+
+def _require_special_token(tokenizer: Tokenizer, name: str, example: str) -> int:
+    token_id: int | None = getattr(tokenizer, f"{name}_id")
+    if token_id is None:
+        kind = tokenizer.name_or_path or type(tokenizer).__name__
+        remedy = f"tokenizer.add_special_tokens({{{name!r}: {example!r}}})"
+        raise ValueError(f"the tokenizer must have {name}; {kind!r} has none. Add it: {remedy}.")
+    return token_id
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> list[list[int]]:
+    """Encode documents as text only: no special token is added, and `<|mask|>` in a document is eight characters.
+
+    Raises ValueError where a tokenizer yields the mask id all the same (whole words from a list, or unigram pieces):
+    as a clean token it would have probability 0 under the masked process.
+    """
+    if not documents:
+        return []
+    encoded = tokenizer(
+        list(documents),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    if tokenizer.mask_token_id is not None and any(tokenizer.mask_token_id in tokens for tokens in encoded):
+        raise ValueError(
+            f"the text holds {tokenizer.mask_token!r} and this tokenizer cannot encode it as ordinary text."
+            " Remove it from the documents or use a byte-level tokenizer."
+        )
+    return encoded
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> Int[Tensor, "vocab"]:
+    """Return how many UTF-8 bytes each token id stands for, 0 for special tokens: for bits per byte.
+
+    Exact for byte-level tokenizers. For others it is the length of the piece, with `▁` as one space, `##` as nothing
+    and `<0x0A>` as one byte: off by the spaces that such a tokenizer adds or forgets. The length is the largest id + 1,
+    which may be below the rows of a model's embedding.
+    """
+    _require_fast(tokenizer)
+    is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    pieces = tokenizer.get_vocab()
+    lengths = torch.zeros(max(pieces.values()) + 1, dtype=torch.int64)
+    added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
+    for piece, id in pieces.items():
+        if id in added:
+            lengths[id] = len(added[id].encode())  # stands for its literal text
+        else:
+            lengths[id] = len(piece) if is_byte_level else _piece_bytes(piece)
+    lengths[tokenizer.all_special_ids] = 0
+    return lengths
+
+
+def _piece_bytes(piece: str) -> int:
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+        return 1
+    return len(piece.replace("▁", " ").removeprefix("##").encode())
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Return the sha256 of all that decides how the tokenizer encodes and ends a document."""
+    _require_fast(tokenizer)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    del content["padding"], content["truncation"]  # left over from the last call
+    content["eos_token_id"] = tokenizer.eos_token_id
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _require_fast(tokenizer: Tokenizer) -> None:
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer must be a fast one (with a tokenizer.json); got {type(tokenizer).__name__}."
+            " Convert it with transformers' AutoTokenizer and save it again."
+        )

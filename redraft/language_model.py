@@ -1,0 +1,277 @@
+"""The public face: a loaded diffusion language model that generates, infills and streams."""
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from redraft.layouts import Layout
+from redraft.models.denoiser import Denoiser
+from redraft.models.load import load_denoiser
+from redraft.randomness import fold
+from redraft.sampling.canvas import Canvas, Status, build_canvas
+from redraft.sampling.loop import Step, denoise
+from redraft.sampling.presets import SamplingConfig
+from redraft.sampling.trace import Recorder, RowTrace
+
+HOLE = re.compile(r"\[MASK:(\d+)\]")
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
+"""Text, token ids (list or 1-D tensor), or chat messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What `generate` and `infill` return, one entry per prompt."""
+
+    tokens: list[Tensor]
+    """New tokens only, 1-D; for `infill` the filled holes."""
+    sequences: list[Tensor]
+    """Prompt and new tokens, or the whole infilled row, 1-D."""
+    texts: list[str] | None
+    """Decoded `tokens` (`generate`) or `sequences` (`infill`), without special tokens; None without a tokenizer."""
+    forwards: list[int]
+    """Forward passes each row took part in."""
+    seconds: float
+    trace: list[RowTrace] | None = None
+    """Every decision, where asked for."""
+
+
+def load(
+    path: str | Path,
+    *,
+    mask_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> "LanguageModel":
+    """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors."""
+    denoiser, tokenizer = load_denoiser(path, mask_token_id=mask_token_id, dtype=dtype, device=device)
+    if eos_token_id is None:
+        eos_token_id = tokenizer.eos_token_id if tokenizer is not None else denoiser.model.config.eos_token_id
+    if isinstance(eos_token_id, list):
+        eos_token_id = eos_token_id[0]
+    return LanguageModel(denoiser=denoiser, tokenizer=tokenizer, eos_token_id=eos_token_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """A denoiser with its tokenizer. Without a tokenizer everything works on token ids."""
+
+    denoiser: Denoiser
+    tokenizer: Any = None
+    eos_token_id: int | None = None
+
+    @property
+    def model(self) -> Any:
+        """The plain transformers model."""
+        return self.denoiser.model
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest canvas the model was built for, in tokens."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        *,
+        layout: Layout | str | tuple[str, int] | None = None,
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Predict every position, float32, shifted where the model asks for it.
+
+        `attention_mask` is 1 for tokens and 0 for padding; `layout` is "full" or ("block-causal", block_size), by
+        default the model's own.
+        """
+        device = self.denoiser.device
+        segment_ids = None if attention_mask is None else attention_mask.long().to(device)
+        chosen = None if layout is None else Layout.parse(layout)
+        return self.denoiser.logits(input_ids.to(device), segment_ids=segment_ids, layout=chosen).float()
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], *, trace: bool = False, **settings: Any) -> Generation:
+        """Continue prompts: text, chat messages or token ids, one or several. Settings: `SamplingConfig`.
+
+        Rows are independent: a prompt's tokens depend on its text, the seed and how many equal prompts stand before
+        it, never on the rest of the batch. Raises ValueError for settings that do not fit and for prompts that do not
+        leave room in the model's context.
+        """
+        config = _config(settings)
+        rows = [self._encode(prompt) for prompt in _as_batch(prompts)]
+        canvas = self._canvas_after(rows, config.max_new_tokens)
+        return self._run(canvas, rows, config, trace=trace, is_infilling=False)
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> Iterator[Step]:
+        """Continue prompts as `generate` does, and yield every step of the loop."""
+        config = _config(settings)
+        rows = [self._encode(prompt) for prompt in _as_batch(prompts)]
+        canvas = self._canvas_after(rows, config.max_new_tokens)
+        yield from self._denoise(canvas, rows, config)
+
+    def infill(self, prompts: Prompt | Sequence[Prompt], *, trace: bool = False, **settings: Any) -> Generation:
+        """Fill holes: `[MASK:n]` in a text (n tokens), or mask tokens in token ids. Settings: `SamplingConfig`.
+
+        Raises ValueError where a prompt has no hole.
+        """
+        encoded = [self._encode_with_holes(prompt) for prompt in _as_batch(prompts)]
+        rows, is_hole = [row for row, _ in encoded], [holes for _, holes in encoded]
+        for row, holes in encoded:
+            if not holes.any():
+                raise ValueError(
+                    "nothing to fill: mark holes as [MASK:n], n tokens each, or by mask tokens in token ids."
+                )
+            self._check_length(len(row))
+        most = max(int(holes.sum()) for holes in is_hole)
+        config = _config(settings).for_infilling(num_holes=most)
+        canvas = self._build_canvas(rows, is_hole)
+        return self._run(canvas, rows, config, trace=trace, is_infilling=True)
+
+    def decode(self, token_ids: Tensor | list[int]) -> str:
+        """Turn token ids into text without special tokens. Raises ValueError without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer; use token ids.")
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _run(
+        self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig, *, trace: bool, is_infilling: bool
+    ) -> Generation:
+        start = time.perf_counter()
+        recorder = Recorder()
+        if trace:
+            recorder.start(canvas)
+        finals: list[tuple[Tensor, Tensor]] = [(canvas.tokens[i], canvas.status[i]) for i in range(len(rows))]
+        forwards = [0] * len(rows)
+        for step in self._denoise(canvas, rows, config):
+            if trace:
+                recorder.add(step)
+            for i, row in _finished(step):
+                finals[row] = (step.canvas.tokens[i], step.canvas.status[i])
+                forwards[row] = step.index + 1
+        if is_infilling:
+            sequences = [tokens[status != Status.PAD].cpu() for tokens, status in finals]
+            new = [tokens[status == Status.COMMITTED].cpu() for tokens, status in finals]
+        else:
+            new = [self._new_tokens(tokens, status, config) for tokens, status in finals]
+            sequences = [torch.cat([row, tokens]) for row, tokens in zip(rows, new, strict=True)]
+        shown = sequences if is_infilling else new
+        return Generation(
+            tokens=new,
+            sequences=sequences,
+            texts=[self.decode(tokens) for tokens in shown] if self.tokenizer is not None else None,
+            forwards=forwards,
+            seconds=time.perf_counter() - start,
+            trace=recorder.traces() if trace else None,
+        )
+
+    def _denoise(self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig) -> Iterator[Step]:
+        sampler = config.sampler(eos_token_id=self.eos_token_id)
+        keys = row_keys(rows, seed=config.seed).to(self.denoiser.device)
+        return denoise(self.denoiser, canvas, sampler, row_keys=keys)
+
+    def _new_tokens(self, tokens: Tensor, status: Tensor, config: SamplingConfig) -> Tensor:
+        """Cut a finished row to its new tokens, up to and with the EOS that ended it."""
+        new = tokens[status != Status.PAD].cpu()[-config.max_new_tokens :]
+        if config.stop != "eos" or self.eos_token_id is None:
+            return new
+        ends = (new == self.eos_token_id).nonzero()[:, 0]
+        return new[: int(ends[0]) + 1] if len(ends) else new
+
+    def _canvas_after(self, rows: list[Tensor], max_new_tokens: int) -> Canvas:
+        whole, is_noise = [], []
+        for row in rows:
+            self._check_length(len(row) + max_new_tokens)
+            whole.append(torch.cat([row, row.new_zeros(max_new_tokens)]))
+            is_noise.append(torch.arange(len(row) + max_new_tokens) >= len(row))
+        return self._build_canvas(whole, is_noise)
+
+    def _build_canvas(self, rows: list[Tensor], is_noise: list[Tensor]) -> Canvas:
+        mask_token_id = self.denoiser.settings.mask_token_id
+        return build_canvas(rows, is_noise, noise_token_id=mask_token_id, device=self.denoiser.device)
+
+    def _check_length(self, length: int) -> None:
+        limit = self.context_length
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"prompt and new tokens must fit into the model's context of {limit} tokens; got {length}. "
+                "Shorten the prompt or lower max_new_tokens."
+            )
+
+    def _encode(self, prompt: Prompt) -> Int[Tensor, "seq"]:
+        """Turn one prompt into token ids."""
+        if isinstance(prompt, Tensor):
+            return prompt.long().cpu()
+        if isinstance(prompt, str):
+            return self._encode_text(prompt)
+        if prompt and isinstance(prompt[0], dict):
+            return self._encode_chat(prompt)
+        return torch.tensor(list(prompt), dtype=torch.int64)
+
+    def _encode_text(self, text: str) -> Int[Tensor, "seq"]:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so prompts must be token ids; got text.")
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+
+    def _encode_chat(self, messages: Any) -> Int[Tensor, "seq"]:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so prompts must be token ids; got chat messages.")
+        if self.tokenizer.chat_template is None:
+            raise ValueError("this model has no chat template; give the prompt as text.")
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._encode_text(text)
+
+    def _encode_with_holes(self, prompt: Prompt) -> tuple[Int[Tensor, "seq"], Bool[Tensor, "seq"]]:
+        """Turn one prompt into token ids and where its holes are."""
+        if not isinstance(prompt, str):
+            row = self._encode(prompt)
+            return row, row == self.denoiser.settings.mask_token_id
+        pieces, is_hole = [torch.empty(0, dtype=torch.int64)], []
+        for i, piece in enumerate(HOLE.split(prompt)):  # text, size of a hole, text, ...
+            pieces.append(torch.zeros(int(piece), dtype=torch.int64) if i % 2 else self._encode_text(piece))
+            is_hole.append(torch.full((len(pieces[-1]),), bool(i % 2)))
+        return torch.cat(pieces), torch.cat(is_hole)
+
+
+def row_keys(rows: list[Tensor], *, seed: int) -> Int[Tensor, "batch"]:
+    """Seed rows by (seed, prompt, how many equal prompts stand before): the place in the batch plays no part."""
+    keys, seen = [], dict[bytes, int]()
+    for row in rows:
+        digest = hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest()
+        count = seen[digest] = seen.get(digest, -1) + 1
+        keys.append(fold(seed, int.from_bytes(digest, "little", signed=True), count))
+    return torch.stack(keys)
+
+
+def _finished(step: Step) -> list[tuple[int, int]]:
+    """Pair the places in the step's batch with the rows that ended there."""
+    places = step.is_done.nonzero()[:, 0].tolist()  # sync: results leave the device here
+    return [(place, int(step.rows[place])) for place in places]
+
+
+def _config(settings: dict[str, Any]) -> SamplingConfig:
+    """Check names before values, so that a misspelt setting is never ignored."""
+    from redraft.errors import unknown_name
+
+    known = SamplingConfig.__dataclass_fields__
+    for name in settings:
+        if name not in known:
+            raise unknown_name("setting", name, known)
+    return replace(SamplingConfig(), **settings)
+
+
+def _as_batch(prompts: Any) -> list[Any]:
+    """Tell one prompt from several."""
+    is_one = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1)
+    if not is_one and len(prompts) and isinstance(prompts[0], int | dict):
+        is_one = True
+    batch = [prompts] if is_one else list(prompts)
+    if not batch:
+        raise ValueError("there is no prompt; give at least one.")
+    return batch

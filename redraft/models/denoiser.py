@@ -1,0 +1,98 @@
+"""The denoiser: a canvas in, logits out. The only place that knows how a model wants to be called."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from redraft.layouts import Layout, attention_mask, segment_positions
+from redraft.models.head import head_at, head_skipped
+from redraft.models.settings import DiffusionSettings
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """One transformers model, called without a causal mask."""
+
+    model: Any
+    settings: DiffusionSettings
+
+    @property
+    def device(self) -> torch.device:
+        """The device that inputs must be on."""
+        return next(self.model.parameters()).device
+
+    def logits(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        *,
+        segment_ids: Int[Tensor, "batch seq"] | None = None,
+        layout: Layout | None = None,
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Predict every position, in the model's dtype, shifted where the model asks for it."""
+        everywhere = torch.arange(input_ids.numel(), device=input_ids.device)
+        logits = self.logits_at(everywhere, input_ids, segment_ids=segment_ids, layout=layout)
+        return logits.view(*input_ids.shape, -1)
+
+    def logits_at(
+        self,
+        where: Int[Tensor, "n"],
+        input_ids: Int[Tensor, "batch seq"],
+        *,
+        segment_ids: Int[Tensor, "batch seq"] | None = None,
+        isolate_segments: bool = False,
+        layout: Layout | None = None,
+        wrapped: Any = None,
+    ) -> Float[Tensor, "n vocab"]:
+        """Predict the positions of `where` alone (indices into batch * seq): the head runs nowhere else.
+
+        `wrapped` is the model as a trainer wraps it (DDP, FSDP), to be called in its place.
+        """
+        inputs = self.inputs(input_ids, segment_ids=segment_ids, isolate_segments=isolate_segments, layout=layout)
+        with head_at(self.model, self._rows(where, input_ids.shape[1])):
+            return (self.model if wrapped is None else wrapped)(**inputs).logits
+
+    def hidden_at(
+        self,
+        where: Int[Tensor, "n"],
+        input_ids: Int[Tensor, "batch seq"],
+        *,
+        segment_ids: Int[Tensor, "batch seq"] | None = None,
+        isolate_segments: bool = False,
+        wrapped: Any = None,
+    ) -> Float[Tensor, "n dim"]:
+        """Return what enters the head at `where`, for `head.chunked_loss`."""
+        inputs = self.inputs(input_ids, segment_ids=segment_ids, isolate_segments=isolate_segments)
+        with head_skipped(self.model, self._rows(where, input_ids.shape[1])) as captured:
+            (self.model if wrapped is None else wrapped)(**inputs)
+        assert captured.hidden is not None
+        return captured.hidden
+
+    def inputs(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        *,
+        segment_ids: Int[Tensor, "batch seq"] | None = None,
+        isolate_segments: bool = False,
+        layout: Layout | None = None,
+    ) -> dict[str, Any]:
+        """Build the arguments of the model's forward. `segment_ids` as in `layouts.attention_mask`."""
+        if isolate_segments and segment_ids is not None:
+            positions = segment_positions(segment_ids)
+        else:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        mask = attention_mask(
+            layout or self.settings.layout,
+            positions,
+            segment_ids=segment_ids,
+            isolate_segments=isolate_segments,
+        )
+        return {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+
+    def _rows(self, where: Int[Tensor, "n"], seq_len: int) -> Int[Tensor, "n"]:
+        """Find the positions whose logits predict `where`: themselves, or their left neighbours."""
+        if not self.settings.shift_logits:
+            return where
+        return where - (where % seq_len > 0).to(where.dtype)

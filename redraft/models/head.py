@@ -1,0 +1,140 @@
+"""The vocabulary head of any transformers model, computed only where it is read.
+
+The head and its cross-entropy are a fifth to a half of the work of a small model and most of its memory, and diffusion
+reads them at the noised positions alone. A hook on the output embedding selects those rows, so every model of
+transformers is served, whatever it does to its logits afterwards (scaling, soft-capping).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+RowLoss = Callable[[Tensor, slice], Tensor]
+"""(logits (n, V), which of the rows they are) -> loss of each row (n,)."""
+
+LOGITS_PER_CHUNK = 2**24
+
+
+@contextmanager
+def head_at(model: nn.Module, rows: Int[Tensor, "n"]) -> Iterator[None]:
+    """Make the model return logits (n, V) at these rows of the flattened (batch * seq) positions."""
+
+    def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].flatten(0, 1)[rows],)
+
+    handle = output_embeddings(model).register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Captured:
+    """The hidden states that would have entered the head."""
+
+    hidden: Tensor | None = None
+
+
+@contextmanager
+def head_skipped(model: nn.Module, rows: Int[Tensor, "n"]) -> Iterator[Captured]:
+    """Keep the hidden states (n, D) at these rows for `chunked_loss`; the model's own logits are left empty."""
+    captured = Captured()
+
+    def capture(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        flat = args[0].flatten(0, 1)
+        captured.hidden = flat[rows]
+        return (flat[:0],)
+
+    handle = output_embeddings(model).register_forward_pre_hook(capture)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def output_embeddings(model: Any) -> nn.Module:
+    """Return the module that maps hidden states to logits. Raises ValueError for a model without one."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no vocabulary head; a denoiser needs a language-modelling class.")
+    return head
+
+
+@torch.no_grad()
+def head_is_plain(model: Any) -> bool:
+    """Tell whether the logits are the output embedding's own, so that `chunked_loss` may call it by itself."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+    rows = torch.arange(2, device=ids.device)
+    is_training = model.training
+    model.eval()
+    with head_skipped(model, rows) as captured:
+        model(input_ids=ids)
+    logits = model(input_ids=ids).logits.flatten(0, 1)
+    model.train(is_training)
+    return bool(torch.equal(output_embeddings(model)(captured.hidden), logits))
+
+
+def chunked_loss(
+    head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowLoss
+) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
+    """Sum `row_loss` over rows without ever holding the logits of all rows.
+
+    Returns the sum, which carries the gradient, and the detached loss of each row. Each chunk's gradient is taken right
+    after its forward, so one chunk's logits are the peak and nothing is computed twice. (The idea is Liger-Kernel's
+    fused linear cross-entropy, arXiv 2410.10989; this one takes any head and any loss that is a sum over rows.)
+    """
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    return _ChunkedLoss.apply(hidden, head, row_loss, *parameters)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: nn.Module, row_loss: RowLoss, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wants_grad = any(ctx.needs_input_grad)
+        losses: list[Tensor] = []
+        hidden_grad = torch.empty_like(hidden) if wants_grad else None
+        parameter_grads: list[Tensor] = []
+        chunk_size = max(1, LOGITS_PER_CHUNK // _num_outputs(head))
+        for start in range(0, hidden.shape[0], chunk_size):
+            rows = slice(start, min(start + chunk_size, hidden.shape[0]))
+            with torch.set_grad_enabled(wants_grad):
+                chunk = hidden[rows].detach().requires_grad_(wants_grad)
+                loss = row_loss(head(chunk), rows)
+                losses.append(loss.detach())
+                if not wants_grad:
+                    continue
+                grads = torch.autograd.grad(loss.sum(), (chunk, *parameters))
+            assert hidden_grad is not None
+            hidden_grad[rows] = grads[0]
+            if parameter_grads:
+                torch._foreach_add_(parameter_grads, list(grads[1:]))
+            else:
+                parameter_grads = list(grads[1:])
+        if not losses:
+            losses = [hidden.new_zeros(0, dtype=torch.float32)]
+            parameter_grads = [torch.zeros_like(p) for p in parameters]
+        if wants_grad:
+            ctx.save_for_backward(hidden_grad, *parameter_grads)
+        row_losses = torch.cat(losses)
+        ctx.mark_non_differentiable(row_losses)
+        return row_losses.sum(), row_losses
+
+    @staticmethod
+    def backward(ctx: Any, total_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, *parameter_grads = ctx.saved_tensors
+        scaled = [grad * total_grad.to(grad.dtype) for grad in parameter_grads]
+        return (hidden_grad * total_grad.to(hidden_grad.dtype), None, None, *scaled)
+
+
+def _num_outputs(head: nn.Module) -> int:
+    """Count the rows of the vocabulary a head maps to."""
+    weight: Any = head.weight
+    return int(weight.shape[0])

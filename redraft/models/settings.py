@@ -1,0 +1,53 @@
+"""What a checkpoint says about its own diffusion: the `diffusion` entry of config.json."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from redraft.layouts import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings:
+    """The facts a denoiser and a sampler need to know about a model; saved with it, so that no command needs flags."""
+
+    mask_token_id: int
+    process: str = "masked"
+    schedule: str = "linear"
+    shift_logits: bool = False
+    """Position i is predicted by the logits of position i - 1, as an autoregressive model was trained to."""
+    block_size: int | None = None
+    """Tokens in a block of block-causal attention; absent for full attention."""
+
+    @property
+    def layout(self) -> Layout:
+        """The attention the model was trained with."""
+        return Layout(block_size=self.block_size)
+
+    def save_to(self, config: Any) -> None:
+        """Write the settings into a transformers config, and make it bidirectional."""
+        config.diffusion = asdict(self)
+        config.is_causal = False
+
+    @classmethod
+    def read_from(cls, config: Any, **overrides: Any) -> "DiffusionSettings":
+        """Read the settings of a transformers config; overrides that are not None win.
+
+        Raises ValueError where the config says nothing of a mask token, or says it lies outside the vocabulary.
+        """
+        saved = getattr(config, "diffusion", None) or {}
+        known = {field.name for field in fields(cls)}
+        if unknown := set(saved) - known:
+            raise ValueError(
+                f"config.json: diffusion has unknown entries {sorted(unknown)}; known are {sorted(known)}."
+            )
+        chosen = {**saved, **{name: value for name, value in overrides.items() if value is not None}}
+        if chosen.get("mask_token_id") is None:
+            raise ValueError(
+                "this model names no mask token (config.json has no diffusion.mask_token_id). Pass mask_token_id=."
+            )
+        settings = cls(**chosen)
+        if not 0 <= settings.mask_token_id < config.vocab_size:
+            raise ValueError(
+                f"mask_token_id must lie in the vocabulary of {config.vocab_size} tokens; got {settings.mask_token_id}."
+            )
+        return settings

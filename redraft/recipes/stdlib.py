@@ -1,0 +1,35 @@
+"""Masked diffusion from scratch on the running Python's standard library."""
+
+from redraft.data.prepare import DataConfig
+from redraft.models.build import ModelConfig
+from redraft.training.config import RunConfig, TrainConfig
+
+
+def stdlib_tiny() -> RunConfig:
+    """Train 1 M parameters for some seconds: to see that everything works."""
+    return RunConfig(
+        out="runs/stdlib-tiny",
+        data=DataConfig(seq_len=64, vocab_size=1024, max_documents=40, validation_fraction=0.2),
+        model=ModelConfig(size="1m"),
+        train=TrainConfig(batch_size=16, max_steps=60, eval_every=30, save_every=30, eval_windows=64),
+    )
+
+
+def stdlib_demo() -> RunConfig:
+    """Train 5 M parameters for at most 5 minutes on 2 cores."""
+    return RunConfig(
+        out="runs/demo",
+        data=DataConfig(seq_len=256, vocab_size=4096),
+        model=ModelConfig(size="5m"),
+        train=TrainConfig(batch_size=32, max_steps=2000, max_minutes=5.0, eval_every=0, save_every=200),
+    )
+
+
+def stdlib_small() -> RunConfig:
+    """Train 14 M parameters for at most 90 minutes on 2 cores, to compress held-out modules."""
+    return RunConfig(
+        out="runs/stdlib-small",
+        data=DataConfig(seq_len=256, vocab_size=4096),
+        model=ModelConfig(size="14m"),
+        train=TrainConfig(batch_size=32, max_steps=20000, max_minutes=90.0, eval_every=500),
+    )

@@ -1,0 +1,67 @@
+"""The canvas: tokens and what each of them is."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+
+class Status(IntEnum):
+    """What a position is. A token never tells: a mask token in a prompt is a token like any other."""
+
+    GIVEN = 0
+    """Prompt or infilling context; never changes."""
+    NOISE = 1
+    """Not decided yet."""
+    DRAFT = 2
+    """Shown but not decided: may still change."""
+    COMMITTED = 3
+    """Decided by the sampler."""
+    PAD = 4
+    """Fills a batch of rows of unequal length; seen by nobody."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canvas:
+    """A batch of rows, padded on the right."""
+
+    tokens: Int[Tensor, "batch seq"]
+    status: UInt8[Tensor, "batch seq"]
+
+    @property
+    def is_noise(self) -> Bool[Tensor, "batch seq"]:
+        """Positions that are not decided yet."""
+        return self.status == Status.NOISE
+
+    @property
+    def segment_ids(self) -> Int[Tensor, "batch seq"]:
+        """1 for what is seen, 0 for padding (`layouts.attention_mask`)."""
+        return (self.status != Status.PAD).long()
+
+    def commit(self, where: Bool[Tensor, "batch seq"], tokens: Int[Tensor, "batch seq"]) -> "Canvas":
+        """Decide positions; only noise can be committed."""
+        return Canvas(
+            tokens=torch.where(where, tokens, self.tokens),
+            status=torch.where(where, torch.full_like(self.status, Status.COMMITTED), self.status),
+        )
+
+    def rows(self, index: Int[Tensor, "kept"] | Bool[Tensor, "batch"]) -> "Canvas":
+        """Keep some rows, and no more columns than they need."""
+        tokens, status = self.tokens[index], self.status[index]
+        length = int((status != Status.PAD).sum(dim=1).max())  # sync: only when rows leave
+        return Canvas(tokens=tokens[:, :length], status=status[:, :length])
+
+
+def build_canvas(
+    rows: list[Tensor], is_noise: list[Tensor], *, noise_token_id: int, device: torch.device | str = "cpu"
+) -> Canvas:
+    """Lay rows of unequal length into one canvas; positions of `is_noise` become noise, the others are given."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), longest), noise_token_id, dtype=torch.int64)
+    status = torch.full((len(rows), longest), Status.PAD, dtype=torch.uint8)
+    for i, (row, noise) in enumerate(zip(rows, is_noise, strict=True)):
+        tokens[i, : len(row)] = torch.where(noise, noise_token_id, row)
+        status[i, : len(row)] = torch.where(noise, int(Status.NOISE), int(Status.GIVEN)).to(torch.uint8)
+    return Canvas(tokens=tokens.to(device), status=status.to(device))

@@ -1,0 +1,139 @@
+"""Noise schedules of discrete diffusion: alpha(t) = P(a token is kept at time t), t in [0, 1], 0 clean, 1 noise."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from redraft.errors import unknown_name
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """A decreasing alpha with alpha(0) = 1 and alpha(1) = 0, its derivative in t, and its inverse."""
+
+    def alpha(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
+    def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
+    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
+
+
+def weight(schedule: Schedule, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Weigh the cross-entropy of a noised token: -alpha'(t) / (1 - alpha(t)) (Eq. 10, arXiv 2406.07524)."""
+    return -schedule.derivative(t) / (1 - schedule.alpha(t))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """alpha = 1 - t. LLaDA's schedule, and the one MDLM's code calls `loglinear`."""
+
+    def alpha(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return 1 - t
+
+    def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return -torch.ones_like(t)
+
+    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return 1 - alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """alpha = 1 - cos(pi (1 - t) / 2) (MaskGIT, arXiv 2202.04200; MDLM, arXiv 2406.07524)."""
+
+    def alpha(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return 1 - torch.cos(math.pi / 2 * (1 - t))
+
+    def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
+
+    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return 1 - 2 / math.pi * torch.acos(1 - alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polynomial:
+    """alpha = 1 - t ** power (MD4, arXiv 2406.04329)."""
+
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.power > 0:
+            raise ValueError(f"power must be positive; got {self.power}. Use 1 for the linear schedule.")
+
+    def alpha(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return 1 - t**self.power
+
+    def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return -self.power * t ** (self.power - 1)
+
+    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return (1 - alpha) ** (1 / self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometric:
+    """alpha ~ exp(-sigma(t)), sigma = sigma_min^(1-t) sigma_max^t: log sigma is linear in t (SEDD, arXiv 2310.16834).
+
+    Differs from SEDD: rescaled so that alpha(0) = 1 and alpha(1) = 0 exactly, because the likelihood bound covers
+    all noise levels only then.
+    """
+
+    sigma_min: float = 1e-3
+    sigma_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min must lie in (0, sigma_max); got {self.sigma_min} and {self.sigma_max}.")
+
+    def alpha(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        clean, noise = math.exp(-self.sigma_min), math.exp(-self.sigma_max)
+        return (torch.exp(-self._sigma(t)) - noise) / (clean - noise)
+
+    def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        clean, noise = math.exp(-self.sigma_min), math.exp(-self.sigma_max)
+        rate = math.log(self.sigma_max / self.sigma_min)
+        return -rate * self._sigma(t) * torch.exp(-self._sigma(t)) / (clean - noise)
+
+    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        clean, noise = math.exp(-self.sigma_min), math.exp(-self.sigma_max)
+        sigma = -torch.log(alpha * (clean - noise) + noise)
+        return torch.log(sigma / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+
+    def _sigma(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+
+SCHEDULES: dict[str, type[Linear | Cosine | Polynomial | Geometric]] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "polynomial": Polynomial,
+    "geometric": Geometric,
+    "log-linear": Geometric,
+}
+
+
+def schedule_from_name(name: str, **numbers: float) -> Schedule:
+    """Build a schedule from its name in a saved config, e.g. `schedule_from_name("polynomial", power=3)`.
+
+    Raises ValueError for an unknown name or number, listing the valid ones.
+    """
+    if name not in SCHEDULES:
+        raise unknown_name("schedule", name, SCHEDULES)
+    known = {field.name for field in fields(SCHEDULES[name])}
+    if unknown := set(numbers) - known:
+        raise ValueError(f"schedule {name!r} takes {sorted(known) or 'no numbers'}; got {sorted(unknown)}.")
+    return SCHEDULES[name](**numbers)
+
+
+def stratified_times(
+    index: Float[Tensor, "*shape"], *, total: int, offset: Float[Tensor, "..."], t_min: float = 0.0
+) -> Float[Tensor, "*shape"]:
+    """Spread times evenly over (t_min, 1]: t_i = t_min + (1 - t_min) (i + 1 - offset) / total, offset ~ U[0, 1).
+
+    Each t_i is uniform, and together they cover every noise level: the estimate of the loss has a smaller variance than
+    with independent times (Appendix I.1, arXiv 2107.00630). `index` counts rows over the whole global batch of `total`.
+    """
+    return t_min + (1 - t_min) * (index + 1 - offset) / total

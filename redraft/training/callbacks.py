@@ -1,0 +1,185 @@
+"""What a run shows and keeps while it trains: a progress bar, log.jsonl, a clock, and a graceful end on signals."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from redraft.training.ema import WeightAverage
+
+LOG_FILE = "log.jsonl"
+
+
+class Progressed(TrainerCallback):
+    """Show steps, loss, tokens per second and the time left: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.trainer: Any = None
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._last = (0.0, 0)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._last = (time.perf_counter(), self.trainer.tokens_seen)
+        if not (state.is_world_process_zero and self.console.is_terminal):
+            return
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not logs or not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            logs["tokens_per_second"] = round(self._tokens_per_second())
+            line = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,} tokens/s"
+            if self._bar:
+                self._bar.update(self._task, description=line)
+            else:
+                tokens_left = (state.max_steps - state.global_step) * self.trainer.tokens_per_step
+                left = tokens_left / logs["tokens_per_second"]
+                self.console.print(f"step {state.global_step}/{state.max_steps}  {line}  {left / 60:.1f} min left")
+        elif "eval_nats_per_token" in logs:
+            bits = f", {logs['eval_bits_per_byte']:.3f} bits per byte" if "eval_bits_per_byte" in logs else ""
+            self.console.print(
+                f"step {state.global_step}: held-out NELBO {logs['eval_nats_per_token']:.4f} ± "
+                f"{logs['eval_standard_error']:.4f} nats per token{bits}"
+            )
+            self._last = (time.perf_counter(), self.trainer.tokens_seen)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _tokens_per_second(self) -> float:
+        """Average since the last call."""
+        now, seen = time.perf_counter(), self.trainer.tokens_seen
+        then, seen_then = self._last
+        self._last = (now, seen)
+        return max((seen - seen_then) / max(now - then, 1e-9), 1.0)
+
+
+class LogFile(TrainerCallback):
+    """Append every log to log.jsonl; a resumed run first drops the lines of steps it will take again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOG_FILE
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read log.jsonl; a last line cut short by a kill is left out."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class StoppedBySignal(TrainerCallback):
+    """On the first SIGINT or SIGTERM finish the step, save a checkpoint and stop; the second one acts at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.received:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the earlier handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self.restore()
+        self.console.print(f"{self.received.name}: saving a checkpoint after this step (again to stop at once)")
+
+
+class Clock(TrainerCallback):
+    """Save and stop when the time is up."""
+
+    def __init__(self, console: Console, *, minutes: float) -> None:
+        self.console = console
+        self.minutes = minutes
+        self._start = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._start = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        is_last = state.global_step >= state.max_steps
+        if time.monotonic() - self._start > 60 * self.minutes and not is_last:
+            self.console.print(f"{self.minutes:g} minutes are up at step {state.global_step} of {state.max_steps}")
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class Averaging(TrainerCallback):
+    """Update the weight average after each step."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.average.update()

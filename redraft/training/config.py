@@ -1,0 +1,182 @@
+"""The whole configuration of a training run: what a recipe returns, flags change, and the checkpoint carries."""
+
+import dataclasses
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from redraft.data.prepare import DataConfig
+from redraft.errors import unknown_name
+from redraft.models.build import ModelConfig
+from redraft.models.settings import DiffusionSettings
+from redraft.processes.masked import MaskedDiffusion
+from redraft.schedules import schedule_from_name
+
+RECIPE_FILE = "recipe.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The noising process and its loss."""
+
+    schedule: str = "linear"
+    """Noise schedule: linear, cosine, polynomial (power 2), geometric."""
+    t_min: float = 1e-3
+    """Smallest time drawn; the bound leaves out the noise levels below it."""
+    exclude_mask: bool = True
+    """Give the mask token probability 0 in the softmax (MDLM); LLaDA does not."""
+
+    def __post_init__(self) -> None:
+        schedule_from_name(self.schedule)
+        if not 0 <= self.t_min < 1:
+            raise ValueError(f"objective.t_min must lie in [0, 1); got {self.t_min}.")
+
+    def process(self, mask_token_id: int) -> MaskedDiffusion:
+        """Build the process for a model's mask token."""
+        schedule = schedule_from_name(self.schedule)
+        return MaskedDiffusion(mask_token_id=mask_token_id, schedule=schedule, exclude_mask=self.exclude_mask)
+
+    def settings(self, mask_token_id: int) -> DiffusionSettings:
+        """Say in the checkpoint what it was trained for."""
+        return DiffusionSettings(mask_token_id=mask_token_id, process="masked", schedule=self.schedule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation, evaluation and bookkeeping."""
+
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    batch_size: int = 32
+    """Windows in a forward pass, per process."""
+    accumulation: int = 1
+    """Forward passes per optimizer step."""
+    max_steps: int = 1000
+    """Optimizer steps."""
+    max_minutes: float | None = None
+    """Fit the run into this time: a measurement before the start lowers max_steps, and a clock stops the rest."""
+    warmup: float = 0.05
+    """Fraction of the steps in which the learning rate rises."""
+    decay: Literal["cosine", "linear", "constant"] = "linear"
+    """How the learning rate falls to 0 after the warm-up."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay (not on norms and biases)."""
+    beta_2: float = 0.98
+    """AdamW's second-moment decay."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping, global norm."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast dtype; auto takes bfloat16 where this device multiplies faster in it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the transformer; auto compiles where a compiler is found and the run is long enough."""
+    ema_decay: float | None = None
+    """Average the weights with this decay per step; evaluation and the saved model then use the average."""
+    eval_every: int = 500
+    """Steps between evaluations (and at the end); 0 for none before the end."""
+    eval_windows: int = 512
+    """Held-out windows per evaluation, spread evenly."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept."""
+    log_every: int = 10
+    """Steps between log lines."""
+    seed: int = 0
+    """Seed of the weights, the order of the data and the noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes an accelerator if there is one."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Loggers of transformers beside console and log.jsonl: tensorboard, wandb, trackio."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "accumulation",
+            "max_steps",
+            "eval_windows",
+            "save_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1; got {getattr(self, name)}.")
+        if self.eval_every < 0:
+            raise ValueError(f"train.eval_every must not be negative; got {self.eval_every}. Use 0 for the end only.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"train.learning_rate must be positive; got {self.learning_rate}.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"train.warmup is a fraction of the steps in [0, 1); got {self.warmup}.")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"train.max_minutes must be positive; got {self.max_minutes}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay must lie in (0, 1); got {self.ema_decay}. Leave it out for no average.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run from data to checkpoint."""
+
+    out: str = "runs/model"
+    """Folder of the run: model, tokenizer, checkpoints, logs, loss curve."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the text comes from and how it is cut."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The shape of the model."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The noising process and its loss."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimisation, evaluation and bookkeeping."""
+
+    def __post_init__(self) -> None:
+        if self.data.seq_len > self.model.max_positions:
+            raise ValueError(
+                f"data.seq_len must not exceed model.max_positions; got {self.data.seq_len} and "
+                f"{self.model.max_positions}. Raise --model.max-positions."
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write recipe.json, which `redraft train FOLDER` runs again."""
+        (folder / RECIPE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "RunConfig":
+        """Read recipe.json. Raises ValueError that names the entry that does not fit."""
+        try:
+            saved = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable recipe: {error}") from error
+        return _from_dict(cls, saved, where=str(path))
+
+
+def _from_dict(kind: Any, saved: Any, *, where: str) -> Any:
+    """Build nested dataclasses from a dictionary; JSON's lists become tuples."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{where} must hold an object of settings; got {type(saved).__name__}.")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for name, value in saved.items():
+        if name not in known:
+            raise unknown_name(f"setting in {where}", name, known)
+        nested = known[name].type
+        if dataclasses.is_dataclass(nested):
+            values[name] = _from_dict(nested, value, where=f"{where}: {name}")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """List the settings in which two runs differ, as `section.name: old -> new`."""
+    a, b = _flat(asdict(old)), _flat(asdict(new))
+    return [f"{name}: {a[name]!r} -> {b[name]!r}" for name in a if a[name] != b[name]]
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,33 @@
+"""The loss curve as a picture."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from redraft.training.callbacks import LOG_FILE, read_log
+
+CURVE_FILE = "loss.png"
+
+
+def draw_curve(folder: Path, *, console: Console) -> None:
+    """Draw log.jsonl of a run into loss.png: training loss and held-out NELBO against steps, nats per token."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print("no loss curve: matplotlib is not installed (pip install 'redraft[plots]')")
+        return
+    lines = read_log(folder / LOG_FILE)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*_series(lines, "loss"), color="#9db4c0", linewidth=1, label="training")
+    axes.plot(*_series(lines, "eval_nats_per_token"), color="#253237", marker="o", markersize=4, label="held out")
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("NELBO, nats per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(folder / CURVE_FILE, dpi=150)
+
+
+def _series(lines: list[dict[str, float]], name: str) -> tuple[list[float], list[float]]:
+    chosen = [line for line in lines if name in line]
+    return [line["step"] for line in chosen], [line[name] for line in chosen]

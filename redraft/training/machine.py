@@ -1,0 +1,51 @@
+"""What the machine at hand is good at."""
+
+import ctypes
+import platform
+import shutil
+import time
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of mallopt(3)
+
+
+def runs_on_cpu(device: str) -> bool:
+    """Resolve the setting of a device: cpu, cuda or auto. Raises ValueError for a device that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device is cuda, but torch sees no CUDA device. Use auto or cpu.")
+    return device == "cpu" or not torch.accelerator.is_available()
+
+
+def bfloat16_is_faster(device: str) -> bool:
+    """Tell whether matrices multiply at least a fifth faster in bfloat16 than in float32: on a CPU by trying."""
+    if not runs_on_cpu(device):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return _multiply_seconds(torch.bfloat16) * 1.2 < _multiply_seconds(torch.float32)
+
+
+def _multiply_seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(1024, 256, dtype=dtype)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def can_compile() -> bool:
+    """Tell whether torch.compile finds what it needs: Triton on a GPU, a C++ compiler otherwise."""
+    return torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "clang++", "cl"))
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next step; a CPU step otherwise faults in every page again.
+
+    Measured: benchmarks/results/training.md. Does nothing where the C library is not glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,0 +1,299 @@
+"""One training run, from a resolved configuration to a folder that `redraft.load` reads."""
+
+import dataclasses
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers import PrinterCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
+from redraft.data.prepare import PreparedData, prepare
+from redraft.data.tokenizer import token_byte_lengths
+from redraft.likelihood import Estimate, NoiseKey
+from redraft.models.build import build_model
+from redraft.models.denoiser import Denoiser
+from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
+from redraft.training.config import RECIPE_FILE, RunConfig, differences
+from redraft.training.curve import draw_curve
+from redraft.training.ema import WeightAverage
+from redraft.training.machine import bfloat16_is_faster, can_compile, keep_freed_memory, runs_on_cpu
+from redraft.training.trainer import DiffusionTrainer
+
+BYTES_PER_PARAMETER = {"checkpoint": 12, "model": 4}  # float32 weights with AdamW's two moments; the weights alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run ended with."""
+
+    folder: Path
+    steps: int
+    is_complete: bool
+    held_out: Estimate | None = None
+    unigram_nats: float | None = None
+    """Entropy of the held-out tokens under their own frequencies, nats per token."""
+    gzip_bits_per_byte: float | None = None
+    """`gzip -9` on the held-out text."""
+    signal: int | None = None
+    """The signal that ended the run early."""
+
+
+def run(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Outcome:
+    """Train, evaluate and save. Raises ValueError for every mistake that can be known before the first step."""
+    console = console or Console()
+    folder = Path(config.out)
+    state = PartialState(cpu=runs_on_cpu(config.train.device))
+    checkpoint = _check_folder(folder, config, resume=resume)
+    _be_quiet()
+    data = prepare(config.data)
+    _announce_data(data, config, console, is_main=state.is_main_process)
+
+    torch.manual_seed(config.train.seed)
+    settings = config.objective.settings(data.tokenizer.mask_token_id)
+    model = build_model(config.model, settings, tokenizer=data.tokenizer)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    _check_disk(folder, num_parameters, keep=config.train.keep_checkpoints)
+    console.print(f"model: {config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
+
+    progress = Progressed(console)
+    stopped = StoppedBySignal(console)
+    trainer = _build_trainer(config, data, Denoiser(model, settings), [progress, LogFile(folder), stopped])
+    progress.trainer = trainer
+    config = _prepare_for_speed(config, trainer, console, is_resumed=checkpoint is not None)
+    if config.train.max_minutes:
+        trainer.add_callback(Clock(console, minutes=config.train.max_minutes))
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder)
+        data.tokenizer.save_pretrained(folder)
+    if trainer.average and checkpoint:
+        trainer.average.load(Path(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.close()
+        stopped.restore()
+    outcome = Outcome(
+        folder=folder,
+        steps=trainer.state.global_step,
+        is_complete=trainer.state.global_step >= trainer.args.max_steps,
+        signal=stopped.received,
+    )
+    if stopped.received:
+        console.print(f"stopped at step {outcome.steps}. To go on: redraft train {folder} --resume")
+        return outcome
+    return _finish(outcome, trainer, data, console)
+
+
+def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None:
+    """Return the checkpoint to go on from. Raises ValueError where the folder cannot be used."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder; {folder} is a file. Choose another --out.")
+    is_run = (folder / RECIPE_FILE).exists() or (folder / "config.json").exists()
+    if is_run and not resume:
+        raise ValueError(f"{folder} holds another run. Continue it with --resume, or choose another --out.")
+    if not is_run and resume:
+        raise ValueError(f"{folder} holds no run to resume. Leave out --resume to start one.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    probe = existing / ".redraft-write-test"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {existing}: {error.strerror}. Choose another --out.") from error
+    if not resume:
+        return None
+    saved = RunConfig.read(folder / RECIPE_FILE)
+    changed = [change for change in differences(saved, config) if not change.startswith("out:")]
+    if changed:
+        raise ValueError(
+            f"--resume continues {folder} as it was begun, but these settings differ: {'; '.join(changed)}. "
+            "Leave them out, or start a new run with another --out."
+        )
+    return get_last_checkpoint(str(folder))
+
+
+def _check_disk(folder: Path, num_parameters: int, *, keep: int) -> None:
+    """Raise ValueError where the checkpoints of the run cannot fit."""
+    needed = num_parameters * (BYTES_PER_PARAMETER["checkpoint"] * (keep + 1) + BYTES_PER_PARAMETER["model"])
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"the checkpoints of this run need {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free. "
+            "Free some, choose another --out, or lower --train.keep-checkpoints."
+        )
+
+
+def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, is_main: bool) -> None:
+    if not is_main:
+        console.quiet = True
+    for name, report in (("train", data.train_report), ("held out", data.validation_report)):
+        if report is None:  # a stream is not read yet
+            continue
+        console.print(
+            f"{name}: {report.num_documents:,} documents, {report.num_tokens:,} tokens, {report.num_windows:,} windows "
+            f"of {config.data.seq_len} ({report.num_dropped_tokens} tail tokens dropped)"
+        )
+    rows = config.train.batch_size * config.train.accumulation * PartialState().num_processes
+    if data.train_report and data.train_report.num_windows < rows:
+        raise ValueError(
+            f"the corpus fills {data.train_report.num_windows} windows, fewer than the {rows} of one step "
+            "(batch_size x accumulation x processes). Lower --train.batch-size or --data.seq-len."
+        )
+
+
+def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, callbacks: list[Any]) -> DiffusionTrainer:
+    train = config.train
+    arguments = TrainingArguments(
+        output_dir=config.out,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        max_steps=train.max_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.decay, train.decay),
+        warmup_steps=train.warmup,
+        weight_decay=train.weight_decay,
+        adam_beta2=train.beta_2,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=_uses_bfloat16(train.precision, train.device),
+        use_cpu=runs_on_cpu(train.device),
+        seed=train.seed,
+        eval_strategy="steps" if train.eval_every else "no",
+        eval_steps=train.eval_every or None,
+        save_steps=train.save_every,
+        save_total_limit=train.keep_checkpoints,
+        logging_steps=train.log_every,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        report_to=list(train.report_to),
+        disable_tqdm=True,
+    )
+    average = WeightAverage(denoiser.model, decay=train.ema_decay) if train.ema_decay else None
+    trainer = DiffusionTrainer(
+        denoiser,
+        config.objective.process(denoiser.settings.mask_token_id),
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=_evenly(data.validation, train.eval_windows),
+        pad_token_id=data.tokenizer.pad_token_id,
+        token_byte_lengths=token_byte_lengths(data.tokenizer),
+        isolate_segments=config.data.isolate_documents,
+        t_min=config.objective.t_min,
+        average=average,
+        callbacks=callbacks + ([Averaging(average)] if average else []),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _uses_bfloat16(precision: str, device: str) -> bool:
+    return bfloat16_is_faster(device) if precision == "auto" else precision == "bfloat16"
+
+
+def _evenly(dataset: Any, count: int) -> Any:
+    """Take `count` windows spread evenly over a dataset."""
+    if len(dataset) <= count:
+        return dataset
+    return torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])
+
+
+def _prepare_for_speed(
+    config: RunConfig, trainer: DiffusionTrainer, console: Console, *, is_resumed: bool
+) -> RunConfig:
+    """Compile if that pays, and fit the number of steps to the minutes. Returns the config as it will be run."""
+    train = config.train
+    keep_freed_memory()
+    is_long = train.max_minutes > 2 if train.max_minutes else train.max_steps >= 500  # compiling takes about 20 s
+    if train.compile == "on" or (train.compile == "auto" and is_long and can_compile()):
+        trainer.model.base_model.compile()
+        if train.compile == "auto":
+            console.print("compiling the transformer (--train.compile off to do without)")
+    if not train.max_minutes or is_resumed:
+        return config
+    start = time.monotonic()
+    seconds = _measure_step(trainer)
+    spent = time.monotonic() - start
+    evaluation = seconds / 3 * train.eval_windows / (train.batch_size * train.accumulation)
+    per_step = seconds * 1.03 + (evaluation / train.eval_every if train.eval_every else 0)
+    steps = min(train.max_steps, max(1, int((60 * train.max_minutes - spent) / per_step)))
+    (steps,) = broadcast_object_list([steps])
+    console.print(f"{seconds:.2f} s per step: {steps} steps fit in {train.max_minutes:g} minutes")
+    trainer.args.max_steps = steps
+    return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
+
+
+def _measure_step(trainer: DiffusionTrainer) -> float:
+    """Time one optimizer step's forwards and backwards; weights and data order stay as they were."""
+    dataset: Any = trainer.train_dataset
+    size = trainer.args.per_device_train_batch_size
+    batch = trainer._prepare_inputs(trainer._collate([dataset[i % len(dataset)] for i in range(size)]))
+    key = NoiseKey(seed=0, step=0, rows=torch.arange(size), total_rows=size)
+    times = []
+    for _ in range(5):
+        start = time.monotonic()
+        with trainer.accelerator.autocast():
+            total, _ = trainer._nelbo(batch, key, wrapped=trainer.model)
+        trainer.accelerator.backward(total)
+        trainer.model.zero_grad()
+        if trainer.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - start)
+    return sorted(times[2:])[1] * trainer.args.gradient_accumulation_steps
+
+
+def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console) -> Outcome:
+    """Evaluate on all held-out windows, save the model, draw the curve."""
+    trainer.eval_dataset = data.validation
+    if trainer.average:
+        with trainer.average.swapped_in():
+            trainer.save_model(str(outcome.folder))
+    else:
+        trainer.save_model(str(outcome.folder))
+    metrics = trainer.evaluate()
+    estimate = Estimate(
+        nats_per_token=metrics["eval_nats_per_token"],
+        standard_error=metrics["eval_standard_error"],
+        bits_per_byte=metrics.get("eval_bits_per_byte"),
+    )
+    outcome = dataclasses.replace(
+        outcome,
+        held_out=estimate,
+        unigram_nats=unigram_nats(data.validation, vocab_size=len(data.tokenizer)),
+        gzip_bits_per_byte=gzip_bits_per_byte(data.validation, data.tokenizer),
+    )
+    if trainer.is_world_process_zero():
+        draw_curve(outcome.folder, console=console)
+        _announce(outcome, console)
+    return outcome
+
+
+def _announce(outcome: Outcome, console: Console) -> None:
+    assert outcome.held_out is not None
+    assert outcome.unigram_nats is not None
+    below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
+    console.print(f"held-out NELBO:   {outcome.held_out}")
+    console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the NELBO is {below:.1f} % below)")
+    console.print(f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
+    console.print(f"saved to {outcome.folder}")
+
+
+def _be_quiet() -> None:
+    """Leave the screen to our own lines; warnings of transformers still come through."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)

@@ -1,0 +1,212 @@
+"""The one training loop: transformers' Trainer with the loss of a diffusion process."""
+
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from redraft.data.collate import collate
+from redraft.likelihood import Estimate, NoiseKey, draw_noise, nelbo
+from redraft.models.denoiser import Denoiser
+from redraft.models.head import head_is_plain
+from redraft.processes.masked import MaskedDiffusion
+from redraft.training.ema import WeightAverage
+
+EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
+
+Batch = dict[str, Tensor]
+
+
+class DiffusionTrainer(Trainer):
+    """Minimise the NELBO in nats per token of the global batch, whatever it is split into.
+
+    Every row's noise is keyed by (seed, step, row of the global batch), so accumulation steps and processes change
+    nothing but the order of additions, and a resumed run draws what the stopped one would have drawn.
+    """
+
+    # The loss is divided by the tokens of the whole global batch below; the default would divide it once more.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        process: MaskedDiffusion,
+        *,
+        args: TrainingArguments,
+        train_dataset: Any,
+        eval_dataset: Any,
+        pad_token_id: int,
+        token_byte_lengths: Tensor,
+        has_padding: bool = False,
+        isolate_segments: bool = False,
+        t_min: float = 1e-3,
+        average: WeightAverage | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        self.pad_token_id = pad_token_id
+        super().__init__(
+            denoiser.model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=self._collate,
+            callbacks=callbacks,
+        )
+        self.denoiser = denoiser
+        self.process = process
+        self.token_byte_lengths = token_byte_lengths
+        self.has_padding = has_padding
+        self.isolate_segments = isolate_segments
+        self.t_min = t_min
+        self.average = average
+        self.tokens_seen = 0
+        self.tokens_per_step = 0
+        self._has_plain_head = head_is_plain(denoiser.model)
+        self._checkpoint_parent: str | None = None
+        self._global_rows = 0
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Batch:
+        return collate(rows, pad_token_id=self.pad_token_id)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | None]:
+        """Number the rows over the global batch of the coming step, and count its tokens."""
+        batches = list(islice(epoch_iterator, num_batches))
+        world, rank = self.args.world_size, self.args.process_index
+        first = 0
+        for batch in batches:
+            size = len(batch["input_ids"])
+            batch["row"] = torch.arange(size) + first + rank * size
+            first += world * size
+        self._global_rows = first
+        if not batches:
+            return batches, None
+        num_tokens = torch.stack([(batch["segment_ids"] > 0).sum() for batch in batches]).sum().to(device)
+        if world > 1:
+            num_tokens = self.accelerator.reduce(num_tokens, "sum")
+        self.tokens_per_step = world * sum(batch["input_ids"].numel() for batch in batches)
+        self.tokens_seen += self.tokens_per_step
+        return batches, num_tokens
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return this process' share of the NELBO of the global batch, in nats per token."""
+        assert num_items_in_batch is not None
+        key = NoiseKey(
+            seed=self.args.seed, step=self.state.global_step, rows=inputs["row"], total_rows=self._global_rows
+        )
+        total, _ = self._nelbo(inputs, key, wrapped=model)
+        # DDP averages gradients over processes, and the logged loss is averaged too: undo both.
+        loss = total * self.args.world_size / num_items_in_batch
+        return (loss, None) if return_outputs else loss
+
+    def _nelbo(self, batch: Batch, key: NoiseKey, *, wrapped: Any) -> tuple[Tensor, Tensor]:
+        segment_ids = batch["segment_ids"]
+        noised = draw_noise(self.process, batch["input_ids"], key, can_change=segment_ids > 0, t_min=self.t_min)
+        needs_mask = self.has_padding or self.isolate_segments
+        return nelbo(
+            self.denoiser,
+            self.process,
+            noised,
+            segment_ids=segment_ids if needs_mask else None,
+            isolate_segments=self.isolate_segments,
+            wrapped=wrapped,
+            has_plain_head=self._has_plain_head,
+        )
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Estimate the held-out NELBO under a fixed noise: the same weights give the same number twice."""
+        with self.average.swapped_in() if self.average else torch.no_grad(), torch.no_grad():
+            estimate = self.estimate_nelbo()
+        metrics = {
+            "eval_nats_per_token": estimate.nats_per_token,
+            "eval_standard_error": estimate.standard_error,
+            "eval_loss": estimate.nats_per_token,
+        }
+        if estimate.bits_per_byte is not None:
+            metrics["eval_bits_per_byte"] = estimate.bits_per_byte
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def estimate_nelbo(self) -> Estimate:
+        """Average over the evaluation windows; the standard error is taken over windows."""
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        dataset: Any = self.eval_dataset
+        sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # tokens, bytes, nats, nats squared
+        for batch in self._evaluation_batches(dataset):
+            key = NoiseKey(seed=0, step=EVALUATION_STEP, rows=batch["row"], total_rows=len(dataset))
+            with self.accelerator.autocast():
+                _, nats = self._nelbo(batch, key, wrapped=model)
+            counts = batch["is_counted"].to(torch.float64)
+            nats = nats.to(torch.float64) * counts
+            is_token = (batch["segment_ids"] > 0) & batch["is_counted"][:, None]
+            num_bytes = self.token_byte_lengths.to(self.args.device)[batch["input_ids"]][is_token].sum()
+            sums += torch.stack([is_token.sum().to(sums), num_bytes.to(sums), nats.sum(), (nats**2).sum()])
+        model.train(was_training)
+        tokens, num_bytes, nats, squares = self.accelerator.reduce(sums, "sum").tolist()
+        return _estimate(len(dataset), tokens=tokens, num_bytes=num_bytes, nats=nats, squares=squares)
+
+    def _evaluation_batches(self, dataset: Any) -> Iterator[Batch]:
+        """Deal windows to the processes; every process makes the same number of forward passes."""
+        world, rank = self.args.world_size, self.args.process_index
+        size = self.args.per_device_eval_batch_size
+        for first in range(0, len(dataset), size * world):
+            index = torch.arange(first + rank * size, first + (rank + 1) * size)
+            is_counted = index < len(dataset)
+            index = index.clamp(max=len(dataset) - 1)
+            if world == 1:
+                index, is_counted = index[is_counted], is_counted[is_counted]
+            batch = self._collate([dataset[int(i)] for i in index]) | {"row": index, "is_counted": is_counted}
+            yield self._prepare_inputs(batch)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._checkpoint_parent or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint aside and rename it when it is whole: a killed run leaves no half of one."""
+        out = Path(self.args.output_dir)
+        staging = out / ".saving"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._checkpoint_parent = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._checkpoint_parent = None
+        name = f"checkpoint-{self.state.global_step}"
+        if self.average and self.args.should_save:
+            self.average.save(staging / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(out / name, ignore_errors=True)
+            (staging / name).rename(out / name)
+            staging.rmdir()
+            rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+
+def _estimate(windows: int, *, tokens: float, num_bytes: float, nats: float, squares: float) -> Estimate:
+    """Turn sums over windows into a mean per token and its standard error."""
+    variance = max(squares / windows - (nats / windows) ** 2, 0.0)
+    standard_error = (variance * windows / max(windows - 1, 1)) ** 0.5 * windows**0.5
+    return Estimate(
+        nats_per_token=nats / tokens,
+        standard_error=standard_error / tokens,
+        bits_per_byte=nats / num_bytes / torch.log(torch.tensor(2.0)).item() if num_bytes else None,
+    )

@@ -1,0 +1,32 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from redraft.data import train_tokenizer
+
+SYLLABLES = ["ba", "lo", "mi", "ne", "ru", "sta", "ki", "ve", "on", "tra"]
+
+
+def made_up_documents(num_documents: int = 80, seed: int = 0) -> list[str]:
+    chance = random.Random(seed)
+    words = ["".join(chance.choices(SYLLABLES, k=chance.randint(1, 4))) for _ in range(400)]
+    return [f"{index}: " + " ".join(chance.choices(words, k=chance.randint(1, 60))) for index in range(num_documents)]
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    return made_up_documents()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(documents):
+    return train_tokenizer(documents, vocab_size=320)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, documents: list[str]) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
