@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 
+from redraft.errors import unknown_name
 from redraft.models.denoiser import Denoiser
+from redraft.models.families import FAMILIES, Family, find_family, known_model_types
 from redraft.models.settings import DiffusionSettings
+from redraft.models.translations import Raw
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -18,33 +21,40 @@ def load_denoiser(
     mask_token_id: int | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    adapter: str | Path | None = None,
+    family: str | None = None,
 ) -> tuple[Denoiser, Any]:
     """Load a model and its tokenizer (None where the folder has none), in evaluation mode.
 
-    Raises ValueError where there is no such model, its class is not in transformers, weights are missing, extra, of
-    another shape or cut short, or no mask token is known.
-    """
-    import transformers
+    `adapter` is a LoRA of peft, laid over the weights. `family` names the format of a checkpoint whose config.json
+    looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`; see docs/models.md).
 
-    config = _load_config(path)
-    tokenizer = _load_tokenizer(path)
-    if mask_token_id is None and not getattr(config, "diffusion", None) and tokenizer is not None:
+    Raises ValueError where there is no such model, its class is neither in transformers nor a family, it is
+    autoregressive, weights are missing, extra, of another shape or cut short, no mask token is known or it lies outside
+    the vocabulary, the tokenizer is larger than the embedding, or the adapter does not fit.
+    """
+    raw = read_raw_config(path)
+    of_family = find_family(raw, name=family, hub_id=str(path))
+    tokenizer = load_tokenizer(path, family=of_family)
+    if mask_token_id is None and not raw.get("diffusion") and tokenizer is not None:
         mask_token_id = tokenizer.mask_token_id
+    config, model_class = _config_and_class(path, raw, family=of_family, mask_token_id=mask_token_id)
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
-    architecture = (config.architectures or ["(none)"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(f"{path}: transformers {transformers.__version__} has no class {architecture}.")
-    model = _load_weights(model_class, path, config=config, dtype=dtype)
+    _check_tokenizer(path, tokenizer, config)
+    settings.save_to(config)
+    model = load_weights(model_class, path, config=config, dtype=dtype, family=of_family)
+    if adapter is not None:
+        model = attach_adapter(model, adapter).get_base_model()
     device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     return Denoiser(model.to(device).eval(), settings), tokenizer
 
 
-def _load_config(path: str | Path) -> Any:
-    from transformers import AutoConfig
+def read_raw_config(path: str | Path) -> Raw:
+    """Read config.json of a folder or a hub id. Raises ValueError where there is none."""
+    from transformers import PreTrainedConfig
 
     folder = Path(path)
-    is_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    is_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
     if is_local and not folder.is_dir():
         raise ValueError(
             f"no model at {path}: {'it is not a folder' if folder.exists() else 'the folder does not exist'}."
@@ -52,39 +62,180 @@ def _load_config(path: str | Path) -> Any:
     if is_local and not (folder / "config.json").exists():
         raise ValueError(f"no model at {path}: the folder has no config.json (an unfinished run?).")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        raw, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         offline = " The hub is offline (HF_HUB_OFFLINE)." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise ValueError(f"cannot read a model config from {path}: {reason}{offline}") from error
+    return dict(raw)
 
 
-def _load_tokenizer(path: str | Path) -> Any:
-    from transformers import AutoTokenizer
+def load_tokenizer(path: str | Path, *, family: Family | None = None) -> Any:
+    """Load the tokenizer of a folder or a hub id; None where a folder has none."""
+    import transformers
 
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
+    if family is None:
+        classes = ["AutoTokenizer"]
+    elif family.tokenizer_class is not None:
+        classes = [family.tokenizer_class]
+    else:
+        classes = ["AutoTokenizer", "PreTrainedTokenizerFast"]  # the first may want a class from the checkpoint's code
+    reason = ""
+    for name in classes:
+        try:
+            return getattr(transformers, name).from_pretrained(path, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = reason or str(error).strip().splitlines()[0]
+    raise ValueError(f"cannot read the tokenizer of {path}: {reason}")
+
+
+def read_config(path: str | Path, raw: Raw) -> Any:
+    """Read the config of an architecture that transformers has.
+
+    Raises ValueError for one that it does not have, and for one that wants its own code to be run.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    model_type = str(raw.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        if raw.get("auto_map"):
+            raise ValueError(
+                f"{path}: model_type {model_type!r} is computed by code inside the checkpoint, which is never run. "
+                f"Families that load without it: {', '.join(known_model_types())}."
+            )
+        known = [*known_model_types(), *_near(model_type, CONFIG_MAPPING)]
+        error = unknown_name(f"model_type of {path},", model_type, known)
+        raise ValueError(f"{error} Any architecture of transformers becomes a diffusion model by `redraft convert`.")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot read the tokenizer of {path}: {reason}") from error
+        raise ValueError(f"cannot read the model config of {path}: {reason}") from error
 
 
-def _load_weights(model_class: Any, path: str | Path, *, config: Any, dtype: str | torch.dtype) -> Any:
+def _near(name: str, known: Any) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, list(known), n=3)
+
+
+def _config_and_class(
+    path: str | Path, raw: Raw, *, family: Family | None, mask_token_id: int | None
+) -> tuple[Any, Any]:
+    """Find the config of a checkpoint and the stock class that computes it."""
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if family is not None:
+        return family.config(raw, mask_token_id=mask_token_id), stock_class(family)
+    config = read_config(path, raw)
+    architecture = (config.architectures or ["(none)"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(f"{path}: transformers {transformers.__version__} has no class {architecture}.")
+    is_masked = architecture in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    if not raw.get("diffusion") and not is_masked:
+        by_name = ", ".join(family.name for family in FAMILIES if not family.model_types)
+        kind = "autoregressive" if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "not a language model"
+        raise ValueError(
+            f"{path} is {kind} ({architecture}; config.json has no diffusion entry). Make it a diffusion model with "
+            f"`redraft convert {path} OUT`, or name its format: family= {by_name}."
+        )
+    return config, model_class
+
+
+def stock_class(family: Family) -> Any:
+    """Return the transformers class that computes a family."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.stock])
+
+
+def _check_tokenizer(path: str | Path, tokenizer: Any, config: Any) -> None:
+    vocab_size = config.get_text_config().vocab_size
+    if tokenizer is not None and len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens and the embedding {vocab_size} rows, so some tokens "
+            "have no row. Is it another model's tokenizer?"
+        )
+
+
+def load_weights(
+    model_class: Any,
+    path: str | Path,
+    *,
+    config: Any,
+    dtype: str | torch.dtype = "auto",
+    family: Family | None = None,
+    optional: tuple[str, ...] = (),
+) -> Any:
+    """Read weights through transformers' loader, tensor by tensor, renamed on the way where a family asks for it.
+
+    Raises ValueError where a file is cut short, and where weights are missing, unexpected or of another shape;
+    missing weights that start with one of `optional` are left as transformers initialises them.
+    """
     from safetensors import SafetensorError
 
+    loader = model_class if family is None else _renaming_class(model_class, family)
     try:
-        model, info = model_class.from_pretrained(path, config=config, dtype=dtype, output_loading_info=True)
+        model, info = loader.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot read the weights of {path}: {reason}. Is a file cut short?") from error
     for what in ("missing", "unexpected", "mismatched"):
-        names = sorted(str(name) for name in info[f"{what}_keys"])
+        found = (key if isinstance(key, str) else key[0] for key in info[f"{what}_keys"])
+        names = sorted(name for name in found if what != "missing" or not name.startswith(optional or ("\0",)))
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise ValueError(
                 f"{path}: {len(names)} {what} weights: {shown}. The checkpoint does not fit {config.model_type}."
             )
+    if family is not None:
+        model.__class__ = model_class
+        model._weight_conversions = None  # so that save_pretrained writes the stock names
     return model
+
+
+def _renaming_class(model_class: Any, family: Family) -> Any:
+    """Subclass a stock class so that transformers finds the family's renames under its name, and only there."""
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+    conversions = family.conversions()
+    if not conversions:
+        return model_class
+    name = f"Redraft_{family.name}_{model_class.__name__}"
+    register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+    return type(name, (model_class,), {"__module__": __name__})
+
+
+def attach_adapter(model: Any, adapter: str | Path) -> Any:
+    """Lay a peft adapter over a model. Raises ValueError where it is not one or does not fit every weight."""
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    try:
+        settings = PeftConfig.from_pretrained(str(adapter))
+        weights = load_peft_weights(str(adapter), device="cpu")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot read an adapter from {adapter}: {reason}") from error
+    settings.inference_mode = True
+    try:
+        wrapped = get_peft_model(model, settings)
+        result = set_peft_model_state_dict(wrapped, weights)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the adapter {adapter} does not fit this model: {str(error).strip()[:300]}") from error
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        names = [*missing, *result.unexpected_keys]
+        raise ValueError(f"the adapter {adapter} does not fit this model: {len(names)} weights, first {names[0]}.")
+    return wrapped

@@ -1,0 +1,229 @@
+"""Model families: a config translation and a table of weight renames onto a stock transformers class.
+
+A released diffusion language model is a stock architecture under other names, without the causal mask. The renames run
+inside transformers' own loader, tensor by tensor; no code of the checkpoint is ever run. docs/models.md lists the
+families with the sources of every number.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from redraft.errors import unknown_name
+from redraft.models import translations
+from redraft.models.settings import DiffusionSettings
+from redraft.models.translations import Raw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one family's checkpoints become a stock transformers model."""
+
+    name: str
+    stock: str
+    """`model_type` of the transformers architecture."""
+    model_types: tuple[str, ...] = ()
+    """What its config.json calls itself; empty where that says nothing (then `hub_ids` or `family=` decide)."""
+    architectures: tuple[str, ...] = ()
+    """Where families share a `model_type`: the classes that tell them apart."""
+    hub_ids: tuple[str, ...] = ()
+    """Beginnings of hub ids, lower case, for checkpoints whose config.json looks autoregressive."""
+    translate: Callable[[Raw], Raw] = dict
+    """config.json -> fields of the stock config."""
+    conversions: Callable[[], list[Any]] = list
+    """Weight transforms of transformers, from the family's names to the stock ones."""
+    mask_token_id: int | None = None
+    """Where config.json does not say; None: the tokenizer's mask token."""
+    eos_token_id: int | None = None
+    block_size: int | None = None
+    shift_logits: bool = False
+    tokenizer_class: str | None = None
+    """Class of transformers that reads a tokenizer whose own class is remote code."""
+    original: Callable[[Raw], Raw] | None = None
+    """Stock config -> the family's config.json (`redraft convert --to`); None where that is not offered."""
+
+    def config(self, raw: Raw, *, mask_token_id: int | None = None) -> Any:
+        """Build the stock transformers config, bidirectional and with its diffusion settings where a mask is known."""
+        from transformers import AutoConfig
+
+        fields = self.translate(raw)
+        fields |= {name: raw[name] for name in _CARRIED if raw.get(name) is not None}
+        if fields.get("eos_token_id") is None and (self.eos_token_id or 0) < fields["vocab_size"]:
+            fields["eos_token_id"] = self.eos_token_id
+        config = AutoConfig.for_model(self.stock, **{k: v for k, v in fields.items() if k not in _OF_THE_FILE})
+        mask = mask_token_id if mask_token_id is not None else raw.get("mask_token_id", self.mask_token_id)
+        if saved := raw.get("diffusion"):
+            DiffusionSettings(**saved | ({} if mask is None else {"mask_token_id": mask})).save_to(config)
+        elif mask is not None:
+            self.settings(raw, mask_token_id=mask).save_to(config)
+        return config
+
+    def settings(self, raw: Raw, *, mask_token_id: int) -> DiffusionSettings:
+        """Read what the family's config.json says about its diffusion; the family's defaults fill the gaps."""
+        block_size = raw.get("block_size", raw.get("bd_size", self.block_size)) if self.block_size else None
+        return DiffusionSettings(mask_token_id=mask_token_id, shift_logits=self.shift_logits, block_size=block_size)
+
+    def original_config(self, config: Any) -> Raw:
+        """Write a stock config as the family's config.json. Raises ValueError for a family without a way back."""
+        if self.original is None:
+            names = [family.name for family in FAMILIES if family.original is not None]
+            raise ValueError(f"a checkpoint cannot be written as {self.name}; can be: {', '.join(names)}.")
+        saved = translations.flat(config.to_dict())
+        raw = self.original(saved)
+        raw |= {name: saved[name] for name in _CARRIED if saved.get(name) is not None}
+        raw |= {"model_type": self.model_types[0], "architectures": list(self.architectures)}
+        diffusion = saved.get("diffusion") or {}
+        return raw | {"mask_token_id": diffusion.get("mask_token_id"), "diffusion": diffusion}
+
+
+def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Family | None:
+    """Find the family of a checkpoint: the one named, or the one its config.json or hub id tells; None if it has none.
+
+    Raises ValueError for a name that is not a family.
+    """
+    if name is not None:
+        for family in FAMILIES:
+            if family.name == name:
+                return family
+        raise unknown_name("family", name, [family.name for family in FAMILIES])
+    architectures = set(raw.get("architectures") or ())
+    named = [family for family in FAMILIES if raw.get("model_type") in family.model_types]
+    for family in named:
+        if architectures & set(family.architectures):
+            return family
+    if named:
+        return named[0]
+    for family in FAMILIES:
+        if hub_id and any(hub_id.lower().startswith(prefix) for prefix in family.hub_ids):
+            return family
+    return None
+
+
+def known_model_types() -> list[str]:
+    """List the `model_type`s that families answer to."""
+    return sorted({model_type for family in FAMILIES for model_type in family.model_types})
+
+
+_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+_OF_THE_FILE = ("model_type", "architectures", "auto_map", "transformers_version", "diffusion")
+
+FAMILIES = (
+    Family(
+        name="llada",
+        stock="llama",
+        model_types=("llada",),
+        architectures=("LLaDAModelLM",),
+        translate=translations.from_llada,
+        conversions=translations.llada_weights,
+        original=translations.to_llada,
+        mask_token_id=126336,
+        eos_token_id=126081,
+    ),
+    Family(
+        name="llada-moe",
+        stock="qwen3_moe",
+        model_types=("lladamoe", "llada"),  # the hub's config.json says llada: its class tells it apart
+        architectures=("LLaDAMoEModelLM", "LLaDAMoEModel"),
+        translate=translations.from_llada_moe,
+        mask_token_id=156895,
+        eos_token_id=156892,
+    ),
+    Family(
+        name="llada2",
+        stock="glm4_moe",
+        model_types=("llada2_moe",),
+        architectures=("LLaDA2MoeModelLM",),
+        translate=translations.from_llada2,
+        conversions=translations.llada2_weights,
+        original=translations.to_llada2,
+        mask_token_id=156895,
+        eos_token_id=156892,
+        block_size=32,
+    ),
+    Family(
+        name="llada2.1",
+        stock="glm4_moe",
+        model_types=("llada21_moe",),
+        architectures=("LLaDA2MoeModelLM",),
+        translate=translations.from_llada2,
+        conversions=translations.llada2_weights,
+        original=translations.to_llada2,
+        mask_token_id=156895,
+        eos_token_id=156892,
+        block_size=32,
+    ),
+    Family(
+        name="dream",  # Dream 7B, Dream-Coder, DiffuCoder
+        stock="qwen2",
+        model_types=("Dream", "dream"),
+        architectures=("DreamModel",),
+        translate=translations.plain,
+        original=translations.to_dream,
+        mask_token_id=151666,
+        eos_token_id=151643,
+        shift_logits=True,
+        tokenizer_class="Qwen2Tokenizer",
+    ),
+    Family(
+        name="sdar",
+        stock="qwen3",
+        model_types=("sdar",),
+        translate=translations.plain,
+        mask_token_id=151669,
+        eos_token_id=151643,
+        block_size=4,
+    ),
+    Family(
+        name="sdar-moe",
+        stock="qwen3_moe",
+        model_types=("sdar_moe",),
+        translate=translations.plain,
+        mask_token_id=151669,
+        eos_token_id=151643,
+        block_size=4,
+    ),
+    Family(
+        name="fast-dllm-v2",
+        stock="qwen2",
+        model_types=("Fast_dLLM_Qwen",),
+        translate=translations.plain,
+        mask_token_id=151665,
+        eos_token_id=151645,
+        block_size=32,
+        shift_logits=True,
+    ),
+    Family(
+        name="rnd1",
+        stock="qwen3_moe",
+        model_types=("rnd1",),
+        translate=translations.plain,
+        mask_token_id=151669,
+        eos_token_id=151645,
+        shift_logits=True,
+    ),
+    Family(name="a2d-llama", stock="llama", model_types=("a2d-llama",), translate=translations.plain),
+    Family(name="a2d-qwen2", stock="qwen2", model_types=("a2d-qwen2",), translate=translations.plain),
+    Family(name="a2d-qwen3", stock="qwen3", model_types=("a2d-qwen3",), translate=translations.plain),
+    Family(
+        name="diffullama",
+        stock="llama",
+        hub_ids=("diffusionfamily/diffullama",),
+        translate=translations.plain,
+        shift_logits=True,
+    ),
+    Family(
+        name="diffugpt",
+        stock="gpt2",
+        hub_ids=("diffusionfamily/diffugpt",),
+        translate=translations.plain,
+        conversions=translations.diffugpt_weights,
+        shift_logits=True,
+    ),
+    Family(
+        name="open-dcoder",
+        stock="qwen2",
+        hub_ids=("fredzzp/open-dcoder",),
+        translate=translations.plain,
+        shift_logits=True,
+    ),
+)
