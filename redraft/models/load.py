@@ -1,6 +1,8 @@
 """Loading: a folder or a hub id becomes a denoiser and its tokenizer. No remote code is ever run."""
 
+import difflib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def read_raw_config(path: str | Path) -> Raw:
     from transformers import PreTrainedConfig
 
     folder = Path(path)
-    is_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") != 1
+    is_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
     if is_local and not folder.is_dir():
         raise ValueError(
             f"no model at {path}: {'it is not a folder' if folder.exists() else 'the folder does not exist'}."
@@ -103,23 +105,20 @@ def read_config(path: str | Path, raw: Raw) -> Any:
     if model_type not in CONFIG_MAPPING:
         if raw.get("auto_map"):
             raise ValueError(
-                f"{path}: model_type {model_type!r} is computed by code inside the checkpoint, which is never run. "
-                f"Families that load without it: {', '.join(known_model_types())}."
+                f"cannot read a model config from {path}: model_type {model_type!r} is computed by code inside the "
+                f"checkpoint, which is never run. Families that load without it: {', '.join(known_model_types())}."
             )
-        known = [*known_model_types(), *_near(model_type, CONFIG_MAPPING)]
-        error = unknown_name(f"model_type of {path},", model_type, known)
-        raise ValueError(f"{error} Any architecture of transformers becomes a diffusion model by `redraft convert`.")
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
+        error = unknown_name("model_type", model_type, [*known_model_types(), *near])
+        raise ValueError(
+            f"cannot read a model config from {path}: {error} `redraft convert` makes a diffusion model of any "
+            "architecture of transformers."
+        )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot read the model config of {path}: {reason}") from error
-
-
-def _near(name: str, known: Any) -> list[str]:
-    import difflib
-
-    return difflib.get_close_matches(name, list(known), n=3)
 
 
 def _config_and_class(
@@ -140,11 +139,11 @@ def _config_and_class(
     if model_class is None:
         raise ValueError(f"{path}: transformers {transformers.__version__} has no class {architecture}.")
     is_masked = architecture in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-    if not raw.get("diffusion") and not is_masked:
+    if not raw.get("diffusion") and raw.get("is_causal") is not False and not is_masked:
         by_name = ", ".join(family.name for family in FAMILIES if not family.model_types)
-        kind = "autoregressive" if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else "not a language model"
+        is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         raise ValueError(
-            f"{path} is {kind} ({architecture}; config.json has no diffusion entry). Make it a diffusion model with "
+            f"{path} is {'autoregressive' if is_causal else 'not a language model'} ({architecture}; config.json has no diffusion entry). Make it a diffusion model with "
             f"`redraft convert {path} OUT`, or name its format: family= {by_name}."
         )
     return config, model_class
@@ -230,8 +229,10 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
         raise ValueError(f"cannot read an adapter from {adapter}: {reason}") from error
     settings.inference_mode = True
     try:
-        wrapped = get_peft_model(model, settings)
-        result = set_peft_model_state_dict(wrapped, weights)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
+            wrapped = get_peft_model(model, settings)
+        result: Any = set_peft_model_state_dict(wrapped, weights)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the adapter {adapter} does not fit this model: {str(error).strip()[:300]}") from error
     missing = [name for name in result.missing_keys if "lora_" in name]

@@ -16,7 +16,7 @@ def flat(config: Raw) -> Raw:
 
 
 def _require(raw: Raw, family: str, **expected: Any) -> None:
-    """Refuse a variant that the stock class does not compute. `expected` values are those a missing field stands for."""
+    """Refuse a variant that the stock class does not compute. A missing field stands for the expected value."""
     for name, value in expected.items():
         if raw.get(name, value) != value:
             raise ValueError(
@@ -119,15 +119,36 @@ def from_llada_moe(raw: Raw) -> Raw:
     return fields
 
 
-_LLADA2_FIELDS = {
-    name: name
-    for name in (
-        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling "
-        "partial_rotary_factor n_group topk_group routed_scaling_factor num_experts_per_tok first_k_dense_replace "
-        "attention_dropout initializer_range norm_topk_prob tie_word_embeddings"
-    ).split()
-} | {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts", "attention_bias": "use_qkv_bias"}
+_LLADA2_SAME = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+    "num_experts_per_tok",
+    "first_k_dense_replace",
+    "attention_dropout",
+    "initializer_range",
+    "norm_topk_prob",
+    "tie_word_embeddings",
+]
+_LLADA2_FIELDS = dict(zip(_LLADA2_SAME, _LLADA2_SAME, strict=True)) | {
+    "n_routed_experts": "num_experts",
+    "n_shared_experts": "num_shared_experts",
+    "attention_bias": "use_qkv_bias",
+}
 _LLADA2_FIXED = {"use_bias": False, "use_qk_norm": True, "score_function": "sigmoid", "norm_head": False}
 
 
@@ -168,7 +189,7 @@ def plain(raw: Raw) -> Raw:
     """Keep every field of the architecture; what belonged to the family's own sampler or kernels goes."""
     fields = {name: value for name, value in raw.items() if name not in _OWN_FIELDS}
     for name in ("rope_scaling", "sliding_window"):  # RND1 writes False for none
-        if fields.get(name, None) is False:
+        if fields.get(name) is False:
             del fields[name]
     return fields
 
