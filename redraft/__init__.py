@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from redraft.language_model import Generation, LanguageModel, load
+    from redraft.models.convert import convert
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "LanguageModel", "__version__", "load"]
+__all__ = ["Generation", "LanguageModel", "__version__", "convert", "load"]
 
 _HOME = {
     "load": "redraft.language_model",
+    "convert": "redraft.models.convert",
     "LanguageModel": "redraft.language_model",
     "Generation": "redraft.language_model",
 }

@@ -7,6 +7,7 @@ from redraft.errors import unknown_name
 
 COMMANDS = {
     "train": "train a model by a recipe, or go on with a run",
+    "convert": "make a diffusion model of any model of transformers, or check one",
     "sample": "generate text from prompts",
     "infill": "fill the gaps in a text",
     "chat": "talk with a model and watch its drafts form",
@@ -64,7 +65,7 @@ def _help() -> str:
         [
             "usage: redraft COMMAND [...]",
             "",
-            "Diffusion language models: train, sample, infill, chat.",
+            "Diffusion language models: train, convert, sample, infill, chat.",
             "",
             *lines,
             "",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from redraft.layouts import Layout, attention_mask, segment_positions
 from redraft.models.head import head_at, head_skipped
+from redraft.models.masks import model_masks
 from redraft.models.settings import DiffusionSettings
 
 
@@ -89,7 +90,8 @@ class Denoiser:
             segment_ids=segment_ids,
             isolate_segments=isolate_segments,
         )
-        return {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+        masks = model_masks(self.model, mask, positions, positions)
+        return {"input_ids": input_ids, "attention_mask": masks, "position_ids": positions, "use_cache": False}
 
     def _rows(self, where: Int[Tensor, "n"], seq_len: int) -> Int[Tensor, "n"]:
         """Find the positions whose logits predict `where`: themselves, or their left neighbours."""

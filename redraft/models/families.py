@@ -68,11 +68,19 @@ class Family:
         if self.original is None:
             names = [family.name for family in FAMILIES if family.original is not None]
             raise ValueError(f"a checkpoint cannot be written as {self.name}; can be: {', '.join(names)}.")
+        diffusion = getattr(config, "diffusion", None) or {}
+        facts = {
+            "the architecture": (config.model_type, self.stock),
+            "shift_logits": (diffusion.get("shift_logits", False), self.shift_logits),
+            "block-causal attention": (bool(diffusion.get("block_size")), bool(self.block_size)),
+        }
+        for what, (ours, theirs) in facts.items():  # their code has these built in
+            if ours != theirs:
+                raise ValueError(f"cannot be written as {self.name}: {what} is {ours!r} here and {theirs!r} there.")
         saved = translations.flat(config.to_dict())
         raw = self.original(saved)
         raw |= {name: saved[name] for name in _CARRIED if saved.get(name) is not None}
         raw |= {"model_type": self.model_types[0], "architectures": list(self.architectures)}
-        diffusion = saved.get("diffusion") or {}
         return raw | {"mask_token_id": diffusion.get("mask_token_id"), "diffusion": diffusion}
 
 

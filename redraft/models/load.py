@@ -3,6 +3,7 @@
 import difflib
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def load_denoiser(
         mask_token_id = tokenizer.mask_token_id
     config, model_class = _config_and_class(path, raw, family=of_family, mask_token_id=mask_token_id)
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
-    _check_tokenizer(path, tokenizer, config)
+    check_tokenizer(path, tokenizer, config)
     settings.save_to(config)
     model = load_weights(model_class, path, config=config, dtype=dtype, family=of_family)
     if adapter is not None:
@@ -143,8 +144,8 @@ def _config_and_class(
         by_name = ", ".join(family.name for family in FAMILIES if not family.model_types)
         is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         raise ValueError(
-            f"{path} is {'autoregressive' if is_causal else 'not a language model'} ({architecture}; config.json has no diffusion entry). Make it a diffusion model with "
-            f"`redraft convert {path} OUT`, or name its format: family= {by_name}."
+            f"{path} is {'autoregressive' if is_causal else 'not a language model'} ({architecture}; config.json has no "
+            f"diffusion entry). Make it a diffusion model with `redraft convert {path} OUT`, or name its format: family= {by_name}."
         )
     return config, model_class
 
@@ -157,7 +158,8 @@ def stock_class(family: Family) -> Any:
     return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.stock])
 
 
-def _check_tokenizer(path: str | Path, tokenizer: Any, config: Any) -> None:
+def check_tokenizer(path: str | Path, tokenizer: Any, config: Any) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the embedding has rows."""
     vocab_size = config.get_text_config().vocab_size
     if tokenizer is not None and len(tokenizer) > vocab_size:
         raise ValueError(
@@ -173,26 +175,29 @@ def load_weights(
     config: Any,
     dtype: str | torch.dtype = "auto",
     family: Family | None = None,
-    optional: tuple[str, ...] = (),
+    gguf_file: str | None = None,
+    may_differ: Callable[[str, str], bool] = lambda what, name: False,
 ) -> Any:
     """Read weights through transformers' loader, tensor by tensor, renamed on the way where a family asks for it.
 
-    Raises ValueError where a file is cut short, and where weights are missing, unexpected or of another shape;
-    missing weights that start with one of `optional` are left as transformers initialises them.
+    Raises ValueError where a file is cut short, and where weights are missing, unexpected or of another shape, but for
+    those that `may_differ("missing" | "unexpected", name)` lets pass (transformers initialises the missing ones).
     """
     from safetensors import SafetensorError
+    from transformers import GgufConfig
 
-    loader = model_class if family is None else _renaming_class(model_class, family)
+    loader = model_class if family is None else renaming_class(model_class, family)
+    gguf = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
     try:
         model, info = loader.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf
         )
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot read the weights of {path}: {reason}. Is a file cut short?") from error
     for what in ("missing", "unexpected", "mismatched"):
         found = (key if isinstance(key, str) else key[0] for key in info[f"{what}_keys"])
-        names = sorted(name for name in found if what != "missing" or not name.startswith(optional or ("\0",)))
+        names = sorted(name for name in found if what == "mismatched" or not may_differ(what, name))
         if names:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise ValueError(
@@ -204,7 +209,7 @@ def load_weights(
     return model
 
 
-def _renaming_class(model_class: Any, family: Family) -> Any:
+def renaming_class(model_class: Any, family: Family) -> Any:
     """Subclass a stock class so that transformers finds the family's renames under its name, and only there."""
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
@@ -231,6 +236,7 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.* was renamed")  # that is its purpose
             wrapped = get_peft_model(model, settings)
         result: Any = set_peft_model_state_dict(wrapped, weights)
     except (ValueError, RuntimeError) as error:

@@ -1,0 +1,114 @@
+"""`redraft convert SOURCE OUT`: any model of transformers becomes a diffusion model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from redraft.cli.parsing import parse
+
+if TYPE_CHECKING:
+    from redraft.models.probe import Check
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertFlags:
+    """Make a diffusion model of any decoder or encoder of transformers. Nothing is written unless its checks pass."""
+
+    source: Annotated[str, tyro.conf.Positional] = ""
+    """Folder, hub id or .gguf file."""
+    out: Annotated[str, tyro.conf.Positional] = ""
+    """Folder to write; without it, `--check` measures SOURCE as it is."""
+    mask_token_id: int | None = None
+    """Row of the mask token; found or made where absent."""
+    shift_logits: bool | None = None
+    """Let position i be predicted at i - 1, as an autoregressive model was trained to."""
+    block_size: int | None = None
+    """Tokens in a block of block-causal attention; absent for full attention."""
+    merge: str | None = None
+    """LoRA adapter (folder or hub id) to merge into the weights."""
+    to: str | None = None
+    """Write a family's own names: llada, llada2, llada2.1 or dream."""
+    family: str | None = None
+    """Format of a SOURCE whose config.json looks autoregressive: diffullama, diffugpt or open-dcoder."""
+    dtype: str = "auto"
+    """Data type of the weights written; auto keeps SOURCE's."""
+    check: bool = False
+    """Print what was measured."""
+    matrix: bool = False
+    """Measure a tiny random model of every decoder of the installed transformers, and print the table."""
+
+
+def main(arguments: list[str]) -> int:
+    """Convert, check, or print the table."""
+    flags = parse(ConvertFlags, arguments or ["--help"], command="convert")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if flags.matrix:
+        return _matrix(console)
+    if not flags.source:
+        raise ValueError("name a model to convert: redraft convert SOURCE OUT.")
+    if not flags.out:
+        if not flags.check:
+            raise ValueError("name the folder to write: redraft convert SOURCE OUT (or --check to only measure).")
+        return _check(flags, console)
+    return _convert(flags, console)
+
+
+def _convert(flags: ConvertFlags, console: Console) -> int:
+    from redraft.models.convert import convert
+
+    made = convert(
+        flags.source,
+        flags.out,
+        mask_token_id=flags.mask_token_id,
+        shift_logits=flags.shift_logits,
+        block_size=flags.block_size,
+        adapter=flags.merge,
+        to=flags.to,
+        family=flags.family,
+        dtype=flags.dtype,
+    )
+    block_size = made.settings.block_size
+    layout = "full attention" if block_size is None else f"block-causal attention, {block_size} tokens"
+    shift = ", logits shifted" if made.settings.shift_logits else ""
+    console.print(f"{made.folder}: {made.architecture}, {layout}{shift}")
+    for note in made.notes:
+        console.print(f"  {note}")
+    if flags.check:
+        _print_checks(made.checks, console)
+    console.print(f"try next:\n  redraft convert {made.folder} --check\n  redraft train --help")
+    return 0
+
+
+def _check(flags: ConvertFlags, console: Console) -> int:
+    from redraft.models.load import load_denoiser
+    from redraft.models.probe import check_model
+
+    denoiser, _ = load_denoiser(flags.source, mask_token_id=flags.mask_token_id, family=flags.family)
+    checks = check_model(denoiser.model, denoiser.settings)
+    _print_checks(checks, console)
+    return 0 if all(check.passed for check in checks[:3]) else 1
+
+
+def _print_checks(checks: "Sequence[Check]", console: Console) -> None:
+    for check in checks:
+        console.print(f"  {'yes' if check.passed else 'NO '}  {check.claim}: {check.measured}")
+
+
+def _matrix(console: Console) -> int:
+    import warnings
+
+    import transformers
+
+    from redraft.models.matrix import architectures, measure, table
+
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = architectures()
+        rows = [measure(name) for name in track(names, "measuring", console=Console(stderr=True), transient=True)]
+    console.print(table(rows))
+    return 0

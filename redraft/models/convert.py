@@ -1,0 +1,283 @@
+"""Convert: any decoder or encoder of transformers becomes a diffusion model, without a line of modelling code."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redraft.models.families import Family, find_family
+from redraft.models.load import (
+    attach_adapter,
+    check_tokenizer,
+    load_denoiser,
+    load_tokenizer,
+    load_weights,
+    read_config,
+    read_raw_config,
+    renaming_class,
+)
+from redraft.models.probe import BIDIRECTIONAL, BLOCKS, ISOLATED, PADDING, Check, check_model
+from redraft.models.settings import DiffusionSettings
+
+MASK_TOKEN = "<|mask|>"
+RESERVED = re.compile(r"<\|?(reserved|unused|extra|spare|dummy)|\[unused|_unused", re.IGNORECASE)
+_OTHER_HEAD = re.compile(r"pooler|seq_relationship|classifier|qa_outputs")
+ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "minimax_m3_sparse", "mlp", "moe"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `convert` made, and what it measured."""
+
+    folder: Path
+    architecture: str
+    settings: DiffusionSettings
+    notes: tuple[str, ...]
+    """What was chosen or created: the mask token, a missing head, a merged adapter."""
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A model as it was read, and the settings it came with (None: not yet a diffusion model)."""
+
+    model: Any
+    tokenizer: Any
+    settings: DiffusionSettings | None
+    notes: list[str]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    mask_token_id: int | None = None,
+    shift_logits: bool | None = None,
+    block_size: int | None = None,
+    adapter: str | Path | None = None,
+    to: str | None = None,
+    family: str | None = None,
+    dtype: str | torch.dtype = "auto",
+) -> Conversion:
+    """Write `source` (folder, hub id or .gguf file) to the folder `out` as a diffusion model.
+
+    An autoregressive model loses its causal mask (`block_size`: between blocks it stays); an encoder keeps its head or
+    gets one. The mask token is the one asked for, the tokenizer's own, a reserved row, a spare row of the embedding, or
+    a new row; the last three are set to the mean of the others. `shift_logits` keeps next-token alignment. `adapter` is
+    merged into the weights. `to` writes a family's own names, for the users of its original code.
+
+    Raises ValueError for a model that cannot be converted, with the reason, before anything is written.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; name a new one.")
+    read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype)
+    model, notes = read.model, read.notes
+    if adapter is not None:
+        model = attach_adapter(model, adapter).merge_and_unload()
+        notes.append(f"merged the adapter {adapter}")
+    if read.settings is None:
+        mask, note = choose_mask(model, read.tokenizer, mask_token_id)
+        notes.append(note)
+        settings = DiffusionSettings(mask_token_id=mask, shift_logits=bool(shift_logits), block_size=block_size)
+    else:
+        settings = _overridden(read.settings, shift_logits=shift_logits, block_size=block_size)
+    settings.save_to(model.config)
+    DiffusionSettings.read_from(model.config.get_text_config())
+    checks = check_model(model, settings)
+    require(source, checks, settings)
+    _save(model, read.tokenizer, out, family=None if to is None else find_family({}, name=to))
+    return Conversion(
+        folder=out,
+        architecture=type(model).__name__,
+        settings=settings,
+        notes=tuple(notes),
+        checks=tuple(checks),
+    )
+
+
+def _overridden(settings: DiffusionSettings, **overrides: Any) -> DiffusionSettings:
+    from dataclasses import replace
+
+    return replace(settings, **{name: value for name, value in overrides.items() if value is not None})
+
+
+def require(source: str | Path, checks: list[Check], settings: DiffusionSettings) -> None:
+    """Raise ValueError where a claim that the settings rest on does not hold."""
+    needed = {BIDIRECTIONAL, ISOLATED, PADDING} | ({BLOCKS} if settings.block_size else set())
+    for check in checks:
+        if check.claim in needed and not check.passed:
+            raise ValueError(f"{source} cannot be converted: not true that {check.claim} ({check.measured}).")
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(
+    source: str | Path, *, mask_token_id: int | None, family: str | None, dtype: str | torch.dtype
+) -> _Source:
+    if str(source).endswith(".gguf"):
+        return _read_gguf(Path(source), dtype)
+    raw = read_raw_config(source)
+    if raw.get("diffusion") or find_family(raw, name=family, hub_id=str(source)) is not None:
+        denoiser, tokenizer = load_denoiser(
+            source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family
+        )
+        return _Source(model=denoiser.model, tokenizer=tokenizer, settings=denoiser.settings, notes=[])
+    config = read_config(source, raw)
+    model_class = language_model_class(config)
+    if (why := refusal(config, model_class)) is not None:
+        raise ValueError(f"{source} cannot be converted: {why}.")
+    tokenizer = load_tokenizer(source)
+    check_tokenizer(source, tokenizer, config)
+    notes: list[str] = []
+    model = load_weights(
+        model_class, source, config=config, dtype=dtype, may_differ=_head_of(config, model_class, notes)
+    )
+    return _Source(model=model, tokenizer=tokenizer, settings=None, notes=notes[:1])
+
+
+def _read_gguf(path: Path, dtype: str | torch.dtype) -> _Source:
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not path.is_file():
+        raise ValueError(f"no model at {path}: the file does not exist.")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"cannot read {path}: {str(error).strip().splitlines()[0]}") from error
+    model_class = language_model_class(config)
+    if (reason := refusal(config, model_class)) is not None:
+        raise ValueError(f"{path} cannot be converted: {reason}.")
+    model = load_weights(model_class, path.parent, config=config, dtype=dtype, gguf_file=path.name)
+    return _Source(model=model, tokenizer=tokenizer, settings=None, notes=["unpacked the GGUF blocks"])
+
+
+def language_model_class(config: Any) -> Any:
+    """Return the class with a vocabulary head: the masked-language model of an encoder, else the causal one.
+
+    Raises ValueError where transformers has neither.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    model_type = config.model_type
+    name = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if name is None:
+        raise ValueError(f"transformers has no language model of architecture {model_type!r}, so there is no head.")
+    return getattr(transformers, name)
+
+
+def refusal(config: Any, model_class: Any) -> str | None:
+    """Say why an architecture can be no diffusion model, or None where only measuring can tell."""
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{config.model_type} is an encoder-decoder, and a canvas has one sequence"
+    if config.get_text_config() is not config:
+        return f"{config.model_type} is multimodal; convert its text model by itself"
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
+    if model_class._is_stateful or others:
+        kinds = f" ({', '.join(others)})" if others else ""
+        return f"{config.model_type} has recurrent, convolutional or compressing layers{kinds}: they read left to right"
+    return None
+
+
+def _head_of(config: Any, model_class: Any, notes: list[str]) -> Any:
+    """Let an encoder lack its vocabulary head, and bring heads for other tasks; write down what was made."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return lambda what, name: False
+    prefix = f"{model_class.base_model_prefix}."
+
+    def may_differ(what: str, name: str) -> bool:
+        if _OTHER_HEAD.search(name):
+            return what == "unexpected"
+        if what == "missing" and not name.startswith(prefix):
+            notes.append("created the vocabulary head: the checkpoint had none, so it must be trained")
+            return True
+        return False
+
+    return may_differ
+
+
+# --- The mask token --------------------------------------------------------------------------------------------------
+
+
+def choose_mask(model: Any, tokenizer: Any, mask_token_id: int | None) -> tuple[int, str]:
+    """Find or make the mask token's row, set its token in the tokenizer; return its id and what was done.
+
+    Raises ValueError for an id outside the vocabulary.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if mask_token_id is not None:
+        if not 0 <= mask_token_id < rows:
+            raise ValueError(f"mask_token_id must lie in the vocabulary of {rows} tokens; got {mask_token_id}.")
+        if tokenizer is not None and mask_token_id < len(tokenizer):
+            tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
+        return mask_token_id, f"mask token: {mask_token_id}, as asked"
+    if tokenizer is None:
+        _add_row(model, rows)
+        return rows, f"mask token: {rows}, a new row at the mean of the others"
+    if tokenizer.mask_token_id is not None:
+        own = int(tokenizer.mask_token_id)
+        return own, f"mask token: {own}, the tokenizer's own {tokenizer.mask_token}"
+    reserved = sorted(
+        (index, token) for token, index in tokenizer.get_vocab().items() if RESERVED.match(token) and index < rows
+    )
+    if reserved:
+        tokenizer.add_special_tokens({"mask_token": reserved[0][1]})
+        what = f"the reserved {reserved[0][1]}, its row set to the mean of the others"
+    else:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        is_new = tokenizer.mask_token_id >= rows
+        what = f"{'a new' if is_new else 'a spare'} row, set to the mean of the others"
+    chosen: int = tokenizer.mask_token_id
+    _add_row(model, chosen)
+    return chosen, f"mask token: {chosen}, {what}"
+
+
+@torch.no_grad()
+def _add_row(model: Any, row: int) -> None:
+    """Set a row of the embedding and of the head to the mean of the others; make the row where there is none."""
+    if row >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(row + 1, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight: Tensor = module.weight
+        others = torch.arange(weight.shape[0], device=weight.device) != row
+        weight[row] = weight[others].float().mean(dim=0).to(weight.dtype)
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def _save(model: Any, tokenizer: Any, out: Path, *, family: Family | None) -> None:
+    """Save under the stock names, or under a family's own."""
+    if family is None:
+        model.save_pretrained(out)
+    else:
+        _save_as(model, out, family)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+
+
+def _save_as(model: Any, out: Path, family: Family) -> None:
+    raw = family.original_config(model.config)
+    stock_class = type(model)
+    try:
+        model.__class__ = renaming_class(stock_class, family)
+        model._weight_conversions = None  # so that transformers looks for the renames to reverse, under that class
+        model.save_pretrained(out)
+    finally:
+        model.__class__ = stock_class
+    (out / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True, default=str) + "\n")
+
+
+

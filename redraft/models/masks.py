@@ -1,0 +1,67 @@
+"""Attention masks as each transformers model wants them.
+
+A 4-D mask goes to every layer untouched, so a model with windowed layers needs one mask per kind of layer. Eager
+attention adds the mask to its scores: a boolean mask would be added as 0 and 1, without an error.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+WINDOW, CHUNK = "sliding_attention", "chunked_attention"
+NEEDS_MASK = {"mpt", "nemotron", "stablelm"}
+"""Architectures whose own attention code is causal, or fails, where it gets no mask, whatever the config says."""
+
+
+def model_masks(
+    model: Any,
+    mask: Bool[Tensor, "batch 1 query key"] | None,
+    query_positions: Int[Tensor, "batch query"],
+    key_positions: Int[Tensor, "batch key"],
+) -> Any:
+    """Turn a mask (None: everything attends to everything) into the `attention_mask` of a model's forward."""
+    config = model.config.get_text_config()
+    if mask is None and config.model_type in NEEDS_MASK:
+        batch, queries = query_positions.shape
+        mask = torch.ones((batch, 1, queries, key_positions.shape[1]), dtype=torch.bool, device=query_positions.device)
+    masks = layer_masks(config, mask, query_positions, key_positions)
+    if config._attn_implementation != "eager":
+        return masks
+    if isinstance(masks, dict):
+        return {kind: _additive(one, model.dtype) for kind, one in masks.items()}
+    return None if masks is None else _additive(masks, model.dtype)
+
+
+def _additive(mask: Bool[Tensor, "batch 1 query key"], dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def layer_masks(
+    config: Any,
+    mask: Bool[Tensor, "batch 1 query key"] | None,
+    query_positions: Int[Tensor, "batch query"],
+    key_positions: Int[Tensor, "batch key"],
+) -> Any:
+    """Lay each kind of layer's own window over a mask (None: everything attends to everything).
+
+    Returns the mask itself where no window bites, one mask where all layers are of one kind, else {kind: mask}. A
+    window of n reaches n positions to either side, as in transformers' bidirectional masks.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) if not kinds or WINDOW in kinds else None
+    chunk = getattr(config, "attention_chunk_size", None) if not kinds or CHUNK in kinds else None
+    if not kinds <= {"full_attention", WINDOW, CHUNK}:
+        return mask
+    distance = (query_positions[:, None, :, None] - key_positions[:, None, None, :]).abs()
+    is_near = distance <= window if window else None
+    if not chunk and (is_near is None or bool(is_near.all())):
+        return mask
+    whole = torch.ones_like(distance, dtype=torch.bool) if mask is None else mask
+    masks = {"full_attention": whole}
+    if is_near is not None:
+        masks[WINDOW] = whole & is_near
+    if chunk:
+        masks[CHUNK] = whole & (query_positions[:, None, :, None] // chunk == key_positions[:, None, None, :] // chunk)
+    return {kind: masks[kind] for kind in kinds} if kinds else masks[WINDOW if window else CHUNK]
