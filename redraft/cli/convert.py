@@ -24,7 +24,7 @@ class ConvertFlags:
     """Folder to write; without it, `--check` measures SOURCE as it is."""
     mask_token_id: int | None = None
     """Row of the mask token; found or made where absent."""
-    shift_logits: bool | None = None
+    shift_logits: bool = False
     """Let position i be predicted at i - 1, as an autoregressive model was trained to."""
     block_size: int | None = None
     """Tokens in a block of block-causal attention; absent for full attention."""
@@ -64,7 +64,7 @@ def _convert(flags: ConvertFlags, console: Console) -> int:
         flags.source,
         flags.out,
         mask_token_id=flags.mask_token_id,
-        shift_logits=flags.shift_logits,
+        shift_logits=flags.shift_logits or None,  # a source that is shifted stays so
         block_size=flags.block_size,
         adapter=flags.merge,
         to=flags.to,

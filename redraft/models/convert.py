@@ -2,13 +2,14 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from redraft.layouts import Layout
 from redraft.models.families import Family, find_family
 from redraft.models.load import (
     attach_adapter,
@@ -26,7 +27,15 @@ from redraft.models.settings import DiffusionSettings
 MASK_TOKEN = "<|mask|>"
 RESERVED = re.compile(r"<\|?(reserved|unused|extra|spare|dummy)|\[unused|_unused", re.IGNORECASE)
 _OTHER_HEAD = re.compile(r"pooler|seq_relationship|classifier|qa_outputs")
-ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "minimax_m3_sparse", "mlp", "moe"}
+ATTENTION_KINDS = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "indexed_attention",
+    "minimax_m3_sparse",
+    "mlp",
+    "moe",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,35 +84,26 @@ def convert(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; name a new one.")
+    Layout(block_size=block_size)  # refuses a size that is none, before the weights are read
     read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype)
     model, notes = read.model, read.notes
     if adapter is not None:
         model = attach_adapter(model, adapter).merge_and_unload()
         notes.append(f"merged the adapter {adapter}")
-    if read.settings is None:
+    settings = read.settings
+    if settings is None:
         mask, note = choose_mask(model, read.tokenizer, mask_token_id)
         notes.append(note)
-        settings = DiffusionSettings(mask_token_id=mask, shift_logits=bool(shift_logits), block_size=block_size)
-    else:
-        settings = _overridden(read.settings, shift_logits=shift_logits, block_size=block_size)
+        settings = DiffusionSettings(mask_token_id=mask)
+    chosen = {"shift_logits": shift_logits, "block_size": block_size}
+    settings = replace(settings, **{name: value for name, value in chosen.items() if value is not None})
     settings.save_to(model.config)
-    DiffusionSettings.read_from(model.config.get_text_config())
     checks = check_model(model, settings)
     require(source, checks, settings)
     _save(model, read.tokenizer, out, family=None if to is None else find_family({}, name=to))
     return Conversion(
-        folder=out,
-        architecture=type(model).__name__,
-        settings=settings,
-        notes=tuple(notes),
-        checks=tuple(checks),
+        folder=out, architecture=type(model).__name__, settings=settings, notes=tuple(notes), checks=tuple(checks)
     )
-
-
-def _overridden(settings: DiffusionSettings, **overrides: Any) -> DiffusionSettings:
-    from dataclasses import replace
-
-    return replace(settings, **{name: value for name, value in overrides.items() if value is not None})
 
 
 def require(source: str | Path, checks: list[Check], settings: DiffusionSettings) -> None:
@@ -117,9 +117,7 @@ def require(source: str | Path, checks: list[Check], settings: DiffusionSettings
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(
-    source: str | Path, *, mask_token_id: int | None, family: str | None, dtype: str | torch.dtype
-) -> _Source:
+def _read(source: str | Path, *, mask_token_id: int | None, family: str | None, dtype: str | torch.dtype) -> _Source:
     if str(source).endswith(".gguf"):
         return _read_gguf(Path(source), dtype)
     raw = read_raw_config(source)
@@ -239,7 +237,7 @@ def choose_mask(model: Any, tokenizer: Any, mask_token_id: int | None) -> tuple[
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         is_new = tokenizer.mask_token_id >= rows
         what = f"{'a new' if is_new else 'a spare'} row, set to the mean of the others"
-    chosen: int = tokenizer.mask_token_id
+    chosen = int(tokenizer.convert_tokens_to_ids(tokenizer.mask_token))
     _add_row(model, chosen)
     return chosen, f"mask token: {chosen}, {what}"
 
@@ -278,6 +276,3 @@ def _save_as(model: Any, out: Path, family: Family) -> None:
     finally:
         model.__class__ = stock_class
     (out / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True, default=str) + "\n")
-
-
-

@@ -144,8 +144,9 @@ def _config_and_class(
         by_name = ", ".join(family.name for family in FAMILIES if not family.model_types)
         is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         raise ValueError(
-            f"{path} is {'autoregressive' if is_causal else 'not a language model'} ({architecture}; config.json has no "
-            f"diffusion entry). Make it a diffusion model with `redraft convert {path} OUT`, or name its format: family= {by_name}."
+            f"{path} is {'autoregressive' if is_causal else 'not a language model'} ({architecture}; its config.json "
+            f"has no diffusion entry). Make it a diffusion model with `redraft convert {path} OUT`, or name its format "
+            f"by family=: {by_name}."
         )
     return config, model_class
 

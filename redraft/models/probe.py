@@ -111,9 +111,7 @@ def _causal_layers(denoiser: Denoiser, ids: Tensor) -> list[str]:
         denoiser.logits(ids)
     with _disturbed(layers, before) as after:
         denoiser.logits(ids)
-    return [
-        name for name in before if torch.equal(before[name][1][:, -2], after[name][1][:, -2]) and name in after
-    ]
+    return [name for name in before if torch.equal(before[name][1][:, -2], after[name][1][:, -2]) and name in after]
 
 
 Layers = dict[str, nn.Module]

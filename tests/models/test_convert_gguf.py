@@ -13,7 +13,13 @@ from redraft.models.convert import convert
 pytest.importorskip("gguf", reason="transformers reads GGUF configs with it")
 
 VOCABULARY = 40
-TOKENS = ["<unk>", "<s>", "</s>", *(chr(ord("a") + i) for i in range(26)), *(f"a{chr(ord('a') + i)}" for i in range(11))]
+TOKENS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(chr(ord("a") + i) for i in range(26)),
+    *(f"a{chr(ord('a') + i)}" for i in range(11)),
+]
 
 
 def string(text):

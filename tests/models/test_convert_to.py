@@ -48,10 +48,10 @@ def test_what_is_written_back_loads_with_equal_logits(tmp_path, folder, family):
 
 def test_a_model_that_the_original_code_would_compute_otherwise_is_refused(tmp_path):
     convert(DATA / "llada", tmp_path / "shifted", shift_logits=True)
-    with pytest.raises(ValueError, match="cannot be written as llada: shift_logits is True here and False there"):
+    with pytest.raises(ValueError, match=r"cannot be written as llada: shift_logits is True here and False there"):
         convert(tmp_path / "shifted", tmp_path / "out", to="llada")
-    with pytest.raises(ValueError, match="cannot be written as dream: the architecture is 'llama' here"):
+    with pytest.raises(ValueError, match=r"cannot be written as dream: the architecture is 'llama' here"):
         convert(DATA / "llada", tmp_path / "out", to="dream")
-    with pytest.raises(ValueError, match="cannot be written as sdar; can be: llada, llada2, llada2.1, dream"):
+    with pytest.raises(ValueError, match=r"cannot be written as sdar; can be: llada, llada2, llada2.1, dream"):
         convert(DATA / "llada", tmp_path / "out", to="sdar")
     assert not (tmp_path / "out").exists()

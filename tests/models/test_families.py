@@ -1,0 +1,180 @@
+"""Families without golden values: their config.json, on a stock model's weights under the family's names."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+import redraft
+from redraft.layouts import Layout, attention_mask
+from redraft.models.families import FAMILIES, find_family, known_model_types
+from redraft.models.settings import DiffusionSettings
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+}
+MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+IDS = torch.arange(3, 15)[None]
+
+
+def checkpoint(folder, config, **changes):
+    """Save a random stock model, and make its config.json a family's."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    rope = raw.pop("rope_parameters", None) or {}
+    raw |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+    return model
+
+
+CASES = {
+    "sdar": (Qwen3Config(**SIZES, head_dim=8), {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}, 4, False),
+    "sdar with its own block size": (
+        Qwen3Config(**SIZES, head_dim=8),
+        {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 8, "mask_token_id": 60},
+        8,
+        False,
+    ),
+    "sdar-moe": (Qwen3MoeConfig(**SIZES, **MOE, head_dim=8), {"model_type": "sdar_moe"}, 4, False),
+    "fast-dllm v2": (
+        Qwen2Config(**SIZES),
+        {"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": 2},
+        2,
+        True,
+    ),
+    "rnd1": (
+        Qwen3MoeConfig(**SIZES, **MOE, head_dim=8),
+        {"model_type": "rnd1", "rope_scaling": False, "sliding_window": False, "moe_backend": "hf"},
+        None,
+        True,
+    ),
+    "a2d-llama": (LlamaConfig(**SIZES), {"model_type": "a2d-llama"}, None, False),
+    "a2d-qwen2": (Qwen2Config(**SIZES), {"model_type": "a2d-qwen2"}, None, False),
+    "diffucoder": (
+        Qwen2Config(**SIZES),
+        {
+            "model_type": "Dream",
+            "architectures": ["DreamModel"],
+            "auto_map": {"AutoModel": "modeling_dream.DreamModel"},
+        },
+        None,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "changes", "block_size", "shift"), CASES.values(), ids=CASES)
+def test_a_family_is_its_stock_class_without_the_causal_mask(tmp_path, config, changes, block_size, shift):
+    stock = checkpoint(tmp_path, config, **changes)
+    lm = redraft.load(tmp_path, mask_token_id=60, device="cpu")
+    assert type(lm.model) is type(stock)
+    assert lm.denoiser.settings == DiffusionSettings(mask_token_id=60, shift_logits=shift, block_size=block_size)
+    mask = attention_mask(Layout(block_size=block_size), torch.arange(12)[None])
+    if mask is None:
+        mask = torch.ones(1, 1, 12, 12, dtype=torch.bool)
+    with torch.no_grad():
+        expected = stock(IDS, attention_mask=mask).logits
+    if shift:
+        expected = torch.cat([expected[:, :1], expected[:, :-1]], dim=1)
+    assert torch.allclose(lm.logits(IDS), expected, atol=1e-5)
+
+
+def test_diffugpt_gets_its_trunk_and_embedding_back(tmp_path):
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+    stock = checkpoint(tmp_path, config)
+    weights = load_file(tmp_path / "model.safetensors")
+    theirs = {
+        name.replace("transformer.wte", "embed_tokens").replace("transformer.", "denoise_model."): tensor
+        for name, tensor in weights.items()
+    }
+    save_file(theirs, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    lm = redraft.load(tmp_path, mask_token_id=60, family="diffugpt", device="cpu")
+    assert lm.denoiser.settings.shift_logits
+    with torch.no_grad():
+        expected = stock(IDS, attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool)).logits
+    assert torch.allclose(lm.logits(IDS)[:, 1:], expected[:, :-1], atol=1e-5)
+
+
+def test_llada_moe_is_told_apart_from_llada_by_its_class():
+    assert find_family({"model_type": "llada", "architectures": ["LLaDAMoEModelLM"]}).name == "llada-moe"
+    assert find_family({"model_type": "llada", "architectures": ["LLaDAModelLM"]}).name == "llada"
+    assert find_family({"model_type": "llada"}).name == "llada"
+
+
+def test_formats_that_look_autoregressive_are_known_by_hub_id():
+    raw = {"model_type": "llama"}
+    assert find_family(raw, hub_id="diffusionfamily/diffullama").name == "diffullama"
+    assert find_family({"model_type": "gpt2"}, hub_id="diffusionfamily/diffugpt-m").name == "diffugpt"
+    assert find_family({"model_type": "qwen2"}, hub_id="fredzzp/open-dcoder-0.5B").name == "open-dcoder"
+    assert find_family(raw, hub_id="meta-llama/Llama-3.2-1B") is None
+
+
+PUBLISHED = {
+    "LLaDA-8B": (
+        "llada",
+        {"d_model": 4096, "embedding_size": 126464, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32,
+         "vocab_size": 126464, "mlp_hidden_size": 12288, "max_sequence_length": 4096, "rope_theta": 500000.0,
+         "mask_token_id": 126336,
+         "eos_token_id": 126081, "multi_query_attention": None, "activation_type": "silu", "rms_norm_eps": 1e-05},
+        {"mask_token_id": 126336, "shift_logits": False, "block_size": None},
+        126081,
+    ),
+    "LLaDA2.0-mini": (
+        "llada2",
+        {"hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 4,
+         "num_experts": 256, "num_experts_per_tok": 8, "num_shared_experts": 1, "n_group": 8, "topk_group": 4,
+         "moe_intermediate_size": 512, "intermediate_size": 5120, "head_dim": 128, "vocab_size": 157184,
+         "partial_rotary_factor": 0.5, "rope_theta": 600000, "first_k_dense_replace": 1},
+        {"mask_token_id": 156895, "shift_logits": False, "block_size": 32},
+        156892,
+    ),
+    "Dream-7B": (
+        "dream",
+        {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+         "intermediate_size": 18944, "vocab_size": 152064, "rope_theta": 1000000.0, "mask_token_id": 151666},
+        {"mask_token_id": 151666, "shift_logits": True, "block_size": None},
+        151643,
+    ),
+    "SDAR-1.7B": (
+        "sdar",
+        {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+         "intermediate_size": 6144, "head_dim": 128, "vocab_size": 151936, "rope_theta": 1000000},
+        {"mask_token_id": 151669, "shift_logits": False, "block_size": 4},
+        151643,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "raw", "expected", "eos"), PUBLISHED.values(), ids=PUBLISHED)
+def test_the_published_config_gives_the_published_settings(name, raw, expected, eos):
+    config = find_family({}, name=name).config(raw)
+    settings = DiffusionSettings.read_from(config)
+    assert {key: getattr(settings, key) for key in expected} == expected
+    assert config.eos_token_id == eos
+    assert config.is_causal is False
+    assert config.rope_parameters["rope_theta"] == raw["rope_theta"]
+
+
+def test_every_family_rests_on_an_architecture_of_transformers():
+    for family in FAMILIES:
+        assert AutoConfig.for_model(family.stock).model_type == family.stock
+    assert len({family.name for family in FAMILIES}) == len(FAMILIES)
+    assert {"Dream", "llada", "llada2_moe", "llada21_moe", "sdar"} <= set(known_model_types())
