@@ -95,7 +95,7 @@ def convert(
         mask, note = choose_mask(model, read.tokenizer, mask_token_id)
         notes.append(note)
         settings = DiffusionSettings(mask_token_id=mask)
-    chosen = {"shift_logits": shift_logits, "block_size": block_size}
+    chosen: dict[str, Any] = {"shift_logits": shift_logits, "block_size": block_size}
     settings = replace(settings, **{name: value for name, value in chosen.items() if value is not None})
     settings.save_to(model.config)
     checks = check_model(model, settings)
