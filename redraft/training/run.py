@@ -190,7 +190,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         pad_token_id=data.tokenizer.pad_token_id,
         token_byte_lengths=token_byte_lengths(data.tokenizer),
         isolate_segments=config.data.isolate_documents,
-        t_min=config.objective.t_min,
+        t_range=(config.objective.t_min, config.objective.t_max),
         average=average,
         callbacks=callbacks + ([Averaging(average)] if average else []),
     )
@@ -217,7 +217,7 @@ def _prepare_for_speed(
     keep_freed_memory()
     is_long = train.max_minutes > 2 if train.max_minutes else train.max_steps >= 500  # compiling takes about 20 s
     if train.compile == "on" or (train.compile == "auto" and is_long and can_compile()):
-        trainer.model.base_model.compile()
+        trainer.denoiser.model.base_model.compile()
         if train.compile == "auto":
             console.print("compiling the transformer (--train.compile off to do without)")
     if not train.max_minutes or is_resumed:
@@ -246,7 +246,7 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
         with trainer.accelerator.autocast():
             total, _ = trainer._nelbo(batch, key, wrapped=trainer.model)
         trainer.accelerator.backward(total)
-        trainer.model.zero_grad()
+        trainer.denoiser.model.zero_grad()
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - start)
