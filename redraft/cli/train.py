@@ -29,9 +29,8 @@ def main(arguments: list[str]) -> int:
     outcome = run(config, resume=resume, console=console)
     if outcome.signal:
         return 128 + outcome.signal
-    if outcome.is_complete:
-        for line in next_steps(str(outcome.folder)):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in next_steps(str(outcome.folder)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

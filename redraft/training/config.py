@@ -50,7 +50,7 @@ class ObjectiveConfig:
 class TrainConfig:
     """Optimisation, evaluation and bookkeeping."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     batch_size: int = 32
     """Windows in a forward pass, per process."""

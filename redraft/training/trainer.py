@@ -107,7 +107,8 @@ class DiffusionTrainer(Trainer):
         key = NoiseKey(
             seed=self.args.seed, step=self.state.global_step, rows=inputs["row"], total_rows=self._global_rows
         )
-        total, _ = self._nelbo(inputs, key, wrapped=model, t_range=self.t_range)
+        with self.accelerator.autocast():  # the head runs outside of the forward that accelerate wraps
+            total, _ = self._nelbo(inputs, key, wrapped=model, t_range=self.t_range)
         # DDP averages gradients over processes, and the logged loss is averaged too: undo both.
         loss = total * self.args.world_size / num_items_in_batch
         return (loss, None) if return_outputs else loss

@@ -192,7 +192,7 @@ def test_training_lowers_the_loss_and_averaged_weights_are_saved(config):
 def test_documents_can_be_kept_apart(config):
     apart = replace(config, data=replace(config.data, isolate_documents=True))
     outcome = run(apart, console=QUIET)
-    assert outcome.is_complete
+    assert outcome.steps == config.train.max_steps
 
 
 def test_minutes_lower_the_number_of_steps(config):
@@ -262,6 +262,17 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
 def test_settings_that_do_not_fit_are_told(section, settings, message):
     with pytest.raises(ValueError, match=message):
         section(**settings)
+
+
+def test_a_tokenizer_without_a_mask_token_is_told(config, tmp_path):
+    from redraft.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["some text"], vocab_size=260)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    bare = replace(config, data=replace(config.data, tokenizer=str(tmp_path / "tokenizer")))
+    with pytest.raises(ValueError, match="the tokenizer must have mask_token"):
+        run(bare, console=QUIET)
 
 
 def test_a_recipe_file_with_an_unknown_setting_is_told(tmp_path):
