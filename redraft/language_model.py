@@ -59,10 +59,15 @@ def load(
         path, mask_token_id=mask_token_id, dtype=dtype, device=device, adapter=adapter, family=family
     )
     if eos_token_id is None:
-        eos_token_id = tokenizer.eos_token_id if tokenizer is not None else denoiser.model.config.eos_token_id
-    if isinstance(eos_token_id, list):
-        eos_token_id = eos_token_id[0]
+        eos_token_id = _end_token_id(denoiser.model.config, tokenizer)
     return LanguageModel(denoiser=denoiser, tokenizer=tokenizer, eos_token_id=eos_token_id)
+
+
+def _end_token_id(config: Any, tokenizer: Any) -> int | None:
+    """Find what ends a text: the tokenizer's EOS, BERT's separator, or the config's first EOS."""
+    if tokenizer is not None:
+        return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ from redraft.processes.noised import Noised
 from redraft.randomness import uniform
 from redraft.schedules import stratified_times
 
+SMALLEST_T = 1e-3
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseKey:
@@ -33,12 +35,18 @@ def draw_noise(
     key: NoiseKey,
     *,
     can_change: Bool[Tensor, "batch seq"],
-    t_min: float,
+    t_min: float = SMALLEST_T,
+    t_max: float = 1.0,
 ) -> Noised:
-    """Corrupt a batch with times stratified over the global batch, t in (t_min, 1]."""
+    """Corrupt a batch with times stratified over the global batch, t in (t_min, t_max].
+
+    The default range is what a likelihood bound is taken over; it leaves out a thousandth of the noise levels.
+    """
     rows = key.rows.to(x_0.device)
     offset = uniform(key.seed, key.step, 0)
-    t = stratified_times(rows.to(torch.float64), total=key.total_rows, offset=offset.to(x_0.device), t_min=t_min)
+    t = stratified_times(
+        rows.to(torch.float64), total=key.total_rows, offset=offset.to(x_0.device), t_min=t_min, t_max=t_max
+    )
     positions = torch.arange(x_0.shape[1], device=x_0.device)
     u = uniform(key.seed, key.step, 1, rows[:, None], positions[None, :])
     return process.corrupt(x_0, t, u=u, can_change=can_change)

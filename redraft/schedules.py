@@ -129,11 +129,11 @@ def schedule_from_name(name: str, **numbers: float) -> Schedule:
 
 
 def stratified_times(
-    index: Float[Tensor, "*shape"], *, total: int, offset: Float[Tensor, "..."], t_min: float = 0.0
+    index: Float[Tensor, "*shape"], *, total: int, offset: Float[Tensor, "..."], t_min: float = 0.0, t_max: float = 1.0
 ) -> Float[Tensor, "*shape"]:
-    """Spread times evenly over (t_min, 1]: t_i = t_min + (1 - t_min) (i + 1 - offset) / total, offset ~ U[0, 1).
+    """Spread times evenly: t_i = t_min + (t_max - t_min) (i + 1 - offset) / total in (t_min, t_max], offset ~ U[0, 1).
 
     Each t_i is uniform, and together they cover every noise level: the estimate of the loss has a smaller variance than
     with independent times (Appendix I.1, arXiv 2107.00630). `index` counts rows over the whole global batch of `total`.
     """
-    return t_min + (1 - t_min) * (index + 1 - offset) / total
+    return t_min + (t_max - t_min) * (index + 1 - offset) / total

@@ -17,7 +17,7 @@ def parse(kind: type[T] | Callable[..., T], arguments: list[str], *, command: st
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=arguments, prog=f"redraft {command}", **options)  # type: ignore[call-overload]
+            return tyro.cli(kind, args=arguments, prog=f"redraft {command}", **options)
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise

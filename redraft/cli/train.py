@@ -29,9 +29,8 @@ def main(arguments: list[str]) -> int:
     outcome = run(config, resume=resume, console=console)
     if outcome.signal:
         return 128 + outcome.signal
-    if outcome.is_complete:
-        for line in next_steps(str(outcome.folder)):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in next_steps(str(outcome.folder)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -39,8 +38,8 @@ def next_steps(folder: str) -> list[str]:
     """Name three commands to try on a trained model."""
     return [
         "try next:",
-        f'  redraft sample {folder} "import os\\n\\ndef " --trace {folder}/trace.html',
-        f'  redraft infill {folder} "def is_even(n):\\n    return [MASK:8]\\n"',
+        f"  redraft sample {folder} $'import os\\n\\ndef ' --temperature 0.8 --trace {folder}/trace.html",
+        f"  redraft infill {folder} $'def is_even(n):\\n    return [MASK:8]\\n'",
         f"  redraft chat {folder}",
     ]
 
@@ -76,7 +75,8 @@ def _help() -> str:
         [
             "usage: redraft train RECIPE [--resume] [--SECTION.NAME VALUE ...]",
             "",
-            "RECIPE is a name below, a recipe.json, or the folder of a run. `redraft train RECIPE --help` lists the settings.",
+            "RECIPE is a name below, a recipe.json, or the folder of a run.",
+            "`redraft train RECIPE --help` lists the settings with their defaults and units.",
             "",
             *lines,
         ]

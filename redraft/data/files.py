@@ -22,6 +22,18 @@ def read_file(path: Path, *, text_field: str) -> Iterator[str | None]:
     return readers[path.suffix](path, text_field)
 
 
+def cut_at_blank_lines(document: str, *, at_least: int) -> Iterator[str]:
+    """Cut a long text at blank lines into parts of at least so many characters; joined they are the text again."""
+    part = ""
+    for paragraph in re.split(r"(?<=\n)(?=\s*\n)", document):
+        if len(part) >= at_least:
+            yield part
+            part = ""
+        part += paragraph
+    if part:
+        yield part
+
+
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str | None]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

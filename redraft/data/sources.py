@@ -11,11 +11,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from redraft.data.files import SUFFIXES, TEXT_SUFFIXES, listed, read_file, require_field, require_text, why_not_text
+from redraft.data.files import (
+    SUFFIXES,
+    TEXT_SUFFIXES,
+    cut_at_blank_lines,
+    listed,
+    read_file,
+    require_field,
+    require_text,
+    why_not_text,
+)
 
 logger = logging.getLogger(__name__)
 
 STDLIB = "stdlib"
+LONG_TEXT_CHARACTERS = 4096
 NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
@@ -24,10 +34,11 @@ HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?(@(?P<sp
 def read_documents(source: str, *, text_field: str = "text", streaming: bool = False) -> Iterator[str]:
     """Read a source's documents, always in the same order. Documents without a character (or null) are skipped.
 
-    `stdlib`: the running Python's own library without its tests. A file: .txt, .md and .py are one document each;
-    .jsonl, .json (a list of records, or one), .csv and .parquet hold one per record in `text_field`. A folder: all
-    such files below it sorted by path, without hidden ones; text that is not UTF-8 is skipped with a warning. A folder
-    of datasets' `save_to_disk`, or a hub id, both with `@split` (default train), a hub id also with `:config`.
+    `stdlib`: the running Python's own library without its tests. A file: .txt, .md and .py are one document each (a
+    long one that is the whole source is cut at blank lines, see `cut_at_blank_lines`); .jsonl, .json (a list of
+    records, or one), .csv and .parquet hold one per record in `text_field`. A folder: all such files below it sorted
+    by path, without hidden ones; text that is not UTF-8 is skipped with a warning. A folder of datasets'
+    `save_to_disk`, or a hub id, both with `@split` (default train), a hub id also with `:config`.
     `streaming` does not download a hub dataset first; everything else is read lazily anyway.
 
     Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
@@ -84,7 +95,11 @@ def _read_path(path: Path, *, split: str | None, text_field: str) -> Iterator[st
         raise ValueError(f"only a dataset has splits; {str(path)!r} is a folder of files. Leave @{split} out.")
     if path.is_dir():
         return _read_folder(path, text_field=text_field)
-    return read_file(path, text_field=text_field)
+    documents = read_file(path, text_field=text_field)
+    if path.suffix not in TEXT_SUFFIXES:
+        return documents
+    # The text is the whole corpus: as one document it could not be split into training and validation.
+    return (part for text in documents if text for part in cut_at_blank_lines(text, at_least=LONG_TEXT_CHARACTERS))
 
 
 def _read_folder(folder: Path, *, text_field: str) -> Iterator[str | None]:

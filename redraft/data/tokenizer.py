@@ -79,7 +79,9 @@ def require_mask_token(tokenizer: Tokenizer) -> int:
 
 
 def require_eos_token(tokenizer: Tokenizer) -> int:
-    """Return the id of the token that ends a document; ValueError where there is none."""
+    """Return the id of the token that ends a document, BERT's separator included; ValueError where there is none."""
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:
+        return int(tokenizer.sep_token_id)
     return _require_special_token(tokenizer, "eos_token", EOS)
 
 

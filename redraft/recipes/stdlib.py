@@ -11,7 +11,9 @@ def stdlib_tiny() -> RunConfig:
         out="runs/stdlib-tiny",
         data=DataConfig(seq_len=64, vocab_size=1024, max_documents=40, validation_fraction=0.2),
         model=ModelConfig(size="1m"),
-        train=TrainConfig(batch_size=16, max_steps=60, eval_every=30, save_every=30, eval_windows=64),
+        train=TrainConfig(
+            learning_rate=2e-3, batch_size=16, max_steps=60, eval_every=30, save_every=30, eval_windows=64
+        ),
     )
 
 
@@ -21,7 +23,9 @@ def stdlib_demo() -> RunConfig:
         out="runs/demo",
         data=DataConfig(seq_len=256, vocab_size=4096),
         model=ModelConfig(size="5m"),
-        train=TrainConfig(batch_size=32, max_steps=2000, max_minutes=5.0, eval_every=0, save_every=200),
+        train=TrainConfig(
+            learning_rate=1e-3, batch_size=32, max_steps=600, max_minutes=5.0, eval_every=0, save_every=200
+        ),
     )
 
 
@@ -31,5 +35,7 @@ def stdlib_small() -> RunConfig:
         out="runs/stdlib-small",
         data=DataConfig(seq_len=256, vocab_size=4096),
         model=ModelConfig(size="14m"),
-        train=TrainConfig(batch_size=32, max_steps=20000, max_minutes=90.0, eval_every=500),
+        train=TrainConfig(
+            learning_rate=1e-3, batch_size=32, max_steps=3600, max_minutes=90.0, eval_every=600, save_every=300
+        ),
     )

@@ -1,7 +1,7 @@
 """Policies: small frozen dataclasses that say where, how sure, how many, and when to stop. None calls a model."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ class Window:
     """Steps the row is to take in this block."""
 
 
+@runtime_checkable
 class Frontier(Protocol):
     """Number the block that each position belongs to; a row's blocks open in ascending order."""
 
@@ -55,6 +56,7 @@ class Blocks:
         return (positions - prompt_end).clamp(min=0) // self.size
 
 
+@runtime_checkable
 class Score(Protocol):
     """Say how sure each proposal is; the surest are committed first."""
 
@@ -77,6 +79,7 @@ class Random:
         return u.to(proposal.confidence.dtype)
 
 
+@runtime_checkable
 class Unmask(Protocol):
     """Choose what to commit among the open positions; at least one where any is open."""
 
@@ -99,7 +102,8 @@ class Quota:
         t = left / window.num_steps
         s = (left - 1) / window.num_steps
         alpha_t, alpha_s = self.schedule.alpha(t), self.schedule.alpha(s)
-        count = (num_left * (alpha_s - alpha_t) / (1 - alpha_t)).round()
+        share = num_left * (alpha_s - alpha_t) / (1 - alpha_t)
+        count = share.round(decimals=9).round()  # the first rounding puts 10.500000000000002 back on the half
         count = torch.where(left == 1, num_left, count.clamp(min=1).long())
         return best(score, window.is_open, count)
 
@@ -127,6 +131,7 @@ def best(
     return torch.zeros_like(is_open).scatter(1, order, is_chosen) & is_open
 
 
+@runtime_checkable
 class Stop(Protocol):
     """Say which rows are done."""
 

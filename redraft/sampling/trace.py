@@ -89,7 +89,7 @@ def _row(trace: RowTrace, text_of: Callable[[int], str]) -> dict[str, Any]:
         ],
         "events": [
             {
-                "step": event.step,
+                "step": event.step + 1,  # on the page, step 0 is the canvas before the first
                 "position": event.position,
                 "id": event.token_id,
                 "text": text_of(event.token_id),

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -124,6 +126,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def any_process(flag: bool, *, device: torch.device) -> bool:
+    """Tell every process whether one of them raised its flag, so that all stop at the same step."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    raised = torch.tensor(int(flag), device=device)
+    dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+    return bool(raised)
+
+
 class StoppedBySignal(TrainerCallback):
     """On the first SIGINT or SIGTERM finish the step, save a checkpoint and stop; the second one acts at once."""
 
@@ -137,7 +148,7 @@ class StoppedBySignal(TrainerCallback):
             self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.received:
+        if any_process(self.received is not None, device=args.device):
             control.should_save = True
             control.should_training_stop = True
 
@@ -168,8 +179,8 @@ class Clock(TrainerCallback):
         self._start = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        is_last = state.global_step >= state.max_steps
-        if time.monotonic() - self._start > 60 * self.minutes and not is_last:
+        is_late = time.monotonic() - self._start > 60 * self.minutes and state.global_step < state.max_steps
+        if any_process(is_late, device=args.device):
             self.console.print(f"{self.minutes:g} minutes are up at step {state.global_step} of {state.max_steps}")
             control.should_save = True
             control.should_training_stop = True

@@ -23,14 +23,18 @@ class ObjectiveConfig:
     schedule: str = "linear"
     """Noise schedule: linear, cosine, polynomial (power 2), geometric."""
     t_min: float = 1e-3
-    """Smallest time drawn; the bound leaves out the noise levels below it."""
+    """Smallest time drawn in training. A larger one takes away the rows of few targets and huge weights."""
+    t_max: float = 1.0
+    """Largest time drawn in training. (Clipped noise: arXiv 2503.09573. Evaluation always covers (0.001, 1].)"""
     exclude_mask: bool = True
     """Give the mask token probability 0 in the softmax (MDLM); LLaDA does not."""
 
     def __post_init__(self) -> None:
         schedule_from_name(self.schedule)
-        if not 0 <= self.t_min < 1:
-            raise ValueError(f"objective.t_min must lie in [0, 1); got {self.t_min}.")
+        if not 0 <= self.t_min < self.t_max <= 1:
+            raise ValueError(
+                f"objective.t_min and t_max must satisfy 0 <= t_min < t_max <= 1; got {self.t_min}, {self.t_max}."
+            )
 
     def process(self, mask_token_id: int) -> MaskedDiffusion:
         """Build the process for a model's mask token."""
@@ -46,7 +50,7 @@ class ObjectiveConfig:
 class TrainConfig:
     """Optimisation, evaluation and bookkeeping."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     batch_size: int = 32
     """Windows in a forward pass, per process."""

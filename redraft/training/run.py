@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, prepare
-from redraft.data.tokenizer import token_byte_lengths
+from redraft.data.tokenizer import require_mask_token, token_byte_lengths
 from redraft.likelihood import Estimate, NoiseKey
 from redraft.models.build import build_model
 from redraft.models.denoiser import Denoiser
@@ -37,7 +38,6 @@ class Outcome:
 
     folder: Path
     steps: int
-    is_complete: bool
     held_out: Estimate | None = None
     unigram_nats: float | None = None
     """Entropy of the held-out tokens under their own frequencies, nats per token."""
@@ -52,13 +52,15 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     console = console or Console()
     folder = Path(config.out)
     state = PartialState(cpu=runs_on_cpu(config.train.device))
-    checkpoint = _check_folder(folder, config, resume=resume)
+    if resume:
+        config = _as_begun(config)
+    checkpoint = _check_folder(folder, resume=resume)
     _be_quiet()
     data = prepare(config.data)
     _announce_data(data, config, console, is_main=state.is_main_process)
 
     torch.manual_seed(config.train.seed)
-    settings = config.objective.settings(data.tokenizer.mask_token_id)
+    settings = config.objective.settings(require_mask_token(data.tokenizer))
     model = build_model(config.model, settings, tokenizer=data.tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())
     _check_disk(folder, num_parameters, keep=config.train.keep_checkpoints)
@@ -85,7 +87,6 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     outcome = Outcome(
         folder=folder,
         steps=trainer.state.global_step,
-        is_complete=trainer.state.global_step >= trainer.args.max_steps,
         signal=stopped.received,
     )
     if stopped.received:
@@ -94,15 +95,31 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     return _finish(outcome, trainer, data, console)
 
 
-def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | None:
+def _as_begun(config: RunConfig) -> RunConfig:
+    """Return the configuration of the run in the folder. Raises ValueError where another one is asked for."""
+    path = Path(config.out) / RECIPE_FILE
+    if not path.exists():
+        raise ValueError(f"{config.out} holds no run to resume. Leave out --resume to start one.")
+    saved = RunConfig.read(path)
+    ignored = (
+        ("out:", "train.max_steps:") if config.train.max_minutes else ("out:",)
+    )  # steps were fitted to the minutes
+    changed = [change for change in differences(saved, config) if not change.startswith(ignored)]
+    if changed:
+        raise ValueError(
+            f"--resume continues {config.out} as it was begun, but these settings differ: {'; '.join(changed)}. "
+            "Leave them out, or start a new run with another --out."
+        )
+    return dataclasses.replace(saved, out=config.out)
+
+
+def _check_folder(folder: Path, *, resume: bool) -> str | None:
     """Return the checkpoint to go on from. Raises ValueError where the folder cannot be used."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder; {folder} is a file. Choose another --out.")
     is_run = (folder / RECIPE_FILE).exists() or (folder / "config.json").exists()
     if is_run and not resume:
         raise ValueError(f"{folder} holds another run. Continue it with --resume, or choose another --out.")
-    if not is_run and resume:
-        raise ValueError(f"{folder} holds no run to resume. Leave out --resume to start one.")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     probe = existing / ".redraft-write-test"
     try:
@@ -110,16 +127,7 @@ def _check_folder(folder: Path, config: RunConfig, *, resume: bool) -> str | Non
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to {existing}: {error.strerror}. Choose another --out.") from error
-    if not resume:
-        return None
-    saved = RunConfig.read(folder / RECIPE_FILE)
-    changed = [change for change in differences(saved, config) if not change.startswith("out:")]
-    if changed:
-        raise ValueError(
-            f"--resume continues {folder} as it was begun, but these settings differ: {'; '.join(changed)}. "
-            "Leave them out, or start a new run with another --out."
-        )
-    return get_last_checkpoint(str(folder))
+    return get_last_checkpoint(str(folder)) if resume else None
 
 
 def _check_disk(folder: Path, num_parameters: int, *, keep: int) -> None:
@@ -177,7 +185,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         logging_steps=train.log_every,
         dataloader_drop_last=True,
         remove_unused_columns=False,
-        report_to=list(train.report_to),
+        report_to=_installed(train.report_to),
         disable_tqdm=True,
     )
     average = WeightAverage(denoiser.model, decay=train.ema_decay) if train.ema_decay else None
@@ -190,12 +198,17 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         pad_token_id=data.tokenizer.pad_token_id,
         token_byte_lengths=token_byte_lengths(data.tokenizer),
         isolate_segments=config.data.isolate_documents,
-        t_min=config.objective.t_min,
+        t_range=(config.objective.t_min, config.objective.t_max),
         average=average,
         callbacks=callbacks + ([Averaging(average)] if average else []),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _installed(loggers: tuple[str, ...]) -> list[str]:
+    """Leave out TensorBoard where it is not installed: it is a default, not a wish."""
+    return [name for name in loggers if name != "tensorboard" or find_spec("tensorboard")]
 
 
 def _uses_bfloat16(precision: str, device: str) -> bool:
@@ -217,7 +230,7 @@ def _prepare_for_speed(
     keep_freed_memory()
     is_long = train.max_minutes > 2 if train.max_minutes else train.max_steps >= 500  # compiling takes about 20 s
     if train.compile == "on" or (train.compile == "auto" and is_long and can_compile()):
-        trainer.model.base_model.compile()
+        trainer.denoiser.model.base_model.compile()
         if train.compile == "auto":
             console.print("compiling the transformer (--train.compile off to do without)")
     if not train.max_minutes or is_resumed:
@@ -246,7 +259,7 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
         with trainer.accelerator.autocast():
             total, _ = trainer._nelbo(batch, key, wrapped=trainer.model)
         trainer.accelerator.backward(total)
-        trainer.model.zero_grad()
+        trainer.denoiser.model.zero_grad()
         if trainer.args.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - start)
@@ -261,6 +274,8 @@ def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, con
             trainer.save_model(str(outcome.folder))
     else:
         trainer.save_model(str(outcome.folder))
+    if trainer.is_world_process_zero():
+        (outcome.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what recipe.json says
     metrics = trainer.evaluate()
     estimate = Estimate(
         nats_per_token=metrics["eval_nats_per_token"],

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from redraft.data.collate import collate
-from redraft.likelihood import Estimate, NoiseKey, draw_noise, nelbo
+from redraft.likelihood import SMALLEST_T, Estimate, NoiseKey, draw_noise, nelbo
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
 from redraft.processes.masked import MaskedDiffusion
@@ -45,7 +45,7 @@ class DiffusionTrainer(Trainer):
         token_byte_lengths: Tensor,
         has_padding: bool = False,
         isolate_segments: bool = False,
-        t_min: float = 1e-3,
+        t_range: tuple[float, float] = (SMALLEST_T, 1.0),
         average: WeightAverage | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class DiffusionTrainer(Trainer):
         self.token_byte_lengths = token_byte_lengths
         self.has_padding = has_padding
         self.isolate_segments = isolate_segments
-        self.t_min = t_min
+        self.t_range = t_range
         self.average = average
         self.tokens_seen = 0
         self.tokens_per_step = 0
@@ -107,14 +107,18 @@ class DiffusionTrainer(Trainer):
         key = NoiseKey(
             seed=self.args.seed, step=self.state.global_step, rows=inputs["row"], total_rows=self._global_rows
         )
-        total, _ = self._nelbo(inputs, key, wrapped=model)
+        with self.accelerator.autocast():  # the head runs outside of the forward that accelerate wraps
+            total, _ = self._nelbo(inputs, key, wrapped=model, t_range=self.t_range)
         # DDP averages gradients over processes, and the logged loss is averaged too: undo both.
         loss = total * self.args.world_size / num_items_in_batch
         return (loss, None) if return_outputs else loss
 
-    def _nelbo(self, batch: Batch, key: NoiseKey, *, wrapped: Any) -> tuple[Tensor, Tensor]:
+    def _nelbo(
+        self, batch: Batch, key: NoiseKey, *, wrapped: Any, t_range: tuple[float, float] = (SMALLEST_T, 1.0)
+    ) -> tuple[Tensor, Tensor]:
         segment_ids = batch["segment_ids"]
-        noised = draw_noise(self.process, batch["input_ids"], key, can_change=segment_ids > 0, t_min=self.t_min)
+        t_min, t_max = t_range
+        noised = draw_noise(self.process, batch["input_ids"], key, can_change=segment_ids > 0, t_min=t_min, t_max=t_max)
         needs_mask = self.has_padding or self.isolate_segments
         return nelbo(
             self.denoiser,
@@ -179,6 +183,7 @@ class DiffusionTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint aside and rename it when it is whole: a killed run leaves no half of one."""
+        assert self.args.output_dir is not None
         out = Path(self.args.output_dir)
         staging = out / ".saving"
         if self.args.should_save:

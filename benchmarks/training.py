@@ -1,0 +1,193 @@
+"""Our training step against a plain loop of the same model: useful tokens per second, peak memory, utilisation.
+
+    python benchmarks/training.py [--models demo smollm] [--rounds 3]
+
+Plain: one document per row, padded to the longest of the batch, logits over the whole vocabulary at all positions.
+Ours: the same documents packed, head and loss at the noised positions in chunks. Documents are the functions of the
+standard library. Each measurement is a process of its own; plain and ours take turns, ratios are per pair, medians are
+printed. Peak memory is that of the process above what it held before the model was built.
+"""
+
+import argparse
+import ast
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from machine import describe
+
+from redraft.data.packing import pack
+from redraft.data.sources import read_documents
+from redraft.data.tokenizer import encode_documents, train_tokenizer
+from redraft.likelihood import NoiseKey, draw_noise, nelbo
+from redraft.models.build import ModelConfig, build_model
+from redraft.models.denoiser import Denoiser
+from redraft.models.settings import DiffusionSettings
+from redraft.processes.masked import MaskedDiffusion
+from redraft.training.machine import keep_freed_memory
+
+MODELS = {  # model size, vocabulary, tokens per row, rows per step
+    "demo": ("5m", 4096, 256, 32),
+    "smollm": ("135m", 49152, 512, 4),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def documents() -> list[str]:
+    """Functions of the standard library's modules."""
+    found: list[str] = []
+    for module in read_documents("stdlib"):
+        lines = module.splitlines(keepends=True)
+        for node in ast.parse(module).body:
+            if isinstance(node, ast.FunctionDef):
+                found.append("".join(lines[node.lineno - 1 : node.end_lineno]))
+        if len(found) > 3000:
+            break
+    return found
+
+
+class Tokens:
+    """Special ids of a model that is never asked for text."""
+
+    bos_token_id, eos_token_id, pad_token_id, mask_token_id = None, 1, 0, 2
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def plain_batches(
+    token_lists: list[list[int]], *, rows: int, seq_len: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One document per row, cut at seq_len, padded to the longest of the batch."""
+    for start in range(0, len(token_lists) - rows, rows):
+        cut = [torch.tensor([*tokens, 1][:seq_len]) for tokens in token_lists[start : start + rows]]
+        ids = torch.nn.utils.rnn.pad_sequence(cut, batch_first=True)
+        lengths = torch.tensor([len(row) for row in cut])
+        yield ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def plain_loss(model: torch.nn.Module, ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+    """LLaDA's published training step, full logits."""
+    t = torch.rand(len(ids)).clamp(min=1e-3)
+    is_masked = (torch.rand(ids.shape) < t[:, None]) & is_token
+    logits = model(input_ids=torch.where(is_masked, 2, ids), attention_mask=is_token.long()).logits
+    losses = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view(ids.shape)
+    return (losses * is_masked / t[:, None]).sum() / is_token.sum()
+
+
+def measure(name: str, way: str, dtype: str, steps: int) -> dict[str, float]:
+    """Train some steps; return useful tokens per second, peak memory and model FLOPs per second."""
+    size, vocab_size, seq_len, rows = MODELS[name]
+    corpus = documents()
+    tokenizer = train_tokenizer(corpus, vocab_size=4096)
+    token_lists = encode_documents(tokenizer, corpus)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.manual_seed(0)
+    settings = DiffusionSettings(mask_token_id=2)
+    model = build_model(ModelConfig(size=size), settings, tokenizer=Tokens(vocab_size))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    if way == "plain":
+        batches = plain_batches(token_lists, rows=rows, seq_len=seq_len)
+        loss_of: Callable[..., torch.Tensor] = lambda ids, is_token: plain_loss(model, ids, is_token)  # noqa: E731
+    else:
+        keep_freed_memory()
+        if way == "ours, compiled":
+            model.base_model.compile()
+        windows, _ = pack(token_lists, seq_len=seq_len, eos_token_id=1)
+        ids_of = torch.from_numpy(windows.input_ids).long().split(rows)
+        batches = ((ids, torch.ones_like(ids, dtype=torch.bool)) for ids in ids_of)
+        denoiser, process = Denoiser(model, settings), MaskedDiffusion(mask_token_id=2)
+
+        def loss_of(ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+            key = NoiseKey(seed=0, step=0, rows=torch.arange(len(ids)), total_rows=len(ids))
+            noised = draw_noise(process, ids, key, can_change=is_token)
+            return nelbo(denoiser, process, noised)[0] / is_token.sum()
+
+    useful, seconds = [], []
+    for _, (ids, is_token) in zip(range(steps + 2), batches, strict=False):
+        start = time.perf_counter()
+        with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
+            loss = loss_of(ids, is_token)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        useful.append(int(is_token.sum()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    rate = sum(useful[2:]) / sum(seconds[2:])
+    embedding = model.get_output_embeddings().weight
+    body = sum(p.numel() for p in model.parameters()) - embedding.numel()
+    shape = ModelConfig(size=size).shape
+    flops = 6 * body + 6 * embedding.numel() / 2 + 12 * shape.num_layers * shape.hidden_size * seq_len
+    return {"tokens_per_second": rate, "peak_mb": peak / 1024, "flops_per_second": rate * flops}
+
+
+def matmul_rate(name: str, dtype: str) -> float:
+    """Multiply matrices of the model's feed-forward shape: FLOPs per second, best of 20."""
+    shape, (_, _, seq_len, rows) = ModelConfig(size=MODELS[name][0]).shape, MODELS[name]
+    a = torch.randn(rows * seq_len, shape.hidden_size, dtype=DTYPES[dtype])
+    b = torch.randn(shape.intermediate_size, shape.hidden_size, dtype=DTYPES[dtype])
+    best = min(_time(lambda: F.linear(a, b)) for _ in range(20))
+    return 2 * a.numel() * shape.intermediate_size / best
+
+
+def _time(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def _in_a_process(*arguments: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure in turns and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of processes")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps per process")
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        name, way, dtype, steps = args.measure
+        print(json.dumps(measure(name, way, dtype, int(steps))))
+        return
+    print(describe(Path(__file__).name, sys.argv[1:]))
+    print("| model | dtype | way | useful tokens/s | x plain | peak MB | x plain | of the matmul rate |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in args.models:
+        for dtype in args.dtypes:
+            ways = ["plain", "ours"] + (["ours, compiled"] if name == "demo" else [])
+            rounds = [
+                {way: _in_a_process(name, way, dtype, str(args.steps)) for way in ways} for _ in range(args.rounds)
+            ]
+            peak_rate = matmul_rate(name, dtype)
+            for way in ways:
+                speed = statistics.median(r[way]["tokens_per_second"] for r in rounds)
+                memory = statistics.median(r[way]["peak_mb"] for r in rounds)
+                used = statistics.median(r[way]["flops_per_second"] for r in rounds) / peak_rate
+                faster = statistics.median(
+                    r[way]["tokens_per_second"] / r["plain"]["tokens_per_second"] for r in rounds
+                )
+                smaller = statistics.median(r[way]["peak_mb"] / r["plain"]["peak_mb"] for r in rounds)
+                share = f"{100 * used:.0f} %" if way != "plain" else ""
+                numbers = f"{speed:,.0f} | {faster:.2f} | {memory:,.0f} | {smaller:.2f} | {share}"
+                print(f"| {name} | {dtype} | {way} | {numbers} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

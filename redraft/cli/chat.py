@@ -1,0 +1,128 @@
+"""`redraft chat MODEL`: talk with a model and watch its drafts form."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from redraft.cli.parsing import parse
+from redraft.language_model import LanguageModel
+from redraft.sampling.canvas import Status
+from redraft.sampling.loop import Step
+from redraft.sampling.presets import SamplingConfig
+
+HELP = "/reset forgets the conversation, /set NAME VALUE changes a setting, /settings lists them, /quit ends."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Talk with a model; drafts are shown dim until they are decided."""
+
+    model: tyro.conf.Positional[str]
+    """Folder or hub id of a model."""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+    """How to denoise."""
+    system: str | None = None
+    """System message, for models with a chat template."""
+    device: str | None = None
+    """cpu, cuda, ...; by default the best there is."""
+
+
+def main(arguments: list[str]) -> int:
+    """Read, denoise, show, until the end of the input."""
+    args = parse(Arguments, arguments, command="chat")
+
+    from redraft.cli.common import load_quietly
+
+    console = Console()
+    conversation = Conversation(load_quietly(args.model, device=args.device), args.sampling, system=args.system)
+    if not conversation.has_template:
+        console.print("this model has no chat template: it continues your text as it stands", style="dim")
+    console.print(HELP, style="dim", markup=False, highlight=False)
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]")
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return 0
+        if line in ("/quit", "/exit"):
+            return 0
+        try:
+            _take_turn(conversation, line, console)
+        except ValueError as error:
+            console.print(str(error), style="red", markup=False)
+        except KeyboardInterrupt:
+            console.print("stopped; the turn is forgotten", style="dim")
+
+
+def _take_turn(conversation: "Conversation", line: str, console: Console) -> None:
+    if line.startswith("/"):
+        console.print(conversation.command(line), style="dim", markup=False, highlight=False)
+        return
+    if not line.strip():
+        return
+    with Live(Text(), console=console, refresh_per_second=20) as live:
+        for shown in conversation.reply(line):
+            live.update(shown)
+
+
+class Conversation:
+    """The messages so far, or the text so far for a model without a chat template."""
+
+    def __init__(self, lm: LanguageModel, sampling: SamplingConfig, *, system: str | None = None) -> None:
+        self.lm = lm
+        self.sampling = sampling
+        self.system = system
+        self.has_template = lm.tokenizer is not None and lm.tokenizer.chat_template is not None
+        if lm.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so there is nothing to talk with. Use the Python API.")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.text = ""
+
+    def reply(self, line: str) -> Any:
+        """Yield the reply as it forms, and remember the turn when it is whole."""
+        prompt: Any = [*self.messages, {"role": "user", "content": line}] if self.has_template else self.text + line
+        last: Step | None = None
+        for step in self.lm.stream(prompt, **asdict(self.sampling)):
+            last = step
+            yield _shown(step, self.lm)
+        assert last is not None
+        is_new = last.canvas.status[0] == Status.COMMITTED
+        answer = self.lm.decode(last.canvas.tokens[0][is_new])
+        if self.has_template:
+            self.messages = [*prompt, {"role": "assistant", "content": answer}]
+        else:
+            self.text = prompt + answer + "\n"
+
+    def command(self, line: str) -> str:
+        """Obey a line that begins with a slash."""
+        name, *rest = line.split()
+        if name == "/reset":
+            self.reset()
+            return "forgotten"
+        if name == "/settings":
+            return "  ".join(f"{key}={value}" for key, value in asdict(self.sampling).items())
+        if name == "/set" and len(rest) == 2:
+            flags = [f"--{rest[0].replace('_', '-')}", rest[1]]
+            self.sampling = replace(parse(SamplingConfig, flags, command="chat", default=self.sampling))
+            return f"{rest[0]} is {rest[1]}"
+        return HELP
+
+
+def _shown(step: Step, lm: LanguageModel) -> Text:
+    """Draw the reply: decided tokens plain, proposals dim."""
+    shown = Text()
+    tokens, status = step.x_0[0].tolist(), step.canvas.status[0].tolist()
+    for token, state in zip(tokens, status, strict=True):
+        if state in (Status.GIVEN, Status.PAD) or token == lm.eos_token_id:
+            continue
+        piece = lm.tokenizer.decode([token])
+        shown.append(piece, style=None if state == Status.COMMITTED else "dim italic")
+    return shown

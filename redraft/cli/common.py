@@ -1,0 +1,61 @@
+"""What the commands that load a model share."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from redraft.language_model import LanguageModel, load
+from redraft.sampling.trace import RowTrace, to_page
+from redraft.sampling.trace_page import render_page
+
+
+def load_quietly(model: str, *, device: str | None) -> LanguageModel:
+    """Load a model without the library's progress bars."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return load(model, device=device)
+
+
+def read_prompts(prompts: tuple[str, ...]) -> list[str]:
+    """Take prompts from the arguments; a dash, or none on a pipe, reads one prompt from standard input."""
+    if prompts == ("-",) or (not prompts and not sys.stdin.isatty()):
+        return [sys.stdin.read()]
+    if not prompts:
+        raise ValueError("there is no prompt: give one or more texts, or pipe one in.")
+    return list(prompts)
+
+
+def check_writable(path: Path | None) -> None:
+    """Fail before the work, not after it, where a result cannot be written."""
+    if path is None:
+        return
+    try:
+        with path.open("a"):
+            pass
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}.") from error
+
+
+def write_trace(path: Path, traces: list[RowTrace], lm: LanguageModel, *, title: str, settings: dict[str, Any]) -> None:
+    """Write the page that replays a generation; .json writes the data alone."""
+    page = to_page(traces, title=title, settings=settings, text_of=lambda token: text_of(lm, token))
+    path.write_text(json.dumps(page) if path.suffix == ".json" else render_page(page), encoding="utf-8")
+
+
+def text_of(lm: LanguageModel, token_id: int) -> str:
+    """Show one token: its text, or its number where there is none."""
+    if lm.tokenizer is None:
+        return f" {token_id}"
+    return str(lm.tokenizer.decode([token_id]))
+
+
+def say(console: Console, text: str, *, style: str | None = None, end: str = "\n") -> None:
+    """Print a text as it is: no markup, no wrapping, no colours of its own."""
+    console.print(text, style=style, end=end, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,55 @@
+"""`redraft infill MODEL TEXT ...`: fill the holes in texts."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from redraft.cli.parsing import parse
+from redraft.sampling.presets import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Fill the holes of texts: [MASK:12] is a hole of 12 tokens."""
+
+    model: tyro.conf.Positional[str]
+    """Folder or hub id of a model."""
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts with holes; a dash reads one from standard input."""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+    """How to denoise; the length is that of the holes."""
+    trace: Path | None = None
+    """Write a page that replays the denoising (.html), or its data (.json)."""
+    device: str | None = None
+    """cpu, cuda, ...; by default the best there is."""
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, fill, print with the filled parts highlighted."""
+    args = parse(Arguments, arguments, command="infill")
+
+    from redraft.cli.common import check_writable, load_quietly, read_prompts, text_of, write_trace
+
+    texts = read_prompts(args.texts)
+    check_writable(args.trace)
+    lm = load_quietly(args.model, device=args.device)
+    console = Console()
+    settings = asdict(args.sampling)
+    out = lm.infill(texts, trace=True, **settings)
+    assert out.trace is not None
+    for i, trace in enumerate(out.trace):
+        if not console.is_terminal and out.texts:
+            print(out.texts[i])
+            continue
+        shown = Text()
+        for token, is_given in zip(trace.token_ids, trace.is_given, strict=True):
+            shown.append(text_of(lm, token), style=None if is_given else "bold green")
+        console.print(shown, soft_wrap=True)
+    if args.trace:
+        write_trace(args.trace, out.trace, lm, title=f"redraft infill {args.model}", settings=settings)
+        console.print(f"trace: {args.trace}", markup=False, highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,172 @@
+"""The commands as a user runs them: real processes, exit codes, one clear line for a mistake."""
+
+import html.parser
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def redraft(*arguments, stdin="", cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "redraft.cli", *map(str, arguments)],
+        input=stdin, capture_output=True, text=True, cwd=cwd, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A tiny model, trained by the command."""
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    settings = ["--train.max-steps", "3", "--train.report-to", "--train.compile", "off", "--data.max-documents", "12"]
+    cache = ["--data.cache-dir", folder.parent / "cache"]
+    done = redraft("train", "stdlib-tiny", "--out", folder, *settings, *cache)
+    assert done.returncode == 0, done.stderr
+    assert "held-out NELBO" in done.stdout
+    assert "unigram entropy" in done.stdout
+    assert "gzip -9" in done.stdout
+    return folder
+
+
+def test_train_writes_all_that_belongs_to_a_run(model):
+    names = {path.name for path in model.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "recipe.json", "log.jsonl", "loss.png"} <= names
+    assert not names & {".saving"}
+    assert json.loads((model / "config.json").read_text())["diffusion"]["process"] == "masked"
+
+
+def test_a_run_can_be_run_again_from_its_recipe(model, tmp_path):
+    done = redraft("train", model / "recipe.json", "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    first = (model / "log.jsonl").read_text().splitlines()
+    again = (tmp_path / "again" / "log.jsonl").read_text().splitlines()
+    evaluations = [[json.loads(line).get("eval_loss") for line in log] for log in (first, again)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_sample_prints_texts_or_json_and_writes_a_page(model, tmp_path):
+    short = ["--max-new-tokens", "8", "--steps", "4"]
+    done = redraft("sample", model, "import ", "class ", *short, "--trace", tmp_path / "trace.html")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("import ")
+    page = (tmp_path / "trace.html").read_text()
+    html.parser.HTMLParser().feed(page)
+    assert "redraft sample" in page
+    done = redraft("sample", model, "--json", *short, stdin="import ")
+    assert json.loads(done.stdout)["prompt"] == "import "
+    again = redraft("sample", model, "--json", *short, stdin="import ")
+    assert again.stdout == done.stdout
+
+
+def test_infill_keeps_the_text_around_the_holes(model):
+    done = redraft("infill", model, "def f(x):[MASK:3]return y")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def f(x):")
+    assert done.stdout.rstrip("\n").endswith("return y")
+
+
+def test_chat_takes_turns_and_commands_until_the_end_of_input(model):
+    turns = "import os\n/set steps 2\n/settings\n/set nonsense 1\n/reset\nclass\n/quit\n"
+    done = redraft("chat", model, "--max-new-tokens", "4", "--steps", "4", stdin=turns)
+    assert done.returncode == 0, done.stderr
+    assert "no chat template" in done.stdout
+    assert "steps=2" in done.stdout
+    assert "forgotten" in done.stdout
+    assert "nonsense" in done.stdout
+
+
+def test_doctor_reports_and_runs_a_tiny_model():
+    done = redraft("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a tiny model runs" in done.stdout
+    assert "transformers" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "infill", "chat", "doctor"])
+def test_every_command_has_help_with_defaults(command):
+    arguments = ["train", "stdlib-tiny", "--help"] if command == "train" else [command, "--help"]
+    done = redraft(*arguments)
+    assert done.returncode == 0
+    assert "help" in done.stdout
+    if command not in ("doctor",):
+        assert "default:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown command 'trian'; .*Did you mean 'train'"),
+        (["train", "stdlib-tin"], "unknown recipe 'stdlib-tin'; .*Did you mean 'stdlib-tiny'"),
+        (["train", "stdlib-tiny", "--train.learnin-rate", "1"], "learnin-rate.*Did you mean --train.learning-rate"),
+        (["train", "stdlib-tiny", "--train.max-steps", "many"], "--train.max-steps.*many"),
+        (["train", "stdlib-tiny", "--train.max-steps", "-3"], "max_steps must be at least 1; got -3"),
+        (["train", "stdlib-tiny", "--objective.schedule", "cosin"], "unknown schedule 'cosin'.*'cosine'"),
+        (["train", "stdlib-tiny", "--model.size", "2m"], "unknown model.size '2m'"),
+        (["train", "stdlib-tiny", "--data.seq-len", "4096"], "seq_len must not exceed model.max_positions"),
+        (["train", "stdlib-tiny", "--data.source", "nowhere.txt"], "nowhere.txt"),
+        (["train", "no/run.json"], "no/run.json is not a readable recipe"),
+        (["sample", "nowhere", "x"], "cannot read a model config from nowhere"),
+        (["sample", "./nowhere", "x"], "the folder does not exist"),
+        (["sample"], "model|MODEL|STR"),
+        (["sample", "MODEL", "x", "--steps", "-1"], "steps must be at least 1; got -1"),
+        (["sample", "MODEL", "x", "--block-size", "7"], "block_size must divide max_new_tokens; got 7 and 128"),
+        (["sample", "MODEL", "x", "--max-new-tokens", "3000"], "must fit into the model's context of 2048 tokens"),
+        (["sample", "MODEL", "x", "--trace", "/no/such/place.html"], "cannot write /no/such/place.html"),
+        (["sample", "MODEL", "x", "--preset", "lada"], "unknown preset 'lada'"),
+        (["sample", "MODEL", "x", "--chat"], "no chat template"),
+        (["infill", "MODEL", "no hole"], "nothing to fill"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, model, tmp_path):
+    arguments = [str(model) if a == "MODEL" else a for a in arguments]
+    if arguments[0] == "train":
+        arguments += ["--out", str(tmp_path / "out")]
+    done = redraft(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_run_is_not_overwritten(model):
+    before = (model / "model.safetensors").read_bytes()
+    done = redraft("train", "stdlib-tiny", "--out", model)
+    assert done.returncode == 2
+    assert "holds another run" in done.stderr
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_import_redraft_does_not_import_transformers():
+    code = "import sys, torch, redraft; print(*[name for name in ('transformers', 'datasets') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_the_commands_and_code_of_the_readme_run(tmp_path):
+    """Every `redraft` line of the README, in order, in an empty folder; then its Python."""
+    readme = (ROOT / "README.md").read_text()
+    lines = [line.split("  #")[0].strip() for line in readme.splitlines() if line.startswith("redraft ")]
+    assert len(lines) >= 6
+    for line in lines:
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            line, shell=True, cwd=tmp_path, input="import os\n/quit\n", capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    (python,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    subprocess.run([sys.executable, "-c", python], cwd=tmp_path, check=True)
+
+
+def test_the_policy_of_the_sampling_page_runs(lm):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), flags=re.DOTALL)
+    names = {"lm": lm}
+    exec(code, names)
+    order = [int(step.is_committed[0].nonzero()[0]) for step in names["steps"]]
+    assert order == sorted(order)
+    assert len(order) == 8

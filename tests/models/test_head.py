@@ -1,0 +1,70 @@
+import pytest
+import torch
+from tiny import tiny_lm
+
+from redraft.models import head
+from redraft.models.head import chunked_loss, head_at, head_is_plain, output_embeddings
+
+every_architecture = pytest.mark.parametrize("architecture", ["llama", "modernbert"])
+
+
+@every_architecture
+def test_logits_at_chosen_rows_are_those_of_the_whole_canvas(architecture):
+    lm = tiny_lm(architecture=architecture)
+    ids = torch.randint(0, 40, (3, 7))
+    rows = torch.tensor([0, 5, 6, 13, 20])
+    with torch.no_grad():
+        whole = lm.model(input_ids=ids).logits.flatten(0, 1)[rows]
+        with head_at(lm.model, rows):
+            chosen = lm.model(input_ids=ids).logits
+    assert torch.allclose(chosen, whole, atol=1e-12)
+    assert lm.model(input_ids=ids).logits.shape == (3, 7, 40)  # the hook is gone
+
+
+@every_architecture
+@pytest.mark.parametrize("logits_per_chunk", [1, 40 * 4, 2**20])
+def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(architecture, logits_per_chunk, monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", logits_per_chunk)
+    lm = tiny_lm(architecture=architecture, scale=1.0)
+    hidden = torch.randn(11, 32, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 40, (11,))
+    layer = output_embeddings(lm.model)
+
+    def row_loss(logits, rows):
+        return torch.nn.functional.cross_entropy(logits, target[rows], reduction="none")
+
+    inputs = [hidden, *layer.parameters()]
+    plain = row_loss(layer(hidden), slice(None))
+    total, rows = chunked_loss(layer, hidden, row_loss)
+    assert torch.allclose(rows, plain.detach(), atol=1e-12)
+    for chunked, whole in zip(
+        torch.autograd.grad(3 * total, inputs), torch.autograd.grad(3 * plain.sum(), inputs), strict=True
+    ):
+        assert torch.allclose(chunked, whole, atol=1e-12)
+
+
+def test_a_batch_without_targets_has_no_loss_and_zero_gradients():
+    layer = torch.nn.Linear(4, 9)
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    total, rows = chunked_loss(layer, hidden, lambda logits, _: logits.sum(-1))
+    total.backward()
+    assert total.item() == 0
+    assert rows.shape == (0,)
+    assert not layer.weight.grad.any()
+
+
+def test_a_head_that_does_more_than_multiply_is_recognised():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16,
+        intermediate_size=32, final_logit_softcapping=1.0, attn_implementation="eager",
+    )  # fmt: skip
+    assert not head_is_plain(Gemma2ForCausalLM(config))
+    assert head_is_plain(tiny_lm().model)
+    assert head_is_plain(tiny_lm(architecture="modernbert").model)
+
+
+def test_a_model_without_a_head_is_told(lm):
+    with pytest.raises(ValueError, match="LlamaModel has no vocabulary head"):
+        output_embeddings(lm.model.base_model)
