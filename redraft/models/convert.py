@@ -27,15 +27,8 @@ from redraft.models.settings import DiffusionSettings
 MASK_TOKEN = "<|mask|>"
 RESERVED = re.compile(r"<\|?(reserved|unused|extra|spare|dummy)|\[unused|_unused", re.IGNORECASE)
 _OTHER_HEAD = re.compile(r"pooler|seq_relationship|classifier|qa_outputs")
-ATTENTION_KINDS = {
-    "full_attention",
-    "sliding_attention",
-    "chunked_attention",
-    "indexed_attention",
-    "minimax_m3_sparse",
-    "mlp",
-    "moe",
-}
+ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+"""What a layer may be. The sparse ones choose keys by an index that looks back, which short probes do not reveal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +176,8 @@ def refusal(config: Any, model_class: Any) -> str | None:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
     if model_class._is_stateful or others:
         kinds = f" ({', '.join(others)})" if others else ""
-        return f"{config.model_type} has recurrent, convolutional or compressing layers{kinds}: they read left to right"
+        what = "recurrent, convolutional, sparse or compressing layers"
+        return f"{config.model_type} has {what}{kinds}, made for reading left to right"
     return None
 
 

@@ -209,6 +209,7 @@ FAMILIES = (
         eos_token_id=151645,
         shift_logits=True,
     ),
+    Family(name="a2d-gpt2", stock="gpt2", model_types=("a2d-gpt2",), translate=translations.plain),
     Family(name="a2d-llama", stock="llama", model_types=("a2d-llama",), translate=translations.plain),
     Family(name="a2d-qwen2", stock="qwen2", model_types=("a2d-qwen2",), translate=translations.plain),
     Family(name="a2d-qwen3", stock="qwen3", model_types=("a2d-qwen3",), translate=translations.plain),

@@ -51,7 +51,9 @@ SMALL = {
     "max_position_embeddings": 64,
     "n_positions": 64,
     "max_seq_len": 64,
-    "sliding_window": 32,
+    "sliding_window": 5,  # short enough to bite on the probe's sequence, like the next three
+    "attention_chunk_size": 8,
+    "index_topk": 4,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -211,10 +211,7 @@ def cached_logits(
     """Forward a sequence block by block, each block over the cached keys and values of those before it (unshifted)."""
     from transformers import DynamicCache
 
-    config = denoiser.model.config.get_text_config()
-    has_index = "indexed_attention" in set(getattr(config, "layer_types", None) or ())
-    cache = DynamicCache(config=config) if has_index else DynamicCache()  # elsewhere a config would drop old windows
-    pieces = []
+    cache, pieces = DynamicCache(), []  # with a config, it would drop what windows have left behind
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     for start in range(0, ids.shape[1], block_size):
         end = min(start + block_size, ids.shape[1])

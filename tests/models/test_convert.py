@@ -180,7 +180,7 @@ def test_a_missing_weight_of_the_trunk_is_still_an_error(tmp_path):
             lambda: Lfm2ForCausalLM(
                 Lfm2Config(vocab_size=40, **SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention"])
             ),
-            r"lfm2 has recurrent, convolutional or compressing layers \(conv\)",
+            r"lfm2 has recurrent, convolutional, sparse or compressing layers \(conv\)",
         ),
         (
             lambda: T5ForConditionalGeneration(
