@@ -39,8 +39,9 @@ def load_denoiser(
     raw = read_raw_config(path)
     of_family = find_family(raw, name=family, hub_id=str(path))
     tokenizer = load_tokenizer(path, family=of_family)
-    if mask_token_id is None and not raw.get("diffusion") and tokenizer is not None:
-        mask_token_id = tokenizer.mask_token_id
+    if mask_token_id is None and not raw.get("diffusion"):
+        of_tokenizer = None if tokenizer is None else tokenizer.mask_token_id
+        mask_token_id = raw.get("mask_token_id", of_tokenizer)
     config, model_class = _config_and_class(path, raw, family=of_family, mask_token_id=mask_token_id)
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
     check_tokenizer(path, tokenizer, config)

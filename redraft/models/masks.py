@@ -54,14 +54,13 @@ def layer_masks(
     chunk = getattr(config, "attention_chunk_size", None) if not kinds or CHUNK in kinds else None
     if not kinds <= {"full_attention", WINDOW, CHUNK}:
         return mask
-    distance = (query_positions[:, None, :, None] - key_positions[:, None, None, :]).abs()
-    is_near = distance <= window if window else None
-    if not chunk and (is_near is None or bool(is_near.all())):
+    if window and window >= key_positions.shape[1] - 1:
+        window = None  # it reaches everywhere
+    if not window and not chunk:
         return mask
+    distance = (query_positions[:, None, :, None] - key_positions[:, None, None, :]).abs()
     whole = torch.ones_like(distance, dtype=torch.bool) if mask is None else mask
-    masks = {"full_attention": whole}
-    if is_near is not None:
-        masks[WINDOW] = whole & is_near
-    if chunk:
+    masks = {"full_attention": whole, WINDOW: whole & (distance <= window) if window else whole}
+    if chunk:  # transformers' own mask of a chunk is causal whatever the config says, so it always gets one
         masks[CHUNK] = whole & (query_positions[:, None, :, None] // chunk == key_positions[:, None, None, :] // chunk)
     return {kind: masks[kind] for kind in kinds} if kinds else masks[WINDOW if window else CHUNK]

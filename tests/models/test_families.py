@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -111,6 +113,17 @@ def test_diffugpt_gets_its_trunk_and_embedding_back(tmp_path):
     with torch.no_grad():
         expected = stock(IDS, attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool)).logits
     assert torch.allclose(lm.logits(IDS)[:, 1:], expected[:, :-1], atol=1e-5)
+
+
+def test_the_configs_mask_token_comes_before_the_tokenizers(tmp_path):
+    checkpoint(tmp_path, Qwen3Config(**SIZES, head_dim=8), model_type="sdar", mask_token_id=61)
+    vocabulary = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary, mask_token="t9").save_pretrained(tmp_path)
+    assert redraft.load(tmp_path, device="cpu").denoiser.settings.mask_token_id == 61
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["mask_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert redraft.load(tmp_path, device="cpu").denoiser.settings.mask_token_id == 9
 
 
 def test_llada_moe_is_told_apart_from_llada_by_its_class():
