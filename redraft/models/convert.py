@@ -78,25 +78,29 @@ def convert(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; name a new one.")
     Layout(block_size=block_size)  # refuses a size that is none, before the weights are read
+    written_as = None if to is None else find_family({}, name=to)
     read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype)
     model, notes = read.model, read.notes
     if adapter is not None:
         model = attach_adapter(model, adapter).merge_and_unload()
         notes.append(f"merged the adapter {adapter}")
-    settings = read.settings
-    if settings is None:
-        mask, note = choose_mask(model, read.tokenizer, mask_token_id)
-        notes.append(note)
-        settings = DiffusionSettings(mask_token_id=mask)
+    settings = read.settings or _new_settings(read, mask_token_id)
     chosen: dict[str, Any] = {"shift_logits": shift_logits, "block_size": block_size}
     settings = replace(settings, **{name: value for name, value in chosen.items() if value is not None})
     settings.save_to(model.config)
     checks = check_model(model, settings)
     require(source, checks, settings)
-    _save(model, read.tokenizer, out, family=None if to is None else find_family({}, name=to))
+    _save(model, read.tokenizer, out, family=written_as)
     return Conversion(
         folder=out, architecture=type(model).__name__, settings=settings, notes=tuple(notes), checks=tuple(checks)
     )
+
+
+def _new_settings(read: _Source, mask_token_id: int | None) -> DiffusionSettings:
+    """Find or make the mask token, and note which it is."""
+    mask, note = choose_mask(read.model, read.tokenizer, mask_token_id)
+    read.notes.append(note)
+    return DiffusionSettings(mask_token_id=mask)
 
 
 def require(source: str | Path, checks: list[Check], settings: DiffusionSettings) -> None:
