@@ -15,6 +15,7 @@ from torch import Tensor
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
 from redraft.models.load import load_denoiser
+from redraft.models.masks import first_position
 from redraft.randomness import fold
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.loop import Step, denoise
@@ -86,7 +87,8 @@ class LanguageModel:
     @property
     def context_length(self) -> int | None:
         """Longest canvas the model was built for, in tokens."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        return None if most is None else most - first_position(self.model.config)
 
     @torch.no_grad()
     def logits(

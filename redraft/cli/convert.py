@@ -90,7 +90,7 @@ def _check(flags: ConvertFlags, console: Console) -> int:
     denoiser, _ = load_denoiser(flags.source, mask_token_id=flags.mask_token_id, family=flags.family)
     checks = check_model(denoiser.model, denoiser.settings)
     _print_checks(checks, console)
-    return 0 if all(check.passed for check in checks[:3]) else 1
+    return 0 if all(check.passed for check in checks[:4]) else 1
 
 
 def _print_checks(checks: "Sequence[Check]", console: Console) -> None:

@@ -21,7 +21,7 @@ from redraft.models.load import (
     read_raw_config,
     renaming_class,
 )
-from redraft.models.probe import BIDIRECTIONAL, BLOCKS, ISOLATED, PADDING, Check, check_model
+from redraft.models.probe import BIDIRECTIONAL, BLOCKS, ISOLATED, PADDING, POSITIONS, Check, check_model
 from redraft.models.settings import DiffusionSettings
 
 MASK_TOKEN = "<|mask|>"
@@ -105,7 +105,7 @@ def _new_settings(read: _Source, mask_token_id: int | None) -> DiffusionSettings
 
 def require(source: str | Path, checks: list[Check], settings: DiffusionSettings) -> None:
     """Raise ValueError where a claim that the settings rest on does not hold."""
-    needed = {BIDIRECTIONAL, ISOLATED, PADDING} | ({BLOCKS} if settings.block_size else set())
+    needed = {BIDIRECTIONAL, POSITIONS, ISOLATED, PADDING} | ({BLOCKS} if settings.block_size else set())
     for check in checks:
         if check.claim in needed and not check.passed:
             raise ValueError(f"{source} cannot be converted: not true that {check.claim} ({check.measured}).")

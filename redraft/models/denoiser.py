@@ -9,7 +9,7 @@ from torch import Tensor
 
 from redraft.layouts import Layout, attention_mask, segment_positions
 from redraft.models.head import head_at, head_skipped
-from redraft.models.masks import model_masks
+from redraft.models.masks import first_position, model_masks
 from redraft.models.settings import DiffusionSettings
 
 
@@ -91,7 +91,8 @@ class Denoiser:
             isolate_segments=isolate_segments,
         )
         masks = model_masks(self.model, mask, positions, positions)
-        return {"input_ids": input_ids, "attention_mask": masks, "position_ids": positions, "use_cache": False}
+        counted = positions + first_position(self.model.config)
+        return {"input_ids": input_ids, "attention_mask": masks, "position_ids": counted, "use_cache": False}
 
     def _rows(self, where: Int[Tensor, "n"], seq_len: int) -> Int[Tensor, "n"]:
         """Find the positions whose logits predict `where`: themselves, or their left neighbours."""

@@ -1,4 +1,4 @@
-"""Attention masks as each transformers model wants them.
+"""Attention masks and positions as each transformers model wants them.
 
 A 4-D mask goes to every layer untouched, so a model with windowed layers needs one mask per kind of layer. Eager
 attention adds the mask to its scores: a boolean mask would be added as 0 and 1, without an error.
@@ -13,6 +13,17 @@ from torch import Tensor
 WINDOW, CHUNK = "sliding_attention", "chunked_attention"
 NEEDS_MASK = {"mpt", "nemotron", "stablelm"}
 """Architectures whose own attention code is causal, or fails, where it gets no mask, whatever the config says."""
+
+COUNTS_FROM_PADDING = {
+    "camembert", "data2vec-text", "ibert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+}  # fmt: skip
+"""Architectures whose first position is the one after the padding token's id, as fairseq counted."""
+
+
+def first_position(config: Any) -> int:
+    """Return the position id of a sequence's first token."""
+    text_config = config.get_text_config()
+    return text_config.pad_token_id + 1 if text_config.model_type in COUNTS_FROM_PADDING else 0
 
 
 def model_masks(

@@ -7,7 +7,7 @@ import torch
 
 from redraft.models.convert import language_model_class, refusal
 from redraft.models.denoiser import Denoiser
-from redraft.models.probe import BIDIRECTIONAL, BLOCKS, CACHED, ISOLATED, PADDING, check_model
+from redraft.models.probe import BIDIRECTIONAL, BLOCKS, CACHED, ISOLATED, PADDING, POSITIONS, check_model
 from redraft.models.settings import DiffusionSettings
 
 LARGEST_PARAMETERS = 30_000_000
@@ -158,7 +158,7 @@ def _measure(model_type: str) -> Row:
     Denoiser(model, settings).logits(torch.arange(4, 12)[None])  # a tiny config that does not fit together ends here
     results = {check.claim: check for check in check_model(model, settings)}
     failed = next((check for check in results.values() if not check.passed), None)
-    bidirectional = all(results[claim].passed for claim in (BIDIRECTIONAL, ISOLATED, PADDING))
+    bidirectional = all(results[claim].passed for claim in (BIDIRECTIONAL, POSITIONS, ISOLATED, PADDING))
     blocks = bidirectional and results[BLOCKS].passed
     return Row(
         model_type=model_type,

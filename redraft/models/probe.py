@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
-from redraft.models.masks import model_masks
+from redraft.models.masks import first_position, model_masks
 from redraft.models.settings import DiffusionSettings
 
 BIDIRECTIONAL = "every layer is bidirectional"
+POSITIONS = "positions are the model's own"
 ISOLATED = "nothing leaks past the mask"
 PADDING = "padding is inert"
 BLOCKS = "blocks are causal"
@@ -41,6 +42,7 @@ def check_model(model: Any, settings: DiffusionSettings, *, block_size: int = 4)
     ids = _sequence(model, length=3 * size)
     checks = {
         BIDIRECTIONAL: lambda: _check_bidirectional(denoiser, ids),
+        POSITIONS: lambda: _check_positions(denoiser, ids),
         ISOLATED: lambda: _check_isolated(denoiser, ids),
         PADDING: lambda: _check_padding(denoiser, ids),
         BLOCKS: lambda: _check_blocks(denoiser, ids, size),
@@ -61,6 +63,9 @@ def _sequence(model: Any, *, length: int) -> Int[Tensor, "1 seq"]:
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocab_size, (1, length), generator=generator)
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    if padding is not None:  # some models do not count padding as a position
+        ids = torch.where(ids == padding, (ids + 1) % vocab_size, ids)
     return ids.to(next(model.parameters()).device)
 
 
@@ -165,6 +170,14 @@ def _disturbed(layers: Layers, before: Record) -> Iterator[Record]:
             handle.remove()
 
 
+def _check_positions(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
+    """Leave the positions out of the call: the model must count as we do."""
+    inputs = denoiser.inputs(ids)
+    del inputs["position_ids"]
+    moved = _difference(denoiser.logits(ids), denoiser.model(**inputs).logits)
+    return _is_equal(moved, denoiser.model), f"our positions move logits by {moved:.1e}"
+
+
 def _check_isolated(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     """Let every position see itself alone: a change at one must stay there. Recurrence and convolution leak."""
     alone = torch.arange(1, ids.shape[1] + 1, device=ids.device)[None]
@@ -220,7 +233,7 @@ def cached_logits(
         output = denoiser.model(
             input_ids=ids[:, start:end],
             attention_mask=model_masks(denoiser.model, seen, block, positions[:, :end]),
-            position_ids=block,
+            position_ids=block + first_position(denoiser.model.config),
             past_key_values=cache,
             use_cache=True,
         )

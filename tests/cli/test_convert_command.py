@@ -29,7 +29,7 @@ def test_it_says_what_it_made(source, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "LlamaForCausalLM, block-causal attention, 4 tokens, logits shifted" in said
     assert "mask token: 40, a new row at the mean of the others" in said
-    assert said.count("  yes  ") == 5
+    assert said.count("  yes  ") == 6
     assert f"redraft convert {tmp_path / 'out'} --check" in said
 
 

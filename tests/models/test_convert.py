@@ -22,6 +22,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -147,6 +149,26 @@ def test_an_encoder_with_its_head_converts(tmp_path):
         assert torch.allclose(redraft.load(tmp_path / "out").logits(IDS), source(IDS).logits, atol=1e-5)
 
 
+def test_an_encoder_that_counts_from_its_padding_keeps_its_positions(tmp_path):
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=40, **SIZES, max_position_embeddings=64, pad_token_id=1)
+    source = enlarge(RobertaForMaskedLM(config))
+    source.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", mask_token_id=2)
+    with torch.no_grad():
+        assert torch.allclose(redraft.load(tmp_path / "out").logits(IDS), source(IDS).logits, atol=1e-5)
+
+
+def test_a_model_that_counts_otherwise_than_we_do_fails_the_check(monkeypatch):
+    monkeypatch.setattr("redraft.models.masks.COUNTS_FROM_PADDING", set())
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=40, **SIZES, max_position_embeddings=64, pad_token_id=1)
+    settings = DiffusionSettings(mask_token_id=2)
+    settings.save_to(config)
+    positions = check_model(enlarge(RobertaForMaskedLM(config)), settings)[1]
+    assert not positions.passed
+
+
 def test_an_encoder_without_a_head_gets_one_and_it_is_said(tmp_path):
     torch.manual_seed(0)
     source = enlarge(BertModel(BertConfig(vocab_size=40, **SIZES, max_position_embeddings=64)))
@@ -202,7 +224,7 @@ def test_a_hybrid_that_hides_its_kind_is_caught_by_measuring():
     config = Lfm2Config(vocab_size=40, **SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention"])
     settings = DiffusionSettings(mask_token_id=2)
     settings.save_to(config)
-    looks_ahead, isolated, *_ = check_model(enlarge(Lfm2ForCausalLM(config)), settings)
+    looks_ahead, _, isolated, *_ = check_model(enlarge(Lfm2ForCausalLM(config)), settings)
     assert not looks_ahead.passed
     assert "model.layers.0" in looks_ahead.measured
     assert not isolated.passed
