@@ -1,15 +1,12 @@
 """Shape-checked tests: every annotated function of redraft is checked by jaxtyping and beartype while tests run."""
 
 import os
-import warnings
 
 import pytest
-from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.simplefilter("ignore", BeartypeDecorHintPep585DeprecationWarning)
 install_import_hook("redraft", "shape_checks.checked")
 
 

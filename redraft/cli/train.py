@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
     """Resolve the recipe and its flags, train, and say what came out."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
-        return 0 if arguments else 2
+        return 0
     name, *flags = arguments
     resume = "--resume" in flags
     flags = [flag for flag in flags if flag != "--resume"]

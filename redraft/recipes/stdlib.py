@@ -36,6 +36,6 @@ def stdlib_small() -> RunConfig:
         data=DataConfig(seq_len=256, vocab_size=4096),
         model=ModelConfig(size="14m"),
         train=TrainConfig(
-            learning_rate=1e-3, batch_size=32, max_steps=3600, max_minutes=90.0, eval_every=600, save_every=300
+            learning_rate=1e-3, batch_size=32, max_steps=1800, max_minutes=90.0, eval_every=600, save_every=300
         ),
     )

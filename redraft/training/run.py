@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -73,6 +74,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     config = _prepare_for_speed(config, trainer, console, is_resumed=checkpoint is not None)
     if config.train.max_minutes:
         trainer.add_callback(Clock(console, minutes=config.train.max_minutes))
+    state.wait_for_everyone()  # every process has looked at the folder before one of them writes to it
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder)
@@ -121,10 +123,9 @@ def _check_folder(folder: Path, *, resume: bool) -> str | None:
     if is_run and not resume:
         raise ValueError(f"{folder} holds another run. Continue it with --resume, or choose another --out.")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    probe = existing / ".redraft-write-test"
     try:
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
         raise ValueError(f"cannot write to {existing}: {error.strerror}. Choose another --out.") from error
     return get_last_checkpoint(str(folder)) if resume else None
@@ -137,7 +138,7 @@ def _check_disk(folder: Path, num_parameters: int, *, keep: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"the checkpoints of this run need {needed / 1e9:.2f} GB and {existing} has {free / 1e9:.2f} GB free. "
+            f"the checkpoints of this run need {needed / 1e6:,.1f} MB and {existing} has {free / 1e6:,.1f} MB free. "
             "Free some, choose another --out, or lower --train.keep-checkpoints."
         )
 
@@ -184,6 +185,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         save_total_limit=train.keep_checkpoints,
         logging_steps=train.log_every,
         dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         report_to=_installed(train.report_to),
         disable_tqdm=True,
@@ -298,8 +300,9 @@ def _announce(outcome: Outcome, console: Console) -> None:
     assert outcome.held_out is not None
     assert outcome.unigram_nats is not None
     below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
+    compared = f"{abs(below):.1f} % {'below' if below > 0 else 'above'}"
     console.print(f"held-out NELBO:   {outcome.held_out}")
-    console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the NELBO is {below:.1f} % below)")
+    console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the NELBO is {compared})")
     console.print(f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
     console.print(f"saved to {outcome.folder}")
 

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from redraft.training.config import RunConfig, TrainConfig
 from redraft.training.run import run
 
 QUIET = Console(quiet=True)
-REDRAFT = [sys.executable, "-m", "redraft.cli"]
 
 
 @pytest.fixture(scope="session")
@@ -77,26 +77,39 @@ def assert_close(a, b, tolerance):
         assert (a[name] - b[name]).abs().max() <= tolerance, name
 
 
-def launch(config, *, processes=1, resume=False):
-    """Start `redraft train` as a user does, on the saved recipe of a config."""
+@contextmanager
+def launched(config, *, processes=1, resume=False):
+    """Start `redraft train` as a user does, on the saved recipe of a config; its output goes to `process.stdout`."""
     path = Path(config.out).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_as_dict(config)))
-    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
-    command = ([*start, "-m", "redraft.cli"] if processes > 1 else REDRAFT) + ["train", str(path)]
-    return subprocess.Popen(
-        command + (["--resume"] if resume else []),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    path.write_text(json.dumps(asdict(config)))
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [*start, "redraft.cli", "train", str(path), *(["--resume"] if resume else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-def _as_dict(config):
-    from dataclasses import asdict
+def finish(process, *, code=0):
+    """Wait for the end and return what was printed."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    return output
 
-    return asdict(config)
+
+def wait_for_log(process, config, *, lines=1):
+    """Wait until the run has logged some lines."""
+    log = Path(config.out) / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
 
 
 def test_eight_rows_at_once_equal_one_row_eight_times(config):
@@ -111,9 +124,8 @@ def test_two_processes_equal_one(config):
     torch.set_num_threads(1)
     whole = run(config, console=QUIET)
     two = with_train(replace(config, out=config.out + "-two"), batch_size=4)
-    process = launch(two, processes=2)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    with launched(two, processes=2) as process:
+        finish(process)
     assert losses(two.out) == pytest.approx(losses(whole.folder), abs=1e-5)
     assert gradient_norms(two.out) == pytest.approx(gradient_norms(whole.folder), abs=1e-4)
     assert_close(weights(whole.folder), weights(two.out), 1e-4)
@@ -127,20 +139,16 @@ def test_two_processes_equal_one(config):
 def test_a_run_killed_at_a_random_moment_and_resumed_ends_bitwise_as_one_never_stopped(config, ema_decay):
     torch.set_num_threads(1)
     config = with_train(config, max_steps=60, eval_every=0, ema_decay=ema_decay)
-    whole = launch(replace(config, out=config.out + "-whole"))
-    assert whole.wait(timeout=240) == 0
-    killed = launch(config)
-    log = Path(config.out) / "log.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < 9:
-        assert killed.poll() is None, killed.stdout.read()
-        time.sleep(0.002)
-    time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    with launched(replace(config, out=config.out + "-whole")) as whole:
+        finish(whole)
+    with launched(config) as killed:
+        wait_for_log(killed, config, lines=9)
+        time.sleep(0.05)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
     assert not (Path(config.out) / "model.safetensors").exists()
-    resumed = launch(config, resume=True)
-    output, _ = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, output
+    with launched(config, resume=True) as resumed:
+        finish(resumed)
     expected, found = weights(config.out + "-whole"), weights(config.out)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert losses(config.out) == losses(config.out + "-whole")
@@ -148,14 +156,10 @@ def test_a_run_killed_at_a_random_moment_and_resumed_ends_bitwise_as_one_never_s
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(config, number, code):
-    process = launch(with_train(config, max_steps=100_000, save_every=50_000))
-    log = Path(config.out) / "log.jsonl"
-    while not log.exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code
+    with launched(with_train(config, max_steps=100_000, save_every=50_000)) as process:
+        wait_for_log(process, config)
+        process.send_signal(number)
+        output = finish(process, code=code)
     assert f"redraft train {config.out} --resume" in output.replace("\n", "")
     assert list(Path(config.out).glob("checkpoint-*/optimizer.pt"))
 
@@ -245,7 +249,7 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
     from redraft.training import run as module
 
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: module.shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(ValueError, match="the checkpoints of this run need 0.01 GB"):
+    with pytest.raises(ValueError, match=r"the checkpoints of this run need \d+\.\d MB and .* has 0\.0 MB free"):
         run(config, console=QUIET)
 
 
