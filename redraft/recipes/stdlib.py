@@ -2,7 +2,7 @@
 
 from redraft.data.prepare import DataConfig
 from redraft.models.build import ModelConfig
-from redraft.training.config import RunConfig, TrainConfig
+from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
 
 def stdlib_tiny() -> RunConfig:
@@ -23,8 +23,9 @@ def stdlib_demo() -> RunConfig:
         out="runs/demo",
         data=DataConfig(seq_len=256, vocab_size=4096),
         model=ModelConfig(size="5m"),
+        objective=ObjectiveConfig(t_min=0.02, t_max=0.7),  # learns to use context sooner: docs/lab-notes.md
         train=TrainConfig(
-            learning_rate=1e-3, batch_size=32, max_steps=600, max_minutes=5.0, eval_every=0, save_every=200
+            learning_rate=1e-3, batch_size=32, max_steps=600, max_minutes=4.8, eval_every=0, save_every=200
         ),
     )
 
