@@ -41,12 +41,18 @@ def main() -> None:
 
     head, body, rest = held_out_function()
     num_tokens = len(lm.tokenizer(body)["input_ids"])
-    out = lm.infill(f"{head}[MASK:{num_tokens}]{rest}", trace=True)
+    drawing = {
+        "preset": "llada-random",
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "seed": 1,
+    }  # small models repeat the likeliest
+    out = lm.infill(f"{head}[MASK:{num_tokens}]{rest}", trace=True, **drawing)
     filled = lm.decode(out.tokens[0])
     print(f"\na function the model has not seen:\n{head}{body}\nits end filled in by the model:\n{head}{filled}")
-    write_trace(folder / "infill.html", out.trace, lm, title="redraft demo: infilling", settings={"steps": num_tokens})
+    write_trace(folder / "infill.html", out.trace, lm, title="redraft demo: infilling", settings=drawing)
 
-    sampling = {"max_new_tokens": 96, "steps": 96, "temperature": 0.7, "block_size": 32, "seed": 1}
+    sampling = {"max_new_tokens": 96, "steps": 96, **drawing}
     out = lm.generate('"""Utilities for', trace=True, **sampling)
     print(f'\ngenerated:\n"""Utilities for{out.texts[0]}\n')
     write_trace(folder / "trace.html", out.trace, lm, title="redraft demo: generation", settings=sampling)

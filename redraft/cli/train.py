@@ -38,7 +38,7 @@ def next_steps(folder: str) -> list[str]:
     """Name three commands to try on a trained model."""
     return [
         "try next:",
-        f"  redraft sample {folder} $'import os\\n\\ndef ' --temperature 0.8 --trace {folder}/trace.html",
+        f"  redraft sample {folder} $'import os\\n\\ndef ' --preset llada-random --temperature 0.9 --trace {folder}/trace.html",
         f"  redraft infill {folder} $'def is_even(n):\\n    return [MASK:8]\\n'",
         f"  redraft chat {folder}",
     ]
