@@ -36,7 +36,9 @@ def main() -> None:
     if (folder / "model.safetensors").exists():
         print(f"{folder} is trained already; remove it to train again")
     else:
-        run(config, resume=(folder / "recipe.json").exists())
+        outcome = run(config, resume=(folder / "recipe.json").exists())
+        if outcome.signal:
+            raise SystemExit(128 + outcome.signal)
     lm = redraft.load(folder)
 
     head, body, rest = held_out_function()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from redraft.layouts import Layout
@@ -125,7 +125,7 @@ class LanguageModel:
         config = _config(settings)
         rows = [self._encode(prompt) for prompt in _as_batch(prompts)]
         canvas = self._canvas_after(rows, config.max_new_tokens)
-        yield from self._denoise(canvas, rows, config)
+        return self._denoise(canvas, rows, config)
 
     def infill(self, prompts: Prompt | Sequence[Prompt], *, trace: bool = False, **settings: Any) -> Generation:
         """Fill holes: `[MASK:n]` in a text (n tokens), or mask tokens in token ids. Settings: `SamplingConfig`.
@@ -170,7 +170,7 @@ class LanguageModel:
             sequences = [tokens[status != Status.PAD].cpu() for tokens, status in finals]
             new = [tokens[status == Status.COMMITTED].cpu() for tokens, status in finals]
         else:
-            new = [self._new_tokens(tokens, status, config) for tokens, status in finals]
+            new = [self.new_tokens(tokens, status, config) for tokens, status in finals]
             sequences = [torch.cat([row, tokens]) for row, tokens in zip(rows, new, strict=True)]
         shown = sequences if is_infilling else new
         return Generation(
@@ -187,8 +187,10 @@ class LanguageModel:
         keys = row_keys(rows, seed=config.seed).to(self.denoiser.device)
         return denoise(self.denoiser, canvas, sampler, row_keys=keys)
 
-    def _new_tokens(self, tokens: Tensor, status: Tensor, config: SamplingConfig) -> Tensor:
-        """Cut a finished row to its new tokens, up to and with the EOS that ended it."""
+    def new_tokens(
+        self, tokens: Int[Tensor, "seq"], status: UInt8[Tensor, "seq"], config: SamplingConfig
+    ) -> Int[Tensor, "new"]:
+        """Cut a finished row of a canvas to its new tokens, up to and with the EOS that ended it."""
         new = tokens[status != Status.PAD].cpu()[-config.max_new_tokens :]
         if config.stop != "eos" or self.eos_token_id is None:
             return new

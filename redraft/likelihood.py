@@ -40,12 +40,15 @@ def draw_noise(
 ) -> Noised:
     """Corrupt a batch with times stratified over the global batch, t in (t_min, t_max].
 
-    The default range is what a likelihood bound is taken over; it leaves out a thousandth of the noise levels.
+    Which row gets which stratum is drawn too: windows in the order of their documents, and the processes that share a
+    batch, all see every noise level. The default range is what a likelihood bound is taken over; it leaves out a
+    thousandth of the noise levels.
     """
     rows = key.rows.to(x_0.device)
     offset = uniform(key.seed, key.step, 0)
+    strata = uniform(key.seed, key.step, 2, torch.arange(key.total_rows)).argsort().to(x_0.device)
     t = stratified_times(
-        rows.to(torch.float64), total=key.total_rows, offset=offset.to(x_0.device), t_min=t_min, t_max=t_max
+        strata[rows].to(torch.float64), total=key.total_rows, offset=offset.to(x_0.device), t_min=t_min, t_max=t_max
     )
     positions = torch.arange(x_0.shape[1], device=x_0.device)
     u = uniform(key.seed, key.step, 1, rows[:, None], positions[None, :])

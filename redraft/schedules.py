@@ -133,7 +133,8 @@ def stratified_times(
 ) -> Float[Tensor, "*shape"]:
     """Spread times evenly: t_i = t_min + (t_max - t_min) (i + 1 - offset) / total in (t_min, t_max], offset ~ U[0, 1).
 
-    Each t_i is uniform, and together they cover every noise level: the estimate of the loss has a smaller variance than
-    with independent times (Appendix I.1, arXiv 2107.00630). `index` counts rows over the whole global batch of `total`.
+    Together they cover every noise level, so an estimate of the loss has a smaller variance than with independent times
+    (Appendix I.1, arXiv 2107.00630). `index` numbers the strata of a batch of `total` rows; each t_i is uniform over
+    all of (t_min, t_max] only if rows are given their strata at random.
     """
     return t_min + (t_max - t_min) * (index + 1 - offset) / total

@@ -1,6 +1,6 @@
 """`redraft chat MODEL`: talk with a model and watch its drafts form."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import tyro
@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from redraft.cli.parsing import parse
+from redraft.errors import unknown_name
 from redraft.language_model import LanguageModel
 from redraft.sampling.canvas import Status
 from redraft.sampling.loop import Step
@@ -94,8 +95,7 @@ class Conversation:
             last = step
             yield _shown(step, self.lm)
         assert last is not None
-        is_new = last.canvas.status[0] == Status.COMMITTED
-        answer = self.lm.decode(last.canvas.tokens[0][is_new])
+        answer = self.lm.decode(self.lm.new_tokens(last.canvas.tokens[0], last.canvas.status[0], self.sampling))
         if self.has_template:
             self.messages = [*prompt, {"role": "assistant", "content": answer}]
         else:
@@ -110,19 +110,28 @@ class Conversation:
         if name == "/settings":
             return "  ".join(f"{key}={value}" for key, value in asdict(self.sampling).items())
         if name == "/set" and len(rest) == 2:
-            flags = [f"--{rest[0].replace('_', '-')}", rest[1]]
-            self.sampling = replace(parse(SamplingConfig, flags, command="chat", default=self.sampling))
+            setting = rest[0].replace("-", "_")
+            if setting not in asdict(self.sampling):
+                raise unknown_name("setting", setting, asdict(self.sampling))
+            flags = [f"--{setting.replace('_', '-')}", rest[1]]
+            self.sampling = parse(SamplingConfig, flags, command="chat", default=self.sampling)
             return f"{rest[0]} is {rest[1]}"
         return HELP
 
 
 def _shown(step: Step, lm: LanguageModel) -> Text:
-    """Draw the reply: decided tokens plain, proposals dim."""
-    shown = Text()
-    tokens, status = step.x_0[0].tolist(), step.canvas.status[0].tolist()
-    for token, state in zip(tokens, status, strict=True):
-        if state in (Status.GIVEN, Status.PAD) or token == lm.eos_token_id:
+    """Draw the reply up to its end: decided tokens plain, proposals dim and slanted, untouched noise as dots."""
+    from redraft.cli.common import NOISE_STYLE, styled
+
+    token_ids, styles = [], []
+    proposed = step.confidence[0] > 0
+    for token, state, has_proposal in zip(
+        step.x_0[0].tolist(), step.canvas.status[0].tolist(), proposed.tolist(), strict=True
+    ):
+        if state in (Status.GIVEN, Status.PAD):
             continue
-        piece = lm.tokenizer.decode([token])
-        shown.append(piece, style=None if state == Status.COMMITTED else "dim italic")
-    return shown
+        if state == Status.COMMITTED and token == lm.eos_token_id:
+            break
+        token_ids.append(token)
+        styles.append("" if state == Status.COMMITTED else "dim italic" if has_proposal else NOISE_STYLE)
+    return styled(lm, token_ids, styles)

@@ -2,14 +2,18 @@
 
 import json
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from redraft.language_model import LanguageModel, load
 from redraft.sampling.trace import RowTrace, to_page
 from redraft.sampling.trace_page import render_page
+
+NOISE_STYLE = "dim"
 
 
 def load_quietly(model: str, *, device: str | None) -> LanguageModel:
@@ -47,6 +51,16 @@ def write_trace(path: Path, traces: list[RowTrace], lm: LanguageModel, *, title:
     """Write the page that replays a generation; .json writes the data alone."""
     page = to_page(traces, title=title, settings=settings, text_of=lambda token: text_of(lm, token))
     path.write_text(json.dumps(page) if path.suffix == ".json" else render_page(page), encoding="utf-8")
+
+
+def styled(lm: LanguageModel, token_ids: list[int], styles: list[str]) -> Text:
+    """Decode runs of tokens of one style together: a character may take several tokens."""
+    shown = Text()
+    for style, run in groupby(zip(token_ids, styles, strict=True), key=lambda pair: pair[1]):
+        ids = [token_id for token_id, _ in run]
+        text = lm.tokenizer.decode(ids) if lm.tokenizer is not None else "".join(f" {i}" for i in ids)
+        shown.append("·" * len(ids) if style == NOISE_STYLE else text, style=style)
+    return shown
 
 
 def text_of(lm: LanguageModel, token_id: int) -> str:

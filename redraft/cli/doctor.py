@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
+    from redraft.models.device import choose_device
     from redraft.training.machine import bfloat16_is_faster, can_compile
 
     console = Console()
@@ -37,9 +38,7 @@ def main(arguments: list[str]) -> int:
         table.add_row(name, _version(name) or "missing")
     for name, extra in EXTRAS.items():
         table.add_row(name, _version(name) or escape(f"not installed (pip install 'redraft[{extra}]')"))
-    is_accelerated = torch.accelerator.is_available()
-    device = torch.accelerator.current_accelerator() if is_accelerated else "cpu"
-    table.add_row("device", str(device))
+    table.add_row("device", str(choose_device(None)))
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("bfloat16", "faster than float32" if bfloat16_is_faster("auto") else "not faster than float32")
     table.add_row("torch.compile", "a compiler is there" if can_compile() else "no compiler found")

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.text import Text
 
 from redraft.cli.parsing import parse
 from redraft.sampling.presets import SamplingConfig
@@ -32,7 +31,7 @@ def main(arguments: list[str]) -> int:
     """Parse, fill, print with the filled parts highlighted."""
     args = parse(Arguments, arguments, command="infill")
 
-    from redraft.cli.common import check_writable, load_quietly, read_prompts, text_of, write_trace
+    from redraft.cli.common import check_writable, load_quietly, read_prompts, styled, write_trace
 
     texts = read_prompts(args.texts)
     check_writable(args.trace)
@@ -45,10 +44,8 @@ def main(arguments: list[str]) -> int:
         if not console.is_terminal and out.texts:
             print(out.texts[i])
             continue
-        shown = Text()
-        for token, is_given in zip(trace.token_ids, trace.is_given, strict=True):
-            shown.append(text_of(lm, token), style=None if is_given else "bold green")
-        console.print(shown, soft_wrap=True)
+        styles = ["" if is_given else "bold green" for is_given in trace.is_given]
+        console.print(styled(lm, trace.token_ids, styles), soft_wrap=True)
     if args.trace:
         write_trace(args.trace, out.trace, lm, title=f"redraft infill {args.model}", settings=settings)
         console.print(f"trace: {args.trace}", markup=False, highlight=False, soft_wrap=True)

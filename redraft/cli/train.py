@@ -1,5 +1,6 @@
 """`redraft train RECIPE`: one run from data to checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -36,9 +37,10 @@ def main(arguments: list[str]) -> int:
 
 def next_steps(folder: str) -> list[str]:
     """Name three commands to try on a trained model."""
+    drawing = "--preset llada-random --temperature 0.9"
     return [
         "try next:",
-        f"  redraft sample {folder} $'import os\\n\\ndef ' --preset llada-random --temperature 0.9 --trace {folder}/trace.html",
+        f"  redraft sample {folder} $'import os\\n\\ndef ' {drawing} --trace {folder}/trace.html",
         f"  redraft infill {folder} $'def is_even(n):\\n    return [MASK:8]\\n'",
         f"  redraft chat {folder}",
     ]
@@ -58,7 +60,7 @@ def _find(name: str) -> RunConfig:
     if path.is_dir():
         if not (path / RECIPE_FILE).exists():
             raise ValueError(f"{path} holds no {RECIPE_FILE}, so it is not a run to continue. {_known()}")
-        return RunConfig.read(path / RECIPE_FILE)
+        return replace(RunConfig.read(path / RECIPE_FILE), out=str(path))
     if path.suffix == ".json":
         return RunConfig.read(path)
     raise unknown_name("recipe", name, RECIPES)

@@ -6,6 +6,8 @@ from typing import Any
 from redraft.errors import unknown_name
 from redraft.models.settings import DiffusionSettings
 
+DEFAULT_MAX_POSITIONS = 2048
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -23,8 +25,8 @@ class ModelConfig:
     """Attention heads."""
     intermediate_size: int | None = None
     """Width of the feed-forward layer."""
-    max_positions: int = 2048
-    """Longest sequence, in tokens."""
+    max_positions: int | None = None
+    """Longest sequence the model takes, in tokens; by default the windows it is trained on."""
     dropout: float = 0.0
     """Attention dropout, as a probability."""
 
@@ -98,7 +100,7 @@ def _llama(config: ModelConfig, vocab_size: int, tokenizer: Any) -> Any:
         num_attention_heads=shape.num_heads,
         num_key_value_heads=heads if heads and shape.num_heads % heads == 0 else shape.num_heads,
         intermediate_size=shape.intermediate_size,
-        max_position_embeddings=config.max_positions,
+        max_position_embeddings=config.max_positions or DEFAULT_MAX_POSITIONS,
         attention_dropout=config.dropout,
         tie_word_embeddings=True,
         use_cache=False,
@@ -118,7 +120,7 @@ def _modernbert(config: ModelConfig, vocab_size: int, tokenizer: Any) -> Any:
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_heads,
         intermediate_size=shape.intermediate_size,
-        max_position_embeddings=config.max_positions,
+        max_position_embeddings=config.max_positions or DEFAULT_MAX_POSITIONS,
         attention_dropout=config.dropout,
         layer_types=["full_attention"] * shape.num_layers,  # every token of a canvas may inform every other: no windows
         bos_token_id=tokenizer.bos_token_id,

@@ -49,7 +49,7 @@ class Denoiser:
     ) -> Float[Tensor, "n vocab"]:
         """Predict the positions of `where` alone (indices into batch * seq): the head runs nowhere else.
 
-        `wrapped` is the model as a trainer wraps it (DDP, FSDP), to be called in its place.
+        `wrapped` is the model as a trainer wraps it (DDP), to be called in its place.
         """
         inputs = self.inputs(input_ids, segment_ids=segment_ids, isolate_segments=isolate_segments, layout=layout)
         with head_at(self.model, self._rows(where, input_ids.shape[1])):

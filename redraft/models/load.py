@@ -11,6 +11,7 @@ import torch
 
 from redraft.errors import unknown_name
 from redraft.models.denoiser import Denoiser
+from redraft.models.device import choose_device
 from redraft.models.families import FAMILIES, Family, find_family, known_model_types
 from redraft.models.settings import DiffusionSettings
 from redraft.models.translations import Raw
@@ -36,6 +37,7 @@ def load_denoiser(
     autoregressive, weights are missing, extra, of another shape or cut short, no mask token is known or it lies outside
     the vocabulary, the tokenizer is larger than the embedding, or the adapter does not fit.
     """
+    target = choose_device(device)
     raw = read_raw_config(path)
     of_family = find_family(raw, name=family, hub_id=str(path))
     tokenizer = load_tokenizer(path, family=of_family)
@@ -49,8 +51,7 @@ def load_denoiser(
     model = load_weights(model_class, path, config=config, dtype=dtype, family=of_family)
     if adapter is not None:
         model = attach_adapter(model, adapter).get_base_model()
-    device = device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    return Denoiser(model.to(device).eval(), settings), tokenizer
+    return Denoiser(model.to(target).eval(), settings), tokenizer
 
 
 def read_raw_config(path: str | Path) -> Raw:

@@ -10,7 +10,7 @@ def stdlib_tiny() -> RunConfig:
     return RunConfig(
         out="runs/stdlib-tiny",
         data=DataConfig(seq_len=64, vocab_size=1024, max_documents=40, validation_fraction=0.2),
-        model=ModelConfig(size="1m"),
+        model=ModelConfig(size="1m", max_positions=512),
         train=TrainConfig(
             learning_rate=2e-3, batch_size=16, max_steps=60, eval_every=30, save_every=30, eval_windows=64
         ),

@@ -77,5 +77,10 @@ class SamplingConfig:
         )
 
     def for_infilling(self, *, num_holes: int) -> "SamplingConfig":
-        """Fill holes: as many steps as there are holes unless said otherwise, and no early end."""
+        """Fill holes: as many steps as there are holes unless said otherwise, and no early end.
+
+        Raises ValueError for a block size: holes are filled all together.
+        """
+        if self.block_size is not None:
+            raise ValueError(f"block_size does not apply to infilling; got {self.block_size}. Leave it out.")
         return replace(self, steps=self.steps or max(num_holes, 1), block_size=None, stop=None)

@@ -133,14 +133,14 @@ class RunConfig:
     """Optimisation, evaluation and bookkeeping."""
 
     def __post_init__(self) -> None:
-        if self.data.seq_len > self.model.max_positions:
+        if self.model.max_positions is not None and self.data.seq_len > self.model.max_positions:
             raise ValueError(
                 f"data.seq_len must not exceed model.max_positions; got {self.data.seq_len} and "
                 f"{self.model.max_positions}. Raise --model.max-positions."
             )
 
     def save(self, folder: Path) -> None:
-        """Write recipe.json, which `redraft train FOLDER` runs again."""
+        """Write recipe.json, which `redraft train FOLDER/recipe.json --out OTHER` runs again."""
         (folder / RECIPE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from redraft.training.callbacks import LOG_FILE, read_log
+from redraft.training.config import RECIPE_FILE, RunConfig
 
 CURVE_FILE = "loss.png"
 
@@ -19,10 +20,12 @@ def draw_curve(folder: Path, *, console: Console) -> None:
     lines = read_log(folder / LOG_FILE)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*_series(lines, "loss"), color="#9db4c0", linewidth=1, label="training")
-    axes.plot(*_series(lines, "eval_nats_per_token"), color="#253237", marker="o", markersize=4, label="held out")
+    objective = RunConfig.read(folder / RECIPE_FILE).objective
+    drawn = f"training, t in ({objective.t_min:g}, {objective.t_max:g}]"
+    axes.plot(*_series(lines, "loss"), color="#9db4c0", linewidth=1, label=drawn)
+    axes.plot(*_series(lines, "eval_nats_per_token"), color="#253237", marker="o", markersize=4, label="held-out NELBO")
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("NELBO, nats per token")
+    axes.set_ylabel("nats per token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(folder / CURVE_FILE, dpi=150)

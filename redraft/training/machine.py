@@ -7,14 +7,14 @@ import time
 
 import torch
 
+from redraft.models.device import choose_device
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of mallopt(3)
 
 
 def runs_on_cpu(device: str) -> bool:
-    """Resolve the setting of a device: cpu, cuda or auto. Raises ValueError for a device that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is cuda, but torch sees no CUDA device. Use auto or cpu.")
-    return device == "cpu" or not torch.accelerator.is_available()
+    """Tell whether the setting of a device (cpu, cuda, auto) means the CPU here; ValueError if it is not there."""
+    return choose_device(device).type == "cpu"
 
 
 def bfloat16_is_faster(device: str) -> bool:

@@ -5,8 +5,10 @@ import logging
 import shutil
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, prepare
 from redraft.data.tokenizer import require_mask_token, token_byte_lengths
+from redraft.errors import unknown_name
 from redraft.likelihood import Estimate, NoiseKey
 from redraft.models.build import build_model
 from redraft.models.denoiser import Denoiser
@@ -30,6 +33,7 @@ from redraft.training.ema import WeightAverage
 from redraft.training.machine import bfloat16_is_faster, can_compile, keep_freed_memory, runs_on_cpu
 from redraft.training.trainer import DiffusionTrainer
 
+LOGGERS = ("tensorboard", "wandb", "trackio")
 BYTES_PER_PARAMETER = {"checkpoint": 12, "model": 4}  # float32 weights with AdamW's two moments; the weights alone
 
 
@@ -53,8 +57,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     console = console or Console()
     folder = Path(config.out)
     state = PartialState(cpu=runs_on_cpu(config.train.device))
-    if resume:
-        config = _as_begun(config)
+    config = _as_begun(config) if resume else _with_precision(config)
     checkpoint = _check_folder(folder, resume=resume)
     _be_quiet()
     data = prepare(config.data)
@@ -62,7 +65,8 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     torch.manual_seed(config.train.seed)
     settings = config.objective.settings(require_mask_token(data.tokenizer))
-    model = build_model(config.model, settings, tokenizer=data.tokenizer)
+    shape = dataclasses.replace(config.model, max_positions=config.model.max_positions or config.data.seq_len)
+    model = build_model(shape, settings, tokenizer=data.tokenizer)
     num_parameters = sum(p.numel() for p in model.parameters())
     _check_disk(folder, num_parameters, keep=config.train.keep_checkpoints)
     console.print(f"model: {config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
@@ -81,11 +85,15 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         data.tokenizer.save_pretrained(folder)
     if trainer.average and checkpoint:
         trainer.average.load(Path(checkpoint))
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        progress.close()
-        stopped.restore()
+    if checkpoint and _step_of(checkpoint) >= trainer.args.max_steps:  # stopped between its last step and its end
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state.global_step = _step_of(checkpoint)
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            progress.close()
+            stopped.restore()
     outcome = Outcome(
         folder=folder,
         steps=trainer.state.global_step,
@@ -97,16 +105,27 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     return _finish(outcome, trainer, data, console)
 
 
+def _with_precision(config: RunConfig) -> RunConfig:
+    """Resolve the precision once for all processes and for every resume: it is decided by a measurement."""
+    train = config.train
+    if train.precision != "auto":
+        return config
+    (chosen,) = broadcast_object_list(["bfloat16" if bfloat16_is_faster(train.device) else "float32"])
+    return dataclasses.replace(config, train=dataclasses.replace(train, precision=chosen))
+
+
 def _as_begun(config: RunConfig) -> RunConfig:
     """Return the configuration of the run in the folder. Raises ValueError where another one is asked for."""
     path = Path(config.out) / RECIPE_FILE
     if not path.exists():
         raise ValueError(f"{config.out} holds no run to resume. Leave out --resume to start one.")
     saved = RunConfig.read(path)
-    ignored = (
-        ("out:", "train.max_steps:") if config.train.max_minutes else ("out:",)
-    )  # steps were fitted to the minutes
-    changed = [change for change in differences(saved, config) if not change.startswith(ignored)]
+    ignored = ["out:"]
+    if config.train.max_minutes:
+        ignored.append("train.max_steps:")  # they were fitted to the minutes
+    if config.train.precision == "auto":
+        ignored.append("train.precision:")  # it was measured
+    changed = [change for change in differences(saved, config) if not change.startswith(tuple(ignored))]
     if changed:
         raise ValueError(
             f"--resume continues {config.out} as it was begun, but these settings differ: {'; '.join(changed)}. "
@@ -129,6 +148,10 @@ def _check_folder(folder: Path, *, resume: bool) -> str | None:
     except OSError as error:
         raise ValueError(f"cannot write to {existing}: {error.strerror}. Choose another --out.") from error
     return get_last_checkpoint(str(folder)) if resume else None
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
 
 
 def _check_disk(folder: Path, num_parameters: int, *, keep: int) -> None:
@@ -176,10 +199,10 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         adam_beta2=train.beta_2,
         max_grad_norm=train.max_grad_norm,
         optim="adamw_torch_fused",
-        bf16=_uses_bfloat16(train.precision, train.device),
+        bf16=train.precision == "bfloat16",
         use_cpu=runs_on_cpu(train.device),
         seed=train.seed,
-        eval_strategy="steps" if train.eval_every else "no",
+        eval_strategy="steps" if train.eval_every and len(data.validation) else "no",
         eval_steps=train.eval_every or None,
         save_steps=train.save_every,
         save_total_limit=train.keep_checkpoints,
@@ -188,8 +211,12 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         report_to=_installed(train.report_to),
+        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
         disable_tqdm=True,
     )
+    # One process drives one device: transformers would replicate the model by threads over all that it sees.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    denoiser.model.to(arguments.device)  # before the average is copied from it
     average = WeightAverage(denoiser.model, decay=train.ema_decay) if train.ema_decay else None
     trainer = DiffusionTrainer(
         denoiser,
@@ -209,12 +236,14 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
 
 
 def _installed(loggers: tuple[str, ...]) -> list[str]:
-    """Leave out TensorBoard where it is not installed: it is a default, not a wish."""
-    return [name for name in loggers if name != "tensorboard" or find_spec("tensorboard")]
-
-
-def _uses_bfloat16(precision: str, device: str) -> bool:
-    return bfloat16_is_faster(device) if precision == "auto" else precision == "bfloat16"
+    """Check the loggers. TensorBoard is left out where it is not installed: it is a default, not a wish."""
+    for name in loggers:
+        if name not in LOGGERS:
+            raise unknown_name("train.report_to", name, LOGGERS)
+    missing = [name for name in loggers if find_spec(name) is None]
+    if wished := [name for name in missing if name != "tensorboard"]:
+        raise ValueError(f"train.report_to names {', '.join(wished)}, which is not installed. Install or leave it out.")
+    return [name for name in loggers if name not in missing]
 
 
 def _evenly(dataset: Any, count: int) -> Any:
@@ -251,9 +280,9 @@ def _prepare_for_speed(
 
 def _measure_step(trainer: DiffusionTrainer) -> float:
     """Time one optimizer step's forwards and backwards; weights and data order stay as they were."""
-    dataset: Any = trainer.train_dataset
     size = trainer.args.per_device_train_batch_size
-    batch = trainer._prepare_inputs(trainer._collate([dataset[i % len(dataset)] for i in range(size)]))
+    dataset: Any = trainer.train_dataset
+    batch = trainer._prepare_inputs(trainer._collate(list(islice(cycle(dataset), size))))
     key = NoiseKey(seed=0, step=0, rows=torch.arange(size), total_rows=size)
     times = []
     for _ in range(5):
@@ -269,41 +298,48 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
 
 
 def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console) -> Outcome:
-    """Evaluate on all held-out windows, save the model, draw the curve."""
-    trainer.eval_dataset = data.validation
-    if trainer.average:
-        with trainer.average.swapped_in():
-            trainer.save_model(str(outcome.folder))
-    else:
-        trainer.save_model(str(outcome.folder))
-    if trainer.is_world_process_zero():
-        (outcome.folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what recipe.json says
-    metrics = trainer.evaluate()
-    estimate = Estimate(
-        nats_per_token=metrics["eval_nats_per_token"],
-        standard_error=metrics["eval_standard_error"],
-        bits_per_byte=metrics.get("eval_bits_per_byte"),
-    )
-    outcome = dataclasses.replace(
-        outcome,
-        held_out=estimate,
-        unigram_nats=unigram_nats(data.validation, vocab_size=len(data.tokenizer)),
-        gzip_bits_per_byte=gzip_bits_per_byte(data.validation, data.tokenizer),
-    )
+    """Save the model, evaluate on all held-out windows, draw the curve."""
+    _save(trainer, outcome.folder)
+    if len(data.validation):
+        trainer.eval_dataset = data.validation
+        metrics = trainer.evaluate()
+        estimate = Estimate(
+            nats_per_token=metrics["eval_nats_per_token"],
+            standard_error=metrics["eval_standard_error"],
+            bits_per_byte=metrics.get("eval_bits_per_byte"),
+        )
+        outcome = dataclasses.replace(
+            outcome,
+            held_out=estimate,
+            unigram_nats=unigram_nats(data.validation, vocab_size=len(data.tokenizer)),
+            gzip_bits_per_byte=gzip_bits_per_byte(data.validation, data.tokenizer),
+        )
     if trainer.is_world_process_zero():
         draw_curve(outcome.folder, console=console)
         _announce(outcome, console)
     return outcome
 
 
+def _save(trainer: DiffusionTrainer, folder: Path) -> None:
+    """Write the model aside and move it, the weights last: a folder with weights is a finished one."""
+    staging = folder / ".model"
+    with trainer.average.swapped_in() if trainer.average else nullcontext():
+        trainer.save_model(str(staging))
+    if trainer.is_world_process_zero():
+        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what recipe.json says
+        for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            path.replace(folder / path.name)
+        staging.rmdir()
+    trainer.accelerator.wait_for_everyone()
+
+
 def _announce(outcome: Outcome, console: Console) -> None:
-    assert outcome.held_out is not None
-    assert outcome.unigram_nats is not None
-    below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
-    compared = f"{abs(below):.1f} % {'below' if below > 0 else 'above'}"
-    console.print(f"held-out NELBO:   {outcome.held_out}")
-    console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the NELBO is {compared})")
-    console.print(f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
+    if outcome.held_out and outcome.unigram_nats:
+        below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
+        compared = f"{abs(below):.1f} % {'below' if below > 0 else 'above'}"
+        console.print(f"held-out NELBO:   {outcome.held_out}")
+        console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the NELBO is {compared})")
+        console.print(f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
     console.print(f"saved to {outcome.folder}")
 
 

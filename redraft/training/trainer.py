@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
@@ -19,6 +20,8 @@ from redraft.processes.masked import MaskedDiffusion
 from redraft.training.ema import WeightAverage
 
 EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 Batch = dict[str, Tensor]
 
@@ -58,6 +61,11 @@ class DiffusionTrainer(Trainer):
             data_collator=self._collate,
             callbacks=callbacks,
         )
+        if self.accelerator.distributed_type not in SUPPORTED:
+            raise ValueError(
+                f"training under {self.accelerator.distributed_type.value} is not supported: the head runs outside of "
+                "the wrapped model. Use several processes without sharding (torchrun, accelerate's multi_gpu)."
+            )
         self.denoiser = denoiser
         self.process = process
         self.token_byte_lengths = token_byte_lengths

@@ -81,6 +81,21 @@ def test_chat_takes_turns_and_commands_until_the_end_of_input(model):
     assert "nonsense" in done.stdout
 
 
+def test_chat_forgets_what_stands_behind_the_end(model):
+    from redraft.cli.chat import Conversation
+    from redraft.language_model import load
+    from redraft.sampling.presets import SamplingConfig
+
+    lm = load(model)
+    conversation = Conversation(lm, SamplingConfig(max_new_tokens=8, temperature=3.0))
+    for seed in range(40):
+        conversation.reset()
+        conversation.sampling = SamplingConfig(max_new_tokens=8, temperature=3.0, seed=seed)
+        list(conversation.reply("x"))
+        (text,) = lm.generate("x", max_new_tokens=8, temperature=3.0, seed=seed).texts
+        assert conversation.text == "x" + text + "\n"
+
+
 def test_doctor_reports_and_runs_a_tiny_model():
     done = redraft("doctor")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,11 +131,14 @@ def test_every_command_has_help_with_defaults(command):
         (["sample"], "model|MODEL|STR"),
         (["sample", "MODEL", "x", "--steps", "-1"], "steps must be at least 1; got -1"),
         (["sample", "MODEL", "x", "--block-size", "7"], "block_size must divide max_new_tokens; got 7 and 128"),
-        (["sample", "MODEL", "x", "--max-new-tokens", "3000"], "must fit into the model's context of 2048 tokens"),
+        (["sample", "MODEL", "x", "--max-new-tokens", "3000"], "must fit into the model's context of 512 tokens"),
         (["sample", "MODEL", "x", "--trace", "/no/such/place.html"], "cannot write /no/such/place.html"),
         (["sample", "MODEL", "x", "--preset", "lada"], "unknown preset 'lada'"),
         (["sample", "MODEL", "x", "--chat"], "no chat template"),
         (["infill", "MODEL", "no hole"], "nothing to fill"),
+        (["infill", "MODEL", "a [MASK:2]", "--block-size", "8"], "block_size does not apply to infilling"),
+        (["sample", "MODEL", "x", "--device", "cuda"], "torch sees no such device"),
+        (["sample", "MODEL", "x", "--device", "gpu"], "device 'gpu' is unknown"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, model, tmp_path):

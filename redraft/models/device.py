@@ -1,0 +1,19 @@
+"""Where a model runs."""
+
+import torch
+
+USABLE = ("cuda", "xpu")  # MPS has no float64, which noise and quotas are computed in
+
+
+def choose_device(name: str | torch.device | None) -> torch.device:
+    """Resolve a device: the one named, or the best there is. Raises ValueError for one that is not there."""
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None or name == "auto":
+        return present if present is not None and present.type in USABLE else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown. Use cpu, cuda or auto.") from error
+    if device.type not in ("cpu", "meta") and (present is None or present.type != device.type):
+        raise ValueError(f"device {name} was asked for, but torch sees no such device here. Use cpu or auto.")
+    return device

@@ -1,0 +1,28 @@
+import torch
+
+from redraft.likelihood import NoiseKey, draw_noise
+from redraft.processes.masked import MaskedDiffusion
+
+PROCESS = MaskedDiffusion(mask_token_id=2)
+
+
+def times(step, rows, total):
+    ids = torch.zeros(len(rows), 4, dtype=torch.int64)
+    key = NoiseKey(seed=0, step=step, rows=torch.tensor(rows), total_rows=total)
+    return draw_noise(PROCESS, ids, key, can_change=torch.ones_like(ids, dtype=torch.bool)).t[:, 0]
+
+
+def test_every_stratum_is_drawn_once_in_each_step():
+    t = times(3, list(range(8)), 8)
+    assert torch.equal(((t - 1e-3) / (1 - 1e-3) * 8).ceil().sort().values, torch.arange(1.0, 9.0, dtype=t.dtype))
+
+
+def test_a_row_sees_every_noise_level_over_the_steps():
+    """Were strata tied to rows, the first document would only ever be scored nearly clean."""
+    first = torch.cat([times(step, [0], 8) for step in range(2000)])
+    ordered, expected = first.sort().values, (torch.arange(2000) + 0.5) / 2000
+    assert (ordered - expected).abs().max() < 1.95 / 2000**0.5  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_noise_does_not_depend_on_the_split_into_batches():
+    assert torch.equal(times(5, [0, 1, 2, 3], 4), torch.cat([times(5, [0, 1], 4), times(5, [2, 3], 4)]))
