@@ -2,7 +2,8 @@
 
     python benchmarks/training.py [--models demo smollm] [--rounds 3]
 
-Plain: one document per row, padded to the longest of the batch, logits over the whole vocabulary at all positions.
+Plain: one document per row, padded to the longest of the batch, logits over the whole vocabulary at all positions; as
+many documents as hold the useful tokens of one of our steps.
 Ours: the same documents packed, head and loss at the noised positions in chunks. Documents are the functions of the
 standard library. Each measurement is a process of its own; plain and ours take turns, ratios are per pair, medians are
 printed. "Memory returned" leaves out what `training.machine.keep_freed_memory` does. Peak memory is that of the process
@@ -67,14 +68,17 @@ class Tokens:
 
 
 def plain_batches(
-    token_lists: list[list[int]], *, rows: int, seq_len: int
+    token_lists: list[list[int]], *, tokens: int, seq_len: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One document per row, cut at seq_len, padded to the longest of the batch."""
-    for start in range(0, len(token_lists) - rows, rows):
-        cut = [torch.tensor([*tokens, 1][:seq_len]) for tokens in token_lists[start : start + rows]]
-        ids = torch.nn.utils.rnn.pad_sequence(cut, batch_first=True)
-        lengths = torch.tensor([len(row) for row in cut])
-        yield ids, torch.arange(ids.shape[1]) < lengths[:, None]
+    """One document per row, cut at seq_len, padded to the longest; as many rows as hold `tokens` useful tokens."""
+    batch: list[torch.Tensor] = []
+    for document in token_lists:
+        batch.append(torch.tensor([*document, 1][:seq_len]))
+        lengths = torch.tensor([len(row) for row in batch])
+        if lengths.sum() >= tokens:
+            ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            yield ids, torch.arange(ids.shape[1]) < lengths[:, None]
+            batch = []
 
 
 def plain_loss(model: torch.nn.Module, ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
@@ -98,7 +102,7 @@ def measure(name: str, way: str, dtype: str, steps: int) -> dict[str, float]:
     model = build_model(ModelConfig(size=size), settings, tokenizer=Tokens(vocab_size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     if way == "plain":
-        batches = plain_batches(token_lists, rows=rows, seq_len=seq_len)
+        batches = plain_batches(token_lists, tokens=rows * seq_len, seq_len=seq_len)
         loss_of: Callable[..., torch.Tensor] = lambda ids, is_token: plain_loss(model, ids, is_token)  # noqa: E731
     else:
         if "memory returned" not in way:
