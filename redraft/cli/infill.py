@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     """Parse, fill, print with the filled parts highlighted."""
     args = parse(Arguments, arguments, command="infill")
 
-    from redraft.cli.common import check_writable, load_quietly, read_prompts, styled, write_trace
+    from redraft.cli.common import check_writable, load_quietly, read_prompts, say, styled, write_trace
 
     texts = read_prompts(args.texts)
     check_writable(args.trace)
@@ -48,5 +48,5 @@ def main(arguments: list[str]) -> int:
         console.print(styled(lm, trace.token_ids, styles), soft_wrap=True)
     if args.trace:
         write_trace(args.trace, out.trace, lm, title=f"redraft infill {args.model}", settings=settings)
-        console.print(f"trace: {args.trace}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"trace: {args.trace}")
     return 0

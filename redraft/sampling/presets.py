@@ -83,4 +83,4 @@ class SamplingConfig:
         """
         if self.block_size is not None:
             raise ValueError(f"block_size does not apply to infilling; got {self.block_size}. Leave it out.")
-        return replace(self, steps=self.steps or max(num_holes, 1), block_size=None, stop=None)
+        return replace(self, steps=self.steps or max(num_holes, 1), stop=None)

@@ -1,5 +1,6 @@
 """The one training loop: transformers' Trainer with the loss of a diffusion process."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from itertools import islice
@@ -221,5 +222,5 @@ def _estimate(windows: int, *, tokens: float, num_bytes: float, nats: float, squ
     return Estimate(
         nats_per_token=nats / tokens,
         standard_error=standard_error / tokens,
-        bits_per_byte=nats / num_bytes / torch.log(torch.tensor(2.0)).item() if num_bytes else None,
+        bits_per_byte=nats / num_bytes / math.log(2) if num_bytes else None,
     )
