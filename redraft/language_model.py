@@ -198,9 +198,7 @@ class LanguageModel:
     def _sampler(self, config: SamplingConfig) -> Sampler:
         return config.sampler(self.denoiser.settings, eos_token_id=self.eos_token_id, decode=self.decode)
 
-    def _denoise(
-        self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig, sampler: Sampler
-    ) -> Iterator[Step]:
+    def _denoise(self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig, sampler: Sampler) -> Iterator[Step]:
         keys = row_keys(rows, seed=config.seed).to(self.denoiser.device)
         return denoise(self.denoiser, canvas, sampler, row_keys=keys)
 

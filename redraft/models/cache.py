@@ -65,6 +65,8 @@ class Slots(Cache):
     Slots hold whatever was last written: what is read, and when it is final, is for the caller to plan.
     """
 
+    layers: list[Any]
+
     def __init__(self, num_positions: int) -> None:
         super().__init__(layers=[])
         self.num_positions = num_positions
@@ -84,7 +86,8 @@ class Slots(Cache):
         """Write a layer's new keys and values, and return all in view."""
         while len(self.layers) <= layer_idx:
             self.layers.append(SlotLayer(self))
-        return self.layers[layer_idx].update(key_states, value_states)
+        keys, values = self.layers[layer_idx].update(key_states, value_states)
+        return keys, values
 
     def select(self, rows: Int[Tensor, "kept"]) -> None:
         """Keep some rows, or repeat them."""
@@ -94,6 +97,9 @@ class Slots(Cache):
 
 class SlotLayer(CacheLayerMixin):
     """One layer's keys and values, each (batch, heads, slots, dim)."""
+
+    keys: Any
+    values: Any
 
     def __init__(self, owner: Slots) -> None:
         super().__init__()

@@ -102,9 +102,7 @@ class ApproximatePlanner:
         self.opened = now
         self.age = [age + 1 if fresh else 0 for age, fresh in zip(ages, is_fresh, strict=True)]
         starts = [max(0, row.start - self.shift) if fresh else 0 for row, fresh in zip(rows, is_fresh, strict=True)]
-        ends = [
-            row.end if fresh and self.is_dual else row.length for row, fresh in zip(rows, is_fresh, strict=True)
-        ]
+        ends = [row.end if fresh and self.is_dual else row.length for row, fresh in zip(rows, is_fresh, strict=True)]
         lengths = [row.length for row in rows]
         return Spans(starts=starts, ends=ends, key_ends=lengths, reads_all=len(set(lengths)) == 1)
 

@@ -74,6 +74,4 @@ class Reward:
         at = (where % seq_len)[:, None, None].expand(-1, trials.shape[1], 1)
         trials = trials.scatter(2, at, likely.indices[:, :, None])
         rewards = self.reward(trials.flatten(0, 1)).to(logits.dtype).view_as(likely.values)
-        return torch.full_like(logits, -torch.inf).scatter(
-            1, likely.indices, likely.values + self.strength * rewards
-        )
+        return torch.full_like(logits, -torch.inf).scatter(1, likely.indices, likely.values + self.strength * rewards)

@@ -324,7 +324,8 @@ class _Noise:
             return torch.full_like(tokens, self.denoiser.settings.mask_token_id)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         u = uniform(rows.keys[:, None], step, positions, DRAW_NOISE)
-        return (u * self.denoiser.model.config.vocab_size).long()
+        vocab_size: int = self.denoiser.model.config.vocab_size
+        return (u * vocab_size).long()
 
 
 class _Forward:
@@ -356,7 +357,9 @@ class _Forward:
         self.memo = (tokens, where, logits)
         return logits
 
-    def _logits(self, tokens: Int[Tensor, "rows seq"], where: Int[Tensor, "n"], rows: _Rows) -> Tensor:
+    def _logits(
+        self, tokens: Int[Tensor, "rows seq"], where: Int[Tensor, "n"], rows: _Rows
+    ) -> Float[Tensor, "n vocab"]:
         copies = len(tokens) // len(rows.index)
         layout, origin = self.sampler.layout, rows.origin.repeat(copies)
         if self.planner is None or self.slots is None:

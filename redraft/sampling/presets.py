@@ -59,13 +59,16 @@ def _dynamic(*, strict: bool) -> Callable[["SamplingConfig"], dict[str, Any]]:
 
 
 def _edited(config: "SamplingConfig") -> dict[str, Any]:
-    assert config.threshold is not None and config.editing_threshold is not None and config.max_post_steps is not None
+    assert config.threshold is not None
+    assert config.editing_threshold is not None
+    assert config.max_post_steps is not None
     edit = policies.TokenEdit(threshold=config.editing_threshold, max_post_steps=config.max_post_steps)
     return {"unmask": policies.Threshold(threshold=config.threshold, strict=True), "revise": edit}
 
 
 def _remasked(config: "SamplingConfig") -> dict[str, Any]:
-    assert config.remasking is not None and config.eta is not None
+    assert config.remasking is not None
+    assert config.eta is not None
     both = policies.Remasking(kind=config.remasking, eta=config.eta)
     return {"unmask": both.unmask, "revise": both}
 
@@ -227,7 +230,7 @@ class SamplingConfig:
     blocks_in_flight: int = 1
     """Unfinished blocks that are open at once."""
     cache: Literal["auto", "none", "exact", "prefix", "dual"] | None = None
-    """Keys and values kept: exact (block-causal models), prefix or dual (approximate); auto is exact where it can be."""
+    """Keys and values kept: none, exact (block-causal models), prefix or dual (approximate); auto: exact if it can."""
     refresh: int | None = None
     """Steps after which an approximate cache is filled anew; by default when a block opens."""
     seed: int = 0

@@ -14,8 +14,10 @@ from redraft.sampling.canvas import Canvas, Status
 class Frontier(Protocol):
     """Number the block that each position belongs to; a row's blocks open in ascending order."""
 
-    in_flight: int
-    """Unfinished blocks that are open at once."""
+    @property
+    def in_flight(self) -> int:
+        """Unfinished blocks that are open at once."""
+        ...
 
     def blocks(self, canvas: Canvas) -> Int[Tensor, "batch seq"]: ...
 

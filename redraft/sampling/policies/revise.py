@@ -32,8 +32,10 @@ class Revision:
 class Revise(Protocol):
     """Revise the drafts of the open blocks; while a block is open, what the sampler placed in it is a draft."""
 
-    looks_at_drafts: bool
-    """Whether it wants proposals at drafts, too."""
+    @property
+    def looks_at_drafts(self) -> bool:
+        """Whether it wants proposals at drafts, too."""
+        ...
 
     def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision: ...
 
@@ -59,8 +61,9 @@ class TokenEdit:
         differs = candidates.x_0 != candidates.canvas.tokens
         edit = candidates.is_open_draft & differs & (candidates.confidence > self.threshold)
         was_filled = ~candidates.is_open_noise.any(dim=1)
-        is_over = candidates.window.steps_since_filled >= self.max_post_steps
-        return Revision(may_close=is_over | (was_filled & ~edit.any(dim=1)), edit=edit & ~is_over[:, None])
+        num_passes = candidates.window.steps_since_filled + was_filled.long()
+        is_over = num_passes >= self.max_post_steps
+        return Revision(may_close=is_over | (was_filled & ~edit.any(dim=1)), edit=edit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,7 @@ class Remasking:
 
 @dataclass(frozen=True, kw_only=True)
 class Rerank:
-    """Keep the surest alpha_s of all the block's tokens, placed or proposed, and remask the rest (P2, arXiv 2502.03540).
+    """Keep the surest alpha_s of a block's tokens, placed or proposed, and remask the rest (P2, arXiv 2502.03540).
 
     A draft is worth the probability that the model gives to it now. It is both policies: use it as `unmask` and as
     `revise`.
@@ -156,6 +159,6 @@ class Rerank:
         _, s = candidates.window.times
         count = (self.schedule.alpha(s) * is_open.sum(dim=1)).round(decimals=9).round().long().clamp(min=1)
         count = torch.where(candidates.window.is_last, is_open.sum(dim=1), count)
-        now = candidates.spread(candidates.proposal.probability_of(candidates.canvas.tokens.flatten()[candidates.where]))
+        placed = candidates.canvas.tokens.flatten()[candidates.where]
+        now = candidates.spread(candidates.proposal.probability_of(placed))
         return best(torch.where(is_draft, now, candidates.confidence), is_open, count)
-

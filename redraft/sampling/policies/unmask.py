@@ -41,9 +41,7 @@ def quota(schedule: Schedule, num_left: Int[Tensor, "batch"], window: Window) ->
     return torch.where(window.is_last, num_left, count.clamp(min=1).long())
 
 
-def committed_share(
-    schedule: Schedule, t: Float[Tensor, "batch"], s: Float[Tensor, "batch"]
-) -> Float[Tensor, "batch"]:
+def committed_share(schedule: Schedule, t: Float[Tensor, "batch"], s: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
     """Return P(a token masked at t is decided at s) = (alpha_s - alpha_t) / (1 - alpha_t) (Eq. 7, arXiv 2406.07524)."""
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(s)
     return (alpha_s - alpha_t) / (1 - alpha_t)
