@@ -64,7 +64,7 @@ class ExactPlanner:
         return Spans(starts=starts, ends=ends, key_ends=ends, reads_all=is_even and in_one_block)
 
     def keep(self, places: list[int]) -> None:
-        self.final = [self.final[place] for place in places]
+        self.final = [self.final[place] for place in places] if self.final else []
 
     def begin_after(self, position: int, rows: list[Bounds]) -> None:
         """Take what stands in the slots before `position` as final, as far as whole finished blocks go."""
@@ -118,5 +118,5 @@ class ApproximatePlanner:
         return Spans(starts=starts, ends=ends, key_ends=lengths, reads_all=len(set(lengths)) == 1)
 
     def keep(self, places: list[int]) -> None:
-        self.opened = [self.opened[place] for place in places]
-        self.age = [self.age[place] for place in places]
+        self.opened = [self.opened[place] for place in places] if self.opened else []
+        self.age = [self.age[place] for place in places] if self.age else []

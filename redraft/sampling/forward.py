@@ -44,6 +44,8 @@ class Forward:
         self.slots = Slots(num_positions)
         self.memo: tuple[Tensor, Tensor, Tensor] | None = None
         self.has_begun = False
+        # What an approximate cache gives depends on when it was filled: there, every step is a forward.
+        self.is_repeatable = planner is None or isinstance(planner, ExactPlanner)
 
     def keep(self, kept: Int[Tensor, "kept"], *, of: int) -> None:
         """Drop the other rows of a batch of `of`."""
@@ -55,16 +57,23 @@ class Forward:
     def __call__(self, rows: Rows, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
         """Return the logits at the n positions of `where` (indices into batch * seq)."""
         tokens = rows.canvas.tokens
+        if not self.is_repeatable:
+            return self._guided(rows, where)
+        if not len(where):
+            return tokens.new_zeros((0, self.denoiser.model.config.vocab_size), dtype=torch.float32)
         if self.memo and torch.equal(self.memo[0], tokens) and torch.equal(self.memo[1], where):  # sync
             return self.memo[2]
-        if self.cfg_scale:
-            hidden = unconditional(rows.canvas, self.denoiser.settings.mask_token_id)
-            both = self._logits(torch.cat([tokens, hidden]), torch.cat([where, where + tokens.numel()]), rows)
-            logits = guided(*both.chunk(2), scale=self.cfg_scale)
-        else:
-            logits = self._logits(tokens, where, rows)
+        logits = self._guided(rows, where)
         self.memo = (tokens, where, logits)
         return logits
+
+    def _guided(self, rows: Rows, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
+        tokens = rows.canvas.tokens
+        if not self.cfg_scale:
+            return self._logits(tokens, where, rows)
+        hidden = unconditional(rows.canvas, self.denoiser.settings.mask_token_id)
+        both = self._logits(torch.cat([tokens, hidden]), torch.cat([where, where + tokens.numel()]), rows)
+        return guided(*both.chunk(2), scale=self.cfg_scale)
 
     def _logits(self, tokens: Int[Tensor, "rows seq"], where: Int[Tensor, "n"], rows: Rows) -> Float[Tensor, "n vocab"]:
         copies = len(tokens) // len(rows.index)
@@ -93,7 +102,9 @@ class Forward:
                 self.slots = self.session.slots.grown(self.slots.num_positions)
                 planner.begin_after(_num_equal(self.session.tokens, tokens[0]), bounds)
             return
-        distinct, group = torch.unique(tokens, dim=0, return_inverse=True)
+        ends = torch.tensor([row.unfinished for row in bounds], device=tokens.device).repeat(len(tokens) // len(bounds))
+        told_apart = torch.cat([tokens, ends[:, None]], dim=1)  # noise and padding look alike
+        distinct, group = torch.unique(told_apart, dim=0, return_inverse=True)
         if len(distinct) == len(tokens):
             return
         rows = torch.arange(len(tokens), device=group.device)
@@ -102,7 +113,7 @@ class Forward:
         if spans is None:
             return
         self.denoiser.cached_logits_at(
-            rows[:0], distinct, spans=spans, slots=self.slots, layout=self.layout, grid_origin=origin[first]
+            rows[:0], tokens[first], spans=spans, slots=self.slots, layout=self.layout, grid_origin=origin[first]
         )
         self.slots.select(group)
         planner.begin_after(tokens.shape[1], bounds)
