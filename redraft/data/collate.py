@@ -69,6 +69,6 @@ def collate(
     return batch
 
 
-def targets_of(batch: Mapping[str, Tensor]) -> Bool[Tensor, "batch seq"]:
+def targets_of(batch: Mapping[str, Tensor]) -> Bool[Tensor, "*batch seq"]:
     """Say which positions may be noised and count in the loss: `is_target`, or all tokens where there is none."""
     return batch["is_target"] if "is_target" in batch else batch["segment_ids"] > PADDING_SEGMENT

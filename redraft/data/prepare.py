@@ -26,7 +26,7 @@ from redraft.data.packing import (
     pack_stream,
 )
 from redraft.data.records import Kind
-from redraft.data.sources import read_documents, source_fingerprint
+from redraft.data.sources import exists, read_documents, source_fingerprint
 from redraft.data.splits import Split, split_of
 from redraft.data.store import Batch, open_windows, write_windows
 from redraft.data.tokenizer import (
@@ -42,7 +42,7 @@ from redraft.data.tokenizer import (
 FORMAT = 2  # of the cache: raise it where the same settings give other windows
 SHUFFLE_BUFFER_DOCUMENTS = 1000
 SPLITS: tuple[Split, ...] = ("train", "validation")
-BUILT = "data.json"  # what a folder of `build` was built from
+BUILT = "redraft-data.json"  # what a folder of `build` was built from
 BUILT_SETTINGS = ("kind", "seq_len", "validation_fraction", "chat")
 
 
@@ -168,7 +168,7 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Prepar
     `tokenizer` goes before `config.tokenizer`. The cache's key holds the hash of the documents' text, so it is never
     stale. Raises ValueError for a source that cannot be read and for a split without one whole window.
     """
-    if (Path(config.source).expanduser() / BUILT).exists():
+    if exists(Path(config.source).expanduser() / BUILT):
         return _open_built(config, tokenizer)
     if config.streaming:
         return _prepare_stream(config, tokenizer)

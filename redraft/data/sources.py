@@ -62,7 +62,7 @@ def read_documents(
 
     Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
     """
-    if not Path(source).expanduser().exists() and (parts := parse_mixture(source)):
+    if not exists(Path(source).expanduser()) and (parts := parse_mixture(source)):
         read = partial(read_documents, text_field=text_field, kind=kind, skip_bad=skip_bad, streaming=streaming)
         return interleave([(islice(read(part.source), part.limit), part.weight) for part in parts])
     if source == STDLIB and kind == "text":
@@ -73,7 +73,7 @@ def read_documents(
 
 
 def _read_source(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
-    if (path := Path(source).expanduser()).exists():
+    if exists(path := Path(source).expanduser()):
         return _read_path(path, split=None, field=field, parse=parse)
     if "@" in source and (path := Path(source.rpartition("@")[0]).expanduser()).is_dir():
         return _read_path(path, split=source.rpartition("@")[2], field=field, parse=parse)
@@ -82,6 +82,14 @@ def _read_source(source: str, *, field: str | None, parse: Parse, streaming: boo
 
 def _text_parser(text_field: str) -> Parse:
     return lambda where, record: text_of(record, text_field, where=where)
+
+
+def exists(path: Path) -> bool:
+    """Say whether there is such a path; one too long to be any is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def source_fingerprint(source: str, *, max_documents: int | None = None, **settings: Any) -> str:

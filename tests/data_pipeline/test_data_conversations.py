@@ -184,7 +184,7 @@ def test_settings_that_do_not_go_together_are_refused(config, change, message):
 
 
 def test_a_window_is_cut_to_a_random_length_as_often_as_asked(corpus, tokenizer, tmp_path):
-    config = DataConfig(source=str(corpus), seq_len=8, cache_dir=str(tmp_path), shuffle_seed=None)
+    config = DataConfig(source=str(corpus), seq_len=8, cache_dir=str(tmp_path), shuffle_seed=None, max_documents=24)
     whole = prepare(config, tokenizer=tokenizer)
     cut = prepare(replace(config, random_length=0.3), tokenizer=tokenizer)
     streamed = prepare(replace(config, random_length=0.3, streaming=True), tokenizer=tokenizer)
@@ -295,7 +295,7 @@ def test_the_command_builds_and_tells_mistakes_in_one_line(corpus, tokenizer, tm
 
 
 PAIRS = [
-    {"prompt": f"{i}?", "chosen": f"ba {i}", "rejected": "lo mi ne ru sta ki ve on tra" * (1 + i % 2)}
+    {"prompt": f"{i}?", "chosen": f"ba {i}", "rejected": "lo mi ne ru sta ki ve on tra" * (1 + 9 * (i % 2))}
     for i in range(40)
 ]
 
@@ -312,7 +312,7 @@ def write(path: Path, records):
 
 def test_pairs_share_their_prompt_and_only_the_answers_are_targets(tmp_path, chat_tokenizer):
     source = write(tmp_path / "pairs.jsonl", PAIRS)
-    data = read_preferences(source, tokenizer=chat_tokenizer, seq_len=128)
+    data = read_preferences(source, tokenizer=chat_tokenizer, seq_len=512)
     assert len(data) == 40
     batch = collate_preferences([data[i] for i in range(3)], pad_token_id=0)
     assert batch["input_ids"].shape[0] == 6
@@ -324,7 +324,7 @@ def test_pairs_share_their_prompt_and_only_the_answers_are_targets(tmp_path, cha
         ]
         assert torch.equal(*prompts)
     whole = read_preferences(
-        write(tmp_path / "m.jsonl", map(as_messages, PAIRS)), tokenizer=chat_tokenizer, seq_len=128
+        write(tmp_path / "m.jsonl", map(as_messages, PAIRS)), tokenizer=chat_tokenizer, seq_len=512
     )
     assert [pair[0].input_ids.tolist() for pair in whole.pairs] == [pair[0].input_ids.tolist() for pair in data.pairs]
 
@@ -332,12 +332,12 @@ def test_pairs_share_their_prompt_and_only_the_answers_are_targets(tmp_path, cha
 def test_pairs_are_split_by_prompt_and_those_too_long_are_counted(tmp_path, chat_tokenizer):
     source = write(tmp_path / "pairs.jsonl", PAIRS)
     parts = [
-        read_preferences(source, tokenizer=chat_tokenizer, seq_len=128, split=split, validation_fraction=0.3)
+        read_preferences(source, tokenizer=chat_tokenizer, seq_len=512, split=split, validation_fraction=0.3)
         for split in ("train", "validation")
     ]
     assert len(parts[0]) + len(parts[1]) == 40
     assert 0 < len(parts[1]) < 40
-    short = read_preferences(source, tokenizer=chat_tokenizer, seq_len=32)
+    short = read_preferences(source, tokenizer=chat_tokenizer, seq_len=64)
     assert 0 < len(short) == 40 - short.num_too_long < 40
     with pytest.raises(ValueError, match="has no pair of answers that fit into seq_len=3: 40 were read"):
         read_preferences(source, tokenizer=chat_tokenizer, seq_len=3)

@@ -74,6 +74,7 @@ def test_training_and_validation_share_no_document_of_a_mixture(two_sources, tok
         ("stdlib:0,stdlib:1", "must be positive; got 0 for"),
         ("stdlib:nan,stdlib:1", "must be positive; got nan for"),
         ("stdlib:1/0,stdlib:1", "the limit of 'stdlib' must be a number of documents; got '0'"),
+        (",".join(["stdlib:1"] * 60) + ",stdlbi.txt:1", "no file or folder 'stdlbi.txt'"),
         ("stdlib:1,stdlbi.txt:1", "no file or folder 'stdlbi.txt'"),
     ],
 )
