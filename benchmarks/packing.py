@@ -4,9 +4,10 @@
 
 Made-up lengths: an instruction of log-normal length, for two of five an input of another, an answer with a heavy tail
 (median 40 tokens, one in twenty above 200), 15 tokens of template; all longer than the window are cut to it, as
-conversations are. (The hub's card of Alpaca gives 47.8 MB for 52,001 records in which every text stands twice: about 350
-characters each, some 90 tokens.) Padded: rows in random order, each batch padded to its longest. Grouped: `chat.batching grouped`.
-Packed: `chat.batching packed`, `data.packing.best_fit` within buffers as the pipeline has them.
+conversations are. (The hub's card of Alpaca gives 47.8 MB for 52,001 records in which every text stands twice: about
+350 characters each, some 90 tokens.)
+Padded: rows in random order, each batch padded to its longest. Grouped: `chat.batching grouped`. Packed: `chat.batching
+packed`, `data.packing.best_fit` within buffers as the pipeline has them.
 """
 
 import argparse

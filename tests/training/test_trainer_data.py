@@ -113,7 +113,7 @@ def test_a_chat_run_learns_logs_its_efficiency_and_resumes_exactly_in_a_later_pa
     assert resumed_equals_whole(config, at=steps * 2 // 3)
     log = [line for line in read_log(Path(config.out) / "log.jsonl") if "loss" in line]
     assert log[-1]["loss"] < log[0]["loss"]
-    assert all(0.85 < line["efficiency"] <= 1 for line in log)
+    assert all(0.6 < line["efficiency"] <= 1 for line in log)
     saved = (Path(config.out) / "chat_template.jinja").read_text()
     assert "Assistant:" in saved
 
