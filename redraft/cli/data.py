@@ -36,5 +36,6 @@ def main(arguments: list[str]) -> int:
     for name, report in (("train", data.train_report), ("held out", data.validation_report)):
         if report is not None:
             console.print(f"{name}: {report.describe(seq_len=config.seq_len)}", highlight=False, soft_wrap=True)
-    console.print(f"saved to {out}. Try: redraft train stdlib-small --data.source {out}", soft_wrap=True)
+    same = " ".join(flag.replace("--", "--data.", 1) if flag.startswith("--") else flag for flag in flags)
+    console.print(f"saved to {out}. To train on it: redraft train RECIPE --data.source {out} {same}", soft_wrap=True)
     return 0

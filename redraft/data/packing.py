@@ -103,24 +103,20 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
     def row(self, index: int, *, number: int) -> dict[str, Tensor]:
         """Give a row that is the `number`-th of a longer stream of windows."""
-        length = self._length(index, number)
-        return {
+        length = np.count_nonzero(self.windows.segment_ids[index]) if self.is_trimmed else None
+        row = {
             name: torch.from_numpy(rows[index, :length].astype(bool if name == "is_target" else np.int32))
             for name, rows in self.windows._asdict().items()
         }
+        if self.random_length:  # what is cut off stays as padding: all windows of a run have one shape
+            chance, part = uniform(RANDOM_LENGTH_KEY, number, torch.arange(2)).tolist()
+            if chance < self.random_length:
+                row["segment_ids"][1 + int(part * len(row["segment_ids"])) :] = 0
+        return row
 
     def lengths(self) -> list[int]:
         """Count the tokens of each row without its padding."""
         return np.count_nonzero(self.windows.segment_ids, axis=1).tolist()
-
-    def _length(self, index: int, number: int) -> int | None:
-        if self.is_trimmed:
-            return int(np.count_nonzero(self.windows.segment_ids[index]))
-        if self.random_length:
-            chance, length = uniform(RANDOM_LENGTH_KEY, number, torch.arange(2)).tolist()
-            if chance < self.random_length:
-                return 1 + int(length * self.windows.input_ids.shape[1])
-        return None
 
 
 EMPTY_TAIL = Tail(np.empty(0, np.int32), np.empty(0, np.int64))

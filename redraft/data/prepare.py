@@ -101,6 +101,8 @@ class DataConfig:
             self._check_chat()
 
     def _check_chat(self) -> None:
+        if self.streaming and self.chat.batching == "grouped":
+            raise ValueError("chat.batching grouped needs all lengths, which a stream does not tell. Use packed.")
         if self.random_length:
             raise ValueError("random_length is for kind text: a conversation cut anywhere may lose its answer. Use 0.")
         if self.chat.eos == "to-block-end" and self.seq_len % self.chat.block_size:

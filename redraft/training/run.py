@@ -172,7 +172,7 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
     for name, report in (("train", data.train_report), ("held out", data.validation_report)):
         if report is None:  # a stream is not read yet
             continue
-        console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}")
+        console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}", soft_wrap=True)
     rows = config.train.batch_size * config.train.accumulation * PartialState().num_processes
     if data.train_report and data.train_report.num_windows < rows:
         raise ValueError(

@@ -86,9 +86,8 @@ def test_packing_keeps_every_conversation_whole_and_wastes_little(lengths):
     assert not windows.is_target[windows.segment_ids == 0].any()
 
 
-@pytest.mark.parametrize("batching", ["packed", "grouped"])
+@pytest.mark.parametrize(("batching", "streaming"), [("packed", False), ("packed", True), ("grouped", False)])
 @pytest.mark.parametrize("eos", ["train", "to-block-end"])
-@pytest.mark.parametrize("streaming", [False, True])
 def test_every_conversation_is_in_its_split_once_and_every_target_is_attended_to(
     config, chat_tokenizer, batching, eos, streaming
 ):
@@ -175,6 +174,7 @@ def test_conversations_that_do_not_fit_are_counted_and_all_of_them_is_an_error(c
         ({"random_length": 0.1}, "random_length is for kind text"),
         ({"random_length": 2.0, "kind": "text"}, r"random_length is a probability in \[0, 1\]; got 2.0"),
         ({"chat": ChatConfig(eos="to-block-end", block_size=48)}, "chat.block_size must divide seq_len .* 48 and 128"),
+        ({"chat": ChatConfig(batching="grouped"), "streaming": True}, "chat.batching grouped needs all lengths"),
         ({"kind": "preference"}, "kind must be text or chat; got 'preference'"),
     ],
 )
@@ -188,15 +188,18 @@ def test_a_window_is_cut_to_a_random_length_as_often_as_asked(corpus, tokenizer,
     whole = prepare(config, tokenizer=tokenizer)
     cut = prepare(replace(config, random_length=0.3), tokenizer=tokenizer)
     streamed = prepare(replace(config, random_length=0.3, streaming=True), tokenizer=tokenizer)
-    lengths = [len(row["input_ids"]) for row in cut.train]
+
+    def lengths_of(dataset):
+        return [int((row["segment_ids"] > 0).sum()) for row in dataset]
+
+    lengths = lengths_of(cut.train)
     assert 0.2 < sum(length < 8 for length in lengths) / len(lengths) < 0.35  # 7 of 8 lengths are shorter
     assert set(lengths) == set(range(1, 9))
-    assert all(
-        a["input_ids"].tolist() == b["input_ids"][: len(a["input_ids"])].tolist()
-        for a, b in zip(cut.train, whole.train, strict=True)
-    )
-    assert lengths == [len(row["input_ids"]) for row in streamed.train]
-    assert {len(row["input_ids"]) for row in cut.validation} == {8}
+    for length, row, expected in zip(lengths, cut.train, whole.train, strict=True):
+        assert torch.equal(row["segment_ids"][:length], expected["segment_ids"][:length])
+        assert torch.equal(row["input_ids"], expected["input_ids"])
+    assert lengths == lengths_of(streamed.train)
+    assert set(lengths_of(cut.validation)) == {8}
 
 
 def test_an_endless_stream_is_exact_from_any_point_and_shuffles_each_pass_anew(corpus, tokenizer, tmp_path):
