@@ -8,7 +8,7 @@ from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -25,7 +25,6 @@ from redraft.data.packing import (
     pack_conversations,
     pack_stream,
 )
-from redraft.data.records import Kind
 from redraft.data.sources import exists, read_documents, source_fingerprint
 from redraft.data.splits import Split, split_of
 from redraft.data.store import Batch, open_windows, write_windows
@@ -38,6 +37,7 @@ from redraft.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from redraft.errors import unknown_name
 
 FORMAT = 2  # of the cache: raise it where the same settings give other windows
 SHUFFLE_BUFFER_DOCUMENTS = 1000
@@ -54,7 +54,7 @@ class DataConfig:
     """stdlib (Python's own library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a dataset of
     save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
     SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents)."""
-    kind: Kind = "text"
+    kind: Literal["text", "chat"] = "text"
     """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers."""
     text_field: str = "text"
     """Field that holds the text of a record (kind text)."""
@@ -95,8 +95,8 @@ class DataConfig:
             raise ValueError("source must not be empty; got ''. Give 'stdlib', a path or a hub id.")
         if not 0 <= self.random_length <= 1:
             raise ValueError(f"random_length is a probability in [0, 1]; got {self.random_length}. LLaDA's is 0.01.")
-        if self.kind == "preference":
-            raise ValueError("kind must be text or chat; got 'preference', which redraft.data.preferences reads.")
+        if self.kind not in ("text", "chat"):
+            raise unknown_name("kind", self.kind, ("text", "chat"))
         if self.kind == "chat":
             self._check_chat()
 
