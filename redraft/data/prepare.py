@@ -37,7 +37,6 @@ from redraft.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from redraft.errors import unknown_name
 
 FORMAT = 2  # of the cache: raise it where the same settings give other windows
 SHUFFLE_BUFFER_DOCUMENTS = 1000
@@ -95,8 +94,6 @@ class DataConfig:
             raise ValueError("source must not be empty; got ''. Give 'stdlib', a path or a hub id.")
         if not 0 <= self.random_length <= 1:
             raise ValueError(f"random_length is a probability in [0, 1]; got {self.random_length}. LLaDA's is 0.01.")
-        if self.kind not in ("text", "chat"):
-            raise unknown_name("kind", self.kind, ("text", "chat"))
         if self.kind == "chat":
             self._check_chat()
 

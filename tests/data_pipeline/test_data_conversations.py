@@ -175,7 +175,6 @@ def test_conversations_that_do_not_fit_are_counted_and_all_of_them_is_an_error(c
         ({"random_length": 2.0, "kind": "text"}, r"random_length is a probability in \[0, 1\]; got 2.0"),
         ({"chat": ChatConfig(eos="to-block-end", block_size=48)}, "chat.block_size must divide seq_len .* 48 and 128"),
         ({"chat": ChatConfig(batching="grouped"), "streaming": True}, "chat.batching grouped needs all lengths"),
-        ({"kind": "preference"}, "unknown kind 'preference'; known are text, chat"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(config, change, message):
