@@ -52,12 +52,19 @@ def load(
     eos_token_id: int | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    quantization: str | None = None,
     adapter: str | Path | None = None,
     family: str | None = None,
 ) -> "LanguageModel":
     """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors."""
     denoiser, tokenizer = load_denoiser(
-        path, mask_token_id=mask_token_id, dtype=dtype, device=device, adapter=adapter, family=family
+        path,
+        mask_token_id=mask_token_id,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        adapter=adapter,
+        family=family,
     )
     if eos_token_id is None:
         eos_token_id = _end_token_id(denoiser.model.config, tokenizer)

@@ -30,6 +30,8 @@ class Arguments:
     """System message, for models with a chat template."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
+    quantization: str | None = None
+    """Hold the linear layers in int8 or int4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +41,8 @@ def main(arguments: list[str]) -> int:
     from redraft.cli.common import load_quietly
 
     console = Console()
-    conversation = Conversation(load_quietly(args.model, device=args.device), args.sampling, system=args.system)
+    lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
+    conversation = Conversation(lm, args.sampling, system=args.system)
     if not conversation.has_template:
         console.print("this model has no chat template: it continues your text as it stands", style="dim")
     console.print(HELP, style="dim", markup=False, highlight=False)

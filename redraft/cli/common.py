@@ -1,6 +1,7 @@
 """What the commands that load a model share."""
 
 import json
+import logging
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -16,13 +17,15 @@ from redraft.sampling.trace_page import render_page
 NOISE_STYLE = "dim"
 
 
-def load_quietly(model: str, *, device: str | None) -> LanguageModel:
-    """Load a model without the library's progress bars."""
+def load_quietly(model: str, *, device: str | None, quantization: str | None) -> LanguageModel:
+    """Load a model without the libraries' progress bars and notices."""
     import transformers
 
+    for name in ("torchao", "torch.utils._pytree"):  # about kernels of other machines, and each other
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    return load(model, device=device)
+    return load(model, device=device, quantization=quantization)
 
 
 def read_prompts(prompts: tuple[str, ...]) -> list[str]:

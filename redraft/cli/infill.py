@@ -25,6 +25,8 @@ class Arguments:
     """Write a page that replays the denoising (.html), or its data (.json)."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
+    quantization: str | None = None
+    """Hold the linear layers in int8 or int4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
     texts = read_prompts(args.texts)
     check_writable(args.trace)
-    lm = load_quietly(args.model, device=args.device)
+    lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
     console = Console()
     settings = asdict(args.sampling)
     out = lm.infill(texts, trace=True, **settings)

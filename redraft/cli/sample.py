@@ -30,6 +30,8 @@ class Arguments:
     """Print one JSON object per prompt."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
+    quantization: str | None = None
+    """Hold the linear layers in int8 or int4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
     prompts = read_prompts(args.prompts)
     check_writable(args.trace)
-    lm = load_quietly(args.model, device=args.device)
+    lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
     console = Console()
     inputs = [[{"role": "user", "content": p}] for p in prompts] if args.chat else prompts
     settings = asdict(args.sampling)

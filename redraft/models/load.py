@@ -13,6 +13,7 @@ from redraft.errors import unknown_name
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import choose_device
 from redraft.models.families import FAMILIES, Family, find_family, known_model_types
+from redraft.models.quantize import quantization_config
 from redraft.models.settings import DiffusionSettings
 from redraft.models.translations import Raw
 
@@ -25,17 +26,20 @@ def load_denoiser(
     mask_token_id: int | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    quantization: str | None = None,
     adapter: str | Path | None = None,
     family: str | None = None,
 ) -> tuple[Denoiser, Any]:
     """Load a model and its tokenizer (None where the folder has none), in evaluation mode.
 
-    `adapter` is a LoRA of peft, laid over the weights. `family` names the format of a checkpoint whose config.json
-    looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`; see docs/models.md).
+    `quantization` is int8 or int4 (`models.quantize`). `adapter` is a LoRA of peft, laid over the weights. `family`
+    names the format of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`;
+    see docs/models.md).
 
     Raises ValueError where there is no such model, its class is neither in transformers nor a family, it is
     autoregressive, weights are missing, extra, of another shape or cut short, no mask token is known or it lies outside
-    the vocabulary, the tokenizer is larger than the embedding, or the adapter does not fit.
+    the vocabulary, the tokenizer is larger than the embedding, the adapter does not fit, or the quantisation does
+    not suit the model or this machine.
     """
     target = choose_device(device)
     raw = read_raw_config(path)
@@ -48,7 +52,11 @@ def load_denoiser(
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
     check_tokenizer(path, tokenizer, config)
     settings.save_to(config)
-    model = load_weights(model_class, path, config=config, dtype=dtype, family=of_family)
+    quantizer: dict[str, Any] = {}
+    if quantization is not None:
+        kernel = quantization_config(quantization, config=config, model_class=model_class, device=target)
+        quantizer = {"quantization_config": kernel, "device_map": {"": target}}  # packed where it will run
+    model = load_weights(model_class, path, config=config, dtype=dtype, family=of_family, quantizer=quantizer)
     if adapter is not None:
         model = attach_adapter(model, adapter).get_base_model()
     return Denoiser(model.to(target).eval(), settings), tokenizer
@@ -179,6 +187,7 @@ def load_weights(
     dtype: str | torch.dtype = "auto",
     family: Family | None = None,
     gguf_file: str | None = None,
+    quantizer: dict[str, Any] | None = None,
     may_differ: Callable[[str, str], bool] = lambda what, name: False,
 ) -> Any:
     """Read weights through transformers' loader, tensor by tensor, renamed on the way where a family asks for it.
@@ -190,14 +199,18 @@ def load_weights(
     from transformers import GgufConfig
 
     loader = model_class if family is None else renaming_class(model_class, family)
-    gguf = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
+    options = dict(quantizer or {})
+    if gguf_file:
+        options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
         model, info = loader.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot read the weights of {path}: {reason}. Is a file cut short?") from error
+    except ImportError as error:  # weights that were saved quantised
+        raise ValueError(f"cannot read the weights of {path}: {str(error).strip().splitlines()[0]}") from error
     for what in ("missing", "unexpected", "mismatched"):
         found = (key if isinstance(key, str) else key[0] for key in info[f"{what}_keys"])
         names = sorted(name for name in found if what == "mismatched" or not may_differ(what, name))
