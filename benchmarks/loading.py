@@ -1,6 +1,6 @@
 """What `redraft.load` costs beside a plain read of the same files: seconds, and peak memory over the weights' bytes.
 
-python benchmarks/loading.py [--layers 8 16] [--folder DIR] [--most-gb 10]
+python benchmarks/loading.py [--layers 8 16] [--ways map load] [--folder DIR] [--most-gb 10]
 
 Writes a checkpoint of LLaDA-8B's widths (bfloat16, its own names, shards of at most 2.5 GB) with as many layers as
 asked for, or as fit into `--most-gb`. Each way of reading runs in a fresh process, once with the files dropped from the
@@ -161,19 +161,19 @@ def in_fresh_process(way: str, folder: Path) -> dict[str, float]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def benchmark(num_layers: int, parent: str | None) -> None:
+def benchmark(num_layers: int, ways: list[str], parent: str | None) -> None:
     """Write, measure every way, print rows, delete."""
     weights = num_bytes(num_layers) / GB
     with tempfile.TemporaryDirectory(dir=parent) as name:
         folder = Path(name)
         write_checkpoint(folder, num_layers)
-        for way, shown in WAYS.items():
+        for way in ways:
             for cache in ("cold", "warm"):
                 if cache == "cold":
                     drop_pages(folder)
                 got = in_fresh_process(way, folder)
                 numbers = (got["returned"], got["touched"], got["VmHWM"], got["VmHWM"] / weights, got["RssAnon"])
-                cells = [f"{weights:.2f}", shown, cache, *(f"{number:.2f}" for number in numbers)]
+                cells = [f"{weights:.2f}", WAYS[way], cache, *(f"{number:.2f}" for number in numbers)]
                 print(f"| {num_layers} | {' | '.join(cells)} |", flush=True)
 
 
@@ -181,6 +181,7 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", help="of LLaDA's 32; by default as many as fit")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways of reading")
     parser.add_argument("--most-gb", type=float, help="memory to use; by default 80 %% of what is available")
     parser.add_argument("--folder", help="where to write; by default the temporary folder")
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
@@ -196,7 +197,7 @@ def main() -> None:
     heads += ["peak GB", "/ weights", "anonymous GB"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for layers in args.layers or fitting[-1:]:
-        benchmark(layers, args.folder)
+        benchmark(layers, args.ways, args.folder)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ from redraft.randomness import fold
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.loop import Sampler, Step, denoise
 from redraft.sampling.policies import Blocks, GridBlocks
-from redraft.sampling.presets import SamplingConfig
+from redraft.sampling.presets import SamplingConfig, with_saved
 from redraft.sampling.trace import Recorder, RowTrace
 
 HOLE = re.compile(r"\[MASK:(\d+)\]")
+_OF_A_LENGTH = ("block_size", "steps", "steps_per_block")
+"""Saved settings that rest on the length of a new text, and say nothing of holes."""
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
 """Text, token ids (list or 1-D tensor), or chat messages."""
@@ -98,6 +100,18 @@ class LanguageModel:
         most = getattr(self.model.config, "max_position_embeddings", None)
         return None if most is None else most - first_position(self.model.config)
 
+    @property
+    def saved_sampling(self) -> dict[str, Any]:
+        """Settings that come with the checkpoint: the `generation` entry of its config.json."""
+        return dict(getattr(self.model.config, "generation", None) or {})
+
+    def sampling_config(self, **settings: Any) -> SamplingConfig:
+        """Resolve settings as `generate` does: those given, over the checkpoint's own, over the defaults.
+
+        Raises ValueError for names that are no settings, and for values that do not fit.
+        """
+        return with_saved(self.saved_sampling, settings)
+
     @torch.no_grad()
     def logits(
         self,
@@ -123,7 +137,7 @@ class LanguageModel:
         it, never on the rest of the batch. Raises ValueError for settings that do not fit and for prompts that do not
         leave room in the model's context.
         """
-        config = _config(settings)
+        config = self.sampling_config(**settings)
         sampler = self._sampler(config)
         rows = [self._encode(prompt) for prompt in _as_batch(prompts)]
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
@@ -131,7 +145,7 @@ class LanguageModel:
 
     def stream(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> Iterator[Step]:
         """Continue prompts as `generate` does, and yield every step of the loop."""
-        config = _config(settings)
+        config = self.sampling_config(**settings)
         sampler = self._sampler(config)
         rows = [self._encode(prompt) for prompt in _as_batch(prompts)]
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
@@ -151,7 +165,8 @@ class LanguageModel:
                 )
             self._check_length(len(row))
         most = max(int(holes.sum()) for holes in is_hole)
-        config = _config(settings).for_infilling(num_holes=most)
+        given = {name: None for name in _OF_A_LENGTH if name in self.saved_sampling} | settings
+        config = self.sampling_config(**given).for_infilling(num_holes=most)
         sampler = self._sampler(config)
         if isinstance(sampler.frontier, Blocks):  # holes lie anywhere: there is no prompt whose end could begin a grid
             sampler = replace(sampler, frontier=GridBlocks(size=sampler.frontier.size))
@@ -292,17 +307,6 @@ def _finished(step: Step) -> list[tuple[int, int]]:
     """Pair the places in the step's batch with the rows that ended there."""
     places = step.is_done.nonzero()[:, 0].tolist()  # sync: results leave the device here
     return [(place, int(step.rows[place])) for place in places]
-
-
-def _config(settings: dict[str, Any]) -> SamplingConfig:
-    """Check names before values, so that a misspelt setting is never ignored."""
-    from redraft.errors import unknown_name
-
-    known = SamplingConfig.__dataclass_fields__
-    for name in settings:
-        if name not in known:
-            raise unknown_name("setting", name, known)
-    return replace(SamplingConfig(), **settings)
 
 
 def _as_batch(prompts: Any) -> list[Any]:

@@ -51,6 +51,8 @@ def load_denoiser(
     config, model_class = _config_and_class(path, raw, family=of_family, mask_token_id=mask_token_id)
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
     check_tokenizer(path, tokenizer, config)
+    if tokenizer is not None and tokenizer.chat_template is None and of_family is not None:
+        tokenizer.chat_template = of_family.chat_template
     settings.save_to(config)
     quantizer: dict[str, Any] = {}
     if quantization is not None:

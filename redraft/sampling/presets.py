@@ -194,7 +194,7 @@ class SamplingConfig:
     """
 
     preset: str = "llada"
-    """Named sampler; `--preset ?` lists them with their sources and defaults."""
+    """Named sampler, by default the checkpoint's own; `--preset ?` lists them with their sources and defaults."""
     max_new_tokens: int = 128
     """Tokens to generate."""
     steps: int | None = None
@@ -337,6 +337,28 @@ class SamplingConfig:
     def for_infilling(self, *, num_holes: int) -> "SamplingConfig":
         """Fill holes: as many steps as there are holes unless said otherwise, and no early end."""
         return replace(self, steps=self.steps or max(num_holes, 1), stop=None)
+
+
+def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
+    """Lay the settings that were given over those saved with a checkpoint.
+
+    Another preset brings its own settings: then nothing saved counts but the length. A saved number of steps gives way
+    to the other way of counting them, and a saved block size to a length that it does not divide. Raises ValueError for
+    a name that is no setting.
+    """
+    for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
+        for name in settings:
+            if name not in SamplingConfig.__dataclass_fields__:
+                raise unknown_name(what, name, SamplingConfig.__dataclass_fields__)
+    if given.get("preset", saved.get("preset")) != saved.get("preset"):
+        saved = {name: value for name, value in saved.items() if name == "max_new_tokens"}
+    if "steps" in given or "steps_per_block" in given:
+        saved = {name: value for name, value in saved.items() if name not in ("steps", "steps_per_block")}
+    chosen = saved | given
+    size, total = saved.get("block_size"), chosen.get("max_new_tokens", SamplingConfig.max_new_tokens)
+    if size and "block_size" not in given and total > 0 and total % size:
+        chosen["block_size"] = max(n for n in _divisors(total) if n <= size)
+    return SamplingConfig(**chosen)
 
 
 _OF_SOME = sorted({name for preset in PRESETS.values() for name in preset.takes})
