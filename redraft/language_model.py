@@ -14,6 +14,7 @@ from torch import Tensor
 
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
+from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
 from redraft.randomness import fold
@@ -78,7 +79,9 @@ def _end_token_id(config: Any, tokenizer: Any) -> int | None:
     """Find what ends a text: the tokenizer's EOS, BERT's separator, or the config's first EOS."""
     if tokenizer is not None:
         return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    return config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    ends = getattr(config, "eos_token_id", None)
+    ends = config.get_text_config().eos_token_id if ends is None else ends
+    return ends[0] if isinstance(ends, list) else ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class LanguageModel:
     @property
     def context_length(self) -> int | None:
         """Longest canvas the model was built for, in tokens."""
-        most = getattr(self.model.config, "max_position_embeddings", None)
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if most is None else most - first_position(self.model.config)
 
     @property
@@ -156,6 +159,8 @@ class LanguageModel:
 
         Raises ValueError where a prompt has no hole.
         """
+        if isinstance(self.denoiser, EncoderDecoder):
+            raise ValueError(f"{self.model.config.model_type} writes behind its prompt; it cannot fill holes.")
         encoded = [self._encode_with_holes(prompt) for prompt in _as_batch(prompts)]
         rows, is_hole = [row for row, _ in encoded], [holes for _, holes in encoded]
         for row, holes in encoded:
@@ -218,7 +223,13 @@ class LanguageModel:
         )
 
     def _sampler(self, config: SamplingConfig) -> Sampler:
-        return config.sampler(self.denoiser.settings, eos_token_id=self.eos_token_id, decode=self.decode)
+        sampler = config.sampler(self.denoiser.settings, eos_token_id=self.eos_token_id, decode=self.decode)
+        if self.denoiser.settings.process == "uniform" and sampler.noise != "uniform":
+            raise ValueError(
+                f"preset {config.preset!r} starts from mask tokens, and this model was trained on uniform noise. Use "
+                f"{self.saved_sampling.get('preset', 'a preset for it')!r}."
+            )
+        return sampler
 
     def _denoise(self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig, sampler: Sampler) -> Iterator[Step]:
         keys = row_keys(rows, seed=config.seed).to(self.denoiser.device)
@@ -238,6 +249,8 @@ class LanguageModel:
         whole, is_noise = [], []
         for row in rows:
             length = len(row) + max_new_tokens
+            if isinstance(sampler.frontier, Blocks):  # of DiffusionGemma: the canvases of others divide the length
+                length = len(row) + -(-max_new_tokens // sampler.frontier.size) * sampler.frontier.size
             self._check_length(length)
             if isinstance(sampler.frontier, GridBlocks):  # the last block is a whole one; what is too much is cut off
                 whole_blocks = -(-length // sampler.frontier.size) * sampler.frontier.size

@@ -28,6 +28,9 @@ class Family:
     """Where families share a `model_type`: the classes that tell them apart."""
     hub_ids: tuple[str, ...] = ()
     """Beginnings of hub ids, lower case, for checkpoints whose config.json looks autoregressive."""
+    class_name: str | None = None
+    """Its class, where that is not the causal language model of `stock`."""
+    process: str = "masked"
     translate: Callable[[Raw], Raw] = dict
     """config.json -> fields of the stock config."""
     conversions: Callable[[], list[Any]] = list
@@ -52,7 +55,7 @@ class Family:
 
         fields = self.translate(raw)
         fields |= {name: raw[name] for name in _CARRIED if raw.get(name) is not None}
-        if fields.get("eos_token_id") is None and (self.eos_token_id or 0) < fields["vocab_size"]:
+        if fields.get("eos_token_id") is None and (self.eos_token_id or 0) < fields.get("vocab_size", 1):
             fields["eos_token_id"] = self.eos_token_id
         config = AutoConfig.for_model(self.stock, **{k: v for k, v in fields.items() if k not in _OF_THE_FILE})
         config.generation = raw.get("generation", dict(self.generation))
@@ -65,8 +68,13 @@ class Family:
 
     def settings(self, raw: Raw, *, mask_token_id: int) -> DiffusionSettings:
         """Read what the family's config.json says about its diffusion; the family's defaults fill the gaps."""
-        block_size = raw.get("block_size", raw.get("bd_size", self.block_size)) if self.block_size else None
-        return DiffusionSettings(mask_token_id=mask_token_id, shift_logits=self.shift_logits, block_size=block_size)
+        sizes = (raw[name] for name in ("block_size", "bd_size", "canvas_length") if name in raw)
+        return DiffusionSettings(
+            mask_token_id=mask_token_id,
+            process=self.process,
+            shift_logits=self.shift_logits,
+            block_size=next(sizes, self.block_size) if self.block_size else None,
+        )
 
     def original_config(self, config: Any) -> Raw:
         """Write a stock config as the family's config.json. Raises ValueError for a family without a way back."""
@@ -233,6 +241,16 @@ FAMILIES = (
     Family(name="a2d-llama", stock="llama", model_types=("a2d-llama",), translate=translations.plain),
     Family(name="a2d-qwen2", stock="qwen2", model_types=("a2d-qwen2",), translate=translations.plain),
     Family(name="a2d-qwen3", stock="qwen3", model_types=("a2d-qwen3",), translate=translations.plain),
+    Family(
+        name="diffusion-gemma",
+        stock="diffusion_gemma",
+        class_name="DiffusionGemmaForBlockDiffusion",
+        model_types=("diffusion_gemma",),
+        process="uniform",
+        mask_token_id=0,  # its padding: uniform noise has no token of its own, and the canvas is noised before use
+        block_size=256,
+        generation={"preset": "diffusion-gemma", "max_new_tokens": 256},
+    ),
     Family(
         name="diffullama",
         stock="llama",

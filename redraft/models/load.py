@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from redraft.errors import unknown_name
+from redraft.models import encoder_decoder
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import choose_device
 from redraft.models.families import FAMILIES, Family, find_family, known_model_types
@@ -61,7 +62,8 @@ def load_denoiser(
     model = load_weights(model_class, path, config=config, dtype=dtype, family=of_family, quantizer=quantizer)
     if adapter is not None:
         model = attach_adapter(model, adapter).get_base_model()
-    return Denoiser(model.to(target).eval(), settings), tokenizer
+    kind = encoder_decoder.EncoderDecoder if config.model_type in encoder_decoder.MODEL_TYPES else Denoiser
+    return kind(model.to(target).eval(), settings), tokenizer
 
 
 def read_raw_config(path: str | Path) -> Raw:
@@ -168,7 +170,7 @@ def stock_class(family: Family) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.stock])
+    return getattr(transformers, family.class_name or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.stock])
 
 
 def check_tokenizer(path: str | Path, tokenizer: Any, config: Any) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,11 +11,13 @@ from torch import Tensor
 from redraft.layouts import Layout
 from redraft.models.cache import Slots
 from redraft.models.denoiser import Denoiser
+from redraft.models.encoder_decoder import SelfConditioning
 from redraft.randomness import uniform
 from redraft.sampling.caching import ApproximatePlanner, Bounds, ExactPlanner, Planner
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.guidance import Guide, guided, unconditional
 from redraft.sampling.policies import (
+    Anneal,
     Candidates,
     Confidence,
     Draws,
@@ -64,6 +66,8 @@ class Sampler:
     """Classifier-free guidance; 0 for none."""
     guides: tuple[Guide, ...] = ()
     """Changes to the logits before the draw: rewards, logits processors, one's own."""
+    anneal: Anneal | None = None
+    """What the logits are divided by as a block goes on; `temperature` divides the draw alone, after it."""
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
@@ -189,6 +193,9 @@ def denoise(
         logits = forward(rows, window, where)
         for guide in sampler.guides:
             logits = guide(logits, rows.canvas, where)
+        if sampler.anneal is not None:
+            logits = logits / sampler.anneal(window)[draws.rows, None]
+        forward.remember(logits, rows)
         proposal = _propose(logits, never, draws, sampler)
         candidates = Candidates(
             canvas=rows.canvas,
@@ -282,19 +289,20 @@ def _apply(
     was_filled = ~candidates.is_open_noise.any(dim=1)
     nothing = torch.zeros_like(is_committed)
     edit = reopen = nothing
+    placed = x_0 if revision is None or revision.tokens is None else revision.tokens
     if revision is None:
         canvas = canvas.place(is_committed, x_0, confidence)
     else:
         edit = nothing if revision.edit is None else revision.edit
         reopen = nothing if revision.reopen is None else revision.reopen
         redraw = nothing if revision.redraw is None else revision.redraw & ~is_committed
-        canvas = canvas.place(is_committed | edit, x_0, confidence, status=Status.DRAFT)
+        canvas = canvas.place(is_committed | edit, placed, confidence, status=Status.DRAFT)
         if revision.reopen is not None or revision.redraw is not None:
             drawn = noise.draw(rows, step=index) if revision.noise is None else revision.noise
             canvas = canvas.reopen(reopen | redraw, drawn)
         has_noise = (candidates.window.is_open & canvas.is_noise).any(dim=1)
         canvas = canvas.settle((revision.may_close & ~has_noise)[:, None].expand_as(is_committed))
-    rows.canvas, rows.previous = canvas, x_0
+    rows.canvas, rows.previous = canvas, placed
     rows.step = rows.step + 1
     rows.since_filled = rows.since_filled + was_filled.long()
     return Step(
@@ -324,7 +332,7 @@ class _Noise:
             return torch.full_like(tokens, self.denoiser.settings.mask_token_id)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         u = uniform(rows.keys[:, None], step, positions, DRAW_NOISE)
-        vocab_size: int = self.denoiser.model.config.vocab_size
+        vocab_size: int = self.denoiser.model.config.get_text_config().vocab_size
         return (u * vocab_size).long()
 
 
@@ -336,17 +344,28 @@ class _Forward:
         self.planner = sampler.planner(denoiser)
         self.slots = Slots(canvas.tokens.shape[1]) if self.planner else None
         self.memo: tuple[Tensor, Tensor, Tensor] | None = None
+        self.told: Tensor | None = None
+        if denoiser.is_self_conditioned and sampler.cfg_scale:
+            raise ValueError(f"this model has no unconditional branch; got cfg_scale={sampler.cfg_scale}. Use 0.")
+
+    def remember(self, logits: Float[Tensor, "n vocab"], rows: _Rows) -> None:
+        """Keep what a self-conditioned model is told in the next step."""
+        if self.denoiser.is_self_conditioned:
+            self.told = logits.view(len(rows.index), -1, logits.shape[-1])
 
     def keep(self, kept: Int[Tensor, "kept"], *, of: int) -> None:
         """Drop the other rows of a batch of `of`."""
         self.memo = None
+        self.told = None if self.told is None else self.told[kept]
         if self.planner and self.slots:
             self.planner.keep(kept.tolist())  # sync: only when rows leave
             self.slots.select(torch.cat([kept, kept + of]) if self.sampler.cfg_scale else kept)
 
     def __call__(self, rows: _Rows, window: Window, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
         tokens = rows.canvas.tokens
-        if self.memo and torch.equal(self.memo[0], tokens) and torch.equal(self.memo[1], where):  # sync
+        if (
+            self.told is None and self.memo and torch.equal(self.memo[0], tokens) and torch.equal(self.memo[1], where)
+        ):  # sync
             return self.memo[2]
         if self.sampler.cfg_scale:
             hidden = unconditional(rows.canvas, self.denoiser.settings.mask_token_id)
@@ -362,9 +381,12 @@ class _Forward:
     ) -> Float[Tensor, "n vocab"]:
         copies = len(tokens) // len(rows.index)
         layout, origin = self.sampler.layout, rows.origin.repeat(copies)
+        told: dict[str, Any] = {} if self.told is None else {"previous": SelfConditioning(self.told, rows.step > 0)}
         if self.planner is None or self.slots is None:
             segments = rows.canvas.segment_ids.repeat(copies, 1) if len(rows.index) > 1 else None
-            return self.denoiser.logits_at(where, tokens, segment_ids=segments, layout=layout, grid_origin=origin)
+            return self.denoiser.logits_at(
+                where, tokens, segment_ids=segments, layout=layout, grid_origin=origin, **told
+            )
         spans = self.planner.plan(_bounds(rows, self.sampler.frontier.in_flight))
         return self.denoiser.cached_logits_at(
             where,
@@ -373,6 +395,7 @@ class _Forward:
             slots=self.slots,
             layout=layout,
             grid_origin=origin,
+            **told,
         )
 
 

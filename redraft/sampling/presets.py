@@ -82,6 +82,12 @@ def _ancestral(config: "SamplingConfig") -> dict[str, Any]:
     return {"unmask": policies.Bernoulli()}
 
 
+def _renoised(config: "SamplingConfig") -> dict[str, Any]:
+    assert config.entropy_bound is not None
+    both = policies.Renoise(accept=policies.EntropyBound(bound=config.entropy_bound))
+    return {"noise": "uniform", "anneal": policies.LinearAnneal(), "unmask": both.unmask, "revise": both}
+
+
 def _bounded(config: "SamplingConfig") -> dict[str, Any]:
     assert config.entropy_bound is not None
     return {
@@ -182,6 +188,13 @@ PRESETS = {
         build=_bounded,
         defaults={"entropy_bound": 0.1},
         takes=("entropy_bound",),
+    ),
+    "diffusion-gemma": Preset(
+        source="entropy-bounded acceptance and renoising, DiffusionGemma in transformers 5",
+        build=_renoised,
+        defaults={"entropy_bound": 0.1, "temperature": 1.0, "steps_per_block": 48},
+        takes=("entropy_bound",),
+        attention="prompt",
     ),
 }
 
@@ -312,7 +325,7 @@ class SamplingConfig:
             cache = "none" if layout.block_size is None else "exact"
         return Sampler(
             steps=self.max_new_tokens if self.steps is None else self.steps,
-            steps_per_block=self.steps_per_block,
+            steps_per_block=config.steps_per_block if self.steps is None else self.steps_per_block,
             frontier=self.frontier(settings),
             stop=self._stop(eos_token_id, decode),
             cache=cache,
