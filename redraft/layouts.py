@@ -15,6 +15,9 @@ class Layout:
     """
 
     block_size: int | None = None
+    is_two_copy: bool = False
+    """The input is [x_t ; x_0], both at the same positions: a noisy block sees itself and the clean blocks before it,
+    the clean copy sees itself block-causally (arXiv 2503.09573). All blocks are trained in one forward pass."""
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:
@@ -50,13 +53,22 @@ def attention_mask(
     elif segment_ids is not None:
         mask = (segment_ids > 0)[:, None, :].expand(-1, positions.shape[1], -1)
     if layout.block_size is not None:
-        block = positions // layout.block_size
-        causal = block[:, :, None] >= block[:, None, :]
-        mask = causal if mask is None else mask & causal
+        blocks = _block_mask(positions // layout.block_size, is_two_copy=layout.is_two_copy)
+        mask = blocks if mask is None else mask & blocks
     if mask is None:
         return None
     is_self = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
     return (mask | is_self)[:, None]
+
+
+def _block_mask(block: Int[Tensor, "batch seq"], *, is_two_copy: bool) -> Bool[Tensor, "batch seq seq"]:
+    query, key = block[:, :, None], block[:, None, :]
+    if not is_two_copy:
+        return query >= key
+    is_clean = torch.arange(block.shape[1], device=block.device) >= block.shape[1] // 2
+    sees_clean = torch.where(is_clean[:, None], query >= key, query > key)
+    sees_noisy = ~is_clean[:, None] & (query == key)
+    return torch.where(is_clean, sees_clean, sees_noisy)
 
 
 def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:

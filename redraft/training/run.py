@@ -71,7 +71,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     _check_disk(folder, num_parameters, keep=config.train.keep_checkpoints)
     console.print(f"model: {config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
 
-    progress = Progressed(console)
+    progress = Progressed(console, measure=config.objective.measure)
     stopped = StoppedBySignal(console)
     trainer = _build_trainer(config, data, Denoiser(model, settings), [progress, LogFile(folder), stopped])
     progress.trainer = trainer
@@ -102,7 +102,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     if stopped.received:
         console.print(f"stopped at step {outcome.steps}. To go on: redraft train {folder} --resume")
         return outcome
-    return _finish(outcome, trainer, data, console)
+    return _finish(outcome, trainer, data, console, measure=config.objective.measure)
 
 
 def _with_precision(config: RunConfig) -> RunConfig:
@@ -220,14 +220,15 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
     average = WeightAverage(denoiser.model, decay=train.ema_decay) if train.ema_decay else None
     trainer = DiffusionTrainer(
         denoiser,
-        config.objective.process(denoiser.settings.mask_token_id),
+        config.objective.build(
+            mask_token_id=denoiser.settings.mask_token_id, vocab_size=denoiser.model.config.vocab_size
+        ),
         args=arguments,
         train_dataset=data.train,
         eval_dataset=_evenly(data.validation, train.eval_windows),
         pad_token_id=data.tokenizer.pad_token_id,
         token_byte_lengths=token_byte_lengths(data.tokenizer),
         isolate_segments=config.data.isolate_documents,
-        t_range=(config.objective.t_min, config.objective.t_max),
         average=average,
         callbacks=callbacks + ([Averaging(average)] if average else []),
     )
@@ -288,7 +289,7 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
     for _ in range(5):
         start = time.monotonic()
         with trainer.accelerator.autocast():
-            total, _ = trainer._nelbo(batch, key, wrapped=trainer.model)
+            total, _ = trainer.score(trainer.training_objective, batch, key, wrapped=trainer.model)
         trainer.accelerator.backward(total)
         trainer.denoiser.model.zero_grad()
         if trainer.args.device.type == "cuda":
@@ -297,7 +298,9 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
     return sorted(times[2:])[1] * trainer.args.gradient_accumulation_steps
 
 
-def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console) -> Outcome:
+def _finish(
+    outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, *, measure: str
+) -> Outcome:
     """Save the model, evaluate on all held-out windows, draw the curve."""
     _save(trainer, outcome.folder)
     if len(data.validation):
@@ -316,7 +319,7 @@ def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, con
         )
     if trainer.is_world_process_zero():
         draw_curve(outcome.folder, console=console)
-        _announce(outcome, console)
+        _announce(outcome, console, measure=measure)
     return outcome
 
 
@@ -333,12 +336,12 @@ def _save(trainer: DiffusionTrainer, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _announce(outcome: Outcome, console: Console) -> None:
+def _announce(outcome: Outcome, console: Console, *, measure: str) -> None:
     if outcome.held_out and outcome.unigram_nats:
         below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
         compared = f"{abs(below):.1f} % {'below' if below > 0 else 'above'}"
-        console.print(f"held-out NELBO:   {outcome.held_out}")
-        console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the NELBO is {compared})")
+        console.print(f"{f'held-out {measure}:':<17} {outcome.held_out}")
+        console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the {measure} is {compared})")
         console.print(f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
     console.print(f"saved to {outcome.folder}")
 
