@@ -52,19 +52,31 @@ def attention_mask(
         mask = segment_ids[:, :, None] == segment_ids[:, None, :]
     elif segment_ids is not None:
         mask = (segment_ids > 0)[:, None, :].expand(-1, positions.shape[1], -1)
-    if layout.block_size is not None:
-        blocks = _block_mask(positions // layout.block_size, is_two_copy=layout.is_two_copy)
-        mask = blocks if mask is None else mask & blocks
+    causal = two_copy_mask(layout, positions) if layout.is_two_copy else block_mask(layout, positions, positions)
+    if causal is not None:
+        mask = causal if mask is None else mask & causal
     if mask is None:
         return None
     is_self = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
     return (mask | is_self)[:, None]
 
 
-def _block_mask(block: Int[Tensor, "batch seq"], *, is_two_copy: bool) -> Bool[Tensor, "batch seq seq"]:
+def block_mask(
+    layout: Layout, query_positions: Int[Tensor, "batch query"], key_positions: Int[Tensor, "batch key"]
+) -> Bool[Tensor, "batch query key"] | None:
+    """Let a query attend to its own block and the blocks before it; None for full attention."""
+    if layout.block_size is None:
+        return None
+    query_block, key_block = (
+        positions.div(layout.block_size, rounding_mode="floor") for positions in (query_positions, key_positions)
+    )
+    return query_block[:, :, None] >= key_block[:, None, :]
+
+
+def two_copy_mask(layout: Layout, positions: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq seq"]:
+    """Build the mask of [x_t ; x_0]; the positions of both copies, one behind the other (see `Layout.is_two_copy`)."""
+    block = positions // (layout.block_size or positions.shape[1])
     query, key = block[:, :, None], block[:, None, :]
-    if not is_two_copy:
-        return query >= key
     is_clean = torch.arange(block.shape[1], device=block.device) >= block.shape[1] // 2
     sees_clean = torch.where(is_clean[:, None], query >= key, query > key)
     sees_noisy = ~is_clean[:, None] & (query == key)
