@@ -52,7 +52,7 @@ def attention_mask(
         mask = segment_ids[:, :, None] == segment_ids[:, None, :]
     elif segment_ids is not None:
         mask = (segment_ids > 0)[:, None, :].expand(-1, positions.shape[1], -1)
-    causal = two_copy_mask(layout, positions) if layout.is_two_copy else block_mask(layout, positions, positions)
+    causal = _both_copies(layout, positions) if layout.is_two_copy else block_mask(layout, positions, positions)
     if causal is not None:
         mask = causal if mask is None else mask & causal
     if mask is None:
@@ -73,14 +73,20 @@ def block_mask(
     return query_block[:, :, None] >= key_block[:, None, :]
 
 
-def two_copy_mask(layout: Layout, positions: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq seq"]:
-    """Build the mask of [x_t ; x_0]; the positions of both copies, one behind the other (see `Layout.is_two_copy`)."""
-    block = positions // (layout.block_size or positions.shape[1])
-    query, key = block[:, :, None], block[:, None, :]
-    is_clean = torch.arange(block.shape[1], device=block.device) >= block.shape[1] // 2
-    sees_clean = torch.where(is_clean[:, None], query >= key, query > key)
-    sees_noisy = ~is_clean[:, None] & (query == key)
-    return torch.where(is_clean, sees_clean, sees_noisy)
+def two_copy_mask(
+    block: Int[Tensor, "batch seq"], copy: Int[Tensor, "batch seq"], *, is_valid: Bool[Tensor, "batch seq"]
+) -> Bool[Tensor, "batch 1 seq seq"]:
+    """Build the mask of clean and noisy copies of blocks in one sequence.
+
+    A position attends to its own block in its own copy (0 is the clean one), and to the clean copy of earlier blocks:
+    each noisy block is denoised after the true blocks before it, all of them in one pass (arXiv 2503.09573, Section
+    3.1, of which this is the general form: any order in the sequence, several noisy copies). Nothing attends to
+    positions that are not valid but themselves.
+    """
+    is_own = (block[:, :, None] == block[:, None, :]) & (copy[:, :, None] == copy[:, None, :])
+    is_earlier = (block[:, :, None] > block[:, None, :]) & (copy == 0)[:, None, :]
+    is_self = torch.eye(block.shape[1], dtype=torch.bool, device=block.device)
+    return ((is_own | is_earlier) & is_valid[:, None, :] | is_self)[:, None]
 
 
 def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
@@ -89,3 +95,11 @@ def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "bat
     is_start = torch.ones_like(segment_ids, dtype=torch.bool)
     is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     return index - torch.where(is_start, index, 0).cummax(dim=1).values
+
+
+def _both_copies(layout: Layout, positions: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq seq"]:
+    """Build the mask of [x_t ; x_0] from the positions of both copies, one behind the other."""
+    is_noisy = torch.arange(positions.shape[1], device=positions.device) < positions.shape[1] // 2
+    block = positions // (layout.block_size or positions.shape[1])
+    copy = is_noisy.long().expand_as(positions)
+    return two_copy_mask(block, copy, is_valid=torch.ones_like(positions, dtype=torch.bool))[:, 0]

@@ -150,28 +150,6 @@ def solve(
     return total, nats.new_zeros(num_rows).index_add(0, problem.row, nats)
 
 
-def nelbo(
-    denoiser: Denoiser,
-    process: Process,
-    noised: Noised,
-    *,
-    segment_ids: Int[Tensor, "batch seq"] | None = None,
-    isolate_segments: bool = False,
-    wrapped: Any = None,
-    has_plain_head: bool = True,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "batch"]]:
-    """Sample the negative evidence lower bound of a noised batch: its sum, with gradient, and each row's; nats."""
-    rows = CleanRows(
-        x_0=noised.x_0,
-        segment_ids=torch.ones_like(noised.x_0) if segment_ids is None else segment_ids,
-        is_target=noised.is_target,
-        has_padding=segment_ids is not None,
-        isolate_segments=isolate_segments,
-    )
-    problem = whole_canvas(process, noised, rows)
-    return solve(denoiser, problem, num_rows=len(noised.x_0), wrapped=wrapped, has_plain_head=has_plain_head)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A Monte-Carlo mean with its standard error, in nats per token, and the same in bits per byte."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,3 +30,8 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> dict[str
         "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),  # (B, L)
         "segment_ids": pad_sequence(segment_ids, batch_first=True, padding_value=PADDING_SEGMENT),
     }
+
+
+def targets_of(batch: Mapping[str, Tensor]) -> Bool[Tensor, "*batch seq"]:
+    """Say which positions may be noised and count in the loss: `is_target`, or all tokens where there is none."""
+    return batch["is_target"] if "is_target" in batch else batch["segment_ids"] > PADDING_SEGMENT

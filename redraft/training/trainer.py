@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from redraft.data.collate import collate
+from redraft.data.collate import collate, targets_of
 from redraft.likelihood import CleanRows, Estimate, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
@@ -94,7 +94,7 @@ class DiffusionTrainer(Trainer):
         self._global_rows = first
         if not batches:
             return batches, None
-        num_tokens = torch.stack([_is_target(batch).sum() for batch in batches]).sum().to(device)
+        num_tokens = torch.stack([targets_of(batch).sum() for batch in batches]).sum().to(device)
         if world > 1:
             num_tokens = self.accelerator.reduce(num_tokens, "sum")
         self.tokens_per_step = world * sum(batch["input_ids"].numel() for batch in batches)
@@ -124,7 +124,7 @@ class DiffusionTrainer(Trainer):
         rows = CleanRows(
             x_0=batch["input_ids"],
             segment_ids=batch["segment_ids"],
-            is_target=_is_target(batch),
+            is_target=targets_of(batch),
             has_padding=self.has_padding,
             isolate_segments=self.isolate_segments,
         )
@@ -165,7 +165,7 @@ class DiffusionTrainer(Trainer):
                 _, nats = self.score(objective, batch, key, wrapped=model)
             counts = batch["is_counted"].to(torch.float64)
             nats = nats.to(torch.float64) * counts
-            is_token = _is_target(batch) & batch["is_counted"][:, None]
+            is_token = targets_of(batch) & batch["is_counted"][:, None]
             num_bytes = self.token_byte_lengths.to(self.args.device)[batch["input_ids"]][is_token].sum()
             sums += torch.stack([is_token.sum().to(sums), num_bytes.to(sums), nats.sum(), (nats**2).sum()])
         model.train(was_training)
@@ -211,11 +211,6 @@ class DiffusionTrainer(Trainer):
             staging.rmdir()
             rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=True)
         self.accelerator.wait_for_everyone()
-
-
-def _is_target(batch: Batch) -> Tensor:
-    """What may be noised and is counted: where the data do not say, all but padding."""
-    return batch["is_target"] if "is_target" in batch else batch["segment_ids"] > 0
 
 
 def _estimate(windows: int, *, tokens: float, num_bytes: float, nats: float, squares: float) -> Estimate:
