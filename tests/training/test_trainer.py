@@ -240,10 +240,12 @@ def test_an_autoregressive_checkpoint_is_a_plain_causal_model_that_redraft_reads
     with torch.no_grad():
         causal = plain(input_ids=ids).logits
         assert torch.allclose(plain(input_ids=ids[:, :6]).logits, causal[:, :6], atol=1e-5)
-    ours = redraft.load(outcome.folder).logits(ids)
-    assert torch.allclose(ours[:, 1:], causal[:, :-1], atol=1e-4)
-    generated = plain.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert generated.shape == (2, 15)
+    ours = redraft.load(outcome.folder)
+    assert torch.allclose(ours.logits(ids)[:, 1:], causal[:, :-1], atol=1e-4)
+    greedy = plain.generate(ids[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)[0, 12:]
+    assert ours.generate(ids[0], max_new_tokens=6, stop=None).tokens[0].tolist() == greedy.tolist()
+    converted = redraft.convert(outcome.folder, outcome.folder / "converted").settings
+    assert (converted.process, converted.block_size, converted.shift_logits) == ("masked", None, False)
 
 
 def test_targets_named_by_the_data_are_all_that_is_noised_and_counted(config):
