@@ -87,6 +87,19 @@ def test_the_logits_of_one_forward_equal_those_of_each_block_forwarded_alone(row
     assert block_size == 12 or (answers(denoiser, causal) - expected[row, position]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("shift_logits", [False, True])
+def test_packed_documents_are_predicted_as_if_each_were_alone(shift_logits):
+    denoiser = denoiser_of(shift_logits=shift_logits)
+    rows = clean_rows(segments=[1] * 4 + [2] * 7 + [3], has_padding=False, isolate_segments=True)
+    problem = Diffusion(process=MASKED).problem(rows, key())
+    found = answers(denoiser, problem)
+    expected = torch.zeros(BATCH, LENGTH, VOCAB, dtype=torch.float64)
+    for document in (slice(0, 4), slice(4, 11), slice(11, 12)):
+        with torch.no_grad():
+            expected[:, document] = denoiser.logits(problem.input_ids[:, document])
+    assert (found - expected.flatten(0, 1)[problem.where]).abs().max() < 1e-5
+
+
 def test_the_mask_of_the_two_copies_is_the_papers():
     positions = torch.arange(4).repeat(2)[None]
     mask = attention_mask(Layout(block_size=2, is_two_copy=True), positions)[0, 0].int().tolist()

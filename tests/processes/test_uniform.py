@@ -146,6 +146,22 @@ def test_the_loss_stays_finite_and_exact_at_extreme_times_and_large_vocabularies
         assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("t", [1e-3, 0.3, 0.999])
+def test_the_gradient_of_the_loss_is_that_of_its_formula(t):
+    n = 200
+    process, x_0 = UniformDiffusion(vocab_size=n), torch.arange(6)[None]
+    noised = process.corrupt(x_0, torch.tensor([t], dtype=torch.float64), generator=generator(5)).flatten()
+    logits = (2 * torch.randn(6, n, generator=generator(4))).requires_grad_()
+    guess = n * (1 - t) * logits.double().softmax(-1) + t
+    y = n * (1 - t) * torch.nn.functional.one_hot(noised.x_0, n) + t
+    v, v_guess = (each / each.gather(1, noised.x_t[:, None]) for each in (y, guess))
+    formula = (v * (v / v_guess).log() - v + v_guess).sum() / (n * (1 - t))
+    (expected,), (found,) = (
+        torch.autograd.grad(loss, logits) for loss in (formula, process.loss(logits, noised).sum())
+    )  # fmt: skip
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_rows_of_the_head_beyond_the_vocabulary_play_no_part(table):
     process = UniformDiffusion(vocab_size=N)
     noised = process.corrupt(STATES, torch.full((9,), 0.5), generator=generator(6)).flatten()
