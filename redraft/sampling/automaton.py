@@ -1,6 +1,6 @@
 """Finite automata over bytes and over tokens: what constrained decoding walks on.
 
-A regular expression becomes a minimal automaton over bytes (the engine is outlines-core's), and that one an automaton
+A regular expression becomes a minimal automaton over bytes (`redraft.sampling.regex`), and that one an automaton
 over the tokens of a vocabulary. Tokens that act alike in every state form a class, so what is stored and searched grows
 with the automaton and not with the vocabulary.
 """
@@ -12,9 +12,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from redraft.sampling.regex import determinise
+
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-_END = "\U0010ffff"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,43 +41,9 @@ class ByteAutomaton:
 
 
 def from_regex(pattern: str) -> ByteAutomaton:
-    """Build the automaton of the texts that a regular expression matches as a whole.
-
-    Raises ValueError for syntax that automata do not have (anchors, look-arounds, back references), or if nothing
-    matches.
-    """
-    try:
-        from outlines_core import Index, Vocabulary
-    except ImportError as error:
-        raise ValueError(
-            "constraints need the package outlines-core, which is not installed. pip install 'redraft[constraints]'."
-        ) from error
-    # With one token for each byte, the engine's token automaton is an automaton over bytes. It drops what follows a
-    # match without completing another, so matches are put behind a last character that no text holds.
-    alphabet = Vocabulary(256, {bytes([byte]): [byte] for byte in range(256)})
-    try:
-        index = Index(f"(?:{pattern}){_END}", alphabet)
-    except ValueError as error:
-        raise ValueError(
-            f"the regular expression cannot be an automaton: {str(error).partition('.')[0].strip()}; got"
-            f" {_shortened(pattern)}. The whole text is matched: leave out ^, $, \\b, look-arounds and back references."
-        ) from error
-    transitions = index.get_transitions()
-    number = {index.get_initial_state(): 0}
-    for state in [*transitions, *index.get_final_states()]:
-        number.setdefault(state, len(number))
-    table = np.full((len(number) + 1, 257), len(number), np.int64)
-    for state, following in transitions.items():
-        table[number[state], list(following)] = [number[to] for to in following.values()]
-    is_matched = np.isin(np.arange(len(table)), [number[state] for state in index.get_final_states()])
-    after = np.arange(len(table))
-    for byte in _END.encode():
-        after = table[after, byte]
-    return _minimal(table[:, :256], is_matched[after])
-
-
-def _shortened(pattern: str) -> str:
-    return repr(pattern if len(pattern) <= 200 else pattern[:200] + "...")
+    """Build the automaton of the texts that a regular expression matches as a whole (`regex.determinise`)."""
+    table, is_final = determinise(pattern)
+    return _minimal(table, is_final)
 
 
 def _minimal(table: Ints, is_final: Bools) -> ByteAutomaton:

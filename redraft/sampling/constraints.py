@@ -6,7 +6,6 @@ what is decided and what is open; and a walk back that takes it. After DINGO (ar
 left-to-right blocks; here decided tokens may lie anywhere.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +62,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Regex(Constraint):
-    """The whole text matches a regular expression (Rust's syntax, without anchors and look-arounds)."""
+    """The whole text matches a regular expression (Python's syntax, without anchors, look-arounds and flags)."""
 
     pattern: str
 
@@ -83,8 +82,7 @@ class JsonSchema(Constraint):
     """Regular expression of what may stand after a comma or a colon."""
 
     def automaton(self) -> ByteAutomaton:
-        schema = json.loads(self.schema) if isinstance(self.schema, str) else self.schema
-        return _regex_automaton(schema_regex(schema, max_depth=self.max_depth, whitespace=self.whitespace))
+        return _regex_automaton(schema_regex(self.schema, max_depth=self.max_depth, whitespace=self.whitespace))
 
 
 @dataclass(frozen=True)

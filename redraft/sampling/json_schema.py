@@ -9,11 +9,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 CHARACTER = r'(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00[01][0-9a-f])'
+FREE_DEPTH = 2
+"""The most containers inside each other where a schema allows any value: their automata grow fourfold with each."""
 _FRACTION, _EXPONENT = r"\.[0-9]{1,15}", r"(?:[eE][+-]?[0-9]{1,2})?"
 _DATE = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:0[0-9]|1[0-2]):[0-5][0-9])"
@@ -39,13 +41,18 @@ _ALONE = ("$ref", "enum", "const", "anyOf", "oneOf", "allOf")
 _ALL_KEYWORDS = {"type", *_ALONE}.union(*_KEYWORDS.values())
 
 
-def schema_regex(schema: Mapping[str, Any] | bool, *, max_depth: int, whitespace: str) -> str:
+def schema_regex(schema: Mapping[str, Any] | bool | str, *, max_depth: int, whitespace: str) -> str:
     """Return the regular expression of JSON texts that fit a schema, with at most `max_depth` nested containers.
 
     Supported: type, enum, const, anyOf, oneOf of alternatives that exclude each other by type, constant or a common
     required property, $ref inside the schema (recursion up to the depth), and the keywords of `_KEYWORDS`.
     Raises ValueError for any other keyword, and if no value fits within the depth.
     """
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise ValueError(f"the JSON schema is not JSON: {error}; got {schema[:200]!r}. Mend it.") from error
     pattern = _Writer(root=schema, whitespace=whitespace).value(schema, max_depth)
     if pattern is None:
         raise ValueError(f"no value fits the schema with max_depth={max_depth}. Raise max_depth or mend the schema.")
@@ -62,9 +69,11 @@ class _Writer:
 
     root: Any
     whitespace: str
+    written: dict[tuple[str, int], str | None] = field(default_factory=dict)
 
     def value(self, schema: Any, depth: int) -> str | None:
         if schema is True or schema == {}:
+            depth = min(depth, FREE_DEPTH)
             return _either([self._of_type(kind, {}, depth) for kind in ("object", "array", "string", "number")] + _WORDS)
         if schema is False:
             return None
@@ -85,8 +94,7 @@ class _Writer:
 
     def _combined(self, key: str, schema: Mapping[str, Any], depth: int) -> str | None:
         if key == "$ref":
-            # A reference costs nothing by itself: what it leads to holds the container that does.
-            return self.value(_resolve(self.root, schema["$ref"]), depth)
+            return self._referred(schema["$ref"], depth)
         if key in ("enum", "const"):
             values = schema["enum"] if key == "enum" else [schema["const"]]
             kinds = _kinds(schema) if "type" in schema else None
@@ -98,6 +106,16 @@ class _Writer:
             if not self._exclude(a, b):
                 raise _refuse("alternatives of oneOf may both fit", [a, b], "Use anyOf, or tell them apart by a const.")
         return _either([self.value(option, depth) for option in options])
+
+    def _referred(self, reference: str, depth: int) -> str | None:
+        """Write what a reference leads to; the containers on the way to itself are what bounds a recursion."""
+        key = (reference, depth)
+        if key in self.written and self.written[key] == _PENDING:
+            raise _refuse("a $ref that leads only to itself", reference, "Put an object or an array between.")
+        if key not in self.written:
+            self.written[key] = _PENDING
+            self.written[key] = self.value(_resolve(self.root, reference), depth)
+        return self.written[key]
 
     def _of_type(self, kind: str, schema: Mapping[str, Any], depth: int) -> str | None:
         writers: dict[str, Callable[[], str | None]] = {
@@ -168,6 +186,7 @@ class _Writer:
         return schema
 
 
+_PENDING = "pending"
 _WORDS: list[str | None] = ["true", "false", "null"]
 
 
@@ -300,22 +319,28 @@ def _number(schema: Mapping[str, Any], *, fraction: str) -> str | None:
 
 def _between(low: int, high: int) -> str:
     """Write the integers low ... high, both at least 0, without leading zeros."""
-    if len(str(low)) < len(str(high)):
-        middle = 10 ** len(str(low))
-        return f"(?:{_between(low, middle - 1)}|{_between(middle, high)})"
-    return _digits_between(str(low), str(high))
+    a, b = str(low), str(high)
+    if len(a) == len(b):
+        return _digits_between(a, b)
+    if b == "9" * len(b):
+        return f"(?:{_digits_between(a, '9' * len(a))}|[1-9][0-9]{{{len(a)},{len(b) - 1}}})"
+    below = 10 ** (len(b) - 1)
+    return f"(?:{_between(low, below - 1)}|{_digits_between(str(below), b)})"
 
 
 def _digits_between(a: str, b: str) -> str:
     """Write the strings of as many digits from a to b."""
     if a == b:
         return a
+    rest = len(a) - 1
     if a[0] == b[0]:
         return a[0] + _digits_between(a[1:], b[1:])
-    rest = len(a) - 1
-    if not rest:
-        return f"[{a}-{b}]"
-    parts = [a[0] + _digits_between(a[1:], "9" * rest)]
-    if int(b[0]) - int(a[0]) > 1:
-        parts.append(f"[{int(a[0]) + 1}-{int(b[0]) - 1}][0-9]{{{rest}}}")
-    return f"(?:{'|'.join([*parts, b[0] + _digits_between('0' * rest, b[1:])])})"
+    # First digits behind which anything may follow; the outermost ones if their rest is all 0 or all 9.
+    low = int(a[0]) + (a[1:] != "0" * rest)
+    high = int(b[0]) - (b[1:] != "9" * rest)
+    parts = [f"[{low}-{high}]" + (f"[0-9]{{{rest}}}" if rest else "")] if low <= high else []
+    if low > int(a[0]):
+        parts.append(a[0] + _digits_between(a[1:], "9" * rest))
+    if high < int(b[0]):
+        parts.append(b[0] + _digits_between("0" * rest, b[1:]))
+    return f"(?:{'|'.join(parts)})"
