@@ -20,7 +20,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class ByteAutomaton:
-    """A minimal deterministic automaton over bytes. State 0 is the start, the last state is dead: no match lies behind."""
+    """A minimal deterministic automaton over bytes. State 0 is the start; no match lies behind the last."""
 
     table: Ints
     """(states, 256): the next state."""
@@ -94,7 +94,7 @@ class TokenAutomaton:
 
     @property
     def num_classes(self) -> int:
-        return self.table.shape[1] - 1
+        return int(self.table.shape[1]) - 1
 
     @cached_property
     def tokens_by_class(self) -> tuple[Ints, Ints]:

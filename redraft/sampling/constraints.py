@@ -1,7 +1,7 @@
 """Hard constraints on new text whose tokens are decided in any order.
 
-A constraint becomes an automaton over the tokens of a vocabulary. A step of decoding is then a walk over the canvas from
-the right to the left: for every position and state the weight of the best way (or of all ways) to a full match through
+A constraint becomes an automaton over the tokens of a vocabulary. A step of decoding is a walk over the canvas from the
+right to the left: for every position and state the weight of the best way (or of all ways) to a full match through
 what is decided and what is open; and a walk back that takes it. After DINGO (arXiv 2505.23061), which does so for
 left-to-right blocks; here decided tokens may lie anywhere.
 """
@@ -250,8 +250,11 @@ class CompiledConstraint:
         draws = [None] * len(places) if u is None or temperature == 0 else u.tolist()
         open_at = {place: (scores[i], draws[i]) for i, place in enumerate(places)}
         walk = self._forward(row, open_at, beta)
-        chosen = [self._token(walk[place], logits[i], temperature) for i, place in enumerate(places)]
-        return torch.stack(chosen).to(where)
+        chosen = torch.stack([self._token(walk[place], logits[i], temperature) for i, place in enumerate(places)])
+        for i, place in enumerate(places):
+            if place in self.limits.spans:
+                chosen[i] = self.limits.spans[place]
+        return chosen.to(where)
 
     def _row(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"], places: list[int]) -> "_Row":
         """Sort the positions of a row, and walk over what is decided at its start."""
@@ -279,7 +282,8 @@ class CompiledConstraint:
         is_text = np.arange(len(automaton.table)) < automaton.dead - automaton.has_end
         may_end = boundary > limits.min_tokens
         may_go_on = limits.max_tokens is None or boundary <= limits.max_tokens
-        return (is_end & may_end) | (is_text & may_go_on)
+        allowed: Bools = (is_end & may_end) | (is_text & may_go_on)
+        return allowed
 
     def _tail(self, length: int) -> Bools:
         """Tell for each boundary and state whether the rest of a canvas without decided tokens can be filled."""
@@ -321,7 +325,8 @@ class CompiledConstraint:
         self, row: "_Row", open_at: Mapping[int, tuple[Floats, float | None]], beta: Mapping[int, Floats]
     ) -> dict[int, tuple[int, float]]:
         """Walk from the first open position on: the class at each, and where inside it the draw falls."""
-        state, walk = row.state, {place: (known, 0.0) for place in open_at if (known := row.classes[place]) is not None}
+        state = row.state
+        walk = {place: (known, 0.0) for place in open_at if (known := row.classes[place]) is not None}
         for i in range(row.first, max(open_at, default=-1) + 1):
             known = row.classes[i]
             if known is None:
@@ -372,7 +377,9 @@ class CompiledConstraint:
             if is_long_enough and self.automaton.is_final[states].any():
                 possible.append(n)
             states = np.setdiff1d(table[states, :num_text_classes], self.automaton.dead)
-        bounds = f" of {limits.min_tokens} to {limits.max_tokens or 'any number of'} tokens" if limits != Limits() else ""
+        bounds = (
+            f" of {limits.min_tokens} to {limits.max_tokens or 'any number of'} tokens" if limits != Limits() else ""
+        )
         if not possible:
             return f"no text{bounds} in this vocabulary satisfies the constraint. Loosen it."
         if length < possible[0]:

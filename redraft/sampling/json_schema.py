@@ -25,9 +25,8 @@ FORMATS = {
     "date-time": f"{_DATE}T{_TIME}",
     "uuid": "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
 }
-_ANNOTATIONS = set(
-    "title description default examples $schema $id $comment $defs definitions deprecated readOnly writeOnly".split()
-)
+_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
+_ANNOTATIONS |= {"$schema", "$id", "$comment", "$defs", "definitions"}
 _KEYWORDS = {
     "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
     "array": {"items", "minItems", "maxItems"},
@@ -49,14 +48,18 @@ def schema_regex(schema: Mapping[str, Any] | bool | str, *, max_depth: int, whit
     Raises ValueError for any other keyword, and if no value fits within the depth.
     """
     if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except ValueError as error:
-            raise ValueError(f"the JSON schema is not JSON: {error}; got {schema[:200]!r}. Mend it.") from error
+        schema = _parsed(schema)
     pattern = _Writer(root=schema, whitespace=whitespace).value(schema, max_depth)
     if pattern is None:
         raise ValueError(f"no value fits the schema with max_depth={max_depth}. Raise max_depth or mend the schema.")
     return pattern
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"the JSON schema is not JSON: {error}; got {text[:200]!r}. Mend it.") from error
 
 
 def _refuse(what: str, got: Any, remedy: str) -> ValueError:
@@ -74,7 +77,9 @@ class _Writer:
     def value(self, schema: Any, depth: int) -> str | None:
         if schema is True or schema == {}:
             depth = min(depth, FREE_DEPTH)
-            return _either([self._of_type(kind, {}, depth) for kind in ("object", "array", "string", "number")] + _WORDS)
+            return _either(
+                [self._of_type(kind, {}, depth) for kind in ("object", "array", "string", "number")] + _WORDS
+            )
         if schema is False:
             return None
         if not isinstance(schema, Mapping):

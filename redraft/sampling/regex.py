@@ -61,7 +61,7 @@ def _refused(pattern: str, reason: str) -> ValueError:
 
 
 Item = tuple[int, int]
-"""(a node of a character's trie, the state behind the character), or (leaf, state) for a state where nothing is read."""
+"""(node of a character's trie, state behind the character), or (leaf, state) for a state that reads nothing."""
 
 
 def _moves(items: frozenset[Item], nfa: "_Nfa") -> list[tuple[int, int, frozenset[Item]]]:
@@ -128,7 +128,8 @@ class _Nfa:
                 self.free[self.sequence(option, begin, flags)].append(end)
             return end
         if op in _REPEATS:
-            return self.repeat(*argument, start, flags)
+            least, most, inner = argument
+            return self.repeat(least, most, inner, start, flags)
         characters = self.characters(op, argument, flags)
         end = self.state()
         if self.reads[start] is not None or self.free[start]:
@@ -228,7 +229,9 @@ def _trie(characters: Ranges) -> int:
     # Plain ASCII; then by number of bytes: what the first byte adds, the least and the largest code point.
     edges += [(low, high, _LEAF) for low, high in _clipped(characters, 0, 0x7F)]
     for extra, lead, least, largest in ((1, 0xC0, 0x80, 0x7FF), (2, 0xE0, 0x800, 0xFFFF), (3, 0xF0, 0x10000, _TOP)):
-        inside = [r for a, b in ((0, 0xD7FF), (0xE000, _TOP)) for r in _clipped(_clipped(characters, a, b), least, largest)]
+        inside = [
+            r for a, b in ((0, 0xD7FF), (0xE000, _TOP)) for r in _clipped(_clipped(characters, a, b), least, largest)
+        ]
         edges += [(lead + a, lead + b, child) for a, b, child in _split(tuple(inside), extra)]
     return _intern(tuple(edges))
 
@@ -246,7 +249,9 @@ def _split(ranges: Ranges, extra: int) -> list[tuple[int, int, int]]:
     whole: list[tuple[int, int]] = []
     for a, b in ranges:
         for head in {a // size, b // size}:
-            below.setdefault(head, []).append((max(a, head * size) - head * size, min(b, head * size + size - 1) - head * size))
+            below.setdefault(head, []).append(
+                (max(a, head * size) - head * size, min(b, head * size + size - 1) - head * size)
+            )
         if b // size - a // size > 1:
             whole.append((a // size + 1, b // size - 1))
     parts = [(head, head, tuple(sorted(inside))) for head, inside in below.items()]

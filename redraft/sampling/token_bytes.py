@@ -47,7 +47,7 @@ def _from_text(piece: str, *, is_word_piece: bool) -> bytes:
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """Map the characters of GPT-2's byte alphabet to bytes: printable Latin-1 is itself, the rest follows from U+0100."""
+    """Map the characters of GPT-2's byte alphabet to bytes: printable Latin-1 is itself, the rest begins at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
