@@ -198,7 +198,7 @@ class CompiledConstraint:
     automaton: TokenAutomaton
     limits: Limits
     _tails: dict[int, Bools] = field(default_factory=dict, repr=False)
-    _class_of: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+    _on_device: dict[torch.device, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
 
     def check(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"]) -> None:
         """Raise ValueError with the reason if no completion of the canvas satisfies the constraint.
@@ -338,17 +338,26 @@ class CompiledConstraint:
 
     def _class_scores(self, logits: Float[Tensor, "n vocab"], temperature: float) -> Float[Tensor, "n classes"]:
         """Reduce logits to the best, or to the log of the sum, of each class."""
-        if logits.device not in self._class_of:
-            self._class_of[logits.device] = torch.from_numpy(self.automaton.class_of).to(logits.device)
-        class_of = self._class_of[logits.device]
-        num_classes = self.automaton.num_classes + 1
-        logits = _tempered(logits[:, : len(class_of)], temperature)
-        best = logits.new_full((len(logits), num_classes), _LOWEST)
+        usable, class_of = self._vocabulary(logits.device)
+        logits = logits[:, : len(class_of)] if usable is None else logits.index_select(1, usable)
+        logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
+        best = logits.new_full((len(logits), self.automaton.num_classes + 1), _LOWEST)
         best = best.scatter_reduce(1, class_of.expand(len(logits), -1), logits, "amax")
         if temperature > 0:
-            share = (logits - best.index_select(1, class_of)).exp()
-            best = best + torch.zeros_like(best).index_add(1, class_of, share).log()
+            shares = (logits - best.index_select(1, class_of)).exp_()
+            # Each sum holds a 1, but for classes that the model rules out altogether.
+            best = best + torch.zeros_like(best).index_add_(1, class_of, shares).clamp_(min=1).log_()
         return best[:, :-1]
+
+    def _vocabulary(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """Return the tokens to look at, None for all, and their classes; few are gathered rather than all read."""
+        if device not in self._on_device:
+            class_of = self.automaton.class_of
+            usable = np.flatnonzero(class_of != self.automaton.num_classes)
+            is_few = 2 * len(usable) < len(class_of)
+            classes = torch.from_numpy(class_of[usable] if is_few else class_of).to(device)
+            self._on_device[device] = torch.from_numpy(usable).to(device) if is_few else None, classes
+        return self._on_device[device]
 
     def _label_scores(self, scores: Floats, temperature: float) -> Floats:
         edges = self.automaton.edges
