@@ -28,6 +28,7 @@ check: lint test
 bench: .venv/installed
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/start_up.py
+	$(BIN)/python benchmarks/packing.py
 
 # torch first: the constraints file pins it, and what is installed is not fetched again as a dependency.
 .venv/installed: pyproject.toml constraints.txt

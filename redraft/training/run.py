@@ -20,7 +20,7 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
-from redraft.data.prepare import PreparedData, prepare
+from redraft.data.prepare import PreparedData, StreamedWindows, prepare
 from redraft.data.tokenizer import require_mask_token, token_byte_lengths
 from redraft.errors import unknown_name
 from redraft.likelihood import Estimate, NoiseKey
@@ -172,10 +172,7 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
     for name, report in (("train", data.train_report), ("held out", data.validation_report)):
         if report is None:  # a stream is not read yet
             continue
-        console.print(
-            f"{name}: {report.num_documents:,} documents, {report.num_tokens:,} tokens, {report.num_windows:,} windows "
-            f"of {config.data.seq_len} ({report.num_dropped_tokens} tail tokens dropped)"
-        )
+        console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}", soft_wrap=True)
     rows = config.train.batch_size * config.train.accumulation * PartialState().num_processes
     if data.train_report and data.train_report.num_windows < rows:
         raise ValueError(
@@ -218,15 +215,20 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
     arguments._n_gpu = min(arguments.n_gpu, 1)
     denoiser.model.to(arguments.device)  # before the average is copied from it
     average = WeightAverage(denoiser.model, decay=train.ema_decay) if train.ema_decay else None
+    train_dataset = data.train
+    if isinstance(train_dataset, StreamedWindows):
+        train_dataset = dataclasses.replace(train_dataset, is_endless=True)
     trainer = DiffusionTrainer(
         denoiser,
         config.objective.process(denoiser.settings.mask_token_id),
         args=arguments,
-        train_dataset=data.train,
+        train_dataset=train_dataset,
         eval_dataset=_evenly(data.validation, train.eval_windows),
         pad_token_id=data.tokenizer.pad_token_id,
         token_byte_lengths=token_byte_lengths(data.tokenizer),
-        isolate_segments=config.data.isolate_documents,
+        has_padding=config.data.has_padding,
+        isolate_segments=config.data.isolates_segments,
+        groups_lengths=config.data.kind == "chat" and config.data.chat.batching == "grouped",
         t_range=(config.objective.t_min, config.objective.t_max),
         average=average,
         callbacks=callbacks + ([Averaging(average)] if average else []),
