@@ -47,6 +47,7 @@ class Proposal:
         return entropy
 
 
+@torch.no_grad()
 def propose(
     logits: Float[Tensor, "n vocab"],
     *,
@@ -132,7 +133,8 @@ def _scan(logits: Float[Tensor, "n vocab"], never: int | None, temperature: floa
     """Read the logits once, some rows at a time."""
     n, vocab_size = logits.shape
     num_chunks = -(-vocab_size // VOCAB_CHUNK)
-    chunk_max, chunk_mass = logits.new_empty((2, n, num_chunks), dtype=torch.float32)
+    chunk_max = logits.new_empty((n, num_chunks), dtype=torch.float32)
+    chunk_mass = torch.empty_like(chunk_max)
     total = logits.new_empty(n, dtype=torch.float32)
     z = weights = chunk_max.new_empty(0)
     for rows in _pieces(logits):

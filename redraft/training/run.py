@@ -30,7 +30,8 @@ from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, St
 from redraft.training.config import RECIPE_FILE, RunConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
-from redraft.training.machine import bfloat16_is_faster, can_compile, keep_freed_memory, runs_on_cpu
+from redraft.models.device import can_compile
+from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
 from redraft.training.trainer import DiffusionTrainer
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
