@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 
 MASK = 2
+TIMED_FORWARDS = 2  # of the published loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def eta_of(
     """Return bare forwards / generation, the seconds of a generation, and its forwards."""
     with recorded(lm.model) as calls:
         lm.generate(batch, **chosen)
-    times = pairs(lambda: lm.generate(batch, **chosen), lambda: replay(lm.model, calls), rounds)
+    times = pairs(partial(lm.generate, batch, **chosen), partial(replay, lm.model, calls), rounds)
     return statistics.median(bare / ours for ours, bare in times), statistics.median(ours for ours, _ in times), calls
 
 
@@ -187,10 +189,10 @@ def queries(setups: dict[str, Setup], rounds: int) -> None:
 @torch.no_grad()
 def published_loop(
     model: Any, prompt: torch.Tensor, *, new: int, block: int, steps_per_block: int, temperature: float, most: int
-) -> int:
+) -> None:
     """LLaDA's sampler as published (Algorithm 5 of arXiv 2502.09992): full canvas, all logits, float64 noise.
 
-    Stops after `most` forwards, which all cost the same; returns how many it ran.
+    Stops after `most` forwards; all of them cost the same.
     """
     x = torch.cat([prompt, torch.full((1, new), MASK)], dim=1)
     done = 0
@@ -199,7 +201,7 @@ def published_loop(
         quota[: block % steps_per_block] += 1
         for step in range(steps_per_block):
             if done == most:
-                return done
+                return
             is_mask = x == MASK
             logits = model(input_ids=x).logits
             noisy = logits
@@ -213,7 +215,6 @@ def published_loop(
             chosen = confidence[0].topk(int(quota[step])).indices
             x[0, chosen] = x_0[0, chosen]
             done += 1
-    return done
 
 
 def published(setups: dict[str, Setup], rounds: int) -> None:
@@ -229,18 +230,15 @@ def published(setups: dict[str, Setup], rounds: int) -> None:
             for temperature in (0.0, 0.7):
                 chosen = settings_of(setup, temperature=temperature, max_new_tokens=new, block_size=size)
                 chosen["steps_per_block"] = size // 2
-                batch, most, ran = prompts(setup), 2, [0]
-
-                def theirs() -> None:
-                    ran[0] = published_loop(
-                        plain.model, torch.tensor(batch), new=new, block=size, steps_per_block=size // 2,  # noqa: B023
-                        temperature=temperature, most=most,  # noqa: B023
-                    )  # fmt: skip
-
-                times = pairs(lambda: lm.generate(batch, **chosen), theirs, rounds)  # noqa: B023
+                theirs = partial(
+                    published_loop, plain.model, torch.tensor(prompts(setup)), new=new, block=size,
+                    steps_per_block=size // 2, temperature=temperature, most=TIMED_FORWARDS,
+                )  # fmt: skip
+                times = pairs(partial(lm.generate, prompts(setup), **chosen), theirs, rounds)
+                scale = forwards / TIMED_FORWARDS
                 ours = statistics.median(first for first, _ in times)
-                other = statistics.median(second for _, second in times) * forwards / ran[0]
-                faster = statistics.median(second / first for first, second in times) * forwards / ran[0]
+                other = statistics.median(second for _, second in times) * scale
+                faster = statistics.median(second / first for first, second in times) * scale
                 way = f"blocks of {size}, exact cache" if cached else "whole canvas"
                 print(
                     f"| {name} | {new} | {way} | {temperature} | {forwards} | {ours:.1f} | {other:.1f} | "
@@ -258,17 +256,14 @@ def autoregressive(setups: dict[str, Setup], rounds: int) -> None:
         other.config.is_causal = True
         for layer in other.base_model.layers:
             layer.self_attn.is_causal = True
-        batch, found = prompts(setup), []
-
-        def theirs() -> None:
-            other.generate(
-                torch.tensor(batch), max_new_tokens=setup.new, do_sample=False, eos_token_id=None, pad_token_id=0,  # noqa: B023
-                use_cache=True,
-            )  # fmt: skip
-
+        found = []
+        theirs = partial(
+            other.generate, torch.tensor(prompts(setup)), max_new_tokens=setup.new, do_sample=False, eos_token_id=None,
+            pad_token_id=0, use_cache=True,
+        )  # fmt: skip
         for per_forward in [n for n in (1, 2, 4, 8) if n <= setup.block]:
             chosen = settings_of(setup, tokens_per_forward=per_forward)
-            times = pairs(lambda: lm.generate(batch, **chosen), theirs, rounds)  # noqa: B023
+            times = pairs(partial(lm.generate, prompts(setup), **chosen), theirs, rounds)
             faster = statistics.median(second / first for first, second in times)
             rate = setup.new / statistics.median(first for first, _ in times)
             found.append((faster, setup.new / statistics.median(second for _, second in times)))

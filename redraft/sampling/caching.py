@@ -67,7 +67,8 @@ class ExactPlanner:
             ends=ends,
             key_ends=ends,
             reads_all=is_even and in_one_block,
-            is_steady=max(end - start for start, end in zip(starts, ends, strict=True)) <= 2 * self.layout.block_size + 1,
+            is_steady=max(end - start for start, end in zip(starts, ends, strict=True))
+            <= 2 * self.layout.block_size + 1,
         )
 
     def keep(self, places: list[int]) -> None:

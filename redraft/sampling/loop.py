@@ -151,7 +151,6 @@ class _Rows:
             setattr(self, name, getattr(self, name)[kept])
 
 
-@torch.no_grad()
 def denoise(
     denoiser: Denoiser,
     canvas: Canvas,
@@ -344,6 +343,7 @@ class _Forward:
             self.planner.keep(kept.tolist())  # sync: only when rows leave
             self.slots.select(torch.cat([kept, kept + of]) if self.sampler.cfg_scale else kept)
 
+    @torch.no_grad()
     def __call__(self, rows: _Rows, window: Window, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
         tokens = rows.canvas.tokens
         if self.memo and torch.equal(self.memo[0], tokens) and torch.equal(self.memo[1], where):  # sync

@@ -47,7 +47,6 @@ class Proposal:
         return entropy
 
 
-@torch.no_grad()
 def propose(
     logits: Float[Tensor, "n vocab"],
     *,
