@@ -1,6 +1,7 @@
 """The denoiser: a canvas in, logits out. The only place that knows how a model wants to be called."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from redraft.layouts import Layout, attention_mask, block_mask, segment_positions
 from redraft.models.cache import Slots, Spans
+from redraft.models.device import can_compile
 from redraft.models.head import head_at, head_skipped
 from redraft.models.masks import first_position, model_masks
 from redraft.models.settings import DiffusionSettings
@@ -22,6 +24,22 @@ class Denoiser:
     settings: DiffusionSettings
     is_self_conditioned: ClassVar[bool] = False
     """Whether it is told its last prediction (`previous=`)."""
+    is_compiled: bool = False
+    """Whether the model's body was compiled: then forwards with a cache keep one shape in every block."""
+
+    def compiled(self) -> "Denoiser":
+        """Compile the model's body for fixed shapes. Raises ValueError where no compiler is found.
+
+        The first forward of each shape takes from seconds to a minute; a generation with the exact cache has two that
+        come again (one block, and two when one is finished), and one with the whole canvas has one.
+        """
+        if not can_compile():
+            raise ValueError(
+                "compile=True needs a GPU with Triton or a C++ compiler; found neither g++ nor clang++ nor cl. Leave "
+                "it out."
+            )
+        self.model.base_model.compile(dynamic=False)
+        return replace(self, is_compiled=True)
 
     @property
     def device(self) -> torch.device:
@@ -81,18 +99,20 @@ class Denoiser:
         """Predict positions of `where` by feeding the spans alone, over the keys and values in the slots."""
         device = input_ids.device
         positions = spans.positions(device)  # (B, Q)
-        keys = torch.arange(spans.num_keys, device=device).expand(len(input_ids), -1)
+        is_static = self.is_compiled and spans.is_steady and bool(slots.layers)
+        slots.aim(spans, device, is_static=is_static)
+        keys = torch.arange(slots.num_keys, device=device).expand(len(input_ids), -1)
         mask = None
-        if not spans.reads_all:
+        if is_static or not spans.reads_all:
             origin = torch.zeros_like(input_ids[:, 0]) if grid_origin is None else grid_origin
             causal = block_mask(layout or self.settings.layout, positions - origin[:, None], keys - origin[:, None])
-            read = spans.is_read(device)[:, None].expand(-1, positions.shape[1], -1)
+            read = spans.is_read(device, slots.num_keys)[:, None].expand(-1, positions.shape[1], -1)
             mask = (read if causal is None else read & causal)[:, None]
-        slots.aim(spans, device)
         row, position = where // input_ids.shape[1], where % input_ids.shape[1]
         starts = torch.tensor(spans.starts, device=device)
         fed = row * positions.shape[1] + self._predictors(position) - starts[row]
-        with head_at(self.model, fed):
+        once = self.is_compiled and not is_static  # a shape that does not come again is not worth compiling
+        with head_at(self.model, fed), torch.compiler.set_stance("force_eager") if once else nullcontext():
             return self.model(
                 input_ids=input_ids.gather(1, positions),
                 attention_mask=model_masks(self.model, mask, positions, keys),

@@ -105,7 +105,7 @@ class EncoderDecoder(Denoiser):
         starts = torch.tensor(first, device=input_ids.device)
         canvases = _Canvases(torch.arange(len(first), device=input_ids.device), starts, length)
         row, position = where // seq_len, where % seq_len
-        is_seen = spans.is_read(input_ids.device)
+        is_seen = spans.is_read(input_ids.device, spans.num_keys)
         return self._decode(row * length + position - starts[row], input_ids, canvases, slots, is_seen, previous)
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -25,11 +25,12 @@ from redraft.data.tokenizer import token_byte_lengths
 from redraft.errors import unknown_name
 from redraft.likelihood import Estimate, NoiseKey
 from redraft.models.denoiser import Denoiser
+from redraft.models.device import can_compile
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
 from redraft.training.config import RECIPE_FILE, RunConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
-from redraft.training.machine import bfloat16_is_faster, can_compile, keep_freed_memory, runs_on_cpu
+from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
 
