@@ -21,16 +21,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, StreamedWindows, prepare
-from redraft.data.tokenizer import require_mask_token, token_byte_lengths
+from redraft.data.tokenizer import token_byte_lengths
 from redraft.errors import unknown_name
 from redraft.likelihood import Estimate, NoiseKey
-from redraft.models.build import build_model
 from redraft.models.denoiser import Denoiser
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
 from redraft.training.config import RECIPE_FILE, RunConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
 from redraft.training.machine import bfloat16_is_faster, can_compile, keep_freed_memory, runs_on_cpu
+from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
@@ -60,20 +60,19 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     config = _as_begun(config) if resume else _with_precision(config)
     checkpoint = _check_folder(folder, resume=resume)
     _be_quiet()
-    data = prepare(config.data)
+    start = load_start(config)
+    data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
     _announce_data(data, config, console, is_main=state.is_main_process)
 
     torch.manual_seed(config.train.seed)
-    settings = config.objective.settings(require_mask_token(data.tokenizer))
-    shape = dataclasses.replace(config.model, max_positions=config.model.max_positions or config.data.seq_len)
-    model = build_model(shape, settings, tokenizer=data.tokenizer)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
+    num_parameters = sum(p.numel() for p in denoiser.model.parameters())
     _check_disk(folder, num_parameters, keep=config.train.keep_checkpoints)
-    console.print(f"model: {config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
+    console.print(f"model: {config.model.start or config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
 
     progress = Progressed(console, measure=config.objective.measure)
     stopped = StoppedBySignal(console)
-    trainer = _build_trainer(config, data, Denoiser(model, settings), [progress, LogFile(folder), stopped])
+    trainer = _build_trainer(config, data, denoiser, [progress, LogFile(folder), stopped])
     progress.trainer = trainer
     config = _prepare_for_speed(config, trainer, console, is_resumed=checkpoint is not None)
     if config.train.max_minutes:
@@ -102,7 +101,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     if stopped.received:
         console.print(f"stopped at step {outcome.steps}. To go on: redraft train {folder} --resume")
         return outcome
-    return _finish(outcome, trainer, data, console, measure=config.objective.measure)
+    return _finish(outcome, trainer, data, console, config=config)
 
 
 def _with_precision(config: RunConfig) -> RunConfig:
@@ -226,7 +225,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=_evenly(data.validation, train.eval_windows),
-        pad_token_id=data.tokenizer.pad_token_id,
+        pad_token_id=data.tokenizer.pad_token_id or 0,  # some have none; padding is told by its segment
         token_byte_lengths=token_byte_lengths(data.tokenizer),
         has_padding=config.data.has_padding,
         isolate_segments=config.data.isolates_segments,
@@ -301,12 +300,13 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
 
 
 def _finish(
-    outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, *, measure: str
+    outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, *, config: RunConfig
 ) -> Outcome:
-    """Save the model, evaluate on all held-out windows, draw the curve."""
+    """Save the model, evaluate on the held-out windows, draw the curve."""
     _save(trainer, outcome.folder)
     if len(data.validation):
-        trainer.eval_dataset = data.validation
+        held_out = _evenly(data.validation, config.train.final_eval_windows or len(data.validation))
+        trainer.eval_dataset = held_out
         metrics = trainer.evaluate()
         estimate = Estimate(
             nats_per_token=metrics["eval_nats_per_token"],
@@ -316,12 +316,12 @@ def _finish(
         outcome = dataclasses.replace(
             outcome,
             held_out=estimate,
-            unigram_nats=unigram_nats(data.validation, vocab_size=len(data.tokenizer)),
-            gzip_bits_per_byte=gzip_bits_per_byte(data.validation, data.tokenizer),
+            unigram_nats=unigram_nats(held_out, vocab_size=len(data.tokenizer)),
+            gzip_bits_per_byte=gzip_bits_per_byte(held_out, data.tokenizer),
         )
     if trainer.is_world_process_zero():
         draw_curve(outcome.folder, console=console)
-        _announce(outcome, console, measure=measure)
+        _announce(outcome, console, measure=config.objective.measure)
     return outcome
 
 
