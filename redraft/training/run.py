@@ -101,7 +101,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     if stopped.received:
         console.print(f"stopped at step {outcome.steps}. To go on: redraft train {folder} --resume")
         return outcome
-    return _finish(outcome, trainer, data, console, config=config)
+    return _finish(outcome, trainer, data, console, config)
 
 
 def _with_precision(config: RunConfig) -> RunConfig:
@@ -300,7 +300,7 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
 
 
 def _finish(
-    outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, *, config: RunConfig
+    outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, config: RunConfig
 ) -> Outcome:
     """Save the model, evaluate on the held-out windows, draw the curve."""
     _save(trainer, outcome.folder)

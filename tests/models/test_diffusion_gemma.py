@@ -84,12 +84,13 @@ PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3, 9, 8], [20]]
 def generated(lm, prompts, *, confident=0.005, **settings):
     """Generate as the preset does, with another threshold of confidence; return tokens and steps of each row."""
     config = SamplingConfig(preset="diffusion-gemma", **settings)
-    sampler = lm._sampler(config)
+    sampler = lm._sampler(config, (), ())
     renoise = replace(sampler.revise, confident=confident)
     sampler = replace(sampler, unmask=renoise.unmask, revise=renoise)
     rows = [torch.tensor(prompt) for prompt in prompts]
     canvas = lm._canvas_after(rows, config.max_new_tokens, sampler)
-    out = lm._run(canvas, rows, config, sampler, trace=False, is_infilling=False)
+    steps = lm._denoise(canvas, rows, config, sampler)
+    out = lm._collect(canvas, rows, config, steps, trace=False, is_infilling=False)
     return [tokens.tolist() for tokens in out.tokens], out.forwards
 
 
