@@ -355,15 +355,15 @@ class SamplingConfig:
 def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
     """Lay the settings that were given over those saved with a checkpoint.
 
-    Another preset brings its own settings: then nothing saved counts but the length. A saved number of steps gives way
-    to the other way of counting them, and a saved block size to a length that it does not divide. Raises ValueError for
-    a name that is no setting.
+    A preset that is named brings its own settings: then nothing saved counts but the length. A saved number of steps
+    gives way to the other way of counting them, and a saved block size to a length that it does not divide. Raises
+    ValueError for a name that is no setting.
     """
     for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
         for name in settings:
             if name not in SamplingConfig.__dataclass_fields__:
                 raise unknown_name(what, name, SamplingConfig.__dataclass_fields__)
-    if given.get("preset", saved.get("preset")) != saved.get("preset"):
+    if "preset" in given:
         saved = {name: value for name, value in saved.items() if name == "max_new_tokens"}
     if "steps" in given or "steps_per_block" in given:
         saved = {name: value for name, value in saved.items() if name not in ("steps", "steps_per_block")}

@@ -124,11 +124,12 @@ def test_generation_with_the_defaults_of_transformers_is_the_preset(model):
 
 
 def test_an_eos_ends_the_row_with_its_canvas(model):
-    plain = language_model(model).generate(PROMPTS[0], preset="diffusion-gemma", max_new_tokens=18, stop=None)
+    short = {"preset": "diffusion-gemma", "max_new_tokens": 18, "steps_per_block": 6}
+    plain = language_model(model).generate(PROMPTS[0], stop=None, **short)
     eos = int(plain.tokens[0][CANVAS + 1])
     lm = language_model(model, eos_token_id=eos)
-    out = lm.generate(PROMPTS[0], preset="diffusion-gemma", max_new_tokens=18)
-    theirs, steps = own_generate(model, PROMPTS[0], max_new_tokens=18, eos_token_id=eos)
+    out = lm.generate(PROMPTS[0], **short)
+    theirs, steps = own_generate(model, PROMPTS[0], max_new_tokens=18, max_denoising_steps=6, eos_token_id=eos)
     new = out.tokens[0].tolist()
     assert new[-1] == eos
     assert theirs[: len(new)] == new
@@ -138,8 +139,9 @@ def test_an_eos_ends_the_row_with_its_canvas(model):
 
 def test_a_length_between_two_canvases_is_cut_from_whole_ones(model):
     lm = language_model(model)
-    long = lm.generate(PROMPTS[0], preset="diffusion-gemma", max_new_tokens=2 * CANVAS, stop=None).tokens[0]
-    short = lm.generate(PROMPTS[0], preset="diffusion-gemma", max_new_tokens=CANVAS + 2, stop=None).tokens[0]
+    chosen = {"preset": "diffusion-gemma", "steps_per_block": 6, "stop": None}
+    long = lm.generate(PROMPTS[0], max_new_tokens=2 * CANVAS, **chosen).tokens[0]
+    short = lm.generate(PROMPTS[0], max_new_tokens=CANVAS + 2, **chosen).tokens[0]
     assert torch.equal(short, long[: CANVAS + 2])
 
 
