@@ -197,8 +197,7 @@ class LanguageModel:
         """
         if isinstance(self.denoiser, EncoderDecoder):
             raise ValueError(f"{self.model.config.model_type} writes behind its prompt; it cannot fill holes.")
-        given = {name: None for name in _OF_A_LENGTH if name in self.saved_sampling} | settings
-        config = self.sampling_config(**given)
+        config = self.sampling_config(**{name: None for name in _OF_A_LENGTH if name in self.saved_sampling} | settings)
         encoded = [self._encode_with_holes(prompt) for prompt in _as_batch(prompts) for _ in range(config.num_samples)]
         rows, is_hole = [row for row, _ in encoded], [holes for _, holes in encoded]
         for row, holes in encoded:

@@ -1,7 +1,6 @@
 """What the commands that load a model share."""
 
 import json
-import logging
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -21,8 +20,6 @@ def load_quietly(model: str, *, device: str | None, quantization: str | None) ->
     """Load a model without the libraries' progress bars and notices."""
     import transformers
 
-    for name in ("torchao", "torch.utils._pytree"):  # about kernels of other machines, and each other
-        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return load(model, device=device, quantization=quantization)

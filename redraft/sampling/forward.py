@@ -46,12 +46,16 @@ class Forward:
         self.slots = Slots(num_positions)
         self.memo: tuple[Tensor, Tensor, Tensor] | None = None
         self.told: Tensor | None = None
-        """Last logits of a self-conditioned model, (batch, canvas, vocab)."""
+        if denoiser.is_self_conditioned and cfg_scale:
+            raise ValueError(f"this model has no unconditional branch; got cfg_scale={cfg_scale}. Use 0.")
         self.has_begun = False
         # What an approximate cache gives depends on when it was filled: there, every step is a forward.
         self.is_repeatable = planner is None or isinstance(planner, ExactPlanner)
-        if denoiser.is_self_conditioned and cfg_scale:
-            raise ValueError(f"this model has no unconditional branch; got cfg_scale={cfg_scale}. Use 0.")
+
+    def remember(self, logits: Float[Tensor, "n vocab"], rows: Rows) -> None:
+        """Keep what a self-conditioned model is told in the next step."""
+        if self.denoiser.is_self_conditioned:
+            self.told = logits.view(len(rows.index), -1, logits.shape[-1])
 
     def keep(self, kept: Int[Tensor, "kept"], *, of: int) -> None:
         """Drop the other rows of a batch of `of`."""
@@ -61,25 +65,18 @@ class Forward:
             self.planner.keep(kept.tolist())  # sync: only when rows leave
             self.slots.select(torch.cat([kept, kept + of]) if self.cfg_scale else kept)
 
-    def remember(self, logits: Float[Tensor, "n vocab"], rows: Rows) -> None:
-        """Keep what a self-conditioned model is told in the next step."""
-        if self.denoiser.is_self_conditioned:
-            self.told = logits.view(len(rows.index), -1, logits.shape[-1])
-
     def __call__(self, rows: Rows, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
         """Return the logits at the n positions of `where` (indices into batch * seq).
 
         Raises ValueError where several canvases of a model that takes one are open: a budget can ask for that.
         """
         tokens = rows.canvas.tokens
-        if not self.is_repeatable:
+        if self.denoiser.is_self_conditioned and rows.block.ne(rows.last_block).any():  # sync
+            raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
+        if not self.is_repeatable or self.told is not None:
             return self._guided(rows, where)
         if not len(where):
             return tokens.new_zeros((0, self.denoiser.model.config.get_text_config().vocab_size), dtype=torch.float32)
-        if self.denoiser.is_self_conditioned:
-            if rows.block.ne(rows.last_block).any():  # sync
-                raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
-            return self._guided(rows, where)
         if self.memo and torch.equal(self.memo[0], tokens) and torch.equal(self.memo[1], where):  # sync
             return self.memo[2]
         logits = self._guided(rows, where)
@@ -97,18 +94,20 @@ class Forward:
     def _logits(self, tokens: Int[Tensor, "rows seq"], where: Int[Tensor, "n"], rows: Rows) -> Float[Tensor, "n vocab"]:
         copies = len(tokens) // len(rows.index)
         origin = rows.origin.repeat(copies)
-        call: dict[str, Any] = {"layout": self.layout, "grid_origin": origin}
-        if self.told is not None:
-            call["previous"] = SelfConditioning(self.told, rows.step > 0)
+        told: dict[str, Any] = {} if self.told is None else {"previous": SelfConditioning(self.told, rows.step > 0)}
         if self.planner is None:
             segments = rows.canvas.segment_ids.repeat(copies, 1) if len(rows.index) > 1 else None
-            return self.denoiser.logits_at(where, tokens, segment_ids=segments, **call)
+            return self.denoiser.logits_at(
+                where, tokens, segment_ids=segments, layout=self.layout, grid_origin=origin, **told
+            )
         bounds = bounds_of(rows)
         if not self.has_begun and isinstance(self.planner, ExactPlanner):
             self._begin(self.planner, tokens, origin, bounds)
         self.has_begun = True
         spans = self.planner.plan(bounds).repeated(copies)
-        logits = self.denoiser.cached_logits_at(where, tokens, spans=spans, slots=self.slots, **call)
+        logits = self.denoiser.cached_logits_at(
+            where, tokens, spans=spans, slots=self.slots, layout=self.layout, grid_origin=origin, **told
+        )
         if self.session is not None and isinstance(self.planner, ExactPlanner):
             self.session.slots, self.session.tokens = self.slots, tokens[0, : self.planner.final[0]]
         return logits
