@@ -27,7 +27,7 @@ from redraft.sampling.presets import SamplingConfig, with_saved
 from redraft.sampling.trace import Recorder, RowTrace
 
 HOLE = re.compile(r"\[MASK:(\d+)\]")
-_OF_A_LENGTH = ("block_size", "steps", "steps_per_block")
+_OF_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")
 """Saved settings that rest on the length of a new text, and say nothing of holes."""
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor

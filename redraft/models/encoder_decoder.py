@@ -98,6 +98,9 @@ class EncoderDecoder(Denoiser):
         previous: SelfConditioning | None = None,
     ) -> Float[Tensor, "n vocab"]:
         """Predict the canvases that the spans end with; what they feed before them is encoded into the slots."""
+        if not len(where):  # a context alone, which several rows share
+            self._encode(input_ids, slots, starts=spans.starts, ends=spans.ends)
+            return torch.empty(0, self.model.config.get_text_config().vocab_size, device=input_ids.device)
         length, seq_len = self._canvas_length(layout), input_ids.shape[1]
         first = [end - length for end in spans.ends]
         if any(start < end for start, end in zip(spans.starts, first, strict=True)):

@@ -67,8 +67,13 @@ class Forward:
 
     @torch.no_grad()
     def __call__(self, rows: Rows, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
-        """Return the logits at the n positions of `where` (indices into batch * seq)."""
+        """Return the logits at the n positions of `where` (indices into batch * seq).
+
+        Raises ValueError where several canvases of a model that takes one are open: a budget can ask for that.
+        """
         tokens = rows.canvas.tokens
+        if self.denoiser.is_self_conditioned and rows.block.ne(rows.last_block).any():  # sync
+            raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
         if not self.is_repeatable or self.told is not None:
             return self._guided(rows, where)
         if not len(where):

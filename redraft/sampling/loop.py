@@ -199,7 +199,7 @@ def denoise(
             is_committed = _at_least(least, is_committed, score, candidates)
         revision = sampler.revise(is_committed, candidates) if sampler.revise else None
         if revision is not None and left == 1:
-            revision = Revision(may_close=torch.ones_like(revision.may_close), edit=revision.edit)
+            revision = replace(revision, may_close=torch.ones_like(revision.may_close), reopen=None, redraw=None)
         step = _apply(rows, candidates, is_committed, revision, noise, index)
         meter.count()
         is_done = sampler.stop(rows.canvas)

@@ -283,7 +283,7 @@ class SamplingConfig:
         self.sampler(DiffusionSettings(mask_token_id=0))  # the checks of its policies
 
     def _check_cost(self) -> None:
-        said = [name for name in ("steps", "budget", "forwards", "seconds") if getattr(self, name) is not None]
+        said = [name for name in _COSTS if getattr(self, name) is not None]
         if len(said) > 1:
             raise ValueError(f"{' and '.join(said)} each say what a text may cost; give one of them.")
         if self.budget is not None and not 0 < self.budget <= 1:
@@ -305,6 +305,8 @@ class SamplingConfig:
         absent = {name: value for name, value in preset.defaults.items() if getattr(self, name) is None}
         if self.factor is not None:
             absent.pop("threshold", None)  # another rule for the same choice
+        if any(getattr(self, name) is not None for name in _COSTS):
+            absent.pop("steps_per_block", None)
         if "block_size" in absent and preset.attention != "grid":
             fits = [n for n in _divisors(self.max_new_tokens) if n <= absent["block_size"]]
             absent["block_size"] = max(fits)
@@ -347,7 +349,7 @@ class SamplingConfig:
             cache = "none" if layout.block_size is None else "exact"
         return Sampler(
             steps=self.steps if self.steps is not None else budget.forwards or self.max_new_tokens,
-            steps_per_block=config.steps_per_block if self.steps is None else self.steps_per_block,
+            steps_per_block=config.steps_per_block,
             frontier=self.frontier(settings),
             stop=self._stop(eos_token_id, decode),
             cache=cache,
@@ -381,27 +383,30 @@ class SamplingConfig:
 def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
     """Lay the settings that were given over those saved with a checkpoint.
 
-    Another preset brings its own settings: then nothing saved counts but the length. A saved number of steps gives way
-    to the other way of counting them, and a saved block size to a length that it does not divide. Raises ValueError for
-    a name that is no setting.
+    A preset that is named brings its own settings: then nothing saved counts but the length. What is saved of the cost
+    gives way to any cost that is given, and a saved block size to a length that it does not divide. Raises ValueError
+    for a name that is no setting.
     """
     for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
         for name in settings:
             if name not in SamplingConfig.__dataclass_fields__:
                 raise unknown_name(what, name, SamplingConfig.__dataclass_fields__)
-    if given.get("preset", saved.get("preset")) != saved.get("preset"):
+    if "preset" in given:
         saved = {name: value for name, value in saved.items() if name == "max_new_tokens"}
-    if any(given.get(name) is not None for name in ("steps", "steps_per_block", "budget", "forwards", "seconds")):
-        saved = {name: value for name, value in saved.items() if name not in ("steps", "steps_per_block")}
-    if isinstance(given.get("stop"), list):
-        given = given | {"stop": tuple(given["stop"])}
+    costs = {*_COSTS, "steps_per_block"}
+    if costs & set(given):
+        saved = {name: value for name, value in saved.items() if name not in costs}
     chosen = saved | given
+    if isinstance(chosen.get("stop"), list):
+        chosen["stop"] = tuple(chosen["stop"])
     size, total = saved.get("block_size"), chosen.get("max_new_tokens", SamplingConfig.max_new_tokens)
     if size and "block_size" not in given and total > 0 and total % size:
         chosen["block_size"] = max(n for n in _divisors(total) if n <= size)
     return SamplingConfig(**chosen)
 
 
+_COSTS = ("steps", "budget", "forwards", "seconds")
+"""Ways to say what a text may cost."""
 _OF_SOME = sorted({name for preset in PRESETS.values() for name in preset.takes})
 """Settings that not every preset takes."""
 

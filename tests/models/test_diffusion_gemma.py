@@ -7,9 +7,12 @@ import torch
 from tiny_gemma import CANVAS, VOCAB, own_generate, tiny_gemma
 
 import redraft
+from redraft.language_model import row_keys
 from redraft.models.encoder_decoder import EncoderDecoder, SelfConditioning
 from redraft.models.families import find_family
 from redraft.models.settings import DiffusionSettings
+from redraft.sampling.canvas import Status, build_canvas
+from redraft.sampling.loop import denoise
 from redraft.sampling.presets import SamplingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # their generate
@@ -84,14 +87,19 @@ PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3, 9, 8], [20]]
 def generated(lm, prompts, *, confident=0.005, **settings):
     """Generate as the preset does, with another threshold of confidence; return tokens and steps of each row."""
     config = SamplingConfig(preset="diffusion-gemma", **settings)
-    sampler = lm._sampler(config, (), ())
+    sampler = config.sampler(lm.denoiser.settings)
     renoise = replace(sampler.revise, confident=confident)
     sampler = replace(sampler, unmask=renoise.unmask, revise=renoise)
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    canvas = lm._canvas_after(rows, config.max_new_tokens, sampler)
-    steps = lm._denoise(canvas, rows, config, sampler)
-    out = lm._collect(canvas, rows, config, steps, trace=False, is_infilling=False)
-    return [tokens.tolist() for tokens in out.tokens], out.forwards
+    rows = [torch.tensor(prompt + [0] * config.max_new_tokens) for prompt in prompts]
+    is_noise = [torch.arange(len(row)) >= len(prompt) for row, prompt in zip(rows, prompts, strict=True)]
+    canvas = build_canvas(rows, is_noise, noise_token_id=0)
+    keys = row_keys([torch.tensor(prompt) for prompt in prompts], seed=config.seed)
+    tokens, steps = [[]] * len(rows), [0] * len(rows)
+    for step in denoise(lm.denoiser, canvas, sampler, row_keys=keys):
+        for place, row in enumerate(step.rows.tolist()):
+            new = step.canvas.status[place] == Status.COMMITTED
+            tokens[row], steps[row] = step.canvas.tokens[place, new].tolist(), step.index + 1
+    return tokens, steps
 
 
 @pytest.mark.parametrize(
@@ -124,12 +132,30 @@ def test_generation_with_the_defaults_of_transformers_is_the_preset(model):
     assert not torch.equal(other.tokens[0], out.tokens[0])
 
 
+def test_a_budget_of_forwards_is_kept_canvas_by_canvas(model):
+    lm = language_model(model)
+    out = lm.generate(PROMPTS[1], preset="diffusion-gemma", max_new_tokens=3 * CANVAS, forwards=7, stop=None)
+    expected, steps = own_generate(model, PROMPTS[1], max_new_tokens=3 * CANVAS, max_denoising_steps=2)
+    assert (out.tokens[0].tolist(), out.forwards[0]) == (expected, steps)
+    with pytest.raises(ValueError, match="one canvas after the other; give a forward for each"):
+        lm.generate(PROMPTS[1], preset="diffusion-gemma", max_new_tokens=3 * CANVAS, forwards=2)
+
+
+def test_equal_prompts_share_their_context_and_draw_apart(model):
+    lm = language_model(model)
+    chosen = {"preset": "diffusion-gemma", "max_new_tokens": 2 * CANVAS, "steps_per_block": 4, "stop": None}
+    first, second = lm.generate(PROMPTS[1], num_samples=2, **chosen).tokens
+    assert torch.equal(first, lm.generate(PROMPTS[1], **chosen).tokens[0])
+    assert not torch.equal(first, second)
+
+
 def test_an_eos_ends_the_row_with_its_canvas(model):
-    plain = language_model(model).generate(PROMPTS[0], preset="diffusion-gemma", max_new_tokens=18, stop=None)
+    short = {"preset": "diffusion-gemma", "max_new_tokens": 18, "steps_per_block": 6}
+    plain = language_model(model).generate(PROMPTS[0], stop=None, **short)
     eos = int(plain.tokens[0][CANVAS + 1])
     lm = language_model(model, eos_token_id=eos)
-    out = lm.generate(PROMPTS[0], preset="diffusion-gemma", max_new_tokens=18)
-    theirs, steps = own_generate(model, PROMPTS[0], max_new_tokens=18, eos_token_id=eos)
+    out = lm.generate(PROMPTS[0], **short)
+    theirs, steps = own_generate(model, PROMPTS[0], max_new_tokens=18, max_denoising_steps=6, eos_token_id=eos)
     new = out.tokens[0].tolist()
     assert new[-1] == eos
     assert theirs[: len(new)] == new
@@ -139,8 +165,9 @@ def test_an_eos_ends_the_row_with_its_canvas(model):
 
 def test_a_length_between_two_canvases_is_cut_from_whole_ones(model):
     lm = language_model(model)
-    long = lm.generate(PROMPTS[0], preset="diffusion-gemma", max_new_tokens=2 * CANVAS, stop=None).tokens[0]
-    short = lm.generate(PROMPTS[0], preset="diffusion-gemma", max_new_tokens=CANVAS + 2, stop=None).tokens[0]
+    chosen = {"preset": "diffusion-gemma", "steps_per_block": 6, "stop": None}
+    long = lm.generate(PROMPTS[0], max_new_tokens=2 * CANVAS, **chosen).tokens[0]
+    short = lm.generate(PROMPTS[0], max_new_tokens=CANVAS + 2, **chosen).tokens[0]
     assert torch.equal(short, long[: CANVAS + 2])
 
 

@@ -60,9 +60,10 @@ def test_what_is_given_wins_over_what_is_saved(folder):
     assert given == SamplingConfig(preset="fast-dllm", threshold=0.5, steps=6)
 
 
-def test_another_preset_brings_its_own_settings(folder):
+def test_a_preset_that_is_named_brings_its_own_settings(folder):
     edit_config(folder, generation={"preset": "sdar", "threshold": 0.7, "temperature": 1.0, "max_new_tokens": 12})
-    assert load(folder).sampling_config(preset="llada") == SamplingConfig(preset="llada", max_new_tokens=12)
+    for preset in ("llada", "sdar"):
+        assert load(folder).sampling_config(preset=preset) == SamplingConfig(preset=preset, max_new_tokens=12)
 
 
 def test_a_saved_block_size_gives_way_to_a_length_that_it_does_not_divide(folder):
