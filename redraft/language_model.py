@@ -121,7 +121,8 @@ class LanguageModel:
 
         Raises ValueError for names that are no settings, and for values that do not fit.
         """
-        return with_saved(self.saved_sampling, settings)
+        own = {"preset": "duo"} if self.denoiser.settings.process == "uniform" else {}
+        return with_saved(own | self.saved_sampling, settings)
 
     @torch.no_grad()
     def logits(
