@@ -241,9 +241,10 @@ class Posterior:
             u=candidates.draws.uniform(DRAW_REVISE),
             x_t_prob=proposal.probability_of(x_t) if self.kind == "plug_in" else None,
         )
+        moved = tokens.flatten().scatter(0, candidates.where, x_s).view_as(tokens)
         return Revision(
             may_close=candidates.window.is_last,
             redraw=candidates.is_open_noise & ~is_committed,
-            noise=tokens.flatten().scatter(0, candidates.where, x_s).view_as(tokens),
-            tokens=candidates.likeliest if self.has_greedy_tail else None,
+            noise=moved,
+            tokens=candidates.likeliest if self.has_greedy_tail else moved,
         )
