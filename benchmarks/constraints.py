@@ -115,7 +115,8 @@ def main() -> None:
     forward = forward_seconds(args.vocab_size, open_positions=args.open_positions)
     print(f"forward of {args.open_positions} positions: {forward * 1e3:.1f} ms, {torch.get_num_threads()} thread(s)")
     print(
-        f"{'constraint':32} {'compile s':>9} {'states':>7} {'classes':>7} {'edges':>8} {'T=0 ms':>7} {'T=1 ms':>7}  of the forward"
+        f"{'constraint':32} {'compile s':>9} {'states':>7} {'classes':>7} {'edges':>8} {'T=0 ms':>7} {'T=1 ms':>7}"
+        "  of the forward"
     )
     logits = torch.randn(args.open_positions, args.vocab_size, generator=torch.Generator().manual_seed(0)) * 3
     u = torch.rand(args.open_positions, generator=torch.Generator().manual_seed(0))

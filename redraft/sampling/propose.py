@@ -62,7 +62,7 @@ def propose(
         else:
             if u is None:
                 raise ValueError(f"a temperature of {temperature} needs random numbers u; got None.")
-            x_0 = _draw(_cut(logits / temperature, top_k=top_k, top_p=top_p), u)
+            x_0 = _draw(cut(logits / temperature, top_k=top_k, top_p=top_p), u)
     confidence = (logits.gather(-1, x_0[:, None])[:, 0] - log_normaliser).exp()
     return Proposal(x_0=x_0, confidence=confidence, logits=logits, log_normaliser=log_normaliser)
 
@@ -79,7 +79,7 @@ def _without(token_id: int | None, logits: Float[Tensor, "n vocab"]) -> Iterator
     logits[:, token_id] = kept
 
 
-def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | None) -> Float[Tensor, "n vocab"]:
+def cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | None) -> Float[Tensor, "n vocab"]:
     """Remove all but the k best tokens, and then all that lie beyond the first p of the mass."""
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[:, -1:]
