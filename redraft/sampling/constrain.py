@@ -8,7 +8,7 @@ from torch import Tensor
 
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.constraints import CompiledConstraint
-from redraft.sampling.propose import Proposal, cut
+from redraft.sampling.propose import Proposal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Constrained:
         """
         logits = proposal.logits
         if temperature > 0 and (top_k is not None or top_p is not None):
-            logits, temperature = cut(logits / temperature, top_k=top_k, top_p=top_p), 1.0
+            logits, temperature = _cut(logits.float() / temperature, top_k=top_k, top_p=top_p), 1.0
         seq_len = canvas.tokens.shape[1]
         x_0 = torch.where(canvas.is_noise.flatten()[where], proposal.x_0, canvas.tokens.flatten()[where])
         for row in range(len(canvas.tokens)):
@@ -68,3 +68,15 @@ class Constrained:
         status = canvas.status[row]
         new = ((status != Status.GIVEN) & (status != Status.PAD)).nonzero()[:, 0]
         return new[: self.num_tokens]
+
+
+def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | None) -> Float[Tensor, "n vocab"]:
+    """Rule out all but the k best tokens, and then all that lie beyond the first p of the mass."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        mass = ordered.softmax(dim=-1)
+        ordered = ordered.masked_fill(mass.cumsum(dim=-1) - mass >= top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, index, ordered)
+    return logits

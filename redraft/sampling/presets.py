@@ -83,6 +83,12 @@ def _ancestral(config: "SamplingConfig") -> dict[str, Any]:
     return {"unmask": policies.Bernoulli()}
 
 
+def _renoised(config: "SamplingConfig") -> dict[str, Any]:
+    assert config.entropy_bound is not None
+    both = policies.Renoise(accept=policies.EntropyBound(bound=config.entropy_bound))
+    return {"noise": "uniform", "anneal": policies.LinearAnneal(), "unmask": both.unmask, "revise": both}
+
+
 def _bounded(config: "SamplingConfig") -> dict[str, Any]:
     assert config.entropy_bound is not None
     return {
@@ -184,6 +190,13 @@ PRESETS = {
         defaults={"entropy_bound": 0.1},
         takes=("entropy_bound",),
     ),
+    "diffusion-gemma": Preset(
+        source="entropy-bounded acceptance and renoising, DiffusionGemma in transformers 5",
+        build=_renoised,
+        defaults={"entropy_bound": 0.1, "temperature": 1.0, "steps_per_block": 48},
+        takes=("entropy_bound",),
+        attention="prompt",
+    ),
 }
 
 
@@ -195,7 +208,7 @@ class SamplingConfig:
     """
 
     preset: str = "llada"
-    """Named sampler; `--preset ?` lists them with their sources and defaults."""
+    """Named sampler, by default the checkpoint's own; `--preset ?` lists them with their sources and defaults."""
     max_new_tokens: int = 128
     """Tokens to generate."""
     steps: int | None = None
@@ -270,7 +283,7 @@ class SamplingConfig:
         self.sampler(DiffusionSettings(mask_token_id=0))  # the checks of its policies
 
     def _check_cost(self) -> None:
-        said = [name for name in ("steps", "budget", "forwards", "seconds") if getattr(self, name) is not None]
+        said = [name for name in _COSTS if getattr(self, name) is not None]
         if len(said) > 1:
             raise ValueError(f"{' and '.join(said)} each say what a text may cost; give one of them.")
         if self.budget is not None and not 0 < self.budget <= 1:
@@ -292,6 +305,8 @@ class SamplingConfig:
         absent = {name: value for name, value in preset.defaults.items() if getattr(self, name) is None}
         if self.factor is not None:
             absent.pop("threshold", None)  # another rule for the same choice
+        if any(getattr(self, name) is not None for name in _COSTS):
+            absent.pop("steps_per_block", None)
         if "block_size" in absent and preset.attention != "grid":
             fits = [n for n in _divisors(self.max_new_tokens) if n <= absent["block_size"]]
             absent["block_size"] = max(fits)
@@ -334,7 +349,7 @@ class SamplingConfig:
             cache = "none" if layout.block_size is None else "exact"
         return Sampler(
             steps=self.steps if self.steps is not None else budget.forwards or self.max_new_tokens,
-            steps_per_block=self.steps_per_block,
+            steps_per_block=config.steps_per_block,
             frontier=self.frontier(settings),
             stop=self._stop(eos_token_id, decode),
             cache=cache,
@@ -365,6 +380,33 @@ class SamplingConfig:
         return replace(self, steps=max(num_holes, 1) if is_free else self.steps, stop=None)
 
 
+def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
+    """Lay the settings that were given over those saved with a checkpoint.
+
+    A preset that is named brings its own settings: then nothing saved counts but the length. What is saved of the cost
+    gives way to any cost that is given, and a saved block size to a length that it does not divide. Raises ValueError
+    for a name that is no setting.
+    """
+    for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
+        for name in settings:
+            if name not in SamplingConfig.__dataclass_fields__:
+                raise unknown_name(what, name, SamplingConfig.__dataclass_fields__)
+    if "preset" in given:
+        saved = {name: value for name, value in saved.items() if name == "max_new_tokens"}
+    costs = {*_COSTS, "steps_per_block"}
+    if costs & set(given):
+        saved = {name: value for name, value in saved.items() if name not in costs}
+    chosen = saved | given
+    if isinstance(chosen.get("stop"), list):
+        chosen["stop"] = tuple(chosen["stop"])
+    size, total = saved.get("block_size"), chosen.get("max_new_tokens", SamplingConfig.max_new_tokens)
+    if size and "block_size" not in given and total > 0 and total % size:
+        chosen["block_size"] = max(n for n in _divisors(total) if n <= size)
+    return SamplingConfig(**chosen)
+
+
+_COSTS = ("steps", "budget", "forwards", "seconds")
+"""Ways to say what a text may cost."""
 _OF_SOME = sorted({name for preset in PRESETS.values() for name in preset.takes})
 """Settings that not every preset takes."""
 
