@@ -1,5 +1,6 @@
 """The command line: `redraft COMMAND ...`. Each command is a module with `main(arguments) -> exit code`."""
 
+import logging
 import sys
 from importlib import import_module
 
@@ -11,8 +12,12 @@ COMMANDS = {
     "sample": "generate text from prompts",
     "infill": "fill the gaps in a text",
     "chat": "talk with a model and watch its drafts form",
+    "data": "tokenise and pack a source once, for many runs",
     "doctor": "report versions, devices and whether a tiny model runs",
 }
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that tell, on every import, of kernels for other machines and of each other's names."""
+
 EXIT_USER_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 
@@ -20,6 +25,8 @@ EXIT_INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 a user's mistake, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(_dispatch(arguments))
 
 

@@ -8,6 +8,7 @@ from redraft.errors import unknown_name
 from redraft.layouts import Layout
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies
+from redraft.sampling.budget import Budget
 from redraft.sampling.loop import Sampler
 
 AttentionKind = Literal["model", "grid", "prompt"]
@@ -80,6 +81,12 @@ def _reranked(config: "SamplingConfig") -> dict[str, Any]:
 
 def _ancestral(config: "SamplingConfig") -> dict[str, Any]:
     return {"unmask": policies.Bernoulli()}
+
+
+def _renoised(config: "SamplingConfig") -> dict[str, Any]:
+    assert config.entropy_bound is not None
+    both = policies.Renoise(accept=policies.EntropyBound(bound=config.entropy_bound))
+    return {"noise": "uniform", "anneal": policies.LinearAnneal(), "unmask": both.unmask, "revise": both}
 
 
 def _bounded(config: "SamplingConfig") -> dict[str, Any]:
@@ -183,6 +190,13 @@ PRESETS = {
         defaults={"entropy_bound": 0.1},
         takes=("entropy_bound",),
     ),
+    "diffusion-gemma": Preset(
+        source="entropy-bounded acceptance and renoising, DiffusionGemma in transformers 5",
+        build=_renoised,
+        defaults={"entropy_bound": 0.1, "temperature": 1.0, "steps_per_block": 48},
+        takes=("entropy_bound",),
+        attention="prompt",
+    ),
 }
 
 
@@ -194,7 +208,7 @@ class SamplingConfig:
     """
 
     preset: str = "llada"
-    """Named sampler; `--preset ?` lists them with their sources and defaults."""
+    """Named sampler, by default the checkpoint's own; `--preset ?` lists them with their sources and defaults."""
     max_new_tokens: int = 128
     """Tokens to generate."""
     steps: int | None = None
@@ -229,6 +243,14 @@ class SamplingConfig:
     """Strength of remasking, a probability (remdm)."""
     blocks_in_flight: int = 1
     """Unfinished blocks that are open at once."""
+    budget: float | None = None
+    """Share of the forwards that one token at a time would take, in (0, 1]: from fast to careful."""
+    forwards: int | None = None
+    """Forward passes for the whole text, at most."""
+    seconds: float | None = None
+    """Time for the whole text, kept to within one forward pass."""
+    num_samples: int = 1
+    """Texts for each prompt, from different noise."""
     cache: Literal["auto", "none", "exact", "prefix", "dual"] | None = None
     """Keys and values kept: none, exact (block-causal models), prefix or dual (approximate); auto: exact if it can."""
     refresh: int | None = None
@@ -244,6 +266,9 @@ class SamplingConfig:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}.")
         preset = PRESETS[self.preset]
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1; got {self.num_samples}.")
+        self._check_cost()
         for name in _OF_SOME:
             if getattr(self, name) is not None and name not in preset.takes:
                 users = [other for other, its in PRESETS.items() if name in its.takes]
@@ -256,6 +281,13 @@ class SamplingConfig:
         if self.stop is not None and self.stop != "eos" and not isinstance(self.stop, tuple):
             raise ValueError(f"stop must be 'eos' or None, or a tuple of strings; got {self.stop!r}.")
         self.sampler(DiffusionSettings(mask_token_id=0))  # the checks of its policies
+
+    def _check_cost(self) -> None:
+        said = [name for name in _COSTS if getattr(self, name) is not None]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} each say what a text may cost; give one of them.")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"budget is a share of one forward per token, in (0, 1]; got {self.budget}.")
 
     def _check_blocks(self) -> None:
         size, total = self.block_size, self.max_new_tokens
@@ -273,6 +305,8 @@ class SamplingConfig:
         absent = {name: value for name, value in preset.defaults.items() if getattr(self, name) is None}
         if self.factor is not None:
             absent.pop("threshold", None)  # another rule for the same choice
+        if any(getattr(self, name) is not None for name in _COSTS):
+            absent.pop("steps_per_block", None)
         if "block_size" in absent and preset.attention != "grid":
             fits = [n for n in _divisors(self.max_new_tokens) if n <= absent["block_size"]]
             absent["block_size"] = max(fits)
@@ -307,12 +341,15 @@ class SamplingConfig:
         config, preset = self.resolved(), PRESETS[self.preset]
         layout = self.layout(settings)
         assert config.temperature is not None
+        budget = Budget(forwards=self.forwards, seconds=self.seconds)
+        if self.budget is not None:
+            budget = Budget(forwards=max(1, round(self.budget * self.max_new_tokens)))
         cache = config.cache or "auto"
         if cache == "auto":
             cache = "none" if layout.block_size is None else "exact"
         return Sampler(
-            steps=self.max_new_tokens if self.steps is None else self.steps,
-            steps_per_block=self.steps_per_block,
+            steps=self.steps if self.steps is not None else budget.forwards or self.max_new_tokens,
+            steps_per_block=config.steps_per_block,
             frontier=self.frontier(settings),
             stop=self._stop(eos_token_id, decode),
             cache=cache,
@@ -320,6 +357,7 @@ class SamplingConfig:
             layout=layout,
             is_grid_from_prompt=preset.attention == "prompt",
             cfg_scale=self.cfg_scale,
+            budget=budget,
             temperature=config.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -336,9 +374,39 @@ class SamplingConfig:
 
     def for_infilling(self, *, num_holes: int) -> "SamplingConfig":
         """Fill holes: as many steps as there are holes unless said otherwise, and no early end."""
-        return replace(self, steps=self.steps or max(num_holes, 1), stop=None)
+        if self.budget is not None:
+            return replace(self, budget=None, forwards=max(1, round(self.budget * num_holes)), stop=None)
+        is_free = self.steps is None and self.forwards is None
+        return replace(self, steps=max(num_holes, 1) if is_free else self.steps, stop=None)
 
 
+def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
+    """Lay the settings that were given over those saved with a checkpoint.
+
+    A preset that is named brings its own settings: then nothing saved counts but the length. What is saved of the cost
+    gives way to any cost that is given, and a saved block size to a length that it does not divide. Raises ValueError
+    for a name that is no setting.
+    """
+    for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
+        for name in settings:
+            if name not in SamplingConfig.__dataclass_fields__:
+                raise unknown_name(what, name, SamplingConfig.__dataclass_fields__)
+    if "preset" in given:
+        saved = {name: value for name, value in saved.items() if name == "max_new_tokens"}
+    costs = {*_COSTS, "steps_per_block"}
+    if costs & set(given):
+        saved = {name: value for name, value in saved.items() if name not in costs}
+    chosen = saved | given
+    if isinstance(chosen.get("stop"), list):
+        chosen["stop"] = tuple(chosen["stop"])
+    size, total = saved.get("block_size"), chosen.get("max_new_tokens", SamplingConfig.max_new_tokens)
+    if size and "block_size" not in given and total > 0 and total % size:
+        chosen["block_size"] = max(n for n in _divisors(total) if n <= size)
+    return SamplingConfig(**chosen)
+
+
+_COSTS = ("steps", "budget", "forwards", "seconds")
+"""Ways to say what a text may cost."""
 _OF_SOME = sorted({name for preset in PRESETS.values() for name in preset.takes})
 """Settings that not every preset takes."""
 

@@ -20,11 +20,10 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
-from redraft.data.prepare import PreparedData, prepare
-from redraft.data.tokenizer import require_mask_token, token_byte_lengths
+from redraft.data.prepare import PreparedData, StreamedWindows, prepare
+from redraft.data.tokenizer import token_byte_lengths
 from redraft.errors import unknown_name
 from redraft.likelihood import Estimate, NoiseKey
-from redraft.models.build import build_model
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import can_compile
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
@@ -32,6 +31,7 @@ from redraft.training.config import RECIPE_FILE, RunConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
+from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
@@ -61,20 +61,19 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     config = _as_begun(config) if resume else _with_precision(config)
     checkpoint = _check_folder(folder, resume=resume)
     _be_quiet()
-    data = prepare(config.data)
+    start = load_start(config)
+    data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
     _announce_data(data, config, console, is_main=state.is_main_process)
 
     torch.manual_seed(config.train.seed)
-    settings = config.objective.settings(require_mask_token(data.tokenizer))
-    shape = dataclasses.replace(config.model, max_positions=config.model.max_positions or config.data.seq_len)
-    model = build_model(shape, settings, tokenizer=data.tokenizer)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
+    num_parameters = sum(p.numel() for p in denoiser.model.parameters())
     _check_disk(folder, num_parameters, keep=config.train.keep_checkpoints)
-    console.print(f"model: {config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
+    console.print(f"model: {config.model.start or config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
 
-    progress = Progressed(console)
+    progress = Progressed(console, measure=config.objective.measure)
     stopped = StoppedBySignal(console)
-    trainer = _build_trainer(config, data, Denoiser(model, settings), [progress, LogFile(folder), stopped])
+    trainer = _build_trainer(config, data, denoiser, [progress, LogFile(folder), stopped])
     progress.trainer = trainer
     config = _prepare_for_speed(config, trainer, console, is_resumed=checkpoint is not None)
     if config.train.max_minutes:
@@ -103,7 +102,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     if stopped.received:
         console.print(f"stopped at step {outcome.steps}. To go on: redraft train {folder} --resume")
         return outcome
-    return _finish(outcome, trainer, data, console)
+    return _finish(outcome, trainer, data, console, config)
 
 
 def _with_precision(config: RunConfig) -> RunConfig:
@@ -173,10 +172,7 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
     for name, report in (("train", data.train_report), ("held out", data.validation_report)):
         if report is None:  # a stream is not read yet
             continue
-        console.print(
-            f"{name}: {report.num_documents:,} documents, {report.num_tokens:,} tokens, {report.num_windows:,} windows "
-            f"of {config.data.seq_len} ({report.num_dropped_tokens} tail tokens dropped)"
-        )
+        console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}", soft_wrap=True)
     rows = config.train.batch_size * config.train.accumulation * PartialState().num_processes
     if data.train_report and data.train_report.num_windows < rows:
         raise ValueError(
@@ -219,16 +215,22 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
     arguments._n_gpu = min(arguments.n_gpu, 1)
     denoiser.model.to(arguments.device)  # before the average is copied from it
     average = WeightAverage(denoiser.model, decay=train.ema_decay) if train.ema_decay else None
+    train_dataset = data.train
+    if isinstance(train_dataset, StreamedWindows):
+        train_dataset = dataclasses.replace(train_dataset, is_endless=True)
     trainer = DiffusionTrainer(
         denoiser,
-        config.objective.process(denoiser.settings.mask_token_id),
+        config.objective.build(
+            mask_token_id=denoiser.settings.mask_token_id, vocab_size=denoiser.model.config.vocab_size
+        ),
         args=arguments,
-        train_dataset=data.train,
+        train_dataset=train_dataset,
         eval_dataset=_evenly(data.validation, train.eval_windows),
-        pad_token_id=data.tokenizer.pad_token_id,
+        pad_token_id=data.tokenizer.pad_token_id or 0,  # some have none; padding is told by its segment
         token_byte_lengths=token_byte_lengths(data.tokenizer),
-        isolate_segments=config.data.isolate_documents,
-        t_range=(config.objective.t_min, config.objective.t_max),
+        has_padding=config.data.has_padding,
+        isolate_segments=config.data.isolates_segments,
+        groups_lengths=config.data.kind == "chat" and config.data.chat.batching == "grouped",
         average=average,
         callbacks=callbacks + ([Averaging(average)] if average else []),
     )
@@ -289,7 +291,7 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
     for _ in range(5):
         start = time.monotonic()
         with trainer.accelerator.autocast():
-            total, _ = trainer._nelbo(batch, key, wrapped=trainer.model)
+            total, _ = trainer.score(trainer.training_objective, batch, key, wrapped=trainer.model)
         trainer.accelerator.backward(total)
         trainer.denoiser.model.zero_grad()
         if trainer.args.device.type == "cuda":
@@ -298,11 +300,14 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
     return sorted(times[2:])[1] * trainer.args.gradient_accumulation_steps
 
 
-def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console) -> Outcome:
-    """Save the model, evaluate on all held-out windows, draw the curve."""
+def _finish(
+    outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, config: RunConfig
+) -> Outcome:
+    """Save the model, evaluate on the held-out windows, draw the curve."""
     _save(trainer, outcome.folder)
     if len(data.validation):
-        trainer.eval_dataset = data.validation
+        held_out = _evenly(data.validation, config.train.final_eval_windows or len(data.validation))
+        trainer.eval_dataset = held_out
         metrics = trainer.evaluate()
         estimate = Estimate(
             nats_per_token=metrics["eval_nats_per_token"],
@@ -312,12 +317,12 @@ def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, con
         outcome = dataclasses.replace(
             outcome,
             held_out=estimate,
-            unigram_nats=unigram_nats(data.validation, vocab_size=len(data.tokenizer)),
-            gzip_bits_per_byte=gzip_bits_per_byte(data.validation, data.tokenizer),
+            unigram_nats=unigram_nats(held_out, vocab_size=len(data.tokenizer)),
+            gzip_bits_per_byte=gzip_bits_per_byte(held_out, data.tokenizer),
         )
     if trainer.is_world_process_zero():
         draw_curve(outcome.folder, console=console)
-        _announce(outcome, console)
+        _announce(outcome, console, measure=config.objective.measure)
     return outcome
 
 
@@ -334,12 +339,12 @@ def _save(trainer: DiffusionTrainer, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _announce(outcome: Outcome, console: Console) -> None:
+def _announce(outcome: Outcome, console: Console, *, measure: str) -> None:
     if outcome.held_out and outcome.unigram_nats:
         below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
         compared = f"{abs(below):.1f} % {'below' if below > 0 else 'above'}"
-        console.print(f"held-out NELBO:   {outcome.held_out}")
-        console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the NELBO is {compared})")
+        console.print(f"{f'held-out {measure}:':<17} {outcome.held_out}")
+        console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the {measure} is {compared})")
         console.print(f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
     console.print(f"saved to {outcome.folder}")
 

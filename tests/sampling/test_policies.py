@@ -12,6 +12,7 @@ from redraft.sampling.policies import (
     EntropyBound,
     Factor,
     Filled,
+    LinearAnneal,
     Quota,
     Sequential,
     Threshold,
@@ -169,3 +170,15 @@ def test_an_eos_in_the_prompt_ends_nothing():
 def test_mistakes_are_told(build):
     with pytest.raises(ValueError, match="must be at least 1; got 0"):
         build()
+
+
+def test_a_temperature_falls_in_even_steps_and_stops_one_short_of_its_end():
+    step = torch.arange(4)
+    window = Window(
+        is_open=torch.ones(4, 1, dtype=torch.bool), step=step, num_steps=torch.full_like(step, 4),
+        block_size=torch.ones_like(step), steps_since_filled=torch.zeros_like(step),
+    )  # fmt: skip
+    assert torch.allclose(LinearAnneal(start=0.8, end=0.4)(window), torch.tensor([0.8, 0.7, 0.6, 0.5]))
+    for start, end in ((0.4, 0.8), (0.5, 0.0)):
+        with pytest.raises(ValueError, match=f"must fall and stay positive; got {start} to {end}"):
+            LinearAnneal(start=start, end=end)
