@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from redraft.layouts import Layout
+from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, loglikelihoods
 from redraft.models.denoiser import Denoiser
 from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
@@ -145,6 +146,31 @@ class LanguageModel:
         canvas = self._build_canvas(rows, is_hole)
         return self._run(canvas, rows, config, trace=trace, is_infilling=True)
 
+    def loglikelihood(self, context: Prompt, continuation: Prompt, **settings: Any) -> LogLikelihood:
+        """Bound log p(continuation | context), in nats with its standard error. Settings: `LikelihoodConfig`.
+
+        Raises ValueError where the two do not fit into the model's context together.
+        """
+        given, asked = self.encode_pair(context, continuation)
+        self._check_length(len(given) + len(asked))
+        config = _checked(LikelihoodConfig, settings)
+        return loglikelihoods(self.denoiser, [Request(context=given, continuation=asked)], config)[0]
+
+    def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[Int[Tensor, "c"], Int[Tensor, "l"]]:
+        """Turn a context and its continuation into token ids as their text together is tokenized.
+
+        Spaces at the end of the context count to the continuation, as in the harness. Where a token would straddle the
+        boundary, the two are tokenized apart: the context stays what it is, and every character is scored once.
+        """
+        if not (isinstance(context, str) and isinstance(continuation, str)):
+            return self._encode(context), self._encode(continuation)
+        stripped = context.rstrip()
+        context, continuation = stripped, context[len(stripped) :] + continuation
+        given, whole = self._encode(context), self._encode(context + continuation)
+        if torch.equal(whole[: len(given)], given):
+            return given, whole[len(given) :]
+        return given, self._encode(continuation)
+
     def decode(self, token_ids: Tensor | list[int]) -> str:
         """Turn token ids into text without special tokens. Raises ValueError without a tokenizer."""
         if self.tokenizer is None:
@@ -269,14 +295,18 @@ def _finished(step: Step) -> list[tuple[int, int]]:
 
 
 def _config(settings: dict[str, Any]) -> SamplingConfig:
+    return _checked(SamplingConfig, settings)
+
+
+def _checked(kind: Any, settings: dict[str, Any]) -> Any:
     """Check names before values, so that a misspelt setting is never ignored."""
     from redraft.errors import unknown_name
 
-    known = SamplingConfig.__dataclass_fields__
+    known = kind.__dataclass_fields__
     for name in settings:
         if name not in known:
             raise unknown_name("setting", name, known)
-    return replace(SamplingConfig(), **settings)
+    return kind(**settings)
 
 
 def _as_batch(prompts: Any) -> list[Any]:
