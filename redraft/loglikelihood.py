@@ -1,19 +1,20 @@
 """log p(continuation | context) of a masked diffusion model: a lower bound, by Monte Carlo, with its standard error.
 
-LLaDA's estimator (Eq. 6 of arXiv 2502.09992) draws how many of the L continuation tokens are masked, l ~ U{1 ... L}, then
-which, and weighs the masked tokens' log-probabilities by L / l:
+LLaDA's estimator (Eq. 6 of arXiv 2502.09992) draws how many of the L continuation tokens are masked, l ~ U{1 ... L},
+then which, and weighs the masked tokens' log-probabilities by L / l:
 
     log p(x | c) >= E_l E_{M: |M| = l} [ L / l * sum over i in M of log p(x_i | c, x without M) ]
 
-Three things make it cheaper at the same error: l is stratified over the samples; samples come in antithetic pairs, (l, an
-order of the positions) and (L + 1 - l, the reverse of it); and the choices of one question share strata and orders, so
-that their difference is known better than either. A continuation with few masks to it is summed over all of them. A
+Three things make it cheaper at the same error: l is stratified over the samples; samples come in antithetic pairs, (l,
+an order of the positions) and (L + 1 - l, the reverse of it); and the choices of one question share strata and orders,
+so that their difference is known better than either. A continuation with few masks to it is summed over all of them. A
 block-causal model's bound is the sum of its blocks' bounds, each given the clean blocks before.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Literal
 
@@ -135,9 +136,9 @@ def score_questions(
 ) -> list[list[LogLikelihood]]:
     """Estimate the choices of questions; with `config.confidence` only until each question's best choice is decided.
 
-    Decided means best by plain and, where `lengths` are given, by length-normalised log-likelihood: every rival's paired
-    difference is further from 0 than its t quantile, shared among the rivals and the looks (Bonferroni). Rivals that are
-    beaten in both leave early. The choices of a question should have equal keys.
+    Decided means best by plain and, where `lengths` are given, by length-normalised log-likelihood: every rival's
+    paired difference is further from 0 than its t quantile, shared among the rivals and the looks (Bonferroni). Rivals
+    that are beaten in both leave early. The choices of a question should have equal keys.
     """
     config = config or LikelihoodConfig()
     layout = denoiser.settings.layout
@@ -212,7 +213,7 @@ def _rounds(config: LikelihoodConfig) -> list[int]:
     totals = [0, min(FIRST_ROUND, config.samples)]
     while totals[-1] < config.samples:
         totals.append(min(2 * totals[-1], config.samples))
-    return [b - a for a, b in zip(totals, totals[1:], strict=False)]
+    return [b - a for a, b in pairwise(totals)]
 
 
 def _run_round(
@@ -222,14 +223,14 @@ def _run_round(
     drawn: list[tuple[_Running, int, Masks]] = []
     rows: list[_Row] = []
     for state in running:
-        state.units.append([])
+        state.units.append([torch.empty(0)] * len(state.parts))
         for part, (tokens, start) in enumerate(state.parts):
             length = len(tokens) - start
             masks = draw_masks(
                 length, samples, key=state.request.key, number=number, seed=config.seed, scheme=config.masks, most=most
             )
             if masks.is_exact and number > 0:
-                state.units[-1].append(state.units[0][part][:1].expand(_num_units(samples, config)))
+                state.units[-1][part] = state.units[0][part][:1].expand(_num_units(samples, config))
                 continue
             drawn.append((state, part, masks))
             rows += _rows(tokens, start, masks.is_masked)
@@ -237,7 +238,7 @@ def _run_round(
     for state, part, masks in drawn:
         values = torch.stack([next(scores) for _ in masks.weight]) * masks.weight
         state.forwards += len(values) * (2 if config.cfg_scale else 1)
-        state.units[-1].append(_units(values, masks, _num_units(samples, config)))
+        state.units[-1][part] = _units(values, masks, _num_units(samples, config))
 
 
 def _num_units(samples: int, config: LikelihoodConfig) -> int:
@@ -364,33 +365,6 @@ def _finish(state: _Running) -> LogLikelihood:
         num_tokens=len(state.request.continuation),
         forwards=state.forwards,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """A bound on the likelihood of whole texts, in the units that others report."""
-
-    nats: float
-    """Total log-likelihood, at most 0."""
-    standard_error: float
-    num_tokens: int
-    num_words: int
-    num_bytes: int
-
-    @property
-    def nats_per_token(self) -> float:
-        """Mean negative log-likelihood of a token; its exponential is the token perplexity."""
-        return -self.nats / self.num_tokens
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Independent of the tokenizer."""
-        return -self.nats / self.num_bytes / math.log(2)
-
-    @property
-    def word_perplexity(self) -> float:
-        """exp(nats / words), words split at white space."""
-        return math.exp(-self.nats / self.num_words)
 
 
 def rolling_requests(tokens: Int[Tensor, "n"], *, window: int, context: int = 0, key: int = 0) -> list[Request]:

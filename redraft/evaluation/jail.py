@@ -1,8 +1,8 @@
 """The inside of the sandbox: a script of its own (standard library only) that `sandbox.run_python` starts.
 
-Three processes: the outer one, which the evaluator can kill; process 1 of a new process namespace, which watches time and
-memory and whose end makes the kernel kill everything in the namespace, daemons included; and the generated code, under
-another user (where we are root), without capabilities, on a read-only file system with a small private /tmp.
+Three processes: the outer one, which the evaluator can kill; process 1 of a new process namespace, which watches time
+and memory and whose end makes the kernel kill everything in the namespace, daemons included; and the generated code,
+under another user (where we are root), without capabilities, on a read-only file system with a small private /tmp.
 
 The weak mode, for machines that permit no namespaces: resource limits, another user where we are root, and a hunt for
 every descendant at the end. It hides neither the file system nor the network.
@@ -131,7 +131,7 @@ def _become_code(settings: dict, *, uid: int | None) -> None:
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        folder = os.getcwd()
+        folder = str(Path.cwd())
         environment = {"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
         os.execve(settings["python"], [settings["python"], "-I", "-S", "-B", "program.py"], environment)
     except BaseException as error:
@@ -156,12 +156,12 @@ def _watch(pid: int, settings: dict) -> tuple[str, int]:
 
 def _descendants(root: int) -> list[int]:
     """List the processes below one, by /proc."""
-    parent = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
+    parent: dict[int, int] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
             with contextlib.suppress(OSError):
-                parent[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-    below, found = {root}, True
+                parent[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    below, found = {root}, {root}
     while found:
         found = {child for child, of in parent.items() if of in below and child not in below}
         below |= found

@@ -69,8 +69,8 @@ def run_python(program: str, *, limits: Limits | None = None, isolation: Isolati
         report, output, is_cut = _run_jail(source.encode(), limits, folder=folder, isolation=isolation)
     if report.get("reason") == "no isolation":
         raise ValueError(
-            f"this machine does not permit the namespaces that isolate generated code ({report['error']}). Run as root, "
-            "permit unprivileged user namespaces, or accept --sandbox weak."
+            f"this machine does not permit the namespaces that isolate generated code ({report['error']}). Run as root,"
+            " permit unprivileged user namespaces, or accept --sandbox weak."
         )
     text = output.decode(errors="replace")
     body, reached_end, _ = text.rpartition(f"\n{token}")
@@ -150,7 +150,8 @@ def _run_jail(source: bytes, limits: Limits, *, folder: str, isolation: Isolatio
 
 def _collect(fd: int, *, most: int, seconds: float) -> tuple[bytes, bool]:
     """Read until the writers are gone, the cap or the time is reached."""
-    deadline, chunks, total = time.monotonic() + seconds, [], 0
+    deadline, total = time.monotonic() + seconds, 0
+    chunks: list[bytes] = []
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)
         while (left := deadline - time.monotonic()) > 0 and total <= most:
