@@ -19,7 +19,8 @@ from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
 from redraft.randomness import fold
 from redraft.sampling.canvas import Canvas, Status, build_canvas
-from redraft.sampling.loop import Step, denoise
+from redraft.sampling.loop import Sampler, Step, denoise
+from redraft.sampling.policies import Blocks, GridBlocks
 from redraft.sampling.presets import SamplingConfig
 from redraft.sampling.trace import Recorder, RowTrace
 
@@ -117,16 +118,18 @@ class LanguageModel:
         leave room in the model's context.
         """
         config = _config(settings)
+        sampler = self._sampler(config)
         rows = [self._encode(prompt) for prompt in _as_batch(prompts)]
-        canvas = self._canvas_after(rows, config.max_new_tokens)
-        return self._run(canvas, rows, config, trace=trace, is_infilling=False)
+        canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
+        return self._run(canvas, rows, config, sampler, trace=trace, is_infilling=False)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> Iterator[Step]:
         """Continue prompts as `generate` does, and yield every step of the loop."""
         config = _config(settings)
+        sampler = self._sampler(config)
         rows = [self._encode(prompt) for prompt in _as_batch(prompts)]
-        canvas = self._canvas_after(rows, config.max_new_tokens)
-        return self._denoise(canvas, rows, config)
+        canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
+        return self._denoise(canvas, rows, config, sampler)
 
     def infill(self, prompts: Prompt | Sequence[Prompt], *, trace: bool = False, **settings: Any) -> Generation:
         """Fill holes: `[MASK:n]` in a text (n tokens), or mask tokens in token ids. Settings: `SamplingConfig`.
@@ -143,8 +146,11 @@ class LanguageModel:
             self._check_length(len(row))
         most = max(int(holes.sum()) for holes in is_hole)
         config = _config(settings).for_infilling(num_holes=most)
+        sampler = self._sampler(config)
+        if isinstance(sampler.frontier, Blocks):  # holes lie anywhere: there is no prompt whose end could begin a grid
+            sampler = replace(sampler, frontier=GridBlocks(size=sampler.frontier.size))
         canvas = self._build_canvas(rows, is_hole)
-        return self._run(canvas, rows, config, trace=trace, is_infilling=True)
+        return self._run(canvas, rows, config, sampler, trace=trace, is_infilling=True)
 
     def loglikelihood(self, context: Prompt, continuation: Prompt, **settings: Any) -> LogLikelihood:
         """Bound log p(continuation | context), in nats with its standard error. Settings: `LikelihoodConfig`.
@@ -178,7 +184,14 @@ class LanguageModel:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _run(
-        self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig, *, trace: bool, is_infilling: bool
+        self,
+        canvas: Canvas,
+        rows: list[Tensor],
+        config: SamplingConfig,
+        sampler: Sampler,
+        *,
+        trace: bool,
+        is_infilling: bool,
     ) -> Generation:
         start = time.perf_counter()
         recorder = Recorder()
@@ -186,7 +199,7 @@ class LanguageModel:
             recorder.start(canvas)
         finals: list[tuple[Tensor, Tensor]] = [(canvas.tokens[i], canvas.status[i]) for i in range(len(rows))]
         forwards = [0] * len(rows)
-        for step in self._denoise(canvas, rows, config):
+        for step in self._denoise(canvas, rows, config, sampler):
             if trace:
                 recorder.add(step)
             for i, row in _finished(step):
@@ -208,8 +221,10 @@ class LanguageModel:
             trace=recorder.traces() if trace else None,
         )
 
-    def _denoise(self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig) -> Iterator[Step]:
-        sampler = config.sampler(eos_token_id=self.eos_token_id)
+    def _sampler(self, config: SamplingConfig) -> Sampler:
+        return config.sampler(self.denoiser.settings, eos_token_id=self.eos_token_id, decode=self.decode)
+
+    def _denoise(self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig, sampler: Sampler) -> Iterator[Step]:
         keys = row_keys(rows, seed=config.seed).to(self.denoiser.device)
         return denoise(self.denoiser, canvas, sampler, row_keys=keys)
 
@@ -217,18 +232,22 @@ class LanguageModel:
         self, tokens: Int[Tensor, "seq"], status: UInt8[Tensor, "seq"], config: SamplingConfig
     ) -> Int[Tensor, "new"]:
         """Cut a finished row of a canvas to its new tokens, up to and with the EOS that ended it."""
-        new = tokens[status != Status.PAD].cpu()[-config.max_new_tokens :]
-        if config.stop != "eos" or self.eos_token_id is None:
+        new = tokens[(status != Status.PAD) & (status != Status.GIVEN)].cpu()[: config.max_new_tokens]
+        if config.stop is None or self.eos_token_id is None:
             return new
         ends = (new == self.eos_token_id).nonzero()[:, 0]
         return new[: int(ends[0]) + 1] if len(ends) else new
 
-    def _canvas_after(self, rows: list[Tensor], max_new_tokens: int) -> Canvas:
+    def _canvas_after(self, rows: list[Tensor], max_new_tokens: int, sampler: Sampler) -> Canvas:
         whole, is_noise = [], []
         for row in rows:
-            self._check_length(len(row) + max_new_tokens)
-            whole.append(torch.cat([row, row.new_zeros(max_new_tokens)]))
-            is_noise.append(torch.arange(len(row) + max_new_tokens) >= len(row))
+            length = len(row) + max_new_tokens
+            self._check_length(length)
+            if isinstance(sampler.frontier, GridBlocks):  # the last block is a whole one; what is too much is cut off
+                whole_blocks = -(-length // sampler.frontier.size) * sampler.frontier.size
+                length = min(whole_blocks, self.context_length or whole_blocks)
+            whole.append(torch.cat([row, row.new_zeros(length - len(row))]))
+            is_noise.append(torch.arange(length) >= len(row))
         return self._build_canvas(whole, is_noise)
 
     def _build_canvas(self, rows: list[Tensor], is_noise: list[Tensor]) -> Canvas:
