@@ -26,6 +26,7 @@ from torch import Tensor
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
 from redraft.randomness import uniform
+from redraft.sampling.guidance import guided
 
 FIRST_ROUND = 16  # samples after which the choices of a question are compared for the first time
 LOGITS_PER_BATCH = 2**26
@@ -303,7 +304,7 @@ def _score_batch(denoiser: Denoiser, rows: list[_Row], config: LikelihoodConfig)
         context_len = torch.tensor([row.context_len for row in rows], device=device)
         blind = torch.where(positions < context_len[:, None], mask_token_id, x_t)
         unconditional = denoiser.logits_at(where, blind, segment_ids=segment_ids).float()
-        logits = unconditional + (config.cfg_scale + 1) * (logits - unconditional)
+        logits = guided(logits, unconditional, scale=config.cfg_scale)
     if config.exclude_mask:
         logits[:, mask_token_id] = -torch.inf
     nats = -F.cross_entropy(logits, tokens.flatten()[where], reduction="none").double()
