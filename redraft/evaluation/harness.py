@@ -5,6 +5,7 @@ harness' own command line with our model known to it.
 """
 
 import hashlib
+import json
 import logging
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 
 from redraft.errors import unknown_name
+from redraft.evaluation.run import Store, Summary, summarize
 from redraft.language_model import LanguageModel, load
 from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, rolling_requests, score_questions
 from redraft.sampling.presets import SamplingConfig
@@ -55,11 +57,13 @@ class RedraftLM(TemplateLM):
         if lm is None and not pretrained:
             raise ValueError("there is no model; pass pretrained=FOLDER in --model_args.")
         self._join_processes()
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness' command line says cuda:0 where nothing was said
         self.lm = lm if lm is not None else load(pretrained, device=device)
         if self.lm.tokenizer is None:
             raise ValueError(f"the harness' tasks are made of text, and {pretrained or 'this model'} has no tokenizer.")
         self.tokenizer = self.lm.tokenizer
-        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
+        self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else 8  # auto, None
         self.exact_match = exact_match
         self.sampling = {k: v for k, v in settings.items() if k in SamplingConfig.__dataclass_fields__}
         self.likelihood = LikelihoodConfig(
@@ -211,7 +215,7 @@ class RedraftLM(TemplateLM):
                 "likelihood_forwards": sum(result.forwards for result in results),
                 "standard_errors": sum(result.standard_error for result in results),
                 "seconds": time.perf_counter() - start,
-            }  # type: ignore[arg-type]
+            }
         )
         return found
 
@@ -243,7 +247,7 @@ class RedraftLM(TemplateLM):
         out = self.lm.generate(rows, **vars(config))
         assert out.texts is not None
         spent = {"items": len(rows), "tokens": sum(map(len, out.tokens)), "generation_forwards": sum(out.forwards)}
-        self.costs.update({**spent, "seconds": out.seconds, "generation_seconds": out.seconds})  # type: ignore[arg-type]
+        self.costs.update({**spent, "seconds": out.seconds, "generation_seconds": out.seconds})
         return [_before(text, until) for text in out.texts]
 
     def _sampling_of(self, kwargs: dict[str, Any], until: list[str], *, times_before: int) -> SamplingConfig:
@@ -274,6 +278,34 @@ def _before(text: str, until: list[str]) -> str:
     for end in until:
         text = text.partition(end)[0] if end else text
     return text
+
+
+def keep_results(results: dict[str, Any], store: Store) -> list[Summary]:
+    """Write the harness' results (harness.json, merged over its tasks), keep each item's scores, and sum them up."""
+    from lm_eval.utils import handle_non_serializable
+
+    samples, spent = results.pop("samples"), results["config"].pop("redraft")
+    results["redraft"] = dict.fromkeys(samples, spent)
+    path = store.folder / "harness.json"
+    merged = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in results.items():
+        old = merged.get(name)
+        merged[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    path.write_text(json.dumps(merged, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    summaries = []
+    for task, items in samples.items():
+        records = [
+            {
+                "id": f"{item['filter']}:{item['doc_id']}",
+                "scores": {name: float(item[name]) for name in item["metrics"] if isinstance(item[name], int | float)},
+                "forwards": (spent.get("likelihood_forwards", 0) + spent.get("generation_forwards", 0)) / len(items),
+                "seconds": spent.get("seconds", 0.0) / len(items),
+            }
+            for item in items
+        ]
+        store.replace(task, records)
+        summaries.append(summarize(task, records))
+    return summaries
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
 
+    def replace(self, task: str, records: Sequence[Record]) -> None:
+        """Keep exactly these records of a task."""
+        path = self.folder / f"{_file_name(task)}.{self.rank}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
 
 def _file_name(task: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in task)
