@@ -11,6 +11,7 @@ COMMANDS = {
     "sample": "generate text from prompts",
     "infill": "fill the gaps in a text",
     "chat": "talk with a model and watch its drafts form",
+    "data": "tokenise and pack a source once, for many runs",
     "eval": "measure a model on tasks: likelihood, generation, benchmarks",
     "compare": "test the difference between two evaluations",
     "doctor": "report versions, devices and whether a tiny model runs",

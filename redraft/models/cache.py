@@ -89,6 +89,17 @@ class Slots(Cache):
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         return keys, values
 
+    def grown(self, num_positions: int) -> "Slots":
+        """Copy what fits into as many positions."""
+        other = Slots(num_positions)
+        kept = min(num_positions, self.num_positions)
+        for layer in self.layers:
+            copy = SlotLayer(other)
+            copy.lazy_initialization(layer.keys, layer.values)
+            copy.keys[:, :, :kept], copy.values[:, :, :kept] = layer.keys[:, :, :kept], layer.values[:, :, :kept]
+            other.layers.append(copy)
+        return other
+
     def select(self, rows: Int[Tensor, "kept"]) -> None:
         """Keep some rows, or repeat them."""
         for layer in self.layers:

@@ -64,7 +64,18 @@ class ExactPlanner:
         return Spans(starts=starts, ends=ends, key_ends=ends, reads_all=is_even and in_one_block)
 
     def keep(self, places: list[int]) -> None:
-        self.final = [self.final[place] for place in places]
+        self.final = [self.final[place] for place in places] if self.final else []
+
+    def begin_after(self, position: int, rows: list[Bounds]) -> None:
+        """Take what stands in the slots before `position` as final, as far as whole finished blocks go."""
+        self.final = [max(0, self._floor(min(position, row.unfinished), row.origin)) for row in rows]
+
+    def prompt_spans(self, rows: list[Bounds]) -> Spans | None:
+        """Feed nothing but each row's finished blocks; None where a row has none."""
+        ends = [self._floor(row.unfinished, row.origin) for row in rows]
+        if min(ends) <= 0:
+            return None
+        return Spans(starts=[0] * len(rows), ends=ends, key_ends=ends, reads_all=False)
 
     def _floor(self, position: int, origin: int) -> int:
         assert self.layout.block_size is not None
@@ -107,5 +118,5 @@ class ApproximatePlanner:
         return Spans(starts=starts, ends=ends, key_ends=lengths, reads_all=len(set(lengths)) == 1)
 
     def keep(self, places: list[int]) -> None:
-        self.opened = [self.opened[place] for place in places]
-        self.age = [self.age[place] for place in places]
+        self.opened = [self.opened[place] for place in places] if self.opened else []
+        self.age = [self.age[place] for place in places] if self.age else []

@@ -9,12 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from redraft.layouts import Layout
-from redraft.models.cache import Slots
 from redraft.models.denoiser import Denoiser
 from redraft.randomness import uniform
-from redraft.sampling.caching import ApproximatePlanner, Bounds, ExactPlanner, Planner
+from redraft.sampling.budget import Budget, Meter
+from redraft.sampling.caching import ApproximatePlanner, ExactPlanner, Planner
 from redraft.sampling.canvas import Canvas, Status
-from redraft.sampling.guidance import Guide, guided, unconditional
+from redraft.sampling.forward import Forward, Session
+from redraft.sampling.guidance import Guide
 from redraft.sampling.policies import (
     Candidates,
     Confidence,
@@ -28,14 +29,14 @@ from redraft.sampling.policies import (
     Stop,
     Unmask,
     WholeCanvas,
-    Window,
 )
 from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_TOKEN
 from redraft.sampling.policies.frontier import prompt_end
+from redraft.sampling.policies.unmask import best
 from redraft.sampling.propose import Proposal, propose
+from redraft.sampling.rows import NEVER, Rows, open_window
 
 CacheKind = Literal["none", "exact", "prefix", "dual"]
-NEVER = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class Sampler:
     """What noise looks like: the mask token, or any token of the vocabulary."""
     cfg_scale: float = 0.0
     """Classifier-free guidance; 0 for none."""
+    budget: Budget = field(default_factory=Budget)
     guides: tuple[Guide, ...] = ()
     """Changes to the logits before the draw: rewards, logits processors, one's own."""
     temperature: float = 0.0
@@ -127,30 +129,6 @@ class Step:
     """Rows that take no further step."""
 
 
-@dataclass
-class _Rows:
-    """What the loop knows about each running row."""
-
-    index: Int[Tensor, "batch"]
-    keys: Int[Tensor, "batch"]
-    canvas: Canvas
-    block_of: Int[Tensor, "batch seq"]
-    origin: Int[Tensor, "batch"]
-    block: Int[Tensor, "batch"]
-    step: Int[Tensor, "batch"]
-    num_steps: Int[Tensor, "batch"]
-    since_filled: Int[Tensor, "batch"]
-    previous: Int[Tensor, "batch seq"]
-
-    def keep(self, kept: Int[Tensor, "kept"]) -> None:
-        """Drop the other rows, and the columns that only they needed."""
-        self.canvas = self.canvas.rows(kept)
-        length = self.canvas.tokens.shape[1]
-        self.block_of, self.previous = self.block_of[kept, :length], self.previous[kept, :length]
-        for name in ("index", "keys", "origin", "block", "step", "num_steps", "since_filled"):
-            setattr(self, name, getattr(self, name)[kept])
-
-
 @torch.no_grad()
 def denoise(
     denoiser: Denoiser,
@@ -158,19 +136,29 @@ def denoise(
     sampler: Sampler,
     *,
     row_keys: Int[Tensor, "batch"],
+    session: Session | None = None,
 ) -> Iterator[Step]:
     """Denoise a canvas step by step. Every row is as it would be alone: finished rows leave, noise is keyed by row.
 
-    `row_keys` seed the rows: equal keys and prompts give equal tokens, whatever else is in the batch. Raises ValueError
-    for a cache that does not fit the model's attention.
+    `row_keys` seed the rows: equal keys and prompts give equal tokens, whatever else is in the batch. A `session` keeps
+    the keys and values of one row for the next call, whose prompt goes on from there. Raises ValueError for a cache
+    that does not fit the model's attention.
     """
     rows = _begin(canvas, sampler, row_keys)
-    forward = _Forward(denoiser, sampler, canvas)
+    forward = Forward(
+        denoiser,
+        sampler.planner(denoiser),
+        num_positions=canvas.tokens.shape[1],
+        layout=sampler.layout,
+        cfg_scale=sampler.cfg_scale,
+        session=None if sampler.is_grid_from_prompt else session,
+    )
     never = denoiser.settings.mask_token_id if sampler.noise == "mask" else None
     noise = _Noise(sampler.noise, denoiser)
     if sampler.noise == "uniform":
         rows.canvas = rows.canvas.reopen(rows.canvas.is_noise, noise.draw(rows, step=-1))
     is_done, index = sampler.stop(rows.canvas), 0
+    meter = Meter(sampler.budget)
 
     while True:
         if is_done.any():  # sync: the one question per step
@@ -179,14 +167,16 @@ def denoise(
                 return
             forward.keep(kept, of=len(is_done))
             rows.keep(kept)
-        window = _open_window(rows, sampler.frontier.in_flight)
+        left = meter.forwards_left()
+        least = _least(rows, sampler, left)
+        window = open_window(rows, sampler.frontier.in_flight, least)
         if sampler.revise is None or not sampler.revise.looks_at_drafts:
             asked = window.is_open & rows.canvas.is_noise
         else:
             asked = window.is_open
         where = asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
         draws = _draws(rows, where, index)
-        logits = forward(rows, window, where)
+        logits = forward(rows, where)
         for guide in sampler.guides:
             logits = guide(logits, rows.canvas, where)
         proposal = _propose(logits, never, draws, sampler)
@@ -198,26 +188,35 @@ def denoise(
             previous=rows.previous,
             draws=draws,
         )
-        is_committed = sampler.unmask(candidates.spread(sampler.score(candidates)), candidates)
+        score = candidates.spread(sampler.score(candidates))
+        is_committed = sampler.unmask(score, candidates)
+        if least is not None:
+            is_committed = _at_least(least, is_committed, score, candidates)
         revision = sampler.revise(is_committed, candidates) if sampler.revise else None
+        if revision is not None and left == 1:
+            revision = Revision(may_close=torch.ones_like(revision.may_close), edit=revision.edit)
         step = _apply(rows, candidates, is_committed, revision, noise, index)
+        meter.count()
         is_done = sampler.stop(rows.canvas)
         yield replace(step, canvas=rows.canvas, is_done=is_done)
         index += 1
 
 
-def _begin(canvas: Canvas, sampler: Sampler, row_keys: Int[Tensor, "batch"]) -> _Rows:
+def _begin(canvas: Canvas, sampler: Sampler, row_keys: Int[Tensor, "batch"]) -> Rows:
     block_of = sampler.frontier.blocks(canvas)
     num_blocks = _count_blocks(block_of, canvas.is_noise)
     index = torch.arange(canvas.tokens.shape[0], device=canvas.tokens.device)
     num_steps = -(-sampler.steps // num_blocks.clamp(min=1))
-    return _Rows(
+    if sampler.budget.forwards is not None and sampler.revise is not None and sampler.revise.is_clocked:
+        num_steps = (sampler.budget.forwards // num_blocks.clamp(min=1)).clamp(min=1)
+    return Rows(
         index=index,
         keys=row_keys,
         canvas=canvas,
         block_of=block_of,
         origin=prompt_end(canvas) if sampler.is_grid_from_prompt else torch.zeros_like(index),
         block=torch.full_like(index, NEVER),
+        last_block=torch.full_like(index, NEVER),
         step=torch.zeros_like(index),
         num_steps=torch.full_like(index, sampler.steps_per_block) if sampler.steps_per_block else num_steps,
         since_filled=torch.zeros_like(index),
@@ -233,27 +232,28 @@ def _count_blocks(block_of: Int[Tensor, "batch seq"], is_noise: Bool[Tensor, "ba
     return (is_new & (ordered != NEVER)).sum(dim=1)
 
 
-def _open_window(rows: _Rows, in_flight: int) -> Window:
-    """Open each row's first unfinished blocks, and set its clock back where a block is new."""
-    canvas = rows.canvas
-    is_unfinished = canvas.is_noise | canvas.is_draft
-    block = torch.where(is_unfinished, rows.block_of, NEVER).amin(dim=1)
-    is_new = block != rows.block
-    is_open = is_unfinished & (rows.block_of < (block + in_flight)[:, None])
-    rows.block = block
-    rows.step = torch.where(is_new, 0, rows.step)
-    rows.since_filled = torch.where(is_new, 0, rows.since_filled)
-    is_mine = (rows.block_of == block[:, None]) & (canvas.status != Status.PAD)
-    return Window(
-        is_open=is_open,
-        step=rows.step,
-        num_steps=rows.num_steps,
-        block_size=is_mine.sum(dim=1),
-        steps_since_filled=rows.since_filled,
-    )
+def _least(rows: Rows, sampler: Sampler, forwards_left: int | None) -> Int[Tensor, "batch"] | None:
+    """Count what a step must commit at least for the budget to suffice; None where there is no budget."""
+    if forwards_left is None:
+        return None
+    num_left = rows.canvas.is_noise.sum(dim=1)
+    if sampler.revise is not None and sampler.revise.is_clocked:
+        return num_left if forwards_left == 1 else torch.zeros_like(num_left)
+    return -(-num_left // forwards_left)
 
 
-def _draws(rows: _Rows, where: Int[Tensor, "n"], index: int) -> Draws:
+def _at_least(
+    least: Int[Tensor, "batch"],
+    is_committed: Bool[Tensor, "batch seq"],
+    score: Float[Tensor, "batch seq"],
+    candidates: Candidates,
+) -> Bool[Tensor, "batch seq"]:
+    """Commit more, the surest first, where the policy committed too few."""
+    count = torch.maximum(least, is_committed.sum(dim=1))
+    return best(score.masked_fill(is_committed, torch.inf), candidates.is_open_noise, count)
+
+
+def _draws(rows: Rows, where: Int[Tensor, "n"], index: int) -> Draws:
     seq_len = rows.canvas.tokens.shape[1]
     return Draws(row_keys=rows.keys, step=index, rows=where // seq_len, positions=where % seq_len)
 
@@ -270,7 +270,7 @@ def _propose(logits: Float[Tensor, "n vocab"], never: int | None, draws: Draws, 
 
 
 def _apply(
-    rows: _Rows,
+    rows: Rows,
     candidates: Candidates,
     is_committed: Bool[Tensor, "batch seq"],
     revision: Revision | None,
@@ -317,7 +317,7 @@ class _Noise:
     kind: str
     denoiser: Denoiser
 
-    def draw(self, rows: _Rows, *, step: int) -> Int[Tensor, "batch seq"]:
+    def draw(self, rows: Rows, *, step: int) -> Int[Tensor, "batch seq"]:
         """Draw a noise token for every position."""
         tokens = rows.canvas.tokens
         if self.kind == "mask":
@@ -326,64 +326,3 @@ class _Noise:
         u = uniform(rows.keys[:, None], step, positions, DRAW_NOISE)
         vocab_size: int = self.denoiser.model.config.vocab_size
         return (u * vocab_size).long()
-
-
-class _Forward:
-    """Calls the model: with or without a cache, with or without guidance, and not twice for the same input."""
-
-    def __init__(self, denoiser: Denoiser, sampler: Sampler, canvas: Canvas) -> None:
-        self.denoiser, self.sampler = denoiser, sampler
-        self.planner = sampler.planner(denoiser)
-        self.slots = Slots(canvas.tokens.shape[1]) if self.planner else None
-        self.memo: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def keep(self, kept: Int[Tensor, "kept"], *, of: int) -> None:
-        """Drop the other rows of a batch of `of`."""
-        self.memo = None
-        if self.planner and self.slots:
-            self.planner.keep(kept.tolist())  # sync: only when rows leave
-            self.slots.select(torch.cat([kept, kept + of]) if self.sampler.cfg_scale else kept)
-
-    def __call__(self, rows: _Rows, window: Window, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
-        tokens = rows.canvas.tokens
-        if self.memo and torch.equal(self.memo[0], tokens) and torch.equal(self.memo[1], where):  # sync
-            return self.memo[2]
-        if self.sampler.cfg_scale:
-            hidden = unconditional(rows.canvas, self.denoiser.settings.mask_token_id)
-            both = self._logits(torch.cat([tokens, hidden]), torch.cat([where, where + tokens.numel()]), rows)
-            logits = guided(*both.chunk(2), scale=self.sampler.cfg_scale)
-        else:
-            logits = self._logits(tokens, where, rows)
-        self.memo = (tokens, where, logits)
-        return logits
-
-    def _logits(
-        self, tokens: Int[Tensor, "rows seq"], where: Int[Tensor, "n"], rows: _Rows
-    ) -> Float[Tensor, "n vocab"]:
-        copies = len(tokens) // len(rows.index)
-        layout, origin = self.sampler.layout, rows.origin.repeat(copies)
-        if self.planner is None or self.slots is None:
-            segments = rows.canvas.segment_ids.repeat(copies, 1) if len(rows.index) > 1 else None
-            return self.denoiser.logits_at(where, tokens, segment_ids=segments, layout=layout, grid_origin=origin)
-        spans = self.planner.plan(_bounds(rows, self.sampler.frontier.in_flight))
-        return self.denoiser.cached_logits_at(
-            where,
-            tokens,
-            spans=spans.repeated(copies),
-            slots=self.slots,
-            layout=layout,
-            grid_origin=origin,
-        )
-
-
-def _bounds(rows: _Rows, in_flight: int) -> list[Bounds]:
-    """Bring to the host where each row stands."""
-    canvas = rows.canvas
-    is_real = canvas.status != Status.PAD
-    is_open = is_real & (rows.block_of >= rows.block[:, None]) & (rows.block_of < (rows.block + in_flight)[:, None])
-    positions = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device)
-    unfinished = torch.where(canvas.is_noise | canvas.is_draft, positions, NEVER).amin(dim=1)
-    start = torch.where(is_open, positions, NEVER).amin(dim=1)
-    end = torch.where(is_open, positions + 1, 0).amax(dim=1)
-    numbers = torch.stack([unfinished, start, end, is_real.sum(dim=1), rows.origin], dim=1)
-    return [Bounds(*row) for row in numbers.tolist()]  # sync

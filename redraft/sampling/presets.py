@@ -8,6 +8,7 @@ from redraft.errors import unknown_name
 from redraft.layouts import Layout
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies
+from redraft.sampling.budget import Budget
 from redraft.sampling.loop import Sampler
 
 AttentionKind = Literal["model", "grid", "prompt"]
@@ -229,6 +230,14 @@ class SamplingConfig:
     """Strength of remasking, a probability (remdm)."""
     blocks_in_flight: int = 1
     """Unfinished blocks that are open at once."""
+    budget: float | None = None
+    """Share of the forwards that one token at a time would take, in (0, 1]: from fast to careful."""
+    forwards: int | None = None
+    """Forward passes for the whole text, at most."""
+    seconds: float | None = None
+    """Time for the whole text, kept to within one forward pass."""
+    num_samples: int = 1
+    """Texts for each prompt, from different noise."""
     cache: Literal["auto", "none", "exact", "prefix", "dual"] | None = None
     """Keys and values kept: none, exact (block-causal models), prefix or dual (approximate); auto: exact if it can."""
     refresh: int | None = None
@@ -244,6 +253,9 @@ class SamplingConfig:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}.")
         preset = PRESETS[self.preset]
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1; got {self.num_samples}.")
+        self._check_cost()
         for name in _OF_SOME:
             if getattr(self, name) is not None and name not in preset.takes:
                 users = [other for other, its in PRESETS.items() if name in its.takes]
@@ -256,6 +268,13 @@ class SamplingConfig:
         if self.stop is not None and self.stop != "eos" and not isinstance(self.stop, tuple):
             raise ValueError(f"stop must be 'eos' or None, or a tuple of strings; got {self.stop!r}.")
         self.sampler(DiffusionSettings(mask_token_id=0))  # the checks of its policies
+
+    def _check_cost(self) -> None:
+        said = [name for name in ("steps", "budget", "forwards", "seconds") if getattr(self, name) is not None]
+        if len(said) > 1:
+            raise ValueError(f"{' and '.join(said)} each say what a text may cost; give one of them.")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"budget is a share of one forward per token, in (0, 1]; got {self.budget}.")
 
     def _check_blocks(self) -> None:
         size, total = self.block_size, self.max_new_tokens
@@ -307,11 +326,14 @@ class SamplingConfig:
         config, preset = self.resolved(), PRESETS[self.preset]
         layout = self.layout(settings)
         assert config.temperature is not None
+        budget = Budget(forwards=self.forwards, seconds=self.seconds)
+        if self.budget is not None:
+            budget = Budget(forwards=max(1, round(self.budget * self.max_new_tokens)))
         cache = config.cache or "auto"
         if cache == "auto":
             cache = "none" if layout.block_size is None else "exact"
         return Sampler(
-            steps=self.max_new_tokens if self.steps is None else self.steps,
+            steps=self.steps if self.steps is not None else budget.forwards or self.max_new_tokens,
             steps_per_block=self.steps_per_block,
             frontier=self.frontier(settings),
             stop=self._stop(eos_token_id, decode),
@@ -320,6 +342,7 @@ class SamplingConfig:
             layout=layout,
             is_grid_from_prompt=preset.attention == "prompt",
             cfg_scale=self.cfg_scale,
+            budget=budget,
             temperature=config.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -336,7 +359,10 @@ class SamplingConfig:
 
     def for_infilling(self, *, num_holes: int) -> "SamplingConfig":
         """Fill holes: as many steps as there are holes unless said otherwise, and no early end."""
-        return replace(self, steps=self.steps or max(num_holes, 1), stop=None)
+        if self.budget is not None:
+            return replace(self, budget=None, forwards=max(1, round(self.budget * num_holes)), stop=None)
+        is_free = self.steps is None and self.forwards is None
+        return replace(self, steps=max(num_holes, 1) if is_free else self.steps, stop=None)
 
 
 _OF_SOME = sorted({name for preset in PRESETS.values() for name in preset.takes})

@@ -37,6 +37,11 @@ class Revise(Protocol):
         """Whether it wants proposals at drafts, too."""
         ...
 
+    @property
+    def is_clocked(self) -> bool:
+        """Whether it runs by the clock: nothing is final before the last step of a block."""
+        ...
+
     def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision: ...
 
 
@@ -50,6 +55,7 @@ class TokenEdit:
     threshold: float
     max_post_steps: int = 16
     looks_at_drafts: bool = True
+    is_clocked: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -84,6 +90,7 @@ class Remasking:
     loop_off: float = 0.05
     loop_alpha: float = 0.9
     looks_at_drafts: bool = False
+    is_clocked: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in ("cap", "rescale", "conf", "loop"):
@@ -144,6 +151,7 @@ class Rerank:
 
     schedule: Schedule = field(default_factory=Linear)
     looks_at_drafts: bool = True
+    is_clocked: bool = True
 
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         """Commit the noise that is among the surest."""
