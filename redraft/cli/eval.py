@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from redraft.cli.parsing import parse
+from redraft.cli.parsing import SamplingFlags, parse
 from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task
 from redraft.loglikelihood import LikelihoodConfig
-from redraft.sampling.presets import SamplingConfig
 
 if TYPE_CHECKING:
     from redraft.evaluation.run import Store, Summary
@@ -34,8 +33,8 @@ class Arguments:
     """Published settings: llada-instruct, llada-base, dream-instruct, tiny-a2d-mdlm, tiny-a2d-bd3lm, bert-chat."""
     out: Path = Path("runs/eval")
     """Folder of the results; the same command goes on with what it holds."""
-    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
-    """How to generate; what differs from the defaults wins over a harness task's own settings."""
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
+    """How to generate; what is said here wins over the checkpoint's and a harness task's own settings."""
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     """How to estimate likelihoods."""
     items: TaskOptions = field(default_factory=TaskOptions)
@@ -50,6 +49,8 @@ class Arguments:
     """Items worked on together."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
+    quantization: str | None = None
+    """Hold the linear layers in int8 or int4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:
@@ -57,6 +58,10 @@ def main(arguments: list[str]) -> int:
     args = parse(Arguments, arguments, command="eval")
     if not args.tasks and args.suite is None:
         raise ValueError(f"name what to run: --tasks {', '.join(NAMED)}, a task of the harness, or --suite.")
+
+    sampling = args.sampling.given(arguments)
+    if sampling.get("num_samples", 1) > 1:
+        raise ValueError("an item is answered once; leave --num-samples out and evaluate with several seeds.")
 
     from accelerate import PartialState
 
@@ -72,14 +77,14 @@ def main(arguments: list[str]) -> int:
     manager = _task_manager(args, [task.name for task in asked]) if asked else None
     state = PartialState()
     device = args.device or (str(state.device) if state.num_processes > 1 else None)
-    lm = load_quietly(args.model, device=device)
+    lm = load_quietly(args.model, device=device, quantization=args.quantization)
     store = Store(folder=args.out, rank=state.process_index)
     store.open({name: value for name, value in asdict(args).items() if name not in ("out", "device")})
-    summaries = _run_offline(args, lm, offline, store, world_size=state.num_processes)
+    summaries = _run_offline(args, sampling, lm, offline, store, world_size=state.num_processes)
     state.wait_for_everyone()
     notes = [suite.note] if suite else []
     for task in asked:
-        summaries += _run_harness(args, lm, task, manager, store, chat=suite.chat if suite else args.chat)
+        summaries += _run_harness(args, sampling, lm, task, manager, store, chat=suite.chat if suite else args.chat)
         if task.dllm is not None:
             notes.append(f"{task.name}: published {task.official or '-'} (official), {task.dllm} (dLLM), in percent")
     if state.process_index == 0:
@@ -90,13 +95,19 @@ def main(arguments: list[str]) -> int:
 
 
 def _run_offline(
-    args: Arguments, lm: "LanguageModel", tasks: Sequence[Any], store: "Store", *, world_size: int
+    args: Arguments,
+    sampling: dict[str, Any],
+    lm: "LanguageModel",
+    tasks: Sequence[Any],
+    store: "Store",
+    *,
+    world_size: int,
 ) -> "list[Summary]":
     from tqdm import tqdm
 
     from redraft.evaluation.run import RunOptions, run_task, summarize
 
-    options = RunOptions(sampling=args.sampling, likelihood=args.likelihood, batch_size=args.batch_size, chat=args.chat)
+    options = RunOptions(sampling=sampling, likelihood=args.likelihood, batch_size=args.batch_size, chat=args.chat)
     summaries = []
     for task in tasks:
         records = run_task(lm, task, store, options, limit=args.items.limit, world_size=world_size)
@@ -129,14 +140,21 @@ def _task_manager(args: Arguments, names: list[str]) -> Any:
 
 
 def _run_harness(
-    args: Arguments, lm: "LanguageModel", task: "SuiteTask", manager: Any, store: "Store", *, chat: bool
+    args: Arguments,
+    sampling: dict[str, Any],
+    lm: "LanguageModel",
+    task: "SuiteTask",
+    manager: Any,
+    store: "Store",
+    *,
+    chat: bool,
 ) -> "list[Summary]":
     """Run one task through the harness; its answers are cached in the folder as they come, its results kept there."""
     from lm_eval import simple_evaluate
 
     from redraft.evaluation.harness import RedraftLM, keep_results
 
-    settings = {**_changed(args.likelihood), **_changed(args.sampling), **task.settings}
+    settings = {**_changed(args.likelihood), **sampling, **task.settings}
     model = RedraftLM(lm=lm, batch_size=args.batch_size, **settings)
     results = simple_evaluate(
         model=model,

@@ -50,7 +50,7 @@ class RedraftLM(TemplateLM):
         **settings: Any,  # the harness passes --model_args by name
     ) -> None:
         super().__init__()
-        known = {*SamplingConfig.__dataclass_fields__, *LikelihoodConfig.__dataclass_fields__} - {"stop"}
+        known = {*SamplingConfig.__dataclass_fields__, *LikelihoodConfig.__dataclass_fields__} - {"stop", "num_samples"}
         for name in settings:
             if name not in known:
                 raise unknown_name("setting", name, sorted(known))
@@ -221,7 +221,14 @@ class RedraftLM(TemplateLM):
 
     def _is_greedy(self, request: Request) -> bool:
         length = len(request.continuation)
-        out = self.lm.generate([request.context], max_new_tokens=length, stop=None)
+        greedy: dict[str, Any] = {
+            "preset": "llada",
+            "temperature": 0.0,
+            "steps": length,
+            "max_new_tokens": length,
+            "stop": None,
+        }
+        out = self.lm.generate([request.context], **greedy)
         return torch.equal(out.tokens[0], request.continuation)
 
     def _batches(self, requests: Sequence[Any]) -> Iterator[tuple[list[int], int]]:
@@ -241,23 +248,23 @@ class RedraftLM(TemplateLM):
         kwargs = dict(requests[0].args[1])
         until = kwargs.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
-        config = self._sampling_of(kwargs, until, times_before=times_before)
+        settings = self._sampling_of(kwargs, until, times_before=times_before)
         rows = [self.lm.encode_pair("", request.args[0])[1] for request in requests]
-        rows = [self._cut(row, room_for=config.max_new_tokens) for row in rows]
-        out = self.lm.generate(rows, **vars(config))
+        rows = [self._cut(row, room_for=settings["max_new_tokens"]) for row in rows]
+        out = self.lm.generate(rows, **settings)
         assert out.texts is not None
         spent = {"items": len(rows), "tokens": sum(map(len, out.tokens)), "generation_forwards": sum(out.forwards)}
         self.costs.update({**spent, "seconds": out.seconds, "generation_seconds": out.seconds})
         return [_before(text, until) for text in out.texts]
 
-    def _sampling_of(self, kwargs: dict[str, Any], until: list[str], *, times_before: int) -> SamplingConfig:
-        """Fill what was not set by the user from a task's generation_kwargs."""
+    def _sampling_of(self, kwargs: dict[str, Any], until: list[str], *, times_before: int) -> dict[str, Any]:
+        """Fill what was not set by the user from a task's generation_kwargs; the rest is the checkpoint's own."""
         if kwargs.get("do_sample") is False:
             kwargs = {name: kwargs[name] for name in kwargs if name not in ("temperature", "top_p", "top_k")}
         of_task = {ours: kwargs[theirs] for theirs, ours in FROM_TASK.items() if kwargs.get(theirs) is not None}
         settings = {"max_new_tokens": MAX_NEW_TOKENS, **of_task, **self.sampling}
         settings["seed"] = settings.get("seed", 0) + times_before
-        return SamplingConfig(**settings, stop=tuple(until) or "eos")
+        return {**settings, "stop": tuple(until) or "eos"}
 
 
 def _questions(requests: Sequence[Any]) -> list[list[int]]:

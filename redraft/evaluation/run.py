@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from redraft.evaluation.metrics import Interval, Perplexity, bootstrap
 from redraft.evaluation.tasks import Item, Task, take
 from redraft.language_model import LanguageModel
 from redraft.loglikelihood import LikelihoodConfig, Request, loglikelihoods, rolling_requests, score_questions
-from redraft.sampling.presets import SamplingConfig
 
 Record = dict[str, Any]
 
@@ -77,7 +76,8 @@ def _file_name(task: str) -> str:
 class RunOptions:
     """How items are worked on."""
 
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Settings of `generate` and `infill`, over the checkpoint's own."""
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     batch_size: int = 8
     chat: bool = False
@@ -110,10 +110,10 @@ def _generate(lm: LanguageModel, task: Task, items: Sequence[Item], options: Run
     if options.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     stops = {item.stop for item in items}
-    sampling = options.sampling
-    if len(stops) == 1 and (strings := stops.pop()) and sampling.stop == "eos":
-        sampling = replace(sampling, stop=strings)
-    out = lm.generate(prompts, **asdict(sampling))
+    settings = options.sampling
+    if len(stops) == 1 and (strings := stops.pop()):
+        settings = {"stop": strings, **settings}
+    out = lm.generate(prompts, **settings)
     if out.texts is None:
         raise ValueError(f"task {task.name} is made of text, and this model has no tokenizer.")
     return [
@@ -128,7 +128,7 @@ def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOp
     for item in items:
         before, hole = lm.encode_pair("", item.prompt)[1], lm.encode_pair("", item.answer)[1]
         rows.append(torch.cat([before, mask.expand(len(hole)), lm.encode_pair("", item.suffix)[1]]))
-    out = lm.infill(rows, **asdict(options.sampling))
+    out = lm.infill(rows, **options.sampling)
     outputs = [lm.decode(tokens) for tokens in out.tokens]
     return [
         {"output": text, "scores": task.score(item, text), "forwards": forwards, "tokens": len(tokens)}

@@ -1,7 +1,7 @@
 """The denoiser: a canvas in, logits out. The only place that knows how a model wants to be called."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,8 @@ class Denoiser:
 
     model: Any
     settings: DiffusionSettings
+    is_self_conditioned: ClassVar[bool] = False
+    """Whether it is told its last prediction (`previous=`)."""
 
     @property
     def device(self) -> torch.device:

@@ -26,7 +26,8 @@ class DiffusionSettings:
     def save_to(self, config: Any) -> None:
         """Write the settings into a transformers config, and make it bidirectional."""
         config.diffusion = asdict(self)
-        config.is_causal = False
+        if config.get_text_config() is config:  # DiffusionGemma's stacks are as they should be
+            config.is_causal = False
 
     @classmethod
     def read_from(cls, config: Any, **overrides: Any) -> "DiffusionSettings":
@@ -46,8 +47,9 @@ class DiffusionSettings:
                 "this model names no mask token (config.json has no diffusion.mask_token_id). Pass mask_token_id=."
             )
         settings = cls(**chosen)
-        if not 0 <= settings.mask_token_id < config.vocab_size:
+        vocab_size = config.get_text_config().vocab_size
+        if not 0 <= settings.mask_token_id < vocab_size:
             raise ValueError(
-                f"mask_token_id must lie in the vocabulary of {config.vocab_size} tokens; got {settings.mask_token_id}."
+                f"mask_token_id must lie in the vocabulary of {vocab_size} tokens; got {settings.mask_token_id}."
             )
         return settings

@@ -129,7 +129,7 @@ def test_choices_share_their_noise_and_batches_change_nothing(adapter):
 
 def test_greedy_exact_match_is_what_greedy_decoding_gives(adapter, text_lm):
     adapter.exact_match = True
-    text = text_lm.generate("who is", max_new_tokens=5, stop=None)
+    text = text_lm.generate("who is", max_new_tokens=5, steps=5, stop=None)
     request = adapter._request(instance("who is", "xxxxx"))
     from dataclasses import replace
 
@@ -139,11 +139,11 @@ def test_greedy_exact_match_is_what_greedy_decoding_gives(adapter, text_lm):
 
 def test_generation_settings_of_a_task_are_honoured_unless_the_user_says_otherwise(adapter):
     config = adapter._sampling_of({"max_gen_toks": 8, "temperature": 0.5}, ["\n"], times_before=2)
-    assert (config.max_new_tokens, config.temperature, config.stop, config.seed) == (8, 0.5, ("\n",), 2)
+    assert config == {"max_new_tokens": 8, "temperature": 0.5, "steps": 4, "stop": ("\n",), "seed": 2}
     greedy = adapter._sampling_of({"temperature": 0.5, "do_sample": False}, [], times_before=0)
-    assert (greedy.temperature, greedy.max_new_tokens, greedy.stop, greedy.steps) == (None, 256, "eos", 4)
+    assert greedy == {"max_new_tokens": 256, "steps": 4, "stop": "eos", "seed": 0}
     adapter.sampling["temperature"] = 1.0
-    assert adapter._sampling_of({"temperature": 0.5}, [], times_before=0).temperature == 1.0
+    assert adapter._sampling_of({"temperature": 0.5}, [], times_before=0)["temperature"] == 1.0
 
 
 def test_texts_end_before_the_stop_strings_and_repeats_differ(adapter):

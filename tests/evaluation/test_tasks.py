@@ -6,10 +6,9 @@ import pytest
 from redraft.evaluation.run import RunOptions, Store, run_task, summarize
 from redraft.evaluation.tasks import HumanEval, Item, JsonLines, TaskOptions, make_task, take
 from redraft.loglikelihood import LikelihoodConfig
-from redraft.sampling.presets import SamplingConfig
 
 OPTIONS = RunOptions(
-    sampling=SamplingConfig(max_new_tokens=6, steps=3),
+    sampling={"max_new_tokens": 6, "steps": 3},
     likelihood=LikelihoodConfig(samples=8),
     batch_size=2,
     window=96,
