@@ -63,8 +63,12 @@ def load(
     quantization: str | None = None,
     adapter: str | Path | None = None,
     family: str | None = None,
+    compile: bool = False,
 ) -> "LanguageModel":
-    """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors."""
+    """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors.
+
+    `compile` is for long runs with equal shapes: see `Denoiser.compiled`.
+    """
     denoiser, tokenizer = load_denoiser(
         path,
         mask_token_id=mask_token_id,
@@ -76,6 +80,8 @@ def load(
     )
     if eos_token_id is None:
         eos_token_id = _end_token_id(denoiser.model.config, tokenizer)
+    if compile:
+        denoiser = denoiser.compiled()
     return LanguageModel(denoiser=denoiser, tokenizer=tokenizer, eos_token_id=eos_token_id)
 
 

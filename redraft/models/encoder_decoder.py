@@ -66,12 +66,13 @@ class EncoderDecoder(Denoiser):
         segment_ids: Int[Tensor, "batch seq"] | None = None,
         isolate_segments: bool = False,
         layout: Layout | None = None,
+        shift: bool | None = None,
         grid_origin: Int[Tensor, "batch"] | None = None,
         wrapped: Any = None,
         previous: SelfConditioning | None = None,
     ) -> Float[Tensor, "n vocab"]:
         """Predict positions, each from the canvas it lies in and the row before that. Rows are padded on the right."""
-        if isolate_segments or wrapped is not None:
+        if isolate_segments or shift or wrapped is not None:
             raise ValueError(f"{self.model.config.model_type} can be sampled from, and not be trained here.")
         batch, seq_len = input_ids.shape
         row, position = where // seq_len, where % seq_len
@@ -104,7 +105,7 @@ class EncoderDecoder(Denoiser):
         starts = torch.tensor(first, device=input_ids.device)
         canvases = _Canvases(torch.arange(len(first), device=input_ids.device), starts, length)
         row, position = where // seq_len, where % seq_len
-        is_seen = spans.is_read(input_ids.device)
+        is_seen = spans.is_read(input_ids.device, spans.num_keys)
         return self._decode(row * length + position - starts[row], input_ids, canvases, slots, is_seen, previous)
 
     def inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -19,15 +19,20 @@ class DiffusionSettings:
     """Tokens in a block of block-causal attention; absent for full attention."""
 
     @property
+    def is_autoregressive(self) -> bool:
+        """A causal model (blocks of one token, shifted logits): plain transformers computes it as it stands."""
+        return self.process == "autoregressive"
+
+    @property
     def layout(self) -> Layout:
         """The attention the model was trained with."""
         return Layout(block_size=self.block_size)
 
     def save_to(self, config: Any) -> None:
-        """Write the settings into a transformers config, and make it bidirectional."""
+        """Write the settings into a transformers config, and make it bidirectional unless it is autoregressive."""
         config.diffusion = asdict(self)
         if config.get_text_config() is config:  # DiffusionGemma's stacks are as they should be
-            config.is_causal = False
+            config.is_causal = self.is_autoregressive
 
     @classmethod
     def read_from(cls, config: Any, **overrides: Any) -> "DiffusionSettings":

@@ -65,6 +65,7 @@ class Forward:
             self.planner.keep(kept.tolist())  # sync: only when rows leave
             self.slots.select(torch.cat([kept, kept + of]) if self.cfg_scale else kept)
 
+    @torch.no_grad()
     def __call__(self, rows: Rows, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
         """Return the logits at the n positions of `where` (indices into batch * seq)."""
         tokens = rows.canvas.tokens

@@ -132,7 +132,6 @@ class Step:
     """Rows that take no further step."""
 
 
-@torch.no_grad()
 def denoise(
     denoiser: Denoiser,
     canvas: Canvas,
