@@ -59,6 +59,22 @@ def attention_mask(
     return (mask | is_self)[:, None]
 
 
+def two_copy_mask(
+    block: Int[Tensor, "batch seq"], copy: Int[Tensor, "batch seq"], *, is_valid: Bool[Tensor, "batch seq"]
+) -> Bool[Tensor, "batch 1 seq seq"]:
+    """Build the mask of clean and noisy copies of blocks in one sequence.
+
+    A position attends to its own block in its own copy (0 is the clean one), and to the clean copy of earlier blocks:
+    each noisy block is denoised after the true blocks before it, all of them in one pass (arXiv 2503.09573, Section
+    3.1, of which this is the general form: any order in the sequence, several noisy copies). Nothing attends to
+    positions that are not valid but themselves.
+    """
+    is_own = (block[:, :, None] == block[:, None, :]) & (copy[:, :, None] == copy[:, None, :])
+    is_earlier = (block[:, :, None] > block[:, None, :]) & (copy == 0)[:, None, :]
+    is_self = torch.eye(block.shape[1], dtype=torch.bool, device=block.device)
+    return ((is_own | is_earlier) & is_valid[:, None, :] | is_self)[:, None]
+
+
 def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
     """Count positions from 0 in each run of equal segment ids."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
