@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedConfig, PreTrainedModel
@@ -26,47 +27,25 @@ GATE = {0.0: 0.99, 0.25: 0.95}
 NOISE_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75)
 
 
+@strict
 class AutoencoderConfig(PreTrainedConfig):
     """Shape and training of a text autoencoder; saved as its config.json."""
 
     model_type = "redraft-text-autoencoder"
 
-    def __init__(
-        self,
-        *,
-        kind: str = "chunk",
-        vocab_size: int = 64,
-        block_tokens: int = 4,
-        num_latents: int = 2,
-        latent_dim: int = 16,
-        hidden_size: int = 256,
-        num_layers: int = 2,
-        encoder: str | None = None,
-        encoder_config: dict[str, Any] | None = None,
-        kl_weight: float = 1e-4,
-        free_nats: float = 0.1,
-        latent_noise: float = 1.0,
-        token_dropout: float = 0.1,
-        stage: str = "autoencoder",
-        gate: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.kind = kind
-        self.vocab_size = vocab_size
-        self.block_tokens = block_tokens
-        self.num_latents = num_latents
-        self.latent_dim = latent_dim
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.encoder = encoder
-        self.encoder_config = encoder_config
-        self.kl_weight = kl_weight
-        self.free_nats = free_nats
-        self.latent_noise = latent_noise
-        self.token_dropout = token_dropout
-        self.stage = stage
-        self.gate = gate
-        super().__init__(**kwargs)
+    kind: str = "chunk"
+    vocab_size: int = 64
+    block_tokens: int = 4
+    num_latents: int = 2
+    latent_dim: int = 16
+    hidden_size: int = 256
+    num_layers: int = 2
+    encoder: str | None = None
+    encoder_config: dict | None = None
+    free_nats: float = 0.1
+    stage: str = "autoencoder"
+    task: str | None = None
+    gate: dict | None = None
 
 
 class TextAutoencoder(PreTrainedModel):
@@ -98,7 +77,7 @@ class TextAutoencoder(PreTrainedModel):
     ) -> tuple[Float[Tensor, "batch latents dim"], Float[Tensor, "batch latents dim"]]:
         """Return the mean and the log-variance of the latents, before normalisation."""
         mean, logvar = self.encoder(ids, mask).chunk(2, dim=-1)
-        return mean, logvar.clamp(-12, 4)
+        return mean, (logvar - 4).clamp(-12, 4)  # starts nearly exact: a posterior as wide as its prior learns nothing
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch latents dim"]) -> Int[Tensor, "batch tokens"]:
@@ -149,7 +128,7 @@ class TextAutoencoder(PreTrainedModel):
         from the encoder only.
         """
         mean, logvar = self.encode(torch.where(is_dropped, 0, ids), mask)
-        spread = mean.detach().std(0, correction=0)
+        spread = mean.std(0, correction=0)  # with its gradient, or the means grow to drown the noise
         z = mean + (logvar / 2).exp() * posterior_noise + spread * latent_noise
         logits = self.decoder(z, ids)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
@@ -198,34 +177,44 @@ class _ChunkEncoder(nn.Module):
         super().__init__()
         width = config.hidden_size // 4
         self.embed = nn.Embedding(config.vocab_size, width)
-        outputs = 2 * config.num_latents * config.latent_dim
-        self.mlp = _mlp(width * config.block_tokens, config.hidden_size, outputs, config.num_layers)
+        self.mlp = _Mlp(width * config.block_tokens, config.hidden_size, config.num_layers)
+        self.out = nn.Linear(config.hidden_size, 2 * config.num_latents * config.latent_dim)
         self.num_latents = config.num_latents
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.mlp(self.embed(ids).flatten(1)).unflatten(1, (self.num_latents, -1))
+        return self.out(self.mlp(self.embed(ids).flatten(1))).unflatten(1, (self.num_latents, -1))
 
 
 class _ChunkDecoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        inputs = config.num_latents * config.latent_dim
-        self.mlp = _mlp(inputs, config.hidden_size, config.hidden_size, config.num_layers)
+        self.mlp = _Mlp(config.num_latents * config.latent_dim, config.hidden_size, config.num_layers)
         self.head = nn.Linear(config.hidden_size, config.block_tokens * config.vocab_size)
         self.block_tokens = config.block_tokens
 
     def forward(self, z: Tensor, ids: Tensor) -> Tensor:
-        return self.head(F.gelu(self.mlp(z.flatten(1)))).unflatten(1, (self.block_tokens, -1))
+        return self.head(self.mlp(z.flatten(1))).unflatten(1, (self.block_tokens, -1))
 
     def write(self, z: Tensor) -> Tensor:
         return self(z, z).argmax(-1)
 
 
-def _mlp(inputs: int, hidden: int, outputs: int, num_layers: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Linear(inputs, hidden)]
-    for _ in range(num_layers - 1):
-        layers += [nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, hidden)]
-    return nn.Sequential(*layers, nn.GELU(), nn.Linear(hidden, outputs))
+class _Mlp(nn.Module):
+    """A linear map and residual layers on top of it: what a linear code can do is there from the start."""
+
+    def __init__(self, inputs: int, hidden: int, num_layers: int) -> None:
+        super().__init__()
+        self.into = nn.Linear(inputs, hidden)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+            for _ in range(num_layers)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
 
 
 class _FrozenEncoder(nn.Module):
