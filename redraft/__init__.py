@@ -5,13 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from redraft.language_model import Generation, LanguageModel, load
+    from redraft.latent.checkpoint import load_thinker
     from redraft.models.convert import convert
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "LanguageModel", "__version__", "convert", "load"]
+__all__ = ["Generation", "LanguageModel", "__version__", "convert", "load", "load_thinker"]
 
 _HOME = {
     "load": "redraft.language_model",
+    "load_thinker": "redraft.latent.checkpoint",
     "convert": "redraft.models.convert",
     "LanguageModel": "redraft.language_model",
     "Generation": "redraft.language_model",

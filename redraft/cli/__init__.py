@@ -11,6 +11,8 @@ COMMANDS = {
     "sample": "generate text from prompts",
     "infill": "fill the gaps in a text",
     "chat": "talk with a model and watch its drafts form",
+    "think": "think about prompts in blocks of continuous thought",
+    "latent": "check the autoencoder of a thinking model",
     "doctor": "report versions, devices and whether a tiny model runs",
 }
 EXIT_USER_MISTAKE = 2

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     default = _find(name)
     if "-h" in flags or "--help" in flags:
         print(f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n")
-    config = parse(type(default), flags, command=f"train {name}", default=default)
+    config: RunConfig | LatentRunConfig = parse(type(default), flags, command=f"train {name}", default=default)
     console = Console()
     if isinstance(config, LatentRunConfig):
         return _train_stage(config, resume=resume, console=console)

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
-from redraft.latent.autoencoder import TextAutoencoder
-from redraft.latent.denoiser import LatentDenoiser
+from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
+from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
 from redraft.latent.thinking import Thinker
 from redraft.models.device import choose_device
 from redraft.models.load import load_tokenizer, read_raw_config
@@ -14,6 +15,8 @@ from redraft.models.load import load_tokenizer, read_raw_config
 STAGES = ("autoencoder", "denoiser", "rollout")
 MADE_BY = {"autoencoder": "latent-autoencoder", "denoiser": "latent-denoiser", "rollout": "latent-rollout"}
 AUTOENCODER_FOLDER = "autoencoder"
+for _config in (AutoencoderConfig, LatentDenoiserConfig):
+    AutoConfig.register(_config.model_type, _config)  # transformers reads the config beside a tokenizer
 
 
 def load_thinker(path: str | Path, *, device: str | torch.device | None = None) -> Thinker:

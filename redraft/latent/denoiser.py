@@ -6,11 +6,10 @@ trains every block given the true blocks before it, and at sampling the keys and
 """
 
 import math
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,7 +22,7 @@ from redraft.schedules import gaussian_schedule
 ANSWERS = ("autoregressive", "masked")
 
 
-@strict
+@no_type_check  # transformers gives it an __init__ that takes any entry, behind a signature that does not
 class LatentDenoiserConfig(PreTrainedConfig):
     """Shape, process and limits of a denoiser; saved as its config.json."""
 
@@ -113,7 +112,9 @@ class LatentDenoiser(PreTrainedModel):
         hidden = torch.cat([embedded, self.into(torch.cat([latents.z_t, latents.x_0], dim=-1))], dim=1)
         t = torch.cat([torch.zeros_like(tokens.positions, dtype=latents.t.dtype), latents.t], dim=1)
         modulation = self.modulate(self.time(_time_features(t, self.config.hidden_size).to(hidden.dtype)))
-        turns = _rotary(torch.cat([tokens.positions, latents.positions], dim=1), self.layers[0].head_width)
+        turns = _rotary(
+            torch.cat([tokens.positions, latents.positions], dim=1), self.config.hidden_size // self.config.num_heads
+        )
         kept: KeysValues = []
         for i, layer in enumerate(self.layers):
             hidden, keys_values = layer(hidden, modulation, turns, mask, None if past is None else past[i])

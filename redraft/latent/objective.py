@@ -29,7 +29,7 @@ class ThoughtObjective:
     drop_prompt: float = 0.1
     """Share of rows whose prompt is withheld, for guidance."""
     context_noise: float = 0.1
-    """Largest time of the noise on the clean blocks of half of the rows (exposure bias: sampled blocks are not exact)."""
+    """Largest time of the noise on the clean blocks of half of the rows (exposure bias)."""
     joint: float = 0.1
     """Share of steps in which all blocks see each other and one of them is noisy: trains revision."""
     answer_weight: float = 0.2
@@ -156,7 +156,7 @@ def _prompt_and_answer(
 def answer_input(
     model: Any, answer: Int[Tensor, "batch answer"], *, u: Float[Tensor, "batch answer_and_one"]
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """Return the ids that stand at the answer's positions, the positions, the order of their blocks, and the noised answer.
+    """Return the ids at the answer's positions, the positions, the order of their blocks, and the noised answer.
 
     An autoregressive answer is moved right by one, behind the end-of-text token. A masked one is noised, t = u[:, 0].
     """

@@ -16,7 +16,7 @@ from redraft.randomness import normal, uniform
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutObjective:
-    """Denoise all blocks in a few DDIM steps, the last of each with gradient; then the answer's nats on what came out."""
+    """Denoise all blocks in a few DDIM steps, the last of each with gradient; then the answer's nats."""
 
     steps: int = 5
     """Denoising steps for each block."""

@@ -55,7 +55,8 @@ def solve(
         while True:
             query = queries.send(denoise(*query))
     except StopIteration as end:
-        return end.value
+        latents: Tensor = end.value
+        return latents
 
 
 @dataclass(frozen=True, kw_only=True)

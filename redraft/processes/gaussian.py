@@ -67,7 +67,7 @@ class GaussianDiffusion:
     def predict_x_0(
         self, output: Float[Tensor, "*shape dim"], z_t: Float[Tensor, "*shape dim"], t: Float[Tensor, "*shape"]
     ) -> Float[Tensor, "*shape dim"]:
-        """Turn the network's output into an estimate of x_0. (From eps at alpha = 0 there is none: z_t holds no x_0.)"""
+        """Turn the network's output into an estimate of x_0. (From eps, there is none at alpha = 0.)"""
         alpha, sigma = self.coefficients(t, like=z_t)
         if self.parametrization == "eps":
             return (z_t - sigma * output) / alpha
@@ -91,16 +91,16 @@ class GaussianDiffusion:
     def _on_x_0(self, weighting: str, t: Tensor) -> Tensor:
         """Return w with w |x_0 error|^2 = the weighting's loss, at a fixed z_t."""
         alpha, sigma, log_snr = self.schedule.alpha(t), self.schedule.sigma(t), self.schedule.log_snr(t)
-        snr = log_snr.exp()
+        snr: Tensor = log_snr.exp()
         match weighting:
             case "x0":
                 return torch.ones_like(t)
             case "eps":
                 return snr
             case "v":
-                return ((alpha**2 + sigma**2) / sigma) ** 2
+                return ((alpha**2 + sigma**2) / sigma).square()
             case "flow":
-                return ((alpha + sigma) / sigma) ** 2
+                return ((alpha + sigma) / sigma).square()
             case "inverse-t":
                 return (alpha + sigma) / sigma
             case "min-snr":
@@ -145,7 +145,7 @@ class UniformTimes:
 
 @dataclass(kw_only=True)
 class AdaptiveTimes:
-    """Draw times where the loss is: P(bin of log-SNR) is proportional to the bin's mean loss, an EMA (CDCD, 2211.15089).
+    """Draw times where the loss is: P(log-SNR bin) ~ the EMA of its loss (CDCD, arXiv 2211.15089).
 
     As there, losses are not divided by this density: it sets the weighting, so that the loss is flat in u.
     """

@@ -50,11 +50,16 @@ class Rows(Dataset[dict[str, Tensor]]):
         return {name: column[indices] for name, column in self.columns.items()}
 
 
+def _as_is(batch: Any) -> Any:
+    """`Rows` fetches whole batches: there is nothing to collate."""
+    return batch
+
+
 class StageTrainer(Trainer):
     """Minimise `losses(wrapped_model, batch, step)["loss"]`; the other entries are logged beside it."""
 
     def __init__(self, model: Any, losses: Callable[[Any, dict[str, Tensor], int], Losses], **kwargs: Any) -> None:
-        super().__init__(model, data_collator=lambda batch: batch, **kwargs)
+        super().__init__(model, data_collator=_as_is, **kwargs)
         if self.args.world_size > 1:
             raise ValueError(
                 f"latent stages train in one process; got {self.args.world_size}. Start it without torchrun."
@@ -62,7 +67,7 @@ class StageTrainer(Trainer):
         self.losses = losses
         self.average: WeightAverage | None = None
         self.tokens_seen, self.tokens_per_step, self._passes = 0, 0, 0
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -71,10 +76,10 @@ class StageTrainer(Trainer):
         step = self.state.global_step * self.args.gradient_accumulation_steps + self._passes
         self._passes = (self._passes + 1) % self.args.gradient_accumulation_steps
         losses = self.losses(model, inputs, step)
-        self.tokens_per_step = self.args.gradient_accumulation_steps * sum(
-            column[..., 0].numel() if column.is_floating_point() else 0 for column in inputs.values()
-        )
-        self.tokens_seen += self.tokens_per_step // self.args.gradient_accumulation_steps
+        columns = [column for column in inputs.values() if column.ndim > 1 and column.dtype != torch.bool]
+        positions = sum(column[..., 0].numel() if column.is_floating_point() else column.numel() for column in columns)
+        self.tokens_per_step = positions * self.args.gradient_accumulation_steps
+        self.tokens_seen += positions
         for name, loss in losses.items():
             if name != "loss":
                 total, count = self._sums.get(name, (torch.zeros_like(loss.detach()), 0))
@@ -293,7 +298,7 @@ FINAL_STEPS, FINAL_PROMPTS = 10, 100
 
 
 def solved(thinker: Thinker, task: Task, prompts: list[str]) -> tuple[float, int]:
-    """Return the share of prompts (the first distinct ones) whose decoded thoughts the verifier accepts, and how many."""
+    """Return the share of the first distinct prompts whose decoded thoughts the verifier accepts, and how many."""
     chosen = list(dict.fromkeys(prompts))[:FINAL_PROMPTS]
     found = thinker.think(chosen, steps=FINAL_STEPS)
     hits = [
@@ -316,9 +321,8 @@ def thought_rows(autoencoder: TextAutoencoder, encoded: Encoded, *, with_answer:
     """Encode the blocks once: rows of a `ThoughtBatch`."""
     flat, mask = encoded.blocks.flatten(0, 1), encoded.is_block_token.flatten(0, 1)
     device = autoencoder.device
-    latents = torch.cat(
-        [autoencoder.encode_normalized(ids.to(device), kept.to(device)).cpu() for ids, kept in zip(flat.split(512), mask.split(512), strict=True)]
-    )  # fmt: skip
+    pairs = zip(flat.split(512), mask.split(512), strict=True)
+    latents = torch.cat([autoencoder.encode_normalized(ids.to(device), kept.to(device)).cpu() for ids, kept in pairs])
     width = encoded.answers.shape[1] if with_answer else 0
     return Rows(
         prompt=encoded.prompts,

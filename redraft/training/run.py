@@ -320,7 +320,7 @@ def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, con
     return outcome
 
 
-def save_model(trainer: DiffusionTrainer, folder: Path) -> None:
+def save_model(trainer: Any, folder: Path) -> None:
     """Write the model aside and move it, the weights last: a folder with weights is a finished one."""
     staging = folder / ".model"
     with trainer.average.swapped_in() if trainer.average else nullcontext():

@@ -50,7 +50,9 @@ def test_one_pass_equals_separate_forwards_of_every_block_and_of_the_answer(answ
                 kept = list(range(block * size)) if copy else []
                 start = (copy * count + block) * size
                 own = list(range(start, start + size)) if copy else list(range((block + 1) * size))
-                alone = forward_alone(thinker, sequence, row, length, kept + own, block_causal=len(kept) // size or None)
+                alone = forward_alone(
+                    thinker, sequence, row, length, kept + own, block_causal=len(kept) // size or None
+                )
                 whole = hidden.latents[row, own[-size:]]
                 assert torch.allclose(alone.latents[0, -size:], whole, atol=1e-9), (row, copy, block)
         alone = forward_alone(thinker, sequence, row, length, list(range(real * size)), with_answer=True)

@@ -1,6 +1,7 @@
 """Solvers against the exact denoiser of a mixture of two Gaussians, and against diffusers."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -43,15 +44,25 @@ def distance(solver, path, *, steps, start=1.0, count=4000, denoise=exact_x_0):
     """Wasserstein-1 between what the solver makes and the mixture."""
     GENERATOR.manual_seed(0)
     noise = lambda _: torch.randn(count, dtype=torch.float64, generator=GENERATOR)  # noqa: E731
-    made = solve(solver, path, lambda z, t: denoise(path, z, t), normal(count), uniform_times(steps, start=start), noise=noise)  # fmt: skip
+    made = solve(
+        solver, path, lambda z, t: denoise(path, z, t), normal(count), uniform_times(steps, start=start), noise=noise
+    )
     return float((made.sort().values - mixture(count)).abs().mean())
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "bound"),
-    [("ddim", 50, 0.03), ("ancestral", 50, 0.05), ("heun", 50, 0.01), ("midpoint", 50, 0.01), ("churn", 50, 0.03),
-     ("dpm++2m", 20, 0.06), ("heun", 20, 0.01), ("midpoint", 20, 0.01)],
-)  # fmt: skip
+    [
+        ("ddim", 50, 0.03),
+        ("ancestral", 50, 0.05),
+        ("heun", 50, 0.01),
+        ("midpoint", 50, 0.01),
+        ("churn", 50, 0.03),
+        ("dpm++2m", 20, 0.06),
+        ("heun", 20, 0.01),
+        ("midpoint", 20, 0.01),
+    ],
+)
 def test_flow_reaches_the_mixture(name, steps, bound):
     """200,000 samples for the random solvers; quantiles, which need fewer, for the others."""
     count = 200_000 if name in RANDOM else 4000
@@ -71,7 +82,9 @@ def test_every_solver_converges_for_every_schedule_and_parametrization(schedule,
         alpha, sigma = path.alpha(t), path.sigma(t)
         x_0 = exact_x_0(path, z, t)
         at = t.expand(z.shape)
-        return process.predict_x_0(process.target(x_0[:, None], ((z - alpha * x_0) / sigma)[:, None], at), z[:, None], at)[:, 0]  # fmt: skip
+        return process.predict_x_0(
+            process.target(x_0[:, None], ((z - alpha * x_0) / sigma)[:, None], at), z[:, None], at
+        )[:, 0]
 
     start = 0.999 if parametrization == "eps" else 1.0  # at t = 1 eps says nothing of x_0
     count = 4000 if name in RANDOM else 400
@@ -87,7 +100,7 @@ def test_churn_converges_where_elfs_rule_does_not(gamma):
     assert distance(Churn(gamma=gamma), path, steps=200, count=20_000) < 0.02
     GENERATOR.manual_seed(0)
     z, times = normal(20_000), uniform_times(200)
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         keep = 1 - gamma / 200
         z = keep * z + (1 - keep) * torch.randn(20_000, dtype=torch.float64, generator=GENERATOR)
         back = 1 - keep * (1 - t)
@@ -97,7 +110,14 @@ def test_churn_converges_where_elfs_rule_does_not(gamma):
 
 def test_a_solver_with_two_estimates_asks_twice_a_step():
     asked = []
-    solve(Heun(), gaussian_schedule("flow"), lambda z, t: asked.append(float(t)) or z, normal(8), uniform_times(4), noise=normal)  # fmt: skip
+    solve(
+        Heun(),
+        gaussian_schedule("flow"),
+        lambda z, t: asked.append(float(t)) or z,
+        normal(8),
+        uniform_times(4),
+        noise=normal,
+    )
     assert asked == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]  # the last step is Euler's
 
 
@@ -147,8 +167,13 @@ def test_ddim_and_ancestral_equal_diffusers(eta, steps):
         noise = {"variance_noise": draws[i]} if eta else {}
         z = scheduler.step(x_0, timestep, z, eta=eta, **noise).prev_sample
     ours = solve(
-        Ancestral(eta=eta), path, lambda z, t: exact_x_0(path, z, t), normal(64), torch.arange(steps + 1.0), noise=lambda i: draws[i]
-    )  # fmt: skip
+        Ancestral(eta=eta),
+        path,
+        lambda z, t: exact_x_0(path, z, t),
+        normal(64),
+        torch.arange(steps + 1.0),
+        noise=lambda i: draws[i],
+    )
     assert (ours - z).abs().max() < 1e-5
 
 
@@ -160,7 +185,9 @@ def test_euler_on_flow_equals_diffusers(steps):
     sigmas = scheduler.sigmas.double()
     path = Table(1 - sigmas, sigmas)
     theirs = drive(scheduler, path, normal(64), steps=steps, prediction=lambda i, z, x_0: (z - x_0) / sigmas[i])
-    ours = solve(SOLVERS["ddim"], path, lambda z, t: exact_x_0(path, z, t), normal(64), torch.arange(steps + 1.0), noise=normal)  # fmt: skip
+    ours = solve(
+        SOLVERS["ddim"], path, lambda z, t: exact_x_0(path, z, t), normal(64), torch.arange(steps + 1.0), noise=normal
+    )
     assert (ours - theirs).abs().max() < 1e-5
 
 
@@ -188,7 +215,14 @@ def test_dpm_solver_2m_equals_diffusers(steps):
     alphas = 1 / (1 + sigmas**2).sqrt()
     path = Table(alphas, alphas * sigmas)
     theirs = drive(scheduler, path, normal(64), steps=steps, prediction=lambda i, z, x_0: x_0)
-    ours = solve(SOLVERS["dpm++2m"], path, lambda z, t: exact_x_0(path, z, t), normal(64), torch.arange(steps + 1.0), noise=normal)  # fmt: skip
+    ours = solve(
+        SOLVERS["dpm++2m"],
+        path,
+        lambda z, t: exact_x_0(path, z, t),
+        normal(64),
+        torch.arange(steps + 1.0),
+        noise=normal,
+    )
     assert (ours - theirs).abs().max() < 1e-5
 
 

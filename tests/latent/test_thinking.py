@@ -9,7 +9,7 @@ from tiny_thinker import tiny_thinker
 from redraft.latent.objective import prompt_tokens
 from redraft.latent.sequence import Latents
 from redraft.latent.solvers import solve, solver_from_name, uniform_times
-from redraft.latent.thinking import Thought, ThinkingConfig, TrainOfThought, _Run, vote
+from redraft.latent.thinking import ThinkingConfig, Thought, TrainOfThought, _Run, vote
 from redraft.layouts import two_copy_mask
 
 PROMPTS = ["1 2 3", "4 5 6 7 8"]

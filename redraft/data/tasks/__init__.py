@@ -26,8 +26,10 @@ UNKNOWN = "<|unk|>"
 class Task(Protocol):
     """Words separated by spaces: a prompt, blocks of thought, an answer made of the thoughts."""
 
-    held_out: float
-    """Share of the prompts held out, chosen by the hash of their text."""
+    @property
+    def held_out(self) -> float:
+        """Share of the prompts held out, chosen by the hash of their text."""
+        ...
 
     def examples(self) -> Iterator[Example]: ...
     def answer(self, blocks: list[str]) -> str: ...
@@ -48,7 +50,8 @@ class ExampleFile:
                 row = json.loads(line)
                 prompt, blocks, answer = row["prompt"], row["blocks"], row.get("answer", "")
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{self.path}, line {number}: want {{"prompt", "blocks", "answer"}}; got {line[:60]!r}.') from error  # fmt: skip
+                wanted = '{"prompt": str, "blocks": [str, ...], "answer": str}'
+                raise ValueError(f"{self.path}, line {number}: want {wanted}; got {line[:60]!r}.") from error
             if not blocks:
                 raise ValueError(f"{self.path}, line {number}: there must be at least one block of thought; got none.")
             yield Example(prompt=prompt, blocks=tuple(blocks), answer=answer)
@@ -76,7 +79,7 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
-            raise ValueError(f"there is no file {name}. Give a .jsonl of prompts, blocks and answers, or one of {', '.join(TASKS)}.")  # fmt: skip
+            raise ValueError(f"there is no file {name}. Give a .jsonl of examples, or one of {', '.join(TASKS)}.")
         return ExampleFile(path=Path(name))
     raise unknown_name("task", name, TASKS)
 
@@ -126,19 +129,19 @@ def encode(examples: list[Example], tokenizer: Any, *, split: Split, held_out: f
         return [*found, tokenizer.eos_token_id] if end and found else found
 
     chosen = [e for e in examples if split_of(e.prompt, validation_fraction=held_out) == split]
-    widths = {name: max(len(ids(text)) for text in {t for e in examples for t in texts(e)})
-              for name, texts in {"prompt": lambda e: [e.prompt], "block": lambda e: e.blocks, "answer": lambda e: [e.answer]}.items()}  # fmt: skip
+    prompt_width = max(len(ids(e.prompt)) for e in examples)
+    block_width = max(len(ids(block)) for e in examples for block in e.blocks)
+    answer_width = max(len(ids(e.answer, end=True)) for e in examples)
     count = max(len(e.blocks) for e in examples)
-    prompts, is_prompt = _pad([ids(e.prompt) for e in chosen], widths["prompt"])
-    width = widths["answer"] + 1 if widths["answer"] else 0
-    answers, is_answer = _pad([ids(e.answer, end=True) for e in chosen], width)
+    prompts, is_prompt = _pad([ids(e.prompt) for e in chosen], prompt_width)
+    answers, is_answer = _pad([ids(e.answer, end=True) for e in chosen], answer_width)
     flat = [ids(e.blocks[b]) if b < len(e.blocks) else [] for e in chosen for b in range(count)]
-    blocks, is_token = _pad(flat, widths["block"])
+    blocks, is_token = _pad(flat, block_width)
     return Encoded(
         prompts=prompts,
         is_prompt=is_prompt,
-        blocks=blocks.view(-1, count, widths["block"]),
-        is_block_token=is_token.view(-1, count, widths["block"]),
+        blocks=blocks.view(-1, count, block_width),
+        is_block_token=is_token.view(-1, count, block_width),
         num_blocks=torch.tensor([len(e.blocks) for e in chosen], dtype=torch.int64),
         answers=answers,
         is_answer=is_answer,
