@@ -39,7 +39,8 @@ def uniform(*counters: Int[Tensor, "..."] | int) -> Float[Tensor, "..."]:
 
 def normal(*counters: Int[Tensor, "..."] | int) -> Float[Tensor, "..."]:
     """Draw from N(0, 1) as float64, one number for each key `fold(*counters)`."""
-    return torch.special.ndtri(uniform(*counters) + 2.0**-54)  # never at 0, whose quantile is infinite
+    drawn: Tensor = torch.special.ndtri(uniform(*counters) + 2.0**-54)  # never at 0, whose quantile is infinite
+    return drawn
 
 
 def _shift_right(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:

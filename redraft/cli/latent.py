@@ -33,7 +33,10 @@ def main(arguments: list[str]) -> int:
 
     autoencoder, tokenizer = load_autoencoder(args.model)
     autoencoder.require_normalizer()
-    task = find_task(args.task or str(autoencoder.config.task))
+    name = args.task or autoencoder.config.task
+    if name is None:
+        raise ValueError("this autoencoder was trained on a task without a name. Give --task, a .jsonl of its examples.")
+    task = find_task(name)
     held_out = encode(list(task.examples()), tokenizer, split="validation", held_out=task.held_out)
     ids, mask = held_out.real_blocks()
     if ids.shape[1] != autoencoder.config.block_tokens:

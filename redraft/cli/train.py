@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -23,7 +24,8 @@ def main(arguments: list[str]) -> int:
     default = _find(name)
     if "-h" in flags or "--help" in flags:
         print(f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n")
-    config: RunConfig | LatentRunConfig = parse(type(default), flags, command=f"train {name}", default=default)
+    kind: type[Any] = type(default)
+    config = parse(kind, flags, command=f"train {name}", default=default)
     console = Console()
     if isinstance(config, LatentRunConfig):
         return _train_stage(config, resume=resume, console=console)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
@@ -29,7 +30,9 @@ def load_thinker(path: str | Path, *, device: str | torch.device | None = None) 
     autoencoder = TextAutoencoder.from_pretrained(Path(path) / AUTOENCODER_FOLDER)
     autoencoder.require_normalizer()
     denoiser = LatentDenoiser.from_pretrained(path)
-    return Thinker(denoiser.to(target).eval(), autoencoder.to(target).eval(), load_tokenizer(path))
+    for model in (denoiser, autoencoder):
+        nn.Module.to(model, target).eval()
+    return Thinker(denoiser, autoencoder, load_tokenizer(path))
 
 
 def load_autoencoder(path: str | Path) -> tuple[TextAutoencoder, Any]:

@@ -132,7 +132,8 @@ class LogitNormalTimes:
 
     def __call__(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Map u ~ U(0, 1), best stratified over the batch, to times."""
-        return (self.mean + self.std * torch.special.ndtri(u)).sigmoid()
+        normal: Tensor = torch.special.ndtri(u)
+        return (self.mean + self.std * normal).sigmoid()
 
 
 @dataclass(frozen=True, kw_only=True)

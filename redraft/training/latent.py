@@ -116,6 +116,8 @@ def run_stage(config: LatentRunConfig, *, console: Console | None = None, task: 
     stage = {"autoencoder": _autoencoder, "denoiser": _denoiser, "rollout": _rollout}[config.stage](
         config, task or find_task(config.task)
     )
+    if task is not None and stage.autoencoder is None:
+        stage.model.config.task = None  # one of the user's own: `redraft latent check` must be told
     size = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
     console.print(f"{config.stage}: {size / 1e6:.2f} M parameters, {len(stage.rows):,} rows")
     trainer = _trainer(config, stage, console)
@@ -278,7 +280,7 @@ def _thinking_stage(
         return objective(model, ThoughtBatch(**batch), seed=config.train.seed, step=step, wrapped=wrapped)
 
     def finish(console: Console) -> None:
-        thinker.autoencoder.to(model.device)
+        torch.nn.Module.to(thinker.autoencoder, model.device)
         share, count = solved(thinker, task, [example.prompt for example in held_out.examples])
         console.print(
             f"held out: {100 * share:.1f} % of {count} prompts solved, one sample, {FINAL_STEPS} steps a block"

@@ -8,6 +8,7 @@ from typing import Literal
 from redraft.data.tasks import find_task
 from redraft.latent.objective import ThoughtObjective
 from redraft.latent.rollout import RolloutObjective
+from redraft.processes.gaussian import GaussianDiffusion
 from redraft.training.config import TrainConfig, from_dict
 
 
@@ -84,6 +85,8 @@ class LatentRunConfig:
 
     def __post_init__(self) -> None:
         find_task(self.task)
+        shape = self.denoiser
+        GaussianDiffusion(parametrization=shape.parametrization, weighting=shape.weighting)
         if self.stage != "autoencoder" and self.start is None:
             before = "an autoencoder" if self.stage == "denoiser" else "a denoiser"
             raise ValueError(f"stage {self.stage} needs --start, the folder of {before}; got none.")

@@ -64,8 +64,12 @@ def forward_alone(thinker, sequence, row, length, latents, *, with_answer=False,
     config = thinker.denoiser.config
     width, size = sequence.tokens.ids.shape[1], config.num_latents
     kept = list(range(length)) + (list(range(config.prompt_tokens, width)) if with_answer else [])
-    tokens = Tokens(**{name: getattr(sequence.tokens, name)[row : row + 1, kept] for name in ("ids", "positions", "is_null")})  # fmt: skip
-    chosen = Latents(**{name: getattr(sequence.latents, name)[row : row + 1, latents] for name in ("z_t", "x_0", "t", "positions")})  # fmt: skip
+
+    def take(kind, columns, *names):
+        return {name: getattr(kind, name)[row : row + 1, columns] for name in names}
+
+    tokens = Tokens(**take(sequence.tokens, kept, "ids", "positions", "is_null"))
+    chosen = Latents(**take(sequence.latents, latents, "z_t", "x_0", "t", "positions"))
     answers, total = len(kept) - length, len(kept) + len(latents)
     mask = torch.zeros(total, total, dtype=torch.bool)
     mask[:, :length] = True  # everything sees the prompt

@@ -73,7 +73,7 @@ def test_flow_reaches_the_mixture(name, steps, bound):
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_converges_for_every_schedule_and_parametrization(schedule, parametrization, name):
-    """Uniform t suits `sqrt` badly: its log-SNR falls from infinity to 0.9 within the first 5 % of t."""
+    """Uniform t suits `sqrt` badly: its log-SNR falls from infinity to 1.3 within the first 5 % of t."""
     path = gaussian_schedule(schedule)
     process = GaussianDiffusion(schedule=path, parametrization=parametrization)
 

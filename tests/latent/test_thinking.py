@@ -25,7 +25,7 @@ def x_0_without_cache(thinker, prompt, blocks, z, guess, t):
     """Estimate the block after `blocks` in one pass over [prompt | blocks | z]."""
     model = thinker.denoiser
     ids = torch.tensor([thinker.tokenizer(prompt)["input_ids"]])
-    tokens, is_seen = prompt_tokens(ids, torch.zeros(1, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
+    tokens, _ = prompt_tokens(ids, torch.zeros(1, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
     clean = torch.cat([z[:, :0], *(block[None] for block in blocks)], dim=1)
     number = torch.arange(1, len(blocks) + 2)
     times = torch.cat([torch.zeros(1, clean.shape[1]), t.expand(1, z.shape[1])], dim=1).double()
