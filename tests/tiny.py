@@ -23,10 +23,12 @@ class TinyTokenizer:
         return self.size
 
 
-def tiny_lm(*, vocab_size=40, architecture="llama", dtype=torch.float64, shift_logits=False, seed=0, scale=8.0):
+def tiny_lm(
+    *, vocab_size=40, architecture="llama", dtype=torch.float64, shift_logits=False, seed=0, scale=8.0, block_size=None
+):
     """Build a random model small enough for hundreds of forwards; `scale` makes its predictions differ clearly."""
     torch.manual_seed(seed)
-    settings = DiffusionSettings(mask_token_id=2, shift_logits=shift_logits)
+    settings = DiffusionSettings(mask_token_id=2, shift_logits=shift_logits, block_size=block_size)
     config = ModelConfig(
         size="1m", architecture=architecture, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64,
         max_positions=128,

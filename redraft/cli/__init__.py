@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": "talk with a model and watch its drafts form",
     "think": "think about prompts in blocks of continuous thought",
     "latent": "check the autoencoder of a thinking model",
+    "data": "tokenise and pack a source once, for many runs",
     "doctor": "report versions, devices and whether a tiny model runs",
 }
 EXIT_USER_MISTAKE = 2

@@ -12,6 +12,7 @@ from redraft.cli.parsing import parse
 from redraft.errors import unknown_name
 from redraft.language_model import LanguageModel
 from redraft.sampling.canvas import Status
+from redraft.sampling.forward import Session
 from redraft.sampling.loop import Step
 from redraft.sampling.presets import SamplingConfig
 
@@ -86,12 +87,13 @@ class Conversation:
         """Forget everything but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.text = ""
+        self.session = Session()
 
     def reply(self, line: str) -> Any:
         """Yield the reply as it forms, and remember the turn when it is whole."""
         prompt: Any = [*self.messages, {"role": "user", "content": line}] if self.has_template else self.text + line
         last: Step | None = None
-        for step in self.lm.stream(prompt, **asdict(self.sampling)):
+        for step in self.lm.stream(prompt, session=self.session, **asdict(self.sampling)):
             last = step
             yield _shown(step, self.lm)
         assert last is not None

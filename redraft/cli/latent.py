@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> int:
     autoencoder.require_normalizer()
     name = args.task or autoencoder.config.task
     if name is None:
-        raise ValueError("this autoencoder was trained on a task without a name. Give --task, a .jsonl of its examples.")
+        raise ValueError(
+            "this autoencoder was trained on a task without a name. Give --task, a .jsonl of its examples."
+        )
     task = find_task(name)
     held_out = encode(list(task.examples()), tokenizer, split="validation", held_out=task.held_out)
     ids, mask = held_out.real_blocks()

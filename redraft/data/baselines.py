@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redraft.data.collate import targets_of
+
 
 def unigram_nats(dataset: Any, *, vocab_size: int) -> float:
     """Entropy of a dataset's tokens under their own frequencies, in nats per token."""
@@ -22,9 +24,6 @@ def gzip_bits_per_byte(dataset: Any, tokenizer: Any) -> float:
 
 
 def _tokens(dataset: Any) -> Tensor:
-    """All tokens of a dataset in order, without padding."""
-    rows = [
-        torch.as_tensor(dataset[i]["input_ids"])[torch.as_tensor(dataset[i]["segment_ids"]) > 0]
-        for i in range(len(dataset))
-    ]
-    return torch.cat(rows).to(torch.int64)
+    """All tokens of a dataset that a model is measured on, in order."""
+    rows = (dataset[i] for i in range(len(dataset)))
+    return torch.cat([row["input_ids"][targets_of(row)] for row in rows]).to(torch.int64)

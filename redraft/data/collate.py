@@ -1,18 +1,51 @@
 """Rows of a dataset to one batch of tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 
 PADDING_SEGMENT = 0
+BATCHES_PER_GROUP = 50
 
 
-def collate(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> dict[str, Int[Tensor, "batch seq"]]:
-    """Pad rows of `input_ids` and `segment_ids` on the right to the longest one; int64.
+class LengthGroupedSampler(Sampler[int]):
+    """A random order in which the rows of a batch are about equally long; the batches come in random order.
+
+    A pure function of the seed and the pass (`set_epoch`), so that a resumed run goes through the same batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
+        self.lengths = torch.tensor(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass over the data."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        chance = torch.Generator().manual_seed((self.seed << 16) + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=chance)
+        groups = order.split(BATCHES_PER_GROUP * self.batch_size)
+        batches = [b for g in groups for b in g[self.lengths[g].argsort(stable=True)].split(self.batch_size)]
+        is_short = [len(batch) < self.batch_size for batch in batches]  # the last batch of all may be
+        for index in sorted(torch.randperm(len(batches), generator=chance).tolist(), key=is_short.__getitem__):
+            yield from batches[index].tolist()
+
+
+def collate(
+    rows: Sequence[Mapping[str, Any]], *, pad_token_id: int
+) -> dict[str, Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]]:
+    """Pad rows of `input_ids` and `segment_ids` on the right to the longest one; int64. `is_target`, if there, bool.
 
     Padding is what has segment 0, never what equals `pad_token_id`: a model may share that id with a real token.
     """
@@ -26,7 +59,16 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int) -> dict[str
                 f"input_ids and segment_ids of a row must be equally long; got {len(ids)} and {len(segments)}"
                 f" in row {index}. Give each token its segment."
             )
-    return {
+    batch: dict[str, Tensor] = {
         "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),  # (B, L)
         "segment_ids": pad_sequence(segment_ids, batch_first=True, padding_value=PADDING_SEGMENT),
     }
+    if "is_target" in rows[0]:
+        is_target = [torch.as_tensor(row["is_target"], dtype=torch.bool) for row in rows]
+        batch["is_target"] = pad_sequence(is_target, batch_first=True, padding_value=False)
+    return batch
+
+
+def targets_of(batch: Mapping[str, Tensor]) -> Bool[Tensor, "*batch seq"]:
+    """Say which positions may be noised and count in the loss: `is_target`, or all tokens where there is none."""
+    return batch["is_target"] if "is_target" in batch else batch["segment_ids"] > PADDING_SEGMENT

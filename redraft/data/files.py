@@ -12,14 +12,23 @@ TEXT_SUFFIXES = {".txt", ".md", ".py"}
 SUFFIXES = [*sorted(TEXT_SUFFIXES), ".jsonl", ".json", ".csv", ".parquet"]
 
 
-def read_file(path: Path, *, text_field: str) -> Iterator[str | None]:
-    """Read a file by its suffix: text is one document, a table or a list of records holds many in `text_field`."""
-    if path.suffix in TEXT_SUFFIXES:
-        return iter([_decode(path.read_bytes(), where=str(path))])
+Record = tuple[str, Any]
+"""A record and where it stands."""
+
+
+def read_text(path: Path) -> str:
+    """Read a text file; ValueError where it is no UTF-8 text."""
+    return _decode(path.read_bytes(), where=str(path))
+
+
+def read_records(path: Path, *, field: str | None = None) -> Iterator[Record]:
+    """Read a table or a list of records; of a table only the column `field`, if it is given."""
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix in TEXT_SUFFIXES:
+        raise ValueError(f"{str(path)!r} is text, which holds no records. Give one of {', '.join(readers)}.")
     if path.suffix not in readers:
         raise ValueError(f"{str(path)!r} is of no known kind ({path.suffix!r}). Known are {', '.join(SUFFIXES)}.")
-    return readers[path.suffix](path, text_field)
+    return readers[path.suffix](path, field)
 
 
 def cut_at_blank_lines(document: str, *, at_least: int) -> Iterator[str]:
@@ -34,22 +43,22 @@ def cut_at_blank_lines(document: str, *, at_least: int) -> Iterator[str]:
         yield part
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str | None]:
+def _read_jsonl(path: Path, _: str | None) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
             if line.strip():
-                yield _text_of(_parse_json(_decode(line, where=where), where=where), text_field, where=where)
+                yield where, _parse_json(_decode(line, where=where), where=where)
 
 
-def _read_json(path: Path, text_field: str) -> Iterator[str | None]:
+def _read_json(path: Path, _: str | None) -> Iterator[Record]:
     content = _decode(path.read_bytes(), where=str(path))
     records = _parse_json(content, where=str(path)) if content.strip() else []
     for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
-        yield _text_of(record, text_field, where=f"{path}, record {number}")
+        yield f"{path}, record {number}", record
 
 
-def _read_csv(path: Path, text_field: str) -> Iterator[str | None]:
+def _read_csv(path: Path, field: str | None) -> Iterator[Record]:
     import pandas
 
     content = _decode(path.read_bytes(), where=str(path))
@@ -57,13 +66,15 @@ def _read_csv(path: Path, text_field: str) -> Iterator[str | None]:
         return
     try:
         for table in pandas.read_csv(StringIO(content), dtype=str, keep_default_na=False, chunksize=10_000):
-            require_field(table.columns, text_field, where=str(path))
-            yield from table[text_field]
+            if field is not None:
+                require_field(table.columns, field, where=str(path))
+            for row in table[[field] if field else list(table.columns)].to_dict("records"):
+                yield str(path), row
     except pandas.errors.ParserError as error:
         raise ValueError(f"{path}: not a CSV table ({str(error).strip()}). Quote such fields.") from error
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str | None]:
+def _read_parquet(path: Path, field: str | None) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -71,10 +82,22 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str | None]:
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a parquet file ({str(error).strip()}). Write it again.") from error
-    require_field(table.schema_arrow.names, text_field, where=str(path))
-    for batch in table.iter_batches(columns=[text_field]):
-        for document in batch.column(0).to_pylist():
-            yield require_text(document, text_field, where=str(path))
+    if field is not None:
+        require_field(table.schema_arrow.names, field, where=str(path))
+    rows = (row for batch in table.iter_batches(columns=[field] if field else None) for row in batch.to_pylist())
+    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def rows_of_dataset(dataset: Any, *, where: str, field: str | None) -> Iterator[Record]:
+    """Read the rows of a `datasets` dataset, in memory or streamed; only `field`, if it is given."""
+    number = 0
+    for batch in dataset.iter(batch_size=1000):
+        if field is not None:
+            require_field(batch, field, where=where)
+        columns = {field: batch[field]} if field is not None else dict(batch)
+        for row in zip(*columns.values(), strict=True):
+            number += 1
+            yield f"{where}, row {number}", dict(zip(columns, row, strict=True))
 
 
 def why_not_text(content: bytes) -> str | None:
@@ -102,7 +125,8 @@ def _parse_json(content: str, *, where: str) -> Any:
         raise ValueError(f"{place}: not JSON ({error.msg}, column {error.colno}). Mend or remove it.") from error
 
 
-def _text_of(record: Any, text_field: str, *, where: str) -> str | None:
+def text_of(record: Any, text_field: str, *, where: str) -> str | None:
+    """Take the document (or null) out of a record; ValueError where there is none."""
     if not isinstance(record, Mapping):
         raise ValueError(f'{where}: a record must be {{"{text_field}": "..."}}; got {type(record).__name__}. Wrap it.')
     require_field(record, text_field, where=where)

@@ -3,21 +3,31 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from random import Random
+from typing import Any, Literal
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from redraft.data.cache import cache_key, cached_folder
-from redraft.data.packing import PackingReport, WindowDataset, Windows, join_windows, pack_stream
-from redraft.data.sources import read_documents, source_fingerprint
+from redraft.data.cache import cache_key, cached_folder, is_whole
+from redraft.data.chat import ChatConfig, encode_conversations, plain_text, with_chat_template
+from redraft.data.packing import (
+    PackingReport,
+    TargetWindows,
+    WindowDataset,
+    Windows,
+    join_windows,
+    pack_conversations,
+    pack_stream,
+)
+from redraft.data.sources import exists, read_documents, source_fingerprint
 from redraft.data.splits import Split, split_of
+from redraft.data.store import Batch, open_windows, write_windows
 from redraft.data.tokenizer import (
     SMALLEST_VOCAB_SIZE,
     Tokenizer,
@@ -28,9 +38,11 @@ from redraft.data.tokenizer import (
     train_tokenizer,
 )
 
-FORMAT = 1  # of the cache: raise it where the same settings give other windows
+FORMAT = 2  # of the cache: raise it where the same settings give other windows
 SHUFFLE_BUFFER_DOCUMENTS = 1000
 SPLITS: tuple[Split, ...] = ("train", "validation")
+BUILT = "redraft-data.json"  # what a folder of `build` was built from
+BUILT_SETTINGS = ("kind", "seq_len", "validation_fraction", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +51,22 @@ class DataConfig:
 
     source: str = "stdlib"
     """stdlib (Python's own library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a dataset of
-    save_to_disk, or a hub id such as owner/name:config@split."""
+    save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
+    SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents)."""
+    kind: Literal["text", "chat"] = "text"
+    """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers."""
     text_field: str = "text"
-    """Field that holds the text of a record."""
+    """Field that holds the text of a record (kind text)."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """How conversations become tokens and targets (kind chat)."""
     seq_len: int = 256
     """Tokens per window."""
     validation_fraction: float = 0.05
     """Fraction of the documents for validation, chosen by the hash of their text; 0 for none."""
     isolate_documents: bool = False
     """No attention across documents in a window; positions restart at each."""
+    random_length: float = 0.0
+    """Probability that a training window is cut to a uniformly random length (LLaDA's pretraining: 0.01; kind text)."""
     max_documents: int | None = None
     """Use the source's first documents only."""
     streaming: bool = False
@@ -73,23 +92,59 @@ class DataConfig:
             raise ValueError(f"max_documents must be at least 1, or None for all; got {self.max_documents}.")
         if not self.source:
             raise ValueError("source must not be empty; got ''. Give 'stdlib', a path or a hub id.")
+        if not 0 <= self.random_length <= 1:
+            raise ValueError(f"random_length is a probability in [0, 1]; got {self.random_length}. LLaDA's is 0.01.")
+        if self.kind == "chat":
+            self._check_chat()
+
+    def _check_chat(self) -> None:
+        if self.streaming and self.chat.batching == "grouped":
+            raise ValueError("chat.batching grouped needs all lengths, which a stream does not tell. Use packed.")
+        if self.random_length:
+            raise ValueError("random_length is for kind text: a conversation cut anywhere may lose its answer. Use 0.")
+        if self.chat.eos == "to-block-end" and self.seq_len % self.chat.block_size:
+            raise ValueError(
+                f"chat.block_size must divide seq_len with chat.eos to-block-end; got {self.chat.block_size} and"
+                f" {self.seq_len}. Change one of them."
+            )
+
+    @property
+    def isolates_segments(self) -> bool:
+        """Whether the segments of a window must not see each other; conversations never do."""
+        return self.isolate_documents or self.kind == "chat"
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether a batch may hold padding."""
+        return self.kind == "chat" or self.random_length > 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StreamedWindows(IterableDataset[dict[str, Tensor]]):
-    """Training windows packed on the fly; each worker of a DataLoader packs every n-th document."""
+    """Training windows packed on the fly; each worker of a DataLoader packs every n-th document.
+
+    Pass after pass without end where `is_endless`, each shuffled anew: the n-th window is a function of n alone, so
+    skipping n windows resumes exactly, in whichever pass.
+    """
 
     config: DataConfig
     tokenizer: Tokenizer
+    is_endless: bool = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        documents, worker, report = _documents(self.config, "train"), get_worker_info(), PackingReport()
+        numbers = count()
+        for number_of_pass in count() if self.is_endless else range(1):
+            yield from self._one_pass(number_of_pass, numbers)
+
+    def _one_pass(self, number_of_pass: int, numbers: Iterator[int]) -> Iterator[dict[str, Tensor]]:
+        documents, worker = _documents(self.config, "train", number_of_pass=number_of_pass), get_worker_info()
+        report = PackingReport()
         if worker is not None:
             documents = islice(documents, worker.id, None, worker.num_workers)
         for windows, report in _pack(documents, self.config, self.tokenizer):  # noqa: B007
-            dataset = WindowDataset(windows=windows)
-            yield from (dataset[index] for index in range(len(dataset)))
-        if worker is None:
+            dataset = _dataset(windows, self.config)
+            yield from (dataset.row(index, number=next(numbers)) for index in range(len(dataset)))
+        if worker is None or self.is_endless:
             _require_window(report, self.config, "train")
 
 
@@ -112,28 +167,87 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Prepar
     `tokenizer` goes before `config.tokenizer`. The cache's key holds the hash of the documents' text, so it is never
     stale. Raises ValueError for a source that cannot be read and for a split without one whole window.
     """
+    if exists(Path(config.source).expanduser() / BUILT):
+        return _open_built(config, tokenizer)
     if config.streaming:
         return _prepare_stream(config, tokenizer)
-    fingerprint = source_fingerprint(config.source, text_field=config.text_field, max_documents=config.max_documents)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, fingerprint)
-    key = cache_key(
+    fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))
+    tokenizer = _tokenizer(config, tokenizer, fingerprint)
+    key = _key(config, tokenizer, fingerprint)
+    build = partial(_write_splits, config=config, tokenizer=tokenizer)
+    return _opened(cached_folder(_cache_dir(config) / f"windows-{key}", build=build), config, tokenizer)
+
+
+def build_data(config: DataConfig, out: Path) -> PreparedData:
+    """Write a source's windows and their tokenizer into a folder that `DataConfig.source` takes in place of the source.
+
+    The folder appears when it is whole; what a killed build left is begun again. Raises ValueError where `out` holds
+    anything else.
+    """
+    fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))
+    tokenizer = _tokenizer(config, None, fingerprint)
+    built = {name: value for name, value in asdict(config).items() if name in BUILT_SETTINGS}
+    content = json.dumps({"key": _key(config, tokenizer, fingerprint), "source": config.source, "settings": built})
+
+    def build(folder: Path) -> None:
+        _write_splits(folder, config=config, tokenizer=tokenizer)
+        tokenizer.save_pretrained(folder)
+        (folder / BUILT).write_text(content)
+
+    if out.exists() and not (is_whole(out) and (out / BUILT).exists() and (out / BUILT).read_text() == content):
+        raise ValueError(f"{str(out)!r} holds something else than this build. Choose another folder or remove it.")
+    return _opened(cached_folder(out, build=build), config, tokenizer)
+
+
+def _open_built(config: DataConfig, tokenizer: Tokenizer | None) -> PreparedData:
+    """Open a folder of `build_data`. Raises ValueError where it is damaged or was built otherwise."""
+    folder = Path(config.source).expanduser()
+    if not is_whole(folder):
+        raise ValueError(f"the built data in {str(folder)!r} are damaged or not whole. Build them again.")
+    built, wanted = json.loads((folder / BUILT).read_text())["settings"], asdict(config)
+    for name in BUILT_SETTINGS:
+        if built[name] != wanted[name] and (name != "chat" or config.kind == "chat"):
+            raise ValueError(
+                f"{str(folder)!r} was built with {name}={built[name]!r}; got {wanted[name]!r}. Set data.{name} to it,"
+                " or build again."
+            )
+    own = load_tokenizer(folder)
+    if tokenizer is None and config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(own):
+        raise ValueError(
+            f"{str(folder)!r} was built with another tokenizer than {config.tokenizer or 'the one given'}."
+            " Leave data.tokenizer out to take its own, or build again."
+        )
+    return _opened(folder, config, own)
+
+
+def _opened(folder: Path, config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
+    (train, train_report), (validation, validation_report) = (open_windows(folder, split) for split in SPLITS)
+    return PreparedData(
+        train=_dataset(train, config),
+        validation=_dataset(validation, replace(config, random_length=0.0)),
+        tokenizer=tokenizer,
+        train_report=train_report,
+        validation_report=validation_report,
+    )
+
+
+def _dataset(windows: Windows | TargetWindows, config: DataConfig) -> WindowDataset:
+    is_trimmed = config.kind == "chat" and config.chat.batching == "grouped"
+    return WindowDataset(windows=windows, is_trimmed=is_trimmed, random_length=config.random_length)
+
+
+def _key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> str:
+    is_chat = config.kind == "chat"
+    return cache_key(
         format=FORMAT,
         source=fingerprint,
         tokenizer=tokenizer_fingerprint(tokenizer),
         seq_len=config.seq_len,
         validation_fraction=config.validation_fraction,
         shuffle_seed=config.shuffle_seed,
-    )
-    build = partial(_write_splits, config=config, tokenizer=tokenizer)
-    folder = cached_folder(_cache_dir(config) / f"windows-{key}", build=build)
-    (train, train_report), (validation, validation_report) = (_open_split(folder, split) for split in SPLITS)
-    return PreparedData(
-        train=train,
-        validation=validation,
-        tokenizer=tokenizer,
-        train_report=train_report,
-        validation_report=validation_report,
+        chat=asdict(config.chat) | {"rendered": tokenizer.chat_template} if is_chat else None,
     )
 
 
@@ -142,12 +256,14 @@ def _prepare_stream(config: DataConfig, tokenizer: Tokenizer | None) -> Prepared
         if config.tokenizer is None:
             raise ValueError("streaming needs a tokenizer; got None. Give a folder or hub id, or do not stream.")
         tokenizer = load_tokenizer(config.tokenizer)
+    if config.kind == "chat":
+        tokenizer = with_chat_template(tokenizer, config.chat)
     batches = _pack(_documents(config, "validation"), config, tokenizer)
     windows, report = join_windows(batches, seq_len=config.seq_len, num_windows=config.validation_windows)
     _require_window(report, config, "validation")
     return PreparedData(
         train=StreamedWindows(config=config, tokenizer=tokenizer),
-        validation=WindowDataset(windows=windows),
+        validation=_dataset(windows, replace(config, random_length=0.0)),
         tokenizer=tokenizer,
         train_report=None,
         validation_report=report,
@@ -158,6 +274,17 @@ def _cache_dir(config: DataConfig) -> Path:
     if config.cache_dir:
         return Path(config.cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redraft" / "data"
+
+
+def _reading(config: DataConfig) -> dict[str, Any]:
+    """Settings of `read_documents`."""
+    return {"text_field": config.text_field, "kind": config.kind, "skip_bad": config.chat.skip_bad}
+
+
+def _tokenizer(config: DataConfig, tokenizer: Tokenizer | None, fingerprint: str) -> Tokenizer:
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, fingerprint)
+    return with_chat_template(tokenizer, config.chat) if config.kind == "chat" else tokenizer
 
 
 def _trained_tokenizer(config: DataConfig, fingerprint: str) -> Tokenizer:
@@ -171,29 +298,22 @@ def _write_tokenizer(folder: Path, *, config: DataConfig) -> None:
     if next(_documents(config, "train"), None) is None:
         _require_window(PackingReport(), config, "train")
     documents = _with_progress(_documents(config, "train"), "train the tokenizer")
-    train_tokenizer(documents, vocab_size=config.vocab_size).save_pretrained(folder)
+    texts = map(plain_text, documents) if config.kind == "chat" else documents
+    train_tokenizer(texts, vocab_size=config.vocab_size).save_pretrained(folder)
 
 
 def _write_splits(folder: Path, *, config: DataConfig, tokenizer: Tokenizer) -> None:
     for split in SPLITS:
-        documents = _with_progress(_documents(config, split), f"tokenise {split}")
-        windows, report = join_windows(_pack(documents, config, tokenizer), seq_len=config.seq_len)
+        batches = _pack(_with_progress(_documents(config, split), f"tokenise {split}"), config, tokenizer)
+        report = write_windows(folder, split, batches, seq_len=config.seq_len, vocab_size=len(tokenizer))
         _require_window(report, config, split)
-        for name, column in windows._asdict().items():
-            np.save(folder / f"{split}.{name}.npy", column)
-        (folder / f"{split}.json").write_text(json.dumps(asdict(report)))
 
 
-def _open_split(folder: Path, split: Split) -> tuple[WindowDataset, PackingReport]:
-    windows = Windows(*(np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in Windows._fields))
-    return WindowDataset(windows=windows), PackingReport(**json.loads((folder / f"{split}.json").read_text()))
-
-
-def _documents(config: DataConfig, split: Split) -> Iterator[str]:
+def _documents(config: DataConfig, split: Split, *, number_of_pass: int = 0) -> Iterator[str]:
     """Read one split, the training documents shuffled inside a buffer: no corpus need fit into memory."""
     if split == "validation" and not config.validation_fraction:
         return
-    documents = read_documents(config.source, text_field=config.text_field, streaming=config.streaming)
+    documents = read_documents(config.source, streaming=config.streaming, **_reading(config))
     documents = (
         document
         for document in islice(documents, config.max_documents)
@@ -202,22 +322,34 @@ def _documents(config: DataConfig, split: Split) -> Iterator[str]:
     if split == "validation" or config.shuffle_seed is None:
         yield from documents
         return
-    random = Random(config.shuffle_seed)
+    random = Random(config.shuffle_seed + number_of_pass)
     while buffer := list(islice(documents, SHUFFLE_BUFFER_DOCUMENTS)):
         random.shuffle(buffer)
         yield from buffer
 
 
-def _pack(
-    documents: Iterable[str], config: DataConfig, tokenizer: Tokenizer
-) -> Iterator[tuple[Windows, PackingReport]]:
-    eos_token_id, encode = require_eos_token(tokenizer), partial(encode_documents, tokenizer)
-    return pack_stream(documents, encode=encode, seq_len=config.seq_len, eos_token_id=eos_token_id)
+def _pack(documents: Iterable[str], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Batch]:
+    eos_token_id = require_eos_token(tokenizer)
+    if config.kind == "text":
+        encode = partial(encode_documents, tokenizer)
+        return pack_stream(documents, encode=encode, seq_len=config.seq_len, eos_token_id=eos_token_id)
+    return pack_conversations(
+        documents,
+        encode=partial(encode_conversations, tokenizer, config=config.chat, seq_len=config.seq_len),
+        seq_len=config.seq_len,
+        pad_token_id=eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        one_per_window=config.chat.batching == "grouped",
+    )
 
 
 def _require_window(report: PackingReport, config: DataConfig, split: Split) -> None:
     if report.num_windows or (split == "validation" and not config.validation_fraction):
         return
+    if report.num_too_long:
+        raise ValueError(
+            f"all {report.num_too_long} conversations of the {split} split of {config.source!r} are longer than"
+            f" seq_len={config.seq_len}. Use a larger seq_len."
+        )
     raise ValueError(
         f"the {split} split of {config.source!r} has {report.num_tokens} tokens in {report.num_documents} documents;"
         f" one window needs seq_len={config.seq_len}. Use a smaller seq_len, more documents (a text file is one,"

@@ -5,8 +5,9 @@ import logging
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from typing import Any
 from redraft.data.files import (
     SUFFIXES,
     TEXT_SUFFIXES,
+    Record,
     cut_at_blank_lines,
     listed,
-    read_file,
-    require_field,
-    require_text,
+    read_records,
+    read_text,
+    rows_of_dataset,
+    text_of,
     why_not_text,
 )
+from redraft.data.mixture import interleave, parse_mixture
+from redraft.data.records import Kind, record_parser
 
 logger = logging.getLogger(__name__)
 
@@ -31,34 +36,69 @@ SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
 
 
-def read_documents(source: str, *, text_field: str = "text", streaming: bool = False) -> Iterator[str]:
+Parse = Callable[[str, Any], str | None]
+"""Where a record stands and the record -> its document."""
+
+
+def read_documents(
+    source: str,
+    *,
+    text_field: str = "text",
+    kind: Kind = "text",
+    skip_bad: bool = False,
+    streaming: bool = False,
+) -> Iterator[str]:
     """Read a source's documents, always in the same order. Documents without a character (or null) are skipped.
 
     `stdlib`: the running Python's own library without its tests. A file: .txt, .md and .py are one document each (a
     long one that is the whole source is cut at blank lines, see `cut_at_blank_lines`); .jsonl, .json (a list of
     records, or one), .csv and .parquet hold one per record in `text_field`. A folder: all such files below it sorted
     by path, without hidden ones; text that is not UTF-8 is skipped with a warning. A folder of datasets'
-    `save_to_disk`, or a hub id, both with `@split` (default train), a hub id also with `:config`.
+    `save_to_disk`, or a hub id, both with `@split` (default train), a hub id also with `:config`. A mixture of such
+    sources: `SOURCE:WEIGHT,SOURCE:WEIGHT` (`data.mixture`).
+    `kind="chat"` and `"preference"` read records as conversations and pairs; a document is their JSON (`data.records`);
+    `skip_bad` skips malformed ones.
     `streaming` does not download a hub dataset first; everything else is read lazily anyway.
 
     Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
     """
-    documents: Iterator[str | None]
-    if source == STDLIB:
-        documents = _read_stdlib()
-    elif (path := Path(source).expanduser()).exists():
-        documents = _read_path(path, split=None, text_field=text_field)
-    elif "@" in source and (path := Path(source.rpartition("@")[0]).expanduser()).is_dir():
-        documents = _read_path(path, split=source.rpartition("@")[2], text_field=text_field)
-    else:
-        documents = _read_hub(source, text_field=text_field, streaming=streaming)
-    return _not_empty(documents, source)
+    if not exists(Path(source).expanduser()) and (parts := parse_mixture(source)):
+        read = partial(read_documents, text_field=text_field, kind=kind, skip_bad=skip_bad, streaming=streaming)
+        return interleave([(islice(read(part.source), part.limit), part.weight) for part in parts])
+    if source == STDLIB and kind == "text":
+        return _not_empty(_read_stdlib(), source)
+    field = text_field if kind == "text" else None
+    parse = _text_parser(text_field) if kind == "text" else record_parser(kind, skip_bad=skip_bad)
+    return _not_empty(_read_source(source, field=field, parse=parse, streaming=streaming), source)
 
 
-def source_fingerprint(source: str, *, text_field: str = "text", max_documents: int | None = None) -> str:
-    """Return the sha256 of a source's documents and their order; where they are stored does not matter."""
+def _read_source(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
+    if exists(path := Path(source).expanduser()):
+        return _read_path(path, split=None, field=field, parse=parse)
+    if "@" in source and (path := Path(source.rpartition("@")[0]).expanduser()).is_dir():
+        return _read_path(path, split=source.rpartition("@")[2], field=field, parse=parse)
+    return _read_hub(source, field=field, parse=parse, streaming=streaming)
+
+
+def _text_parser(text_field: str) -> Parse:
+    return lambda where, record: text_of(record, text_field, where=where)
+
+
+def exists(path: Path) -> bool:
+    """Say whether there is such a path; one too long to be any is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def source_fingerprint(source: str, *, max_documents: int | None = None, **settings: Any) -> str:
+    """Return the sha256 of a source's documents and their order; where they are stored does not matter.
+
+    `settings` are those of `read_documents`.
+    """
     digest = hashlib.sha256()
-    for document in islice(read_documents(source, text_field=text_field), max_documents):
+    for document in islice(read_documents(source, **settings), max_documents):
         content = document.encode()
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()
@@ -88,32 +128,39 @@ def _read_stdlib() -> Iterator[str]:
             yield content.decode("utf-8-sig")
 
 
-def _read_path(path: Path, *, split: str | None, text_field: str) -> Iterator[str | None]:
+def _read_path(path: Path, *, split: str | None, field: str | None, parse: Parse) -> Iterator[str | None]:
     if path.is_dir() and any((path / name).exists() for name in SAVED_DATASET_FILES):
-        return _read_saved_dataset(path, split=split or "train", text_field=text_field)
+        rows = rows_of_dataset(_load_saved(path, split=split or "train"), where=str(path), field=field)
+        return _parsed(rows, parse)
     if split is not None:
         raise ValueError(f"only a dataset has splits; {str(path)!r} is a folder of files. Leave @{split} out.")
     if path.is_dir():
-        return _read_folder(path, text_field=text_field)
-    documents = read_file(path, text_field=text_field)
-    if path.suffix not in TEXT_SUFFIXES:
-        return documents
+        return _read_folder(path, field=field, parse=parse)
+    if field is None or path.suffix not in TEXT_SUFFIXES:
+        return _parsed(read_records(path, field=field), parse)
     # The text is the whole corpus: as one document it could not be split into training and validation.
-    return (part for text in documents if text for part in cut_at_blank_lines(text, at_least=LONG_TEXT_CHARACTERS))
+    return cut_at_blank_lines(read_text(path), at_least=LONG_TEXT_CHARACTERS)
 
 
-def _read_folder(folder: Path, *, text_field: str) -> Iterator[str | None]:
-    files = [path for path in _walk(folder, pruned={"__pycache__"}) if path.suffix in SUFFIXES]
+def _parsed(records: Iterable[Record], parse: Parse) -> Iterator[str | None]:
+    return (parse(where, record) for where, record in records)
+
+
+def _read_folder(folder: Path, *, field: str | None, parse: Parse) -> Iterator[str | None]:
+    suffixes = [suffix for suffix in SUFFIXES if field is not None or suffix not in TEXT_SUFFIXES]
+    files = [path for path in _walk(folder, pruned={"__pycache__"}) if path.suffix in suffixes]
     if not files:
-        raise ValueError(f"folder {str(folder)!r} holds no file to read. Known are {', '.join(SUFFIXES)}.")
+        raise ValueError(f"folder {str(folder)!r} holds no file to read. Known are {', '.join(suffixes)}.")
     for path in files:
-        if path.suffix in TEXT_SUFFIXES and (reason := why_not_text(path.read_bytes())):
+        if path.suffix not in TEXT_SUFFIXES:
+            yield from _parsed(read_records(path, field=field), parse)
+        elif reason := why_not_text(path.read_bytes()):
             logger.warning("Skipped %s: it %s.", path, reason)
         else:
-            yield from read_file(path, text_field=text_field)
+            yield read_text(path)
 
 
-def _read_saved_dataset(folder: Path, *, split: str, text_field: str) -> Iterator[str | None]:
+def _load_saved(folder: Path, *, split: str) -> Any:
     import datasets
 
     try:
@@ -124,10 +171,10 @@ def _read_saved_dataset(folder: Path, *, split: str, text_field: str) -> Iterato
         if split not in dataset:
             raise ValueError(f"{str(folder)!r} has no split {split!r}; it has {listed(split, dataset)}.")
         dataset = dataset[split]
-    return _read_rows(dataset, text_field, where=str(folder))
+    return dataset
 
 
-def _read_hub(source: str, *, text_field: str, streaming: bool) -> Iterator[str | None]:
+def _read_hub(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
     match = HUB_ID.fullmatch(source)
     if not match or Path(source).suffix in SUFFIXES:
         raise ValueError(
@@ -143,14 +190,7 @@ def _read_hub(source: str, *, text_field: str, streaming: bool) -> Iterator[str 
             f"no file or folder {source!r}, and the hub did not give it: {' '.join(str(error).split())}"
             f"{_similar_paths(source)} Give an existing path, {STDLIB!r}, or a hub id that is reachable or cached."
         ) from error
-    return _read_rows(dataset, text_field, where=source)
-
-
-def _read_rows(dataset: Any, text_field: str, *, where: str) -> Iterator[str | None]:
-    for batch in dataset.iter(batch_size=1000):
-        require_field(batch, text_field, where=where)
-        for document in batch[text_field]:
-            yield require_text(document, text_field, where=where)
+    return _parsed(rows_of_dataset(dataset, where=source, field=field), parse)
 
 
 def _similar_paths(source: str) -> str:

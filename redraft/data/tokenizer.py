@@ -146,11 +146,11 @@ def _piece_bytes(piece: str) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the sha256 of all that decides how the tokenizer encodes and ends a document."""
+    """Return the sha256 of all that decides how a tokenizer encodes and ends a document; ValueError without an end."""
     _require_fast(tokenizer)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     del content["padding"], content["truncation"]  # left over from the last call
-    content["eos_token_id"] = tokenizer.eos_token_id
+    content["eos_token_id"] = require_eos_token(tokenizer)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

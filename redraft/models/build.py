@@ -1,6 +1,6 @@
 """Models from scratch: stock transformers architectures, bidirectional by their config alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from redraft.errors import unknown_name
@@ -11,8 +11,10 @@ DEFAULT_MAX_POSITIONS = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a model trained from scratch: a size, or explicit numbers that overrule it."""
+    """The shape of a random model (a size, or explicit numbers that overrule it), or the model to go on from."""
 
+    start: str | None = None
+    """Folder or hub id of a diffusion model to go on from (`redraft convert` makes one); brings shape and tokenizer."""
     size: str = "5m"
     """Named shape: 1m, 5m, 14m, 30m, 135m (counted at a vocabulary of 4 k to 8 k; 135m at 49 k)."""
     architecture: str = "llama"
@@ -31,6 +33,10 @@ class ModelConfig:
     """Attention dropout, as a probability."""
 
     def __post_init__(self) -> None:
+        if self.start is not None and (given := [f"model.{name}" for name in self._shape_given()]):
+            raise ValueError(
+                f"model.start brings its own shape; got {', '.join(given)} beside it. Leave out one or the other."
+            )
         if self.size not in _SHAPES:
             raise unknown_name("model.size", self.size, _SHAPES)
         if self.architecture not in _ARCHITECTURES:
@@ -44,6 +50,10 @@ class ModelConfig:
             raise ValueError(
                 f"model.num_heads must divide model.hidden_size; got {shape.num_heads} heads and {shape.hidden_size}."
             )
+
+    def _shape_given(self) -> list[str]:
+        others = [field for field in fields(self) if field.name != "start"]
+        return [field.name for field in others if getattr(self, field.name) != field.default]
 
     @property
     def shape(self) -> "Shape":

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 
@@ -29,6 +29,8 @@ class Canvas:
 
     tokens: Int[Tensor, "batch seq"]
     status: UInt8[Tensor, "batch seq"]
+    confidence: Float[Tensor, "batch seq"]
+    """Probability of each placed token when it was placed; 0 where the sampler placed none."""
 
     @property
     def is_noise(self) -> Bool[Tensor, "batch seq"]:
@@ -40,18 +42,43 @@ class Canvas:
         """1 for what is seen, 0 for padding (`layouts.attention_mask`)."""
         return (self.status != Status.PAD).long()
 
-    def commit(self, where: Bool[Tensor, "batch seq"], tokens: Int[Tensor, "batch seq"]) -> "Canvas":
-        """Decide positions; only noise can be committed."""
+    @property
+    def is_draft(self) -> Bool[Tensor, "batch seq"]:
+        """Positions that are shown but may still change."""
+        return self.status == Status.DRAFT
+
+    def place(
+        self,
+        where: Bool[Tensor, "batch seq"],
+        tokens: Int[Tensor, "batch seq"],
+        confidence: Float[Tensor, "batch seq"],
+        *,
+        status: Status = Status.COMMITTED,
+    ) -> "Canvas":
+        """Put tokens down, decided or as drafts."""
         return Canvas(
             tokens=torch.where(where, tokens, self.tokens),
-            status=torch.where(where, torch.full_like(self.status, Status.COMMITTED), self.status),
+            status=torch.where(where, int(status), self.status),
+            confidence=torch.where(where, confidence, self.confidence),
         )
+
+    def reopen(self, where: Bool[Tensor, "batch seq"], noise: Int[Tensor, "batch seq"]) -> "Canvas":
+        """Turn positions back into noise."""
+        return self.place(where, noise, torch.zeros_like(self.confidence), status=Status.NOISE)
+
+    def settle(self, where: Bool[Tensor, "batch seq"]) -> "Canvas":
+        """Decide the drafts among these positions as they are."""
+        return self.place(where & self.is_draft, self.tokens, self.confidence)
 
     def rows(self, index: Int[Tensor, "kept"] | Bool[Tensor, "batch"]) -> "Canvas":
         """Keep some rows, and no more columns than they need."""
-        tokens, status = self.tokens[index], self.status[index]
+        status = self.status[index]
         length = int((status != Status.PAD).sum(dim=1).max())  # sync: only when rows leave
-        return Canvas(tokens=tokens[:, :length], status=status[:, :length])
+        return Canvas(
+            tokens=self.tokens[index, :length],
+            status=status[:, :length],
+            confidence=self.confidence[index, :length],
+        )
 
 
 def build_canvas(
@@ -64,4 +91,5 @@ def build_canvas(
     for i, (row, noise) in enumerate(zip(rows, is_noise, strict=True)):
         tokens[i, : len(row)] = torch.where(noise, noise_token_id, row)
         status[i, : len(row)] = torch.where(noise, int(Status.NOISE), int(Status.GIVEN)).to(torch.uint8)
-    return Canvas(tokens=tokens.to(device), status=status.to(device))
+    confidence = torch.zeros((len(rows), longest))
+    return Canvas(tokens=tokens.to(device), status=status.to(device), confidence=confidence.to(device))

@@ -1,19 +1,42 @@
 """The sampling loop: every sampler is this one with other policies."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
 from redraft.randomness import uniform
-from redraft.sampling.canvas import Canvas
-from redraft.sampling.policies import Confidence, Filled, Frontier, Quota, Score, Stop, Unmask, WholeCanvas, Window
-from redraft.sampling.propose import propose
+from redraft.sampling.budget import Budget, Meter
+from redraft.sampling.caching import ApproximatePlanner, ExactPlanner, Planner
+from redraft.sampling.canvas import Canvas, Status
+from redraft.sampling.forward import Forward, Session
+from redraft.sampling.guidance import Guide
+from redraft.sampling.policies import (
+    Candidates,
+    Confidence,
+    Draws,
+    Filled,
+    Frontier,
+    Quota,
+    Revise,
+    Revision,
+    Score,
+    Stop,
+    Unmask,
+    WholeCanvas,
+)
+from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_TOKEN
+from redraft.sampling.policies.frontier import prompt_end
+from redraft.sampling.policies.unmask import best
+from redraft.sampling.propose import Proposal, propose
+from redraft.sampling.rows import NEVER, Rows, open_window
 
-DRAW_TOKEN, DRAW_ORDER = 0, 1  # what a random number is for
+CacheKind = Literal["none", "exact", "prefix", "dual"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +45,27 @@ class Sampler:
 
     steps: int
     """Denoising steps for a whole row, shared evenly by its blocks (rounded up)."""
+    steps_per_block: int | None = None
+    """Steps for each block instead."""
     frontier: Frontier = field(default_factory=WholeCanvas)
     score: Score = field(default_factory=Confidence)
     unmask: Unmask = field(default_factory=Quota)
+    revise: Revise | None = None
     stop: Stop = field(default_factory=Filled)
+    cache: CacheKind = "none"
+    refresh: int | None = None
+    """Steps after which an approximate cache is filled anew inside a block; by default only when a block opens."""
+    layout: Layout | None = None
+    """Attention; by default the model's own."""
+    is_grid_from_prompt: bool = False
+    """Whether the layout's blocks begin at each row's prompt end instead of position 0 (BD3LM)."""
+    noise: Literal["mask", "uniform"] = "mask"
+    """What noise looks like: the mask token, or any token of the vocabulary."""
+    cfg_scale: float = 0.0
+    """Classifier-free guidance; 0 for none."""
+    budget: Budget = field(default_factory=Budget)
+    guides: tuple[Guide, ...] = ()
+    """Changes to the logits before the draw: rewards, logits processors, one's own."""
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
@@ -33,6 +73,8 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}.")
+        if self.steps_per_block is not None and self.steps_per_block < 1:
+            raise ValueError(f"steps_per_block must be at least 1; got {self.steps_per_block}.")
         if self.temperature < 0:
             raise ValueError(
                 f"temperature must not be negative; got {self.temperature}. Use 0 for the likeliest token."
@@ -41,6 +83,26 @@ class Sampler:
             raise ValueError(f"top_p is a share of the mass in (0, 1]; got {self.top_p}.")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1; got {self.top_k}. Leave it out for the whole vocabulary.")
+        if self.refresh is not None and self.refresh < 1:
+            raise ValueError(f"refresh must be at least 1 step; got {self.refresh}.")
+
+    def planner(self, denoiser: Denoiser) -> Planner | None:
+        """Choose how keys and values are kept. Raises ValueError for a cache that the attention does not allow."""
+        layout, shift = self.layout or denoiser.settings.layout, denoiser.settings.shift_logits
+        if self.cache == "none":
+            return None
+        if self.cache == "exact":
+            if layout.block_size is None:
+                raise ValueError(
+                    "cache 'exact' needs block-causal attention, and this model attends to everything. Use 'prefix' "
+                    "or 'dual' (approximate), or 'none'."
+                )
+            return ExactPlanner(layout=layout, shift=shift)
+        if layout.block_size is not None:
+            raise ValueError(
+                f"cache {self.cache!r} approximates full attention, and this model is block-causal. Use 'exact'."
+            )
+        return ApproximatePlanner(is_dual=self.cache == "dual", shift=shift, refresh=self.refresh)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,93 +120,209 @@ class Step:
     confidence: Float[Tensor, "batch seq"]
     """Probability of the proposals; 0 where nothing was open."""
     is_committed: Bool[Tensor, "batch seq"]
-    """What this step decided."""
+    """Noise that got a token in this step."""
+    is_edited: Bool[Tensor, "batch seq"]
+    """Drafts that got another token."""
+    is_reopened: Bool[Tensor, "batch seq"]
+    """Drafts that became noise again."""
     is_done: Bool[Tensor, "batch"]
     """Rows that take no further step."""
 
 
 @torch.no_grad()
-def denoise(denoiser: Denoiser, canvas: Canvas, sampler: Sampler, *, row_keys: Int[Tensor, "batch"]) -> Iterator[Step]:
+def denoise(
+    denoiser: Denoiser,
+    canvas: Canvas,
+    sampler: Sampler,
+    *,
+    row_keys: Int[Tensor, "batch"],
+    session: Session | None = None,
+) -> Iterator[Step]:
     """Denoise a canvas step by step. Every row is as it would be alone: finished rows leave, noise is keyed by row.
 
-    `row_keys` seed the rows: equal keys and prompts give equal tokens, whatever else is in the batch.
+    `row_keys` seed the rows: equal keys and prompts give equal tokens, whatever else is in the batch. A `session` keeps
+    the keys and values of one row for the next call, whose prompt goes on from there. Raises ValueError for a cache
+    that does not fit the model's attention.
     """
-    mask_token_id = denoiser.settings.mask_token_id
+    rows = _begin(canvas, sampler, row_keys)
+    forward = Forward(
+        denoiser,
+        sampler.planner(denoiser),
+        num_positions=canvas.tokens.shape[1],
+        layout=sampler.layout,
+        cfg_scale=sampler.cfg_scale,
+        session=None if sampler.is_grid_from_prompt else session,
+    )
+    never = denoiser.settings.mask_token_id if sampler.noise == "mask" else None
+    noise = _Noise(sampler.noise, denoiser)
+    if sampler.noise == "uniform":
+        rows.canvas = rows.canvas.reopen(rows.canvas.is_noise, noise.draw(rows, step=-1))
+    is_done, index = sampler.stop(rows.canvas), 0
+    meter = Meter(sampler.budget)
+
+    while True:
+        if is_done.any():  # sync: the one question per step
+            kept = (~is_done).nonzero()[:, 0]
+            if not len(kept):
+                return
+            forward.keep(kept, of=len(is_done))
+            rows.keep(kept)
+        left = meter.forwards_left()
+        least = _least(rows, sampler, left)
+        window = open_window(rows, sampler.frontier.in_flight, least)
+        if sampler.revise is None or not sampler.revise.looks_at_drafts:
+            asked = window.is_open & rows.canvas.is_noise
+        else:
+            asked = window.is_open
+        where = asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
+        draws = _draws(rows, where, index)
+        logits = forward(rows, where)
+        for guide in sampler.guides:
+            logits = guide(logits, rows.canvas, where)
+        proposal = _propose(logits, never, draws, sampler)
+        candidates = Candidates(
+            canvas=rows.canvas,
+            window=window,
+            where=where,
+            proposal=proposal,
+            previous=rows.previous,
+            draws=draws,
+        )
+        score = candidates.spread(sampler.score(candidates))
+        is_committed = sampler.unmask(score, candidates)
+        if least is not None:
+            is_committed = _at_least(least, is_committed, score, candidates)
+        revision = sampler.revise(is_committed, candidates) if sampler.revise else None
+        if revision is not None and left == 1:
+            revision = Revision(may_close=torch.ones_like(revision.may_close), edit=revision.edit)
+        step = _apply(rows, candidates, is_committed, revision, noise, index)
+        meter.count()
+        is_done = sampler.stop(rows.canvas)
+        yield replace(step, canvas=rows.canvas, is_done=is_done)
+        index += 1
+
+
+def _begin(canvas: Canvas, sampler: Sampler, row_keys: Int[Tensor, "batch"]) -> Rows:
     block_of = sampler.frontier.blocks(canvas)
     num_blocks = _count_blocks(block_of, canvas.is_noise)
-    rows = torch.arange(canvas.tokens.shape[0], device=canvas.tokens.device)
-    steps_per_block = -(-sampler.steps // num_blocks.clamp(min=1))
-    step_in_block = torch.zeros_like(rows)
-    block = torch.full_like(rows, -1)
-    is_done = sampler.stop(canvas)
-
-    for index in range(canvas.tokens.numel()):  # each step commits a token of each row: never more steps than this
-        if is_done.any():  # sync: the one question per step
-            is_running = ~is_done
-            rows, row_keys, block = rows[is_running], row_keys[is_running], block[is_running]
-            if not len(rows):
-                return
-            step_in_block, steps_per_block = step_in_block[is_running], steps_per_block[is_running]
-            canvas = canvas.rows(is_running)
-            block_of = block_of[is_running][:, : canvas.tokens.shape[1]]
-
-        is_open, now = _open_window(canvas, block_of)
-        step_in_block = torch.where(now == block, step_in_block, 0)
-        block = now
-        window = Window(is_open=is_open, step=step_in_block, num_steps=steps_per_block)
-
-        where = is_open.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
-        logits = denoiser.logits_at(where, canvas.tokens, segment_ids=_segments(canvas))
-        row, position = where // canvas.tokens.shape[1], where % canvas.tokens.shape[1]
-        proposal = propose(
-            logits,
-            never=mask_token_id,
-            u=uniform(row_keys[row], index, position, DRAW_TOKEN) if sampler.temperature else None,
-            temperature=sampler.temperature,
-            top_k=sampler.top_k,
-            top_p=sampler.top_p,
-        )
-        score = sampler.score(proposal, uniform(row_keys[row], index, position, DRAW_ORDER))
-        x_0 = canvas.tokens.flatten().scatter(0, where, proposal.x_0).view_as(canvas.tokens)
-        is_committed = sampler.unmask(_spread(score, where, is_open), window)
-        canvas = canvas.commit(is_committed, x_0)
-        is_done = sampler.stop(canvas)
-        step_in_block = step_in_block + 1
-        yield Step(
-            index=index,
-            rows=rows,
-            canvas=canvas,
-            x_0=x_0,
-            confidence=_spread(proposal.confidence, where, is_open),
-            is_committed=is_committed,
-            is_done=is_done,
-        )
-
-
-def _open_window(
-    canvas: Canvas, block_of: Int[Tensor, "batch seq"]
-) -> tuple[Bool[Tensor, "batch seq"], Int[Tensor, "batch"]]:
-    """Open the noise of each row's first unfinished block; return it and the number of that block."""
-    undecided = torch.where(canvas.is_noise, block_of, torch.iinfo(block_of.dtype).max)
-    block = undecided.amin(dim=1)
-    return canvas.is_noise & (block_of == block[:, None]), block
+    index = torch.arange(canvas.tokens.shape[0], device=canvas.tokens.device)
+    num_steps = -(-sampler.steps // num_blocks.clamp(min=1))
+    if sampler.budget.forwards is not None and sampler.revise is not None and sampler.revise.is_clocked:
+        num_steps = (sampler.budget.forwards // num_blocks.clamp(min=1)).clamp(min=1)
+    return Rows(
+        index=index,
+        keys=row_keys,
+        canvas=canvas,
+        block_of=block_of,
+        origin=prompt_end(canvas) if sampler.is_grid_from_prompt else torch.zeros_like(index),
+        block=torch.full_like(index, NEVER),
+        last_block=torch.full_like(index, NEVER),
+        step=torch.zeros_like(index),
+        num_steps=torch.full_like(index, sampler.steps_per_block) if sampler.steps_per_block else num_steps,
+        since_filled=torch.zeros_like(index),
+        previous=torch.full_like(canvas.tokens, -1),
+    )
 
 
 def _count_blocks(block_of: Int[Tensor, "batch seq"], is_noise: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch"]:
     """Count the blocks of each row that hold noise."""
-    ordered = torch.where(is_noise, block_of, -1).sort(dim=1).values
+    ordered = torch.where(is_noise, block_of, NEVER).sort(dim=1).values
     is_new = torch.ones_like(is_noise)
     is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    return (is_new & (ordered >= 0)).sum(dim=1)
+    return (is_new & (ordered != NEVER)).sum(dim=1)
 
 
-def _segments(canvas: Canvas) -> Int[Tensor, "batch seq"] | None:
-    """Tell attention about padding, if there is more than one row to have any."""
-    return canvas.segment_ids if canvas.tokens.shape[0] > 1 else None
+def _least(rows: Rows, sampler: Sampler, forwards_left: int | None) -> Int[Tensor, "batch"] | None:
+    """Count what a step must commit at least for the budget to suffice; None where there is no budget."""
+    if forwards_left is None:
+        return None
+    num_left = rows.canvas.is_noise.sum(dim=1)
+    if sampler.revise is not None and sampler.revise.is_clocked:
+        return num_left if forwards_left == 1 else torch.zeros_like(num_left)
+    return -(-num_left // forwards_left)
 
 
-def _spread(
-    values: Float[Tensor, "n"], where: Int[Tensor, "n"], like: Bool[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq"]:
-    """Lay values at flattened positions out over the canvas; 0 elsewhere."""
-    return values.new_zeros(like.numel()).scatter(0, where, values).view(like.shape)
+def _at_least(
+    least: Int[Tensor, "batch"],
+    is_committed: Bool[Tensor, "batch seq"],
+    score: Float[Tensor, "batch seq"],
+    candidates: Candidates,
+) -> Bool[Tensor, "batch seq"]:
+    """Commit more, the surest first, where the policy committed too few."""
+    count = torch.maximum(least, is_committed.sum(dim=1))
+    return best(score.masked_fill(is_committed, torch.inf), candidates.is_open_noise, count)
+
+
+def _draws(rows: Rows, where: Int[Tensor, "n"], index: int) -> Draws:
+    seq_len = rows.canvas.tokens.shape[1]
+    return Draws(row_keys=rows.keys, step=index, rows=where // seq_len, positions=where % seq_len)
+
+
+def _propose(logits: Float[Tensor, "n vocab"], never: int | None, draws: Draws, sampler: Sampler) -> Proposal:
+    return propose(
+        logits,
+        never=never,
+        u=draws.uniform(DRAW_TOKEN) if sampler.temperature else None,
+        temperature=sampler.temperature,
+        top_k=sampler.top_k,
+        top_p=sampler.top_p,
+    )
+
+
+def _apply(
+    rows: Rows,
+    candidates: Candidates,
+    is_committed: Bool[Tensor, "batch seq"],
+    revision: Revision | None,
+    noise: "_Noise",
+    index: int,
+) -> Step:
+    """Change the canvas as the policies say, close what is finished, and move each row's clock."""
+    canvas, x_0, confidence = rows.canvas, candidates.x_0, candidates.confidence
+    was_filled = ~candidates.is_open_noise.any(dim=1)
+    nothing = torch.zeros_like(is_committed)
+    edit = reopen = nothing
+    if revision is None:
+        canvas = canvas.place(is_committed, x_0, confidence)
+    else:
+        edit = nothing if revision.edit is None else revision.edit
+        reopen = nothing if revision.reopen is None else revision.reopen
+        redraw = nothing if revision.redraw is None else revision.redraw & ~is_committed
+        canvas = canvas.place(is_committed | edit, x_0, confidence, status=Status.DRAFT)
+        if revision.reopen is not None or revision.redraw is not None:
+            drawn = noise.draw(rows, step=index) if revision.noise is None else revision.noise
+            canvas = canvas.reopen(reopen | redraw, drawn)
+        has_noise = (candidates.window.is_open & canvas.is_noise).any(dim=1)
+        canvas = canvas.settle((revision.may_close & ~has_noise)[:, None].expand_as(is_committed))
+    rows.canvas, rows.previous = canvas, x_0
+    rows.step = rows.step + 1
+    rows.since_filled = rows.since_filled + was_filled.long()
+    return Step(
+        index=index,
+        rows=rows.index,
+        canvas=canvas,
+        x_0=x_0,
+        confidence=confidence,
+        is_committed=is_committed,
+        is_edited=edit,
+        is_reopened=reopen,
+        is_done=nothing[:, 0],
+    )
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Where noise tokens come from."""
+
+    kind: str
+    denoiser: Denoiser
+
+    def draw(self, rows: Rows, *, step: int) -> Int[Tensor, "batch seq"]:
+        """Draw a noise token for every position."""
+        tokens = rows.canvas.tokens
+        if self.kind == "mask":
+            return torch.full_like(tokens, self.denoiser.settings.mask_token_id)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        u = uniform(rows.keys[:, None], step, positions, DRAW_NOISE)
+        vocab_size: int = self.denoiser.model.config.vocab_size
+        return (u * vocab_size).long()

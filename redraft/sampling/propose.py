@@ -1,5 +1,7 @@
 """Proposals: a clean token for each open position, and how likely the model finds it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +13,36 @@ VOCAB_CHUNK = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """Tokens x_0 at n open positions, their probability under the unmodified softmax, and the logits they came from."""
+    """Tokens x_0 at n open positions, and the distributions that they came from.
+
+    All probabilities are those of the unmodified float32 softmax, whatever temperature or cut the draw had.
+    """
 
     x_0: Int[Tensor, "n"]
     confidence: Float[Tensor, "n"]
+    """Probability of x_0."""
     logits: Float[Tensor, "n vocab"]
+    log_normaliser: Float[Tensor, "n"]
+
+    def probability_of(self, tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+        """Return the probability of one token at each position."""
+        return (self.logits.gather(-1, tokens[:, None])[:, 0] - self.log_normaliser).exp()
+
+    def margin(self) -> Float[Tensor, "n"]:
+        """Return the probability of the likeliest token less that of the second."""
+        top = (self.logits.topk(2, dim=-1).values - self.log_normaliser[:, None]).exp()
+        return top[:, 0] - top[:, 1]
+
+    def entropy(self) -> Float[Tensor, "n"]:
+        """Return the entropy in nats."""
+        log_p = self.logits - self.log_normaliser[:, None]
+        return -(log_p.exp() * log_p).nan_to_num(0.0).sum(dim=-1)
 
 
 def propose(
     logits: Float[Tensor, "n vocab"],
     *,
-    never: int,
+    never: int | None,
     u: Float[Tensor, "n"] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -35,15 +56,27 @@ def propose(
     """
     logits = logits.float()
     log_normaliser = logits.logsumexp(dim=-1)
-    allowed = logits.index_fill(-1, torch.tensor([never], device=logits.device), -torch.inf)
-    if temperature == 0:
-        x_0 = allowed.argmax(dim=-1)
-    else:
-        if u is None:
-            raise ValueError(f"a temperature of {temperature} needs random numbers u; got None.")
-        x_0 = _draw(_cut(allowed / temperature, top_k=top_k, top_p=top_p), u)
+    with _without(never, logits):
+        if temperature == 0:
+            x_0 = logits.argmax(dim=-1)
+        else:
+            if u is None:
+                raise ValueError(f"a temperature of {temperature} needs random numbers u; got None.")
+            x_0 = _draw(_cut(logits / temperature, top_k=top_k, top_p=top_p), u)
     confidence = (logits.gather(-1, x_0[:, None])[:, 0] - log_normaliser).exp()
-    return Proposal(x_0=x_0, confidence=confidence, logits=logits)
+    return Proposal(x_0=x_0, confidence=confidence, logits=logits, log_normaliser=log_normaliser)
+
+
+@contextmanager
+def _without(token_id: int | None, logits: Float[Tensor, "n vocab"]) -> Iterator[None]:
+    """Take a token out of the logits for a while, in place: a copy would cost as much as the choice itself."""
+    if token_id is None:
+        yield
+        return
+    kept = logits[:, token_id].clone()
+    logits[:, token_id] = -torch.inf
+    yield
+    logits[:, token_id] = kept
 
 
 def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | None) -> Float[Tensor, "n vocab"]:
@@ -63,7 +96,7 @@ def _draw(logits: Float[Tensor, "n vocab"], u: Float[Tensor, "n"]) -> Int[Tensor
     """Invert the cumulative distribution in two levels, chunk and token, so that float32 sums stay exact enough."""
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
     weights = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % VOCAB_CHUNK))
-    weights = weights.view(len(weights), -1, VOCAB_CHUNK)
+    weights = weights.unflatten(-1, (weights.shape[-1] // VOCAB_CHUNK, VOCAB_CHUNK))
     chunk_ends = weights.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)  # (n, chunks)
     target = u.to(torch.float64)[:, None] * chunk_ends[:, -1:]
     chunk = _first_beyond(chunk_ends, target)

@@ -59,7 +59,10 @@ class Progressed(TrainerCallback):
             return
         if "loss" in logs:
             logs["tokens_per_second"] = round(self._tokens_per_second())
+            logs["efficiency"] = round(self.trainer.efficiency(), 4)  # useful tokens / forwarded tokens
             line = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,} tokens/s"
+            if logs["efficiency"] < 1:
+                line += f" ({100 * logs['efficiency']:.0f} % useful)"
             if self._bar:
                 self._bar.update(self._task, description=line)
             else:

@@ -80,6 +80,8 @@ class TrainConfig:
     """Steps between evaluations (and at the end); 0 for none before the end."""
     eval_windows: int = 512
     """Held-out windows per evaluation, spread evenly."""
+    final_eval_windows: int | None = None
+    """Held-out windows of the evaluation at the end, spread evenly; by default all of them."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -99,12 +101,13 @@ class TrainConfig:
             "accumulation",
             "max_steps",
             "eval_windows",
+            "final_eval_windows",
             "save_every",
             "keep_checkpoints",
             "log_every",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1; got {getattr(self, name)}.")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.{name} must be at least 1; got {value}.")
         if self.eval_every < 0:
             raise ValueError(f"train.eval_every must not be negative; got {self.eval_every}. Use 0 for the end only.")
         if not self.learning_rate > 0:
@@ -126,13 +129,18 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Where the text comes from and how it is cut."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The shape of the model."""
+    """The shape of a random model, or the model to go on from."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The noising process and its loss."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimisation, evaluation and bookkeeping."""
 
     def __post_init__(self) -> None:
+        if self.model.start is not None and self.data.tokenizer is not None:
+            raise ValueError(
+                f"model.start brings its own tokenizer; got data.tokenizer={self.data.tokenizer!r} beside it. Leave "
+                "out one or the other."
+            )
         if self.model.max_positions is not None and self.data.seq_len > self.model.max_positions:
             raise ValueError(
                 f"data.seq_len must not exceed model.max_positions; got {self.data.seq_len} and "

@@ -20,17 +20,17 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
-from redraft.data.prepare import PreparedData, prepare
-from redraft.data.tokenizer import require_mask_token, token_byte_lengths
+from redraft.data.prepare import PreparedData, StreamedWindows, prepare
+from redraft.data.tokenizer import token_byte_lengths
 from redraft.errors import unknown_name
 from redraft.likelihood import Estimate, NoiseKey
-from redraft.models.build import build_model
 from redraft.models.denoiser import Denoiser
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
 from redraft.training.config import RECIPE_FILE, RunConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
 from redraft.training.machine import bfloat16_is_faster, can_compile, keep_freed_memory, runs_on_cpu
+from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
@@ -60,20 +60,19 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     config = _as_begun(config) if resume else _with_precision(config)
     checkpoint = check_folder(folder, resume=resume)
     be_quiet()
-    data = prepare(config.data)
+    start = load_start(config)
+    data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
     _announce_data(data, config, console, is_main=state.is_main_process)
 
     torch.manual_seed(config.train.seed)
-    settings = config.objective.settings(require_mask_token(data.tokenizer))
-    shape = dataclasses.replace(config.model, max_positions=config.model.max_positions or config.data.seq_len)
-    model = build_model(shape, settings, tokenizer=data.tokenizer)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
+    num_parameters = sum(p.numel() for p in denoiser.model.parameters())
     _check_disk(folder, num_parameters, keep=config.train.keep_checkpoints)
-    console.print(f"model: {config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
+    console.print(f"model: {config.model.start or config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
 
     progress = Progressed(console)
     stopped = StoppedBySignal(console)
-    trainer = _build_trainer(config, data, Denoiser(model, settings), [progress, LogFile(folder), stopped])
+    trainer = _build_trainer(config, data, denoiser, [progress, LogFile(folder), stopped])
     progress.trainer = trainer
     config = _prepare_for_speed(config, trainer, console, is_resumed=checkpoint is not None)
     if config.train.max_minutes:
@@ -102,7 +101,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     if stopped.received:
         console.print(f"stopped at step {outcome.steps}. To go on: redraft train {folder} --resume")
         return outcome
-    return _finish(outcome, trainer, data, console)
+    return _finish(outcome, trainer, data, console, num_windows=config.train.final_eval_windows)
 
 
 def _with_precision(config: RunConfig) -> RunConfig:
@@ -172,10 +171,7 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
     for name, report in (("train", data.train_report), ("held out", data.validation_report)):
         if report is None:  # a stream is not read yet
             continue
-        console.print(
-            f"{name}: {report.num_documents:,} documents, {report.num_tokens:,} tokens, {report.num_windows:,} windows "
-            f"of {config.data.seq_len} ({report.num_dropped_tokens} tail tokens dropped)"
-        )
+        console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}", soft_wrap=True)
     rows = config.train.batch_size * config.train.accumulation * PartialState().num_processes
     if data.train_report and data.train_report.num_windows < rows:
         raise ValueError(
@@ -218,15 +214,20 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
     arguments._n_gpu = min(arguments.n_gpu, 1)
     denoiser.model.to(arguments.device)  # before the average is copied from it
     average = WeightAverage(denoiser.model, decay=train.ema_decay) if train.ema_decay else None
+    train_dataset = data.train
+    if isinstance(train_dataset, StreamedWindows):
+        train_dataset = dataclasses.replace(train_dataset, is_endless=True)
     trainer = DiffusionTrainer(
         denoiser,
         config.objective.process(denoiser.settings.mask_token_id),
         args=arguments,
-        train_dataset=data.train,
+        train_dataset=train_dataset,
         eval_dataset=_evenly(data.validation, train.eval_windows),
-        pad_token_id=data.tokenizer.pad_token_id,
+        pad_token_id=data.tokenizer.pad_token_id or 0,  # some have none; padding is told by its segment
         token_byte_lengths=token_byte_lengths(data.tokenizer),
-        isolate_segments=config.data.isolate_documents,
+        has_padding=config.data.has_padding,
+        isolate_segments=config.data.isolates_segments,
+        groups_lengths=config.data.kind == "chat" and config.data.chat.batching == "grouped",
         t_range=(config.objective.t_min, config.objective.t_max),
         average=average,
         callbacks=callbacks + ([Averaging(average)] if average else []),
@@ -297,11 +298,14 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
     return sorted(times[2:])[1] * trainer.args.gradient_accumulation_steps
 
 
-def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console) -> Outcome:
-    """Save the model, evaluate on all held-out windows, draw the curve."""
+def _finish(
+    outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, *, num_windows: int | None
+) -> Outcome:
+    """Save the model, evaluate on the held-out windows (None: all of them), draw the curve."""
     save_model(trainer, outcome.folder)
     if len(data.validation):
-        trainer.eval_dataset = data.validation
+        held_out = _evenly(data.validation, num_windows or len(data.validation))
+        trainer.eval_dataset = held_out
         metrics = trainer.evaluate()
         estimate = Estimate(
             nats_per_token=metrics["eval_nats_per_token"],
@@ -311,8 +315,8 @@ def _finish(outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, con
         outcome = dataclasses.replace(
             outcome,
             held_out=estimate,
-            unigram_nats=unigram_nats(data.validation, vocab_size=len(data.tokenizer)),
-            gzip_bits_per_byte=gzip_bits_per_byte(data.validation, data.tokenizer),
+            unigram_nats=unigram_nats(held_out, vocab_size=len(data.tokenizer)),
+            gzip_bits_per_byte=gzip_bits_per_byte(held_out, data.tokenizer),
         )
     if trainer.is_world_process_zero():
         draw_curve(outcome.folder, console=console)

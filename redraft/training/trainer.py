@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from redraft.data.collate import collate
+from redraft.data.collate import LengthGroupedSampler, collate, targets_of
+from redraft.data.packing import WindowDataset
 from redraft.likelihood import SMALLEST_T, Estimate, NoiseKey, draw_noise, nelbo
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
@@ -49,11 +50,13 @@ class DiffusionTrainer(Trainer):
         token_byte_lengths: Tensor,
         has_padding: bool = False,
         isolate_segments: bool = False,
+        groups_lengths: bool = False,
         t_range: tuple[float, float] = (SMALLEST_T, 1.0),
         average: WeightAverage | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
         self.pad_token_id = pad_token_id
+        self.groups_lengths = groups_lengths
         super().__init__(
             denoiser.model,
             args=args,
@@ -76,12 +79,27 @@ class DiffusionTrainer(Trainer):
         self.average = average
         self.tokens_seen = 0
         self.tokens_per_step = 0
+        self.useful_tokens: Tensor | int = 0
+        """Tokens of this process that are not padding, and how many it has forwarded, since the last log."""
+        self.forwarded_tokens = 0
         self._has_plain_head = head_is_plain(denoiser.model)
         self._checkpoint_parent: str | None = None
         self._global_rows = 0
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         return collate(rows, pad_token_id=self.pad_token_id)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not (self.groups_lengths and isinstance(dataset, WindowDataset)):
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(dataset.lengths(), batch_size=self._train_batch_size, seed=self.args.seed)
+
+    def efficiency(self) -> float:
+        """Useful tokens / forwarded tokens of this process since the last call."""
+        fraction = float(self.useful_tokens) / max(self.forwarded_tokens, 1)
+        self.useful_tokens, self.forwarded_tokens = 0, 0
+        return fraction
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -97,7 +115,9 @@ class DiffusionTrainer(Trainer):
         self._global_rows = first
         if not batches:
             return batches, None
-        num_tokens = torch.stack([(batch["segment_ids"] > 0).sum() for batch in batches]).sum().to(device)
+        num_tokens = torch.stack([targets_of(batch).sum() for batch in batches]).sum().to(device)
+        self.useful_tokens += sum((batch["segment_ids"] > 0).sum() for batch in batches)
+        self.forwarded_tokens += sum(batch["input_ids"].numel() for batch in batches)
         if world > 1:
             num_tokens = self.accelerator.reduce(num_tokens, "sum")
         self.tokens_per_step = world * sum(batch["input_ids"].numel() for batch in batches)
@@ -127,7 +147,8 @@ class DiffusionTrainer(Trainer):
     ) -> tuple[Tensor, Tensor]:
         segment_ids = batch["segment_ids"]
         t_min, t_max = t_range
-        noised = draw_noise(self.process, batch["input_ids"], key, can_change=segment_ids > 0, t_min=t_min, t_max=t_max)
+        can_change = targets_of(batch)
+        noised = draw_noise(self.process, batch["input_ids"], key, can_change=can_change, t_min=t_min, t_max=t_max)
         needs_mask = self.has_padding or self.isolate_segments
         return nelbo(
             self.denoiser,
@@ -167,7 +188,7 @@ class DiffusionTrainer(Trainer):
                 _, nats = self._nelbo(batch, key, wrapped=model)
             counts = batch["is_counted"].to(torch.float64)
             nats = nats.to(torch.float64) * counts
-            is_token = (batch["segment_ids"] > 0) & batch["is_counted"][:, None]
+            is_token = targets_of(batch) & batch["is_counted"][:, None]
             num_bytes = self.token_byte_lengths.to(self.args.device)[batch["input_ids"]][is_token].sum()
             sums += torch.stack([is_token.sum().to(sums), num_bytes.to(sums), nats.sum(), (nats**2).sum()])
         model.train(was_training)

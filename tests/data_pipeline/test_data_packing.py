@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redraft.data.packing import EMPTY_TAIL, PackingReport, join_windows, pack, pack_stream
+from redraft.data.store import open_windows, write_windows
 
 EOS = 999
 token_lists = st.lists(st.lists(st.integers(0, 998), max_size=20), max_size=20)
@@ -79,9 +80,13 @@ def test_no_documents_give_no_windows_and_an_empty_report():
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(255, np.uint8), (256, np.uint16), (65536, np.uint32)])
-def test_joined_windows_take_the_smallest_dtype_that_holds_them(largest, dtype):
-    batches = ((pack([[token]], seq_len=2, eos_token_id=1)[0], PackingReport()) for token in (3, largest))
-    windows, _ = join_windows(batches, seq_len=2)
+def test_stored_windows_take_the_smallest_dtype_that_holds_them(tmp_path, largest, dtype):
+    batches = (
+        (pack([[token]], seq_len=2, eos_token_id=1)[0], PackingReport(num_windows=number))
+        for number, token in enumerate((3, largest), start=1)
+    )
+    write_windows(tmp_path, "train", batches, seq_len=2, vocab_size=largest)
+    windows, _ = open_windows(tmp_path, "train")
     assert windows.input_ids.dtype == dtype
     assert windows.input_ids.tolist() == [[3, 1], [largest, 1]]
 

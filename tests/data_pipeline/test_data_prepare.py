@@ -95,7 +95,7 @@ def test_shuffling_permutes_the_training_documents_and_leaves_validation(config)
     assert all_ids(plain.validation) == all_ids(shuffled.validation)
 
 
-@pytest.mark.parametrize("name", ["train.input_ids.npy", "validation.segment_ids.npy", "train.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["train.input_ids.bin", "validation.segment_ids.bin", "train.json", "manifest.json"])
 def test_a_truncated_cache_is_built_again(config, caplog, name):
     before = prepare(config)
     expected = all_ids(before.train), all_ids(before.validation)

@@ -1,6 +1,7 @@
-"""The `llada` preset takes the very steps of the reference implementations (greedy, low-confidence remasking)."""
+"""Every preset takes the very steps of its reference implementation, alone and in a batch, cached exactly or not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,58 +11,109 @@ from safetensors.torch import load_file
 import redraft
 
 DATA = Path(__file__).parent / "data"
-FAMILIES = ["llada", "llada_moe", "a2d_qwen3"]
+WEIGHTS = {"fast_dllm_llada": "llada"}
+LEFT_PADDED = {"Dream", "BD3LM"}
+DREAM = {"maskgit_plus": "dream-confidence", "topk_margin": "dream-margin", "entropy": "dream-entropy"}
+MASK = 255
 
 
-def cases(family):
-    """Cases of the sampler that redraft has so far: no guidance, no blocks on the absolute grid."""
-    listed = json.loads((DATA / family / "cases.json").read_text())
-    return [
-        (i, case)
-        for i, case in enumerate(listed)
-        if case["sampler"] == "MDLM low_confidence" and not case.get("cfg_scale")
-    ]
+def cases():
+    for folder in sorted(path.parent for path in DATA.glob("*/cases.json")):
+        for index, case in enumerate(json.loads((folder / "cases.json").read_text())):
+            name = f"{folder.name}-{index}-{case['sampler'].replace(' ', '_')}"
+            yield pytest.param(folder.name, index, case, id=name)
+
+
+SETTINGS = (
+    "max_new_tokens", "steps", "steps_per_block", "block_size", "cfg_scale", "threshold", "factor",
+    "editing_threshold", "max_post_steps",
+)  # fmt: skip
+
+
+def settings(case):
+    """The reference sampler by our name, with the settings of the case."""
+    chosen = {name: case[name] for name in SETTINGS if case.get(name) is not None}
+    if case["sampler"].startswith("MDLM"):
+        name = "llada"
+    elif case["sampler"] == "Dream":
+        name = DREAM[case["alg"]]
+    elif case["sampler"] == "Fast-dLLM LLaDA":
+        name = {None: "fast-dllm", "prefix": "fast-dllm-prefix", "dual": "fast-dllm-dual"}[case["use_cache"]]
+        if "threshold" not in case and "factor" not in case:
+            name, chosen["cache"] = "llada", case["use_cache"] or "none"
+    else:
+        name = {"BD3LM": "bd3lm", "LLaDA2.0": "llada2", "LLaDA2.1": "llada2.1"}[case["sampler"]]
+    return chosen | {"preset": name, "stop": None}
 
 
 def load(family, case):
-    lm = redraft.load(DATA / family, mask_token_id=255, dtype="float32", device="cpu")
-    return lm if not case["shift_logits"] else with_shift(lm)
+    lm = redraft.load(DATA / WEIGHTS.get(family, family), mask_token_id=MASK, dtype="float32", device="cpu")
+    if "shift_logits" not in case:
+        return lm
+    of_case = replace(lm.denoiser.settings, shift_logits=case["shift_logits"])
+    return replace(lm, denoiser=replace(lm.denoiser, settings=of_case))
 
 
-def with_shift(lm):
-    from dataclasses import replace
-
-    settings = replace(lm.denoiser.settings, shift_logits=True)
-    return replace(lm, denoiser=replace(lm.denoiser, settings=settings))
-
-
-@pytest.mark.parametrize(("family", "index", "case"), [(f, i, c) for f in FAMILIES for i, c in cases(f)])
-def test_every_step_of_the_reference_is_taken(family, index, case):
+def read(family, index):
     golden = load_file(DATA / family / "golden.safetensors")
     prompts = []
     while f"case{index}.input{len(prompts)}" in golden:
         prompts.append(golden[f"case{index}.input{len(prompts)}"].long())
-    chosen = {name: case[name] for name in ("max_new_tokens", "steps", "block_size")} | {"stop": None}
+    return prompts, golden[f"case{index}.output"].long(), golden.get(f"case{index}.history")
+
+
+def run(lm, case, prompts, **others):
+    act = lm.infill if case["sampler"] == "MDLM infill" else lm.generate
+    return act(prompts, **settings(case) | others)
+
+
+def of_row(case, canvas, prompts, row):
+    """Cut the padding off a reference's row."""
+    length = len(prompts[row]) + case.get("max_new_tokens", 0)
+    if case["sampler"] not in LEFT_PADDED:
+        return canvas[row, :length]
+    return canvas[row, canvas.shape[1] - length :]
+
+
+@pytest.mark.parametrize(("family", "index", "case"), list(cases()))
+def test_the_reference_is_reproduced_token_for_token(family, index, case):
+    prompts, expected, _ = read(family, index)
     lm = load(family, case)
-    expected = golden[f"case{index}.output"].long()
-    out = lm.generate(prompts, **chosen)
-    for row, sequence in enumerate(out.sequences):
-        assert torch.equal(sequence, expected[row, : len(sequence)])
-    alone = lm.generate(prompts[0], **chosen)
-    assert torch.equal(alone.sequences[0], out.sequences[0])
-    if (history := golden.get(f"case{index}.history")) is None:
+    assert not (expected == MASK).any()
+    together = run(lm, case, prompts)
+    for row, sequence in enumerate(together.sequences):
+        assert torch.equal(sequence, of_row(case, expected, prompts, row))
+        assert torch.equal(run(lm, case, prompts[row]).sequences[0], sequence)
+
+
+@pytest.mark.parametrize(
+    ("family", "index", "case"), [c for c in cases() if c.values[2]["sampler"] in ("BD3LM", "LLaDA2.0", "LLaDA2.1")]
+)
+def test_the_exact_cache_changes_nothing(family, index, case):
+    prompts, _, _ = read(family, index)
+    prompts.append(prompts[0][:3])  # rows at different blocks
+    lm = load(family, case)
+    cached, uncached = run(lm, case, prompts, cache="exact"), run(lm, case, prompts, cache="none")
+    assert cached.forwards == uncached.forwards
+    for a, b in zip(cached.tokens, uncached.tokens, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("family", "index", "case"), list(cases()))
+def test_the_reference_is_followed_step_by_step(family, index, case):
+    prompts, _, history = read(family, index)
+    if history is None or case["sampler"] == "MDLM infill":
+        assert case["sampler"] in ("BD3LM", "MDLM infill")
         return
-    for step in lm.stream(prompts, **chosen):
+    lm = load(family, case)
+    for step in lm.stream(prompts, **settings(case)):
         for place, row in enumerate(step.rows.tolist()):
-            length = len(prompts[row]) + case["max_new_tokens"]
-            assert torch.equal(step.canvas.tokens[place, :length], history[step.index + 1, row, :length].long())
+            expected = of_row(case, history[step.index + 1].long(), prompts, row)
+            assert torch.equal(step.canvas.tokens[place, : len(expected)], expected)
 
 
 def test_another_order_of_commits_is_told_apart():
-    index, case = cases("llada")[0]
-    golden = load_file(DATA / "llada" / "golden.safetensors")
-    prompts = [golden[f"case{index}.input{i}"].long() for i in range(2)]
-    settings = {name: case[name] for name in ("max_new_tokens", "steps", "block_size")}
-    out = load("llada", case).generate(prompts, preset="llada-random", stop=None, **settings)
-    expected = golden[f"case{index}.output"].long()
-    assert any(not torch.equal(sequence, expected[i, : len(sequence)]) for i, sequence in enumerate(out.sequences))
+    case = json.loads((DATA / "llada" / "cases.json").read_text())[0]
+    prompts, expected, _ = read("llada", 0)
+    out = run(load("llada", case), case, prompts, preset="llada-random")
+    assert any(not torch.equal(row, expected[i, : len(row)]) for i, row in enumerate(out.sequences))

@@ -3,25 +3,67 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redraft.sampling.canvas import build_canvas
-from redraft.sampling.policies import Blocks, EndOfSequence, Filled, Quota, TopK, WholeCanvas, Window
+from redraft.sampling.canvas import Canvas, Status, build_canvas
+from redraft.sampling.policies import (
+    Blocks,
+    Candidates,
+    Draws,
+    EndOfSequence,
+    EntropyBound,
+    Factor,
+    Filled,
+    Quota,
+    Sequential,
+    Threshold,
+    TokenEdit,
+    TopK,
+    WholeCanvas,
+    Window,
+)
+from redraft.sampling.propose import propose
 from redraft.schedules import SCHEDULES, schedule_from_name
 
 
-def window(is_open, step, num_steps):
-    return Window(is_open=is_open, step=torch.tensor([step]), num_steps=torch.tensor([num_steps]))
+def candidates(score, *, status=None, step=0, num_steps=1, tokens=None, since_filled=0):
+    """Candidates of one row: its proposals are token 7 with these probabilities; N and D in `status` are open."""
+    states = {"N": Status.NOISE, "D": Status.DRAFT, "g": Status.GIVEN, "c": Status.COMMITTED}
+    status = torch.tensor([[int(states[s]) for s in (status or "N" * len(score))]], dtype=torch.uint8)
+    tokens = torch.full(status.shape, 2) if tokens is None else torch.tensor([tokens])
+    canvas = Canvas(tokens=tokens, status=status, confidence=torch.zeros(status.shape))
+    is_open = canvas.is_noise | canvas.is_draft
+    where = is_open.flatten().nonzero()[:, 0]
+    confidence = torch.tensor(score)[where]
+    rest = ((1 - confidence) / 9)[:, None].expand(-1, 10).log()
+    logits = rest.scatter(1, torch.full((len(where), 1), 7), confidence.log()[:, None])
+    number = torch.tensor([0])
+    return Candidates(
+        canvas=canvas,
+        window=Window(
+            is_open=is_open, step=number + step, num_steps=number + num_steps, block_size=number + len(score),
+            steps_since_filled=number + since_filled,
+        ),
+        where=where,
+        proposal=propose(logits, never=2),
+        previous=torch.full_like(tokens, -1),
+        draws=Draws(row_keys=number, step=step, rows=torch.zeros_like(where), positions=where),
+    )  # fmt: skip
+
+
+def chosen(unmask, score, **others):
+    at = candidates(score, **others)
+    return unmask(at.confidence, at)[0].int().tolist()
 
 
 def counts(unmask, num_open, num_steps):
     """Commit step by step and list how many each step took."""
-    is_open, taken = torch.ones(1, num_open, dtype=torch.bool), []
-    score = torch.rand(1, num_open)
+    status, taken = "N" * num_open, []
+    score = torch.linspace(0.2, 0.8, num_open).tolist()
     for step in range(num_steps):
-        chosen = unmask(score, window(is_open, step, num_steps))
-        assert (chosen <= is_open).all()
-        taken.append(int(chosen.sum()))
-        is_open = is_open & ~chosen
-        if not is_open.any():
+        committed = chosen(unmask, score, status=status, step=step, num_steps=num_steps)
+        taken.append(sum(committed))
+        assert all(s == "N" for s, c in zip(status, committed, strict=True) if c)
+        status = "".join("c" if c else s for s, c in zip(status, committed, strict=True))
+        if "N" not in status:
             break
     return taken
 
@@ -48,12 +90,51 @@ def test_the_linear_quota_rounds_what_is_left_by_the_steps_left(num_open, num_st
 
 
 def test_the_surest_are_committed_first_and_of_equals_the_leftmost():
-    score = torch.tensor([[0.2, 0.9, 0.9, 0.5]])
-    is_open = torch.tensor([[True, True, True, True]])
-    assert TopK(k=1)(score, window(is_open, 0, 4)).int().tolist() == [[0, 1, 0, 0]]
-    assert TopK(k=3)(score, window(is_open, 0, 4)).int().tolist() == [[0, 1, 1, 1]]
-    closed = torch.tensor([[True, False, False, True]])
-    assert TopK(k=1)(score, window(closed, 0, 4)).int().tolist() == [[0, 0, 0, 1]]
+    score = [0.2, 0.9, 0.9, 0.5]
+    assert chosen(TopK(k=1), score) == [0, 1, 0, 0]
+    assert chosen(TopK(k=3), score) == [0, 1, 1, 1]
+    assert chosen(TopK(k=1), score, status="NcgN") == [0, 0, 0, 1]
+    assert chosen(Sequential(k=2), score, status="gNNN") == [0, 1, 1, 0]
+
+
+def test_a_threshold_takes_all_that_pass_it_and_at_least_one():
+    score = [0.2, 0.9, 0.7, 0.5]
+    assert chosen(Threshold(threshold=0.6), score) == [0, 1, 1, 0]
+    assert chosen(Threshold(threshold=0.95), score) == [0, 1, 0, 0]
+    assert chosen(Threshold(threshold=0.85, at_least="quota"), score, num_steps=2) == [0, 1, 1, 0]
+    assert chosen(Threshold(threshold=0.5), [0.5, 0.5]) == [1, 1]
+    assert chosen(Threshold(threshold=0.5, strict=True), [0.5, 0.5]) == [1, 0]
+
+
+@given(score=st.lists(st.floats(0.15, 0.99), min_size=1, max_size=12), factor=st.floats(0.1, 3.0))
+@settings(max_examples=60)
+def test_the_factor_rule_equals_its_definition(score, factor):
+    ordered = sorted(torch.tensor(score).tolist(), reverse=True)
+    passing = [r for r in range(1, len(score) + 1) if candidates([ordered[r - 1]]).confidence >= 1 - factor / (r + 1)]
+    assert sum(chosen(Factor(factor=factor), score)) == max(passing, default=1)
+
+
+@given(score=st.lists(st.floats(0.15, 0.99), min_size=1, max_size=12), bound=st.floats(0.0, 5.0))
+@settings(max_examples=60)
+def test_the_entropy_bound_equals_its_definition(score, bound):
+    entropy = sorted(candidates(score).proposal.entropy().tolist())
+    allowed = [r for r in range(1, len(score) + 1) if sum(entropy[:r]) - max(entropy[:r]) <= bound]
+    assert abs(sum(chosen(EntropyBound(bound=bound), score)) - max(allowed)) == 0
+
+
+def test_an_edit_replaces_drafts_that_the_model_now_doubts():
+    at = candidates([0.9, 0.9, 0.3, 0.9], status="DDDN", tokens=[7, 5, 5, 2])
+    revision = TokenEdit(threshold=0.5, max_post_steps=3)(at.window.is_open & False, at)
+    assert revision.edit[0].int().tolist() == [0, 1, 0, 0]
+    assert not revision.may_close.any()  # noise is left, and something was edited
+
+
+@pytest.mark.parametrize(
+    ("tokens", "since_filled", "closes"), [([7, 7], 0, True), ([7, 5], 0, False), ([7, 5], 2, True)]
+)
+def test_a_block_closes_when_a_pass_edits_nothing_or_the_passes_are_over(tokens, since_filled, closes):
+    at = candidates([0.9, 0.9], status="DD", tokens=tokens, since_filled=since_filled)
+    assert TokenEdit(threshold=0.5, max_post_steps=3)(at.window.is_open & False, at).may_close.tolist() == [closes]
 
 
 def canvas(*rows):
@@ -63,7 +144,7 @@ def canvas(*rows):
     is_eos = torch.zeros_like(built.is_noise)
     for i, row in enumerate(rows):
         is_eos[i, : len(row)] = torch.tensor([c == "e" for c in row])
-    return built.commit(is_eos, torch.ones_like(built.tokens))
+    return built.place(is_eos, torch.ones_like(built.tokens), built.confidence)
 
 
 def test_blocks_begin_at_each_rows_prompt_end():

@@ -11,7 +11,7 @@ NEVER = 3
 
 
 def frequencies(logits, draws=20_000, **settings):
-    rows = logits.expand(draws, -1)
+    rows = logits.repeat(draws, 1)
     proposal = propose(rows, never=NEVER, u=uniform(0, torch.arange(draws)), **settings)
     return torch.bincount(proposal.x_0, minlength=logits.numel()) / draws
 

@@ -1,0 +1,41 @@
+"""`redraft data build SOURCE OUT`: text or conversations to tokens on disk, once for many runs."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from redraft.cli.parsing import parse
+from redraft.data.prepare import DataConfig, build_data
+from redraft.errors import unknown_name
+
+USAGE = """usage: redraft data build SOURCE OUT [--NAME VALUE ...]
+
+Read, split, tokenise and pack SOURCE into the folder OUT, with the tokenizer. Then
+`redraft train RECIPE --data.source OUT` takes it in place of the source, with the same seq_len, kind and chat settings.
+OUT appears when it is whole; what a killed build left is begun again.
+
+`redraft data build SOURCE OUT --help` lists the settings."""
+
+
+def main(arguments: list[str]) -> int:
+    """Build, and say what came out."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    command, *rest = arguments
+    if command != "build":
+        raise unknown_name("command of redraft data", command, ["build"])
+    if len(rest) < 2 or rest[0].startswith("-") or rest[1].startswith("-"):
+        raise ValueError("redraft data build needs SOURCE and OUT. See redraft data --help.")
+    source, out, *flags = rest
+    config = parse(DataConfig, flags, command=f"data build {source} {out}", default=DataConfig(source=source))
+    if config.streaming:
+        raise ValueError("redraft data build writes the whole source; got --streaming. Leave it out.")
+    data = build_data(config, Path(out).expanduser())
+    console = Console()
+    for name, report in (("train", data.train_report), ("held out", data.validation_report)):
+        if report is not None:
+            console.print(f"{name}: {report.describe(seq_len=config.seq_len)}", highlight=False, soft_wrap=True)
+    same = " ".join(flag.replace("--", "--data.", 1) if flag.startswith("--") else flag for flag in flags)
+    console.print(f"saved to {out}. To train on it: redraft train RECIPE --data.source {out} {same}", soft_wrap=True)
+    return 0

@@ -1,0 +1,77 @@
+"""Guidance: what changes the logits on their way from the model to the draw."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from redraft.sampling.canvas import Canvas, Status
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """Change the logits at the n open positions (`where`: indices into batch * seq); may work in place."""
+
+    def __call__(
+        self, logits: Float[Tensor, "n vocab"], canvas: Canvas, where: Int[Tensor, "n"]
+    ) -> Float[Tensor, "n vocab"]: ...
+
+
+def unconditional(canvas: Canvas, mask_token_id: int) -> Int[Tensor, "batch seq"]:
+    """Hide what was given: the canvas of the unconditional branch (Section 2.4 of arXiv 2502.09992)."""
+    return torch.where(canvas.status == Status.GIVEN, mask_token_id, canvas.tokens)
+
+
+def guided(
+    conditional: Float[Tensor, "n vocab"], without: Float[Tensor, "n vocab"], *, scale: float
+) -> Float[Tensor, "n vocab"]:
+    """Push the logits away from the unconditional ones: un + (scale + 1) (cond - un), as LLaDA does."""
+    return without + (scale + 1) * (conditional - without)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processors:
+    """LogitsProcessors of transformers. Each open position is a row of scores; its `input_ids` are the whole canvas."""
+
+    processors: tuple[Callable[[Any, Any], Any], ...]
+
+    def __call__(
+        self, logits: Float[Tensor, "n vocab"], canvas: Canvas, where: Int[Tensor, "n"]
+    ) -> Float[Tensor, "n vocab"]:
+        rows = canvas.tokens[where // canvas.tokens.shape[1]]  # (n, L)
+        for processor in self.processors:
+            logits = processor(rows, logits)
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """Prefer clean estimates that a reward likes: log p(token) + strength * reward(estimate with that token there).
+
+    Discrete classifier-based guidance (D-CBG, Section 3.2 of arXiv 2412.10193) over the `top_k` likeliest tokens of
+    each position; the other tokens are left out.
+    """
+
+    reward: Callable[[Int[Tensor, "m seq"]], Float[Tensor, "m"]]
+    """Scores whole rows, noise filled in by the model's likeliest tokens; padding holds the mask token."""
+    strength: float = 1.0
+    top_k: int = 8
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"a reward needs at least 1 token to choose from; got top_k={self.top_k}.")
+
+    def __call__(
+        self, logits: Float[Tensor, "n vocab"], canvas: Canvas, where: Int[Tensor, "n"]
+    ) -> Float[Tensor, "n vocab"]:
+        likely = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
+        seq_len = canvas.tokens.shape[1]
+        clean = canvas.tokens.flatten().scatter(0, where, likely.indices[:, 0]).view_as(canvas.tokens)
+        trials = clean[where // seq_len][:, None].repeat(1, likely.indices.shape[1], 1)  # (n, k, L)
+        at = (where % seq_len)[:, None, None].expand(-1, trials.shape[1], 1)
+        trials = trials.scatter(2, at, likely.indices[:, :, None])
+        rewards = self.reward(trials.flatten(0, 1)).to(logits.dtype).view_as(likely.values)
+        return torch.full_like(logits, -torch.inf).scatter(1, likely.indices, likely.values + self.strength * rewards)

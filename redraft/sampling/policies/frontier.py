@@ -1,0 +1,76 @@
+"""Frontiers: which positions may change. A row's blocks open in ascending order."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from redraft.sampling.canvas import Canvas, Status
+
+
+@runtime_checkable
+class Frontier(Protocol):
+    """Number the block that each position belongs to; a row's blocks open in ascending order."""
+
+    @property
+    def in_flight(self) -> int:
+        """Unfinished blocks that are open at once."""
+        ...
+
+    def blocks(self, canvas: Canvas) -> Int[Tensor, "batch seq"]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeCanvas:
+    """Everything is open from the start."""
+
+    in_flight: int = 1
+
+    def blocks(self, canvas: Canvas) -> Int[Tensor, "batch seq"]:
+        return torch.zeros_like(canvas.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Blocks of `size` positions that begin at the end of each row's prompt (LLaDA, arXiv 2502.09992)."""
+
+    size: int
+    in_flight: int = 1
+    """Several: a later block is drafted while earlier ones are not finished (D2F, arXiv 2508.09192)."""
+
+    def __post_init__(self) -> None:
+        _check(self.size, self.in_flight)
+
+    def blocks(self, canvas: Canvas) -> Int[Tensor, "batch seq"]:
+        positions = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device)
+        return (positions - prompt_end(canvas)[:, None]).div(self.size, rounding_mode="floor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridBlocks:
+    """Blocks of `size` positions on the absolute grid, 0, size, 2 size, ... (SDAR, LLaDA2): the prompt's end is
+    somewhere inside the first one that holds noise."""
+
+    size: int
+    in_flight: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.size, self.in_flight)
+
+    def blocks(self, canvas: Canvas) -> Int[Tensor, "batch seq"]:
+        positions = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device)
+        return (positions // self.size).expand_as(canvas.tokens)
+
+
+def prompt_end(canvas: Canvas) -> Int[Tensor, "batch"]:
+    """Count the given positions that a row begins with."""
+    return (canvas.status == Status.GIVEN).long().cumprod(dim=1).sum(dim=1)
+
+
+def _check(size: int, in_flight: int) -> None:
+    if size < 1:
+        raise ValueError(f"block_size must be at least 1; got {size}. Leave it out for the whole canvas.")
+    if in_flight < 1:
+        raise ValueError(f"blocks in flight must be at least 1; got {in_flight}.")

@@ -1,0 +1,172 @@
+"""Revision: what happens to tokens that are placed but not yet decided, and to noise that stays noise."""
+
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from redraft.sampling.policies.candidates import DRAW_REVISE, DRAW_UNMASK, Candidates
+from redraft.sampling.policies.unmask import best
+from redraft.schedules import Linear, Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revision:
+    """What a step changes besides committing."""
+
+    may_close: Bool[Tensor, "batch"]
+    """Rows whose block ends here if it holds no noise."""
+    edit: Bool[Tensor, "batch seq"] | None = None
+    """Drafts that take their new proposal."""
+    reopen: Bool[Tensor, "batch seq"] | None = None
+    """Drafts that become noise again."""
+    redraw: Bool[Tensor, "batch seq"] | None = None
+    """Noise whose token is drawn anew from the prior."""
+    noise: Int[Tensor, "batch seq"] | None = None
+    """Other noise tokens for `redraw`, where a process says which."""
+
+
+@runtime_checkable
+class Revise(Protocol):
+    """Revise the drafts of the open blocks; while a block is open, what the sampler placed in it is a draft."""
+
+    @property
+    def looks_at_drafts(self) -> bool:
+        """Whether it wants proposals at drafts, too."""
+        ...
+
+    @property
+    def is_clocked(self) -> bool:
+        """Whether it runs by the clock: nothing is final before the last step of a block."""
+        ...
+
+    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEdit:
+    """Replace a draft by the proposal where it differs and its probability is above the threshold (LLaDA2.1).
+
+    A block ends with the first pass over a filled block that edits nothing, or after `max_post_steps` such passes.
+    """
+
+    threshold: float
+    max_post_steps: int = 16
+    looks_at_drafts: bool = True
+    is_clocked: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"editing_threshold is a probability in [0, 1]; got {self.threshold}.")
+        if self.max_post_steps < 0:
+            raise ValueError(f"max_post_steps must not be negative; got {self.max_post_steps}.")
+
+    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
+        differs = candidates.x_0 != candidates.canvas.tokens
+        edit = candidates.is_open_draft & differs & (candidates.confidence > self.threshold)
+        was_filled = ~candidates.is_open_noise.any(dim=1)
+        num_passes = candidates.window.steps_since_filled + was_filled.long()
+        is_over = num_passes >= self.max_post_steps
+        return Revision(may_close=is_over | (was_filled & ~edit.any(dim=1)), edit=edit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remasking:
+    """ReMDM: ancestral sampling that returns each token to noise with probability sigma_t (arXiv 2503.00307).
+
+    sigma_t is at most (1 - alpha_s) / alpha_t, which keeps the marginals of the process; noise is then committed with
+    probability (alpha_s - (1 - sigma_t) alpha_t) / (1 - alpha_t) (Eq. 6 there). Kinds (Section 4.1 there): "cap":
+    min(eta, that bound); "rescale": eta times it; "conf": the bound shared out by softmax(-confidence when placed);
+    "loop": "cap" while alpha rests at alpha(on), no remasking before and after. It is both policies: use it as
+    `unmask` and as `revise`.
+    """
+
+    kind: str = "cap"
+    eta: float = 0.02
+    schedule: Schedule = field(default_factory=Linear)
+    loop_on: float = 0.55
+    loop_off: float = 0.05
+    loop_alpha: float = 0.9
+    looks_at_drafts: bool = False
+    is_clocked: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cap", "rescale", "conf", "loop"):
+            raise ValueError(f"remasking must be cap, rescale, conf or loop; got {self.kind!r}.")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is a probability in [0, 1]; got {self.eta}.")
+
+    def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        """Commit noise at the rate that makes up for what is remasked."""
+        alpha_t, alpha_s = self._alphas(candidates)
+        sigma = 0.0 if self.kind == "conf" else self._sigma(alpha_t, alpha_s, candidates)
+        share = ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))[:, None]
+        share = torch.where(candidates.window.is_last[:, None], 1.0, share)
+        return candidates.is_open_noise & (candidates.uniform(DRAW_UNMASK) < share)
+
+    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
+        is_draft, is_last = candidates.canvas.is_draft, candidates.window.is_last
+        sigma = self._sigma(*self._alphas(candidates), candidates)[:, None]
+        if self.kind == "conf":
+            sure = candidates.canvas.confidence.double().masked_fill(~is_draft, torch.inf)
+            sigma = sigma * (-sure).softmax(dim=1).nan_to_num()
+        u = candidates.draws.everywhere(is_draft.shape[1], DRAW_REVISE)
+        return Revision(may_close=is_last, reopen=is_draft & (u < sigma) & ~is_last[:, None])
+
+    def _alphas(self, candidates: Candidates) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+        t, s = candidates.window.times
+        return self._alpha(t), self._alpha(s)
+
+    def _alpha(self, t: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        if self.kind != "loop":
+            return self.schedule.alpha(t)
+        rise = (1 - t) / (1 - self.loop_on) * self.loop_alpha
+        finish = 1 - t / self.loop_off * (1 - self.loop_alpha)
+        return torch.where(t > self.loop_on, rise, torch.where(t > self.loop_off, self.loop_alpha, finish))
+
+    def _sigma(
+        self, alpha_t: Float[Tensor, "batch"], alpha_s: Float[Tensor, "batch"], candidates: Candidates
+    ) -> Float[Tensor, "batch"]:
+        most = ((1 - alpha_s) / alpha_t.clamp(min=1e-12)).clamp(max=1)
+        if self.kind == "rescale":
+            return self.eta * most
+        if self.kind == "conf":
+            return most
+        sigma = most.clamp(max=self.eta)
+        if self.kind == "loop":
+            t, _ = candidates.window.times
+            sigma = torch.where((t > self.loop_off) & (t <= self.loop_on), sigma, 0.0)
+        return sigma
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rerank:
+    """Keep the surest alpha_s of a block's tokens, placed or proposed, and remask the rest (P2, arXiv 2502.03540).
+
+    A draft is worth the probability that the model gives to it now. It is both policies: use it as `unmask` and as
+    `revise`.
+    """
+
+    schedule: Schedule = field(default_factory=Linear)
+    looks_at_drafts: bool = True
+    is_clocked: bool = True
+
+    def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        """Commit the noise that is among the surest."""
+        return self._kept(score, candidates) & candidates.is_open_noise
+
+    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
+        kept = self._kept(candidates.confidence, candidates)
+        is_last = candidates.window.is_last
+        return Revision(may_close=is_last, reopen=candidates.is_open_draft & ~kept)
+
+    def _kept(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        is_open, is_draft = candidates.window.is_open, candidates.is_open_draft
+        _, s = candidates.window.times
+        count = (self.schedule.alpha(s) * is_open.sum(dim=1)).round(decimals=9).round().long().clamp(min=1)
+        count = torch.where(candidates.window.is_last, is_open.sum(dim=1), count)
+        placed = candidates.canvas.tokens.flatten()[candidates.where]
+        now = candidates.spread(candidates.proposal.probability_of(placed))
+        return best(torch.where(is_draft, now, candidates.confidence), is_open, count)

@@ -1,0 +1,368 @@
+"""Conversations in windows and batches, built data, pairs: the same tokens and targets whichever way they go."""
+
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from redraft.cli import main
+from redraft.data import (
+    ChatConfig,
+    DataConfig,
+    build_data,
+    collate,
+    collate_preferences,
+    encode_documents,
+    prepare,
+    read_documents,
+    read_preferences,
+    targets_of,
+)
+from redraft.data.chat import Example, encode_conversations
+from redraft.data.collate import LengthGroupedSampler
+from redraft.data.packing import best_fit, pack_examples
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory, documents):
+    chance = random.Random(0)
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    records = [
+        {"instruction": f"{i}?", "output": " ".join(document.split()[: chance.randint(2, 12)])}
+        for i, document in enumerate(documents * 3)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def config(conversations, tmp_path):
+    return DataConfig(
+        source=str(conversations), kind="chat", seq_len=128, validation_fraction=0.2, cache_dir=str(tmp_path / "cache")
+    )
+
+
+def segments(dataset):
+    """Every conversation in a dataset: its tokens and its targets."""
+    found = Counter()
+    for row in (dataset[i] for i in range(len(dataset))):
+        for segment in range(1, int(row["segment_ids"].max()) + 1):
+            own = row["segment_ids"] == segment
+            found[tuple(row["input_ids"][own].tolist()), tuple(row["is_target"][own].tolist())] += 1
+    return found
+
+
+def of_source(config, tokenizer, dataset_split):
+    from redraft.data import split_of
+
+    texts = read_documents(config.source, kind="chat")
+    own = [text for text in texts if split_of(text, validation_fraction=0.2) == dataset_split]
+    examples = encode_conversations(tokenizer, own, config=config.chat, seq_len=config.seq_len)
+    return Counter((tuple(e.input_ids.tolist()), tuple(e.is_target.tolist())) for e in examples)
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_packing_keeps_every_conversation_whole_and_wastes_little(lengths):
+    bins = best_fit(lengths, capacity=20)
+    assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in items) <= 20 for items in bins)
+    assert [items[0] for items in bins] == sorted(items[0] for items in bins)
+    assert len(bins) <= 11 / 9 * -(-sum(lengths) // 20) * 2
+    examples = [Example(np.full(n, i + 1, np.int32), np.arange(n) % 2 == 0) for i, n in enumerate(lengths)]
+    windows = pack_examples(examples, seq_len=20, pad_token_id=0)
+    for row, items in enumerate(bins):
+        for segment, item in enumerate(items, start=1):
+            own = windows.segment_ids[row] == segment
+            assert windows.input_ids[row][own].tolist() == examples[item].input_ids.tolist()
+            assert windows.is_target[row][own].tolist() == examples[item].is_target.tolist()
+    assert not windows.is_target[windows.segment_ids == 0].any()
+
+
+@pytest.mark.parametrize(("batching", "streaming"), [("packed", False), ("packed", True), ("grouped", False)])
+@pytest.mark.parametrize("eos", ["train", "to-block-end"])
+def test_every_conversation_is_in_its_split_once_and_every_target_is_attended_to(
+    config, chat_tokenizer, batching, eos, streaming
+):
+    chat = ChatConfig(batching=batching, eos=eos, block_size=16)
+    config = replace(config, chat=chat, streaming=streaming, validation_windows=999)
+    data = prepare(config, tokenizer=chat_tokenizer)
+    train = list(data.train)
+    assert segments(train) == of_source(config, chat_tokenizer, "train")
+    assert segments(data.validation) == of_source(config, chat_tokenizer, "validation")
+    assert all((row["segment_ids"][row["is_target"]] > 0).all() for row in train)
+    if eos == "to-block-end":
+        assert all(len(tokens) % 16 == 0 for tokens, _ in segments(train))
+    if not streaming:
+        report = data.train_report
+        assert report.num_tokens == sum(int((row["segment_ids"] > 0).sum()) for row in train)
+        assert report.num_target_tokens == sum(int(row["is_target"].sum()) for row in train)
+        if batching == "packed":
+            assert report.efficiency == report.num_tokens / (len(train) * 128)
+            assert report.efficiency > 0.9
+
+
+def test_a_batch_is_padded_without_targets_and_text_has_all_tokens_as_targets(config, chat_tokenizer):
+    config = replace(config, chat=ChatConfig(batching="grouped"))
+    data = prepare(config, tokenizer=chat_tokenizer)
+    batch = collate([data.train[i] for i in range(8)], pad_token_id=7)
+    assert batch["is_target"].dtype == torch.bool
+    is_padding = batch["segment_ids"] == 0
+    assert is_padding.any()
+    assert not batch["is_target"][is_padding].any()
+    assert torch.equal(targets_of(batch), batch["is_target"])
+    del batch["is_target"]
+    assert torch.equal(targets_of(batch), ~is_padding)
+
+
+def test_batches_of_like_lengths_waste_less_and_are_a_function_of_seed_and_pass():
+    chance = random.Random(0)
+    lengths = [int(chance.lognormvariate(4.5, 0.8)) + 1 for _ in range(1003)]
+    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == list(range(1003))
+
+    def efficiency(order):
+        batches = [[lengths[i] for i in order[first : first + 8]] for first in range(0, 1000, 8)]
+        return sum(map(sum, batches)) / sum(8 * max(batch) for batch in batches)
+
+    assert efficiency(orders[0]) > 0.9 > 0.5 > efficiency(range(1003))
+
+
+def test_a_setting_of_the_chat_changes_the_cache_and_the_template_too(config, chat_tokenizer, tmp_path):
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    changes = [{}, {"loss_on": "all"}, {"eos": "ignore"}, {"template": str(tmp_path / "other.jinja")}]
+    for change in changes:
+        prepare(replace(config, chat=ChatConfig(**change)), tokenizer=chat_tokenizer)
+    folders = [path for path in (tmp_path / "cache").glob("windows-*") if path.is_dir()]
+    assert len(folders) == len(changes)
+
+
+def test_conversations_train_their_own_tokenizer_on_their_texts(config):
+    data = prepare(replace(config, vocab_size=300))
+    assert data.tokenizer.chat_template is not None
+    assert data.train_report.num_too_long == 0
+    row = data.train[0]
+    first = data.tokenizer.decode(row["input_ids"][row["segment_ids"] == 1])
+    assert first.startswith("User:\n")
+    assert first.endswith("<|eos|>")
+
+
+def test_conversations_that_do_not_fit_are_counted_and_all_of_them_is_an_error(config, chat_tokenizer):
+    short = prepare(replace(config, seq_len=24), tokenizer=chat_tokenizer)
+    assert short.train_report.num_cut > 0
+    assert short.train_report.num_too_long > 0
+    assert f"{short.train_report.num_too_long} conversations too long" in short.train_report.describe(seq_len=24)
+    with pytest.raises(ValueError, match=r"all \d+ conversations of the train split of .* longer than seq_len=2"):
+        prepare(replace(config, seq_len=2), tokenizer=chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"random_length": 0.1}, "random_length is for kind text"),
+        ({"random_length": 2.0, "kind": "text"}, r"random_length is a probability in \[0, 1\]; got 2.0"),
+        ({"chat": ChatConfig(eos="to-block-end", block_size=48)}, "chat.block_size must divide seq_len .* 48 and 128"),
+        ({"chat": ChatConfig(batching="grouped"), "streaming": True}, "chat.batching grouped needs all lengths"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **change)
+
+
+def test_a_window_is_cut_to_a_random_length_as_often_as_asked(corpus, tokenizer, tmp_path):
+    config = DataConfig(source=str(corpus), seq_len=8, cache_dir=str(tmp_path), shuffle_seed=None, max_documents=24)
+    whole = prepare(config, tokenizer=tokenizer)
+    cut = prepare(replace(config, random_length=0.3), tokenizer=tokenizer)
+    streamed = prepare(replace(config, random_length=0.3, streaming=True), tokenizer=tokenizer)
+
+    def lengths_of(dataset):
+        return [int((row["segment_ids"] > 0).sum()) for row in dataset]
+
+    lengths = lengths_of(cut.train)
+    assert 0.2 < sum(length < 8 for length in lengths) / len(lengths) < 0.35  # 7 of 8 lengths are shorter
+    assert set(lengths) == set(range(1, 9))
+    for length, row, expected in zip(lengths, cut.train, whole.train, strict=True):
+        assert torch.equal(row["segment_ids"][:length], expected["segment_ids"][:length])
+        assert torch.equal(row["input_ids"], expected["input_ids"])
+    assert lengths == lengths_of(streamed.train)
+    assert set(lengths_of(cut.validation)) == {8}
+
+
+def test_an_endless_stream_is_exact_from_any_point_and_shuffles_each_pass_anew(corpus, tokenizer, tmp_path):
+    config = DataConfig(source=str(corpus), seq_len=32, streaming=True, validation_windows=1)
+    finite = prepare(config, tokenizer=tokenizer).train
+    num_windows = len(list(finite))
+    endless = replace(finite, is_endless=True)
+
+    def rows(first, count):
+        loader = iter(DataLoader(endless, batch_size=None))
+        return [next(loader)["input_ids"].tolist() for _ in range(first + count)][first:]
+
+    whole = rows(0, 3 * num_windows)
+    for first in (num_windows - 2, num_windows + 5, 2 * num_windows + 1):
+        assert rows(first, 5) == whole[first : first + 5]
+    assert whole[:num_windows] == [row["input_ids"].tolist() for row in finite]
+    assert whole[:num_windows] != whole[num_windows : 2 * num_windows]
+    with pytest.raises(ValueError, match="the train split of .* one window needs"):
+        next(iter(replace(endless, config=replace(config, seq_len=10**6))))
+
+
+def same(first, second):
+    pairs = zip((first.train, first.validation), (second.train, second.validation), strict=True)
+    return all(np.array_equal(x, y) for a, b in pairs for x, y in zip(a.windows, b.windows, strict=True))
+
+
+@pytest.fixture
+def built(config, chat_tokenizer, tmp_path):
+    chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = replace(config, tokenizer=str(tmp_path / "tokenizer"))
+    build_data(settings, tmp_path / "built")
+    return settings
+
+
+def test_built_data_are_the_prepared_data_without_their_source(built, tmp_path, monkeypatch):
+    expected = prepare(built)
+    taken = replace(built, source=str(tmp_path / "built"), tokenizer=None, cache_dir="/absent")
+    data = prepare(taken)
+    assert same(data, expected)
+    assert data.train_report == expected.train_report
+    assert data.tokenizer.chat_template == expected.tokenizer.chat_template
+    assert same(prepare(replace(taken, tokenizer=built.tokenizer)), expected)
+    assert same(build_data(built, tmp_path / "built"), expected), "building again is nothing to do"
+
+
+def test_built_data_refuse_another_tokenizer_other_settings_and_damage(built, tokenizer, tmp_path):
+    taken = replace(built, source=str(tmp_path / "built"), tokenizer=None)
+    with pytest.raises(
+        ValueError, match="was built with another tokenizer than the one given. Leave data.tokenizer out"
+    ):
+        prepare(taken, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="was built with seq_len=128; got 64. Set data.seq_len to it"):
+        prepare(replace(taken, seq_len=64))
+    with pytest.raises(ValueError, match="was built with chat=.*'loss_on': 'last'.*got .*'loss_on': 'all'"):
+        prepare(replace(taken, chat=ChatConfig(loss_on="all")))
+    path = tmp_path / "built" / "train.input_ids.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="the built data in .* are damaged or not whole. Build them again"):
+        prepare(taken)
+
+
+def test_building_touches_no_folder_that_holds_something_else(built, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="mine' holds something else than this build. Choose another folder"):
+        build_data(built, tmp_path / "mine")
+    with pytest.raises(ValueError, match="built' holds something else than this build"):
+        build_data(replace(built, seq_len=256), tmp_path / "built")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_command_builds_and_tells_mistakes_in_one_line(corpus, tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = ["--tokenizer", str(tmp_path / "tokenizer"), "--seq-len", "32", "--cache-dir", str(tmp_path / "cache")]
+
+    def code(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main(["data", *arguments])
+        return exit_.value.code
+
+    assert code("build", str(corpus), str(tmp_path / "out"), *flags) == 0
+    assert "windows of 32 (" in capsys.readouterr().out
+    assert len(prepare(DataConfig(source=str(tmp_path / "out"), seq_len=32)).train) > 10
+    for arguments, message in (
+        (["bild"], "unknown command of redraft data 'bild'; known are build. Did you mean 'build'?"),
+        (["build", str(corpus)], "redraft data build needs SOURCE and OUT"),
+        (["build", str(corpus), str(corpus), *flags], "holds something else than this build"),
+        (["build", str(corpus), "x", "--streaming"], "writes the whole source; got --streaming"),
+    ):
+        assert code(*arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert code() == 0
+    assert "usage: redraft data build SOURCE OUT" in capsys.readouterr().out
+
+
+PAIRS = [
+    {"prompt": f"{i}?", "chosen": f"ba {i}", "rejected": "lo mi ne ru sta ki ve on tra" * (1 + 9 * (i % 2))}
+    for i in range(40)
+]
+
+
+def as_messages(pair):
+    prompt = [{"role": "user", "content": pair["prompt"]}]
+    return {name: [*prompt, {"role": "assistant", "content": pair[name]}] for name in ("chosen", "rejected")}
+
+
+def write(path: Path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_pairs_share_their_prompt_and_only_the_answers_are_targets(tmp_path, chat_tokenizer):
+    source = write(tmp_path / "pairs.jsonl", PAIRS)
+    data = read_preferences(source, tokenizer=chat_tokenizer, seq_len=512)
+    assert len(data) == 40
+    batch = collate_preferences([data[i] for i in range(3)], pad_token_id=0)
+    assert batch["input_ids"].shape[0] == 6
+    for i in range(3):
+        texts = [chat_tokenizer.decode(batch["input_ids"][row][batch["is_target"][row]]) for row in (i, i + 3)]
+        assert texts == [f"{PAIRS[i][name]}<|im_end|>" for name in ("chosen", "rejected")]
+        prompts = [
+            batch["input_ids"][row][(batch["segment_ids"][row] > 0) & ~batch["is_target"][row]] for row in (i, i + 3)
+        ]
+        assert torch.equal(*prompts)
+    whole = read_preferences(
+        write(tmp_path / "m.jsonl", map(as_messages, PAIRS)), tokenizer=chat_tokenizer, seq_len=512
+    )
+    assert [pair[0].input_ids.tolist() for pair in whole.pairs] == [pair[0].input_ids.tolist() for pair in data.pairs]
+
+
+def test_pairs_are_split_by_prompt_and_those_too_long_are_counted(tmp_path, chat_tokenizer):
+    source = write(tmp_path / "pairs.jsonl", PAIRS)
+    parts = [
+        read_preferences(source, tokenizer=chat_tokenizer, seq_len=512, split=split, validation_fraction=0.3)
+        for split in ("train", "validation")
+    ]
+    assert len(parts[0]) + len(parts[1]) == 40
+    assert 0 < len(parts[1]) < 40
+    short = read_preferences(source, tokenizer=chat_tokenizer, seq_len=64)
+    assert 0 < len(short) == 40 - short.num_too_long < 40
+    with pytest.raises(ValueError, match="has no pair of answers that fit into seq_len=3: 40 were read"):
+        read_preferences(source, tokenizer=chat_tokenizer, seq_len=3)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"prompt": "a", "response": "b"},
+            "no known schema; it has prompt, response. Known are prompt/chosen/rejected",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "message 2 is an empty assistant turn"),
+        (
+            {"chosen": as_messages(PAIRS[0])["chosen"], "rejected": as_messages(PAIRS[1])["rejected"]},
+            "chosen and rejected must answer the same prompt",
+        ),
+    ],
+)
+def test_a_bad_pair_is_one_clear_error(tmp_path, chat_tokenizer, record, message):
+    with pytest.raises(ValueError, match=message):
+        read_preferences(write(tmp_path / "a.jsonl", [record]), tokenizer=chat_tokenizer, seq_len=64)
+
+
+def test_documents_are_still_encoded_as_text_only(chat_tokenizer):
+    assert not {300, 301} & set(encode_documents(chat_tokenizer, ["<|im_start|>"])[0])

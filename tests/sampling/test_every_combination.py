@@ -1,0 +1,166 @@
+"""What must hold whatever policies are combined."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import tiny_lm
+
+from redraft.language_model import row_keys
+from redraft.sampling import policies as p
+from redraft.sampling.budget import Budget
+from redraft.sampling.canvas import Status, build_canvas
+from redraft.sampling.loop import Sampler, denoise
+
+NEW, MASK, GRID = 12, 2, 4
+few = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+
+SCORES = [
+    p.Confidence(), p.Margin(), p.NegativeEntropy(), p.Random(), p.LeftToRight(),
+    p.WithPositionPrior(score=p.Confidence()), p.Perturbed(score=p.Confidence(), temperature=0.3),
+]  # fmt: skip
+UNMASKS = [
+    p.Quota(), p.TopK(k=2), p.Sequential(k=2), p.Threshold(threshold=0.5), p.Threshold(threshold=0.9, at_least="quota"),
+    p.Factor(factor=1.0), p.EntropyBound(bound=0.5), p.Bernoulli(), p.FirstHitting(), p.AtTheEnd(),
+]  # fmt: skip
+BOTH = [p.Remasking(kind=kind, eta=0.3) for kind in ("cap", "rescale", "conf", "loop")] + [p.Rerank()]
+FRONTIERS = [p.WholeCanvas(), p.Blocks(size=4), p.Blocks(size=4, in_flight=2), p.GridBlocks(size=GRID)]
+
+
+CHOICES = {
+    "both": st.sampled_from([None, *BOTH]),
+    "unmask": st.sampled_from(UNMASKS),
+    "edit": st.sampled_from([None, p.TokenEdit(threshold=0.3, max_post_steps=2)]),
+    "steps": st.integers(1, 14),
+    "frontier": st.sampled_from(FRONTIERS),
+    "score": st.sampled_from(SCORES),
+    "stop": st.sampled_from([p.Filled(), p.EndOfSequence(eos_token_id=1)]),
+    "refresh": st.sampled_from([None, 2]),
+    "temperature": st.sampled_from([0.0, 0.7]),
+    "cfg_scale": st.sampled_from([0.0, 0.0, 1.5]),
+    "cache": st.integers(0, 5),
+}
+choices = st.fixed_dictionaries(CHOICES)
+
+
+def sampler_of(lm, *, both, unmask, edit, cache, **others):
+    """Build one combination; a cache is one that the model's attention allows."""
+    fitting = ("none", "prefix", "dual") if lm.denoiser.settings.block_size is None else ("none", "exact")
+    unmask = both.unmask if both else unmask
+    return Sampler(unmask=unmask, revise=both or edit, cache=fitting[cache % len(fitting)], **others)
+
+
+@pytest.fixture(scope="module", params=["full", "block-causal", "block-causal and shifted"])
+def lm(request):
+    size = None if request.param == "full" else GRID
+    return tiny_lm(block_size=size, shift_logits="shifted" in request.param)
+
+
+def start(prompts):
+    rows = [torch.tensor([*prompt] + [0] * NEW) for prompt in prompts]
+    is_noise = [torch.arange(len(row)) >= len(row) - NEW for row in rows]
+    return build_canvas(rows, is_noise, noise_token_id=MASK), row_keys([torch.tensor(p) for p in prompts], seed=3)
+
+
+def run(lm, sampler, prompts):
+    """Return the final tokens and statuses of every row, and its number of steps."""
+    canvas, keys = start(prompts)
+    finals, forwards = {}, {}
+    for step in denoise(lm.denoiser, canvas, sampler, row_keys=keys):
+        for place, row in enumerate(step.rows.tolist()):
+            length = len(prompts[row]) + NEW
+            finals[row] = (step.canvas.tokens[place, :length].tolist(), step.canvas.status[place, :length].tolist())
+            forwards[row] = step.index + 1
+    return [finals[row] for row in range(len(prompts))], [forwards[row] for row in range(len(prompts))]
+
+
+prompt = st.lists(st.integers(0, 39), min_size=1, max_size=9)  # EOS, which is the padding too, and the mask among them
+
+
+@few
+@given(chosen=choices, prompts=st.lists(prompt, min_size=1, max_size=3))
+def test_it_ends_changes_only_what_is_open_and_leaves_no_mask(lm, chosen, prompts):
+    sampler = sampler_of(lm, **chosen)
+    before, keys = start(prompts)
+    for count, step in enumerate(denoise(lm.denoiser, before, sampler, row_keys=keys)):
+        assert count < 200
+        old = before if before.tokens.shape == step.canvas.tokens.shape and not before_left(before, step) else None
+        if old is not None:
+            was_fixed = ~(old.is_noise | old.is_draft)
+            assert torch.equal(step.canvas.tokens[was_fixed], old.tokens[was_fixed])
+            assert old.is_noise[step.is_committed].all()
+        before = step.canvas
+    finals, _ = run(lm, sampler, prompts)
+    for (tokens, status), row in zip(finals, prompts, strict=True):
+        assert tokens[: len(row)] == row
+        new = [t for t, s in zip(tokens[len(row) :], status[len(row) :], strict=True) if s == Status.COMMITTED]
+        assert MASK not in new
+        ended = isinstance(sampler.stop, p.EndOfSequence) and 1 in new
+        assert ended or len(new) == NEW
+
+
+def before_left(before, step):
+    return len(before.tokens) != len(step.rows)
+
+
+@few
+@given(chosen=choices, prompts=st.lists(prompt, min_size=2, max_size=3, unique_by=tuple), order=st.randoms())
+def test_a_row_is_as_it_is_alone(lm, chosen, prompts, order):
+    sampler = sampler_of(lm, **chosen)
+    alone = [run(lm, sampler, [row]) for row in prompts]
+    shuffled = list(range(len(prompts)))
+    order.shuffle(shuffled)
+    finals, forwards = run(lm, sampler, [prompts[i] for i in shuffled])
+    assert finals == [alone[i][0][0] for i in shuffled]
+    assert forwards == [alone[i][1][0] for i in shuffled]
+
+
+@few
+@given(chosen=choices, prompts=st.lists(prompt, min_size=1, max_size=3), copies=st.integers(1, 2))
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_exact_cache_changes_nothing(shift, dtype, tolerance, chosen, prompts, copies):
+    lm = tiny_lm(block_size=GRID, shift_logits=shift, dtype=dtype)
+    sampler = sampler_of(lm, **chosen | {"cache": 0})
+    canvas, keys = start(prompts * copies)  # equal prompts are fed once
+    cached = denoise(lm.denoiser, canvas, replace(sampler, cache="exact"), row_keys=keys)
+    for a, b in zip(cached, denoise(lm.denoiser, canvas, sampler, row_keys=keys), strict=True):
+        assert torch.equal(a.canvas.tokens, b.canvas.tokens)
+        assert (a.confidence - b.confidence).abs().max() < tolerance
+
+
+@few
+@given(chosen=choices, row=prompt, forwards=st.integers(1, 13))
+def test_a_budget_of_forwards_is_kept(lm, chosen, row, forwards):
+    sampler = replace(sampler_of(lm, **chosen), budget=Budget(forwards=forwards), stop=p.Filled())
+    finals, taken = run(lm, sampler, [row])
+    assert taken[0] <= forwards
+    assert MASK not in finals[0][0][len(row) :]
+
+
+def test_a_seconds_budget_is_kept_within_a_forward(lm):
+    sampler = Sampler(steps=NEW, unmask=p.TopK(k=1), budget=Budget(seconds=1e-4))
+    _, taken = run(lm, sampler, [[5, 6, 7]])
+    assert taken == [2]  # the first tells how long one takes, the second takes the rest
+
+
+def confidences(lm, sampler, row):
+    canvas, keys = start([row])
+    return torch.cat([step.confidence for step in denoise(lm.denoiser, canvas, sampler, row_keys=keys)])
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_an_approximate_cache_is_told_apart_unless_it_is_filled_in_every_step(cache):
+    lm, row = tiny_lm(), [5, 6, 7, 8]
+    sampler = Sampler(steps=NEW, frontier=p.Blocks(size=4), cache=cache)
+    uncached = confidences(lm, replace(sampler, cache="none"), row)
+    assert (confidences(lm, sampler, row) - uncached).abs().max() > 1e-3
+    assert (confidences(lm, replace(sampler, refresh=1), row) - uncached).abs().max() < 1e-10
+
+
+def test_caches_that_do_not_fit_the_attention_are_refused():
+    for lm, cache in ((tiny_lm(), "exact"), (tiny_lm(block_size=4), "dual")):
+        with pytest.raises(ValueError, match=f"cache '{cache}'"):
+            run(lm, Sampler(steps=4, cache=cache), [[5]])
