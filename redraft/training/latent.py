@@ -67,6 +67,7 @@ class StageTrainer(Trainer):
         self.losses = losses
         self.average: WeightAverage | None = None
         self.tokens_seen, self.tokens_per_step, self._passes = 0, 0, 0
+        self._useful, self._forwarded = torch.zeros((), dtype=torch.int64), 0
         self._sums: dict[str, tuple[Tensor, int]] = {}
 
     def compute_loss(
@@ -80,11 +81,20 @@ class StageTrainer(Trainer):
         positions = sum(column[..., 0].numel() if column.is_floating_point() else column.numel() for column in columns)
         self.tokens_per_step = positions * self.args.gradient_accumulation_steps
         self.tokens_seen += positions
+        masks = [column for column in inputs.values() if column.dtype == torch.bool]
+        self._useful = torch.stack([mask.sum() for mask in masks]).sum() + self._useful.to(masks[0].device)
+        self._forwarded += sum(mask.numel() for mask in masks)
         for name, loss in losses.items():
             if name != "loss":
                 total, count = self._sums.get(name, (torch.zeros_like(loss.detach()), 0))
                 self._sums[name] = (total + loss.detach(), count + 1)
         return (losses["loss"], None) if return_outputs else losses["loss"]
+
+    def efficiency(self) -> float:
+        """Real tokens / padded tokens of prompts, blocks and answers since the last call."""
+        share = float(self._useful) / max(self._forwarded, 1)
+        self._useful, self._forwarded = torch.zeros((), dtype=torch.int64), 0
+        return share
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means of the parts of the loss since the last line."""
