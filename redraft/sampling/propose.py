@@ -96,7 +96,7 @@ def _draw(logits: Float[Tensor, "n vocab"], u: Float[Tensor, "n"]) -> Int[Tensor
     """Invert the cumulative distribution in two levels, chunk and token, so that float32 sums stay exact enough."""
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
     weights = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % VOCAB_CHUNK))
-    weights = weights.unflatten(-1, (weights.shape[-1] // VOCAB_CHUNK, VOCAB_CHUNK))
+    weights = weights.reshape(len(weights), weights.shape[-1] // VOCAB_CHUNK, VOCAB_CHUNK)
     chunk_ends = weights.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)  # (n, chunks)
     target = u.to(torch.float64)[:, None] * chunk_ends[:, -1:]
     chunk = _first_beyond(chunk_ends, target)

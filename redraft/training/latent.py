@@ -81,9 +81,9 @@ class StageTrainer(Trainer):
         positions = sum(column[..., 0].numel() if column.is_floating_point() else column.numel() for column in columns)
         self.tokens_per_step = positions * self.args.gradient_accumulation_steps
         self.tokens_seen += positions
-        masks = [column for column in inputs.values() if column.dtype == torch.bool]
-        self._useful = torch.stack([mask.sum() for mask in masks]).sum() + self._useful.to(masks[0].device)
-        self._forwarded += sum(mask.numel() for mask in masks)
+        for mask in (column for column in inputs.values() if column.dtype == torch.bool):
+            self._useful = self._useful.to(mask.device) + mask.sum()
+            self._forwarded += mask.numel()
         for name, loss in losses.items():
             if name != "loss":
                 total, count = self._sums.get(name, (torch.zeros_like(loss.detach()), 0))
@@ -92,7 +92,7 @@ class StageTrainer(Trainer):
 
     def efficiency(self) -> float:
         """Real tokens / padded tokens of prompts, blocks and answers since the last call."""
-        share = float(self._useful) / max(self._forwarded, 1)
+        share = float(self._useful) / self._forwarded if self._forwarded else 1.0
         self._useful, self._forwarded = torch.zeros((), dtype=torch.int64), 0
         return share
 
