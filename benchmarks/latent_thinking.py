@@ -67,7 +67,7 @@ def latent_rows(args, task, prompts, folder, seed):
         config = replace(config, objective=replace(config.objective, answer_weight=0.0))
     thinker = redraft.load_thinker(run_stage(config, console=quiet))
     size = sum(p.numel() for m in (thinker.denoiser, thinker.autoencoder) for p in m.parameters()) / 1e6
-    print(f"latent: {size:.2f} M parameters with its autoencoder, {args.minutes:g} minutes")
+    print(f"latent: {size:.2f} M parameters with its autoencoder", file=sys.stderr)
     for steps in (1, 2, 4, 8, 16, 32):
         think(f"latent, {steps} steps", thinker, task, prompts, steps=steps, samples=args.samples, solver="ddim")
     think("latent, 16 steps, cfg 2", thinker, task, prompts, steps=16, samples=args.samples, cfg=2.0, solver="ddim")
