@@ -20,21 +20,23 @@ from redraft.data.baselines import unigram_nats
 from redraft.data.collate import collate
 from redraft.data.prepare import prepare
 from redraft.data.tokenizer import token_byte_lengths
-from redraft.likelihood import NoiseKey, draw_noise, nelbo
+from redraft.likelihood import CleanRows, NoiseKey, solve
 from redraft.training.config import RECIPE_FILE, RunConfig
 
 
 def window_nats(lm: redraft.LanguageModel, config: RunConfig, windows: object, *, noises: int) -> torch.Tensor:
     """Estimate the NELBO of each window, averaged over noises; nats."""
-    process = config.objective.process(lm.denoiser.settings.mask_token_id)
+    sizes = {"mask_token_id": lm.denoiser.settings.mask_token_id, "vocab_size": lm.model.config.vocab_size}
+    objective = config.objective.build(**sizes).evaluation()
     total = torch.zeros(len(windows), dtype=torch.float64)
     for noise in range(noises):
         for index in torch.arange(len(windows)).split(32):
             ids = collate([windows[int(i)] for i in index], pad_token_id=0)["input_ids"]
             key = NoiseKey(seed=noise, step=-1, rows=index, total_rows=len(windows))
-            noised = draw_noise(process, ids, key, can_change=torch.ones_like(ids, dtype=torch.bool))
+            whole = torch.ones_like(ids)
+            rows = CleanRows(x_0=ids, segment_ids=whole, is_target=whole.bool(), has_padding=False)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bfloat16"):
-                total[index] += nelbo(lm.denoiser, process, noised)[1].double()
+                total[index] += solve(lm.denoiser, objective.problem(rows, key), num_rows=len(ids))[1].double()
     return total / noises
 
 

@@ -1,6 +1,8 @@
 """Our training step against a plain loop of the same model: useful tokens per second, peak memory, utilisation.
 
     python benchmarks/training.py [--models demo smollm] [--rounds 3]
+    python benchmarks/training.py --block 16      # block diffusion in one forward against two naive ones
+    python benchmarks/training.py --head 150000   # peak memory of head and loss over 8192 tokens, chunked against plain
 
 Plain: one document per row, padded to the longest of the batch, logits over the whole vocabulary at all positions; as
 many documents as hold the useful tokens of one of our steps.
@@ -28,10 +30,13 @@ from machine import describe
 from redraft.data.packing import pack
 from redraft.data.sources import read_documents
 from redraft.data.tokenizer import encode_documents, train_tokenizer
-from redraft.likelihood import NoiseKey, draw_noise, nelbo
+from redraft.likelihood import CleanRows, NoiseKey, Objective, solve
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
+from redraft.models.head import chunked_loss
 from redraft.models.settings import DiffusionSettings
+from redraft.objectives.block import BlockDiffusion
+from redraft.objectives.diffusion import Diffusion
 from redraft.processes.masked import MaskedDiffusion
 from redraft.training.machine import keep_freed_memory
 
@@ -90,7 +95,89 @@ def plain_loss(model: torch.nn.Module, ids: torch.Tensor, is_token: torch.Tensor
     return (losses * is_masked / t[:, None]).sum() / is_token.sum()
 
 
-def measure(name: str, way: str, dtype: str, steps: int) -> dict[str, float]:
+def our_loss(denoiser: Denoiser, objective: Objective) -> Callable[..., torch.Tensor]:
+    """Build the loss of our trainer, nats per token."""
+
+    def loss_of(ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+        key = NoiseKey(seed=0, step=0, rows=torch.arange(len(ids)), total_rows=len(ids))
+        rows = CleanRows(x_0=ids, segment_ids=is_token.long(), is_target=is_token, has_padding=False)
+        return solve(denoiser, objective.problem(rows, key), num_rows=len(ids))[0] / is_token.sum()
+
+    return loss_of
+
+
+def measure_block(name: str, way: str, block_size: str) -> dict[str, float]:
+    """Time forward and backward of block diffusion: one pass of [x_t ; x_0], or a pass of each with all logits."""
+    size, vocab_size, seq_len, rows = MODELS[name]
+    torch.manual_seed(0)
+    keep_freed_memory()
+    settings = DiffusionSettings(mask_token_id=2)
+    model = build_model(ModelConfig(size=size), settings, tokenizer=Tokens(vocab_size))
+    process = MaskedDiffusion(mask_token_id=2)
+    ids = torch.randint(3, vocab_size, (rows, seq_len))
+    is_token = torch.ones_like(ids, dtype=torch.bool)
+    ours = our_loss(Denoiser(model, settings), BlockDiffusion(process=process, block_size=int(block_size)))
+    masked = our_loss(Denoiser(model, settings), Diffusion(process=process))
+
+    def two_passes(ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+        clean = model(input_ids=ids).logits.float()
+        return plain_loss(model, ids, is_token) + 0 * clean.sum()
+
+    loss_of = {"one pass": ours, "two passes": two_passes, "masked diffusion": masked}[way]
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        loss_of(ids, is_token).backward()
+        model.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds[2:])}
+
+
+def measure_head(way: str, vocab_size: str, tokens: str) -> dict[str, float]:
+    """Take head and cross-entropy, forward and backward; peak memory above that of the weights, in MB."""
+    head = torch.nn.Linear(1024, int(vocab_size), bias=False)
+    hidden = torch.randn(int(tokens), 1024, requires_grad=True)
+    targets = torch.randint(0, int(vocab_size), (int(tokens),))
+    torch.nn.functional.linear(hidden[:8], head.weight).sum().backward()  # the gradients' own memory
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    if way == "plain":
+        loss = F.cross_entropy(head(hidden), targets, reduction="sum")
+    else:
+        loss, _ = chunked_loss(
+            head, hidden, lambda logits, part: F.cross_entropy(logits, targets[part], reduction="none")
+        )
+    loss.backward()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"peak_mb": peak / 1024, "seconds": time.perf_counter() - start}
+
+
+def print_block(models: list[str], block_size: int, rounds: int) -> None:
+    """Compare in turns; medians of ratios per round."""
+    print("| model | block | one pass, s | two naive passes, s | one / two | one / masked diffusion |")
+    print("|---|---|---|---|---|---|")
+    for name in models:
+        ways = ("one pass", "two passes", "masked diffusion")
+        found = [
+            {way: _in_a_process(name, way, str(block_size), kind="block")["seconds"] for way in ways}
+            for _ in range(rounds)
+        ]
+        one, two = (statistics.median(each[way] for each in found) for way in ways[:2])
+        ratio, dearer = (statistics.median(each["one pass"] / each[way] for each in found) for way in ways[1:])
+        print(f"| {name} | {block_size} | {one:.2f} | {two:.2f} | {ratio:.2f} | {dearer:.2f} |", flush=True)
+
+
+def print_head(vocab_size: int, tokens: int) -> None:
+    """Compare peak memory and time."""
+    plain, chunked = (_in_a_process(way, str(vocab_size), str(tokens), kind="head") for way in ("plain", "chunked"))
+    print("| vocabulary | tokens | plain, MB | chunked, MB | chunked / plain | plain, s | chunked, s |")
+    print("|---|---|---|---|---|---|---|")
+    share = chunked["peak_mb"] / plain["peak_mb"]
+    numbers = f"{plain['peak_mb']:,.0f} | {chunked['peak_mb']:,.0f} | {share:.3f}"
+    print(f"| {vocab_size:,} | {tokens:,} | {numbers} | {plain['seconds']:.1f} | {chunked['seconds']:.1f} |")
+
+
+def measure(name: str, way: str, dtype: str, steps: str) -> dict[str, float]:
     """Train some steps; return useful tokens per second, peak memory and model FLOPs per second."""
     size, vocab_size, seq_len, rows = MODELS[name]
     corpus = documents()
@@ -112,15 +199,10 @@ def measure(name: str, way: str, dtype: str, steps: int) -> dict[str, float]:
         windows, _ = pack(token_lists, seq_len=seq_len, eos_token_id=1)
         ids_of = torch.from_numpy(windows.input_ids).long().split(rows)
         batches = ((ids, torch.ones_like(ids, dtype=torch.bool)) for ids in ids_of)
-        denoiser, process = Denoiser(model, settings), MaskedDiffusion(mask_token_id=2)
-
-        def loss_of(ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
-            key = NoiseKey(seed=0, step=0, rows=torch.arange(len(ids)), total_rows=len(ids))
-            noised = draw_noise(process, ids, key, can_change=is_token)
-            return nelbo(denoiser, process, noised)[0] / is_token.sum()
+        loss_of = our_loss(Denoiser(model, settings), Diffusion(process=MaskedDiffusion(mask_token_id=2)))
 
     useful, seconds = [], []
-    for _, (ids, is_token) in zip(range(steps + 2), batches, strict=False):
+    for _, (ids, is_token) in zip(range(int(steps) + 2), batches, strict=False):
         start = time.perf_counter()
         with torch.autocast("cpu", DTYPES[dtype], enabled=dtype != "float32"):
             loss = loss_of(ids, is_token)
@@ -153,8 +235,8 @@ def _time(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _in_a_process(*arguments: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", *arguments]
+def _in_a_process(*arguments: str, kind: str = "step") -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", kind, *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -166,13 +248,22 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=3, help="pairs of processes")
     parser.add_argument("--steps", type=int, default=6, help="timed steps per process")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--block", type=int, help="block size: compare block diffusion's step")
+    parser.add_argument("--head", type=int, help="vocabulary: compare the memory of head and loss")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of --head")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        name, way, dtype, steps = args.measure
-        print(json.dumps(measure(name, way, dtype, int(steps))))
+        kind, *rest = args.measure
+        print(json.dumps({"step": measure, "block": measure_block, "head": measure_head}[kind](*rest)))
         return
     print(describe(Path(__file__).name, sys.argv[1:]))
+    if args.block:
+        print_block(args.models, args.block, args.rounds)
+    if args.head:
+        print_head(args.head, args.tokens)
+    if args.block or args.head:
+        return
     print("| model | dtype | way | useful tokens/s | x plain | peak MB | x plain | of the matmul rate |")
     print("|---|---|---|---|---|---|---|---|")
     for name in args.models:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
+from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
 from redraft.randomness import fold
@@ -22,10 +23,12 @@ from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.loop import Sampler, Step, denoise
 from redraft.sampling.policies import Blocks, GridBlocks
-from redraft.sampling.presets import SamplingConfig
+from redraft.sampling.presets import SamplingConfig, with_saved
 from redraft.sampling.trace import Recorder, RowTrace
 
 HOLE = re.compile(r"\[MASK:(\d+)\]")
+_OF_A_LENGTH = ("block_size", "steps", "steps_per_block")
+"""Saved settings that rest on the length of a new text, and say nothing of holes."""
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
 """Text, token ids (list or 1-D tensor), or chat messages."""
@@ -55,15 +58,28 @@ def load(
     eos_token_id: int | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    quantization: str | None = None,
     adapter: str | Path | None = None,
     family: str | None = None,
+    compile: bool = False,
 ) -> "LanguageModel":
-    """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors."""
+    """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors.
+
+    `compile` is for long runs with equal shapes: see `Denoiser.compiled`.
+    """
     denoiser, tokenizer = load_denoiser(
-        path, mask_token_id=mask_token_id, dtype=dtype, device=device, adapter=adapter, family=family
+        path,
+        mask_token_id=mask_token_id,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        adapter=adapter,
+        family=family,
     )
     if eos_token_id is None:
         eos_token_id = _end_token_id(denoiser.model.config, tokenizer)
+    if compile:
+        denoiser = denoiser.compiled()
     return LanguageModel(denoiser=denoiser, tokenizer=tokenizer, eos_token_id=eos_token_id)
 
 
@@ -71,7 +87,9 @@ def _end_token_id(config: Any, tokenizer: Any) -> int | None:
     """Find what ends a text: the tokenizer's EOS, BERT's separator, or the config's first EOS."""
     if tokenizer is not None:
         return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    return config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    ends = getattr(config, "eos_token_id", None)
+    ends = config.get_text_config().eos_token_id if ends is None else ends
+    return ends[0] if isinstance(ends, list) else ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +108,20 @@ class LanguageModel:
     @property
     def context_length(self) -> int | None:
         """Longest canvas the model was built for, in tokens."""
-        most = getattr(self.model.config, "max_position_embeddings", None)
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if most is None else most - first_position(self.model.config)
+
+    @property
+    def saved_sampling(self) -> dict[str, Any]:
+        """Settings that come with the checkpoint: the `generation` entry of its config.json."""
+        return dict(getattr(self.model.config, "generation", None) or {})
+
+    def sampling_config(self, **settings: Any) -> SamplingConfig:
+        """Resolve settings as `generate` does: those given, over the checkpoint's own, over the defaults.
+
+        Raises ValueError for names that are no settings, and for values that do not fit.
+        """
+        return with_saved(self.saved_sampling, settings)
 
     @torch.no_grad()
     def logits(
@@ -130,7 +160,7 @@ class LanguageModel:
 
         Raises ValueError for settings that do not fit and for prompts that do not leave room in the model's context.
         """
-        config = _config(settings)
+        config = self.sampling_config(**settings)
         sampler = self._sampler(config, guides, logits_processor)
         rows = self._encode_all(prompts, config)
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
@@ -152,7 +182,7 @@ class LanguageModel:
 
         A `session` keeps the exact cache of one conversation from one call to the next.
         """
-        config = _config(settings)
+        config = self.sampling_config(**settings)
         sampler = self._sampler(config, guides, logits_processor)
         rows = self._encode_all(prompts, config)
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
@@ -171,7 +201,9 @@ class LanguageModel:
 
         Raises ValueError where a prompt has no hole.
         """
-        config = _config(settings)
+        if isinstance(self.denoiser, EncoderDecoder):
+            raise ValueError(f"{self.model.config.model_type} writes behind its prompt; it cannot fill holes.")
+        config = self.sampling_config(**{name: None for name in _OF_A_LENGTH if name in self.saved_sampling} | settings)
         encoded = [self._encode_with_holes(prompt) for prompt in _as_batch(prompts) for _ in range(config.num_samples)]
         rows, is_hole = [row for row, _ in encoded], [holes for _, holes in encoded]
         for row, holes in encoded:
@@ -237,6 +269,11 @@ class LanguageModel:
 
     def _sampler(self, config: SamplingConfig, guides: Sequence[Guide], logits_processor: Sequence[Any]) -> Sampler:
         sampler = config.sampler(self.denoiser.settings, eos_token_id=self.eos_token_id, decode=self.decode)
+        if self.denoiser.settings.process == "uniform" and sampler.noise != "uniform":
+            raise ValueError(
+                f"preset {config.preset!r} starts from mask tokens, and this model was trained on uniform noise. Use "
+                f"{self.saved_sampling.get('preset', 'a preset for it')!r}."
+            )
         if logits_processor:
             guides = (*guides, Processors(processors=tuple(logits_processor)))
         return replace(sampler, guides=tuple(guides))
@@ -286,6 +323,8 @@ class LanguageModel:
         whole, is_noise = [], []
         for row in rows:
             length = len(row) + max_new_tokens
+            if isinstance(sampler.frontier, Blocks):  # of DiffusionGemma: the canvases of others divide the length
+                length = len(row) + -(-max_new_tokens // sampler.frontier.size) * sampler.frontier.size
             self._check_length(length)
             if isinstance(sampler.frontier, GridBlocks):  # the last block is a whole one; what is too much is cut off
                 whole_blocks = -(-length // sampler.frontier.size) * sampler.frontier.size
@@ -361,19 +400,6 @@ def _finished(step: Step) -> list[tuple[int, int]]:
     """Pair the places in the step's batch with the rows that ended there."""
     places = step.is_done.nonzero()[:, 0].tolist()  # sync: results leave the device here
     return [(place, int(step.rows[place])) for place in places]
-
-
-def _config(settings: dict[str, Any]) -> SamplingConfig:
-    """Check names before values, so that a misspelt setting is never ignored."""
-    from redraft.errors import unknown_name
-
-    known = SamplingConfig.__dataclass_fields__
-    for name in settings:
-        if name not in known:
-            raise unknown_name("setting", name, known)
-    if isinstance(settings.get("stop"), list):
-        settings = settings | {"stop": tuple(settings["stop"])}
-    return replace(SamplingConfig(), **settings)
 
 
 def _as_batch(prompts: Any) -> list[Any]:

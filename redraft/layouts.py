@@ -15,6 +15,9 @@ class Layout:
     """
 
     block_size: int | None = None
+    is_two_copy: bool = False
+    """The input is [x_t ; x_0], both at the same positions: a noisy block sees itself and the clean blocks before it,
+    the clean copy sees itself block-causally (arXiv 2503.09573). All blocks are trained in one forward pass."""
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:
@@ -49,13 +52,25 @@ def attention_mask(
         mask = segment_ids[:, :, None] == segment_ids[:, None, :]
     elif segment_ids is not None:
         mask = (segment_ids > 0)[:, None, :].expand(-1, positions.shape[1], -1)
-    causal = block_mask(layout, positions, positions)
+    causal = _both_copies(layout, positions) if layout.is_two_copy else block_mask(layout, positions, positions)
     if causal is not None:
         mask = causal if mask is None else mask & causal
     if mask is None:
         return None
     is_self = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
     return (mask | is_self)[:, None]
+
+
+def block_mask(
+    layout: Layout, query_positions: Int[Tensor, "batch query"], key_positions: Int[Tensor, "batch key"]
+) -> Bool[Tensor, "batch query key"] | None:
+    """Let a query attend to its own block and the blocks before it; None for full attention."""
+    if layout.block_size is None:
+        return None
+    query_block, key_block = (
+        positions.div(layout.block_size, rounding_mode="floor") for positions in (query_positions, key_positions)
+    )
+    return query_block[:, :, None] >= key_block[:, None, :]
 
 
 def two_copy_mask(
@@ -74,21 +89,17 @@ def two_copy_mask(
     return ((is_own | is_earlier) & is_valid[:, None, :] | is_self)[:, None]
 
 
-def block_mask(
-    layout: Layout, query_positions: Int[Tensor, "batch query"], key_positions: Int[Tensor, "batch key"]
-) -> Bool[Tensor, "batch query key"] | None:
-    """Let a query attend to its own block and the blocks before it; None for full attention."""
-    if layout.block_size is None:
-        return None
-    query_block, key_block = (
-        positions.div(layout.block_size, rounding_mode="floor") for positions in (query_positions, key_positions)
-    )
-    return query_block[:, :, None] >= key_block[:, None, :]
-
-
 def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
     """Count positions from 0 in each run of equal segment ids."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
     is_start = torch.ones_like(segment_ids, dtype=torch.bool)
     is_start[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     return index - torch.where(is_start, index, 0).cummax(dim=1).values
+
+
+def _both_copies(layout: Layout, positions: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq seq"]:
+    """Build the mask of [x_t ; x_0] from the positions of both copies, one behind the other."""
+    is_noisy = torch.arange(positions.shape[1], device=positions.device) < positions.shape[1] // 2
+    block = positions // (layout.block_size or positions.shape[1])
+    copy = is_noisy.long().expand_as(positions)
+    return two_copy_mask(block, copy, is_valid=torch.ones_like(positions, dtype=torch.bool))[:, 0]

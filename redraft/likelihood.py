@@ -1,16 +1,16 @@
-"""The likelihood bound of a noised batch: what training minimises and evaluation reports."""
+"""The likelihood of clean rows, or a bound on it: what training minimises and evaluation reports."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
-from redraft.models.head import chunked_loss, output_embeddings
-from redraft.processes.masked import MaskedDiffusion
-from redraft.processes.noised import Noised
+from redraft.models.head import RowLoss, chunked_loss, output_embeddings
+from redraft.processes.noised import Noised, Process
 from redraft.randomness import uniform
 from redraft.schedules import stratified_times
 
@@ -29,70 +29,125 @@ class NoiseKey:
     """Rows of the global batch, over which t is stratified."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CleanRows:
+    """Rows of clean tokens, to be learnt from or scored."""
+
+    x_0: Int[Tensor, "batch seq"]
+    segment_ids: Int[Tensor, "batch seq"]
+    """Numbers the documents of a row from 1; 0 is padding."""
+    is_target: Bool[Tensor, "batch seq"]
+    """What may be noised and is scored: all but padding, or the answer to a prompt."""
+    has_padding: bool = True
+    isolate_segments: bool = False
+    """No attention across documents; positions restart at each."""
+
+    @property
+    def attended_segments(self) -> Int[Tensor, "batch seq"] | None:
+        """The segments, if attention has to know of them."""
+        return self.segment_ids if self.has_padding or self.isolate_segments else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One forward pass: what the model sees, which positions it is asked for, and how its answers are scored."""
+
+    input_ids: Int[Tensor, "batch seq"]
+    where: Int[Tensor, "n"]
+    """The positions asked for, in the flattened `input_ids`; the head runs nowhere else."""
+    row: Int[Tensor, "n"]
+    """The clean row that each answer counts for."""
+    nats: RowLoss
+    """(logits (n, V) of some answers, which of them) -> nats (n,)."""
+    segment_ids: Int[Tensor, "batch seq"] | None = None
+    isolate_segments: bool = False
+    layout: Layout | None = None
+    """By default the model's own."""
+    shift: bool | None = None
+    """Whether a position is predicted by its left neighbour's logits; by default as the model's settings say."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a training minimises. A new one is one file: docs/training.md."""
+
+    def problem(self, rows: CleanRows, key: NoiseKey) -> Problem:
+        """Draw the noise that the key stands for, and pose the rows as a problem."""
+        ...
+
+    def evaluation(self) -> "Objective":
+        """The objective to be reported: the negative log-likelihood, or an unbiased sample of a bound on it."""
+        ...
+
+
 def draw_noise(
-    process: MaskedDiffusion,
+    process: Process,
     x_0: Int[Tensor, "batch seq"],
     key: NoiseKey,
     *,
     can_change: Bool[Tensor, "batch seq"],
     t_min: float = SMALLEST_T,
     t_max: float = 1.0,
+    block: Int[Tensor, "batch seq"] | None = None,
 ) -> Noised:
     """Corrupt a batch with times stratified over the global batch, t in (t_min, t_max].
 
     Which row gets which stratum is drawn too: windows in the order of their documents, and the processes that share a
     batch, all see every noise level. The default range is what a likelihood bound is taken over; it leaves out a
-    thousandth of the noise levels.
+    thousandth of the noise levels. With `block`, the number of each position's block in its row, each block has a time
+    of its own: independent within a row, stratified over the rows, and that of block 0 as without blocks.
     """
     rows = key.rows.to(x_0.device)
     offset = uniform(key.seed, key.step, 0)
     strata = uniform(key.seed, key.step, 2, torch.arange(key.total_rows)).argsort().to(x_0.device)
-    t = stratified_times(
-        strata[rows].to(torch.float64), total=key.total_rows, offset=offset.to(x_0.device), t_min=t_min, t_max=t_max
-    )
+    level = stratified_times(strata[rows].to(torch.float64), total=key.total_rows, offset=offset.to(x_0.device))
+    if block is not None:
+        phase = uniform(key.seed, key.step, 3, block).masked_fill(block == 0, 0.0)
+        level = 1 - (1 - level[:, None] + phase) % 1
     positions = torch.arange(x_0.shape[1], device=x_0.device)
     u = uniform(key.seed, key.step, 1, rows[:, None], positions[None, :])
-    return process.corrupt(x_0, t, u=u, can_change=can_change)
+    return process.corrupt(x_0, t_min + (t_max - t_min) * level, u=u, can_change=can_change)
 
 
-def nelbo(
-    denoiser: Denoiser,
-    process: MaskedDiffusion,
-    noised: Noised,
-    *,
-    segment_ids: Int[Tensor, "batch seq"] | None = None,
-    isolate_segments: bool = False,
-    wrapped: Any = None,
-    has_plain_head: bool = True,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "batch"]]:
-    """Sample the negative evidence lower bound: its sum over the batch, with gradient, and each row's, detached; nats.
-
-    The head runs at noised positions only, in chunks where `has_plain_head` (see `models.head`).
-    """
+def whole_canvas(process: Process, noised: Noised, rows: CleanRows) -> Problem:
+    """Ask for the targets of x_t. `noised` may hold the rows several times over, which are then averaged."""
+    copies = len(noised.x_t) // len(rows.x_0)
     where = noised.targets()
     targets = noised.flatten()[where]
+    segment_ids = rows.attended_segments
+    return Problem(
+        input_ids=noised.x_t,
+        where=where,
+        row=where // noised.x_t.shape[1] % len(rows.x_0),
+        nats=lambda logits, part: process.loss(logits, targets[part]) / copies,
+        segment_ids=None if segment_ids is None else segment_ids.repeat(copies, 1),
+        isolate_segments=rows.isolate_segments,
+    )
+
+
+def solve(
+    denoiser: Denoiser, problem: Problem, *, num_rows: int, wrapped: Any = None, has_plain_head: bool = True
+) -> tuple[Float[Tensor, ""], Float[Tensor, "rows"]]:
+    """Score a model on a problem: the sum over all answers, with gradient, and that of each clean row; nats.
+
+    Where `has_plain_head` (see `models.head`) head and loss go chunk by chunk, and the rows' sums carry no gradient.
+    """
+    ask = denoiser.hidden_at if has_plain_head else denoiser.logits_at
+    answers = ask(
+        problem.where,
+        problem.input_ids,
+        segment_ids=problem.segment_ids,
+        isolate_segments=problem.isolate_segments,
+        layout=problem.layout,
+        shift=problem.shift,
+        wrapped=wrapped,
+    )
     if has_plain_head:
-        hidden = denoiser.hidden_at(
-            where,
-            noised.x_t,
-            segment_ids=segment_ids,
-            isolate_segments=isolate_segments,
-            wrapped=wrapped,
-        )
-        head = output_embeddings(denoiser.model)
-        total, losses = chunked_loss(head, hidden, lambda logits, rows: process.loss(logits, targets[rows]))
+        total, nats = chunked_loss(output_embeddings(denoiser.model), answers, problem.nats)
     else:
-        logits = denoiser.logits_at(
-            where,
-            noised.x_t,
-            segment_ids=segment_ids,
-            isolate_segments=isolate_segments,
-            wrapped=wrapped,
-        )
-        live = process.loss(logits, targets)
-        total, losses = live.sum(), live.detach()
-    batch, seq = noised.x_t.shape
-    return total, losses.new_zeros(batch).index_add(0, where // seq, losses)
+        nats = problem.nats(answers, slice(None))
+        total = nats.sum()
+    return total, nats.new_zeros(num_rows).index_add(0, problem.row, nats)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The command line: `redraft COMMAND ...`. Each command is a module with `main(arguments) -> exit code`."""
 
+import logging
 import sys
 from importlib import import_module
 
@@ -16,6 +17,9 @@ COMMANDS = {
     "data": "tokenise and pack a source once, for many runs",
     "doctor": "report versions, devices and whether a tiny model runs",
 }
+NOISY = ("torchao", "torch.utils._pytree")
+"""Loggers that tell, on every import, of kernels for other machines and of each other's names."""
+
 EXIT_USER_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 
@@ -23,6 +27,8 @@ EXIT_INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 a user's mistake, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(_dispatch(arguments))
 
 

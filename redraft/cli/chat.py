@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from redraft.cli.parsing import parse
+from redraft.cli.parsing import SamplingFlags, parse
 from redraft.errors import unknown_name
 from redraft.language_model import LanguageModel
 from redraft.sampling.canvas import Status
@@ -25,12 +25,14 @@ class Arguments:
 
     model: tyro.conf.Positional[str]
     """Folder or hub id of a model."""
-    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to denoise."""
     system: str | None = None
     """System message, for models with a chat template."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
+    quantization: str | None = None
+    """Hold the linear layers in int8 or int4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +42,9 @@ def main(arguments: list[str]) -> int:
     from redraft.cli.common import load_quietly
 
     console = Console()
-    conversation = Conversation(load_quietly(args.model, device=args.device), args.sampling, system=args.system)
+    given = args.sampling.given(arguments)
+    lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
+    conversation = Conversation(lm, given, system=args.system)
     if not conversation.has_template:
         console.print("this model has no chat template: it continues your text as it stands", style="dim")
     console.print(HELP, style="dim", markup=False, highlight=False)
@@ -74,14 +78,19 @@ def _take_turn(conversation: "Conversation", line: str, console: Console) -> Non
 class Conversation:
     """The messages so far, or the text so far for a model without a chat template."""
 
-    def __init__(self, lm: LanguageModel, sampling: SamplingConfig, *, system: str | None = None) -> None:
+    def __init__(self, lm: LanguageModel, given: dict[str, Any], *, system: str | None = None) -> None:
         self.lm = lm
-        self.sampling = sampling
+        self.given = given
         self.system = system
         self.has_template = lm.tokenizer is not None and lm.tokenizer.chat_template is not None
         if lm.tokenizer is None:
             raise ValueError("this model has no tokenizer, so there is nothing to talk with. Use the Python API.")
         self.reset()
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """All settings: those given, over the model's own."""
+        return self.lm.sampling_config(**self.given)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
@@ -93,7 +102,7 @@ class Conversation:
         """Yield the reply as it forms, and remember the turn when it is whole."""
         prompt: Any = [*self.messages, {"role": "user", "content": line}] if self.has_template else self.text + line
         last: Step | None = None
-        for step in self.lm.stream(prompt, session=self.session, **asdict(self.sampling)):
+        for step in self.lm.stream(prompt, session=self.session, **self.given):
             last = step
             yield _shown(step, self.lm)
         assert last is not None
@@ -115,8 +124,13 @@ class Conversation:
             setting = rest[0].replace("-", "_")
             if setting not in asdict(self.sampling):
                 raise unknown_name("setting", setting, asdict(self.sampling))
-            flags = [f"--{setting.replace('_', '-')}", rest[1]]
-            self.sampling = parse(SamplingConfig, flags, command="chat", default=self.sampling)
+            value: Any = rest[1]
+            if setting != "preset":  # it changes what the others mean
+                flags = [f"--{setting.replace('_', '-')}", rest[1]]
+                value = getattr(parse(SamplingConfig, flags, command="chat", default=self.sampling), setting)
+            given = self.given | {setting: value}
+            self.lm.sampling_config(**given)  # its checks
+            self.given = given
             return f"{rest[0]} is {rest[1]}"
         return HELP
 

@@ -16,13 +16,13 @@ from redraft.sampling.trace_page import render_page
 NOISE_STYLE = "dim"
 
 
-def load_quietly(model: str, *, device: str | None) -> LanguageModel:
-    """Load a model without the library's progress bars."""
+def load_quietly(model: str, *, device: str | None, quantization: str | None) -> LanguageModel:
+    """Load a model without the libraries' progress bars and notices."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    return load(model, device=device)
+    return load(model, device=device, quantization=quantization)
 
 
 def read_prompts(prompts: tuple[str, ...]) -> list[str]:

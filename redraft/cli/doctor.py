@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    from redraft.models.device import choose_device
-    from redraft.training.machine import bfloat16_is_faster, can_compile
+    from redraft.models.device import can_compile, choose_device
+    from redraft.training.machine import bfloat16_is_faster
 
     console = Console()
     table = Table(show_header=False, box=None, pad_edge=False)

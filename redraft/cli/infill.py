@@ -7,8 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from redraft.cli.parsing import parse
-from redraft.sampling.presets import SamplingConfig
+from redraft.cli.parsing import SamplingFlags, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +18,14 @@ class Arguments:
     """Folder or hub id of a model."""
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts with holes; a dash reads one from standard input."""
-    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to denoise; the length is that of the holes."""
     trace: Path | None = None
     """Write a page that replays the denoising (.html), or its data (.json)."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
+    quantization: str | None = None
+    """Hold the linear layers in int8 or int4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:
@@ -35,9 +36,9 @@ def main(arguments: list[str]) -> int:
 
     texts = read_prompts(args.texts)
     check_writable(args.trace)
-    lm = load_quietly(args.model, device=args.device)
+    settings = args.sampling.given(arguments)
+    lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
     console = Console()
-    settings = asdict(args.sampling)
     out = lm.infill(texts, trace=True, **settings)
     assert out.trace is not None
     for i, trace in enumerate(out.trace):
@@ -47,6 +48,12 @@ def main(arguments: list[str]) -> int:
         styles = ["" if is_given else "bold green" for is_given in trace.is_given]
         console.print(styled(lm, trace.token_ids, styles), soft_wrap=True)
     if args.trace:
-        write_trace(args.trace, out.trace, lm, title=f"redraft infill {args.model}", settings=settings)
+        write_trace(
+            args.trace,
+            out.trace,
+            lm,
+            title=f"redraft infill {args.model}",
+            settings=asdict(lm.sampling_config(**settings)),
+        )
         say(console, f"trace: {args.trace}")
     return 0

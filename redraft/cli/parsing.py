@@ -4,9 +4,12 @@ import contextlib
 import io
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import tyro
+
+from redraft.sampling.presets import SamplingConfig
 
 T = TypeVar("T")
 
@@ -22,6 +25,22 @@ def parse(kind: type[T] | Callable[..., T], arguments: list[str], *, command: st
         if exit_.code in (0, None):
             raise
     raise ValueError(_in_one_line(complaint.getvalue()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(SamplingConfig):
+    """Settings of the sampler before a model is known, whose own settings decide what fits together."""
+
+    def __post_init__(self) -> None:
+        """Check nothing yet."""
+
+    def given(self, arguments: list[str]) -> dict[str, Any]:
+        """Tell the settings that were flags from those that are defaults. Raises ValueError if they cannot fit."""
+        flags = {argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
+        chosen = {field.name: getattr(self, field.name) for field in fields(self) if field.name in flags}
+        if "preset" in chosen:
+            SamplingConfig(**chosen)
+        return chosen
 
 
 def _in_one_line(box: str) -> str:

@@ -8,8 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from redraft.cli.parsing import parse
-from redraft.sampling.presets import SamplingConfig
+from redraft.cli.parsing import SamplingFlags, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +19,7 @@ class Arguments:
     """Folder or hub id of a model."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts; a dash reads one from standard input."""
-    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to denoise."""
     chat: bool = False
     """Put each prompt into the model's chat template as a user's message."""
@@ -30,6 +29,8 @@ class Arguments:
     """Print one JSON object per prompt."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
+    quantization: str | None = None
+    """Hold the linear layers in int8 or int4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:
@@ -40,10 +41,10 @@ def main(arguments: list[str]) -> int:
 
     prompts = read_prompts(args.prompts)
     check_writable(args.trace)
-    lm = load_quietly(args.model, device=args.device)
+    settings = args.sampling.given(arguments)
+    lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
     console = Console()
     inputs = [[{"role": "user", "content": p}] for p in prompts] if args.chat else prompts
-    settings = asdict(args.sampling)
     out = lm.generate(inputs, trace=args.trace is not None, **settings)
     for i, prompt in enumerate(prompts):
         new = out.texts[i] if out.texts else " ".join(map(str, out.tokens[i].tolist()))
@@ -59,7 +60,13 @@ def main(arguments: list[str]) -> int:
             f"{num_new} tokens in {out.seconds:.2f} s, {max(out.forwards)} forwards", style="dim", highlight=False
         )
     if args.trace and out.trace:
-        write_trace(args.trace, out.trace, lm, title=f"redraft sample {args.model}", settings=settings)
+        write_trace(
+            args.trace,
+            out.trace,
+            lm,
+            title=f"redraft sample {args.model}",
+            settings=asdict(lm.sampling_config(**settings)),
+        )
         if not args.json:
             say(console, f"trace: {args.trace}")
     return 0

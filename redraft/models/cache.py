@@ -21,6 +21,8 @@ class Spans:
     """Keys before this position are read, per row."""
     reads_all: bool
     """Whether every query reads every key in view, so that no mask is needed."""
+    is_steady: bool = False
+    """Whether forwards of this shape come in every block, so that compiling it pays."""
 
     @property
     def num_queries(self) -> int:
@@ -45,13 +47,17 @@ class Spans:
         """Lay the spans out as positions; what a shorter row lacks repeats its last position."""
         return torch.minimum(self._unbounded(device), torch.tensor(self.ends, device=device)[:, None] - 1)
 
+    def slots(self, device: torch.device, *, spare: int) -> Int[Tensor, "batch query"]:
+        """Say where keys and values are written: by position, and to a spare slot what only fills a row up."""
+        return torch.where(self.is_fed(device), self.positions(device), spare)
+
     def is_fed(self, device: torch.device) -> Bool[Tensor, "batch query"]:
         """Tell the positions of a row from what fills it up."""
         return self._unbounded(device) < torch.tensor(self.ends, device=device)[:, None]
 
-    def is_read(self, device: torch.device) -> Bool[Tensor, "batch key"]:
-        """Tell which slots a row reads."""
-        slots = torch.arange(self.num_keys, device=device)
+    def is_read(self, device: torch.device, num_keys: int) -> Bool[Tensor, "batch key"]:
+        """Tell which of the first slots a row reads."""
+        slots = torch.arange(num_keys, device=device)
         return slots < torch.tensor(self.key_ends, device=device)[:, None]
 
     def _unbounded(self, device: torch.device) -> Int[Tensor, "batch query"]:
@@ -71,14 +77,20 @@ class Slots(Cache):
         super().__init__(layers=[])
         self.num_positions = num_positions
         self.spans: Spans | None = None
+        self.is_static = False
         self._where: Tensor | None = None
 
-    def aim(self, spans: Spans, device: torch.device) -> None:
-        """Set the spans of the coming forward."""
-        self.spans = spans
-        if not spans.is_even:
-            spare = self.num_positions  # one slot more than positions: nobody reads it
-            self._where = torch.where(spans.is_fed(device), spans.positions(device), spare)
+    def aim(self, spans: Spans, device: torch.device, *, is_static: bool = False) -> None:
+        """Set the spans of the coming forward; static: where they lie is a tensor alone, and all slots are in view."""
+        self.spans, self.is_static = spans, is_static
+        if is_static or not spans.is_even:
+            self._where = spans.slots(device, spare=self.num_positions)  # one slot more than positions
+
+    @property
+    def num_keys(self) -> int:
+        """Slots in view."""
+        assert self.spans is not None
+        return self.num_positions + 1 if self.is_static else self.spans.num_keys
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -128,19 +140,21 @@ class SlotLayer(CacheLayerMixin):
         """Write in place; return views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        spans = self.owner.spans
+        spans, is_static = self.owner.spans, self.owner.is_static
         assert spans is not None
         for slots, states in ((self.keys, key_states), (self.values, value_states)):
-            if spans.is_even:
+            if not is_static and spans.is_even:
                 slots[:, :, spans.starts[0] : spans.ends[0]] = states
             else:
                 rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
                 slots[rows, :, self.owner._where] = states.transpose(1, 2)  # (B, Q, heads, dim)
+        if is_static:  # no number of the spans may be looked at: it would be compiled in
+            return self.keys, self.values
         return self.keys[:, :, : spans.num_keys], self.values[:, :, : spans.num_keys]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Say how many keys are in view, from slot 0 on."""
-        return (self.owner.spans.num_keys if self.owner.spans else query_length), 0
+        return (self.owner.num_keys if self.owner.spans else query_length), 0
 
     def get_seq_length(self) -> int:
         """Say how many keys stand before the queries; positions are always given, so nobody counts from it."""

@@ -122,7 +122,8 @@ def _read(source: str | Path, *, mask_token_id: int | None, family: str | None, 
         denoiser, tokenizer = load_denoiser(
             source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family
         )
-        return _Source(model=denoiser.model, tokenizer=tokenizer, settings=denoiser.settings, notes=[])
+        settings = None if denoiser.settings.is_autoregressive else denoiser.settings
+        return _Source(model=denoiser.model, tokenizer=tokenizer, settings=settings, notes=[])
     config = read_config(source, raw)
     model_class = language_model_class(config)
     if (why := refusal(config, model_class)) is not None:

@@ -1,7 +1,8 @@
 """The denoiser: a canvas in, logits out. The only place that knows how a model wants to be called."""
 
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from redraft.layouts import Layout, attention_mask, block_mask, segment_positions
 from redraft.models.cache import Slots, Spans
+from redraft.models.device import can_compile
 from redraft.models.head import head_at, head_skipped
 from redraft.models.masks import first_position, model_masks
 from redraft.models.settings import DiffusionSettings
@@ -20,6 +22,24 @@ class Denoiser:
 
     model: Any
     settings: DiffusionSettings
+    is_self_conditioned: ClassVar[bool] = False
+    """Whether it is told its last prediction (`previous=`)."""
+    is_compiled: bool = False
+    """Whether the model's body was compiled: then forwards with a cache keep one shape in every block."""
+
+    def compiled(self) -> "Denoiser":
+        """Compile the model's body for fixed shapes. Raises ValueError where no compiler is found.
+
+        The first forward of each shape takes from seconds to a minute; a generation with the exact cache has two that
+        come again (one block, and two when one is finished), and one with the whole canvas has one.
+        """
+        if not can_compile():
+            raise ValueError(
+                "compile=True needs a GPU with Triton or a C++ compiler; found neither g++ nor clang++ nor cl. Leave "
+                "it out."
+            )
+        self.model.base_model.compile(dynamic=False)
+        return replace(self, is_compiled=True)
 
     @property
     def device(self) -> torch.device:
@@ -46,13 +66,14 @@ class Denoiser:
         segment_ids: Int[Tensor, "batch seq"] | None = None,
         isolate_segments: bool = False,
         layout: Layout | None = None,
+        shift: bool | None = None,
         grid_origin: Int[Tensor, "batch"] | None = None,
         wrapped: Any = None,
     ) -> Float[Tensor, "n vocab"]:
         """Predict the positions of `where` alone (indices into batch * seq): the head runs nowhere else.
 
-        `grid_origin` moves each row's grid of blocks. `wrapped` is the model as a trainer wraps it (DDP), to be called
-        in its place.
+        `shift` overrules the model's own logit shift, `grid_origin` moves each row's grid of blocks. `wrapped` is the
+        model as a trainer wraps it (DDP), to be called in its place.
         """
         inputs = self.inputs(
             input_ids,
@@ -61,7 +82,8 @@ class Denoiser:
             layout=layout,
             grid_origin=grid_origin,
         )
-        with head_at(self.model, self._rows(where, input_ids.shape[1])):
+        positions = self._positions(input_ids, segment_ids, isolate_segments, layout)
+        with head_at(self.model, self._rows(where, positions, layout, shift)):
             return (self.model if wrapped is None else wrapped)(**inputs).logits
 
     def cached_logits_at(
@@ -77,18 +99,20 @@ class Denoiser:
         """Predict positions of `where` by feeding the spans alone, over the keys and values in the slots."""
         device = input_ids.device
         positions = spans.positions(device)  # (B, Q)
-        keys = torch.arange(spans.num_keys, device=device).expand(len(input_ids), -1)
+        is_static = self.is_compiled and spans.is_steady and bool(slots.layers)
+        slots.aim(spans, device, is_static=is_static)
+        keys = torch.arange(slots.num_keys, device=device).expand(len(input_ids), -1)
         mask = None
-        if not spans.reads_all:
+        if is_static or not spans.reads_all:
             origin = torch.zeros_like(input_ids[:, 0]) if grid_origin is None else grid_origin
             causal = block_mask(layout or self.settings.layout, positions - origin[:, None], keys - origin[:, None])
-            read = spans.is_read(device)[:, None].expand(-1, positions.shape[1], -1)
+            read = spans.is_read(device, slots.num_keys)[:, None].expand(-1, positions.shape[1], -1)
             mask = (read if causal is None else read & causal)[:, None]
-        slots.aim(spans, device)
         row, position = where // input_ids.shape[1], where % input_ids.shape[1]
         starts = torch.tensor(spans.starts, device=device)
         fed = row * positions.shape[1] + self._predictors(position) - starts[row]
-        with head_at(self.model, fed):
+        once = self.is_compiled and not is_static  # a shape that does not come again is not worth compiling
+        with head_at(self.model, fed), torch.compiler.set_stance("force_eager") if once else nullcontext():
             return self.model(
                 input_ids=input_ids.gather(1, positions),
                 attention_mask=model_masks(self.model, mask, positions, keys),
@@ -104,11 +128,14 @@ class Denoiser:
         *,
         segment_ids: Int[Tensor, "batch seq"] | None = None,
         isolate_segments: bool = False,
+        layout: Layout | None = None,
+        shift: bool | None = None,
         wrapped: Any = None,
     ) -> Float[Tensor, "n dim"]:
         """Return what enters the head at `where`, for `head.chunked_loss`."""
-        inputs = self.inputs(input_ids, segment_ids=segment_ids, isolate_segments=isolate_segments)
-        with head_skipped(self.model, self._rows(where, input_ids.shape[1])) as captured:
+        positions = self._positions(input_ids, segment_ids, isolate_segments, layout)
+        inputs = self.inputs(input_ids, segment_ids=segment_ids, isolate_segments=isolate_segments, layout=layout)
+        with head_skipped(self.model, self._rows(where, positions, layout, shift)) as captured:
             (self.model if wrapped is None else wrapped)(**inputs)
         assert captured.hidden is not None
         return captured.hidden
@@ -123,10 +150,7 @@ class Denoiser:
         grid_origin: Int[Tensor, "batch"] | None = None,
     ) -> dict[str, Any]:
         """Build the arguments of the model's forward. `segment_ids` as in `layouts.attention_mask`."""
-        if isolate_segments and segment_ids is not None:
-            positions = segment_positions(segment_ids)
-        else:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        positions = self._positions(input_ids, segment_ids, isolate_segments, layout)
         mask = attention_mask(
             layout or self.settings.layout,
             positions if grid_origin is None else positions - grid_origin[:, None],
@@ -137,10 +161,37 @@ class Denoiser:
         counted = positions + first_position(self.model.config)
         return {"input_ids": input_ids, "attention_mask": masks, "position_ids": counted, "use_cache": False}
 
-    def _rows(self, where: Int[Tensor, "n"], seq_len: int) -> Int[Tensor, "n"]:
-        """Find the positions whose logits predict `where`, in the flattened batch."""
-        position = where % seq_len
-        return where - position + self._predictors(position)
+    def _positions(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        segment_ids: Int[Tensor, "batch seq"] | None,
+        isolate_segments: bool,
+        layout: Layout | None,
+    ) -> Int[Tensor, "batch seq"]:
+        """Count positions over the row, or in each isolated segment; both copies of [x_t ; x_0] are counted alike."""
+        is_two_copy = (layout or self.settings.layout).is_two_copy
+        length = input_ids.shape[1] // 2 if is_two_copy else input_ids.shape[1]
+        if isolate_segments and segment_ids is not None:
+            positions = segment_positions(segment_ids[:, :length])
+        else:
+            positions = torch.arange(length, device=input_ids.device).expand(len(input_ids), -1)
+        return positions.repeat(1, 2) if is_two_copy else positions
+
+    def _rows(
+        self, where: Int[Tensor, "n"], positions: Int[Tensor, "batch seq"], layout: Layout | None, shift: bool | None
+    ) -> Int[Tensor, "n"]:
+        """Find the positions whose logits predict `where`: themselves, or their left neighbours.
+
+        What is first in its segment has no neighbour. The left neighbour of a noisy block is the clean block before it.
+        """
+        if not (self.settings.shift_logits if shift is None else shift):
+            return where
+        position, layout = positions.flatten()[where], layout or self.settings.layout
+        rows = where - (position > 0).to(where.dtype)
+        if not layout.is_two_copy or layout.block_size is None:
+            return rows
+        is_first = (position > 0) & (position % layout.block_size == 0)
+        return rows + is_first.to(where.dtype) * (positions.shape[1] // 2)
 
     def _predictors(self, positions: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
         """Find the positions whose logits predict these: themselves, or their left neighbours."""

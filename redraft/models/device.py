@@ -1,5 +1,7 @@
 """Where a model runs."""
 
+import shutil
+
 import torch
 
 USABLE = ("cuda", "xpu")  # MPS has no float64, which noise and quotas are computed in
@@ -17,3 +19,8 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     if device.type not in ("cpu", "meta") and (present is None or present.type != device.type):
         raise ValueError(f"device {name} was asked for, but torch sees no such device here. Use cpu or auto.")
     return device
+
+
+def can_compile() -> bool:
+    """Tell whether torch.compile finds what it needs: Triton on a GPU, a C++ compiler otherwise."""
+    return torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "clang++", "cl"))

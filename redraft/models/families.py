@@ -6,7 +6,7 @@ families with the sources of every number.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from redraft.errors import unknown_name
@@ -28,6 +28,9 @@ class Family:
     """Where families share a `model_type`: the classes that tell them apart."""
     hub_ids: tuple[str, ...] = ()
     """Beginnings of hub ids, lower case, for checkpoints whose config.json looks autoregressive."""
+    class_name: str | None = None
+    """Its class, where that is not the causal language model of `stock`."""
+    process: str = "masked"
     translate: Callable[[Raw], Raw] = dict
     """config.json -> fields of the stock config."""
     conversions: Callable[[], list[Any]] = list
@@ -37,6 +40,10 @@ class Family:
     eos_token_id: int | None = None
     block_size: int | None = None
     shift_logits: bool = False
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Published settings of its sampler, by the names of `SamplingConfig`, which this layer does not know."""
+    chat_template: str | None = None
+    """Jinja, for a tokenizer that has none; only where every checkpoint of the family was trained on it."""
     tokenizer_class: str | None = None
     """Class of transformers that reads a tokenizer whose own class is remote code."""
     original: Callable[[Raw], Raw] | None = None
@@ -48,9 +55,10 @@ class Family:
 
         fields = self.translate(raw)
         fields |= {name: raw[name] for name in _CARRIED if raw.get(name) is not None}
-        if fields.get("eos_token_id") is None and (self.eos_token_id or 0) < fields["vocab_size"]:
+        if fields.get("eos_token_id") is None and (self.eos_token_id or 0) < fields.get("vocab_size", 1):
             fields["eos_token_id"] = self.eos_token_id
         config = AutoConfig.for_model(self.stock, **{k: v for k, v in fields.items() if k not in _OF_THE_FILE})
+        config.generation = raw.get("generation", dict(self.generation))
         mask = mask_token_id if mask_token_id is not None else raw.get("mask_token_id", self.mask_token_id)
         if saved := raw.get("diffusion"):
             DiffusionSettings(**saved | ({} if mask is None else {"mask_token_id": mask})).save_to(config)
@@ -60,8 +68,13 @@ class Family:
 
     def settings(self, raw: Raw, *, mask_token_id: int) -> DiffusionSettings:
         """Read what the family's config.json says about its diffusion; the family's defaults fill the gaps."""
-        block_size = raw.get("block_size", raw.get("bd_size", self.block_size)) if self.block_size else None
-        return DiffusionSettings(mask_token_id=mask_token_id, shift_logits=self.shift_logits, block_size=block_size)
+        sizes = (raw[name] for name in ("block_size", "bd_size", "canvas_length") if name in raw)
+        return DiffusionSettings(
+            mask_token_id=mask_token_id,
+            process=self.process,
+            shift_logits=self.shift_logits,
+            block_size=next(sizes, self.block_size) if self.block_size else None,
+        )
 
     def original_config(self, config: Any) -> Raw:
         """Write a stock config as the family's config.json. Raises ValueError for a family without a way back."""
@@ -81,7 +94,9 @@ class Family:
         raw = self.original(saved)
         raw |= {name: saved[name] for name in _CARRIED if saved.get(name) is not None}
         raw |= {"model_type": self.model_types[0], "architectures": list(self.architectures)}
-        return raw | {"mask_token_id": diffusion.get("mask_token_id"), "diffusion": diffusion}
+        generation = getattr(config, "generation", None) or {}
+        own = {"mask_token_id": diffusion.get("mask_token_id"), "diffusion": diffusion, "generation": generation}
+        return raw | own
 
 
 def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Family | None:
@@ -113,7 +128,7 @@ def known_model_types() -> list[str]:
 
 
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
-_OF_THE_FILE = ("model_type", "architectures", "auto_map", "transformers_version", "diffusion")
+_OF_THE_FILE = ("model_type", "architectures", "auto_map", "transformers_version", "diffusion", "generation")
 
 FAMILIES = (
     Family(
@@ -126,6 +141,7 @@ FAMILIES = (
         original=translations.to_llada,
         mask_token_id=126336,
         eos_token_id=126081,
+        generation={"preset": "llada", "block_size": 32},
     ),
     Family(
         name="llada-moe",
@@ -135,6 +151,7 @@ FAMILIES = (
         translate=translations.from_llada_moe,
         mask_token_id=156895,
         eos_token_id=156892,
+        generation={"preset": "llada", "block_size": 32},
     ),
     Family(
         name="llada2",
@@ -147,6 +164,9 @@ FAMILIES = (
         mask_token_id=156895,
         eos_token_id=156892,
         block_size=32,
+        generation={"preset": "llada2", "steps_per_block": 32, "max_new_tokens": 512},
+        chat_template=translations.BAILING_CHAT,
+        tokenizer_class="PreTrainedTokenizerFast",
     ),
     Family(
         name="llada2.1",
@@ -159,6 +179,9 @@ FAMILIES = (
         mask_token_id=156895,
         eos_token_id=156892,
         block_size=32,
+        generation={"preset": "llada2.1", "max_new_tokens": 512},
+        chat_template=translations.BAILING_CHAT,
+        tokenizer_class="PreTrainedTokenizerFast",
     ),
     Family(
         name="dream",  # Dream 7B, Dream-Coder, DiffuCoder
@@ -171,6 +194,7 @@ FAMILIES = (
         eos_token_id=151643,
         shift_logits=True,
         tokenizer_class="Qwen2Tokenizer",
+        generation={"preset": "dream-entropy", "temperature": 0.2, "top_p": 0.95, "max_new_tokens": 512},
     ),
     Family(
         name="sdar",
@@ -180,6 +204,7 @@ FAMILIES = (
         mask_token_id=151669,
         eos_token_id=151643,
         block_size=4,
+        generation={"preset": "sdar", "steps_per_block": 4, "temperature": 1.0},
     ),
     Family(
         name="sdar-moe",
@@ -189,6 +214,7 @@ FAMILIES = (
         mask_token_id=151669,
         eos_token_id=151643,
         block_size=4,
+        generation={"preset": "sdar", "steps_per_block": 4, "temperature": 1.0},
     ),
     Family(
         name="fast-dllm-v2",
@@ -199,6 +225,7 @@ FAMILIES = (
         eos_token_id=151645,
         block_size=32,
         shift_logits=True,
+        generation={"preset": "fast-dllm", "block_size": 32, "threshold": 0.9},
     ),
     Family(
         name="rnd1",
@@ -208,17 +235,29 @@ FAMILIES = (
         mask_token_id=151669,
         eos_token_id=151645,
         shift_logits=True,
+        generation={"preset": "dream-entropy", "temperature": 0.1, "max_new_tokens": 256},
     ),
     Family(name="a2d-gpt2", stock="gpt2", model_types=("a2d-gpt2",), translate=translations.plain),
     Family(name="a2d-llama", stock="llama", model_types=("a2d-llama",), translate=translations.plain),
     Family(name="a2d-qwen2", stock="qwen2", model_types=("a2d-qwen2",), translate=translations.plain),
     Family(name="a2d-qwen3", stock="qwen3", model_types=("a2d-qwen3",), translate=translations.plain),
     Family(
+        name="diffusion-gemma",
+        stock="diffusion_gemma",
+        class_name="DiffusionGemmaForBlockDiffusion",
+        model_types=("diffusion_gemma",),
+        process="uniform",
+        mask_token_id=0,  # its padding: uniform noise has no token of its own, and the canvas is noised before use
+        block_size=256,
+        generation={"preset": "diffusion-gemma", "max_new_tokens": 256},
+    ),
+    Family(
         name="diffullama",
         stock="llama",
         hub_ids=("diffusionfamily/diffullama",),
         translate=translations.plain,
         shift_logits=True,
+        generation={"preset": "llada-random", "temperature": 0.9, "top_p": 0.9, "steps": 64},
     ),
     Family(
         name="diffugpt",
@@ -227,6 +266,7 @@ FAMILIES = (
         translate=translations.plain,
         conversions=translations.diffugpt_weights,
         shift_logits=True,
+        generation={"preset": "llada-random", "temperature": 0.9, "top_p": 0.9, "steps": 64},
     ),
     Family(
         name="open-dcoder",
@@ -234,5 +274,6 @@ FAMILIES = (
         hub_ids=("fredzzp/open-dcoder",),
         translate=translations.plain,
         shift_logits=True,
+        generation={"preset": "p2"},
     ),
 )

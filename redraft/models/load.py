@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from redraft.errors import unknown_name
+from redraft.models import encoder_decoder
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import choose_device
 from redraft.models.families import FAMILIES, Family, find_family, known_model_types
+from redraft.models.quantize import quantization_config
 from redraft.models.settings import DiffusionSettings
 from redraft.models.translations import Raw
 
@@ -25,17 +27,20 @@ def load_denoiser(
     mask_token_id: int | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    quantization: str | None = None,
     adapter: str | Path | None = None,
     family: str | None = None,
 ) -> tuple[Denoiser, Any]:
     """Load a model and its tokenizer (None where the folder has none), in evaluation mode.
 
-    `adapter` is a LoRA of peft, laid over the weights. `family` names the format of a checkpoint whose config.json
-    looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`; see docs/models.md).
+    `quantization` is int8 or int4 (`models.quantize`). `adapter` is a LoRA of peft, laid over the weights. `family`
+    names the format of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`;
+    see docs/models.md).
 
     Raises ValueError where there is no such model, its class is neither in transformers nor a family, it is
     autoregressive, weights are missing, extra, of another shape or cut short, no mask token is known or it lies outside
-    the vocabulary, the tokenizer is larger than the embedding, or the adapter does not fit.
+    the vocabulary, the tokenizer is larger than the embedding, the adapter does not fit, or the quantisation does
+    not suit the model or this machine.
     """
     target = choose_device(device)
     raw = read_raw_config(path)
@@ -47,11 +52,18 @@ def load_denoiser(
     config, model_class = _config_and_class(path, raw, family=of_family, mask_token_id=mask_token_id)
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
     check_tokenizer(path, tokenizer, config)
+    if tokenizer is not None and tokenizer.chat_template is None and of_family is not None:
+        tokenizer.chat_template = of_family.chat_template
     settings.save_to(config)
-    model = load_weights(model_class, path, config=config, dtype=dtype, family=of_family)
+    quantizer: dict[str, Any] = {}
+    if quantization is not None:
+        kernel = quantization_config(quantization, config=config, model_class=model_class, device=target)
+        quantizer = {"quantization_config": kernel, "device_map": {"": target}}  # packed where it will run
+    model = load_weights(model_class, path, config=config, dtype=dtype, family=of_family, quantizer=quantizer)
     if adapter is not None:
         model = attach_adapter(model, adapter).get_base_model()
-    return Denoiser(model.to(target).eval(), settings), tokenizer
+    kind = encoder_decoder.EncoderDecoder if config.model_type in encoder_decoder.MODEL_TYPES else Denoiser
+    return kind(model.to(target).eval(), settings), tokenizer
 
 
 def read_raw_config(path: str | Path) -> Raw:
@@ -158,7 +170,7 @@ def stock_class(family: Family) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.stock])
+    return getattr(transformers, family.class_name or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.stock])
 
 
 def check_tokenizer(path: str | Path, tokenizer: Any, config: Any) -> None:
@@ -179,6 +191,7 @@ def load_weights(
     dtype: str | torch.dtype = "auto",
     family: Family | None = None,
     gguf_file: str | None = None,
+    quantizer: dict[str, Any] | None = None,
     may_differ: Callable[[str, str], bool] = lambda what, name: False,
 ) -> Any:
     """Read weights through transformers' loader, tensor by tensor, renamed on the way where a family asks for it.
@@ -190,14 +203,18 @@ def load_weights(
     from transformers import GgufConfig
 
     loader = model_class if family is None else renaming_class(model_class, family)
-    gguf = {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)} if gguf_file else {}
+    options = dict(quantizer or {})
+    if gguf_file:
+        options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
         model, info = loader.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot read the weights of {path}: {reason}. Is a file cut short?") from error
+    except ImportError as error:  # weights that were saved quantised
+        raise ValueError(f"cannot read the weights of {path}: {str(error).strip().splitlines()[0]}") from error
     for what in ("missing", "unexpected", "mismatched"):
         found = (key if isinstance(key, str) else key[0] for key in info[f"{what}_keys"])
         names = sorted(name for name in found if what == "mismatched" or not may_differ(what, name))

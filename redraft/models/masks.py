@@ -38,15 +38,16 @@ def model_masks(
         batch, queries = query_positions.shape
         mask = torch.ones((batch, 1, queries, key_positions.shape[1]), dtype=torch.bool, device=query_positions.device)
     masks = layer_masks(config, mask, query_positions, key_positions)
-    if config._attn_implementation != "eager":
-        return masks
     if isinstance(masks, dict):
-        return {kind: _additive(one, model.dtype) for kind, one in masks.items()}
-    return None if masks is None else _additive(masks, model.dtype)
+        return {kind: additive_where_eager(model, one) for kind, one in masks.items()}
+    return None if masks is None else additive_where_eager(model, masks)
 
 
-def _additive(mask: Bool[Tensor, "batch 1 query key"], dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+def additive_where_eager(model: Any, mask: Bool[Tensor, "batch 1 query key"]) -> Tensor:
+    """Turn a boolean mask into what eager attention adds to its scores; leave it to every other attention."""
+    if model.config.get_text_config()._attn_implementation != "eager":
+        return mask
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
 
 
 def layer_masks(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from redraft.layouts import Layout
+from redraft.models import encoder_decoder
 from redraft.models.denoiser import Denoiser
 from redraft.models.masks import first_position, model_masks
 from redraft.models.settings import DiffusionSettings
@@ -37,6 +38,8 @@ def check_model(model: Any, settings: DiffusionSettings, *, block_size: int = 4)
 
     A library's error inside one check makes that check fail with the error's first line.
     """
+    if model.config.model_type in encoder_decoder.MODEL_TYPES:
+        raise ValueError(f"{model.config.model_type} is an encoder-decoder; it is neither checked nor converted.")
     denoiser = Denoiser(model.eval(), DiffusionSettings(mask_token_id=settings.mask_token_id))
     size = settings.block_size or block_size
     ids = _sequence(model, length=3 * size)

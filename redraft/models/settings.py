@@ -19,14 +19,20 @@ class DiffusionSettings:
     """Tokens in a block of block-causal attention; absent for full attention."""
 
     @property
+    def is_autoregressive(self) -> bool:
+        """A causal model (blocks of one token, shifted logits): plain transformers computes it as it stands."""
+        return self.process == "autoregressive"
+
+    @property
     def layout(self) -> Layout:
         """The attention the model was trained with."""
         return Layout(block_size=self.block_size)
 
     def save_to(self, config: Any) -> None:
-        """Write the settings into a transformers config, and make it bidirectional."""
+        """Write the settings into a transformers config, and make it bidirectional unless it is autoregressive."""
         config.diffusion = asdict(self)
-        config.is_causal = False
+        if config.get_text_config() is config:  # DiffusionGemma's stacks are as they should be
+            config.is_causal = self.is_autoregressive
 
     @classmethod
     def read_from(cls, config: Any, **overrides: Any) -> "DiffusionSettings":
@@ -46,8 +52,9 @@ class DiffusionSettings:
                 "this model names no mask token (config.json has no diffusion.mask_token_id). Pass mask_token_id=."
             )
         settings = cls(**chosen)
-        if not 0 <= settings.mask_token_id < config.vocab_size:
+        vocab_size = config.get_text_config().vocab_size
+        if not 0 <= settings.mask_token_id < vocab_size:
             raise ValueError(
-                f"mask_token_id must lie in the vocabulary of {config.vocab_size} tokens; got {settings.mask_token_id}."
+                f"mask_token_id must lie in the vocabulary of {vocab_size} tokens; got {settings.mask_token_id}."
             )
         return settings

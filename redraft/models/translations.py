@@ -101,6 +101,16 @@ def llada_weights() -> list[Any]:
     ]
 
 
+BAILING_CHAT = (
+    "{% if messages[0]['role'] != 'system' %}<role>SYSTEM</role>detailed thinking off<|role_end|>{% endif %}"
+    "{% for message in messages %}"
+    "<role>{{ 'HUMAN' if message['role'] == 'user' else message['role'] | upper }}</role>"
+    "{{ message['content'] }}<|role_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+"""Chat format of LLaDA2, the one of the Ling models it was made from (docs/models.md has the sources)."""
+
+
 # --- Mixtures of experts ---------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.processes.noised import Noised
+from redraft.processes.noised import Noised, PosteriorKind
 from redraft.schedules import Linear, Schedule, weight
 
 
@@ -61,13 +61,59 @@ class MaskedDiffusion:
 
         `noised` holds the same n targets as `logits` (`noised.flatten()[noised.targets()]`).
         """
+        nats = self.cross_entropy(logits, noised)
+        return nats * weight(self.schedule, noised.t).to(nats.dtype)
+
+    def cross_entropy(self, logits: Float[Tensor, "n vocab"], noised: Noised) -> Float[Tensor, "n"]:
+        """Return -log p(x_0 | x_t) of each target in nats, without the weight of its time."""
         logits = logits.float()
         if self.exclude_mask:
             is_mask = torch.arange(logits.shape[-1], device=logits.device) == self.mask_token_id
             logits = logits.masked_fill(is_mask, -torch.inf)
-        nats = F.cross_entropy(logits, noised.x_0, reduction="none")
-        return nats * weight(self.schedule, noised.t).to(nats.dtype)
+        return F.cross_entropy(logits, noised.x_0, reduction="none")
 
-    def prior(self, shape: tuple[int, ...], *, device: torch.device | str = "cpu") -> Int[Tensor, "..."]:
-        """Fill a canvas with noise: every position is the mask token."""
+    def prior(
+        self,
+        shape: tuple[int, ...],
+        *,
+        u: Float[Tensor, "..."] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Int[Tensor, "..."]:
+        """Fill a canvas with noise: every position is the mask token, so no random number is needed."""
         return torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
+
+    def posterior(
+        self,
+        x_t: Int[Tensor, "n"],
+        x_0_probs: Float[Tensor, "n vocab"],
+        t: Float[Tensor, "n"],
+        s: Float[Tensor, "n"],
+        *,
+        kind: PosteriorKind = "plug_in",
+    ) -> Float[Tensor, "n vocab"]:
+        """Compute P(x_s | x_t, prediction) for s < t (arXiv 2406.07524); both kinds are the same here.
+
+        A mask becomes x_0 with probability (alpha_s - alpha_t) / (1 - alpha_t); any other token stays.
+        """
+        one_hot = F.one_hot(torch.stack([x_t, torch.full_like(x_t, self.mask_token_id)]), x_0_probs.shape[-1])
+        is_x_t, is_mask = one_hot.to(x_0_probs.dtype)
+        share = self._unmasked_share(t, s)[:, None].to(x_0_probs.dtype)
+        return torch.where((x_t == self.mask_token_id)[:, None], share * x_0_probs + (1 - share) * is_mask, is_x_t)
+
+    def posterior_draw(
+        self,
+        x_0: Int[Tensor, "n"],
+        x_t: Int[Tensor, "n"],
+        t: Float[Tensor, "n"],
+        s: Float[Tensor, "n"],
+        *,
+        u: Float[Tensor, "n"],
+        x_t_prob: Float[Tensor, "n"] | None = None,
+    ) -> Int[Tensor, "n"]:
+        """Draw x_s from `posterior`, given an x_0 drawn from the prediction; `u` ~ U[0, 1) decides to unmask or not."""
+        return torch.where((x_t == self.mask_token_id) & (u < self._unmasked_share(t, s)), x_0, x_t)
+
+    def _unmasked_share(self, t: Float[Tensor, "n"], s: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+        alpha_t, alpha_s = self.schedule.alpha(t), self.schedule.alpha(s)
+        return (alpha_s - alpha_t) / (1 - alpha_t)

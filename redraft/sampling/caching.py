@@ -61,7 +61,15 @@ class ExactPlanner:
             self._floor(start, row.origin) == self._floor(end - 1, row.origin)
             for start, end, row in zip(starts, ends, rows, strict=True)
         )
-        return Spans(starts=starts, ends=ends, key_ends=ends, reads_all=is_even and in_one_block)
+        assert self.layout.block_size is not None
+        return Spans(
+            starts=starts,
+            ends=ends,
+            key_ends=ends,
+            reads_all=is_even and in_one_block,
+            is_steady=max(end - start for start, end in zip(starts, ends, strict=True))
+            <= 2 * self.layout.block_size + 1,
+        )
 
     def keep(self, places: list[int]) -> None:
         self.final = [self.final[place] for place in places] if self.final else []

@@ -1,6 +1,7 @@
 """One step's call of the model: what is fed, what is cached, what is guided, and what need not be computed again."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +10,7 @@ from torch import Tensor
 from redraft.layouts import Layout
 from redraft.models.cache import Slots
 from redraft.models.denoiser import Denoiser
+from redraft.models.encoder_decoder import SelfConditioning
 from redraft.sampling.caching import Bounds, ExactPlanner, Planner
 from redraft.sampling.guidance import guided, unconditional
 from redraft.sampling.rows import Rows, bounds_of
@@ -43,24 +45,34 @@ class Forward:
         self.session = session if isinstance(planner, ExactPlanner) and not cfg_scale else None
         self.slots = Slots(num_positions)
         self.memo: tuple[Tensor, Tensor, Tensor] | None = None
+        self.told: Tensor | None = None
+        if denoiser.is_self_conditioned and cfg_scale:
+            raise ValueError(f"this model has no unconditional branch; got cfg_scale={cfg_scale}. Use 0.")
         self.has_begun = False
         # What an approximate cache gives depends on when it was filled: there, every step is a forward.
         self.is_repeatable = planner is None or isinstance(planner, ExactPlanner)
 
+    def remember(self, logits: Float[Tensor, "n vocab"], rows: Rows) -> None:
+        """Keep what a self-conditioned model is told in the next step."""
+        if self.denoiser.is_self_conditioned:
+            self.told = logits.view(len(rows.index), -1, logits.shape[-1])
+
     def keep(self, kept: Int[Tensor, "kept"], *, of: int) -> None:
         """Drop the other rows of a batch of `of`."""
         self.memo = None
+        self.told = None if self.told is None else self.told[kept]
         if self.planner:
             self.planner.keep(kept.tolist())  # sync: only when rows leave
             self.slots.select(torch.cat([kept, kept + of]) if self.cfg_scale else kept)
 
+    @torch.no_grad()
     def __call__(self, rows: Rows, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
         """Return the logits at the n positions of `where` (indices into batch * seq)."""
         tokens = rows.canvas.tokens
-        if not self.is_repeatable:
+        if not self.is_repeatable or self.told is not None:
             return self._guided(rows, where)
         if not len(where):
-            return tokens.new_zeros((0, self.denoiser.model.config.vocab_size), dtype=torch.float32)
+            return tokens.new_zeros((0, self.denoiser.model.config.get_text_config().vocab_size), dtype=torch.float32)
         if self.memo and torch.equal(self.memo[0], tokens) and torch.equal(self.memo[1], where):  # sync
             return self.memo[2]
         logits = self._guided(rows, where)
@@ -78,16 +90,19 @@ class Forward:
     def _logits(self, tokens: Int[Tensor, "rows seq"], where: Int[Tensor, "n"], rows: Rows) -> Float[Tensor, "n vocab"]:
         copies = len(tokens) // len(rows.index)
         origin = rows.origin.repeat(copies)
+        told: dict[str, Any] = {} if self.told is None else {"previous": SelfConditioning(self.told, rows.step > 0)}
         if self.planner is None:
             segments = rows.canvas.segment_ids.repeat(copies, 1) if len(rows.index) > 1 else None
-            return self.denoiser.logits_at(where, tokens, segment_ids=segments, layout=self.layout, grid_origin=origin)
+            return self.denoiser.logits_at(
+                where, tokens, segment_ids=segments, layout=self.layout, grid_origin=origin, **told
+            )
         bounds = bounds_of(rows)
         if not self.has_begun and isinstance(self.planner, ExactPlanner):
             self._begin(self.planner, tokens, origin, bounds)
         self.has_begun = True
         spans = self.planner.plan(bounds).repeated(copies)
         logits = self.denoiser.cached_logits_at(
-            where, tokens, spans=spans, slots=self.slots, layout=self.layout, grid_origin=origin
+            where, tokens, spans=spans, slots=self.slots, layout=self.layout, grid_origin=origin, **told
         )
         if self.session is not None and isinstance(self.planner, ExactPlanner):
             self.session.slots, self.session.tokens = self.slots, tokens[0, : self.planner.final[0]]

@@ -17,6 +17,7 @@ from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.forward import Forward, Session
 from redraft.sampling.guidance import Guide
 from redraft.sampling.policies import (
+    Anneal,
     Candidates,
     Confidence,
     Draws,
@@ -66,6 +67,8 @@ class Sampler:
     budget: Budget = field(default_factory=Budget)
     guides: tuple[Guide, ...] = ()
     """Changes to the logits before the draw: rewards, logits processors, one's own."""
+    anneal: Anneal | None = None
+    """What the logits are divided by as a block goes on; `temperature` divides the draw alone, after it."""
     temperature: float = 0.0
     top_p: float | None = None
     top_k: int | None = None
@@ -129,7 +132,6 @@ class Step:
     """Rows that take no further step."""
 
 
-@torch.no_grad()
 def denoise(
     denoiser: Denoiser,
     canvas: Canvas,
@@ -179,6 +181,9 @@ def denoise(
         logits = forward(rows, where)
         for guide in sampler.guides:
             logits = guide(logits, rows.canvas, where)
+        if sampler.anneal is not None:
+            logits = logits / sampler.anneal(window)[draws.rows, None]
+        forward.remember(logits, rows)
         proposal = _propose(logits, never, draws, sampler)
         candidates = Candidates(
             canvas=rows.canvas,
@@ -282,19 +287,20 @@ def _apply(
     was_filled = ~candidates.is_open_noise.any(dim=1)
     nothing = torch.zeros_like(is_committed)
     edit = reopen = nothing
+    placed = x_0 if revision is None or revision.tokens is None else revision.tokens
     if revision is None:
         canvas = canvas.place(is_committed, x_0, confidence)
     else:
         edit = nothing if revision.edit is None else revision.edit
         reopen = nothing if revision.reopen is None else revision.reopen
         redraw = nothing if revision.redraw is None else revision.redraw & ~is_committed
-        canvas = canvas.place(is_committed | edit, x_0, confidence, status=Status.DRAFT)
+        canvas = canvas.place(is_committed | edit, placed, confidence, status=Status.DRAFT)
         if revision.reopen is not None or revision.redraw is not None:
             drawn = noise.draw(rows, step=index) if revision.noise is None else revision.noise
             canvas = canvas.reopen(reopen | redraw, drawn)
         has_noise = (candidates.window.is_open & canvas.is_noise).any(dim=1)
         canvas = canvas.settle((revision.may_close & ~has_noise)[:, None].expand_as(is_committed))
-    rows.canvas, rows.previous = canvas, x_0
+    rows.canvas, rows.previous = canvas, placed
     rows.step = rows.step + 1
     rows.since_filled = rows.since_filled + was_filled.long()
     return Step(
@@ -324,5 +330,5 @@ class _Noise:
             return torch.full_like(tokens, self.denoiser.settings.mask_token_id)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         u = uniform(rows.keys[:, None], step, positions, DRAW_NOISE)
-        vocab_size: int = self.denoiser.model.config.vocab_size
+        vocab_size: int = self.denoiser.model.config.get_text_config().vocab_size
         return (u * vocab_size).long()

@@ -83,6 +83,12 @@ def _ancestral(config: "SamplingConfig") -> dict[str, Any]:
     return {"unmask": policies.Bernoulli()}
 
 
+def _renoised(config: "SamplingConfig") -> dict[str, Any]:
+    assert config.entropy_bound is not None
+    both = policies.Renoise(accept=policies.EntropyBound(bound=config.entropy_bound))
+    return {"noise": "uniform", "anneal": policies.LinearAnneal(), "unmask": both.unmask, "revise": both}
+
+
 def _bounded(config: "SamplingConfig") -> dict[str, Any]:
     assert config.entropy_bound is not None
     return {
@@ -184,6 +190,13 @@ PRESETS = {
         defaults={"entropy_bound": 0.1},
         takes=("entropy_bound",),
     ),
+    "diffusion-gemma": Preset(
+        source="entropy-bounded acceptance and renoising, DiffusionGemma in transformers 5",
+        build=_renoised,
+        defaults={"entropy_bound": 0.1, "temperature": 1.0, "steps_per_block": 48},
+        takes=("entropy_bound",),
+        attention="prompt",
+    ),
 }
 
 
@@ -195,7 +208,7 @@ class SamplingConfig:
     """
 
     preset: str = "llada"
-    """Named sampler; `--preset ?` lists them with their sources and defaults."""
+    """Named sampler, by default the checkpoint's own; `--preset ?` lists them with their sources and defaults."""
     max_new_tokens: int = 128
     """Tokens to generate."""
     steps: int | None = None
@@ -334,7 +347,7 @@ class SamplingConfig:
             cache = "none" if layout.block_size is None else "exact"
         return Sampler(
             steps=self.steps if self.steps is not None else budget.forwards or self.max_new_tokens,
-            steps_per_block=self.steps_per_block,
+            steps_per_block=config.steps_per_block if self.steps is None else self.steps_per_block,
             frontier=self.frontier(settings),
             stop=self._stop(eos_token_id, decode),
             cache=cache,
@@ -363,6 +376,30 @@ class SamplingConfig:
             return replace(self, budget=None, forwards=max(1, round(self.budget * num_holes)), stop=None)
         is_free = self.steps is None and self.forwards is None
         return replace(self, steps=max(num_holes, 1) if is_free else self.steps, stop=None)
+
+
+def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
+    """Lay the settings that were given over those saved with a checkpoint.
+
+    Another preset brings its own settings: then nothing saved counts but the length. A saved number of steps gives way
+    to the other way of counting them, and a saved block size to a length that it does not divide. Raises ValueError for
+    a name that is no setting.
+    """
+    for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
+        for name in settings:
+            if name not in SamplingConfig.__dataclass_fields__:
+                raise unknown_name(what, name, SamplingConfig.__dataclass_fields__)
+    if given.get("preset", saved.get("preset")) != saved.get("preset"):
+        saved = {name: value for name, value in saved.items() if name == "max_new_tokens"}
+    if any(given.get(name) is not None for name in ("steps", "steps_per_block", "budget", "forwards", "seconds")):
+        saved = {name: value for name, value in saved.items() if name not in ("steps", "steps_per_block")}
+    if isinstance(given.get("stop"), list):
+        given = given | {"stop": tuple(given["stop"])}
+    chosen = saved | given
+    size, total = saved.get("block_size"), chosen.get("max_new_tokens", SamplingConfig.max_new_tokens)
+    if size and "block_size" not in given and total > 0 and total % size:
+        chosen["block_size"] = max(n for n in _divisors(total) if n <= size)
+    return SamplingConfig(**chosen)
 
 
 _OF_SOME = sorted({name for preset in PRESETS.values() for name in preset.takes})

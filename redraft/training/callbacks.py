@@ -21,8 +21,9 @@ LOG_FILE = "log.jsonl"
 class Progressed(TrainerCallback):
     """Show steps, loss, tokens per second and the time left: a bar on a terminal, lines elsewhere."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, measure: str = "NELBO") -> None:
         self.console = console
+        self.measure = measure
         self.trainer: Any = None
         self._bar: Progress | None = None
         self._task: Any = None
@@ -72,7 +73,7 @@ class Progressed(TrainerCallback):
         elif "eval_nats_per_token" in logs:
             bits = f", {logs['eval_bits_per_byte']:.3f} bits per byte" if "eval_bits_per_byte" in logs else ""
             self.console.print(
-                f"step {state.global_step}: held-out NELBO {logs['eval_nats_per_token']:.4f} ± "
+                f"step {state.global_step}: held-out {self.measure} {logs['eval_nats_per_token']:.4f} ± "
                 f"{logs['eval_standard_error']:.4f} nats per token{bits}"
             )
             self._last = (time.perf_counter(), self.trainer.tokens_seen)

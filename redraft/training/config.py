@@ -3,23 +3,44 @@
 import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from redraft.data.prepare import DataConfig
 from redraft.errors import unknown_name
+from redraft.layouts import Layout
+from redraft.likelihood import Objective
 from redraft.models.build import ModelConfig
 from redraft.models.settings import DiffusionSettings
+from redraft.objectives.autoregressive import Autoregressive
+from redraft.objectives.block import BlockDiffusion
+from redraft.objectives.diffusion import Diffusion
 from redraft.processes.masked import MaskedDiffusion
+from redraft.processes.noised import Process
+from redraft.processes.uniform import UniformDiffusion
 from redraft.schedules import schedule_from_name
 
 RECIPE_FILE = "recipe.json"
 
 
+KINDS = ("masked", "uniform", "block", "ar")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The noising process and its loss."""
+    """What is minimised: the noising process, its layout and its weights."""
 
+    kind: str = "masked"
+    """masked (MDLM, LLaDA), uniform (UDLM, Duo), block (BD3LM), ar (autoregressive), or one's own as MODULE:CLASS."""
+    block_size: int | None = None
+    """Tokens in a block; kind block needs it."""
+    complementary: bool = False
+    """Take each row twice, under a mask and under its complement: twice the work, less variance. masked, block."""
+    weighting: Literal["bound", "cart"] = "bound"
+    """Weight of a noised token: that of the likelihood bound, or Dream's by the clean tokens near it. cart: masked."""
+    cart_p: float = 0.1
+    """How fast a clean token's part in the cart weight falls with distance, in (0, 1]."""
     schedule: str = "linear"
     """Noise schedule: linear, cosine, polynomial (power 2), geometric."""
     t_min: float = 1e-3
@@ -36,14 +57,77 @@ class ObjectiveConfig:
                 f"objective.t_min and t_max must satisfy 0 <= t_min < t_max <= 1; got {self.t_min}, {self.t_max}."
             )
 
-    def process(self, mask_token_id: int) -> MaskedDiffusion:
-        """Build the process for a model's mask token."""
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """Raise ValueError for settings that this kind of objective does not have."""
+        if ":" in self.kind:
+            _find_class(self.kind)
+            return
+        if self.kind not in KINDS:
+            raise unknown_name("objective.kind", self.kind, (*KINDS, "MODULE:CLASS"))
+        if (self.kind == "block") != (self.block_size is not None):
+            advice = "Set it, e.g. to 16." if self.kind == "block" else "Use --objective.kind block, or leave it out."
+            raise ValueError(f"objective.block_size goes with kind block; got {self.block_size}, {self.kind}. {advice}")
+        Layout(block_size=self.block_size)
+        if self.complementary and (self.kind not in ("masked", "block") or self.schedule != "linear"):
+            raise ValueError(
+                f"objective.complementary needs masked noise (kind masked or block) and the linear schedule; "
+                f"got {self.kind}, {self.schedule}."
+            )
+        if self.weighting == "cart" and self.kind != "masked":
+            raise ValueError(f"objective.weighting cart is for kind masked; got {self.kind}. Use bound.")
+        if not 0 < self.cart_p <= 1:
+            raise ValueError(f"objective.cart_p must lie in (0, 1]; got {self.cart_p}.")
+
+    @property
+    def measure(self) -> str:
+        """What an evaluation reports: a bound on the negative log-likelihood, or itself."""
+        return "NLL" if self.kind == "ar" else "NELBO"
+
+    def build(self, *, mask_token_id: int, vocab_size: int) -> Objective:
+        """Build the objective for a model's vocabulary. One's own class is called with the same and `config=self`."""
+        if ":" in self.kind:
+            own: Objective = _find_class(self.kind)(config=self, mask_token_id=mask_token_id, vocab_size=vocab_size)
+            return own
+        if self.kind == "ar":
+            return Autoregressive(mask_token_id=mask_token_id)
         schedule = schedule_from_name(self.schedule)
-        return MaskedDiffusion(mask_token_id=mask_token_id, schedule=schedule, exclude_mask=self.exclude_mask)
+        process: Process = UniformDiffusion(vocab_size=vocab_size, schedule=schedule)
+        if self.kind != "uniform":
+            process = MaskedDiffusion(mask_token_id=mask_token_id, schedule=schedule, exclude_mask=self.exclude_mask)
+        common: dict[str, Any] = {
+            "process": process,
+            "t_min": self.t_min,
+            "t_max": self.t_max,
+            "is_complementary": self.complementary,
+        }
+        if self.block_size is not None:
+            return BlockDiffusion(block_size=self.block_size, **common)
+        return Diffusion(cart_p=self.cart_p if self.weighting == "cart" else None, **common)
 
     def settings(self, mask_token_id: int) -> DiffusionSettings:
         """Say in the checkpoint what it was trained for."""
-        return DiffusionSettings(mask_token_id=mask_token_id, process="masked", schedule=self.schedule)
+        is_ar = self.kind == "ar"
+        return DiffusionSettings(
+            mask_token_id=mask_token_id,
+            process={"uniform": "uniform", "ar": "autoregressive"}.get(self.kind, "masked"),
+            schedule=self.schedule,
+            shift_logits=is_ar,
+            block_size=1 if is_ar else self.block_size,
+        )
+
+
+def _find_class(name: str) -> Any:
+    """Import MODULE:CLASS. Raises ValueError where it is not there, or is no objective."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"objective.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    if missing := [method for method in ("problem", "evaluation") if not hasattr(found, method)]:
+        raise ValueError(f"objective.kind {name} is no objective: it has no {' and no '.join(missing)}.")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +215,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The shape of a random model, or the model to go on from."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """The noising process and its loss."""
+    """What is minimised: the noising process, its layout and its weights."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimisation, evaluation and bookkeeping."""
 
@@ -145,6 +229,10 @@ class RunConfig:
             raise ValueError(
                 f"data.seq_len must not exceed model.max_positions; got {self.data.seq_len} and "
                 f"{self.model.max_positions}. Raise --model.max-positions."
+            )
+        if self.objective.kind == "ar" and self.model.architecture == "modernbert":
+            raise ValueError(
+                "objective.kind ar needs a decoder; got model.architecture modernbert, an encoder. Use llama."
             )
 
     def save(self, folder: Path) -> None:

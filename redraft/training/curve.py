@@ -11,7 +11,7 @@ CURVE_FILE = "loss.png"
 
 
 def draw_curve(folder: Path, *, console: Console) -> None:
-    """Draw log.jsonl of a run into loss.png: training loss and held-out NELBO against steps, nats per token."""
+    """Draw log.jsonl of a run into loss.png: training loss and held-out bound against steps, nats per token."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -21,9 +21,10 @@ def draw_curve(folder: Path, *, console: Console) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     objective = RunConfig.read(folder / RECIPE_FILE).objective
-    drawn = f"training, t in ({objective.t_min:g}, {objective.t_max:g}]"
+    drawn = "training" if objective.kind == "ar" else f"training, t in ({objective.t_min:g}, {objective.t_max:g}]"
+    held_out = f"held-out {objective.measure}"
     axes.plot(*_series(lines, "loss"), color="#9db4c0", linewidth=1, label=drawn)
-    axes.plot(*_series(lines, "eval_nats_per_token"), color="#253237", marker="o", markersize=4, label="held-out NELBO")
+    axes.plot(*_series(lines, "eval_nats_per_token"), color="#253237", marker="o", markersize=4, label=held_out)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("nats per token")
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-import shutil
 import time
 
 import torch
@@ -32,11 +31,6 @@ def _multiply_seconds(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(a, b)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def can_compile() -> bool:
-    """Tell whether torch.compile finds what it needs: Triton on a GPU, a C++ compiler otherwise."""
-    return torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "clang++", "cl"))
 
 
 def keep_freed_memory() -> None:

@@ -25,11 +25,12 @@ from redraft.data.tokenizer import token_byte_lengths
 from redraft.errors import unknown_name
 from redraft.likelihood import Estimate, NoiseKey
 from redraft.models.denoiser import Denoiser
+from redraft.models.device import can_compile
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
 from redraft.training.config import RECIPE_FILE, RunConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
-from redraft.training.machine import bfloat16_is_faster, can_compile, keep_freed_memory, runs_on_cpu
+from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
 
@@ -70,7 +71,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     _check_disk(folder, num_parameters, keep=config.train.keep_checkpoints)
     console.print(f"model: {config.model.start or config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
 
-    progress = Progressed(console)
+    progress = Progressed(console, measure=config.objective.measure)
     stopped = StoppedBySignal(console)
     trainer = _build_trainer(config, data, denoiser, [progress, LogFile(folder), stopped])
     progress.trainer = trainer
@@ -101,7 +102,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     if stopped.received:
         console.print(f"stopped at step {outcome.steps}. To go on: redraft train {folder} --resume")
         return outcome
-    return _finish(outcome, trainer, data, console, num_windows=config.train.final_eval_windows)
+    return _finish(outcome, trainer, data, console, config)
 
 
 def _with_precision(config: RunConfig) -> RunConfig:
@@ -219,7 +220,9 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         train_dataset = dataclasses.replace(train_dataset, is_endless=True)
     trainer = DiffusionTrainer(
         denoiser,
-        config.objective.process(denoiser.settings.mask_token_id),
+        config.objective.build(
+            mask_token_id=denoiser.settings.mask_token_id, vocab_size=denoiser.model.config.vocab_size
+        ),
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=_evenly(data.validation, train.eval_windows),
@@ -228,7 +231,6 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         has_padding=config.data.has_padding,
         isolate_segments=config.data.isolates_segments,
         groups_lengths=config.data.kind == "chat" and config.data.chat.batching == "grouped",
-        t_range=(config.objective.t_min, config.objective.t_max),
         average=average,
         callbacks=callbacks + ([Averaging(average)] if average else []),
     )
@@ -289,7 +291,7 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
     for _ in range(5):
         start = time.monotonic()
         with trainer.accelerator.autocast():
-            total, _ = trainer._nelbo(batch, key, wrapped=trainer.model)
+            total, _ = trainer.score(trainer.training_objective, batch, key, wrapped=trainer.model)
         trainer.accelerator.backward(total)
         trainer.denoiser.model.zero_grad()
         if trainer.args.device.type == "cuda":
@@ -299,12 +301,12 @@ def _measure_step(trainer: DiffusionTrainer) -> float:
 
 
 def _finish(
-    outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, *, num_windows: int | None
+    outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, config: RunConfig
 ) -> Outcome:
-    """Save the model, evaluate on the held-out windows (None: all of them), draw the curve."""
+    """Save the model, evaluate on the held-out windows, draw the curve."""
     save_model(trainer, outcome.folder)
     if len(data.validation):
-        held_out = _evenly(data.validation, num_windows or len(data.validation))
+        held_out = _evenly(data.validation, config.train.final_eval_windows or len(data.validation))
         trainer.eval_dataset = held_out
         metrics = trainer.evaluate()
         estimate = Estimate(
@@ -320,7 +322,7 @@ def _finish(
         )
     if trainer.is_world_process_zero():
         draw_curve(outcome.folder, console=console)
-        _announce(outcome, console)
+        _announce(outcome, console, measure=config.objective.measure)
     return outcome
 
 
@@ -337,12 +339,12 @@ def save_model(trainer: Any, folder: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def _announce(outcome: Outcome, console: Console) -> None:
+def _announce(outcome: Outcome, console: Console, *, measure: str) -> None:
     if outcome.held_out and outcome.unigram_nats:
         below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
         compared = f"{abs(below):.1f} % {'below' if below > 0 else 'above'}"
-        console.print(f"held-out NELBO:   {outcome.held_out}")
-        console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the NELBO is {compared})")
+        console.print(f"{f'held-out {measure}:':<17} {outcome.held_out}")
+        console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the {measure} is {compared})")
         console.print(f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
     console.print(f"saved to {outcome.folder}")
 

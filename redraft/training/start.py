@@ -44,12 +44,15 @@ def load_start(config: RunConfig) -> LanguageModel | None:
 def build_denoiser(config: RunConfig, start: LanguageModel | None, *, tokenizer: Any) -> Denoiser:
     """Build the denoiser to train; its settings, which the checkpoint will carry, say what it is trained for.
 
-    From a start its mask token, logit shift and block size stay: the weights were made for them.
+    From a start its mask token and logit shift stay, as the weights were made for them, and its block size unless the
+    objective brings its own.
     """
     if start is None:
         settings = config.objective.settings(require_mask_token(tokenizer))
         shape = dataclasses.replace(config.model, max_positions=config.model.max_positions or config.data.seq_len)
         return Denoiser(build_model(shape, settings, tokenizer=tokenizer), settings)
-    settings = dataclasses.replace(start.denoiser.settings, schedule=config.objective.schedule)
+    before, objective = start.denoiser.settings, config.objective
+    size = before.block_size if objective.block_size is None else objective.block_size
+    settings = dataclasses.replace(before, schedule=objective.schedule, block_size=size)
     settings.save_to(start.model.config)
     return Denoiser(start.model, settings)

@@ -1,4 +1,4 @@
-"""The one training loop: transformers' Trainer with the loss of a diffusion process."""
+"""The one training loop: transformers' Trainer with an objective of ours."""
 
 import math
 import shutil
@@ -15,10 +15,9 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from redraft.data.collate import LengthGroupedSampler, collate, targets_of
 from redraft.data.packing import WindowDataset
-from redraft.likelihood import SMALLEST_T, Estimate, NoiseKey, draw_noise, nelbo
+from redraft.likelihood import CleanRows, Estimate, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
-from redraft.processes.masked import MaskedDiffusion
 from redraft.training.ema import WeightAverage
 
 EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
@@ -29,7 +28,7 @@ Batch = dict[str, Tensor]
 
 
 class DiffusionTrainer(Trainer):
-    """Minimise the NELBO in nats per token of the global batch, whatever it is split into.
+    """Minimise an objective in nats per target token of the global batch, whatever it is split into.
 
     Every row's noise is keyed by (seed, step, row of the global batch), so accumulation steps and processes change
     nothing but the order of additions, and a resumed run draws what the stopped one would have drawn.
@@ -41,7 +40,7 @@ class DiffusionTrainer(Trainer):
     def __init__(
         self,
         denoiser: Denoiser,
-        process: MaskedDiffusion,
+        objective: Objective,
         *,
         args: TrainingArguments,
         train_dataset: Any,
@@ -51,7 +50,6 @@ class DiffusionTrainer(Trainer):
         has_padding: bool = False,
         isolate_segments: bool = False,
         groups_lengths: bool = False,
-        t_range: tuple[float, float] = (SMALLEST_T, 1.0),
         average: WeightAverage | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
@@ -71,11 +69,10 @@ class DiffusionTrainer(Trainer):
                 "the wrapped model. Use several processes without sharding (torchrun, accelerate's multi_gpu)."
             )
         self.denoiser = denoiser
-        self.process = process
+        self.training_objective = objective
         self.token_byte_lengths = token_byte_lengths
         self.has_padding = has_padding
         self.isolate_segments = isolate_segments
-        self.t_range = t_range
         self.average = average
         self.tokens_seen = 0
         self.tokens_per_step = 0
@@ -131,39 +128,38 @@ class DiffusionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return this process' share of the NELBO of the global batch, in nats per token."""
+        """Return this process' share of the loss of the global batch, in nats per token."""
         assert num_items_in_batch is not None
         key = NoiseKey(
             seed=self.args.seed, step=self.state.global_step, rows=inputs["row"], total_rows=self._global_rows
         )
         with self.accelerator.autocast():  # the head runs outside of the forward that accelerate wraps
-            total, _ = self._nelbo(inputs, key, wrapped=model, t_range=self.t_range)
+            total, _ = self.score(self.training_objective, inputs, key, wrapped=model)
         # DDP averages gradients over processes, and the logged loss is averaged too: undo both.
         loss = total * self.args.world_size / num_items_in_batch
         return (loss, None) if return_outputs else loss
 
-    def _nelbo(
-        self, batch: Batch, key: NoiseKey, *, wrapped: Any, t_range: tuple[float, float] = (SMALLEST_T, 1.0)
-    ) -> tuple[Tensor, Tensor]:
-        segment_ids = batch["segment_ids"]
-        t_min, t_max = t_range
-        can_change = targets_of(batch)
-        noised = draw_noise(self.process, batch["input_ids"], key, can_change=can_change, t_min=t_min, t_max=t_max)
-        needs_mask = self.has_padding or self.isolate_segments
-        return nelbo(
-            self.denoiser,
-            self.process,
-            noised,
-            segment_ids=segment_ids if needs_mask else None,
+    def score(self, objective: Objective, batch: Batch, key: NoiseKey, *, wrapped: Any = None) -> tuple[Tensor, Tensor]:
+        """Score a batch: the sum over it, with gradient, and each row's, in nats."""
+        rows = CleanRows(
+            x_0=batch["input_ids"],
+            segment_ids=batch["segment_ids"],
+            is_target=targets_of(batch),
+            has_padding=self.has_padding,
             isolate_segments=self.isolate_segments,
+        )
+        return solve(
+            self.denoiser,
+            objective.problem(rows, key),
+            num_rows=len(rows.x_0),
             wrapped=wrapped,
             has_plain_head=self._has_plain_head,
         )
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Estimate the held-out NELBO under a fixed noise: the same weights give the same number twice."""
+        """Estimate the held-out loss under a fixed noise: the same weights give the same number twice."""
         with self.average.swapped_in() if self.average else torch.no_grad(), torch.no_grad():
-            estimate = self.estimate_nelbo()
+            estimate = self.estimate()
         metrics = {
             "eval_nats_per_token": estimate.nats_per_token,
             "eval_standard_error": estimate.standard_error,
@@ -175,17 +171,18 @@ class DiffusionTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def estimate_nelbo(self) -> Estimate:
+    def estimate(self) -> Estimate:
         """Average over the evaluation windows; the standard error is taken over windows."""
         model = self.model_wrapped
         was_training = model.training
         model.eval()
         dataset: Any = self.eval_dataset
+        objective = self.training_objective.evaluation()
         sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)  # tokens, bytes, nats, nats squared
         for batch in self._evaluation_batches(dataset):
             key = NoiseKey(seed=0, step=EVALUATION_STEP, rows=batch["row"], total_rows=len(dataset))
             with self.accelerator.autocast():
-                _, nats = self._nelbo(batch, key, wrapped=model)
+                _, nats = self.score(objective, batch, key, wrapped=model)
             counts = batch["is_counted"].to(torch.float64)
             nats = nats.to(torch.float64) * counts
             is_token = targets_of(batch) & batch["is_counted"][:, None]

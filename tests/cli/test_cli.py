@@ -84,13 +84,12 @@ def test_chat_takes_turns_and_commands_until_the_end_of_input(model):
 def test_chat_forgets_what_stands_behind_the_end(model):
     from redraft.cli.chat import Conversation
     from redraft.language_model import load
-    from redraft.sampling.presets import SamplingConfig
 
     lm = load(model)
-    conversation = Conversation(lm, SamplingConfig(max_new_tokens=8, temperature=3.0))
+    conversation = Conversation(lm, {})
     for seed in range(40):
         conversation.reset()
-        conversation.sampling = SamplingConfig(max_new_tokens=8, temperature=3.0, seed=seed)
+        conversation.given = {"max_new_tokens": 8, "temperature": 3.0, "seed": seed}
         list(conversation.reply("x"))
         (text,) = lm.generate("x", max_new_tokens=8, temperature=3.0, seed=seed).texts
         assert conversation.text == "x" + text + "\n"

@@ -43,7 +43,7 @@ def settings(case):
             name, chosen["cache"] = "llada", case["use_cache"] or "none"
     else:
         name = {"BD3LM": "bd3lm", "LLaDA2.0": "llada2", "LLaDA2.1": "llada2.1"}[case["sampler"]]
-    return chosen | {"preset": name, "stop": None}
+    return chosen | {"preset": name, "stop": None, "temperature": 0.0, "top_p": None, "alg_temperature": None}
 
 
 def load(family, case):

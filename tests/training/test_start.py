@@ -24,7 +24,7 @@ from redraft.data.prepare import DataConfig
 from redraft.data.tokenizer import train_tokenizer
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
-from redraft.training.config import RunConfig, TrainConfig
+from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import Outcome, run
 from redraft.training.start import load_start
 
@@ -102,6 +102,13 @@ def test_a_run_begins_with_the_weights_of_its_start_and_keeps_its_settings(confi
     assert ours.denoiser.settings.block_size == 4
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
     assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template
+
+
+def test_block_diffusion_goes_on_from_a_start_with_blocks_of_its_own(config):
+    objective = ObjectiveConfig(kind="block", block_size=8)
+    run(replace(config, objective=objective, train=short(config.train)), console=QUIET)
+    settings = redraft.load(config.out, device="cpu").denoiser.settings
+    assert (settings.block_size, settings.shift_logits) == (8, True)
 
 
 def test_half_precision_is_trained_in_single_with_a_mask_token_that_its_tokenizer_does_not_know(config, tmp_path):

@@ -15,7 +15,7 @@ from redraft.likelihood import NoiseKey
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
 from redraft.training.callbacks import read_log
-from redraft.training.config import RunConfig, TrainConfig
+from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import _build_trainer, run
 
 QUIET = Console(quiet=True)
@@ -60,19 +60,27 @@ def first_batch(trainer):
 def loss_of(trainer, batch, **changes):
     """The loss of a batch in nats, changed or not, under one fixed noise."""
     key = NoiseKey(seed=0, step=0, rows=batch["row"], total_rows=len(batch["row"]))
-    return trainer._nelbo(batch | changes, key, wrapped=trainer.model)[0]
+    return trainer.score(trainer.training_objective, batch | changes, key)[0]
 
 
-def test_only_targets_are_noised_counted_and_learnt(config):
-    trainer = build(config)
+KINDS = {"masked": None, "uniform": None, "block": 4, "ar": None}
+every_kind = pytest.mark.parametrize(
+    "objective", [ObjectiveConfig(kind=kind, block_size=size) for kind, size in KINDS.items()], ids=KINDS
+)
+
+
+@every_kind
+def test_only_targets_are_noised_counted_and_learnt(config, objective):
+    trainer = build(replace(config, objective=objective))
     [batch], count = first_batch(trainer)
     assert count == batch["is_target"].sum() < (batch["segment_ids"] > 0).sum()
     assert loss_of(trainer, batch) > 0
     assert loss_of(trainer, batch, is_target=torch.zeros_like(batch["is_target"])) == 0
 
 
-def test_packed_conversations_are_blind_to_each_other(config):
-    trainer = build(config)
+@every_kind
+def test_packed_conversations_are_blind_to_each_other(config, objective):
+    trainer = build(replace(config, objective=objective))
     [batch], _ = first_batch(trainer)
     assert batch["segment_ids"].max() > 1
     alone = batch["is_target"] & (batch["segment_ids"] == 1)

@@ -3,9 +3,10 @@
 None of them calls a model. Each kind is a Protocol with one method; one's own is as good as those here.
 """
 
+from redraft.sampling.policies.anneal import Anneal, LinearAnneal
 from redraft.sampling.policies.candidates import Candidates, Draws, Window
 from redraft.sampling.policies.frontier import Blocks, Frontier, GridBlocks, WholeCanvas
-from redraft.sampling.policies.revise import Remasking, Rerank, Revise, Revision, TokenEdit
+from redraft.sampling.policies.revise import Remasking, Renoise, Rerank, Revise, Revision, TokenEdit
 from redraft.sampling.policies.score import (
     Confidence,
     LeftToRight,
@@ -31,6 +32,7 @@ from redraft.sampling.policies.unmask import (
 )
 
 __all__ = [
+    "Anneal",
     "AtTheEnd",
     "Bernoulli",
     "Blocks",
@@ -45,12 +47,14 @@ __all__ = [
     "Frontier",
     "GridBlocks",
     "LeftToRight",
+    "LinearAnneal",
     "Margin",
     "NegativeEntropy",
     "Perturbed",
     "Quota",
     "Random",
     "Remasking",
+    "Renoise",
     "Rerank",
     "Revise",
     "Revision",

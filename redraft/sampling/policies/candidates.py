@@ -71,7 +71,7 @@ class Candidates:
     """The open positions, as indices into batch * seq."""
     proposal: Proposal
     previous: Int[Tensor, "batch seq"]
-    """What the step before proposed; -1 where it proposed nothing."""
+    """What the step before proposed, or placed instead; -1 where it proposed nothing."""
     draws: Draws
 
     @property
@@ -88,6 +88,12 @@ class Candidates:
     def x_0(self) -> Int[Tensor, "batch seq"]:
         """Proposals at the open positions; elsewhere the canvas."""
         return self.canvas.tokens.flatten().scatter(0, self.where, self.proposal.x_0).view_as(self.canvas.tokens)
+
+    @property
+    def likeliest(self) -> Int[Tensor, "batch seq"]:
+        """The model's first choice at the open positions; elsewhere the canvas."""
+        best = self.proposal.logits.argmax(dim=-1)
+        return self.canvas.tokens.flatten().scatter(0, self.where, best).view_as(self.canvas.tokens)
 
     @property
     def confidence(self) -> Float[Tensor, "batch seq"]:

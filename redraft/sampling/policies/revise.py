@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.sampling.policies.candidates import DRAW_REVISE, DRAW_UNMASK, Candidates
-from redraft.sampling.policies.unmask import best
+from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_REVISE, DRAW_UNMASK, Candidates
+from redraft.sampling.policies.unmask import EntropyBound, best
 from redraft.schedules import Linear, Schedule
 
 
@@ -26,6 +26,8 @@ class Revision:
     """Noise whose token is drawn anew from the prior."""
     noise: Int[Tensor, "batch seq"] | None = None
     """Other noise tokens for `redraw`, where a process says which."""
+    tokens: Int[Tensor, "batch seq"] | None = None
+    """What is placed instead of the proposals."""
 
 
 @runtime_checkable
@@ -170,3 +172,41 @@ class Rerank:
         placed = candidates.canvas.tokens.flatten()[candidates.where]
         now = candidates.spread(candidates.proposal.probability_of(placed))
         return best(torch.where(is_draft, now, candidates.confidence), is_open, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renoise:
+    """DiffusionGemma: a step keeps the draws that an entropy bound accepts, and redraws every other token at random.
+
+    Nothing lasts but through the canvas: each step looks at all of it anew. A block ends with its last step, or when
+    the likeliest tokens are those of the step before and the mean entropy is below `confident`, in nats; it then holds
+    the likeliest tokens, not the draws. (transformers 5, `DiffusionGemmaForBlockDiffusion.generate`; the bound is that
+    of arXiv 2505.24857.) It is both policies: use it as `unmask` and as `revise`.
+    """
+
+    accept: EntropyBound
+    confident: float = 0.005
+    looks_at_drafts: bool = False
+    is_clocked: bool = True
+
+    def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        """Commit a whole block where it ends."""
+        return candidates.is_open_noise & self._ends(candidates)[:, None]
+
+    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
+        is_open, x_0 = candidates.is_open_noise, candidates.x_0
+        vocab_size = candidates.proposal.logits.shape[-1]
+        random = (candidates.draws.everywhere(x_0.shape[1], DRAW_NOISE) * vocab_size).long()
+        is_accepted = self.accept(candidates.confidence, candidates)
+        return Revision(
+            may_close=is_committed.any(dim=1),
+            redraw=is_open & ~is_committed,
+            noise=torch.where(is_accepted, x_0, random),
+            tokens=candidates.likeliest,
+        )
+
+    def _ends(self, candidates: Candidates) -> Bool[Tensor, "batch"]:
+        is_open, window = candidates.is_open_noise, candidates.window
+        is_stable = ((candidates.previous == candidates.likeliest) | ~is_open).all(dim=1) & (window.step > 0)
+        entropy = candidates.spread(candidates.proposal.entropy()).sum(dim=1) / is_open.sum(dim=1).clamp(min=1)
+        return window.is_last | (is_stable & (entropy < self.confident))

@@ -1,0 +1,55 @@
+"""Quantised weights: 8 or 4 bits in linear layers, through transformers' torchao quantiser."""
+
+from typing import Any
+
+import torch
+
+from redraft.errors import unknown_name
+
+QUANTIZATIONS = ("int8", "int4")
+INT4_GROUP = 32
+"""Weights that share a scale and a zero in int4: 32 divides the widths of nearly every model, at 5 bits a weight."""
+
+
+def quantization_config(name: str, *, config: Any, model_class: Any, device: torch.device) -> Any:
+    """Choose torchao's kernel for a device: one scale per row for int8, groups of 32 for int4.
+
+    Embeddings, the head, norms and, for int4, linear layers whose width 32 does not divide keep the model's dtype.
+    Raises ValueError for another name, without torchao, for a checkpoint that is quantised already and for a mixture of
+    experts, whose fused experts are no linear layers.
+    """
+    if name not in QUANTIZATIONS:
+        raise unknown_name("quantization", name, QUANTIZATIONS)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"this checkpoint is quantised already; got quantization={name!r}. Leave it out.")
+    if _has_fused_experts(model_class, config):
+        raise ValueError(
+            f"quantization={name!r} reaches linear layers, and nearly all weights of {config.model_type} are fused "
+            "experts. Load it without, in bfloat16."
+        )
+    return _torchao_config(name, device)
+
+
+def _torchao_config(name: str, device: torch.device) -> Any:
+    from transformers.utils import is_torchao_available
+
+    if not is_torchao_available():
+        raise ValueError(f"quantization={name!r} needs torchao, which is not installed: pip install 'redraft[quant]'.")
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    if name == "int8":
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    if device.type == "cpu":
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        return TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=INT4_GROUP, set_inductor_config=False))
+    packing = "tile_packed_to_4d" if device.type == "cuda" else "plain_int32"
+    kernel = Int4WeightOnlyConfig(group_size=INT4_GROUP, int4_packing_format=packing, set_inductor_config=False)
+    return TorchAoConfig(kernel)
+
+
+def _has_fused_experts(model_class: Any, config: Any) -> bool:
+    """Tell whether matrices of several experts are stacked into one parameter."""
+    with torch.device("meta"):
+        return any(p.ndim == 3 and name.endswith("_proj") for name, p in model_class(config).named_parameters())

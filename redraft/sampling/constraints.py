@@ -1,0 +1,442 @@
+"""Hard constraints on new text whose tokens are decided in any order.
+
+A constraint becomes an automaton over the tokens of a vocabulary. A step of decoding is a walk over the canvas from the
+right to the left: for every position and state the weight of the best way (or of all ways) to a full match through
+what is decided and what is open; and a walk back that takes it. After DINGO (arXiv 2505.23061), which does so for
+left-to-right blocks; here decided tokens may lie anywhere.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from redraft.sampling.automaton import Bools, ByteAutomaton, Ints, TokenAutomaton, from_regex, over_tokens
+from redraft.sampling.json_schema import schema_regex
+
+Floats = NDArray[np.float64]
+_LOWEST = -1e9  # for tokens that the model rules out: the constraint is harder than the model's zeros
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """What the new text must be; `a & b` asks for both."""
+
+    def automaton(self) -> ByteAutomaton:
+        """Return the automaton of the texts that are allowed."""
+        return _regex_automaton("(?s:.*)")
+
+    def limits(self) -> "Limits":
+        """Return what is said about tokens rather than text."""
+        return Limits()
+
+    def __and__(self, other: "Constraint") -> "Constraint":
+        return All(parts=(self, other))
+
+    def compile(self, token_bytes: Sequence[bytes | None], *, eos_token_id: int | None) -> "CompiledConstraint":
+        """Prepare for a vocabulary: bytes of each token, None for special tokens, which are never used.
+
+        With an end token the text may end early: the end token fills what is left. Without, it fills the canvas.
+        Raises ValueError for what can never be satisfied.
+        """
+        return CompiledConstraint(
+            automaton=over_tokens(self.automaton(), token_bytes, eos_token_id=eos_token_id), limits=self.limits()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds on the number of tokens before the end, and tokens fixed at positions."""
+
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    spans: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Regex(Constraint):
+    """The whole text matches a regular expression (Python's syntax, without anchors, look-arounds and flags)."""
+
+    pattern: str
+
+    def automaton(self) -> ByteAutomaton:
+        return _regex_automaton(self.pattern)
+
+
+@dataclass(frozen=True)
+class JsonSchema(Constraint):
+    """The text is JSON that fits a schema (`json_schema.schema_regex` says what is supported)."""
+
+    schema: Mapping[str, Any] | bool | str
+    """The schema, or its JSON text."""
+    max_depth: int = 4
+    """The most objects and arrays inside each other."""
+    whitespace: str = " ?"
+    """Regular expression of what may stand after a comma or a colon."""
+
+    def automaton(self) -> ByteAutomaton:
+        return _regex_automaton(schema_regex(self.schema, max_depth=self.max_depth, whitespace=self.whitespace))
+
+
+@dataclass(frozen=True)
+class Choice(Constraint):
+    """The text is one of the options."""
+
+    options: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.options, str) or not self.options:
+            raise ValueError(f"Choice needs a list of at least one option; got {self.options!r}.")
+
+    def automaton(self) -> ByteAutomaton:
+        return _regex_automaton("|".join(re.escape(option) for option in self.options))
+
+
+@dataclass(frozen=True)
+class Contains(Constraint):
+    """The text holds each of the substrings somewhere; they may overlap."""
+
+    substrings: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.substrings, str) or not self.substrings:
+            raise ValueError(f"Contains needs a list of at least one substring; got {self.substrings!r}.")
+
+    def automaton(self) -> ByteAutomaton:
+        return _intersection([_regex_automaton(f"(?s:.*){re.escape(text)}(?s:.*)") for text in self.substrings])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length(Constraint):
+    """Bounds on the number of characters (Unicode code points) and of tokens; the end token does not count."""
+
+    min_chars: int = 0
+    max_chars: int | None = None
+    min_tokens: int = 0
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for unit, low, high in (
+            ("chars", self.min_chars, self.max_chars),
+            ("tokens", self.min_tokens, self.max_tokens),
+        ):
+            if low < 0 or (high is not None and high < low):
+                raise ValueError(f"min_{unit} must be in 0 ... max_{unit}; got {low} and {high}.")
+
+    def automaton(self) -> ByteAutomaton:
+        high = "" if self.max_chars is None else self.max_chars
+        return _regex_automaton(f"(?s:.{{{self.min_chars},{high}}})")
+
+    def limits(self) -> Limits:
+        return Limits(min_tokens=self.min_tokens, max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
+class Spans(Constraint):
+    """Token ids fixed from given positions on: {position in the new text: ids}."""
+
+    spans: Mapping[int, Sequence[int]]
+
+    def limits(self) -> Limits:
+        return Limits(spans=_merged([{start + i: t for i, t in enumerate(ids)} for start, ids in self.spans.items()]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class All(Constraint):
+    """Every part holds."""
+
+    parts: tuple[Constraint, ...]
+
+    def automaton(self) -> ByteAutomaton:
+        return _intersection([part.automaton() for part in self.parts])
+
+    def limits(self) -> Limits:
+        limits = [part.limits() for part in self.parts]
+        return Limits(
+            min_tokens=max(limit.min_tokens for limit in limits),
+            max_tokens=min((limit.max_tokens for limit in limits if limit.max_tokens is not None), default=None),
+            spans=_merged([limit.spans for limit in limits]),
+        )
+
+
+def _merged(spans: Sequence[Mapping[int, int]]) -> dict[int, int]:
+    merged: dict[int, int] = {}
+    for span in spans:
+        for position, token in span.items():
+            if position < 0:
+                raise ValueError(f"a span must start at a position of the new text, from 0; got {position}.")
+            if merged.setdefault(position, token) != token:
+                raise ValueError(
+                    f"spans must agree; got tokens {merged[position]} and {token} for position {position}."
+                )
+    return merged
+
+
+@cache
+def _regex_automaton(pattern: str) -> ByteAutomaton:
+    return from_regex(pattern)
+
+
+def _intersection(automata: Sequence[ByteAutomaton]) -> ByteAutomaton:
+    total = automata[0]
+    for automaton in automata[1:]:
+        total = total & automaton
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledConstraint:
+    """A constraint over a vocabulary. Its walks run on the CPU, on logits that were reduced where they are."""
+
+    automaton: TokenAutomaton
+    limits: Limits
+    _tails: dict[int, Bools] = field(default_factory=dict, repr=False)
+    _on_device: dict[torch.device, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
+
+    def check(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"]) -> None:
+        """Raise ValueError with the reason if no completion of the canvas satisfies the constraint.
+
+        `tokens` is the part of the canvas that holds the new text; what is not noise is decided already.
+        """
+        length = len(tokens)
+        if self.limits.spans and max(self.limits.spans) >= length:
+            raise ValueError(
+                f"the canvas must hold the spans, up to position {max(self.limits.spans)};"
+                f" got {length} tokens. Lengthen it."
+            )
+        if not self._tail(length)[0, 0]:
+            raise ValueError(self._why_not(length))
+        row = self._row(tokens, is_noise, [])
+        if self._backward(row, {})[row.first][row.state] == -np.inf:
+            raise ValueError(
+                f"the given tokens must leave a text of {length} tokens that satisfies the constraint;"
+                f" got {int((~is_noise).sum())} given, and none. Change them, the length or the constraint."
+            )
+
+    def complete(
+        self,
+        tokens: Int[Tensor, "seq"],
+        is_noise: Bool[Tensor, "seq"],
+        where: Int[Tensor, "n"],
+        logits: Float[Tensor, "n vocab"],
+        *,
+        temperature: float = 0.0,
+        u: Float[Tensor, "n"] | None = None,
+    ) -> Int[Tensor, "n"]:
+        """Propose tokens for the open positions `where` (ascending) of one row, so that the whole can be completed.
+
+        At temperature 0 the most probable joint completion under independent positions; else an exact draw from the
+        product of softmax(logits / temperature) restricted to what can be completed, one number u in [0, 1) a position.
+        Any subset may be committed. Noise elsewhere may become anything. Where such noise lies before an open position,
+        a draw walks over it on the state with the most mass behind it: valid, but no longer exact.
+
+        Raises ValueError if there is no completion, which `check` at the start rules out.
+        """
+        if temperature > 0 and u is None:
+            raise ValueError(f"a temperature of {temperature} needs random numbers u; got None.")
+        places: list[int] = where.tolist()  # sync: one transfer each of positions, scores and tokens
+        scores = self._class_scores(logits, temperature).double().cpu().numpy()
+        row = self._row(tokens, is_noise, places)
+        beta = self._backward(row, dict(zip(places, self._label_scores(scores, temperature), strict=True)), temperature)
+        if beta[row.first][row.state] == -np.inf:
+            raise ValueError("no completion of the canvas satisfies the constraint. Call check before the first step.")
+        draws = [None] * len(places) if u is None or temperature == 0 else u.tolist()
+        open_at = {place: (scores[i], draws[i]) for i, place in enumerate(places)}
+        walk = self._forward(row, open_at, beta)
+        chosen = torch.stack([self._token(walk[place], logits[i], temperature) for i, place in enumerate(places)])
+        for i, place in enumerate(places):
+            if place in self.limits.spans:
+                chosen[i] = self.limits.spans[place]
+        return chosen.to(where)
+
+    def _row(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"], places: list[int]) -> "_Row":
+        """Sort the positions of a row, and walk over what is decided at its start."""
+        classes: list[int | None] = [None] * len(tokens)
+        none = self.automaton.num_classes
+        for i, (token, noise) in enumerate(zip(tokens.tolist(), is_noise.tolist(), strict=True)):
+            fixed = self.limits.spans.get(i)
+            if not noise or fixed is not None:
+                agrees = noise or fixed is None or fixed == token
+                classes[i] = self._class(token if fixed is None else fixed) if agrees else none
+        state, first = 0, 0
+        while first < len(classes) and (known := classes[first]) is not None:
+            state, first = int(self.automaton.table[state, known]), first + 1
+        ends = [i for i, known in enumerate(classes) if known is not None] + places
+        return _Row(classes=classes, first=first, state=state, end=max([first, *(i + 1 for i in ends)]))
+
+    def _class(self, token: int) -> int:
+        class_of = self.automaton.class_of
+        return int(class_of[token]) if 0 <= token < len(class_of) else self.automaton.num_classes
+
+    def _allowed(self, boundary: int) -> Bools:
+        """Tell the states in which `boundary` tokens may leave the text, given the bounds on its length."""
+        automaton, limits = self.automaton, self.limits
+        is_end = np.arange(len(automaton.table)) == (automaton.dead - 1 if automaton.has_end else -1)
+        is_text = np.arange(len(automaton.table)) < automaton.dead - automaton.has_end
+        may_end = boundary > limits.min_tokens
+        may_go_on = limits.max_tokens is None or boundary <= limits.max_tokens
+        allowed: Bools = (is_end & may_end) | (is_text & may_go_on)
+        return allowed
+
+    def _tail(self, length: int) -> Bools:
+        """Tell for each boundary and state whether the rest of a canvas without decided tokens can be filled."""
+        if length not in self._tails:
+            tail = np.zeros((length + 1, len(self.automaton.table)), np.bool_)
+            is_long_enough = length >= self.limits.min_tokens
+            tail[length] = self.automaton.is_final & self._allowed(length) & is_long_enough
+            edges = self.automaton.edges
+            for i in reversed(range(length)):
+                if i in self.limits.spans:
+                    tail[i] = tail[i + 1][self.automaton.table[:, self._class(self.limits.spans[i])]]
+                else:
+                    tail[i, edges.from_states] = np.logical_or.reduceat(tail[i + 1][edges.to], edges.state_starts)
+                tail[i] &= self._allowed(i)
+            self._tails[length] = tail
+        return self._tails[length]
+
+    def _backward(self, row: "_Row", labels: Mapping[int, Floats], temperature: float = 0.0) -> dict[int, Floats]:
+        """Weigh what lies behind each state at each boundary, from the end of what is known to the first open position.
+
+        The weight is the log of the best completion's score, or of the sum over completions at a temperature.
+        """
+        edges, table = self.automaton.edges, self.automaton.table
+        beta = {row.end: np.where(self._tail(len(row.classes))[row.end], 0.0, -np.inf)}
+        for i in reversed(range(row.first, row.end)):
+            after, known = beta[i + 1], row.classes[i]
+            if known is not None:
+                before = after[table[:, known]]
+            else:
+                before = np.full(len(table), -np.inf)
+                ways = after[edges.to] + (labels[i][edges.label] if i in labels else 0.0)
+                reduce = _segment_logsumexp if temperature > 0 and i in labels else np.maximum.reduceat
+                before[edges.from_states] = reduce(ways, edges.state_starts)
+            before[~self._allowed(i)] = -np.inf
+            beta[i] = before
+        return beta
+
+    def _forward(
+        self, row: "_Row", open_at: Mapping[int, tuple[Floats, float | None]], beta: Mapping[int, Floats]
+    ) -> dict[int, tuple[int, float]]:
+        """Walk from the first open position on: the class at each, and where inside it the draw falls."""
+        state = row.state
+        walk = {place: (known, 0.0) for place in open_at if (known := row.classes[place]) is not None}
+        for i in range(row.first, max(open_at, default=-1) + 1):
+            known = row.classes[i]
+            if known is None:
+                scores, draw = open_at.get(i, (0.0, None))
+                known, rest = _choose(scores + beta[i + 1][self.automaton.table[state, :-1]], draw)
+                walk[i] = (known, rest)
+            state = int(self.automaton.table[state, known])
+        return walk
+
+    def _class_scores(self, logits: Float[Tensor, "n vocab"], temperature: float) -> Float[Tensor, "n classes"]:
+        """Reduce logits to the best, or to the log of the sum, of each class."""
+        usable, class_of = self._vocabulary(logits.device)
+        logits = logits[:, : len(class_of)] if usable is None else logits.index_select(1, usable)
+        logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
+        best = logits.new_full((len(logits), self.automaton.num_classes + 1), _LOWEST)
+        best = best.scatter_reduce(1, class_of.expand(len(logits), -1), logits, "amax")
+        if temperature > 0:
+            shares = (logits - best.index_select(1, class_of)).exp_()
+            # Each sum holds a 1, but for classes that the model rules out altogether.
+            best = best + torch.zeros_like(best).index_add_(1, class_of, shares).clamp_(min=1).log_()
+        return best[:, :-1]
+
+    def _vocabulary(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """Return the tokens to look at, None for all, and their classes; few are gathered rather than all read."""
+        if device not in self._on_device:
+            class_of = self.automaton.class_of
+            usable = np.flatnonzero(class_of != self.automaton.num_classes)
+            is_few = 2 * len(usable) < len(class_of)
+            classes = torch.from_numpy(class_of[usable] if is_few else class_of).to(device)
+            self._on_device[device] = torch.from_numpy(usable).to(device) if is_few else None, classes
+        return self._on_device[device]
+
+    def _label_scores(self, scores: Floats, temperature: float) -> Floats:
+        edges = self.automaton.edges
+        reduce = _segment_logsumexp if temperature > 0 else np.maximum.reduceat
+        reduced: Floats = reduce(scores[:, edges.label_members], edges.label_starts, axis=1)
+        return reduced
+
+    def _token(self, chosen: tuple[int, float], logits: Float[Tensor, "vocab"], temperature: float) -> Int[Tensor, ""]:
+        """Pick the best token of a class, or the one on which the draw falls."""
+        order, starts = self.automaton.tokens_by_class
+        token_class, rest = chosen
+        tokens = torch.from_numpy(order[starts[token_class] : starts[token_class + 1]]).to(logits.device)
+        inside = _tempered(logits[tokens], temperature)
+        if temperature == 0:
+            return tokens[inside.argmax()]
+        ends = (inside - inside.max()).double().exp().cumsum(0)
+        return tokens[torch.searchsorted(ends, rest * ends[-1], right=True).clamp(max=len(ends) - 1)]
+
+    def _why_not(self, length: int) -> str:
+        """Say which lengths would do, for a canvas of which nothing is given."""
+        table, limits = self.automaton.table, self.limits
+        states, possible = np.zeros(1, np.int64), []
+        num_text_classes = self.automaton.num_classes - self.automaton.has_end
+        for n in range(length + len(table) + 1):
+            is_long_enough = n >= limits.min_tokens and (limits.max_tokens is None or n <= limits.max_tokens)
+            if is_long_enough and self.automaton.is_final[states].any():
+                possible.append(n)
+            states = np.setdiff1d(table[states, :num_text_classes], self.automaton.dead)
+        bounds = (
+            f" of {limits.min_tokens} to {limits.max_tokens or 'any number of'} tokens" if limits != Limits() else ""
+        )
+        if not possible:
+            return f"no text{bounds} in this vocabulary satisfies the constraint. Loosen it."
+        if length < possible[0]:
+            return (
+                f"the canvas is too short: the shortest text{bounds} that satisfies the constraint has"
+                f" {possible[0]} tokens; got {length}. Set max_new_tokens to at least {possible[0]}."
+            )
+        near = ", ".join(str(n) for n in sorted(sorted(possible, key=lambda n: abs(n - length))[:3]))
+        return (
+            f"no text{bounds} that satisfies the constraint fills a canvas of {length} tokens;"
+            f" lengths near it that do are {near}. Use one of them, an end token or other spans."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A row as the walks see it."""
+
+    classes: list[int | None]
+    """The class of each decided token, None for noise."""
+    first: int
+    """The first position that is noise,"""
+    state: int
+    """and the state there."""
+    end: int
+    """Behind the last position that is decided or open."""
+
+
+def _tempered(logits: Float[Tensor, "*shape"], temperature: float) -> Float[Tensor, "*shape"]:
+    return (logits.float() / (temperature or 1.0)).clamp(min=_LOWEST)
+
+
+def _choose(weights: Floats, draw: float | None) -> tuple[int, float]:
+    """Take the best, or invert the cumulative distribution; return also where inside its share the draw falls."""
+    if draw is None:
+        return int(weights.argmax()), 0.0
+    ends = np.exp(weights - weights.max()).cumsum()
+    target = draw * ends[-1]
+    chosen = min(int(np.searchsorted(ends, target, side="right")), int(np.searchsorted(ends, ends[-1])))
+    begin = ends[chosen - 1] if chosen else 0.0
+    return chosen, float(min(max((target - begin) / (ends[chosen] - begin), 0.0), 1.0))
+
+
+def _segment_logsumexp(values: Floats, starts: Ints, axis: int = 0) -> Floats:
+    best = np.maximum.reduceat(values, starts, axis=axis)
+    best[best == -np.inf] = 0.0
+    counts = np.diff(starts, append=values.shape[axis])
+    shares = np.exp(values - np.repeat(best, counts, axis=axis))
+    with np.errstate(divide="ignore"):
+        total: Floats = best + np.log(np.add.reduceat(shares, starts, axis=axis))
+    return total

@@ -1,0 +1,53 @@
+"""What bytes the tokens of a vocabulary stand for."""
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+
+def token_bytes(tokenizer: Any) -> list[bytes | None]:
+    """Return the bytes of each token id of a fast tokenizer, None for special tokens and ids without a token.
+
+    Byte-level alphabets are mapped back to bytes, `▁` is a space, `<0x0A>` one byte. Word pieces (`##ly`) that begin a
+    word get the space before it: concatenation gives the decoded text but for the first word's space.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer must be a fast one (with a tokenizer.json); got {type(tokenizer).__name__}."
+            " Convert it with transformers' AutoTokenizer and save it again."
+        )
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    decoder = json.dumps(backend["decoder"])
+    is_byte_level, is_word_piece = '"ByteLevel"' in decoder, '"WordPiece"' in decoder
+    pieces: dict[str, int] = tokenizer.get_vocab()
+    added = tokenizer.added_tokens_decoder
+    special = set(tokenizer.all_special_ids)
+    found: list[bytes | None] = [None] * (max(pieces.values()) + 1)
+    for piece, id in pieces.items():
+        if id in added:
+            found[id] = None if added[id].special or id in special else added[id].content.encode()
+        elif id not in special:
+            found[id] = _from_alphabet(piece) if is_byte_level else _from_text(piece, is_word_piece=is_word_piece)
+    return found
+
+
+def _from_alphabet(piece: str) -> bytes:
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[char] for char in piece) if all(char in alphabet for char in piece) else piece.encode()
+
+
+def _from_text(piece: str, *, is_word_piece: bool) -> bytes:
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    if is_word_piece:
+        return piece.removeprefix("##").encode() if piece.startswith("##") else b" " + piece.encode()
+    return piece.replace("▁", " ").encode()
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """Map the characters of GPT-2's byte alphabet to bytes: printable Latin-1 is itself, the rest begins at U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}

@@ -1,0 +1,300 @@
+"""Hard constraints: whatever is committed in whatever order, the whole text satisfies them."""
+
+import itertools
+import json
+import random
+import re
+
+import jsonschema
+import pytest
+import torch
+
+from redraft.sampling.constraints import All, Choice, Contains, JsonSchema, Length, Regex, Spans
+
+PAD, EOS, MASK = 0, 1, 2
+MERGES = ["ab", "abc", "the", " a", '": ', '", "', '{"', '"}', "12", "tru", "日本", "é", "😀", "x日"]
+VOCAB = [None, None, None, *(bytes([b]) for b in range(256)), *(text.encode() for text in MERGES)]
+
+
+def least_length(compiled, length):
+    """The length given, or one near it that does."""
+    try:
+        compiled.check(torch.full((length,), MASK), torch.ones(length, dtype=torch.bool))
+    except ValueError as error:
+        return int(re.search(r"has (\d+) tokens|that do are (?:\d+, )*(\d+)", str(error)).expand(r"\1\2"))
+    return length
+
+
+def decode(compiled, length, *, generator, temperature=0.0, given=None, block=None, eos=EOS):
+    """Commit random subsets of the proposals under random logits, in blocks or not; return the tokens of the text."""
+    tokens = torch.full((length,), MASK)
+    is_noise = torch.ones(length, dtype=torch.bool)
+    for position, token in (given or {}).items():
+        tokens[position], is_noise[position] = token, False
+    compiled.check(tokens, is_noise)
+    for _ in range(20 * length):
+        if not is_noise.any():
+            break
+        where = is_noise.nonzero()[:, 0]
+        where = where[: 1 + int((where < where[0] + (block or length)).sum()) - 1]
+        logits = torch.randn(len(where), len(VOCAB), generator=generator) * 6
+        u = torch.rand(len(where), generator=generator)
+        x_0 = compiled.complete(tokens, is_noise, where, logits, temperature=temperature, u=u)
+        chosen = torch.rand(len(where), generator=generator) < 0.4
+        tokens[where[chosen]], is_noise[where[chosen]] = x_0[chosen], False
+    assert not is_noise.any()
+    for position, token in (given or {}).items():
+        assert tokens[position] == token
+    ids = tokens.tolist()
+    if eos is not None and eos in ids:
+        assert set(ids[ids.index(eos) :]) == {eos}
+        ids = ids[: ids.index(eos)]
+    return ids
+
+
+def text_of(ids):
+    return b"".join(VOCAB[i] for i in ids).decode()
+
+
+def random_regex(rng, depth=3):
+    kind = rng.choice(["text", "class", "join", "join", "either", "repeat"]) if depth else rng.choice(["text", "class"])
+    if kind == "text":
+        return re.escape(rng.choice(["a", "ab", "the ", "日本", "é", ".", "12", "😀", '"']))
+    if kind == "class":
+        return rng.choice([".", r"\d", r"\w", "[a-c]", "[^a-z]", "[é-ü日]", "[^日]"])
+    if kind == "join":
+        return random_regex(rng, depth - 1) + random_regex(rng, depth - 1)
+    if kind == "either":
+        return f"(?:{random_regex(rng, depth - 1)}|{random_regex(rng, depth - 1)})"
+    return f"(?:{random_regex(rng, depth - 1)}){rng.choice(['*', '+', '?', '{2}', '{1,3}', '{2,}'])}"
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_200_random_regular_expressions_are_satisfied_in_any_order_of_commits(part):
+    for seed in range(50 * part, 50 * part + 50):
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        pattern = random_regex(rng)
+        eos = rng.choice([EOS, EOS, None])
+        compiled = Regex(pattern).compile(VOCAB, eos_token_id=eos)
+        length = least_length(compiled, rng.randint(1, 16))
+        how = {
+            "generator": generator,
+            "temperature": rng.choice([0.0, 0.5, 1.5]),
+            "block": rng.choice([None, 3]),
+            "eos": eos,
+        }
+        ids = decode(compiled, length, **how)
+        assert re.fullmatch(pattern, text_of(ids)), (pattern, ids)
+        # The same with random tokens of that match given.
+        full = ids + [EOS] * (length - len(ids))
+        given = {position: full[position] for position in rng.sample(range(length), length // 3)}
+        assert re.fullmatch(pattern, text_of(decode(compiled, length, given=given, **how))), (pattern, given)
+
+
+def random_schema(rng, depth=2):
+    kinds = ["string", "integer", "number", "boolean", "null", "enum", "pattern", "format", "range"]
+    kind = rng.choice(kinds + ["object", "object", "array", "array", "map", "anyOf", "oneOf"] * (depth > 0))
+    if kind == "string":
+        low = rng.randint(0, 2)
+        return {"type": "string", **rng.choice([{}, {"minLength": low, "maxLength": low + rng.randint(0, 4)}])}
+    if kind in ("integer", "number"):
+        return {"type": kind}
+    if kind == "range":
+        low = rng.choice([-120, -5, 0, 7, 99])
+        high = low + rng.choice([1, 8, 250])
+        low_key, high_key = rng.choice(["minimum", "exclusiveMinimum"]), rng.choice(["maximum", "minimum"])
+        return {"type": rng.choice(["integer", "number"]), low_key: low, high_key: high}
+    if kind == "enum":
+        return {"enum": rng.sample(["a", 'q"uote', "日本", 3, None, True, [1], {"k": "v"}, "a.b\n"], 3)}
+    if kind == "pattern":
+        return {"type": "string", "pattern": rng.choice(["^[a-c]{2,4}$", "[0-9]+", "^x", "ab|cd$"])}
+    if kind == "format":
+        return {"type": "string", "format": rng.choice(["date", "time", "uuid", "date-time"])}
+    if kind == "array":
+        low = rng.randint(0, 2)
+        return {"type": "array", "items": random_schema(rng, depth - 1), "minItems": low, "maxItems": low + 1}
+    if kind == "map":
+        return {"type": "object", "additionalProperties": random_schema(rng, depth - 1), "maxProperties": 2}
+    if kind == "anyOf":
+        return {"anyOf": [random_schema(rng, depth - 1), random_schema(rng, depth - 1)]}
+    if kind == "oneOf":
+        return {"oneOf": [{"type": "null"}, {"type": "string", "maxLength": 3}, {"type": "array", "maxItems": 0}]}
+    if kind in ("boolean", "null"):
+        return {"type": kind}
+    names = rng.sample(["name", "age", "é", "a b", 'x"'], rng.randint(1, 3))
+    properties = {name: random_schema(rng, depth - 1) for name in names}
+    return {"type": "object", "properties": properties, "required": [n for n in names if rng.random() < 0.5]}
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_200_random_json_schemas_are_satisfied_in_any_order_of_commits(part):
+    for seed in range(50 * part, 50 * part + 50):
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        schema = random_schema(rng)
+        compiled = JsonSchema(schema, whitespace=rng.choice(["", " ?"])).compile(VOCAB, eos_token_id=EOS)
+        length = least_length(compiled, 12) + rng.choice([0, 3, 20])
+        how = {"temperature": rng.choice([0.0, 1.0]), "block": rng.choice([None, 8])}
+        text = text_of(decode(compiled, length, generator=generator, **how))
+        jsonschema.validate(json.loads(text), schema)
+
+
+def test_a_recursive_schema_stops_at_its_depth():
+    tree = {"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "object", "required": ["left"], "properties": {
+        "value": {"type": "integer"}, "left": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/tree"}]}}}}}  # fmt: skip
+    compiled = JsonSchema(tree, max_depth=3).compile(VOCAB, eos_token_id=EOS)
+    for seed in range(5):
+        text = text_of(decode(compiled, 60, generator=torch.Generator().manual_seed(seed), temperature=1.0))
+        jsonschema.validate(json.loads(text), tree)
+        assert text.count("{") <= 3
+
+
+def test_anything_is_json_up_to_its_depth():
+    compiled = JsonSchema(True, max_depth=2).compile(VOCAB, eos_token_id=EOS)
+    for seed in range(10):
+        json.loads(text_of(decode(compiled, 30, generator=torch.Generator().manual_seed(seed), temperature=1.5)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_parts_hold_together(temperature):
+    spans = Spans({0: [VOCAB.index(b"the")], 6: [VOCAB.index(b"x")]})
+    parts = Contains(["foo", "日本"]) & Length(min_chars=12, max_chars=16, min_tokens=11, max_tokens=14) & spans
+    compiled = parts.compile(VOCAB, eos_token_id=EOS)
+    for seed in range(5):
+        ids = decode(compiled, 20, generator=torch.Generator().manual_seed(seed), temperature=temperature)
+        text = text_of(ids)
+        assert "foo" in text and "日本" in text and 12 <= len(text) <= 16 and 11 <= len(ids) <= 14  # noqa: PT018
+        assert ids[0] == VOCAB.index(b"the") and ids[6] == VOCAB.index(b"x")  # noqa: PT018
+
+
+def test_a_choice_is_one_of_its_options():
+    options = ["yes", "no (why?)", "日本", "a" * 12]
+    compiled = Choice(options).compile(VOCAB, eos_token_id=EOS)
+    drawn = {
+        text_of(decode(compiled, 14, generator=torch.Generator().manual_seed(s), temperature=2.0)) for s in range(40)
+    }
+    assert drawn <= set(options)
+    assert len(drawn) > 1
+
+
+SMALL = [None, None, b"a", b"b", b"ab", b"ba", b"c"]
+SMALL_PATTERN = r"(?:ab|c)*b?a{0,2}"
+
+
+def completions(length, *, given):
+    """All fills of a canvas over SMALL that match, by brute force."""
+    for ids in itertools.product(range(1, len(SMALL)), repeat=length):
+        end = ids.index(1) if 1 in ids else length
+        is_fit = all(ids[position] == token for position, token in given.items())
+        if (
+            is_fit
+            and set(ids[end:]) <= {1}
+            and re.fullmatch(SMALL_PATTERN, b"".join(SMALL[i] for i in ids[:end]).decode())
+        ):
+            yield ids
+
+
+def small_case(seed, where):
+    length, generator = 5, torch.Generator().manual_seed(seed)
+    given = {} if len(where) == length else {1: 4} if 1 not in where else {3: 2}
+    given = {position: token for position, token in given.items() if position not in where}
+    tokens, is_noise = torch.full((length,), MASK), torch.ones(length, dtype=torch.bool)
+    for position, token in given.items():
+        tokens[position], is_noise[position] = token, False
+    return tokens, is_noise, torch.tensor(where), torch.randn(len(where), len(SMALL), generator=generator) * 3, given
+
+
+@pytest.mark.parametrize("where", [[0, 1, 2, 3, 4], [0, 2, 3], [0, 1, 2], [2, 4]])
+def test_at_temperature_0_the_completion_is_the_most_probable_of_all(where):
+    compiled = Regex(SMALL_PATTERN).compile(SMALL, eos_token_id=1)
+    for seed in range(10):
+        tokens, is_noise, positions, logits, given = small_case(seed, where)
+        best = max(sum(float(logits[i, ids[p]]) for i, p in enumerate(where)) for ids in completions(5, given=given))
+        x_0 = compiled.complete(tokens, is_noise, positions, logits)
+        assert float(logits.gather(1, x_0[:, None]).sum()) == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize("where", [[0, 1, 2, 3, 4], [0, 1, 2]])
+def test_draws_follow_the_tempered_product_restricted_to_the_language(where):
+    compiled = Regex(SMALL_PATTERN).compile(SMALL, eos_token_id=1)
+    tokens, is_noise, positions, logits, given = small_case(3, where)
+    logits = logits / 2
+    weights = {}
+    for ids in completions(5, given=given):
+        drawn = tuple(ids[p] for p in where)
+        weights[drawn] = float((logits[range(len(where)), list(drawn)] / 0.8).sum().exp())
+    total, counts, num_draws = sum(weights.values()), {}, 1500
+    u = torch.rand(num_draws, len(where), generator=torch.Generator().manual_seed(0))
+    for row in u:
+        drawn = tuple(compiled.complete(tokens, is_noise, positions, logits, temperature=0.8, u=row).tolist())
+        counts[drawn] = counts.get(drawn, 0) + 1
+    assert set(counts) <= set(weights)
+    distance = sum(abs(counts.get(ids, 0) / num_draws - weight / total) for ids, weight in weights.items()) / 2
+    likely = sum((weight / total / num_draws) ** 0.5 for weight in weights.values())  # about its expectation
+    assert distance < 0.6 * likely
+
+
+def test_tokens_that_the_model_rules_out_are_used_where_the_constraint_needs_them():
+    compiled = Choice(["ca"]).compile(SMALL, eos_token_id=1)
+    logits = torch.full((2, len(SMALL)), -torch.inf)
+    logits[:, 4] = 0.0
+    tokens, is_noise = torch.full((2,), MASK), torch.ones(2, dtype=torch.bool)
+    for temperature in (0.0, 0.1):
+        x_0 = compiled.complete(
+            tokens, is_noise, torch.arange(2), logits.bfloat16(), temperature=temperature, u=torch.rand(2)
+        )
+        assert x_0.tolist() == [6, 2]
+
+
+def check(constraint, length, *, given=None, eos=EOS, vocab=VOCAB):
+    tokens, is_noise = torch.full((length,), MASK), torch.ones(length, dtype=torch.bool)
+    for position, token in (given or {}).items():
+        tokens[position], is_noise[position] = token, False
+    constraint.compile(vocab, eos_token_id=eos).check(tokens, is_noise)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "how", "reason"),
+    [
+        (Regex("a{30}b"), {"length": 5}, "shortest text that satisfies the constraint has 30 tokens; got 5"),
+        (Choice(["ab", "zzzz"]), {"length": 9, "eos": None}, "lengths near it that do are 1, 2, 4"),
+        (Regex("[ab]*"), {"length": 3, "given": {1: EOS, 2: 100}}, "the given tokens must leave a text of 3 tokens"),
+        (Spans({4: [5]}), {"length": 3}, "up to position 4; got 3 tokens"),
+        (Length(min_tokens=7), {"length": 3}, "has 7 tokens; got 3"),
+        (Length(max_tokens=3) & Regex("z{5}"), {"length": 9}, "no text of 0 to 3 tokens in this vocabulary"),
+        (Regex("日z"), {"length": 9, "vocab": [None, b"a", b"z"]}, "no token holds the bytes 0x97, 0xA5, 0xE6"),
+        (Regex("a") & Regex("b"), {"length": 9}, "its parts exclude each other"),
+        (Regex("(a"), {"length": 9}, "the regular expression cannot be an automaton"),
+        (Regex("^a$"), {"length": 9}, "it uses at; got '^a$'"),
+        (JsonSchema({"type": "integer", "multipleOf": 3}), {"length": 9}, "unsupported keyword; got 'multipleOf'"),
+        (JsonSchema({"type": "text"}), {"length": 9}, "unknown type; got 'text'"),
+        (JsonSchema({"$ref": "#/$defs/x"}), {"length": 9}, "a $ref that leads nowhere"),
+        (JsonSchema({"$ref": "#"}), {"length": 9}, "a $ref that leads only to itself"),
+        (JsonSchema({"oneOf": [{"type": "integer"}, {"type": "number"}]}), {"length": 9}, "oneOf may both fit"),
+        (JsonSchema({"type": "string", "pattern": ".*"}), {"length": 9}, "matches quotes"),
+        (JsonSchema({"items": {"items": {}}, "minItems": 1}, max_depth=0), {"length": 9}, "with max_depth=0"),
+        (JsonSchema("{"), {"length": 9}, "the JSON schema is not JSON"),
+        (Spans({0: [5]}) & Spans({0: [6]}), {"length": 9}, "spans must agree; got tokens 5 and 6 for position 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_satisfied_is_refused_with_the_reason(constraint, how, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        check(constraint, **how)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Choice([]), "at least one option"),
+        (lambda: Choice("yes"), "a list of at least one option; got 'yes'"),
+        (lambda: Contains([]), "at least one substring"),
+        (lambda: Length(min_chars=4, max_chars=3), "min_chars must be in 0 ... max_chars; got 4 and 3"),
+    ],
+)
+def test_settings_are_checked_when_they_are_made(make, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        make()
+
+
+def test_all_is_flat_in_what_it_asks_for():
+    limits = All(parts=(Length(min_tokens=2), Length(min_tokens=3, max_tokens=9), Spans({1: [4, 5]}))).limits()
+    assert (limits.min_tokens, limits.max_tokens, limits.spans) == (3, 9, {1: 4, 2: 5})
