@@ -36,23 +36,43 @@ class Constrained:
         temperature: float,
         top_k: int | None = None,
         top_p: float | None = None,
+        with_best: bool = False,
     ) -> Proposal:
-        """Propose tokens of which every subset may be committed. Drafts are proposed as they are.
+        """Propose tokens of which every subset may be committed, and at a temperature, if asked, the best ones too.
 
-        An edit of some drafts and not of others could break what holds; to make a draft noise again breaks nothing.
+        Drafts are proposed as they are: an edit of some drafts and not of others could break what holds; to make a
+        draft noise again breaks nothing.
         """
         logits = proposal.logits
-        if temperature > 0 and (top_k is not None or top_p is not None):
-            logits, temperature = _cut(logits.float() / temperature, top_k=top_k, top_p=top_p), 1.0
+        best = self._completed(proposal.x_0, logits, canvas, where) if with_best or temperature == 0 else None
+        if temperature == 0:
+            assert best is not None
+            x_0 = best
+        else:
+            logits = _cut(logits.float() / temperature, top_k=top_k, top_p=top_p)
+            x_0 = self._completed(proposal.x_0, logits, canvas, where, temperature=1.0, u=u)
+        return replace(proposal, x_0=x_0, confidence=proposal.probability_of(x_0), best=best)
+
+    def _completed(
+        self,
+        x_0: Int[Tensor, "n"],
+        logits: Float[Tensor, "n vocab"],
+        canvas: Canvas,
+        where: Int[Tensor, "n"],
+        *,
+        temperature: float = 0.0,
+        u: Float[Tensor, "n"] | None = None,
+    ) -> Int[Tensor, "n"]:
+        """Complete row by row; `x_0` stands for what no constraint speaks of."""
         seq_len = canvas.tokens.shape[1]
-        x_0 = torch.where(canvas.is_noise.flatten()[where], proposal.x_0, canvas.tokens.flatten()[where])
+        is_noise = canvas.is_noise.flatten()[where]
+        x_0 = torch.where(is_noise, x_0, canvas.tokens.flatten()[where])
         for row in range(len(canvas.tokens)):
             text = self._text(canvas, row)
             if not len(text):
                 continue
-            begin, end = row * seq_len + int(text[0]), row * seq_len + int(text[-1])  # sync: the walk is on the CPU
-            is_mine = (where >= begin) & (where <= end) & canvas.is_noise.flatten()[where]
-            mine = is_mine.nonzero()[:, 0]
+            begin = row * seq_len + int(text[0])  # sync: the walk is on the CPU
+            mine = ((where >= begin) & (where < begin + len(text)) & is_noise).nonzero()[:, 0]
             if len(mine):
                 x_0[mine] = self.compiled.complete(
                     canvas.tokens[row, text],
@@ -62,7 +82,7 @@ class Constrained:
                     temperature=temperature,
                     u=None if u is None else u[mine],
                 )
-        return replace(proposal, x_0=x_0, confidence=proposal.probability_of(x_0))
+        return x_0
 
     def _text(self, canvas: Canvas, row: int) -> Int[Tensor, "new"]:
         status = canvas.status[row]

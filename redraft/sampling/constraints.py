@@ -31,6 +31,7 @@ from redraft.sampling.json_schema import schema_regex
 from redraft.sampling.token_bytes import LeadingSpace
 
 Floats = NDArray[np.float64]
+_LANES = 8
 _LOWEST = -1e9  # for tokens that the model rules out: the constraint is harder than the model's zeros
 
 
@@ -267,11 +268,16 @@ class CompiledConstraint:
         draws = [None] * len(places) if u is None or temperature == 0 else u.tolist()
         open_at = {place: (scores[i], draws[i]) for i, place in enumerate(places)}
         walk = self._forward(row, open_at, beta)
-        chosen = torch.stack([self._token(walk[place], logits[i], temperature) for i, place in enumerate(places)])
+        likeliest: list[int] = logits.argmax(dim=1).tolist()  # often the best of its class: nothing to search then
+        chosen = []
         for i, place in enumerate(places):
             if place in self.limits.spans:
-                chosen[i] = self.limits.spans[place]
-        return chosen.to(where)
+                chosen.append(where.new_tensor(self.limits.spans[place]))
+            elif temperature == 0 and self._class(likeliest[i]) == walk[place][0]:
+                chosen.append(where.new_tensor(likeliest[i]))
+            else:
+                chosen.append(self._token(walk[place], logits[i], temperature).to(where))
+        return torch.stack(chosen)
 
     def _row(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"], places: list[int]) -> "_Row":
         """Sort the positions of a row, and walk over what is decided at its start."""
@@ -355,25 +361,38 @@ class CompiledConstraint:
 
     def _class_scores(self, logits: Float[Tensor, "n vocab"], temperature: float) -> Float[Tensor, "n classes"]:
         """Reduce logits to the best, or to the log of the sum, of each class."""
-        usable, class_of = self._vocabulary(logits.device)
-        logits = logits[:, : len(class_of)] if usable is None else logits.index_select(1, usable)
+        usable, lane_of = self._vocabulary(logits.device)
+        logits = logits[:, : len(lane_of)] if usable is None else logits.index_select(1, usable)
         logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
-        best = logits.new_full((len(logits), self.automaton.num_classes + 1), _LOWEST)
-        best = best.scatter_reduce(1, class_of.expand(len(logits), -1), logits, "amax")
+        num_lanes = (self.automaton.num_classes + 1) * _LANES
         if temperature > 0:
-            shares = (logits - best.index_select(1, class_of)).exp_()
-            # Each sum holds a 1, but for classes that the model rules out altogether.
-            best = best + torch.zeros_like(best).index_add_(1, class_of, shares).clamp_(min=1).log_()
-        return best[:, :-1]
+            largest = logits.amax(dim=1, keepdim=True).clamp_(min=_LOWEST)
+            sums = logits.new_zeros((len(logits), num_lanes)).index_add_(1, lane_of, (logits - largest).exp_())
+            sums = sums.view(len(logits), -1, _LANES).sum(dim=2)[:, :-1]
+            if (sums > 1e-25).all():  # sync: else some class has nearly no mass, and its own scale
+                return sums.log_() + largest
+        best = logits.new_full((len(logits), num_lanes), _LOWEST)
+        best = best.scatter_reduce_(1, lane_of.expand(len(logits), -1), logits, "amax")
+        if temperature > 0:
+            shares = (logits - best.index_select(1, lane_of)).exp_()
+            # Each sum holds a 1, but for lanes that the model rules out altogether.
+            best = best + torch.zeros_like(best).index_add_(1, lane_of, shares).clamp_(min=1).log_()
+        lanes = best.view(len(logits), -1, _LANES)[:, :-1]
+        return lanes.logsumexp(dim=2) if temperature > 0 else lanes.amax(dim=2)
 
     def _vocabulary(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """Return the tokens to look at, None for all, and their classes; few are gathered rather than all read."""
+        """Return the tokens to look at, None for all, and where their logits go; few are gathered, not all read.
+
+        A class is reduced in lanes first: a sum into one place would wait for itself.
+        """
         if device not in self._on_device:
             class_of = self.automaton.class_of
             usable = np.flatnonzero(class_of != self.automaton.num_classes)
             is_few = 2 * len(usable) < len(class_of)
-            classes = torch.from_numpy(class_of[usable] if is_few else class_of).to(device)
-            self._on_device[device] = torch.from_numpy(usable).to(device) if is_few else None, classes
+            classes = class_of[usable] if is_few else class_of
+            lane_of = classes * _LANES + np.arange(len(classes)) % _LANES
+            kept = torch.from_numpy(usable).to(device) if is_few else None
+            self._on_device[device] = kept, torch.from_numpy(lane_of).to(device)
         return self._on_device[device]
 
     def _label_scores(self, scores: Floats, temperature: float) -> Floats:

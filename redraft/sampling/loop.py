@@ -280,8 +280,16 @@ def _propose(
     temperature, top_k, top_p = sampler.temperature, sampler.top_k, sampler.top_p
     if sampler.constraint is None:
         return propose(logits, never=never, u=u, temperature=temperature, top_k=top_k, top_p=top_p)
-    free = propose(logits, never=never)
-    return sampler.constraint(free, canvas, where, u=u, temperature=temperature, top_k=top_k, top_p=top_p)
+    return sampler.constraint(
+        propose(logits, never=never),
+        canvas,
+        where,
+        u=u,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        with_best=sampler.noise == "uniform",
+    )
 
 
 def _apply(

@@ -29,6 +29,12 @@ class Proposal:
     logits: Float[Tensor, "n vocab"]
     """As the model gave them, in its dtype."""
     log_normaliser: Float[Tensor, "n"]
+    best: Int[Tensor, "n"] | None = None
+    """The likeliest tokens that fit together, where a constraint rules and a policy may ask for them."""
+
+    def likeliest(self) -> Int[Tensor, "n"]:
+        """Return the model's first choice at each position."""
+        return self.logits.argmax(dim=-1) if self.best is None else self.best
 
     def probability_of(self, tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
         """Return the probability of one token at each position."""

@@ -71,6 +71,13 @@ def test_infill_keeps_the_text_around_the_holes(model):
     assert done.stdout.rstrip("\n").endswith("return y")
 
 
+def test_sample_and_infill_keep_to_a_constraint(model):
+    done = redraft("sample", model, "x = ", "--max-new-tokens", "8", "--choice", "None", "True", "--json")
+    assert json.loads(done.stdout)["text"] in ("None", "True"), done.stderr
+    done = redraft("infill", model, "x = [MASK:3]\n", "--regex", "[0-9]+")
+    assert re.search(r"x = [0-9]+\n", done.stdout), done.stderr
+
+
 def test_chat_takes_turns_and_commands_until_the_end_of_input(model):
     turns = "import os\n/set steps 2\n/settings\n/set nonsense 1\n/reset\nclass\n/quit\n"
     done = redraft("chat", model, "--max-new-tokens", "4", "--steps", "4", stdin=turns)
@@ -134,6 +141,8 @@ def test_every_command_has_help_with_defaults(command):
         (["sample", "MODEL", "x", "--trace", "/no/such/place.html"], "cannot write /no/such/place.html"),
         (["sample", "MODEL", "x", "--preset", "lada"], "unknown preset 'lada'"),
         (["sample", "MODEL", "x", "--chat"], "no chat template"),
+        (["sample", "MODEL", "x", "--regex", "(a"], "the regular expression cannot be an automaton"),
+        (["sample", "MODEL", "x", "--json-schema", "no.json"], "a file that holds one; got 'no.json'"),
         (["infill", "MODEL", "no hole"], "nothing to fill"),
         (["sample", "MODEL", "x", "--device", "cuda"], "torch sees no such device"),
         (["sample", "MODEL", "x", "--device", "gpu"], "device 'gpu' is unknown"),

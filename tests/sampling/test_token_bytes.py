@@ -3,11 +3,13 @@
 import random
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from redraft.data.tokenizer import train_tokenizer
-from redraft.sampling.token_bytes import token_bytes
+from redraft.sampling.constraints import Regex
+from redraft.sampling.token_bytes import leading_space, token_bytes
 
 TEXTS = ["héllo wörld, 日本語 日本語 😀😀", "def f(x):\n\treturn x  # naïve", "  spaces   and\r\nlines", "\x00\x7f ÿ Ā"]
 
@@ -46,6 +48,23 @@ def test_word_pieces_bring_the_space_before_them():
     pieces = token_bytes(tokenizer)
     assert pieces == [None, b" un", b"til", b" now"]
     assert b"".join(pieces[id] for id in (1, 2, 3)).decode() == " " + tokenizer.decode([1, 2, 3])
+    assert leading_space(tokenizer) == "added"
+    compiled = Regex("until now").compile(pieces, eos_token_id=None, leading_space="added")
+    tokens, is_noise = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool)
+    assert tokenizer.decode(compiled.complete(tokens, is_noise, torch.arange(3), torch.zeros(3, 4))) == "until now"
+
+
+def test_a_first_space_that_decoding_drops_is_not_part_of_the_text():
+    vocab = {"<unk>": 0, "</s>": 1, "▁yes": 2, "yes": 3}
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    tokenizer = wrapped(vocab, decoders.Sequence(steps), eos_token="</s>")
+    assert leading_space(tokenizer) == "stripped"
+    compiled = Regex("yes").compile(token_bytes(tokenizer), eos_token_id=1, leading_space="stripped")
+    for preferred in (2, 3):
+        logits = torch.zeros(2, 4)
+        logits[0, preferred] = 5.0
+        x_0 = compiled.complete(torch.zeros(2, dtype=torch.int64), torch.ones(2).bool(), torch.arange(2), logits)
+        assert x_0.tolist() == [preferred, 1]
 
 
 def test_added_words_are_their_text_and_ids_without_a_token_nothing():

@@ -92,7 +92,7 @@ class Candidates:
     @property
     def likeliest(self) -> Int[Tensor, "batch seq"]:
         """The model's first choice at the open positions; elsewhere the canvas."""
-        best = self.proposal.logits.argmax(dim=-1)
+        best = self.proposal.likeliest()
         return self.canvas.tokens.flatten().scatter(0, self.where, best).view_as(self.canvas.tokens)
 
     @property
