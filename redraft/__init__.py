@@ -6,17 +6,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from redraft.custom_generate import custom_generate
     from redraft.language_model import Generation, LanguageModel, load
+    from redraft.latent.checkpoint import load_thinker
     from redraft.models.convert import convert
+    from redraft.sampling.constraints import Choice, Contains, JsonSchema, Length, Regex, Spans
 
 __version__ = "0.1.0"
-__all__ = ["Generation", "LanguageModel", "__version__", "convert", "custom_generate", "load"]
+__all__ = [
+    "Choice",
+    "Contains",
+    "Generation",
+    "JsonSchema",
+    "LanguageModel",
+    "Length",
+    "Regex",
+    "Spans",
+    "__version__",
+    "convert",
+    "custom_generate",
+    "load",
+    "load_thinker",
+]
 
 _HOME = {
     "load": "redraft.language_model",
+    "load_thinker": "redraft.latent.checkpoint",
     "convert": "redraft.models.convert",
     "custom_generate": "redraft.custom_generate",
     "LanguageModel": "redraft.language_model",
     "Generation": "redraft.language_model",
+    **dict.fromkeys(("Choice", "Contains", "JsonSchema", "Length", "Regex", "Spans"), "redraft.sampling.constraints"),
 }
 
 

@@ -4,7 +4,7 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,23 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from redraft.errors import unknown_name
 from redraft.layouts import Layout
+from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, loglikelihoods
 from redraft.models.denoiser import Denoiser
 from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
 from redraft.randomness import fold
 from redraft.sampling.canvas import Canvas, Status, build_canvas
+from redraft.sampling.constrain import Constrained
+from redraft.sampling.constraints import CompiledConstraint, Constraint
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.loop import Sampler, Step, denoise
 from redraft.sampling.policies import Blocks, GridBlocks
 from redraft.sampling.presets import SamplingConfig, with_saved
+from redraft.sampling.token_bytes import leading_space, token_bytes
 from redraft.sampling.trace import Recorder, RowTrace
 
 HOLE = re.compile(r"\[MASK:(\d+)\]")
@@ -99,6 +104,7 @@ class LanguageModel:
     denoiser: Denoiser
     tokenizer: Any = None
     eos_token_id: int | None = None
+    _compiled: dict[tuple[str, bool], CompiledConstraint] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Any:
@@ -121,7 +127,8 @@ class LanguageModel:
 
         Raises ValueError for names that are no settings, and for values that do not fit.
         """
-        return with_saved(self.saved_sampling, settings)
+        own = {"preset": "duo"} if self.denoiser.settings.process == "uniform" else {}
+        return with_saved(own | self.saved_sampling, settings)
 
     @torch.no_grad()
     def logits(
@@ -148,6 +155,7 @@ class LanguageModel:
         trace: bool = False,
         guides: Sequence[Guide] = (),
         logits_processor: Sequence[Any] = (),
+        constraint: Constraint | None = None,
         streamer: Any = None,
         **settings: Any,
     ) -> Generation:
@@ -156,12 +164,14 @@ class LanguageModel:
         Rows are independent: a prompt's tokens depend on its text, the seed and how many equal prompts stand before
         it, never on the rest of the batch. With `num_samples`, the rows of one prompt follow each other. `guides` and
         transformers' `logits_processor`s change the logits at the open positions (`sampling.guidance`); a `streamer` of
-        transformers gets the decided tokens of one prompt in reading order, and the drafts if it has `put_draft`.
+        transformers gets the decided tokens of one prompt in reading order, and the drafts if it has `put_draft`. A
+        `constraint` (`redraft.Regex`, `JsonSchema`, `Choice`, ...) holds for every whole text.
 
-        Raises ValueError for settings that do not fit and for prompts that do not leave room in the model's context.
+        Raises ValueError for settings that do not fit, for prompts that do not leave room in the model's context, and,
+        before the first forward, for a constraint that cannot be satisfied.
         """
         config = self.sampling_config(**settings)
-        sampler = self._sampler(config, guides, logits_processor)
+        sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config))
         rows = self._encode_all(prompts, config)
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
         steps = self._denoise(canvas, rows, config, sampler)
@@ -175,6 +185,7 @@ class LanguageModel:
         *,
         guides: Sequence[Guide] = (),
         logits_processor: Sequence[Any] = (),
+        constraint: Constraint | None = None,
         session: Session | None = None,
         **settings: Any,
     ) -> Iterator[Step]:
@@ -183,7 +194,7 @@ class LanguageModel:
         A `session` keeps the exact cache of one conversation from one call to the next.
         """
         config = self.sampling_config(**settings)
-        sampler = self._sampler(config, guides, logits_processor)
+        sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config))
         rows = self._encode_all(prompts, config)
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
         return self._denoise(canvas, rows, config, sampler, session)
@@ -195,9 +206,12 @@ class LanguageModel:
         trace: bool = False,
         guides: Sequence[Guide] = (),
         logits_processor: Sequence[Any] = (),
+        constraint: Constraint | None = None,
         **settings: Any,
     ) -> Generation:
         """Fill holes: `[MASK:n]` in a text (n tokens), or mask tokens in token ids. Settings: `SamplingConfig`.
+
+        A `constraint` holds for the text of the hole, of which there is one then.
 
         Raises ValueError where a prompt has no hole.
         """
@@ -213,12 +227,41 @@ class LanguageModel:
                 )
             self._check_length(len(row))
         config = config.for_infilling(num_holes=max(int(holes.sum()) for holes in is_hole))
-        sampler = self._sampler(config, guides, logits_processor)
+        constrained = self._constrained(constraint, config, is_infilling=True)
+        sampler = self._sampler(config, guides, logits_processor, constrained)
         if isinstance(sampler.frontier, Blocks):  # holes lie anywhere: there is no prompt whose end could begin a grid
             sampler = replace(sampler, frontier=GridBlocks(size=sampler.frontier.size))
         canvas = self._build_canvas(rows, is_hole)
         steps = self._denoise(canvas, rows, config, sampler)
         return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=True)
+
+    def loglikelihood(self, context: Prompt, continuation: Prompt, **settings: Any) -> LogLikelihood:
+        """Bound log p(continuation | context), in nats with its standard error. Settings: `LikelihoodConfig`.
+
+        Raises ValueError where the two do not fit into the model's context together.
+        """
+        given, asked = self.encode_pair(context, continuation)
+        self._check_length(len(given) + len(asked))
+        for name in settings:
+            if name not in LikelihoodConfig.__dataclass_fields__:
+                raise unknown_name("setting", name, LikelihoodConfig.__dataclass_fields__)
+        config = LikelihoodConfig(**settings)
+        return loglikelihoods(self.denoiser, [Request(context=given, continuation=asked)], config)[0]
+
+    def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[Int[Tensor, "c"], Int[Tensor, "l"]]:
+        """Turn a context and its continuation into token ids as their text together is tokenized.
+
+        Spaces at the end of the context count to the continuation, as in the harness. Where a token would straddle the
+        boundary, the two are tokenized apart: the context stays what it is, and every character is scored once.
+        """
+        if not (isinstance(context, str) and isinstance(continuation, str)):
+            return self._encode(context), self._encode(continuation)
+        stripped = context.rstrip()
+        context, continuation = stripped, context[len(stripped) :] + continuation
+        given, whole = self._encode(context), self._encode(context + continuation)
+        if torch.equal(whole[: len(given)], given):
+            return given, whole[len(given) :]
+        return given, self._encode(continuation)
 
     def decode(self, token_ids: Tensor | list[int]) -> str:
         """Turn token ids into text without special tokens. Raises ValueError without a tokenizer."""
@@ -267,7 +310,42 @@ class LanguageModel:
             trace=recorder.traces() if trace else None,
         )
 
-    def _sampler(self, config: SamplingConfig, guides: Sequence[Guide], logits_processor: Sequence[Any]) -> Sampler:
+    def compile(self, constraint: Constraint, *, is_infilling: bool = False) -> CompiledConstraint:
+        """Prepare a constraint for this model's vocabulary, once. A hole has no end token: what fits fills it.
+
+        Raises ValueError without a tokenizer, and for what can never be satisfied.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer, so its tokens have no text to constrain; load one with it.")
+        key = (repr(constraint), is_infilling)
+        if key not in self._compiled:
+            self._compiled[key] = constraint.compile(
+                token_bytes(self.tokenizer),
+                eos_token_id=None if is_infilling else self.eos_token_id,
+                leading_space="text" if is_infilling else leading_space(self.tokenizer),
+            )
+        return self._compiled[key]
+
+    def _constrained(
+        self, constraint: Constraint | None, config: SamplingConfig, *, is_infilling: bool = False
+    ) -> Constrained | None:
+        if constraint is None:
+            return None
+        if isinstance(config.stop, tuple):
+            raise ValueError(
+                f"a constraint holds for the whole text, which stop strings would cut; got stop={config.stop!r}."
+                " Leave them out, or put them into the constraint."
+            )
+        compiled = self.compile(constraint, is_infilling=is_infilling)
+        return Constrained(compiled=compiled, num_tokens=None if is_infilling else config.max_new_tokens)
+
+    def _sampler(
+        self,
+        config: SamplingConfig,
+        guides: Sequence[Guide],
+        logits_processor: Sequence[Any],
+        constraint: Constrained | None = None,
+    ) -> Sampler:
         sampler = config.sampler(self.denoiser.settings, eos_token_id=self.eos_token_id, decode=self.decode)
         if self.denoiser.settings.process == "uniform" and sampler.noise != "uniform":
             raise ValueError(
@@ -276,7 +354,7 @@ class LanguageModel:
             )
         if logits_processor:
             guides = (*guides, Processors(processors=tuple(logits_processor)))
-        return replace(sampler, guides=tuple(guides))
+        return replace(sampler, guides=tuple(guides), constraint=constraint)
 
     def _denoise(
         self,

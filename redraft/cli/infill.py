@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from redraft.cli.constraint import ConstraintArguments
 from redraft.cli.parsing import SamplingFlags, parse
 
 
@@ -20,6 +21,8 @@ class Arguments:
     """Texts with holes; a dash reads one from standard input."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to denoise; the length is that of the holes."""
+    constraint: Annotated[ConstraintArguments, tyro.conf.arg(name="")] = field(default_factory=ConstraintArguments)
+    """What the text of the hole must be."""
     trace: Path | None = None
     """Write a page that replays the denoising (.html), or its data (.json)."""
     device: str | None = None
@@ -35,11 +38,12 @@ def main(arguments: list[str]) -> int:
     from redraft.cli.common import check_writable, load_quietly, read_prompts, say, styled, write_trace
 
     texts = read_prompts(args.texts)
+    constraint = args.constraint.constraint()
     check_writable(args.trace)
     settings = args.sampling.given(arguments)
     lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
     console = Console()
-    out = lm.infill(texts, trace=True, **settings)
+    out = lm.infill(texts, trace=True, constraint=constraint, **settings)
     assert out.trace is not None
     for i, trace in enumerate(out.trace):
         if not console.is_terminal and out.texts:

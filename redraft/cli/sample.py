@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from redraft.cli.constraint import ConstraintArguments
 from redraft.cli.parsing import SamplingFlags, parse
 
 
@@ -21,6 +22,8 @@ class Arguments:
     """Prompts; a dash reads one from standard input."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to denoise."""
+    constraint: Annotated[ConstraintArguments, tyro.conf.arg(name="")] = field(default_factory=ConstraintArguments)
+    """What every text must be."""
     chat: bool = False
     """Put each prompt into the model's chat template as a user's message."""
     trace: Path | None = None
@@ -40,12 +43,13 @@ def main(arguments: list[str]) -> int:
     from redraft.cli.common import check_writable, load_quietly, read_prompts, say, write_trace
 
     prompts = read_prompts(args.prompts)
+    constraint = args.constraint.constraint()
     check_writable(args.trace)
     settings = args.sampling.given(arguments)
     lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
     console = Console()
     inputs = [[{"role": "user", "content": p}] for p in prompts] if args.chat else prompts
-    out = lm.generate(inputs, trace=args.trace is not None, **settings)
+    out = lm.generate(inputs, trace=args.trace is not None, constraint=constraint, **settings)
     for i, prompt in enumerate(prompts):
         new = out.texts[i] if out.texts else " ".join(map(str, out.tokens[i].tolist()))
         if args.json:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redraft.sampling.regex import determinise
+from redraft.sampling.token_bytes import LeadingSpace
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -38,6 +39,18 @@ class ByteAutomaton:
         order = np.argsort(codes)
         table = order[np.searchsorted(codes, np.concatenate(rows), sorter=order)]
         return _minimal(table, self.is_final[codes // width] & other.is_final[codes % width])
+
+
+def after_space(automaton: ByteAutomaton, leading_space: LeadingSpace) -> ByteAutomaton:
+    """Accept the bytes of tokens whose text an automaton accepts, given what the tokenizer does with a first space."""
+    if leading_space == "text":
+        return automaton
+    dead = len(automaton.table) - 1
+    start = automaton.table[0].copy() if leading_space == "stripped" else np.full(256, dead, np.int64)
+    start[ord(" ")] = 0
+    # The new start is put first, so every other state moves up by one.
+    table = np.concatenate([start[None], automaton.table]) + 1
+    return _minimal(table, np.append(automaton.is_final[0], automaton.is_final))
 
 
 def from_regex(pattern: str) -> ByteAutomaton:

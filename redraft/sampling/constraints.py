@@ -18,8 +18,17 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redraft.sampling.automaton import Bools, ByteAutomaton, Ints, TokenAutomaton, from_regex, over_tokens
+from redraft.sampling.automaton import (
+    Bools,
+    ByteAutomaton,
+    Ints,
+    TokenAutomaton,
+    after_space,
+    from_regex,
+    over_tokens,
+)
 from redraft.sampling.json_schema import schema_regex
+from redraft.sampling.token_bytes import LeadingSpace
 
 Floats = NDArray[np.float64]
 _LOWEST = -1e9  # for tokens that the model rules out: the constraint is harder than the model's zeros
@@ -40,14 +49,21 @@ class Constraint:
     def __and__(self, other: "Constraint") -> "Constraint":
         return All(parts=(self, other))
 
-    def compile(self, token_bytes: Sequence[bytes | None], *, eos_token_id: int | None) -> "CompiledConstraint":
+    def compile(
+        self,
+        token_bytes: Sequence[bytes | None],
+        *,
+        eos_token_id: int | None,
+        leading_space: LeadingSpace = "text",
+    ) -> "CompiledConstraint":
         """Prepare for a vocabulary: bytes of each token, None for special tokens, which are never used.
 
         With an end token the text may end early: the end token fills what is left. Without, it fills the canvas.
         Raises ValueError for what can never be satisfied.
         """
+        automaton = after_space(self.automaton(), leading_space)
         return CompiledConstraint(
-            automaton=over_tokens(self.automaton(), token_bytes, eos_token_id=eos_token_id), limits=self.limits()
+            automaton=over_tokens(automaton, token_bytes, eos_token_id=eos_token_id), limits=self.limits()
         )
 
 
@@ -220,6 +236,7 @@ class CompiledConstraint:
                 f" got {int((~is_noise).sum())} given, and none. Change them, the length or the constraint."
             )
 
+    @torch.no_grad()
     def complete(
         self,
         tokens: Int[Tensor, "seq"],

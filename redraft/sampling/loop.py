@@ -14,6 +14,7 @@ from redraft.randomness import uniform
 from redraft.sampling.budget import Budget, Meter
 from redraft.sampling.caching import ApproximatePlanner, ExactPlanner, Planner
 from redraft.sampling.canvas import Canvas, Status
+from redraft.sampling.constrain import Constrained
 from redraft.sampling.forward import Forward, Session
 from redraft.sampling.guidance import Guide
 from redraft.sampling.policies import (
@@ -67,6 +68,8 @@ class Sampler:
     budget: Budget = field(default_factory=Budget)
     guides: tuple[Guide, ...] = ()
     """Changes to the logits before the draw: rewards, logits processors, one's own."""
+    constraint: Constrained | None = None
+    """What the new text must be, whatever is decided in whatever order."""
     anneal: Anneal | None = None
     """What the logits are divided by as a block goes on; `temperature` divides the draw alone, after it."""
     temperature: float = 0.0
@@ -144,8 +147,10 @@ def denoise(
 
     `row_keys` seed the rows: equal keys and prompts give equal tokens, whatever else is in the batch. A `session` keeps
     the keys and values of one row for the next call, whose prompt goes on from there. Raises ValueError for a cache
-    that does not fit the model's attention.
+    that does not fit the model's attention, and for a constraint that a row cannot satisfy.
     """
+    if sampler.constraint is not None:
+        sampler.constraint.check(canvas)
     rows = _begin(canvas, sampler, row_keys)
     forward = Forward(
         denoiser,
@@ -184,7 +189,7 @@ def denoise(
         if sampler.anneal is not None:
             logits = logits / sampler.anneal(window)[draws.rows, None]
         forward.remember(logits, rows)
-        proposal = _propose(logits, never, draws, sampler)
+        proposal = _propose(logits, never, draws, sampler, rows.canvas, where)
         candidates = Candidates(
             canvas=rows.canvas,
             window=window,
@@ -263,15 +268,20 @@ def _draws(rows: Rows, where: Int[Tensor, "n"], index: int) -> Draws:
     return Draws(row_keys=rows.keys, step=index, rows=where // seq_len, positions=where % seq_len)
 
 
-def _propose(logits: Float[Tensor, "n vocab"], never: int | None, draws: Draws, sampler: Sampler) -> Proposal:
-    return propose(
-        logits,
-        never=never,
-        u=draws.uniform(DRAW_TOKEN) if sampler.temperature else None,
-        temperature=sampler.temperature,
-        top_k=sampler.top_k,
-        top_p=sampler.top_p,
-    )
+def _propose(
+    logits: Float[Tensor, "n vocab"],
+    never: int | None,
+    draws: Draws,
+    sampler: Sampler,
+    canvas: Canvas,
+    where: Int[Tensor, "n"],
+) -> Proposal:
+    u = draws.uniform(DRAW_TOKEN) if sampler.temperature else None
+    temperature, top_k, top_p = sampler.temperature, sampler.top_k, sampler.top_p
+    if sampler.constraint is None:
+        return propose(logits, never=never, u=u, temperature=temperature, top_k=top_k, top_p=top_p)
+    free = propose(logits, never=never)
+    return sampler.constraint(free, canvas, where, u=u, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def _apply(

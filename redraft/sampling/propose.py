@@ -94,6 +94,11 @@ class _Scan:
     floor: Float[Tensor, "n"] | None = None
     """Tokens with logits no larger than this are left out of a draw."""
 
+    @property
+    def width(self) -> int:
+        """Tokens in a chunk."""
+        return min(VOCAB_CHUNK, self.logits.shape[-1])
+
     def weights(self, values: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
         """Turn logits into mass at the temperature; float64."""
         return ((values - self.chunk_max.amax(dim=-1, keepdim=True)) / self.temperature).exp().to(torch.float64)
@@ -101,7 +106,7 @@ class _Scan:
     def chunk(self, chunk: Int[Tensor, "n"]) -> Float[Tensor, "n m"]:
         """Read one chunk of each row again."""
         vocab_size = self.logits.shape[-1]
-        ids = chunk[:, None] * VOCAB_CHUNK + torch.arange(VOCAB_CHUNK, device=chunk.device)
+        ids = chunk[:, None] * self.width + torch.arange(self.width, device=chunk.device)
         values = self.logits.gather(-1, ids.clamp(max=vocab_size - 1)).float()
         is_out = ids >= vocab_size
         if self.never is not None:
@@ -113,7 +118,7 @@ class _Scan:
     def best(self) -> Int[Tensor, "n"]:
         """Find the largest logit; of equals the first."""
         chunk = self.chunk_max.argmax(dim=-1)
-        return chunk * VOCAB_CHUNK + self.chunk(chunk).argmax(dim=-1)
+        return chunk * self.width + self.chunk(chunk).argmax(dim=-1)
 
     def draw(self, u: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
         """Invert the cumulative distribution in two levels, chunk and token, so that float32 sums stay exact enough."""
@@ -122,13 +127,14 @@ class _Scan:
         chunk = _first_beyond(chunk_ends, target)
         before = chunk_ends.gather(-1, chunk[:, None]) - self.chunk_mass.gather(-1, chunk[:, None])
         token_ends = self.weights(self.chunk(chunk)).cumsum(dim=-1)
-        return chunk * VOCAB_CHUNK + _first_beyond(token_ends, target - before)
+        return chunk * self.width + _first_beyond(token_ends, target - before)
 
 
 def _scan(logits: Float[Tensor, "n vocab"], never: int | None, temperature: float) -> _Scan:
     """Read the logits once, some rows at a time."""
     n, vocab_size = logits.shape
-    num_chunks = -(-vocab_size // VOCAB_CHUNK)
+    width = min(VOCAB_CHUNK, vocab_size)
+    num_chunks = -(-vocab_size // width)
     chunk_max = logits.new_empty((n, num_chunks), dtype=torch.float32)
     chunk_mass = torch.empty_like(chunk_max)
     total = logits.new_empty(n, dtype=torch.float32)
@@ -136,7 +142,7 @@ def _scan(logits: Float[Tensor, "n vocab"], never: int | None, temperature: floa
     for rows in _pieces(logits):
         size = rows.stop - rows.start
         if size != len(z):
-            z = chunk_max.new_full((size, num_chunks, VOCAB_CHUNK), -torch.inf)  # what is past the vocabulary stays
+            z = chunk_max.new_full((size, num_chunks, width), -torch.inf)  # what is past the vocabulary stays
             weights = torch.empty_like(z)
         flat = z.view(size, -1)
         flat[:, :vocab_size] = logits[rows]

@@ -3,7 +3,10 @@
 import json
 import re
 from functools import cache
-from typing import Any
+from typing import Any, Literal
+
+LeadingSpace = Literal["text", "stripped", "added"]
+"""Whether a space at the start of a row of tokens is text, is dropped by decoding, or stands before every word."""
 
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
@@ -30,6 +33,15 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
         elif id not in special:
             found[id] = _from_alphabet(piece) if is_byte_level else _from_text(piece, is_word_piece=is_word_piece)
     return found
+
+
+def leading_space(tokenizer: Any) -> LeadingSpace:
+    """Find what decoding does with the space that the first token begins with."""
+    if '"WordPiece"' in tokenizer.backend_tokenizer.to_str():
+        return "added"
+    pieces = token_bytes(tokenizer)
+    word = next((id for id, piece in enumerate(pieces) if piece and re.fullmatch(rb" [!-~]+", piece)), None)
+    return "text" if word is None or tokenizer.decode([word]).startswith(" ") else "stripped"
 
 
 def _from_alphabet(piece: str) -> bytes:

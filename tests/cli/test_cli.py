@@ -135,7 +135,6 @@ def test_every_command_has_help_with_defaults(command):
         (["sample", "MODEL", "x", "--preset", "lada"], "unknown preset 'lada'"),
         (["sample", "MODEL", "x", "--chat"], "no chat template"),
         (["infill", "MODEL", "no hole"], "nothing to fill"),
-        (["infill", "MODEL", "a [MASK:2]", "--block-size", "8"], "block_size does not apply to infilling"),
         (["sample", "MODEL", "x", "--device", "cuda"], "torch sees no such device"),
         (["sample", "MODEL", "x", "--device", "gpu"], "device 'gpu' is unknown"),
     ],

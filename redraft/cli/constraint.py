@@ -1,0 +1,39 @@
+"""Flags that say what generated text must be."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstraintArguments:
+    """What every new text must be; several hold together."""
+
+    regex: str | None = None
+    """Regular expression that the whole text matches."""
+    json_schema: str | None = None
+    """JSON schema that the text fits: a file, or the schema itself."""
+    choice: tuple[str, ...] = ()
+    """Options of which the text is one."""
+
+    def constraint(self) -> Any:
+        """Build the constraint; None where nothing is asked for. Raises ValueError for a file that cannot be read."""
+        from redraft.sampling.constraints import All, Choice, Constraint, JsonSchema, Regex
+
+        parts: list[Constraint] = [] if self.regex is None else [Regex(self.regex)]
+        if self.json_schema is not None:
+            parts.append(JsonSchema(_schema_text(self.json_schema)))
+        if self.choice:
+            parts.append(Choice(self.choice))
+        return All(parts=tuple(parts)) if parts else None
+
+
+def _schema_text(given: str) -> str:
+    if given.lstrip().startswith(("{", "true")):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"json_schema must be a schema or a file that holds one; got {given!r}: {error.strerror}."
+        ) from error

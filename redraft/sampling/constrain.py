@@ -1,0 +1,82 @@
+"""Where constraints meet the loop: the proposals of a step become one completion of each row."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from redraft.sampling.canvas import Canvas, Status
+from redraft.sampling.constraints import CompiledConstraint
+from redraft.sampling.propose import Proposal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constrained:
+    """A constraint on the new text of every row: what was not given, up to `num_tokens` tokens."""
+
+    compiled: CompiledConstraint
+    num_tokens: int | None = None
+
+    def check(self, canvas: Canvas) -> None:
+        """Raise ValueError with the reason if a row cannot satisfy the constraint."""
+        for row in range(len(canvas.tokens)):
+            text = self._text(canvas, row)
+            if len(text) and int(text[-1] - text[0]) != len(text) - 1:  # sync: before the first step
+                raise ValueError(f"a constraint needs new text in one piece; got several in row {row}. Use one hole.")
+            self.compiled.check(canvas.tokens[row, text], canvas.is_noise[row, text])
+
+    def __call__(
+        self,
+        proposal: Proposal,
+        canvas: Canvas,
+        where: Int[Tensor, "n"],
+        *,
+        u: Float[Tensor, "n"] | None,
+        temperature: float,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Proposal:
+        """Propose tokens of which every subset may be committed. Drafts are proposed as they are.
+
+        An edit of some drafts and not of others could break what holds; to make a draft noise again breaks nothing.
+        """
+        logits = proposal.logits
+        if temperature > 0 and (top_k is not None or top_p is not None):
+            logits, temperature = _cut(logits.float() / temperature, top_k=top_k, top_p=top_p), 1.0
+        seq_len = canvas.tokens.shape[1]
+        x_0 = torch.where(canvas.is_noise.flatten()[where], proposal.x_0, canvas.tokens.flatten()[where])
+        for row in range(len(canvas.tokens)):
+            text = self._text(canvas, row)
+            if not len(text):
+                continue
+            begin, end = row * seq_len + int(text[0]), row * seq_len + int(text[-1])  # sync: the walk is on the CPU
+            is_mine = (where >= begin) & (where <= end) & canvas.is_noise.flatten()[where]
+            mine = is_mine.nonzero()[:, 0]
+            if len(mine):
+                x_0[mine] = self.compiled.complete(
+                    canvas.tokens[row, text],
+                    canvas.is_noise[row, text],
+                    where[mine] - begin,
+                    logits[mine],
+                    temperature=temperature,
+                    u=None if u is None else u[mine],
+                )
+        return replace(proposal, x_0=x_0, confidence=proposal.probability_of(x_0))
+
+    def _text(self, canvas: Canvas, row: int) -> Int[Tensor, "new"]:
+        status = canvas.status[row]
+        new = ((status != Status.GIVEN) & (status != Status.PAD)).nonzero()[:, 0]
+        return new[: self.num_tokens]
+
+
+def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | None) -> Float[Tensor, "n vocab"]:
+    """Rule out all but the k best tokens, and then all that lie beyond the first p of the mass."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        mass = ordered.softmax(dim=-1)
+        ordered = ordered.masked_fill(mass.cumsum(dim=-1) - mass >= top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, index, ordered)
+    return logits

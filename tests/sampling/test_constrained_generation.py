@@ -1,0 +1,107 @@
+"""Constraints in the loop: every policy, cache and batch gives text that satisfies them."""
+
+import json
+import re
+from dataclasses import replace
+
+import jsonschema
+import pytest
+import torch
+from hypothesis import given
+from test_every_combination import MASK, choices, few, sampler_of, start
+from tiny import tiny_lm
+
+import redraft
+from redraft.data.tokenizer import train_tokenizer
+from redraft.sampling.constrain import Constrained
+from redraft.sampling.loop import denoise
+
+TEXTS = ["the quick brown fox, 日本語", '{"name": "Ann", "age": 12}', "yes no 😀 it depends"]
+PATTERN = "[ab]{2,7}(?:日|1)?"
+VOCAB = [
+    None,
+    None,
+    None,
+    b"a",
+    b"b",
+    b"ab",
+    "日".encode(),
+    b"\xe6",
+    b"\x97\xa5",
+    b"1",
+    *(bytes([c]) for c in range(60, 90)),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS * 3, vocab_size=275)
+
+
+@pytest.fixture(scope="module", params=["full", "block-causal"])
+def lm(request, tokenizer):
+    lm = tiny_lm(vocab_size=275, block_size=4 if request.param == "block-causal" else None, dtype=torch.float32)
+    return replace(lm, tokenizer=tokenizer, eos_token_id=tokenizer.eos_token_id)
+
+
+@few
+@given(chosen=choices)
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_every_combination_of_policies_keeps_to_the_constraint(block_size, chosen):
+    lm = tiny_lm(block_size=block_size)
+    compiled = redraft.Regex(PATTERN).compile(VOCAB, eos_token_id=1)
+    sampler = replace(sampler_of(lm, **chosen), constraint=Constrained(compiled=compiled))
+    prompts = [[5], [9, 1, 2, 7], [30] * 6]
+    canvas, keys = start(prompts)
+    finals = {}
+    for step in denoise(lm.denoiser, canvas, sampler, row_keys=keys):
+        for place, row in enumerate(step.rows.tolist()):
+            finals[row] = step.canvas.tokens[place, len(prompts[row]) :].tolist()[:12]
+    for ids in finals.values():
+        text = ids[: ids.index(1)] if 1 in ids else ids
+        assert MASK not in text
+        assert re.fullmatch(PATTERN, b"".join(VOCAB[i] for i in text).decode())
+
+
+@pytest.mark.parametrize("preset", ["llada", "mdlm", "remdm", "p2", "eb", "llada2.1", "sdar", "bd3lm"])
+def test_every_kind_of_preset_writes_what_is_asked_for(lm, preset):
+    out = lm.generate(["the", "yes no", "12"], preset=preset, max_new_tokens=16, constraint=redraft.Regex(PATTERN))
+    assert all(re.fullmatch(PATTERN, text) for text in out.texts), out.texts
+
+
+def test_a_constrained_row_is_as_it_would_be_alone(lm):
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_k": 20, "constraint": redraft.Regex("[a-z ]{3,20}")}
+    together = lm.generate(["the", "quick brown fox yes"], **settings)
+    alone = [lm.generate(prompt, **settings).texts[0] for prompt in ("the", "quick brown fox yes")]
+    assert together.texts == alone
+
+
+def test_json_choices_and_samples(lm):
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    out = lm.generate("the", max_new_tokens=32, constraint=redraft.JsonSchema(schema), num_samples=3, temperature=1.0)
+    for text in out.texts:
+        jsonschema.validate(json.loads(text), schema)
+    assert lm.generate("the", max_new_tokens=8, constraint=redraft.Choice(["yes", "no"])).texts[0] in ("yes", "no")
+
+
+def test_a_hole_is_filled_with_what_is_asked_for(lm):
+    out = lm.infill(["x = [MASK:4]!", "yes [MASK:6] no"], constraint=redraft.Regex(r"\d+"))
+    for row, text in zip(("x = {}!", "yes {} no"), out.texts, strict=True):
+        assert re.fullmatch(re.escape(row).replace(r"\{\}", r"\d+"), text)
+    with pytest.raises(ValueError, match="new text in one piece"):
+        lm.infill("a [MASK:2] b [MASK:2]", constraint=redraft.Regex("[a-z]+"))
+
+
+def test_what_cannot_be_satisfied_fails_before_the_first_forward(lm, monkeypatch):
+    monkeypatch.setattr(type(lm.denoiser), "logits_at", None)
+    with pytest.raises(ValueError, match="the canvas is too short: the shortest text"):
+        lm.generate("the", max_new_tokens=4, constraint=redraft.Regex("z{40}"))
+    with pytest.raises(ValueError, match="which stop strings would cut"):
+        lm.generate("the", max_new_tokens=4, stop=("a",), constraint=redraft.Regex("a+"))
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        replace(lm, tokenizer=None).generate([3], max_new_tokens=4, constraint=redraft.Regex("a+"))
+
+
+def test_a_constraint_is_compiled_once(lm):
+    assert lm.compile(redraft.Regex("a+b")) is lm.compile(redraft.Regex("a+b"))
+    assert lm.compile(redraft.Regex("a+b")) is not lm.compile(redraft.Regex("a+c"))
