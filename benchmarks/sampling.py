@@ -1,6 +1,6 @@
 """Sampling against its limits: the bare forwards, the minimal plan, LLaDA's published loop, autoregression.
 
-    python benchmarks/sampling.py [--parts overhead queries published autoregressive scaling] [--rounds 3] [--quick]
+    python benchmarks/sampling.py [--parts overhead queries] [--models 100m demo] [--rounds 3] [--clock cpu] [--quick]
 
 Random weights: only the work counts. Ours and the other take turns in one process; ratios are per pair, medians are
 printed. `--clock cpu` counts the seconds that the process ran: with one thread, what the wall clock would show on a
@@ -26,6 +26,7 @@ from redraft.language_model import LanguageModel
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
+from redraft.sampling.propose import propose
 
 MASK = 2
 TIMED_FORWARDS = 2  # of the published loop
@@ -304,12 +305,87 @@ def scaling(setups: dict[str, Setup], rounds: int) -> None:
             )
 
 
+def plain_proposal(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Propose as one writes it down: whole tensors in float32."""
+    logits = logits.float()
+    log_p = logits - logits.logsumexp(dim=-1, keepdim=True)
+    if temperature == 0:
+        return log_p.max(dim=-1)
+    ends = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+    x_0 = torch.searchsorted(ends, u[:, None].float() * ends[:, -1:]).clamp(max=logits.shape[1] - 1)
+    return log_p.gather(-1, x_0)[:, 0], x_0[:, 0]
+
+
+def fused_passes(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
+    """Read the logits as a compiled proposal has to, and no more: maximum, normaliser, mass by chunk."""
+    logits = logits.float()
+    best, x_0 = logits.max(dim=-1)
+    z = logits - best[:, None]
+    total = z.exp().sum(dim=-1)
+    if temperature == 0:
+        return best, x_0, total
+    return best, total, F.pad((z / temperature).exp(), (0, -z.shape[1] % 512)).view(len(z), -1, 512).sum(dim=-1)
+
+
+def proposals(setups: dict[str, Setup], rounds: int) -> None:
+    """(f) One step's proposals: ours, whole tensors, and torch.compile's fusion of the passes alone."""
+    print("| dtype | positions | vocabulary | temperature | ours ms | whole tensors ms | compiled ms |")
+    print("|---|---|---|---|---|---|---|")
+    is_tiny = next(iter(setups.values())) is TINY
+    shapes = [(4, 600)] if is_tiny else [(16, 151936), (128, 151936), (16, 8192)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for n, vocab_size in shapes:
+            for temperature in (0.0, 0.7):
+                logits = torch.randn(n, vocab_size, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype)
+                u = torch.rand(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+                torch.compiler.reset()
+                fused = fused_passes if is_tiny else torch.compile(fused_passes, dynamic=False)
+                ways = [
+                    partial(propose, logits, never=MASK, u=u, temperature=temperature),
+                    partial(plain_proposal, logits, u, temperature),
+                    partial(fused, logits, u, temperature),
+                ]
+                times = [[seconds(way) for way in ways] for _ in range(3 * rounds + 1)][1:]
+                row = " | ".join(f"{1000 * statistics.median(column):.2f}" for column in zip(*times, strict=True))
+                name = str(dtype).removeprefix("torch.")
+                print(f"| {name} | {n} | {vocab_size} | {temperature} | {row} |", flush=True)
+
+
+def compiled(setups: dict[str, Setup], rounds: int) -> None:
+    """(g) Generation with the model's body compiled against without."""
+    print("| model | decoding | first call s | eager s | compiled s | x |")
+    print("|---|---|---|---|---|---|")
+    for name, setup in setups.items():
+        for cached, way in ((True, f"blocks of {setup.block}, exact cache"), (False, "whole canvas")):
+            if setup is TINY:
+                continue
+            more: dict[str, Any] = (
+                {} if cached else {"block_size": None, "steps_per_block": None, "steps": setup.new // 4}
+            )
+            chosen = settings_of(setup, **more)
+            eager, other = (load(setup, is_block_causal=cached) for _ in range(2))
+            faster = replace(other, denoiser=other.denoiser.compiled())
+            start = time.perf_counter()  # always the wall clock: other processes compile
+            faster.generate(prompts(setup), **chosen)
+            first = time.perf_counter() - start
+            ways = (
+                partial(eager.generate, prompts(setup), **chosen),
+                partial(faster.generate, prompts(setup), **chosen),
+            )
+            times = pairs(*ways, rounds)
+            took = [statistics.median(column) for column in zip(*times, strict=True)]
+            ratio = statistics.median(plain / ours for plain, ours in times)
+            print(f"| {name} | {way} | {first:.0f} | {took[0]:.2f} | {took[1]:.2f} | {ratio:.2f} |", flush=True)
+
+
 PARTS = {
     "overhead": overhead,
     "queries": queries,
     "published": published,
     "autoregressive": autoregressive,
     "scaling": scaling,
+    "proposals": proposals,
+    "compiled": compiled,
 }
 
 

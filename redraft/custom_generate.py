@@ -21,7 +21,6 @@ def custom_generate(
     generation_config: Any,
     logits_processor: Any = (),
     stopping_criteria: Any = (),
-    attention_mask: Int[Tensor, "batch seq"] | None = None,
     streamer: Any = None,
     preset: str = "llada",
     steps: int | None = None,
@@ -29,7 +28,7 @@ def custom_generate(
     threshold: float | None = None,
     cfg_scale: float = 0.0,
     seed: int = 0,
-    **_: Any,
+    **inputs: Any,
 ) -> Int[Tensor, "batch total"]:
     """Generate as `LanguageModel.generate` does; return prompts and new tokens, padded on the right.
 
@@ -44,6 +43,7 @@ def custom_generate(
         denoiser=Denoiser(model, DiffusionSettings.read_from(model.config)),
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
     )
+    attention_mask = inputs.get("attention_mask")
     is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     out = lm.generate(
         [row[real.bool()] for row, real in zip(input_ids, is_token, strict=True)],

@@ -1,7 +1,7 @@
 """Proposals: a clean token for each open position, and how likely the model finds it.
 
 The logits of the open positions are the largest tensor of a step, so they are read in pieces that stay in the
-processor's cache, and never copied whole. Measured (benchmarks/results/sampling.md): as fast as torch.compile's fusion.
+processor's cache, and never copied whole. That is faster than torch.compile's fusion (benchmarks/results/sampling.md).
 """
 
 from dataclasses import dataclass, replace

@@ -70,7 +70,7 @@ def counts(unmask, num_open, num_steps):
 
 
 @given(num_open=st.integers(1, 60), num_steps=st.integers(1, 60), name=st.sampled_from(sorted(SCHEDULES)))
-@settings(max_examples=80)
+@settings(max_examples=40, deadline=None)
 def test_a_quota_fills_every_position_in_no_more_steps_than_asked(num_open, num_steps, name):
     taken = counts(Quota(schedule=schedule_from_name(name)), num_open, num_steps)
     assert sum(taken) == num_open
@@ -79,7 +79,7 @@ def test_a_quota_fills_every_position_in_no_more_steps_than_asked(num_open, num_
 
 
 @given(num_open=st.integers(1, 60), num_steps=st.integers(1, 60))
-@settings(max_examples=80)
+@settings(max_examples=40, deadline=None)
 def test_the_linear_quota_rounds_what_is_left_by_the_steps_left(num_open, num_steps):
     left, expected = num_open, []
     for step in range(num_steps):
@@ -108,7 +108,7 @@ def test_a_threshold_takes_all_that_pass_it_and_at_least_one():
 
 
 @given(score=st.lists(st.floats(0.15, 0.99), min_size=1, max_size=12), factor=st.floats(0.1, 3.0))
-@settings(max_examples=60)
+@settings(max_examples=40, deadline=None)
 def test_the_factor_rule_equals_its_definition(score, factor):
     ordered = sorted(torch.tensor(score).tolist(), reverse=True)
     passing = [r for r in range(1, len(score) + 1) if candidates([ordered[r - 1]]).confidence >= 1 - factor / (r + 1)]
@@ -116,7 +116,7 @@ def test_the_factor_rule_equals_its_definition(score, factor):
 
 
 @given(score=st.lists(st.floats(0.15, 0.99), min_size=1, max_size=12), bound=st.floats(0.0, 5.0))
-@settings(max_examples=60)
+@settings(max_examples=40, deadline=None)
 def test_the_entropy_bound_equals_its_definition(score, bound):
     entropy = sorted(candidates(score).proposal.entropy().tolist())
     allowed = [r for r in range(1, len(score) + 1) if sum(entropy[:r]) - max(entropy[:r]) <= bound]

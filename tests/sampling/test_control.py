@@ -1,0 +1,187 @@
+"""What a caller can lay hands on: guides, streamers, transformers' own generate, sessions, samples, budgets."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_lm
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import redraft
+from redraft.sampling.forward import Session
+from redraft.sampling.guidance import Reward
+from redraft.sampling.loop import denoise
+from redraft.sampling.presets import PRESETS
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm()
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return tiny_lm(block_size=4)
+
+
+class Ban(LogitsProcessor):
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores):
+        assert input_ids.shape[0] == scores.shape[0]
+        scores[:, self.token] = -math.inf
+        return scores
+
+
+def test_logits_processors_of_transformers_rule_what_is_drawn(lm):
+    settings = {"max_new_tokens": 8, "stop": None}
+    likeliest = lm.generate(PROMPT, **settings).tokens[0].mode().values.item()
+    banned = lm.generate(PROMPT, logits_processor=LogitsProcessorList([Ban(likeliest)]), **settings)
+    assert likeliest not in banned.tokens[0]
+
+
+def test_a_reward_on_the_clean_estimate_moves_the_texts(lm):
+    def many(rows):
+        assert rows.shape[1] == len(PROMPT) + 8
+        assert (rows[:, : len(PROMPT)] == torch.tensor(PROMPT)).all()
+        return (rows == 17).sum(dim=1).float()
+
+    settings = {"max_new_tokens": 8, "stop": None}
+    plain = lm.generate(PROMPT, **settings).tokens[0]
+    guided = lm.generate(PROMPT, guides=[Reward(reward=many, strength=100.0, top_k=40)], **settings).tokens[0]
+    assert (guided == 17).all()
+    assert not (plain == 17).all()
+
+
+def test_guidance_moves_the_texts_and_zero_does_not(lm):
+    settings = {"max_new_tokens": 12, "stop": None}
+    plain = lm.generate(PROMPT, **settings).tokens[0]
+    assert torch.equal(lm.generate(PROMPT, cfg_scale=0.0, **settings).tokens[0], plain)
+    assert not torch.equal(lm.generate(PROMPT, cfg_scale=4.0, **settings).tokens[0], plain)
+
+
+class Listener:
+    def __init__(self):
+        self.pieces, self.drafts, self.ended = [], [], False
+
+    def put(self, tokens):
+        self.pieces.append(tokens.tolist())
+
+    def put_draft(self, tokens):
+        self.drafts.append(tokens.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("stop", [None, "eos"])
+def test_a_streamer_gets_the_prompt_and_then_every_token_once_in_reading_order(blocks, stop):
+    listener = Listener()
+    out = blocks.generate(PROMPT, max_new_tokens=10, stop=stop, streamer=listener)
+    assert listener.pieces[0] == PROMPT
+    assert [token for piece in listener.pieces[1:] for token in piece] == out.tokens[0].tolist()
+    assert len(listener.pieces) > 2
+    assert listener.ended
+    assert all(len(draft) <= 10 for draft in listener.drafts)
+    with pytest.raises(ValueError, match="a streamer follows one text; got 2 rows"):
+        blocks.generate([PROMPT, PROMPT], max_new_tokens=4, streamer=listener)
+
+
+def test_the_generate_of_transformers_runs_our_loop(lm):
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    out = lm.model.generate(
+        ids, attention_mask=mask, custom_generate=redraft.custom_generate, max_new_tokens=8, do_sample=False,
+        eos_token_id=1, pad_token_id=1, steps=4,
+    )  # fmt: skip
+    expected = lm.generate([[5, 6], [7, 8, 9, 10]], max_new_tokens=8, steps=4).tokens
+    assert torch.equal(out[:, :4], ids)
+    for row, tokens in zip(out[:, 4:], expected, strict=True):
+        assert torch.equal(row[: len(tokens)], tokens)
+        assert (row[len(tokens) :] == 1).all()
+
+
+def test_a_session_feeds_only_what_is_new_and_changes_nothing(blocks, monkeypatch):
+    fed = []
+    forward = type(blocks.denoiser).cached_logits_at
+
+    def counted(self, where, input_ids, *, spans, **others):
+        fed.append(spans.ends[0] - spans.starts[0])
+        return forward(self, where, input_ids, spans=spans, **others)
+
+    monkeypatch.setattr(type(blocks.denoiser), "cached_logits_at", counted)
+    settings = {"max_new_tokens": 8, "stop": None}
+    session = Session()
+    first = list(blocks.stream(PROMPT * 4, session=session, **settings))[-1].canvas.tokens[0].tolist()
+    second = [*first, 11, 12, 13]
+    fed.clear()
+    kept = list(blocks.stream(second, session=session, **settings))[-1].canvas.tokens[0]
+    num_kept = fed[0]
+    fed.clear()
+    alone = list(blocks.stream(second, **settings))[-1].canvas.tokens[0]
+    assert torch.equal(kept, alone)
+    assert num_kept <= 16 < fed[0]
+    other = [3, *second[1:]]  # another beginning: nothing of the session fits
+    expected = list(blocks.stream(other, **settings))[-1].canvas.tokens[0]
+    assert torch.equal(list(blocks.stream(other, session=session, **settings))[-1].canvas.tokens[0], expected)
+
+
+def test_samples_of_a_prompt_follow_each_other_and_differ(blocks):
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "stop": None}
+    out = blocks.generate([PROMPT, [3, 4]], num_samples=3, **settings)
+    assert [sequence[:2].tolist() for sequence in out.sequences] == [[5, 6]] * 3 + [[3, 4]] * 3
+    assert len({tuple(tokens.tolist()) for tokens in out.tokens[:3]}) == 3
+    first = blocks.generate(PROMPT, **settings).tokens[0]
+    assert torch.equal(out.tokens[0], first)
+
+
+def test_a_shared_prompt_is_fed_once(blocks, monkeypatch):
+    fed = []
+    forward = type(blocks.denoiser).cached_logits_at
+
+    def counted(self, where, input_ids, *, spans, **others):
+        fed.append(len(spans.starts) * spans.num_queries)
+        return forward(self, where, input_ids, spans=spans, **others)
+
+    monkeypatch.setattr(type(blocks.denoiser), "cached_logits_at", counted)
+    blocks.generate(PROMPT * 8, num_samples=5, max_new_tokens=4, steps=1, stop=None)
+    assert fed == [40, 5 * 4]
+
+
+@pytest.mark.parametrize(("chosen", "forwards"), [({"budget": 0.25}, 3), ({"forwards": 5}, 5), ({"budget": 1.0}, 12)])
+def test_one_knob_goes_from_fast_to_careful(lm, chosen, forwards):
+    assert lm.generate(PROMPT, max_new_tokens=12, stop=None, **chosen).forwards == [forwards]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"budget": 0.5, "steps": 3}, "steps and budget each say what a text may cost"),
+        ({"budget": 1.5}, "budget is a share of one forward per token"),
+        ({"forwards": 0}, "forwards must be at least 1"),
+        ({"seconds": 0.0}, "seconds must be positive"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"threshold": 0.5}, "threshold means nothing to preset 'llada'.*fast-dllm"),
+        ({"cache": "exact"}, "needs block-causal attention"),
+        ({"preset": "remdm", "remasking": "sometimes"}, "cap, rescale, conf or loop; got 'sometimes'"),
+    ],
+)
+def test_what_does_not_fit_is_told(lm, chosen, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate(PROMPT, max_new_tokens=8, **chosen)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_fills_every_position(name, blocks):
+    if name == "diffusion-gemma":
+        name, lm = "duo", tiny_lm(vocab_size=20)
+    else:
+        lm = tiny_lm() if name.startswith("fast") else blocks
+    config = lm.sampling_config(preset=name, max_new_tokens=8, stop=None)
+    sampler = config.sampler(lm.denoiser.settings)
+    canvas = lm._canvas_after([torch.tensor(PROMPT)], 8, sampler)
+    *_, last = denoise(lm.denoiser, canvas, sampler, row_keys=torch.tensor([0]))
+    assert not (last.canvas.is_noise | last.canvas.is_draft).any()
