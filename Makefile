@@ -27,6 +27,7 @@ check: lint test
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/packing.py
 

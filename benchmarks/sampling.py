@@ -163,7 +163,9 @@ def overhead(setups: dict[str, Setup], rounds: int) -> None:
     for name, setup in setups.items():
         for cached, way in ((True, f"blocks of {setup.block}, exact cache"), (False, "whole canvas")):
             lm = load(setup, is_block_causal=cached)
-            more: dict[str, Any] = {} if cached else {"block_size": None, "steps_per_block": None, "steps": setup.new}
+            more: dict[str, Any] = (
+                {} if cached else {"block_size": None, "steps_per_block": None, "steps": setup.new // 4}
+            )
             for drawing in ({"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.8, "top_p": 0.9}):
                 eta, took, calls = eta_of(lm, prompts(setup), settings_of(setup, **drawing, **more), rounds)
                 label = ", top_p ".join(str(value) for value in drawing.values())

@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from redraft.errors import unknown_name
 from redraft.layouts import Layout
+from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, loglikelihoods
 from redraft.models.denoiser import Denoiser
 from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.load import load_denoiser
@@ -125,7 +127,8 @@ class LanguageModel:
 
         Raises ValueError for names that are no settings, and for values that do not fit.
         """
-        return with_saved(self.saved_sampling, settings)
+        own = {"preset": "duo"} if self.denoiser.settings.process == "uniform" else {}
+        return with_saved(own | self.saved_sampling, settings)
 
     @torch.no_grad()
     def logits(
@@ -231,6 +234,34 @@ class LanguageModel:
         canvas = self._build_canvas(rows, is_hole)
         steps = self._denoise(canvas, rows, config, sampler)
         return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=True)
+
+    def loglikelihood(self, context: Prompt, continuation: Prompt, **settings: Any) -> LogLikelihood:
+        """Bound log p(continuation | context), in nats with its standard error. Settings: `LikelihoodConfig`.
+
+        Raises ValueError where the two do not fit into the model's context together.
+        """
+        given, asked = self.encode_pair(context, continuation)
+        self._check_length(len(given) + len(asked))
+        for name in settings:
+            if name not in LikelihoodConfig.__dataclass_fields__:
+                raise unknown_name("setting", name, LikelihoodConfig.__dataclass_fields__)
+        config = LikelihoodConfig(**settings)
+        return loglikelihoods(self.denoiser, [Request(context=given, continuation=asked)], config)[0]
+
+    def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[Int[Tensor, "c"], Int[Tensor, "l"]]:
+        """Turn a context and its continuation into token ids as their text together is tokenized.
+
+        Spaces at the end of the context count to the continuation, as in the harness. Where a token would straddle the
+        boundary, the two are tokenized apart: the context stays what it is, and every character is scored once.
+        """
+        if not (isinstance(context, str) and isinstance(continuation, str)):
+            return self._encode(context), self._encode(continuation)
+        stripped = context.rstrip()
+        context, continuation = stripped, context[len(stripped) :] + continuation
+        given, whole = self._encode(context), self._encode(context + continuation)
+        if torch.equal(whole[: len(given)], given):
+            return given, whole[len(given) :]
+        return given, self._encode(continuation)
 
     def decode(self, token_ids: Tensor | list[int]) -> str:
         """Turn token ids into text without special tokens. Raises ValueError without a tokenizer."""

@@ -26,7 +26,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 from redraft.language_model import row_keys
 from redraft.randomness import uniform
 from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_TOKEN
-from redraft.sampling.propose import _draw
+from redraft.sampling.propose import propose
 
 VOCAB, CANVAS = 40, 6
 
@@ -78,7 +78,8 @@ class SharedNoise:
 
     def multinomial(self, probabilities, num_samples):
         self.is_between = False
-        return _draw(probabilities.log(), self.uniform(self.step, DRAW_TOKEN))[:, None]
+        u = self.uniform(self.step, DRAW_TOKEN)
+        return propose(probabilities.log(), never=None, u=u, temperature=1.0).x_0[:, None]
 
 
 def own_generate(model, prompt, *, seed=0, **settings):

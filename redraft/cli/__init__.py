@@ -13,6 +13,8 @@ COMMANDS = {
     "infill": "fill the gaps in a text",
     "chat": "talk with a model and watch its drafts form",
     "data": "tokenise and pack a source once, for many runs",
+    "eval": "measure a model on tasks: likelihood, generation, benchmarks",
+    "compare": "test the difference between two evaluations",
     "doctor": "report versions, devices and whether a tiny model runs",
 }
 NOISY = ("torchao", "torch.utils._pytree")

@@ -61,14 +61,14 @@ class ExactPlanner:
             self._floor(start, row.origin) == self._floor(end - 1, row.origin)
             for start, end, row in zip(starts, ends, rows, strict=True)
         )
+        longest = max(end - start for start, end in zip(starts, ends, strict=True))
         assert self.layout.block_size is not None
         return Spans(
             starts=starts,
             ends=ends,
             key_ends=ends,
             reads_all=is_even and in_one_block,
-            is_steady=max(end - start for start, end in zip(starts, ends, strict=True))
-            <= 2 * self.layout.block_size + 1,
+            is_steady=longest <= 2 * self.layout.block_size + self.shift,
         )
 
     def keep(self, places: list[int]) -> None:

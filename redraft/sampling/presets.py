@@ -89,6 +89,10 @@ def _renoised(config: "SamplingConfig") -> dict[str, Any]:
     return {"noise": "uniform", "anneal": policies.LinearAnneal(), "unmask": both.unmask, "revise": both}
 
 
+def _uniform(config: "SamplingConfig") -> dict[str, Any]:
+    return {"noise": "uniform", "unmask": policies.AtTheEnd(), "revise": policies.Posterior()}
+
+
 def _bounded(config: "SamplingConfig") -> dict[str, Any]:
     assert config.entropy_bound is not None
     return {
@@ -189,6 +193,11 @@ PRESETS = {
         build=_bounded,
         defaults={"entropy_bound": 0.1},
         takes=("entropy_bound",),
+    ),
+    "duo": Preset(
+        source="ancestral sampling under uniform noise with a greedy tail, Duo, arXiv 2506.10892",
+        build=_uniform,
+        defaults={"temperature": 1.0},
     ),
     "diffusion-gemma": Preset(
         source="entropy-bounded acceptance and renoising, DiffusionGemma in transformers 5",

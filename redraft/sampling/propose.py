@@ -4,15 +4,16 @@ The logits of the open positions are the largest tensor of a step, so they are r
 processor's cache, and never copied whole. Measured (benchmarks/results/sampling.md): as fast as torch.compile's fusion.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from redraft.randomness import uniform
+
 VOCAB_CHUNK = 512
-NUCLEUS = 256
-"""Likeliest tokens that top_p looks at first; it sorts more only where these have too little mass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,12 @@ def propose(
         x_0 = scan.best()
     elif u is None:
         raise ValueError(f"a temperature of {temperature} needs random numbers u; got None.")
-    elif (top_k is None or top_k >= logits.shape[-1]) and (top_p is None or top_p == 1):
-        x_0 = scan.draw(u)
+    elif top_k is not None and top_k < logits.shape[-1]:
+        x_0 = _draw_of_best(scan, u, top_k=top_k, top_p=top_p)
+    elif top_p is not None and top_p < 1:
+        x_0 = _draw_nucleus(scan, u, top_p=top_p)
     else:
-        x_0 = _draw_cut(scan, u, size=top_k or NUCLEUS, top_k=top_k, top_p=top_p)
+        x_0 = scan.draw(u)
     confidence = (_at(logits, x_0) - scan.log_normaliser).exp()
     return Proposal(x_0=x_0, confidence=confidence, logits=logits, log_normaliser=scan.log_normaliser)
 
@@ -94,16 +97,13 @@ class _Scan:
     """Mass of each chunk at the temperature, the likeliest token having 1."""
     log_normaliser: Float[Tensor, "n"]
     """Of the plain softmax."""
+    floor: Float[Tensor, "n"] | None = None
+    """Tokens with logits no larger than this are left out of a draw."""
 
-    def __getitem__(self, rows: Int[Tensor, "m"]) -> "_Scan":
-        return _Scan(
-            logits=self.logits[rows],
-            never=self.never,
-            temperature=self.temperature,
-            chunk_max=self.chunk_max[rows],
-            chunk_mass=self.chunk_mass[rows],
-            log_normaliser=self.log_normaliser[rows],
-        )
+    @property
+    def width(self) -> int:
+        """Tokens in a chunk."""
+        return min(VOCAB_CHUNK, self.logits.shape[-1])
 
     def weights(self, values: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
         """Turn logits into mass at the temperature; float64."""
@@ -112,17 +112,19 @@ class _Scan:
     def chunk(self, chunk: Int[Tensor, "n"]) -> Float[Tensor, "n m"]:
         """Read one chunk of each row again."""
         vocab_size = self.logits.shape[-1]
-        ids = chunk[:, None] * VOCAB_CHUNK + torch.arange(VOCAB_CHUNK, device=chunk.device)
+        ids = chunk[:, None] * self.width + torch.arange(self.width, device=chunk.device)
         values = self.logits.gather(-1, ids.clamp(max=vocab_size - 1)).float()
         is_out = ids >= vocab_size
         if self.never is not None:
             is_out |= ids == self.never
+        if self.floor is not None:
+            is_out |= values <= self.floor[:, None]
         return values.masked_fill_(is_out, -torch.inf)
 
     def best(self) -> Int[Tensor, "n"]:
         """Find the largest logit; of equals the first."""
         chunk = self.chunk_max.argmax(dim=-1)
-        return chunk * VOCAB_CHUNK + self.chunk(chunk).argmax(dim=-1)
+        return chunk * self.width + self.chunk(chunk).argmax(dim=-1)
 
     def draw(self, u: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
         """Invert the cumulative distribution in two levels, chunk and token, so that float32 sums stay exact enough."""
@@ -131,13 +133,14 @@ class _Scan:
         chunk = _first_beyond(chunk_ends, target)
         before = chunk_ends.gather(-1, chunk[:, None]) - self.chunk_mass.gather(-1, chunk[:, None])
         token_ends = self.weights(self.chunk(chunk)).cumsum(dim=-1)
-        return chunk * VOCAB_CHUNK + _first_beyond(token_ends, target - before)
+        return chunk * self.width + _first_beyond(token_ends, target - before)
 
 
 def _scan(logits: Float[Tensor, "n vocab"], never: int | None, temperature: float) -> _Scan:
     """Read the logits once, some rows at a time."""
     n, vocab_size = logits.shape
-    num_chunks = -(-vocab_size // VOCAB_CHUNK)
+    width = min(VOCAB_CHUNK, vocab_size)
+    num_chunks = -(-vocab_size // width)
     chunk_max = logits.new_empty((n, num_chunks), dtype=torch.float32)
     chunk_mass = torch.empty_like(chunk_max)
     total = logits.new_empty(n, dtype=torch.float32)
@@ -145,7 +148,7 @@ def _scan(logits: Float[Tensor, "n vocab"], never: int | None, temperature: floa
     for rows in _pieces(logits):
         size = rows.stop - rows.start
         if size != len(z):
-            z = chunk_max.new_full((size, num_chunks, VOCAB_CHUNK), -torch.inf)  # what is past the vocabulary stays
+            z = chunk_max.new_full((size, num_chunks, width), -torch.inf)  # what is past the vocabulary stays
             weights = torch.empty_like(z)
         flat = z.view(size, -1)
         flat[:, :vocab_size] = logits[rows]
@@ -178,30 +181,61 @@ def _pieces(logits: Float[Tensor, "n vocab"]) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _draw_cut(
-    scan: _Scan, u: Float[Tensor, "n"], *, size: int, top_k: int | None, top_p: float | None
-) -> Int[Tensor, "n"]:
-    """Draw among the k likeliest tokens, of these among the first that hold p of the mass.
-
-    Without k the `size` likeliest are sorted; rows where these hold less than p are drawn from more.
-    """
-    logits = scan.logits
-    likely = logits.topk(min(size + 1, logits.shape[-1]), dim=-1)  # one more: the token `never` may be among them
+def _draw_of_best(scan: _Scan, u: Float[Tensor, "n"], *, top_k: int, top_p: float | None) -> Int[Tensor, "n"]:
+    """Draw among the k likeliest tokens, of these among the first that hold p of their mass."""
+    size = min(top_k, scan.logits.shape[-1])
+    likely = scan.logits.topk(min(size + 1, scan.logits.shape[-1]), dim=-1)  # one more: `never` may be among them
     is_out = torch.zeros_like(likely.indices, dtype=torch.bool) if scan.never is None else likely.indices == scan.never
     is_out[:, size:] |= ~is_out.any(dim=-1, keepdim=True)
     weights = scan.weights(likely.values.float().masked_fill_(is_out, -torch.inf))
+    before = weights.cumsum(dim=-1) - weights
+    weights = weights.masked_fill(before >= (top_p or torch.inf) * weights.sum(dim=-1, keepdim=True), 0.0)
     ends = weights.cumsum(dim=-1)
-    is_short = torch.zeros_like(u, dtype=torch.bool)
-    if top_p is not None:
-        total = ends[:, -1] if top_k is not None else scan.chunk_mass.sum(dim=-1, dtype=torch.float64)
-        is_short = (ends[:, -1] < top_p * total) & (likely.indices.shape[1] < logits.shape[-1])
-        weights = weights.masked_fill_(ends - weights >= top_p * total[:, None], 0.0)
-        ends = weights.cumsum(dim=-1)
-    x_0 = likely.indices.gather(-1, _first_beyond(ends, u.to(torch.float64)[:, None] * ends[:, -1:])[:, None])[:, 0]
-    if top_k is None and is_short.any():  # sync
-        short = is_short.nonzero()[:, 0]
-        x_0[short] = _draw_cut(scan[short], u[short], size=16 * size, top_k=None, top_p=top_p)
-    return x_0
+    return likely.indices.gather(-1, _first_beyond(ends, u.to(torch.float64)[:, None] * ends[:, -1:])[:, None])[:, 0]
+
+
+def _draw_nucleus(scan: _Scan, u: Float[Tensor, "n"], *, top_p: float) -> Int[Tensor, "n"]:
+    """Draw among the likeliest tokens that together hold p of the mass, without sorting them.
+
+    Rejection: a draw is inside if the tokens above it hold less than p. One that is outside shows that all below it are
+    outside too: the next is drawn from those above it. Exact, and 1 / p passes are expected at most.
+    """
+    total = scan.chunk_mass.sum(dim=-1, dtype=torch.float64)
+    x_0, left = scan.draw(u), torch.arange(len(u), device=u.device)
+    while True:
+        value = _at(scan.logits, x_0[left])
+        above = _mass_above(scan, value)
+        out = (above.sum(dim=-1, dtype=torch.float64) >= top_p * total[left]).nonzero()[:, 0]  # sync
+        if not len(out):
+            return x_0
+        left, u = left[out], uniform(u.to(torch.float64)[out].view(torch.int64))  # as random as u, and fixed by it
+        scan = replace(
+            scan,
+            logits=scan.logits[out],
+            chunk_max=scan.chunk_max[out],
+            chunk_mass=above[out],
+            log_normaliser=scan.log_normaliser[out],
+            floor=value[out],
+        )
+        x_0[left] = scan.draw(u)
+
+
+def _mass_above(scan: _Scan, value: Float[Tensor, "n"]) -> Float[Tensor, "n chunks"]:
+    """Sum the mass of the tokens with larger logits, by chunk."""
+    mass = torch.empty_like(scan.chunk_mass)
+    for rows in _pieces(scan.logits):
+        z = scan.logits[rows].float()
+        is_out = z <= value[rows, None]
+        if scan.never is not None:
+            is_out[:, scan.never] = True
+        z = (
+            (z - scan.chunk_max[rows].amax(dim=-1, keepdim=True))
+            .div_(scan.temperature)
+            .exp_()
+            .masked_fill_(is_out, 0.0)
+        )
+        mass[rows] = F.pad(z, (0, -z.shape[1] % VOCAB_CHUNK)).view(len(z), -1, VOCAB_CHUNK).sum(dim=-1)
+    return mass
 
 
 def _at(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float[Tensor, "n"]:

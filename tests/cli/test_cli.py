@@ -144,7 +144,6 @@ def test_every_command_has_help_with_defaults(command):
         (["sample", "MODEL", "x", "--regex", "(a"], "the regular expression cannot be an automaton"),
         (["sample", "MODEL", "x", "--json-schema", "no.json"], "a file that holds one; got 'no.json'"),
         (["infill", "MODEL", "no hole"], "nothing to fill"),
-        (["infill", "MODEL", "a [MASK:2]", "--block-size", "8"], "block_size does not apply to infilling"),
         (["sample", "MODEL", "x", "--device", "cuda"], "torch sees no such device"),
         (["sample", "MODEL", "x", "--device", "gpu"], "device 'gpu' is unknown"),
     ],

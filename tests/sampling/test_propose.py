@@ -35,6 +35,32 @@ def test_top_k_and_top_p_cut_the_tail():
     assert (frequencies(LOGITS, temperature=1.0, top_k=99, top_p=1.0) > 0).sum() == 4
 
 
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
+def test_a_nucleus_is_drawn_from_as_if_it_were_sorted_out(top_p):
+    logits = torch.randn(1300, generator=torch.Generator().manual_seed(0)) * 2
+    p = logits.index_fill(0, torch.tensor([NEVER]), -torch.inf).softmax(0)
+    ordered, order = p.sort(descending=True)
+    inside = order[ordered.cumsum(0) - ordered < top_p]
+    expected = torch.zeros_like(p).index_copy(0, inside, p[inside] / p[inside].sum())
+    found = frequencies(logits, draws=5000, temperature=1.0, top_p=top_p)
+    assert set(found.nonzero()[:, 0].tolist()) <= set(inside.tolist())
+    assert 0.5 * (found - expected).abs().sum() < 0.15  # of 5000 draws
+
+
+@pytest.mark.parametrize("chosen", [{}, {"top_p": 0.5}, {"top_k": 7, "top_p": 0.9}])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_draws_the_same_token_in_any_batch(chosen, temperature, dtype):
+    logits = torch.randn(300, 1300, generator=torch.Generator().manual_seed(1)).to(dtype) * 3
+    u = uniform(0, torch.arange(300))
+    whole = propose(logits, never=NEVER, u=u, temperature=temperature, **chosen)
+    for some in (slice(0, 1), slice(5, 250), slice(250, 300)):
+        part = propose(logits[some], never=NEVER, u=u[some], temperature=temperature, **chosen)
+        assert torch.equal(part.x_0, whole.x_0[some])
+        assert torch.equal(part.confidence, whole.confidence[some])
+    assert torch.allclose(whole.confidence, logits.float().softmax(-1).gather(1, whole.x_0[:, None])[:, 0])
+
+
 def test_temperature_0_takes_the_best_that_is_not_the_mask_with_its_plain_probability():
     proposal = propose(LOGITS[None], never=NEVER)
     assert proposal.x_0.tolist() == [0]

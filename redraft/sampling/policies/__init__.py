@@ -6,7 +6,7 @@ None of them calls a model. Each kind is a Protocol with one method; one's own i
 from redraft.sampling.policies.anneal import Anneal, LinearAnneal
 from redraft.sampling.policies.candidates import Candidates, Draws, Window
 from redraft.sampling.policies.frontier import Blocks, Frontier, GridBlocks, WholeCanvas
-from redraft.sampling.policies.revise import Remasking, Renoise, Rerank, Revise, Revision, TokenEdit
+from redraft.sampling.policies.revise import Posterior, Remasking, Renoise, Rerank, Revise, Revision, TokenEdit
 from redraft.sampling.policies.score import (
     Confidence,
     LeftToRight,
@@ -51,6 +51,7 @@ __all__ = [
     "Margin",
     "NegativeEntropy",
     "Perturbed",
+    "Posterior",
     "Quota",
     "Random",
     "Remasking",

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.processes.noised import PosteriorKind
+from redraft.processes.uniform import UniformDiffusion
 from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_REVISE, DRAW_UNMASK, Candidates
 from redraft.sampling.policies.unmask import EntropyBound, best
 from redraft.schedules import Linear, Schedule
@@ -210,3 +212,39 @@ class Renoise:
         is_stable = ((candidates.previous == candidates.likeliest) | ~is_open).all(dim=1) & (window.step > 0)
         entropy = candidates.spread(candidates.proposal.entropy()).sum(dim=1) / is_open.sum(dim=1).clamp(min=1)
         return window.is_last | (is_stable & (entropy < self.confident))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior:
+    """Ancestral sampling under uniform noise: every open token moves from x_t to x_s ~ q(x_s | x_t, x_0) in each step.
+
+    `kind` as in `processes.uniform`: "plug_in" is Duo's (arXiv 2506.10892), "mixture" D3PM's (2107.03006). The last
+    step takes the likeliest tokens (Duo's greedy tail) unless `has_greedy_tail` is off. Use it with `AtTheEnd`.
+    """
+
+    kind: PosteriorKind = "plug_in"
+    schedule: Schedule = field(default_factory=Linear)
+    has_greedy_tail: bool = True
+    looks_at_drafts: bool = False
+    is_clocked: bool = True
+
+    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
+        tokens, proposal, rows = candidates.canvas.tokens, candidates.proposal, candidates.draws.rows
+        process = UniformDiffusion(vocab_size=proposal.logits.shape[-1], schedule=self.schedule)
+        t, s = candidates.window.times
+        x_t = tokens.flatten()[candidates.where]
+        x_s = process.posterior_draw(
+            proposal.x_0,
+            x_t,
+            t[rows],
+            s[rows],
+            u=candidates.draws.uniform(DRAW_REVISE),
+            x_t_prob=proposal.probability_of(x_t) if self.kind == "plug_in" else None,
+        )
+        moved = tokens.flatten().scatter(0, candidates.where, x_s).view_as(tokens)
+        return Revision(
+            may_close=candidates.window.is_last,
+            redraw=candidates.is_open_noise & ~is_committed,
+            noise=moved,
+            tokens=candidates.likeliest if self.has_greedy_tail else moved,
+        )

@@ -1,0 +1,174 @@
+"""`redraft eval MODEL --tasks ...`: measure a model; an interrupted evaluation goes on where it stopped."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from redraft.cli.parsing import SamplingFlags, parse
+from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task
+from redraft.loglikelihood import LikelihoodConfig
+
+if TYPE_CHECKING:
+    from redraft.evaluation.run import Store, Summary
+    from redraft.evaluation.suites import SuiteTask
+    from redraft.language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Measure a model on tasks.
+
+    Offline tasks: countdown, sudoku, arithmetic, logic, reasoning-gym:NAME, humaneval, infill-stdlib, perplexity:SOURCE
+    (stdlib, a file, a folder) and FILE.jsonl; any other name is a task of lm-evaluation-harness.
+    """
+
+    model: tyro.conf.Positional[str]
+    """Folder or hub id of a model."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to run."""
+    suite: str | None = None
+    """Published settings: llada-instruct, llada-base, dream-instruct, tiny-a2d-mdlm, tiny-a2d-bd3lm, bert-chat."""
+    out: Path = Path("runs/eval")
+    """Folder of the results; the same command goes on with what it holds."""
+    sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
+    """How to generate; what is said here wins over the checkpoint's and a harness task's own settings."""
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    """How to estimate likelihoods."""
+    items: TaskOptions = field(default_factory=TaskOptions)
+    """Which items, and whether generated code may run."""
+    chat: bool = False
+    """Put prompts into the model's chat template."""
+    few_shot: int | None = None
+    """Examples before each question of a harness task; by default the task's own number."""
+    include_path: Path | None = None
+    """Folder with harness tasks of your own (YAML)."""
+    batch_size: int = 8
+    """Items worked on together."""
+    device: str | None = None
+    """cpu, cuda, ...; by default the best there is."""
+    quantization: str | None = None
+    """Hold the linear layers in int8 or int4 (needs the extra `quant`)."""
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, run, report."""
+    args = parse(Arguments, arguments, command="eval")
+    if not args.tasks and args.suite is None:
+        raise ValueError(f"name what to run: --tasks {', '.join(NAMED)}, a task of the harness, or --suite.")
+
+    sampling = args.sampling.given(arguments)
+    if sampling.get("num_samples", 1) > 1:
+        raise ValueError("an item is answered once; leave --num-samples out and evaluate with several seeds.")
+
+    from accelerate import PartialState
+
+    from redraft.cli.common import load_quietly
+    from redraft.evaluation.report import provenance, write_report
+    from redraft.evaluation.run import Store
+    from redraft.evaluation.suites import SuiteTask, find_suite
+
+    suite = find_suite(args.suite) if args.suite else None
+    offline = [make_task(name, args.items) for name in args.tasks if is_offline_task(name)]
+    asked = [SuiteTask(name=name, few_shot=-1) for name in args.tasks if not is_offline_task(name)]
+    asked += suite.tasks if suite else ()
+    manager = _task_manager(args, [task.name for task in asked]) if asked else None
+    state = PartialState()
+    device = args.device or (str(state.device) if state.num_processes > 1 else None)
+    lm = load_quietly(args.model, device=device, quantization=args.quantization)
+    store = Store(folder=args.out, rank=state.process_index)
+    store.open({name: value for name, value in asdict(args).items() if name not in ("out", "device")})
+    summaries = _run_offline(args, sampling, lm, offline, store, world_size=state.num_processes)
+    state.wait_for_everyone()
+    notes = [suite.note] if suite else []
+    for task in asked:
+        summaries += _run_harness(args, sampling, lm, task, manager, store, chat=suite.chat if suite else args.chat)
+        if task.dllm is not None:
+            notes.append(f"{task.name}: published {task.official or '-'} (official), {task.dllm} (dLLM), in percent")
+    if state.process_index == 0:
+        seeds = {"sampling": args.sampling.seed, "masks": args.likelihood.seed, "items": args.items.seed}
+        write_report(args.out, summaries, provenance(seeds), notes=notes)
+        print((args.out / "report.md").read_text())
+    return 0
+
+
+def _run_offline(
+    args: Arguments,
+    sampling: dict[str, Any],
+    lm: "LanguageModel",
+    tasks: Sequence[Any],
+    store: "Store",
+    *,
+    world_size: int,
+) -> "list[Summary]":
+    from tqdm import tqdm
+
+    from redraft.evaluation.run import RunOptions, run_task, summarize
+
+    options = RunOptions(sampling=sampling, likelihood=args.likelihood, batch_size=args.batch_size, chat=args.chat)
+    summaries = []
+    for task in tasks:
+        records = run_task(lm, task, store, options, limit=args.items.limit, world_size=world_size)
+        for _ in tqdm(records, desc=task.name, disable=store.rank != 0):
+            pass
+        if store.rank == 0:
+            summaries.append(summarize(task.name, list(store.records(task.name).values())))
+    return summaries
+
+
+def _task_manager(args: Arguments, names: list[str]) -> Any:
+    """Read the harness' index of tasks, one's own first: its thousands take seconds. ValueError for an unknown name."""
+    import difflib
+
+    from lm_eval.tasks import TaskManager
+
+    own = None if args.include_path is None else str(args.include_path)
+    if own and set(names) <= set((manager := TaskManager(include_path=own, include_defaults=False)).all_tasks):
+        return manager
+    manager = TaskManager(include_path=own)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, [*NAMED, *manager.all_tasks], n=3)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(
+                f"unknown task {name!r}.{hint} Offline tasks are {', '.join(NAMED)}; `lm-eval ls tasks` lists the "
+                "harness' own."
+            )
+    return manager
+
+
+def _run_harness(
+    args: Arguments,
+    sampling: dict[str, Any],
+    lm: "LanguageModel",
+    task: "SuiteTask",
+    manager: Any,
+    store: "Store",
+    *,
+    chat: bool,
+) -> "list[Summary]":
+    """Run one task through the harness; its answers are cached in the folder as they come, its results kept there."""
+    from lm_eval import simple_evaluate
+
+    from redraft.evaluation.harness import RedraftLM, keep_results
+
+    settings = {**_changed(args.likelihood), **sampling, **task.settings}
+    model = RedraftLM(lm=lm, batch_size=args.batch_size, **settings)
+    results = simple_evaluate(
+        model=model,
+        tasks=[task.name],
+        num_fewshot=args.few_shot if task.few_shot < 0 else task.few_shot,
+        limit=args.items.limit,
+        apply_chat_template=chat,
+        task_manager=manager,
+        use_cache=str(store.folder / "answers"),
+        confirm_run_unsafe_code=args.items.allow_code,
+    )
+    return [] if results is None else keep_results(results, store)
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """List the settings that differ from their defaults."""
+    return {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}

@@ -1,0 +1,1 @@
+"""Evaluation: likelihood, generation, sandboxed code, reports. Extra: `redraft[eval]`; never imported by redraft."""

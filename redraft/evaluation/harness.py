@@ -1,0 +1,321 @@
+"""lm-evaluation-harness over redraft's models: the model name `redraft` for its tasks, its command line and its format.
+
+`python -m redraft.evaluation.harness run --model redraft --model_args pretrained=PATH,steps=64 --tasks ...` is the
+harness' own command line with our model known to it.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from torch import Tensor
+
+from redraft.errors import unknown_name
+from redraft.evaluation.run import Store, Summary, summarize
+from redraft.language_model import LanguageModel, load
+from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, rolling_requests, score_questions
+from redraft.sampling.presets import SamplingConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_NEW_TOKENS = 256  # the harness' own default of max_gen_toks
+FROM_TASK = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_gen_toks": "max_new_tokens"}
+
+
+@register_model("redraft")
+class RedraftLM(TemplateLM):
+    """A diffusion language model as the harness sees one.
+
+    Settings are those of `SamplingConfig` and `LikelihoodConfig`; what is said here wins over a task's
+    generation_kwargs. `is_greedy` is whether greedy decoding, one token a step, gives the continuation: that takes a
+    generation per request, so it is computed with `exact_match=True` and False otherwise.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        lm: LanguageModel | None = None,
+        device: str | None = None,
+        batch_size: int | str | None = 8,
+        max_batch_size: int | None = None,
+        exact_match: bool = False,
+        **settings: Any,  # the harness passes --model_args by name
+    ) -> None:
+        super().__init__()
+        known = {*SamplingConfig.__dataclass_fields__, *LikelihoodConfig.__dataclass_fields__} - {"stop", "num_samples"}
+        for name in settings:
+            if name not in known:
+                raise unknown_name("setting", name, sorted(known))
+        if lm is None and not pretrained:
+            raise ValueError("there is no model; pass pretrained=FOLDER in --model_args.")
+        self._join_processes()
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness' command line says cuda:0 where nothing was said
+        self.lm = lm if lm is not None else load(pretrained, device=device)
+        if self.lm.tokenizer is None:
+            raise ValueError(f"the harness' tasks are made of text, and {pretrained or 'this model'} has no tokenizer.")
+        self.tokenizer = self.lm.tokenizer
+        self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else 8  # auto, None
+        self.exact_match = exact_match
+        self.sampling = {k: v for k, v in settings.items() if k in SamplingConfig.__dataclass_fields__}
+        self.likelihood = LikelihoodConfig(
+            **{k: v for k, v in settings.items() if k in LikelihoodConfig.__dataclass_fields__}
+        )
+        self.costs: Counter[str] = Counter()
+
+    def _join_processes(self) -> None:
+        from accelerate import PartialState
+
+        state = PartialState()
+        self._rank, self._world_size, self._device = state.process_index, state.num_processes, state.device
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text; no request begins with it."""
+        return -1 if self.lm.eos_token_id is None else self.lm.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness keys its cache of chat prompts by."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokenize without special tokens."""
+        return self.lm.encode_pair("", string)[1].tolist()
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Lay messages out as the model was trained to read them. Raises ValueError for a model without a template."""
+        if self.tokenizer.chat_template is None:
+            raise ValueError("this model has no chat template; leave --chat (--apply_chat_template) out.")
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Score continuations; the choices of one question share their noise."""
+        answers: dict[int, tuple[float, bool]] = {}
+        questions = _questions(requests)
+        for start in self._progress(range(0, len(questions), self.batch_size), "loglikelihood", disable_tqdm):
+            batch = questions[start : start + self.batch_size]
+            asked = [[self._request(requests[i]) for i in question] for question in batch]
+            lengths = [[float(max(1, len(requests[i].args[1]))) for i in question] for question in batch]
+            found = self._timed_scores(asked, lengths)
+            for question, choices, results in zip(batch, asked, found, strict=True):
+                for i, request, result in zip(question, choices, results, strict=True):
+                    answers[i] = (result.nats, self.exact_match and self._is_greedy(request))
+                    self.cache_hook.add_partial("loglikelihood", requests[i].args, answers[i])
+        return [answers[i] for i in range(len(requests))]
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        raise AssertionError("loglikelihood works on whole questions")
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts in disjoint windows of the model's context, at most 1024 tokens."""
+        answers = []
+        window = min(self.lm.context_length or 1024, 1024)
+        for request in self._progress(requests, "loglikelihood_rolling", disable_tqdm):
+            tokens = self.lm.encode_pair("", request.args[0])[1]
+            parts = rolling_requests(tokens, window=window, key=_key(request)) if len(tokens) else []
+            found = self._timed_scores([[part] for part in parts], None)
+            answers.append(sum(result.nats for (result,) in found))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
+        return answers
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Generate; equal prompts (repeats) draw with seeds of their own."""
+        answers: dict[int, str] = {}
+        batches = list(self._batches(requests))
+        for batch, times_before in self._progress(batches, "generate_until", disable_tqdm):
+            texts = self._generate([requests[i] for i in batch], times_before=times_before)
+            for i, text in zip(batch, texts, strict=True):
+                answers[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return [answers[i] for i in range(len(requests))]
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the results file says about the model, its settings, and what the answers cost."""
+        costs, spent = dict(self.costs), {}
+        if costs.get("items"):
+            spent["seconds_per_item"] = costs["seconds"] / costs["items"]
+        if costs.get("tokens"):
+            spent |= {
+                "forwards_per_token": costs["generation_forwards"] / costs["tokens"],
+                "tokens_per_second": costs["tokens"] / costs["generation_seconds"],
+            }
+        if costs.get("continuations"):
+            spent["mean_standard_error_nats"] = costs["standard_errors"] / costs["continuations"]
+        settings = {"sampling": self.sampling, "likelihood": vars(self.likelihood)}
+        return {"model_num_parameters": self.lm.model.num_parameters(), "redraft": {**settings, **costs, **spent}}
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate a tensor of every process."""
+        from accelerate.utils import gather
+
+        return gather(tensor.reshape(-1).to(self._device)) if self.world_size > 1 else tensor
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Collect an object of every process at one."""
+        if self.world_size == 1:
+            return [obj]
+        gathered = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, gathered, dst=dst)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def _progress(self, what: Any, name: str, is_quiet: bool) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(what, desc=f"redraft {name}", disable=is_quiet or self.rank != 0)
+
+    def _request(self, instance: Any) -> Request:
+        context, continuation = self.lm.encode_pair(*instance.args)
+        context = self._cut(context, room_for=len(continuation))
+        return Request(context=context, continuation=continuation, key=_key(instance))
+
+    def _cut(self, context: Tensor, *, room_for: int) -> Tensor:
+        """Cut a context from the left to what the model holds. Raises ValueError where no room is left at all."""
+        limit = self.lm.context_length
+        if limit is None or len(context) + room_for <= limit:
+            return context
+        if room_for > limit:
+            raise ValueError(f"{room_for} new or scored tokens do not fit into the model's context of {limit}.")
+        self.costs["cut_contexts"] += 1
+        self.costs["cut_tokens"] += len(context) + room_for - limit
+        if self.costs["cut_contexts"] == 1:
+            logger.warning("A context of %d tokens was cut from the left to %d.", len(context), limit - room_for)
+        return context[len(context) + room_for - limit :]
+
+    def _timed_scores(
+        self, questions: list[list[Request]], lengths: list[list[float]] | None
+    ) -> list[list[LogLikelihood]]:
+        start = time.perf_counter()
+        found = score_questions(self.lm.denoiser, questions, self.likelihood, lengths=lengths)
+        results = [result for choices in found for result in choices]
+        self.costs.update(
+            {
+                "items": len(questions),
+                "continuations": len(results),
+                "likelihood_forwards": sum(result.forwards for result in results),
+                "standard_errors": sum(result.standard_error for result in results),
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        return found
+
+    def _is_greedy(self, request: Request) -> bool:
+        length = len(request.continuation)
+        greedy: dict[str, Any] = {
+            "preset": "llada",
+            "temperature": 0.0,
+            "steps": length,
+            "max_new_tokens": length,
+            "stop": None,
+        }
+        out = self.lm.generate([request.context], **greedy)
+        return torch.equal(out.tokens[0], request.continuation)
+
+    def _batches(self, requests: Sequence[Any]) -> Iterator[tuple[list[int], int]]:
+        """Batch requests of equal settings, equal prompts apart; with how many equal ones came before."""
+        seen: Counter[str] = Counter()
+        keyed = []
+        for i, request in enumerate(requests):
+            context, kwargs = request.args
+            keyed.append((str(sorted(kwargs.items(), key=str)), seen[context], i))
+            seen[context] += 1
+        for (_, times_before), group in groupby(sorted(keyed), key=lambda entry: entry[:2]):
+            order = [i for _, _, i in group]
+            for start in range(0, len(order), self.batch_size):
+                yield order[start : start + self.batch_size], times_before
+
+    def _generate(self, requests: Sequence[Any], *, times_before: int) -> list[str]:
+        kwargs = dict(requests[0].args[1])
+        until = kwargs.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        settings = self._sampling_of(kwargs, until, times_before=times_before)
+        rows = [self.lm.encode_pair("", request.args[0])[1] for request in requests]
+        rows = [self._cut(row, room_for=settings["max_new_tokens"]) for row in rows]
+        out = self.lm.generate(rows, **settings)
+        assert out.texts is not None
+        spent = {"items": len(rows), "tokens": sum(map(len, out.tokens)), "generation_forwards": sum(out.forwards)}
+        self.costs.update({**spent, "seconds": out.seconds, "generation_seconds": out.seconds})
+        return [_before(text, until) for text in out.texts]
+
+    def _sampling_of(self, kwargs: dict[str, Any], until: list[str], *, times_before: int) -> dict[str, Any]:
+        """Fill what was not set by the user from a task's generation_kwargs; the rest is the checkpoint's own."""
+        if kwargs.get("do_sample") is False:
+            kwargs = {name: kwargs[name] for name in kwargs if name not in ("temperature", "top_p", "top_k")}
+        of_task = {ours: kwargs[theirs] for theirs, ours in FROM_TASK.items() if kwargs.get(theirs) is not None}
+        settings = {"max_new_tokens": MAX_NEW_TOKENS, **of_task, **self.sampling}
+        settings["seed"] = settings.get("seed", 0) + times_before
+        return {**settings, "stop": tuple(until) or "eos"}
+
+
+def _questions(requests: Sequence[Any]) -> list[list[int]]:
+    """Group requests by the question they belong to; those without a context (mutual information) apart."""
+    grouped: dict[Any, list[int]] = {}
+    for i, request in enumerate(requests):
+        grouped.setdefault((request.task_name, request.doc_id, request.args[0] == ""), []).append(i)
+    return list(grouped.values())
+
+
+def _key(instance: Any) -> int:
+    """Key the noise by the question: its choices share it, and no batch or process changes it."""
+    name = f"{instance.task_name}:{instance.doc_id}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+
+
+def _before(text: str, until: list[str]) -> str:
+    for end in until:
+        text = text.partition(end)[0] if end else text
+    return text
+
+
+def keep_results(results: dict[str, Any], store: Store) -> list[Summary]:
+    """Write the harness' results (harness.json, merged over its tasks), keep each item's scores, and sum them up."""
+    from lm_eval.utils import handle_non_serializable
+
+    samples, spent = results.pop("samples"), results["config"].pop("redraft")
+    results["redraft"] = dict.fromkeys(samples, spent)
+    path = store.folder / "harness.json"
+    merged = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in results.items():
+        old = merged.get(name)
+        merged[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+    path.write_text(json.dumps(merged, indent=2, default=handle_non_serializable, ensure_ascii=False))
+    summaries = []
+    for task, items in samples.items():
+        records = [
+            {
+                "id": f"{item['filter']}:{item['doc_id']}",
+                "scores": {name: float(item[name]) for name in item["metrics"] if isinstance(item[name], int | float)},
+                "forwards": (spent.get("likelihood_forwards", 0) + spent.get("generation_forwards", 0)) / len(items),
+                "seconds": spent.get("seconds", 0.0) / len(items),
+            }
+            for item in items
+        ]
+        store.replace(task, records)
+        summaries.append(summarize(task, records))
+    return summaries
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

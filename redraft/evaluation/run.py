@@ -1,0 +1,226 @@
+"""Run a model on tasks, item by item: what is finished is on disk, and an interrupted run goes on behind it."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redraft.evaluation.metrics import Interval, Perplexity, bootstrap
+from redraft.evaluation.tasks import Item, Task, take
+from redraft.language_model import LanguageModel
+from redraft.loglikelihood import LikelihoodConfig, Request, loglikelihoods, rolling_requests, score_questions
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """A folder of records, one JSON line per item, in one file per process.
+
+    A line is written whole and flushed to the disk before the next item; what a crash cut off in the middle is dropped
+    and done again. Any number of processes may go on with what any other number left.
+    """
+
+    folder: Path
+    rank: int = 0
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Make the folder for these settings. Raises ValueError where it holds results of others."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, text = self.folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True, default=str)
+        if path.exists() and path.read_text() != text:
+            raise ValueError(
+                f"{self.folder} holds results of other settings (settings.json). Name another folder, or delete it."
+            )
+        if self.rank == 0:
+            path.write_text(text)
+        for mine in self.folder.glob(f"*.{self.rank}.jsonl"):
+            os.truncate(mine, mine.read_bytes().rfind(b"\n") + 1)
+
+    def records(self, task: str) -> dict[str, Record]:
+        """Read the finished items of a task, of all processes, by id."""
+        found = {}
+        for path in sorted(self.folder.glob(f"{_file_name(task)}.*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):
+                    record = json.loads(line)
+                    found[record["id"]] = record
+        return found
+
+    def add(self, task: str, record: Record) -> None:
+        """Keep a finished item."""
+        path = self.folder / f"{_file_name(task)}.{self.rank}.jsonl"
+        with path.open("ab") as file:
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def replace(self, task: str, records: Sequence[Record]) -> None:
+        """Keep exactly these records of a task."""
+        path = self.folder / f"{_file_name(task)}.{self.rank}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def _file_name(task: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How items are worked on."""
+
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Settings of `generate` and `infill`, over the checkpoint's own."""
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    batch_size: int = 8
+    chat: bool = False
+    window: int | None = None
+    """Tokens of a perplexity window; by default the model's context, at most 1024."""
+
+
+def run_task(
+    lm: LanguageModel, task: Task, store: Store, options: RunOptions, *, limit: int | None = None, world_size: int = 1
+) -> Iterator[Record]:
+    """Work on the items of this process that nobody finished yet, and yield each record once it is on disk."""
+    finished = store.records(task.name)
+    mine = take(task, limit)[store.rank :: world_size]
+    todo = [item for item in mine if item.id not in finished]
+    for kind in dict.fromkeys(item.kind for item in todo):
+        items = [item for item in todo if item.kind == kind]
+        for start in range(0, len(items), options.batch_size):
+            batch = items[start : start + options.batch_size]
+            began = time.perf_counter()
+            records = WORKERS[kind](lm, task, batch, options)
+            seconds = (time.perf_counter() - began) / len(batch)
+            for item, record in zip(batch, records, strict=True):
+                whole = {"id": item.id, **record, "seconds": seconds}
+                store.add(task.name, whole)
+                yield whole
+
+
+def _generate(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
+    prompts: list[Any] = [item.prompt for item in items]
+    if options.chat:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    stops = {item.stop for item in items}
+    settings = options.sampling
+    if len(stops) == 1 and (strings := stops.pop()):
+        settings = {"stop": strings, **settings}
+    out = lm.generate(prompts, **settings)
+    if out.texts is None:
+        raise ValueError(f"task {task.name} is made of text, and this model has no tokenizer.")
+    return [
+        {"output": text, "scores": task.score(item, text), "forwards": forwards, "tokens": len(tokens)}
+        for item, text, forwards, tokens in zip(items, out.texts, out.forwards, out.tokens, strict=True)
+    ]
+
+
+def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
+    mask = torch.tensor([lm.denoiser.settings.mask_token_id])
+    rows = []
+    for item in items:
+        before, hole = lm.encode_pair("", item.prompt)[1], lm.encode_pair("", item.answer)[1]
+        rows.append(torch.cat([before, mask.expand(len(hole)), lm.encode_pair("", item.suffix)[1]]))
+    out = lm.infill(rows, **options.sampling)
+    outputs = [lm.decode(tokens) for tokens in out.tokens]
+    return [
+        {"output": text, "scores": task.score(item, text), "forwards": forwards, "tokens": len(tokens)}
+        for item, text, forwards, tokens in zip(items, outputs, out.forwards, out.tokens, strict=True)
+    ]
+
+
+def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
+    questions = []
+    for item in items:
+        key = _key(task, item)
+        pairs = [lm.encode_pair(item.prompt, choice) for choice in item.choices]
+        questions.append([Request(context=c, continuation=a, key=key) for c, a in pairs])
+    lengths = [[float(len(choice)) for choice in item.choices] for item in items]
+    records = []
+    for item, found, size in zip(
+        items, score_questions(lm.denoiser, questions, options.likelihood, lengths=lengths), lengths, strict=True
+    ):
+        best = max(range(len(found)), key=lambda i: found[i].nats)
+        normed = max(range(len(found)), key=lambda i: found[i].nats / size[i])
+        records.append(
+            {
+                "scores": {"acc": float(best == item.answer), "acc_norm": float(normed == item.answer)},
+                "nats": [one.nats for one in found],
+                "standard_errors": [one.standard_error for one in found],
+                "forwards": sum(one.forwards for one in found),
+            }
+        )
+    return records
+
+
+def _perplexity(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
+    window = options.window or min(lm.context_length or 1024, 1024)
+    records = []
+    for item in items:
+        tokens = lm.encode_pair("", item.prompt)[1]
+        found = loglikelihoods(
+            lm.denoiser, rolling_requests(tokens, window=window, key=_key(task, item)), options.likelihood
+        )
+        total = Perplexity(
+            nats=sum(one.nats for one in found),
+            standard_error=math.hypot(*(one.standard_error for one in found)),
+            num_tokens=len(tokens),
+            num_words=max(1, len(item.prompt.split())),
+            num_bytes=len(item.prompt.encode()),
+        )
+        scores = {"nats_per_token": total.nats_per_token, "bits_per_byte": total.bits_per_byte}
+        records.append({"scores": scores, "forwards": sum(one.forwards for one in found), **asdict(total)})
+    return records
+
+
+def _key(task: Task, item: Item) -> int:
+    """Key an item's noise by what it is, not by when it is worked on."""
+    return int.from_bytes(hashlib.sha256(f"{task.name}:{item.id}".encode()).digest()[:7], "big")
+
+
+WORKERS = {"generate": _generate, "infill": _infill, "choose": _choose, "perplexity": _perplexity}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A task's scores over its items, and what they cost."""
+
+    task: str
+    scores: dict[str, Interval]
+    num_items: int
+    forwards_per_item: float
+    seconds_per_item: float
+    tokens_per_second: float | None
+    forwards_per_token: float | None
+    perplexity: Perplexity | None = None
+    """Of all texts together, where the task measures it."""
+
+
+def summarize(task: str, records: Sequence[Record]) -> Summary:
+    """Average over items, each score with a 95 % bootstrap interval. Raises ValueError where nothing was scored."""
+    if not records:
+        raise ValueError(f"task {task}: no item was scored.")
+    seconds, forwards = sum(r["seconds"] for r in records), sum(r["forwards"] for r in records)
+    tokens = sum(r.get("tokens", 0) for r in records)
+    names = ("nats", "num_tokens", "num_words", "num_bytes")
+    total: dict[str, Any] = {}
+    if "num_bytes" in records[0]:
+        total = {name: sum(r[name] for r in records) for name in names}
+        total["standard_error"] = math.hypot(*(r["standard_error"] for r in records))
+    return Summary(
+        task=task,
+        scores={name: bootstrap([r["scores"][name] for r in records]) for name in records[0]["scores"]},
+        num_items=len(records),
+        forwards_per_item=forwards / len(records),
+        seconds_per_item=seconds / len(records),
+        tokens_per_second=tokens / seconds if tokens else None,
+        forwards_per_token=forwards / tokens if tokens else None,
+        perplexity=Perplexity(**total) if total else None,
+    )

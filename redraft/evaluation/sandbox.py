@@ -1,0 +1,176 @@
+"""Run generated code so that it can harm nothing: see `jail` for how, docs/evaluation.md for what it does not cover."""
+
+import json
+import os
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from redraft.evaluation import jail
+
+Status = Literal["passed", "failed", "timeout", "memory", "output"]
+Isolation = Literal["namespaces", "weak"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What generated code may use."""
+
+    seconds: float = 10.0
+    """Wall-clock time."""
+    cpu_seconds: int = 10
+    """Processor time of one process."""
+    memory_mb: int = 512
+    """Memory of all its processes together; no one process may map more."""
+    processes: int = 16
+    """Processes and threads alive at once."""
+    file_mb: int = 16
+    """All files together (one file, in the weaker mode)."""
+    output_kb: int = 64
+    """What is kept of its output; more ends it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a program."""
+
+    status: Status
+    output: str
+    """Standard output and error, at most `Limits.output_kb`."""
+    seconds: float
+    isolation: Isolation
+
+
+def run_python(program: str, *, limits: Limits | None = None, isolation: Isolation = "namespaces") -> Outcome:
+    """Run a program that must reach its own end: sys.exit(0), os._exit(0) or a swallowed error do not pass.
+
+    The program runs in processes of its own, without network, home or a place to write but a small /tmp, and everything
+    it started is gone when this returns. Raises ValueError where the machine does not permit the namespaces that takes
+    ("weak" does without: resource limits, and the killing of descendants at the end).
+    """
+    if not sys.platform.startswith("linux"):
+        raise ValueError(f"generated code runs in a sandbox of Linux; got {sys.platform}. Evaluate it on Linux.")
+    if isolation == "weak" and os.geteuid() == 0 and not _is_open_to_all(_python()):
+        raise ValueError(
+            f"the weak sandbox runs code as another user than root, who cannot reach {_python()}. Run as that user."
+        )
+    limits = limits or Limits()
+    token = secrets.token_hex(16)
+    source = f"{program}\n\nprint()\nprint({token!r}, flush=True)\n"
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="redraft-sandbox-", ignore_cleanup_errors=True) as folder:
+        report, output, is_cut = _run_jail(source.encode(), limits, folder=folder, isolation=isolation)
+    if report.get("reason") == "no isolation":
+        raise ValueError(
+            f"this machine does not permit the namespaces that isolate generated code ({report['error']}). Run as root,"
+            " permit unprivileged user namespaces, or accept --sandbox weak."
+        )
+    text = output.decode(errors="replace")
+    body, reached_end, _ = text.rpartition(f"\n{token}")
+    return Outcome(
+        status=_status(report, is_cut=is_cut, reached_end=bool(reached_end)),
+        output=body if reached_end else text,
+        seconds=time.monotonic() - start,
+        isolation=isolation,
+    )
+
+
+def _status(report: dict, *, is_cut: bool, reached_end: bool) -> Status:
+    if is_cut:
+        return "output"
+    if report.get("reason", "timeout") in ("timeout", "memory"):
+        return report.get("reason", "timeout")
+    if report["code"] == -signal.SIGXCPU:
+        return "timeout"
+    return "passed" if report["code"] == 0 and reached_end else "failed"
+
+
+def _settings(limits: Limits, *, folder: str, report_fd: int, isolation: Isolation) -> dict:
+    megabyte = 2**20
+    return {
+        "seconds": limits.seconds,
+        "memory_bytes": limits.memory_mb * megabyte,
+        "file_bytes": limits.file_mb * megabyte,
+        "folder": folder,
+        "report_fd": report_fd,
+        "isolation": isolation,
+        "home": str(Path.home()),
+        "python": _python(),
+        "kept": [str(Path(sys.base_prefix).resolve())],
+        "rlimits": {
+            "AS": limits.memory_mb * megabyte,
+            "CPU": limits.cpu_seconds + 1,
+            "NPROC": limits.processes,
+            "FSIZE": limits.file_mb * megabyte,
+            "NOFILE": 64,
+            "CORE": 0,
+        },
+    }
+
+
+def _python() -> str:
+    """Find the interpreter itself, not a virtual environment's link to it: generated code gets no packages."""
+    return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
+
+
+def _is_open_to_all(path: str) -> bool:
+    return all(folder.stat().st_mode & 0o001 for folder in (Path(path), *Path(path).parents))
+
+
+def _run_jail(source: bytes, limits: Limits, *, folder: str, isolation: Isolation) -> tuple[dict, bytes, bool]:
+    """Start the jail, feed it the program, collect output up to the cap; returns report, output, whether it was cut."""
+    read_fd, write_fd = os.pipe()
+    settings = _settings(limits, folder=folder, report_fd=write_fd, isolation=isolation)
+    process = subprocess.Popen(
+        [_python(), "-I", "-S", jail.__file__, json.dumps(settings)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        pass_fds=(write_fd,), start_new_session=True, env={}, cwd="/",
+    )  # fmt: skip
+    os.close(write_fd)
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(source)
+        process.stdin.close()
+        output, is_cut = _collect(process.stdout.fileno(), most=limits.output_kb * 1024, seconds=limits.seconds + 5)
+    finally:
+        process.stdout.close() if process.stdout else None
+        _end(process, isolation=isolation)
+    with os.fdopen(read_fd, "rb") as pipe:
+        written = pipe.read()
+    return (json.loads(written) if written else {}), output, is_cut
+
+
+def _collect(fd: int, *, most: int, seconds: float) -> tuple[bytes, bool]:
+    """Read until the writers are gone, the cap or the time is reached."""
+    deadline, total = time.monotonic() + seconds, 0
+    chunks: list[bytes] = []
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0 and total <= most:
+            if not selector.select(left):
+                break
+            chunk = os.read(fd, 65536)
+            if not chunk:
+                return b"".join(chunks), False
+            chunks.append(chunk)
+            total += len(chunk)
+    return b"".join(chunks)[:most], total > most
+
+
+def _end(process: subprocess.Popen, *, isolation: Isolation) -> None:
+    """Make sure that the jail is gone: the end of its first process takes a whole namespace along."""
+    try:
+        process.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        if isolation == "weak":
+            jail.kill_descendants(process.pid)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,160 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from redraft.evaluation.run import RunOptions, Store, run_task, summarize
+from redraft.evaluation.tasks import HumanEval, Item, JsonLines, TaskOptions, make_task, take
+from redraft.loglikelihood import LikelihoodConfig
+
+OPTIONS = RunOptions(
+    sampling={"max_new_tokens": 6, "steps": 3},
+    likelihood=LikelihoodConfig(samples=8),
+    batch_size=2,
+    window=96,
+)
+
+
+@pytest.mark.parametrize("name", ["countdown", "sudoku", "arithmetic", "logic", "reasoning-gym:chain_sum"])
+def test_the_right_answer_of_a_generated_puzzle_scores_and_a_wrong_one_does_not(name):
+    task = make_task(name, TaskOptions(limit=3, seed=1))
+    assert take(task, 3) == take(make_task(name, TaskOptions(limit=3, seed=1)), 3)
+    for item in take(task, 3):
+        assert task.score(item, f"so <answer>{item.answer['answer']}</answer>") == {"score": 1.0}
+        assert task.score(item, "<answer>nonsense")["score"] < 0.1
+        assert task.score(item, "") == {"score": 0.0}
+
+
+def test_humaneval_runs_the_tests_of_a_completion_in_the_sandbox():
+    task = HumanEval()
+    items = list(task.items())
+    assert len(items) == 164
+    right = items[0].answer["canonical_solution"]
+    assert task.score(items[0], right + "\ndef unfinished(") == {"pass@1": 1.0}
+    assert task.score(items[0], "    return True\n") == {"pass@1": 0.0}
+    assert task.score(items[0], "    raise SystemExit(0)\n") == {"pass@1": 0.0}
+
+
+def test_holes_in_held_out_functions_are_scored_by_text_edits_and_syntax():
+    task = make_task("infill-stdlib", TaskOptions())
+    item = take(task, 3)[0]
+    assert task.score(item, item.answer) == {"exact": 1.0, "edit_similarity": 1.0, "parses": 1.0}
+    assert task.score(item, "(((")["parses"] == 0.0
+    assert task.score(item, item.answer + " ")["exact"] == 0.0
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return make_task(str(path), TaskOptions())
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    choices = [{"prompt": "is it ", "choices": ["yes and", "no but", "so"], "answer": 1}] * 2
+    prompts = [{"prompt": f"say {i}", "answer": "x"} for i in range(3)]
+    return write(tmp_path / "mixed.jsonl", *choices, *prompts)
+
+
+def opened(folder, rank=0):
+    store = Store(folder=folder, rank=rank)
+    store.open({})
+    return store
+
+
+def strip(records):
+    return {r["id"]: {k: v for k, v in r.items() if k != "seconds"} for r in records}
+
+
+def test_an_interrupted_run_goes_on_without_repeating_and_ends_as_one_never_stopped(text_lm, mixed, tmp_path):
+    whole = strip(run_task(text_lm, mixed, opened(tmp_path / "a"), OPTIONS))
+    store = opened(tmp_path / "b")
+    running = run_task(text_lm, mixed, store, replace(OPTIONS, batch_size=3))
+    first = [next(running) for _ in range(3)]
+    running.close()
+    path = next(store.folder.glob("mixed.*.jsonl"))
+    path.write_text(path.read_text() + '{"id": "4", "sco')  # killed while it wrote
+    store.open({})
+    rest = list(run_task(text_lm, mixed, store, OPTIONS))
+    assert len(first) + len(rest) == len(whole) == 5
+    assert not {r["id"] for r in first} & {r["id"] for r in rest}
+    assert strip(store.records("mixed").values()).keys() == whole.keys()
+    for key, record in strip(store.records("mixed").values()).items():
+        assert record["scores"] == whole[key]["scores"]
+        assert record.get("output") == whole[key].get("output")
+        assert record.get("nats") == pytest.approx(whole[key].get("nats"), abs=1e-4)
+
+
+def test_two_processes_give_what_one_gives_and_a_crashed_one_loses_nothing(text_lm, mixed, tmp_path):
+    whole = strip(run_task(text_lm, mixed, opened(tmp_path / "one"), OPTIONS))
+    stores = [opened(tmp_path / "two", rank) for rank in (0, 1)]
+    list(run_task(text_lm, mixed, stores[0], OPTIONS, world_size=2))
+    crashed = run_task(text_lm, mixed, stores[1], OPTIONS, world_size=2)
+    next(crashed)
+    crashed.close()
+    list(run_task(text_lm, mixed, stores[0], OPTIONS))  # one process goes on with what two left
+    found = strip(stores[0].records("mixed").values())
+    assert {k: r["scores"] for k, r in found.items()} == {k: r["scores"] for k, r in whole.items()}
+
+
+def test_results_of_other_settings_are_never_mixed(tmp_path):
+    store = Store(folder=tmp_path)
+    store.open({"steps": 3})
+    store.open({"steps": 3})
+    with pytest.raises(ValueError, match="results of other settings"):
+        store.open({"steps": 4})
+
+
+def test_perplexity_and_infilling_run_and_are_summed_up(text_lm, tmp_path):
+    (tmp_path / "text.md").write_text("some words of a text\n" * 12)
+    task = make_task(f"perplexity:{tmp_path / 'text.md'}", TaskOptions())
+    summary = summarize(task.name, list(run_task(text_lm, task, Store(folder=tmp_path), OPTIONS)))
+    text = summary.perplexity
+    assert text.num_bytes == text.num_tokens == 21 * 12
+    assert text.bits_per_byte == pytest.approx(summary.scores["bits_per_byte"].mean)
+    hole = Item(id="0", kind="infill", prompt="def f(x):", suffix="return x", answer="pass\n")
+
+    class Holes:
+        name = "holes"
+
+        def items(self):
+            return iter([hole])
+
+        def score(self, item, output):
+            return {"length": float(len(output))}
+
+    (record,) = run_task(text_lm, Holes(), Store(folder=tmp_path), OPTIONS)
+    assert record["tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("contdown", "unknown task 'contdown'.*Did you mean 'countdown'"),
+        ("humaneval", "runs generated code. Allow it with --allow-code"),
+        ("reasoning-gym:suduko", "unknown reasoning-gym dataset 'suduko'.*Did you mean 'sudoku'"),
+        ("nowhere.jsonl", "no file nowhere.jsonl"),
+    ],
+)
+def test_unknown_tasks_and_code_without_leave_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(name, TaskOptions())
+
+
+def test_items_that_cannot_be_verified_are_refused(tmp_path):
+    for record, message in [
+        ({"prompt": "x"}, "line 1 has no verifier"),
+        ({"prompt": "x", "choices": ["a"], "answer": 1}, "index of one of 1 choices; got 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            take(write(tmp_path / "bad.jsonl", record), None)
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        take(JsonLines(path=tmp_path / "bad.jsonl"), None)
+    (tmp_path / "bad.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="has no items"):
+        take(JsonLines(path=tmp_path / "bad.jsonl"), None)
+
+
+def test_an_empty_generation_scores_zero(tmp_path):
+    task = write(tmp_path / "one.jsonl", {"prompt": "x", "answer": "y"})
+    assert task.score(take(task, None)[0], "") == {"exact": 0.0}
