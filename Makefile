@@ -1,6 +1,8 @@
 # make demo and make test each start from a bare machine with Python 3.11.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# One test process per core, each with one thread: threads that wait for each other would share the cores badly.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test check lint test-slow test-real bench clean
@@ -9,13 +11,13 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 test-real: .venv/installed .venv/real
-	$(BIN)/python -m pytest -m real
+	$(TEST) -m real
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from redraft.custom_generate import custom_generate
     from redraft.language_model import Generation, LanguageModel, load
+    from redraft.latent.checkpoint import load_thinker
     from redraft.models.convert import convert
     from redraft.sampling.constraints import Choice, Contains, JsonSchema, Length, Regex, Spans
 
@@ -23,10 +24,12 @@ __all__ = [
     "convert",
     "custom_generate",
     "load",
+    "load_thinker",
 ]
 
 _HOME = {
     "load": "redraft.language_model",
+    "load_thinker": "redraft.latent.checkpoint",
     "convert": "redraft.models.convert",
     "custom_generate": "redraft.custom_generate",
     "LanguageModel": "redraft.language_model",

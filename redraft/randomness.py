@@ -37,6 +37,12 @@ def uniform(*counters: Int[Tensor, "..."] | int) -> Float[Tensor, "..."]:
     return _shift_right(fold(*counters), 11).to(torch.float64) * 2.0**-53
 
 
+def normal(*counters: Int[Tensor, "..."] | int) -> Float[Tensor, "..."]:
+    """Draw from N(0, 1) as float64, one number for each key `fold(*counters)`."""
+    drawn: Tensor = torch.special.ndtri(uniform(*counters) + 2.0**-54)  # never at 0, whose quantile is infinite
+    return drawn
+
+
 def _shift_right(x: Int[Tensor, "*shape"], bits: int) -> Int[Tensor, "*shape"]:
     """Shift logically; torch's own shift keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

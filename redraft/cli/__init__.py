@@ -12,6 +12,8 @@ COMMANDS = {
     "sample": "generate text from prompts",
     "infill": "fill the gaps in a text",
     "chat": "talk with a model and watch its drafts form",
+    "think": "think about prompts in blocks of continuous thought",
+    "latent": "check the autoencoder of a thinking model",
     "data": "tokenise and pack a source once, for many runs",
     "eval": "measure a model on tasks: likelihood, generation, benchmarks",
     "compare": "test the difference between two evaluations",

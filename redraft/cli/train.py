@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -11,6 +12,7 @@ from redraft.errors import unknown_name
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.training.config import RECIPE_FILE, RunConfig
+from redraft.training.latent_config import LatentRunConfig
 
 
 def main(arguments: list[str]) -> int:
@@ -22,20 +24,34 @@ def main(arguments: list[str]) -> int:
     resume = "--resume" in flags
     flags = [flag for flag in flags if flag != "--resume"]
     default = _find(name)
-    if re.search(r"--model\.start[ =](?!None)", " ".join(flags)):
+    if isinstance(default, RunConfig) and re.search(r"--model\.start[ =](?!None)", " ".join(flags)):
         default = replace(default, model=ModelConfig())  # the recipe's shape gives way; one asked for is refused
     if "-h" in flags or "--help" in flags:
         print(f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n")
-    config = parse(RunConfig, flags, command=f"train {name}", default=default)
+    kind: type[Any] = type(default)
+    config = parse(kind, flags, command=f"train {name}", default=default)
+    console = Console()
+    if isinstance(config, LatentRunConfig):
+        return _train_stage(config, resume=resume, console=console)
 
     from redraft.training.run import run  # heavy: transformers' trainer
 
-    console = Console()
     outcome = run(config, resume=resume, console=console)
     if outcome.signal:
         return 128 + outcome.signal
     for line in next_steps(str(outcome.folder)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _train_stage(config: LatentRunConfig, *, resume: bool, console: Console) -> int:
+    """Train one stage of latent thinking."""
+    if resume:
+        raise ValueError(f"the stages of latent thinking cannot be resumed; got --resume for {config.out}. Start anew.")
+
+    from redraft.training.latent import run_stage
+
+    run_stage(config, console=console)
     return 0
 
 
@@ -56,7 +72,7 @@ def default_doc(name: str) -> str:
     return ((recipe.__doc__ or "") if recipe else f"the run saved in {name}").strip()
 
 
-def _find(name: str) -> RunConfig:
+def _find(name: str) -> RunConfig | LatentRunConfig:
     """Read a recipe by its name, its file, or the folder of a run."""
     if name in RECIPES:
         return RECIPES[name]()
@@ -64,10 +80,15 @@ def _find(name: str) -> RunConfig:
     if path.is_dir():
         if not (path / RECIPE_FILE).exists():
             raise ValueError(f"{path} holds no {RECIPE_FILE}, so it is not a run to continue. {_known()}")
-        return replace(RunConfig.read(path / RECIPE_FILE), out=str(path))
+        return replace(_read(path / RECIPE_FILE), out=str(path))
     if path.suffix == ".json":
-        return RunConfig.read(path)
+        return _read(path)
     raise unknown_name("recipe", name, RECIPES)
+
+
+def _read(path: Path) -> RunConfig | LatentRunConfig:
+    is_stage = path.is_file() and '"stage"' in path.read_text()
+    return LatentRunConfig.read(path) if is_stage else RunConfig.read(path)
 
 
 def _known() -> str:

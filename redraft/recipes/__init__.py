@@ -2,11 +2,16 @@
 
 from collections.abc import Callable
 
+from redraft.recipes.latent import latent_autoencoder, latent_denoiser, latent_rollout
 from redraft.recipes.stdlib import stdlib_demo, stdlib_small, stdlib_tiny
 from redraft.training.config import RunConfig
+from redraft.training.latent_config import LatentRunConfig
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
+RECIPES: dict[str, Callable[[], RunConfig | LatentRunConfig]] = {
     "stdlib-tiny": stdlib_tiny,
     "stdlib-demo": stdlib_demo,
     "stdlib-small": stdlib_small,
+    "latent-autoencoder": latent_autoencoder,
+    "latent-denoiser": latent_denoiser,
+    "latent-rollout": latent_rollout,
 }

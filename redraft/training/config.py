@@ -246,10 +246,10 @@ class RunConfig:
             saved = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a readable recipe: {error}") from error
-        return _from_dict(cls, saved, where=str(path))
+        return from_dict(cls, saved, where=str(path))
 
 
-def _from_dict(kind: Any, saved: Any, *, where: str) -> Any:
+def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
     """Build nested dataclasses from a dictionary; JSON's lists become tuples."""
     if not isinstance(saved, dict):
         raise ValueError(f"{where} must hold an object of settings; got {type(saved).__name__}.")
@@ -260,7 +260,7 @@ def _from_dict(kind: Any, saved: Any, *, where: str) -> Any:
             raise unknown_name(f"setting in {where}", name, known)
         nested = known[name].type
         if dataclasses.is_dataclass(nested):
-            values[name] = _from_dict(nested, value, where=f"{where}: {name}")
+            values[name] = from_dict(nested, value, where=f"{where}: {name}")
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)

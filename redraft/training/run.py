@@ -59,8 +59,8 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     folder = Path(config.out)
     state = PartialState(cpu=runs_on_cpu(config.train.device))
     config = _as_begun(config) if resume else _with_precision(config)
-    checkpoint = _check_folder(folder, resume=resume)
-    _be_quiet()
+    checkpoint = check_folder(folder, resume=resume)
+    be_quiet()
     start = load_start(config)
     data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
     _announce_data(data, config, console, is_main=state.is_main_process)
@@ -134,7 +134,7 @@ def _as_begun(config: RunConfig) -> RunConfig:
     return dataclasses.replace(saved, out=config.out)
 
 
-def _check_folder(folder: Path, *, resume: bool) -> str | None:
+def check_folder(folder: Path, *, resume: bool) -> str | None:
     """Return the checkpoint to go on from. Raises ValueError where the folder cannot be used."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder; {folder} is a file. Choose another --out.")
@@ -304,7 +304,7 @@ def _finish(
     outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, config: RunConfig
 ) -> Outcome:
     """Save the model, evaluate on the held-out windows, draw the curve."""
-    _save(trainer, outcome.folder)
+    save_model(trainer, outcome.folder)
     if len(data.validation):
         held_out = _evenly(data.validation, config.train.final_eval_windows or len(data.validation))
         trainer.eval_dataset = held_out
@@ -326,7 +326,7 @@ def _finish(
     return outcome
 
 
-def _save(trainer: DiffusionTrainer, folder: Path) -> None:
+def save_model(trainer: Any, folder: Path) -> None:
     """Write the model aside and move it, the weights last: a folder with weights is a finished one."""
     staging = folder / ".model"
     with trainer.average.swapped_in() if trainer.average else nullcontext():
@@ -349,7 +349,7 @@ def _announce(outcome: Outcome, console: Console, *, measure: str) -> None:
     console.print(f"saved to {outcome.folder}")
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Leave the screen to our own lines; warnings of transformers still come through."""
     import datasets
     import transformers

@@ -1,0 +1,56 @@
+"""`redraft latent check MODEL`: does the autoencoder give its blocks back, clean and noised?"""
+
+from dataclasses import dataclass
+
+import tyro
+from rich.console import Console
+
+from redraft.cli.parsing import parse
+from redraft.errors import unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Measure an autoencoder on the held-out blocks of its task: the gate to pass before a denoiser is trained."""
+
+    action: tyro.conf.Positional[str]
+    """check"""
+    model: tyro.conf.Positional[str]
+    """Folder of an autoencoder, or of a model trained on one."""
+    task: str | None = None
+    """Task whose held-out blocks are measured; by default its own."""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the gate; 1 where it is missed."""
+    args = parse(Arguments, arguments, command="latent")
+    if args.action != "check":
+        raise unknown_name("action", args.action, ["check"])
+
+    from redraft.data.tasks import encode, find_task
+    from redraft.latent.autoencoder import gate_failures, measure_gate
+    from redraft.latent.checkpoint import load_autoencoder
+
+    autoencoder, tokenizer = load_autoencoder(args.model)
+    autoencoder.require_normalizer()
+    name = args.task or autoencoder.config.task
+    if name is None:
+        raise ValueError(
+            "this autoencoder was trained on a task without a name. Give --task, a .jsonl of its examples."
+        )
+    task = find_task(name)
+    held_out = encode(list(task.examples()), tokenizer, split="validation", held_out=task.held_out)
+    ids, mask = held_out.real_blocks()
+    if ids.shape[1] != autoencoder.config.block_tokens:
+        raise ValueError(
+            f"the autoencoder takes blocks of {autoencoder.config.block_tokens} tokens; got {ids.shape[1]}. "
+            "Give the task it was trained on."
+        )
+    gate = measure_gate(autoencoder, ids, mask)
+    console = Console()
+    console.print(f"{len(ids)} distinct held-out blocks")
+    for level, share in gate.items():
+        console.print(f"relative noise {level:<4}  {100 * share:5.1f} % exact")
+    failures = gate_failures(gate)
+    console.print("the gate is missed: " + "; ".join(failures) if failures else "the gate is passed")
+    return 1 if failures else 0

@@ -1,0 +1,114 @@
+"""`redraft think MODEL PROMPT ...`: thoughts in a continuous space, then an answer."""
+
+import html
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from redraft.cli.parsing import parse
+from redraft.latent.thinking import ThinkingConfig, TrainOfThought, vote
+
+SHOWN_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Think about prompts: blocks of thought denoised one after another."""
+
+    model: tyro.conf.Positional[str]
+    """Folder of a denoiser or its rollout."""
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Prompts; a dash reads one from standard input."""
+    thinking: Annotated[ThinkingConfig, tyro.conf.arg(name="")] = field(default_factory=ThinkingConfig)
+    """How to think."""
+    show: bool = False
+    """Show each thought forming: its text at t = 1, 0.75, 0.5, 0.25, 0."""
+    trace: Path | None = None
+    """Write a page of every step of every thought (.html), or its data (.json)."""
+    json: bool = False
+    """Print one JSON object per sample."""
+    device: str | None = None
+    """cpu, cuda, ...; by default the best there is."""
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, think, print."""
+    args = parse(Arguments, arguments, command="think")
+
+    from redraft.cli.common import check_writable, read_prompts, say
+    from redraft.latent.checkpoint import load_thinker
+
+    prompts = read_prompts(args.prompts)
+    check_writable(args.trace)
+    thinker = load_thinker(args.model, device=args.device)
+    found = thinker.think(prompts, trace=args.show or args.trace is not None, **asdict(args.thinking))
+    console = Console()
+    for prompt, samples in zip(prompts, found, strict=True):
+        for sample in samples:
+            if args.json:
+                print(json.dumps(as_json(prompt, sample)))
+                continue
+            say(console, prompt, style="dim")
+            for line in lines(sample, show=args.show):
+                say(console, line)
+        if len(samples) > 1 and not args.json:
+            chosen = vote(samples)
+            say(console, f"vote: {chosen.answer or chosen.text}", style="bold")
+    if args.trace:
+        rows = [as_json(prompt, s) for prompt, samples in zip(prompts, found, strict=True) for s in samples]
+        args.trace.write_text(json.dumps(rows) if args.trace.suffix == ".json" else page(rows), encoding="utf-8")
+    return 0
+
+
+def lines(sample: TrainOfThought, *, show: bool) -> list[str]:
+    """Lay one sample out for a terminal."""
+    shown = []
+    for number, thought in enumerate(sample.thoughts, start=1):
+        shown.append(f"  thought {number}: {thought.text}   (last change {thought.instability:.3f})")
+        if show:
+            shown += [f"    t = {t:<5g} {text}" for t, text in forming(thought.steps, thought.text)]
+    if sample.answer:
+        shown.append(f"  answer: {sample.answer}")
+    return [*shown, f"  {sample.forwards} forwards, ended by: {sample.stop}"]
+
+
+def forming(steps: list[tuple[float, str]], final: str) -> list[tuple[float, str]]:
+    """Pick the decoded estimate at the last step that is not past each shown time; the block itself at 0."""
+    at = {t: next((text for time, text in reversed(steps) if time >= t - 1e-9), "") for t in SHOWN_TIMES[:-1]}
+    return [*at.items(), (0.0, final)]
+
+
+def as_json(prompt: str, sample: TrainOfThought) -> dict[str, object]:
+    """Lay one sample out as plain data, without its latents."""
+    thoughts = [
+        {"text": thought.text, "steps": thought.steps, "instability": thought.instability}
+        for thought in sample.thoughts
+    ]
+    return {
+        "prompt": prompt,
+        "answer": sample.answer,
+        "thoughts": thoughts,
+        "forwards": sample.forwards,
+        "stop": sample.stop,
+    }
+
+
+def page(rows: list[dict[str, object]]) -> str:
+    """Render samples as one page that loads nothing: each thought's estimates over t, and how stable it ended."""
+    parts = []
+    for row in rows:
+        parts.append(f"<h2>{html.escape(str(row['prompt']))}</h2>")
+        thoughts: list[dict[str, list[tuple[float, str]]]] = row["thoughts"]  # type: ignore[assignment]
+        for number, thought in enumerate(thoughts, start=1):
+            body = "".join(f"<tr><td>{t:.2f}</td><td>{html.escape(text)}</td></tr>" for t, text in thought["steps"])
+            caption = (
+                f"thought {number}: {html.escape(str(thought['text']))} (last change {thought['instability']:.3f})"
+            )
+            parts.append(f"<table><caption>{caption}</caption>{body}</table>")
+        parts.append(f"<p><b>{html.escape(str(row['answer']))}</b> {row['forwards']} forwards, {row['stop']}</p>")
+    style = "body{font-family:sans-serif;max-width:50em;margin:2em auto}caption{text-align:left;font-weight:bold}"
+    return f"<!doctype html><meta charset=utf-8><title>redraft think</title><style>{style}</style>{''.join(parts)}"

@@ -1,0 +1,156 @@
+"""Tasks to think about: generators of worked examples, and verifiers that know nothing of the generators."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from redraft.data.splits import Split, split_of
+from redraft.data.tasks.composition import Composition
+from redraft.data.tasks.countdown import Countdown
+from redraft.data.tasks.example import Example
+from redraft.data.tasks.sudoku import Sudoku
+from redraft.data.tokenizer import EOS, MASK, PAD
+from redraft.errors import unknown_name
+
+__all__ = ["TASKS", "Encoded", "Example", "ExampleFile", "Task", "encode", "find_task", "word_tokenizer"]
+
+UNKNOWN = "<|unk|>"
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Words separated by spaces: a prompt, blocks of thought, an answer made of the thoughts."""
+
+    @property
+    def held_out(self) -> float:
+        """Share of the prompts held out, chosen by the hash of their text."""
+        ...
+
+    def examples(self) -> Iterator[Example]: ...
+    def answer(self, blocks: list[str]) -> str: ...
+    def is_solved(self, prompt: str, answer: str) -> bool: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleFile:
+    """A .jsonl of {"prompt": str, "blocks": [str, ...], "answer": str}; solved means: the file's answer."""
+
+    path: Path
+    held_out: float = 0.1
+
+    def examples(self) -> Iterator[Example]:
+        """Read the file. Raises ValueError with the number of a line that does not fit."""
+        for number, line in enumerate(self.path.read_text().splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                prompt, blocks, answer = row["prompt"], row["blocks"], row.get("answer", "")
+            except (ValueError, KeyError, TypeError) as error:
+                wanted = '{"prompt": str, "blocks": [str, ...], "answer": str}'
+                raise ValueError(f"{self.path}, line {number}: want {wanted}; got {line[:60]!r}.") from error
+            if not blocks:
+                raise ValueError(f"{self.path}, line {number}: there must be at least one block of thought; got none.")
+            yield Example(prompt=prompt, blocks=tuple(blocks), answer=answer)
+
+    def answer(self, blocks: list[str]) -> str:
+        """A file says nothing of how an answer follows: the thoughts, joined."""
+        return " ".join(blocks)
+
+    def is_solved(self, prompt: str, answer: str) -> bool:
+        """Look the prompt up."""
+        return any(example.prompt == prompt and example.answer == answer for example in self.examples())
+
+
+TASKS: dict[str, Task] = {
+    "countdown": Countdown(),
+    "composition": Composition(),
+    "sudoku": Sudoku(),
+    "sudoku-multi": Sudoku(clues=(3, 4), is_unique=False),
+}
+
+
+def find_task(name: str) -> Task:
+    """Return a task by its name, or the one that a .jsonl file holds."""
+    if name in TASKS:
+        return TASKS[name]
+    if name.endswith(".jsonl"):
+        if not Path(name).is_file():
+            raise ValueError(f"there is no file {name}. Give a .jsonl of examples, or one of {', '.join(TASKS)}.")
+        return ExampleFile(path=Path(name))
+    raise unknown_name("task", name, TASKS)
+
+
+def word_tokenizer(examples: list[Example]) -> Any:
+    """Build a tokenizer with one token for every word of the examples."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for example in examples for text in example.texts() for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate([PAD, EOS, MASK, UNKNOWN, *words])}
+    backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, mask_token=MASK, unk_token=UNKNOWN
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Examples as tensors, padded with id 0 at their ends."""
+
+    prompts: Tensor
+    is_prompt: Tensor
+    blocks: Tensor
+    """(examples, blocks, tokens)"""
+    is_block_token: Tensor
+    num_blocks: Tensor
+    answers: Tensor
+    """With an end-of-text token; no column where no example has an answer."""
+    is_answer: Tensor
+    examples: list[Example]
+
+    def real_blocks(self) -> tuple[Tensor, Tensor]:
+        """All blocks of all examples, (n, tokens), without repetition, and which of their tokens are real."""
+        is_real = torch.arange(self.blocks.shape[1]) < self.num_blocks[:, None]
+        both = torch.stack([self.blocks[is_real], self.is_block_token[is_real].long()], dim=1).unique(dim=0)
+        return both[:, 0], both[:, 1].bool()
+
+
+def encode(examples: list[Example], tokenizer: Any, *, split: Split, held_out: float) -> Encoded:
+    """Encode the examples of one side of the split; the widths are those of all examples."""
+
+    def ids(text: str, *, end: bool = False) -> list[int]:
+        found = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [*found, tokenizer.eos_token_id] if end and found else found
+
+    chosen = [e for e in examples if split_of(e.prompt, validation_fraction=held_out) == split]
+    prompt_width = max(len(ids(e.prompt)) for e in examples)
+    block_width = max(len(ids(block)) for e in examples for block in e.blocks)
+    answer_width = max(len(ids(e.answer, end=True)) for e in examples)
+    count = max(len(e.blocks) for e in examples)
+    prompts, is_prompt = _pad([ids(e.prompt) for e in chosen], prompt_width)
+    answers, is_answer = _pad([ids(e.answer, end=True) for e in chosen], answer_width)
+    flat = [ids(e.blocks[b]) if b < len(e.blocks) else [] for e in chosen for b in range(count)]
+    blocks, is_token = _pad(flat, block_width)
+    return Encoded(
+        prompts=prompts,
+        is_prompt=is_prompt,
+        blocks=blocks.view(-1, count, block_width),
+        is_block_token=is_token.view(-1, count, block_width),
+        num_blocks=torch.tensor([len(e.blocks) for e in chosen], dtype=torch.int64),
+        answers=answers,
+        is_answer=is_answer,
+        examples=chosen,
+    )
+
+
+def _pad(rows: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    return ids, torch.arange(width) < torch.tensor([len(tokens) for tokens in rows])[:, None]

@@ -1,0 +1,44 @@
+"""Composition of K permutations of five things: serial by nature, so depth must come from layers or from thoughts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
+from random import Random
+
+from redraft.data.tasks.example import Example
+
+WORDS = ["".join(p) for p in permutations("12345")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """Prompt: K permutations, one token each, applied from left to right; block k is the product of the first k."""
+
+    shortest: int = 2
+    longest: int = 12
+    num_examples: int = 50_000
+    seed: int = 0
+    held_out: float = 0.02
+
+    def examples(self) -> Iterator[Example]:
+        """Draw sequences, K uniform."""
+        random = Random(self.seed)
+        for _ in range(self.num_examples):
+            factors = random.choices(WORDS, k=random.randint(self.shortest, self.longest))
+            products = [factors[0]]
+            for factor in factors[1:]:
+                products.append("".join(factor[int(place) - 1] for place in products[-1]))
+            yield Example(prompt=" ".join(factors), blocks=tuple(products), answer=products[-1])
+
+    def answer(self, blocks: list[str]) -> str:
+        """The last product."""
+        return blocks[-1] if blocks else ""
+
+    def is_solved(self, prompt: str, answer: str) -> bool:
+        """Follow each of the five things through all permutations."""
+        ends = []
+        for thing in range(1, 6):
+            for factor in prompt.split():
+                thing = int(factor[thing - 1])
+            ends.append(str(thing))
+        return answer == "".join(ends)

@@ -1,0 +1,62 @@
+"""Countdown with three numbers: reach a target with +, - and *, each number used once (LaDiR, arXiv 2510.04573)."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+from redraft.data.tasks.example import Example
+
+OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Countdown:
+    """Prompt "3 5 7 22"; a step "a op b c", meaning a op b = c, is a block of 4 tokens; the answer is both steps."""
+
+    largest: int = 15
+    largest_target: int = 60
+    held_out: float = 0.08
+
+    def examples(self) -> Iterator[Example]:
+        """Yield every solution of every solvable (numbers, target); sums and products with the larger number first."""
+        for numbers in combinations_with_replacement(range(1, self.largest + 1), 3):
+            found = {steps for steps in _solutions(numbers) if 0 < int(steps[-1].split()[-1]) <= self.largest_target}
+            for steps in sorted(found):
+                target = steps[-1].split()[-1]
+                yield Example(prompt=f"{' '.join(map(str, numbers))} {target}", blocks=steps, answer=" ".join(steps))
+
+    def answer(self, blocks: list[str]) -> str:
+        """Both steps."""
+        return " ".join(blocks)
+
+    def is_solved(self, prompt: str, answer: str) -> bool:
+        """Carry the steps out: each uses two numbers that are there and says truly what they make."""
+        *numbers, target = prompt.split()
+        there, words = Counter(numbers), answer.split()
+        if len(words) != 4 * (len(numbers) - 1):
+            return False
+        for i in range(0, len(words), 4):
+            a, operator, b, result = words[i : i + 4]
+            there.subtract([a, b])
+            if operator not in OPERATORS or min(there.values()) < 0 or not result.lstrip("-").isdigit():
+                return False
+            if OPERATORS[operator](int(a), int(b)) != int(result):
+                return False
+            there[result] += 1
+        return +there == Counter([target])
+
+
+def _solutions(numbers: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    for i, left in enumerate(numbers):
+        first, second = (n for j, n in enumerate(numbers) if j != i)
+        for step, result in _steps(first, second):
+            for last, _ in _steps(result, left):
+                yield step, last
+
+
+def _steps(a: int, b: int) -> Iterator[tuple[str, int]]:
+    """What two numbers make, without negative numbers."""
+    high, low = max(a, b), min(a, b)
+    for sign, operator in OPERATORS.items():
+        yield f"{high} {sign} {low} {operator(high, low)}", operator(high, low)

@@ -1,0 +1,1 @@
+"""Latent thinking: blocks of continuous thought, denoised one after another (docs/latent-thinking.md)."""

@@ -1,0 +1,52 @@
+"""Folders of latent models: config.json says the stage, `autoencoder/` holds the autoencoder of a denoiser."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
+from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
+from redraft.latent.thinking import Thinker
+from redraft.models.device import choose_device
+from redraft.models.load import load_tokenizer, read_raw_config
+
+STAGES = ("autoencoder", "denoiser", "rollout")
+MADE_BY = {"autoencoder": "latent-autoencoder", "denoiser": "latent-denoiser", "rollout": "latent-rollout"}
+AUTOENCODER_FOLDER = "autoencoder"
+for _config in (AutoencoderConfig, LatentDenoiserConfig):
+    AutoConfig.register(_config.model_type, _config)  # transformers reads the config beside a tokenizer
+
+
+def load_thinker(path: str | Path, *, device: str | torch.device | None = None) -> Thinker:
+    """Load what thinks: a denoiser (or its rollout), its autoencoder and tokenizer.
+
+    Raises ValueError where there is no such model or it is of another stage.
+    """
+    require_stage(path, "denoiser", "rollout")
+    target = choose_device(device)
+    autoencoder = TextAutoencoder.from_pretrained(Path(path) / AUTOENCODER_FOLDER)
+    autoencoder.require_normalizer()
+    denoiser = LatentDenoiser.from_pretrained(path)
+    for model in (denoiser, autoencoder):
+        nn.Module.to(model, target).eval()
+    return Thinker(denoiser, autoencoder, load_tokenizer(path))
+
+
+def load_autoencoder(path: str | Path) -> tuple[TextAutoencoder, Any]:
+    """Load an autoencoder and its tokenizer, from its own folder or from that of a model trained on it."""
+    stage = require_stage(path, *STAGES)
+    folder = Path(path) if stage == "autoencoder" else Path(path) / AUTOENCODER_FOLDER
+    return TextAutoencoder.from_pretrained(folder).eval(), load_tokenizer(path)
+
+
+def require_stage(path: str | Path, *stages: str) -> str:
+    """Return the stage of a checkpoint. Raises ValueError for one that is none of `stages`."""
+    stage = read_raw_config(path).get("stage")
+    if stage not in stages:
+        found = f"of stage {stage!r}" if stage in STAGES else "not a latent model"
+        makers = " or ".join(f"`redraft train {MADE_BY[wanted]}`" for wanted in stages)
+        raise ValueError(f"{path} must be of stage {' or '.join(stages)}; it is {found}. {makers} makes one.")
+    return stage

@@ -1,0 +1,51 @@
+"""What goes into a denoiser of thoughts and what comes out."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+KeysValues = list[tuple[Tensor, Tensor]]
+"""Keys and values (batch, heads, keys, width) of every layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Discrete positions of a sequence: prompt or answer."""
+
+    ids: Int[Tensor, "batch tokens"]
+    positions: Int[Tensor, "batch tokens"]
+    is_null: Bool[Tensor, "batch tokens"]
+    """Positions of a prompt that is withheld (classifier-free guidance)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """Continuous positions of a sequence: blocks of thought, clean (t = 0) or noisy."""
+
+    z_t: Float[Tensor, "batch latents dim"]
+    x_0: Float[Tensor, "batch latents dim"]
+    """The estimate of the step before (self-conditioning); zeros where there is none; z_t itself where it is clean."""
+    t: Float[Tensor, "batch latents"]
+    positions: Int[Tensor, "batch latents"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """What a forward pass returns: final states, and the keys and values of its own positions."""
+
+    tokens: Float[Tensor, "batch tokens width"]
+    latents: Float[Tensor, "batch latents width"]
+    keys_values: KeysValues
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThoughtBatch:
+    """Rows of a task: prompt, blocks of thought as normalised latents, and an answer; all padded at their ends."""
+
+    prompt: Int[Tensor, "batch prompt"]
+    is_prompt: Bool[Tensor, "batch prompt"]
+    blocks: Float[Tensor, "batch blocks latents dim"]
+    num_blocks: Int[Tensor, "batch"]
+    answer: Int[Tensor, "batch answer"]
+    is_answer: Bool[Tensor, "batch answer"]

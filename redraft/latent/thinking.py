@@ -1,0 +1,512 @@
+"""Thinking: blocks of thought are denoised one after another, each from noise, then an answer is read off them."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from redraft.errors import unknown_name
+from redraft.latent.autoencoder import TextAutoencoder
+from redraft.latent.denoiser import LatentDenoiser
+from redraft.latent.objective import masked_process, prompt_tokens
+from redraft.latent.sequence import KeysValues, Latents, Tokens
+from redraft.latent.solvers import solver_from_name, uniform_times
+from redraft.layouts import two_copy_mask
+from redraft.randomness import fold, normal
+
+UNCHANGED = 2  # decodings in a row that must equal the one before for an early exit
+
+Intervene = Callable[[int, Tensor], Tensor]
+"""(number of the block from 1, latents of all rows) -> what is committed in their place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkingConfig:
+    """The dials of thinking."""
+
+    blocks: int | None = None
+    """Most blocks of thought; by default as many as the model was built for."""
+    steps: int = 10
+    """Denoising steps for each block."""
+    samples: int = 1
+    """Trains of thought for each prompt."""
+    solver: str = "dpm++2m"
+    """ddim, ancestral, heun, midpoint (both: two forwards a step), dpm++2m or churn."""
+    cfg: float = 1.0
+    """Classifier-free guidance: 1 is none, more follows the prompt more closely; doubles the work."""
+    init_noise: float = 1.0
+    """Standard deviation of the noise a block starts from."""
+    early_exit: bool = False
+    """Leave a block once its decoded text has not changed twice."""
+    diversity: float = 0.0
+    """Strength of the repulsion between the samples of one prompt."""
+    revise: int = 0
+    """Rounds of revision: the least stable block is denoised again, seeing all others."""
+    revise_t: float = 0.5
+    """Time up to which a revised block is noised, in (0, 1]."""
+    force_blocks: bool = False
+    """Think all blocks whatever the stop head says."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "steps", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        for name in ("cfg", "diversity", "revise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+        if not self.init_noise > 0 or not 0 < self.revise_t <= 1:
+            raise ValueError(
+                f"init_noise must be positive and revise_t in (0, 1]; got {self.init_noise} and {self.revise_t}."
+            )
+        solver_from_name(self.solver)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thought:
+    """One block of thought."""
+
+    latents: Float[Tensor, "latents dim"]
+    text: str
+    steps: list[tuple[float, str]]
+    """Time and decoded estimate at every forward; empty unless traced."""
+    instability: float
+    """Root mean square change of the estimate at the last forward, in standard deviations of the latents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOfThought:
+    """One sample: its thoughts, its answer, what it cost."""
+
+    thoughts: list[Thought]
+    answer: str
+    """Empty for a model without an answer decoder."""
+    forwards: int
+    """Passes of the denoiser this sample took part in: denoising, committing, answering."""
+    stop: str
+    """Why the thoughts ended: "stop head" or "blocks"."""
+
+    @property
+    def text(self) -> str:
+        """The thoughts as text, in order."""
+        return " ".join(thought.text for thought in self.thoughts)
+
+
+@dataclass(frozen=True)
+class Thinker:
+    """A denoiser of thoughts with its autoencoder and tokenizer."""
+
+    denoiser: LatentDenoiser
+    autoencoder: TextAutoencoder
+    tokenizer: Any
+
+    @torch.no_grad()
+    def think(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        trace: bool = False,
+        intervene: Intervene | None = None,
+        **settings: Any,
+    ) -> list[list[TrainOfThought]]:
+        """Think about prompts; returns the samples of each. Settings: `ThinkingConfig`.
+
+        A row's noise is keyed by (seed, prompt, sample): it does not depend on the batch. `intervene` changes what is
+        committed (necessity controls). Raises ValueError for settings that do not fit, more blocks than the model was
+        built for, and prompts longer than trained.
+        """
+        for name in settings:
+            if name not in ThinkingConfig.__dataclass_fields__:
+                raise unknown_name("setting", name, ThinkingConfig.__dataclass_fields__)
+        config = ThinkingConfig(**settings)
+        limit = self.denoiser.config.max_blocks
+        if config.blocks is not None and config.blocks > limit:
+            raise ValueError(f"blocks must be at most the {limit} the model was built for; got {config.blocks}.")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise ValueError("there is no prompt; give at least one.")
+        run = _Run.start(self, texts, config, is_traced=trace)
+        for block in range(1, (config.blocks or limit) + 1):
+            run.denoise_block(block)
+            run.commit(block, intervene=intervene)
+            if not run.is_thinking.any():  # sync: once per block
+                break
+        for index in range(config.revise):
+            run.revise(index, intervene=intervene)
+        return run.results()
+
+
+def vote(
+    samples: Sequence[TrainOfThought], *, verify: Callable[[TrainOfThought], bool] | None = None
+) -> TrainOfThought:
+    """Choose among samples: the first that is verified, else the first of the commonest answer (text, without one)."""
+    verified = next((sample for sample in samples if verify and verify(sample)), None)
+    if verified is not None:
+        return verified
+    counts = Counter(sample.answer or sample.text for sample in samples)
+    return max(samples, key=lambda sample: counts[sample.answer or sample.text])  # max keeps the first of equals
+
+
+@dataclass
+class _Cache:
+    """Keys and values of what is committed, and which of them each row may see."""
+
+    keys_values: KeysValues = field(default_factory=list)
+    is_valid: Tensor | None = None
+
+    def add(self, keys_values: KeysValues, is_valid: Bool[Tensor, "rows new"]) -> None:
+        if self.is_valid is None:
+            self.keys_values, self.is_valid = keys_values, is_valid
+            return
+        pairs = zip(self.keys_values, keys_values, strict=True)
+        self.keys_values = [(torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)) for (k, v), (new_k, new_v) in pairs]
+        self.is_valid = torch.cat([self.is_valid, is_valid], dim=1)
+
+    def rows(self, index: Int[Tensor, "n"]) -> "_Cache":
+        assert self.is_valid is not None
+        return _Cache([(k[index], v[index]) for k, v in self.keys_values], self.is_valid[index])
+
+    def mask(self, own: Bool[Tensor, "rows queries queries"]) -> Bool[Tensor, "rows 1 queries keys"]:
+        """All that is valid in the cache, and `own` among the new positions."""
+        assert self.is_valid is not None
+        seen = self.is_valid[:, None].expand(-1, own.shape[1], -1)
+        return torch.cat([seen, own], dim=2)[:, None]
+
+
+@dataclass
+class _Run:
+    """The state of one call of `think`: rows are prompts times samples, and as many again with the prompt withheld."""
+
+    thinker: Thinker
+    config: ThinkingConfig
+    keys: Int[Tensor, "rows"]
+    tokens: Tokens
+    is_seen: Tensor
+    is_traced: bool
+    is_thinking: Bool[Tensor, "rows"]
+    forwards: Int[Tensor, "rows"]
+    cache: _Cache = field(default_factory=_Cache)
+    blocks: list[Tensor] = field(default_factory=list)
+    was_thinking: list[Tensor] = field(default_factory=list)
+    instability: list[Tensor] = field(default_factory=list)
+    steps: list[list[list[tuple[float, str]]]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, thinker: Thinker, prompts: list[str], config: ThinkingConfig, *, is_traced: bool) -> "_Run":
+        """Lay out the prompts and compute their keys and values."""
+        model = thinker.denoiser
+        encoded = [_encode_prompt(thinker, prompt) for prompt in prompts]
+        ids = torch.zeros(len(prompts), model.config.prompt_tokens, dtype=torch.int64)
+        for row, prompt_ids in zip(ids, encoded, strict=True):
+            row[: len(prompt_ids)] = torch.tensor(prompt_ids)
+        lengths = torch.tensor([len(prompt_ids) for prompt_ids in encoded])
+        is_prompt = torch.arange(ids.shape[1]) < lengths[:, None]
+        digests = [hashlib.blake2b(repr(prompt_ids).encode(), digest_size=8).digest() for prompt_ids in encoded]
+        prompt_keys = torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
+        keys = fold(config.seed, prompt_keys[:, None], torch.arange(config.samples)).flatten()
+        repeats = 1 if config.cfg == 1 else 2
+        ids = ids.repeat_interleave(config.samples, 0).repeat(repeats, 1).to(model.device)
+        is_prompt = is_prompt.repeat_interleave(config.samples, 0).repeat(repeats, 1).to(model.device)
+        rows = len(keys)
+        tokens, is_seen = prompt_tokens(ids, torch.arange(len(ids), device=model.device) >= rows, is_prompt)
+        run = cls(
+            thinker=thinker,
+            config=config,
+            keys=keys.to(model.device),
+            tokens=tokens,
+            is_seen=is_seen,
+            is_traced=is_traced,
+            is_thinking=torch.ones(rows, dtype=torch.bool, device=model.device),
+            forwards=torch.zeros(rows, dtype=torch.int64, device=model.device),
+        )
+        run._prefill()
+        return run
+
+    @property
+    def guided_rows(self) -> Tensor:
+        """How the rows stand in the cache: 0 ... rows - 1, then their doubles without the prompt."""
+        return torch.arange(len(self.is_seen), device=self.is_seen.device)
+
+    def denoise_block(self, block: int) -> None:
+        """Denoise the next block from noise, for the rows that still think."""
+        config, rows = self.config, len(self.keys)
+        self.steps.append([[] for _ in range(rows)])
+        z = config.init_noise * self._noise(block, 0)
+        estimate = lambda z, t, x_0, active: self._estimate(block, z, t, x_0, active)  # noqa: E731
+        x_0, instability = self._solve(block, z, uniform_times(config.steps), self.is_thinking, estimate, draw=block)
+        self.blocks.append(x_0)
+        self.instability.append(instability)
+
+    def _solve(
+        self, block: int, z: Tensor, times: Tensor, is_active: Tensor, estimate: Callable[..., Tensor], *, draw: int
+    ) -> tuple[Tensor, Tensor]:
+        """Drive the solver; rows that leave early keep their last estimate. Returns latents and their instability."""
+        path, model = self.thinker.denoiser.config.process.schedule, self.thinker.denoiser
+        queries = solver_from_name(self.config.solver)(
+            path, z, times.to(z.device), noise=lambda i: self._noise(draw, i + 1)
+        )
+        x_0 = torch.zeros_like(z)
+        is_done, change = ~is_active, torch.zeros(len(z), device=z.device)
+        unchanged, texts = torch.zeros_like(self.forwards), torch.full((len(z), 1), -1, device=z.device)
+        question = next(queries)
+        while True:
+            active = (~is_done).nonzero()[:, 0]  # sync: rows that are done are not computed
+            z_t, t = question
+            previous, x_0 = x_0, x_0.clone()
+            if len(active):
+                x_0[active] = estimate(z_t[active], t, previous[active], active).to(x_0)
+                self.forwards[active] += 1
+                change[active] = (x_0 - previous)[active].square().mean((1, 2)).sqrt().to(change)
+                x_0 = self._repel(x_0, z_t, t, ~is_done)
+            if self.is_traced or self.config.early_exit:
+                written = self.thinker.autoencoder.decode(x_0)
+                self._trace(block, float(t), written, active)
+                unchanged = torch.where((written == texts).all(1), unchanged + 1, 0)
+                texts = written
+                if self.config.early_exit:
+                    is_done = is_done | (unchanged >= UNCHANGED)
+            try:
+                question = queries.send(x_0)
+            except StopIteration as end:
+                return torch.where(is_done[:, None, None], x_0, end.value).to(model.dtype), change
+
+    def _estimate(self, block: int, z: Tensor, t: Tensor, x_0: Tensor, active: Tensor) -> Tensor:
+        """Ask the denoiser for x_0 of a block given the cache, with guidance."""
+        index = active if self.config.cfg == 1 else torch.cat([active, active + len(self.keys)])
+        cache = self.cache.rows(index)
+        hidden = self._forward(block, z, x_0, t, cache, copies=len(index) // len(active)).latents
+        return self._guided(hidden, z, t)
+
+    def _guided(self, hidden: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        model = self.thinker.denoiser
+        copies = len(hidden) // len(z)
+        at = t.to(z).expand(z.shape[:2]).repeat(copies, 1)
+        found = model.config.process.predict_x_0(model.out(hidden), z.repeat(copies, 1, 1), at)
+        if copies == 1:
+            return found
+        with_prompt, without = found.chunk(2)
+        return torch.lerp(without, with_prompt, self.config.cfg)
+
+    def _forward(self, block: int, z: Tensor, x_0: Tensor, t: Tensor, cache: _Cache, *, copies: int = 1) -> Any:
+        """Run the positions of one block against a cache."""
+        model, rows = self.thinker.denoiser, copies * len(z)
+        place = model.config.latent_positions(torch.tensor(block, device=z.device)).expand(rows, -1)
+        latents = Latents(
+            z_t=z.repeat(copies, 1, 1),
+            x_0=x_0.repeat(copies, 1, 1),
+            t=t.to(z).expand(rows, z.shape[1]),
+            positions=place,
+        )
+        own = torch.ones(rows, z.shape[1], z.shape[1], dtype=torch.bool, device=z.device)
+        return model(_no_tokens(rows, z.device), latents, cache.mask(own), cache.keys_values)
+
+    def commit(self, block: int, *, intervene: Intervene | None) -> None:
+        """Keep the keys and values of a finished block, and ask the stop head."""
+        self.was_thinking.append(self.is_thinking)
+        z = self.blocks[block - 1]
+        kept = z if intervene is None else intervene(block, z)
+        copies = len(self.is_seen) // len(self.keys)
+        hidden = self._forward(block, kept, kept, torch.zeros((), device=z.device), self.cache, copies=copies)
+        self.cache.add(hidden.keys_values, self.is_thinking.repeat(copies)[:, None].expand(-1, z.shape[1]))
+        self.forwards += self.is_thinking
+        if not self.config.force_blocks:
+            ends = self.thinker.denoiser.stop_logit(hidden.latents[: len(z)]) > 0
+            self.is_thinking = self.is_thinking & ~ends
+
+    def revise(self, index: int, *, intervene: Intervene | None) -> None:
+        """Denoise each row's least stable block again, seeing all blocks; then commit them all anew."""
+        model, size = self.thinker.denoiser, self.blocks[0].shape[1]
+        is_real = torch.stack(self.was_thinking, dim=1)  # (R, B)
+        chosen = torch.stack(self.instability, dim=1).masked_fill(~is_real, -1).argmax(1)  # (R,)
+        whole = torch.stack(self.blocks, dim=1)  # (R, B, n, d)
+        rows = torch.arange(len(whole), device=whole.device)
+        draw = 1000 + index  # apart from the noise of the blocks
+        start = torch.tensor(self.config.revise_t, dtype=torch.float64)
+        at = start.to(whole).expand(len(whole), size)
+        z = model.config.process.corrupt(whole[rows, chosen], at, eps=self._noise(draw, 0)).z_t
+        places = model.config.latent_positions(torch.arange(1, whole.shape[1] + 1, device=whole.device)).flatten()
+
+        def estimate(z: Tensor, t: Tensor, x_0: Tensor, active: Tensor) -> Tensor:
+            def filled(piece: Tensor) -> Tensor:
+                blocks = whole[active].index_put(
+                    (torch.arange(len(active), device=piece.device), chosen[active]), piece
+                )
+                return blocks.flatten(1, 2)
+
+            index = active if self.config.cfg == 1 else torch.cat([active, active + len(self.keys)])
+            copies = len(index) // len(active)
+            is_open = torch.nn.functional.one_hot(chosen[active], whole.shape[1]).bool().repeat_interleave(size, 1)
+            latents = Latents(
+                z_t=filled(z).repeat(copies, 1, 1),
+                x_0=filled(x_0).repeat(copies, 1, 1),
+                t=torch.where(is_open, t.to(z), 0.0).repeat(copies, 1),
+                positions=places.expand(len(index), -1),
+            )
+            tokens = Tokens(
+                ids=self.tokens.ids[index], positions=self.tokens.positions[index], is_null=self.tokens.is_null[index]
+            )
+            is_valid = torch.cat(
+                [self.is_seen[index], is_real[active].repeat_interleave(size, 1).repeat(copies, 1)], dim=1
+            )
+            together = torch.zeros_like(is_valid, dtype=torch.int64)
+            together[:, tokens.ids.shape[1] :] = 1
+            mask = two_copy_mask(together, torch.zeros_like(together), is_valid=is_valid)
+            hidden = model(tokens, latents, mask).latents
+            return self._guided(hidden[is_open.repeat(copies, 1)].view(len(index), size, -1), z, t)
+
+        steps = max(1, round(self.config.steps * self.config.revise_t))
+        times = uniform_times(steps, start=self.config.revise_t)
+        x_0, instability = self._solve(0, z, times, is_real[:, 0], estimate, draw=draw)
+        whole = whole.index_put((rows, chosen), x_0)
+        self.blocks = list(whole.unbind(1))
+        for block in range(whole.shape[1]):
+            self.instability[block] = torch.where(chosen == block, instability, self.instability[block])
+        self._recommit(intervene)
+
+    def _recommit(self, intervene: Intervene | None) -> None:
+        turns, self.was_thinking, self.cache = self.was_thinking, [], _Cache()
+        self._prefill()
+        for block, is_thinking in enumerate(turns, start=1):
+            self.is_thinking = is_thinking
+            self.commit(block, intervene=intervene)
+
+    def _prefill(self) -> None:
+        model, rows = self.thinker.denoiser, len(self.is_seen)
+        mask = self.is_seen[:, None, None].expand(-1, 1, self.is_seen.shape[1], -1)
+        nothing = _no_latents(rows, model)
+        self.cache.add(model(self.tokens, nothing, mask).keys_values, self.is_seen)
+
+    def _repel(self, x_0: Tensor, z_t: Tensor, t: Tensor, is_active: Tensor) -> Tensor:
+        """Push the samples of one prompt apart (LaDiR): sum over j of 2 (1 - d^2 / s^2) exp(-d^2 / s^2) (z_i - z_j).
+
+        s is the median distance between them; the push fades with t.
+        """
+        samples = self.config.samples
+        if not self.config.diversity or samples == 1:
+            return x_0
+        z = z_t.unflatten(0, (-1, samples)).flatten(2)  # (P, K, n d)
+        apart = z[:, :, None] - z[:, None]  # (P, K, K, n d)
+        squared = apart.square().sum(-1)
+        off = ~torch.eye(samples, dtype=torch.bool, device=z.device)
+        scale = squared[:, off].median(dim=1).values.clamp(min=1e-8)[:, None, None]
+        force = 2 * (1 - squared / scale) * torch.exp(-squared / scale)
+        push = (force[..., None] * apart).sum(2).flatten(0, 1).view_as(x_0)
+        return torch.where(is_active[:, None, None], x_0 + self.config.diversity * t.to(z) * push, x_0)
+
+    def _noise(self, draw: int, step: int) -> Tensor:
+        """Standard normal latents of every row, keyed by row, block and step."""
+        config = self.thinker.denoiser.config
+        places = torch.arange(config.num_latents * config.latent_dim, device=self.keys.device)
+        drawn = normal(self.keys[:, None], draw, step, places).to(self.thinker.denoiser.dtype)
+        return drawn.unflatten(1, (config.num_latents, config.latent_dim))
+
+    def _trace(self, block: int, t: float, written: Tensor, active: Tensor) -> None:
+        if self.is_traced and block:
+            for row in active.tolist():
+                self.steps[block - 1][row].append((t, self._text(written[row])))
+
+    def results(self) -> list[list[TrainOfThought]]:
+        """Answer, and lay out the rows by prompt."""
+        answers = self._answers()
+        texts = [self.thinker.autoencoder.decode(z) for z in self.blocks]
+        is_real, forwards = torch.stack(self.was_thinking).tolist(), self.forwards.tolist()
+        is_cut = self.is_thinking.tolist()
+        trains = []
+        for row in range(len(self.keys)):
+            thoughts = [
+                Thought(
+                    latents=self.blocks[b][row],
+                    text=self._text(texts[b][row]),
+                    steps=self.steps[b][row],
+                    instability=float(self.instability[b][row]),
+                )
+                for b in range(len(self.blocks))
+                if is_real[b][row]
+            ]
+            stop = "blocks" if is_cut[row] else "stop head"
+            trains.append(TrainOfThought(thoughts=thoughts, answer=answers[row], forwards=forwards[row], stop=stop))
+        samples = self.config.samples
+        return [trains[first : first + samples] for first in range(0, len(trains), samples)]
+
+    def _answers(self) -> list[str]:
+        """Write the likeliest answers, token by token or, masked, surest token first."""
+        model, rows = self.thinker.denoiser, len(self.keys)
+        if not model.config.answer_tokens:
+            return [""] * rows
+        ids = (_autoregressive if model.config.answer == "autoregressive" else _unmask)(
+            model, self.cache.rows(self.guided_rows[:rows])
+        )
+        self.forwards += model.config.answer_tokens
+        return [self._text(row) for row in ids]
+
+    def _text(self, ids: Tensor) -> str:
+        """Decode up to the end-of-text token."""
+        kept = ids.tolist()
+        end = self.thinker.denoiser.config.eos_token_id
+        kept = kept[: kept.index(end)] if end in kept else kept
+        return str(self.thinker.tokenizer.decode(kept, skip_special_tokens=True))
+
+
+def _autoregressive(model: LatentDenoiser, cache: _Cache) -> Int[Tensor, "rows answer"]:
+    assert cache.is_valid is not None
+    rows, device = len(cache.is_valid), cache.is_valid.device
+    ids = torch.full((rows, 1), model.config.eos_token_id, dtype=torch.int64, device=device)
+    own = torch.ones(rows, 1, 1, dtype=torch.bool, device=device)
+    for index in range(model.config.answer_tokens):
+        tokens = _answer_tokens(model, ids[:, -1:], first=index)
+        hidden = model(tokens, _no_latents(rows, model), cache.mask(own), cache.keys_values)
+        cache.add(hidden.keys_values, own[:, 0])
+        ids = torch.cat([ids, model.token_logits(hidden.tokens).argmax(-1)], dim=1)
+    return ids[:, 1:]
+
+
+def _unmask(model: LatentDenoiser, cache: _Cache) -> Int[Tensor, "rows answer"]:
+    assert cache.is_valid is not None
+    rows, count, device = len(cache.is_valid), model.config.answer_tokens, cache.is_valid.device
+    ids = masked_process(model).prior((rows, count), device=device)
+    own = torch.ones(rows, count, count, dtype=torch.bool, device=device)
+    is_open = torch.ones(rows, count, dtype=torch.bool, device=device)
+    for _ in range(count):
+        tokens = _answer_tokens(model, ids, first=0)
+        hidden = model(tokens, _no_latents(rows, model), cache.mask(own), cache.keys_values).tokens
+        logits = model.token_logits(hidden).float()
+        logits[..., model.config.mask_token_id] = -torch.inf
+        sure, best = logits.softmax(-1).max(-1)
+        surest = sure.masked_fill(~is_open, -1).argmax(1, keepdim=True)
+        ids = ids.scatter(1, surest, best.gather(1, surest))
+        is_open = is_open.scatter(1, surest, False)
+    return ids
+
+
+def _answer_tokens(model: LatentDenoiser, ids: Tensor, *, first: int) -> Tokens:
+    positions = model.config.answer_position + first + torch.arange(ids.shape[1], device=ids.device)
+    return Tokens(ids=ids, positions=positions.expand_as(ids), is_null=torch.zeros_like(ids, dtype=torch.bool))
+
+
+def _no_tokens(rows: int, device: torch.device) -> Tokens:
+    empty = torch.zeros(rows, 0, dtype=torch.int64, device=device)
+    return Tokens(ids=empty, positions=empty, is_null=empty.bool())
+
+
+def _no_latents(rows: int, model: LatentDenoiser) -> Latents:
+    empty = torch.zeros(rows, 0, model.config.latent_dim, dtype=model.dtype, device=model.device)
+    return Latents(z_t=empty, x_0=empty, t=empty[..., 0], positions=empty[..., 0].long())
+
+
+def _encode_prompt(thinker: Thinker, prompt: str) -> list[int]:
+    ids = list(thinker.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    limit = thinker.denoiser.config.prompt_tokens
+    if not 0 < len(ids) <= limit:
+        raise ValueError(f"a prompt must have 1 to {limit} tokens, as in training; got {len(ids)}: {prompt[:60]!r}.")
+    unknown = thinker.tokenizer.unk_token_id
+    if unknown is not None and unknown in ids:
+        word = next(w for w in prompt.split() if unknown in thinker.tokenizer(w, add_special_tokens=False)["input_ids"])
+        raise ValueError(f"{word!r} is no word of this model; got it in {prompt[:60]!r}. Write prompts as in its task.")
+    return ids

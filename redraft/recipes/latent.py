@@ -1,0 +1,51 @@
+"""Latent thinking in three stages, on countdown unless told otherwise (docs/latent-thinking.md)."""
+
+from redraft.training.config import TrainConfig
+from redraft.training.latent_config import LatentRunConfig
+
+
+def latent_autoencoder() -> LatentRunConfig:
+    """Train an autoencoder of blocks of thought: a minute on one core."""
+    return LatentRunConfig(
+        out="runs/latent-autoencoder",
+        stage="autoencoder",
+        train=TrainConfig(
+            learning_rate=4e-3, batch_size=512, max_steps=1000, weight_decay=0.01, decay="cosine", log_every=100
+        ),
+    )
+
+
+def latent_denoiser() -> LatentRunConfig:
+    """Train a denoiser of thoughts, each given the true ones before it: at most 20 minutes on one core."""
+    return LatentRunConfig(
+        out="runs/latent-denoiser",
+        stage="denoiser",
+        start="runs/latent-autoencoder",
+        train=TrainConfig(
+            learning_rate=2e-3,
+            batch_size=128,
+            max_steps=6000,
+            max_minutes=20.0,
+            weight_decay=0.01,
+            ema_decay=0.995,
+            log_every=50,
+        ),
+    )
+
+
+def latent_rollout() -> LatentRunConfig:
+    """Go on with a denoiser, answering after its own thoughts."""
+    return LatentRunConfig(
+        out="runs/latent-rollout",
+        stage="rollout",
+        start="runs/latent-denoiser",
+        train=TrainConfig(
+            learning_rate=3e-4,
+            batch_size=64,
+            max_steps=1000,
+            max_minutes=10.0,
+            weight_decay=0.01,
+            ema_decay=0.995,
+            log_every=50,
+        ),
+    )

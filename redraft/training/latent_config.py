@@ -1,0 +1,97 @@
+"""The whole configuration of a stage of latent thinking: what a recipe returns and the checkpoint carries."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from redraft.data.tasks import find_task
+from redraft.latent.objective import ThoughtObjective
+from redraft.latent.rollout import RolloutObjective
+from redraft.processes.gaussian import GaussianDiffusion
+from redraft.training.config import TrainConfig, from_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderShape:
+    """The autoencoder of the first stage."""
+
+    kind: Literal["chunk", "resampler", "sentence", "thought"] = "chunk"
+    """chunk: MLP; resampler and sentence: over a frozen encoder; thought: language models."""
+    num_latents: int = 2
+    """Vectors for each block."""
+    latent_dim: int = 16
+    """Width of a vector."""
+    hidden_size: int = 256
+    """Width of the autoencoder."""
+    num_layers: int = 1
+    """Layers of encoder and of decoder."""
+    encoder: str | None = None
+    """Folder or hub id of the frozen encoder, whose tokenizer is used."""
+    latent_noise: float = 0.5
+    """Largest noise on the latents that the decoder is trained on, in standard deviations."""
+    token_dropout: float = 0.0
+    """Share of the tokens hidden from the encoder."""
+    kl_weight: float = 1e-4
+    """Weight of the KL to N(0, 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserShape:
+    """The denoiser of the second stage."""
+
+    hidden_size: int = 128
+    """Width."""
+    num_layers: int = 4
+    """Transformer layers."""
+    num_heads: int = 4
+    """Attention heads."""
+    schedule: Literal["flow", "cosine", "linear-beta", "sqrt", "sigmoid"] = "flow"
+    """Noise schedule."""
+    shift: float = 1.0
+    """Shift of the log-SNR by 2 log(shift); below 1 is noisier."""
+    parametrization: Literal["x0", "eps", "v", "flow"] = "x0"
+    """What the network predicts."""
+    weighting: str = "inverse-t"
+    """Weight of the loss over t: unit, x0, eps, v, flow, inverse-t, min-snr, sigmoid, elbo."""
+    answer: Literal["autoregressive", "masked"] = "autoregressive"
+    """How the answer is decoded; --objective.answer-weight 0 leaves it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRunConfig:
+    """One stage from data to checkpoint."""
+
+    out: str = "runs/latent"
+    """Folder of the run."""
+    stage: Literal["autoencoder", "denoiser", "rollout"] = "autoencoder"
+    """What is trained."""
+    task: str = "countdown"
+    """countdown, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks, answer."""
+    start: str | None = None
+    """Folder of the stage before: an autoencoder for the denoiser, a denoiser for the rollout."""
+    force: bool = False
+    """Train on an autoencoder that fails its gate."""
+    autoencoder: AutoencoderShape = field(default_factory=AutoencoderShape)
+    """The autoencoder (first stage)."""
+    denoiser: DenoiserShape = field(default_factory=DenoiserShape)
+    """The denoiser (second stage)."""
+    objective: ThoughtObjective = field(default_factory=ThoughtObjective)
+    """Losses of the denoiser."""
+    rollout: RolloutObjective = field(default_factory=RolloutObjective)
+    """What the third stage adds."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimisation and bookkeeping."""
+
+    def __post_init__(self) -> None:
+        find_task(self.task)
+        shape = self.denoiser
+        GaussianDiffusion(parametrization=shape.parametrization, weighting=shape.weighting)
+        if self.stage != "autoencoder" and self.start is None:
+            before = "an autoencoder" if self.stage == "denoiser" else "a denoiser"
+            raise ValueError(f"stage {self.stage} needs --start, the folder of {before}; got none.")
+
+    @classmethod
+    def read(cls, path: Path) -> "LatentRunConfig":
+        """Read recipe.json. Raises ValueError that names the entry that does not fit."""
+        return from_dict(cls, json.loads(path.read_text()), where=str(path))

@@ -1,0 +1,129 @@
+import pytest
+import torch
+
+from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder, gate_failures, measure_gate, reconstruction
+
+KINDS = {
+    "chunk": {},
+    "resampler": {"encoder_config": True},
+    "sentence": {"encoder_config": True, "num_latents": 1},
+    "thought": {},
+}
+
+
+def tiny(kind, **settings):
+    from transformers import BertConfig
+
+    torch.manual_seed(0)
+    extra = dict(KINDS[kind])
+    if extra.pop("encoder_config", None):
+        encoder = BertConfig(
+            vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16
+        )
+        extra["encoder_config"] = encoder.to_dict()
+    shape = {"vocab_size": 12, "block_tokens": 3, "latent_dim": 8, "hidden_size": 32, "num_layers": 1}
+    return TextAutoencoder(AutoencoderConfig(**{**shape, "kind": kind, **extra, **settings}))
+
+
+def blocks(count=40, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 12, (count, 3), generator=generator)
+    mask = torch.arange(3) < torch.randint(1, 4, (count, 1), generator=generator)
+    return ids * mask, mask
+
+
+def losses(model, ids, mask, *, noise=0.0):
+    size = (len(ids), model.config.num_latents, model.config.latent_dim)
+    return model(ids, mask, noise * torch.randn(size), torch.randn(size), torch.zeros_like(mask))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_saves_and_comes_back_with_its_normaliser(kind, tmp_path):
+    model, (ids, mask) = tiny(kind), blocks()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    assert bool(frozen) == (kind in ("resampler", "sentence"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    first, last = None, None
+    for _ in range(40):
+        nats, kl = losses(model, ids, mask)
+        (nats + 1e-4 * kl).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        first, last = first or float(nats.detach()), float(nats.detach())
+    assert last < 0.7 * first
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    model.eval().fit_normalizer(ids, mask)
+    latents = model.encode_normalized(ids, mask)
+    assert torch.allclose(latents.mean(0), torch.zeros(()), atol=1e-4)
+    assert torch.allclose(latents.std(0), torch.ones(()), atol=1e-3)
+    model.save_pretrained(tmp_path)
+    again = TextAutoencoder.from_pretrained(tmp_path).eval()
+    assert torch.allclose(again.encode_normalized(ids, mask), latents, atol=1e-6)
+    assert torch.equal(again.decode(latents), model.decode(latents))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_writes_what_teacher_forcing_finds_likeliest(kind):
+    model, (ids, mask) = tiny(kind).eval(), blocks(8)
+    model.fit_normalizer(ids, mask)
+    latents = model.encode_normalized(ids, mask).detach()
+    written = model.decode(latents)
+    with torch.no_grad():
+        assert torch.equal(model.decoder(model.denormalize(latents), written).argmax(-1), written)
+
+
+@pytest.mark.parametrize("kind", ["resampler", "sentence", "thought"])
+def test_padding_does_not_reach_the_latents(kind):
+    model, (ids, mask) = tiny(kind).eval(), blocks()
+    other = torch.where(mask, ids, 7)
+    assert torch.allclose(model.encode(ids, mask)[0], model.encode(other, mask)[0], atol=1e-6)
+
+
+def test_noise_on_latents_is_relative_to_their_spread():
+    """Larger latents change nothing, so that they do not grow to drown the noise."""
+    model, (ids, mask) = tiny("chunk").eval(), blocks()
+    seen = []
+    model.decoder.forward = lambda z, ids: seen.append(z) or torch.zeros(*ids.shape, 12)
+    encode = model.encode
+    for scale in (1.0, 100.0):
+        model.encode = lambda ids, mask, scale=scale: (scale * encode(ids, mask)[0], torch.full((40, 2, 8), -40.0))
+        torch.manual_seed(0)
+        losses(model, ids, mask, noise=1.0)
+    assert torch.allclose(seen[1], 100 * seen[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_gate_measures_exact_blocks_at_relative_noise():
+    model, (ids, mask) = tiny("chunk").eval(), blocks()
+    model.fit_normalizer(ids, mask)
+    latents, codes = model.encode_normalized(ids, mask), ids
+
+    def nearest(z):
+        return codes[torch.cdist(z.flatten(1), latents.flatten(1)).argmin(1)]
+
+    model.decode = nearest  # a perfect decoder
+    generator = torch.Generator().manual_seed(0)
+    assert reconstruction(model, ids, mask, noise=0.0, generator=generator) == 1.0
+    assert reconstruction(model, ids, mask, noise=50.0, generator=generator) < 0.5
+    gate = measure_gate(model, ids, mask)
+    assert list(gate) == ["0", "0.1", "0.25", "0.5", "0.75"]
+
+
+def test_a_gate_that_was_missed_or_never_measured_is_told():
+    assert gate_failures({"0": 1.0, "0.25": 0.96}) == []
+    assert gate_failures({"0": 1.0, "0.25": 0.9}) == ["90.0 % of blocks exact at noise 0.25 (wanted 95 %)"]
+    assert len(gate_failures(None)) == 2
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TextAutoencoder(AutoencoderConfig(kind="vae")), "unknown autoencoder 'vae'; known are chunk"),
+        (lambda: tiny("sentence", num_latents=2), "a sentence vector is one latent; got num_latents=2"),
+        (lambda: TextAutoencoder(AutoencoderConfig(kind="resampler")), "needs encoder=, a folder or hub id"),
+        (lambda: tiny("chunk").decode(torch.zeros(1, 2, 8)), "no normaliser; got scale 0"),
+        (lambda: tiny("chunk").encode_normalized(*blocks()), "no normaliser"),
+    ],
+)
+def test_mistakes_are_told(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,188 @@
+"""The two-copy mask against separate forwards, gradients, and what may not leak."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_thinker import tiny_batch, tiny_thinker
+
+from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
+from redraft.latent.objective import ThoughtObjective, _Draws, _joint, _two_copies
+from redraft.latent.rollout import RolloutObjective
+from redraft.latent.sequence import Latents, Tokens
+from redraft.layouts import two_copy_mask
+
+CERTAIN = ThoughtObjective(drop_prompt=0.0, context_noise=0.0, joint=0.0, self_conditioning=0.0)
+
+
+def run(thinker, batch, objective=CERTAIN):
+    draws = _Draws(seed=0, step=0, batch=batch)
+    sequence, noised = _two_copies(objective, thinker.denoiser, thinker.denoiser.config.process, batch, draws)
+    with torch.no_grad():
+        return sequence, noised, thinker.denoiser(sequence.tokens, sequence.latents, sequence.mask)
+
+
+def test_the_mask_equals_a_loop_over_pairs():
+    torch.manual_seed(0)
+    block, copy = torch.randint(0, 4, (3, 12)), torch.randint(0, 3, (3, 12))
+    is_valid = torch.rand(3, 12) < 0.8
+    mask = two_copy_mask(block, copy, is_valid=is_valid)
+    for b in range(3):
+        for q in range(12):
+            for k in range(12):
+                own = block[b, q] == block[b, k] and copy[b, q] == copy[b, k]
+                earlier = copy[b, k] == 0 and block[b, k] < block[b, q]
+                assert mask[b, 0, q, k] == (q == k or bool(is_valid[b, k] and (own or earlier)))
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("answer", ["autoregressive", "masked"])
+def test_one_pass_equals_separate_forwards_of_every_block_and_of_the_answer(answer, copies):
+    """Each piece alone: [prompt | clean blocks before it | itself], row by row, without padding."""
+    thinker = tiny_thinker(answer=answer)
+    batch, config = tiny_batch(thinker), thinker.denoiser.config
+    size, count = config.num_latents, config.max_blocks
+    sequence, _, hidden = run(thinker, batch, replace(CERTAIN, copies=copies))
+    for row in range(len(batch.prompt)):
+        length, real = int(batch.is_prompt[row].sum()), int(batch.num_blocks[row])
+        for copy in range(1 + copies):
+            for block in range(real):
+                kept = list(range(block * size)) if copy else []
+                start = (copy * count + block) * size
+                own = list(range(start, start + size)) if copy else list(range((block + 1) * size))
+                alone = forward_alone(
+                    thinker, sequence, row, length, kept + own, block_causal=len(kept) // size or None
+                )
+                whole = hidden.latents[row, own[-size:]]
+                assert torch.allclose(alone.latents[0, -size:], whole, atol=1e-9), (row, copy, block)
+        alone = forward_alone(thinker, sequence, row, length, list(range(real * size)), with_answer=True)
+        assert torch.allclose(alone.tokens[0, length:], hidden.tokens[row, batch.prompt.shape[1] :], atol=1e-9)
+
+
+def forward_alone(thinker, sequence, row, length, latents, *, with_answer=False, block_causal=None):
+    """Run some latents of one row behind its prompt, with a mask written down by hand."""
+    config = thinker.denoiser.config
+    width, size = sequence.tokens.ids.shape[1], config.num_latents
+    kept = list(range(length)) + (list(range(config.prompt_tokens, width)) if with_answer else [])
+
+    def take(kind, columns, *names):
+        return {name: getattr(kind, name)[row : row + 1, columns] for name in names}
+
+    tokens = Tokens(**take(sequence.tokens, kept, "ids", "positions", "is_null"))
+    chosen = Latents(**take(sequence.latents, latents, "z_t", "x_0", "t", "positions"))
+    answers, total = len(kept) - length, len(kept) + len(latents)
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    mask[:, :length] = True  # everything sees the prompt
+    for q in range(len(latents)):
+        for k in range(len(latents)):
+            mask[len(kept) + q, len(kept) + k] = k // size <= q // size
+    mask[length : len(kept), len(kept) :] = True  # the answer sees all thoughts
+    order = torch.ones(answers, answers, dtype=torch.bool)
+    mask[length : len(kept), length : len(kept)] = order.tril() if config.answer == "autoregressive" else order
+    with torch.no_grad():
+        return thinker.denoiser(tokens, chosen, mask[None, None])
+
+
+def test_a_noisy_block_does_not_see_its_own_clean_copy_or_what_comes_after():
+    thinker = tiny_thinker()
+    batch = replace(tiny_batch(thinker), num_blocks=torch.full((6,), 3))
+    size = thinker.denoiser.config.num_latents
+    sequence, _, hidden = run(thinker, batch)
+    changed = sequence.latents.z_t.clone()
+    changed[:, size : 3 * size] += 1.0  # clean blocks 2 and 3
+    with torch.no_grad():
+        other = thinker.denoiser(sequence.tokens, replace(sequence.latents, z_t=changed), sequence.mask)
+    moved = (other.latents - hidden.latents).abs().amax(-1)[:, 3 * size :]
+    assert moved[:, : 2 * size].max() == 0  # noisy blocks 1 and 2
+    assert moved[:, 2 * size :].min() > 0  # noisy block 3 sees clean block 2
+
+
+def test_noisy_copies_share_the_positions_of_their_clean_ones():
+    thinker = tiny_thinker()
+    sequence, _, _ = run(thinker, tiny_batch(thinker), replace(CERTAIN, copies=2))
+    positions = sequence.latents.positions.unflatten(1, (3, -1))
+    assert (positions == positions[:, :1]).all()
+
+
+def test_revision_sees_all_blocks_and_one_is_noisy():
+    thinker = tiny_thinker()
+    batch = tiny_batch(thinker)
+    draws = _Draws(seed=0, step=0, batch=batch)
+    sequence, noised = _joint(CERTAIN, thinker.denoiser, thinker.denoiser.config.process, batch, draws)
+    assert (sequence.is_noisy.sum(1) == thinker.denoiser.config.num_latents).all()
+    assert (sequence.is_noisy <= sequence.is_valid[:, 5:]).all()
+    assert torch.equal(noised.z_t[~sequence.is_noisy], batch.blocks.flatten(1, 2)[~sequence.is_noisy])
+
+
+@pytest.mark.parametrize("answer", ["autoregressive", "masked"])
+def test_every_gradient_reaches_what_it_should(answer):
+    thinker = tiny_thinker(answer=answer)
+    batch, model = tiny_batch(thinker), thinker.denoiser
+    reached = {}
+    for name in ("flow", "stop", "answer"):
+        model.zero_grad()
+        losses = replace(CERTAIN, drop_prompt=0.5)(model, batch, seed=0, step=0)
+        losses[name].backward()
+        reached[name] = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    heads = {"out.weight", "out.bias", "stop.weight", "stop.bias"}
+    body = {name for name, _ in model.named_parameters()} - heads
+    assert reached["flow"] == body | {"out.weight", "out.bias"}
+    assert reached["stop"] == body | {"stop.weight", "stop.bias"}
+    assert reached["answer"] == body
+
+
+def test_self_conditioning_carries_no_gradient_but_changes_the_output():
+    thinker = tiny_thinker()
+    batch = tiny_batch(thinker)
+    plain = CERTAIN(thinker.denoiser, batch, seed=0, step=0)
+    conditioned = replace(CERTAIN, self_conditioning=1.0)(thinker.denoiser, batch, seed=0, step=0)
+    assert not torch.allclose(plain["flow"], conditioned["flow"])
+    assert torch.allclose(plain["stop"], conditioned["stop"])  # clean blocks are told nothing
+
+
+def test_rows_draw_the_same_noise_whatever_blocks_they_have():
+    thinker = tiny_thinker()
+    batch = tiny_batch(thinker)
+    one = CERTAIN(thinker.denoiser, batch, seed=0, step=3)
+    again = CERTAIN(thinker.denoiser, batch, seed=0, step=3)
+    other = CERTAIN(thinker.denoiser, batch, seed=0, step=4)
+    assert one["loss"] == again["loss"] != other["loss"]
+
+
+@pytest.mark.parametrize("answer", ["autoregressive", "masked"])
+def test_rollout_sends_the_answers_gradient_through_the_thoughts(answer):
+    thinker = tiny_thinker(answer=answer)
+    losses = RolloutObjective(steps=2)(thinker.denoiser, tiny_batch(thinker), seed=0, step=0)
+    losses["loss"].backward()
+    assert thinker.denoiser.out.weight.grad.abs().sum() > 0  # only the thoughts use this head
+
+
+def test_a_model_learns_one_batch_by_heart():
+    thinker = tiny_thinker(seed=1)
+    model, batch = thinker.denoiser.float(), tiny_batch(thinker)
+    batch = replace(batch, blocks=batch.blocks.float())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+    seen = []
+    for step in range(25):
+        losses = CERTAIN(model, batch, seed=0, step=step)
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append({name: float(loss.detach()) for name, loss in losses.items()})
+    for name in ("flow", "answer", "stop"):
+        assert sum(s[name] for s in seen[-5:]) < 0.8 * sum(s[name] for s in seen[:5]), name
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LatentDenoiser(LatentDenoiserConfig(answer="greedy")), "unknown answer decoder 'greedy'"),
+        (lambda: LatentDenoiser(LatentDenoiserConfig(hidden_size=30)), "multiple of 2 num_heads; got 30 and 4"),
+        (lambda: ThoughtObjective(copies=0), "copies must be at least 1"),
+        (lambda: ThoughtObjective(drop_prompt=2.0), "drop_prompt must be in"),
+        (lambda: RolloutObjective(steps=0), "rollout.steps must be at least 1"),
+    ],
+)
+def test_mistakes_are_told(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

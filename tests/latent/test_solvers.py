@@ -1,0 +1,240 @@
+"""Solvers against the exact denoiser of a mixture of two Gaussians, and against diffusers."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from redraft.latent.solvers import SOLVERS, Ancestral, Churn, Heun, solve, solver_from_name, uniform_times
+from redraft.processes.gaussian import PARAMETRIZATIONS, GaussianDiffusion
+from redraft.schedules import GAUSSIAN_SCHEDULES, gaussian_schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' tables
+
+MEANS, STD = torch.tensor([-1.0, 1.0], dtype=torch.float64), 0.3
+RANDOM = ("ancestral", "churn")
+GENERATOR = torch.Generator()
+
+
+def exact_x_0(path, z, t):
+    """E[x_0 | z_t] where x_0 is -1 or 1 with equal odds, plus noise of std 0.3."""
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    variance = (alpha * STD) ** 2 + sigma**2
+    misfit = z[..., None] - alpha * MEANS
+    posterior = (-(misfit**2) / (2 * variance)).softmax(-1)
+    return (posterior * (MEANS + alpha * STD**2 / variance * misfit)).sum(-1)
+
+
+def normal(count):
+    """Quantiles of N(0, 1): a sample without chance."""
+    return torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+
+
+def mixture(count):
+    """Quantiles of the mixture."""
+    grid = torch.linspace(-3, 3, 4001, dtype=torch.float64)
+    cdf = torch.special.ndtr((grid[:, None] - MEANS) / STD).mean(1)
+    wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return grid[torch.searchsorted(cdf, wanted)]
+
+
+def distance(solver, path, *, steps, start=1.0, count=4000, denoise=exact_x_0):
+    """Wasserstein-1 between what the solver makes and the mixture."""
+    GENERATOR.manual_seed(0)
+    noise = lambda _: torch.randn(count, dtype=torch.float64, generator=GENERATOR)  # noqa: E731
+    made = solve(
+        solver, path, lambda z, t: denoise(path, z, t), normal(count), uniform_times(steps, start=start), noise=noise
+    )
+    return float((made.sort().values - mixture(count)).abs().mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "bound"),
+    [
+        ("ddim", 50, 0.03),
+        ("ancestral", 50, 0.05),
+        ("heun", 50, 0.01),
+        ("midpoint", 50, 0.01),
+        ("churn", 50, 0.03),
+        ("dpm++2m", 20, 0.06),
+        ("heun", 20, 0.01),
+        ("midpoint", 20, 0.01),
+    ],
+)
+def test_flow_reaches_the_mixture(name, steps, bound):
+    """200,000 samples for the random solvers; quantiles, which need fewer, for the others."""
+    count = 200_000 if name in RANDOM else 4000
+    assert distance(SOLVERS[name], gaussian_schedule("flow"), steps=steps, count=count) <= bound
+
+
+@pytest.mark.parametrize("schedule", GAUSSIAN_SCHEDULES)
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_converges_for_every_schedule_and_parametrization(schedule, parametrization, name):
+    """Uniform t suits `sqrt` badly: its log-SNR falls from infinity to 1.3 within the first 5 % of t."""
+    path = gaussian_schedule(schedule)
+    process = GaussianDiffusion(schedule=path, parametrization=parametrization)
+
+    def through(path, z, t):
+        """Hand the exact estimate over in the network's own terms."""
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        x_0 = exact_x_0(path, z, t)
+        at = t.expand(z.shape)
+        return process.predict_x_0(
+            process.target(x_0[:, None], ((z - alpha * x_0) / sigma)[:, None], at), z[:, None], at
+        )[:, 0]
+
+    start = 0.999 if parametrization == "eps" else 1.0  # at t = 1 eps says nothing of x_0
+    count = 4000 if name in RANDOM else 400
+    fine = distance(SOLVERS[name], path, steps=40, start=start, count=count, denoise=through)
+    coarse = distance(SOLVERS[name], path, steps=4, start=start, count=count, denoise=through)
+    assert fine < 0.7 * coarse or fine < 0.02
+    assert fine < (0.1 if schedule == "sqrt" else 0.06 if name in RANDOM else 0.03)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_churn_converges_where_elfs_rule_does_not(gamma):
+    path = gaussian_schedule("flow")
+    assert distance(Churn(gamma=gamma), path, steps=200, count=20_000) < 0.02
+    GENERATOR.manual_seed(0)
+    z, times = normal(20_000), uniform_times(200)
+    for t, s in pairwise(times):
+        keep = 1 - gamma / 200
+        z = keep * z + (1 - keep) * torch.randn(20_000, dtype=torch.float64, generator=GENERATOR)
+        back = 1 - keep * (1 - t)
+        z = z + (s - back) * (z - exact_x_0(path, z, back)) / back
+    assert (z.sort().values - mixture(20_000)).abs().mean() > 0.1  # the negative control
+
+
+def test_a_solver_with_two_estimates_asks_twice_a_step():
+    asked = []
+    solve(
+        Heun(),
+        gaussian_schedule("flow"),
+        lambda z, t: asked.append(float(t)) or z,
+        normal(8),
+        uniform_times(4),
+        noise=normal,
+    )
+    assert asked == [1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]  # the last step is Euler's
+
+
+@dataclass(frozen=True)
+class Table:
+    """A schedule read from diffusers' tables: t is an index."""
+
+    alphas: Tensor
+    sigmas: Tensor
+
+    def alpha(self, t):
+        return self.alphas[t.long()]
+
+    def sigma(self, t):
+        return self.sigmas[t.long()]
+
+    def inverse(self, log_snr):
+        raise AssertionError
+
+
+def drive(scheduler, path, z, *, prediction, steps, **step_arguments):
+    """Run a scheduler of diffusers on the exact denoiser; `prediction` turns x_0 into what it expects."""
+    for i, timestep in enumerate(scheduler.timesteps):
+        x_0 = exact_x_0(path, z, torch.tensor(i))
+        z = scheduler.step(prediction(i, z, x_0), timestep, z, **step_arguments).prev_sample
+    assert len(scheduler.timesteps) == steps
+    return z
+
+
+@pytest.fixture(params=[4, 20])
+def steps(request):
+    return request.param
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_and_ancestral_equal_diffusers(eta, steps):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(prediction_type="sample", clip_sample=False, set_alpha_to_one=True)
+    scheduler.set_timesteps(steps)
+    kept = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], torch.ones(1)]).double()
+    path = Table(kept.sqrt(), (1 - kept).sqrt())
+    draws = torch.randn(steps, 64, dtype=torch.float64)
+    z = normal(64)
+    for i, timestep in enumerate(scheduler.timesteps):
+        x_0 = exact_x_0(path, z, torch.tensor(i))
+        noise = {"variance_noise": draws[i]} if eta else {}
+        z = scheduler.step(x_0, timestep, z, eta=eta, **noise).prev_sample
+    ours = solve(
+        Ancestral(eta=eta),
+        path,
+        lambda z, t: exact_x_0(path, z, t),
+        normal(64),
+        torch.arange(steps + 1.0),
+        noise=lambda i: draws[i],
+    )
+    assert (ours - z).abs().max() < 1e-5
+
+
+def test_euler_on_flow_equals_diffusers(steps):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.double()
+    path = Table(1 - sigmas, sigmas)
+    theirs = drive(scheduler, path, normal(64), steps=steps, prediction=lambda i, z, x_0: (z - x_0) / sigmas[i])
+    ours = solve(
+        SOLVERS["ddim"], path, lambda z, t: exact_x_0(path, z, t), normal(64), torch.arange(steps + 1.0), noise=normal
+    )
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_heun_on_flow_equals_diffusers(steps):
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
+    scheduler = FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]]).double()
+    path, z = Table(1 - sigmas, sigmas), normal(64)
+    order = [0, *(i for i in range(1, steps) for _ in (0, 1))]  # which sigma each of its half steps stands at
+    for index, timestep in zip(order, scheduler.timesteps, strict=True):
+        slope = (z - exact_x_0(path, z, torch.tensor(index))) / sigmas[index]
+        z = scheduler.step(slope, timestep, z).prev_sample
+    ours = solve(Heun(), path, lambda z, t: exact_x_0(path, z, t), normal(64), torch.arange(steps + 1.0), noise=normal)
+    assert (ours - z).abs().max() < 1e-5
+
+
+def test_dpm_solver_2m_equals_diffusers(steps):
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", solver_order=2, prediction_type="sample")
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.double()
+    alphas = 1 / (1 + sigmas**2).sqrt()
+    path = Table(alphas, alphas * sigmas)
+    theirs = drive(scheduler, path, normal(64), steps=steps, prediction=lambda i, z, x_0: x_0)
+    ours = solve(
+        SOLVERS["dpm++2m"],
+        path,
+        lambda z, t: exact_x_0(path, z, t),
+        normal(64),
+        torch.arange(steps + 1.0),
+        noise=normal,
+    )
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: solver_from_name("dpm2m"), "unknown solver 'dpm2m'.*Did you mean 'dpm\\+\\+2m'"),
+        (lambda: uniform_times(0), "steps must be at least 1; got 0"),
+        (lambda: Ancestral(eta=1.5), "eta must be in"),
+        (lambda: Churn(gamma=-1.0), "gamma must not be negative"),
+    ],
+)
+def test_mistakes_are_told(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,152 @@
+"""The stages as a user runs them: autoencoder, denoiser, rollout, think; and their mistakes."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import redraft
+from redraft.cli import _dispatch
+from redraft.recipes import RECIPES
+from redraft.training.latent import run_stage
+from redraft.training.latent_config import LatentRunConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def shrunk(config, **changes):
+    """A recipe cut down to a few steps of a few dozen parameters."""
+    return replace(
+        config,
+        autoencoder=replace(config.autoencoder, hidden_size=32, latent_dim=4),
+        denoiser=replace(config.denoiser, hidden_size=32, num_layers=1, num_heads=2),
+        rollout=replace(config.rollout, steps=2),
+        train=replace(config.train, batch_size=8, max_steps=4, log_every=2, device="cpu", precision="float32"),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("task") / "sums.jsonl"
+    pairs = [(a, b) for a in range(8) for b in range(8)]
+    rows = [
+        {"prompt": f"{a} {b}", "blocks": [f"{a} + {b}", f"= {a + b}"][: 1 + a % 2], "answer": f"{a + b}"}
+        for a, b in pairs
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, task_file):
+    """The three stages, one after another."""
+    folder, console = tmp_path_factory.mktemp("runs"), Console(quiet=True)
+    started = {}
+    for stage, before in (("autoencoder", None), ("denoiser", "autoencoder"), ("rollout", "denoiser")):
+        start = None if before is None else str(folder / before)
+        config = shrunk(RECIPES[f"latent-{stage}"](), out=str(folder / stage), task=task_file, start=start, force=True)
+        started[stage] = run_stage(config, console=console)
+    return started
+
+
+def test_each_stage_writes_a_whole_folder(runs):
+    for stage, folder in runs.items():
+        names = {path.name for path in folder.iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.json", "recipe.json", "log.jsonl"} <= names
+        assert ("autoencoder" in names) == (stage != "autoencoder")
+        assert json.loads((folder / "config.json").read_text())["stage"] == stage
+        assert LatentRunConfig.read(folder / "recipe.json").stage == stage
+
+
+def test_logs_hold_the_parts_of_the_loss(runs):
+    lines = [json.loads(line) for line in (runs["rollout"] / "log.jsonl").read_text().splitlines()]
+    assert {"loss", "flow", "stop", "rollout"} <= set(lines[0])
+
+
+@pytest.mark.parametrize("stage", ["denoiser", "rollout"])
+def test_a_trained_model_thinks_and_answers_the_same_twice(runs, stage):
+    thinker = redraft.load_thinker(runs[stage], device="cpu")
+    once, again = (thinker.think("3 4", steps=2, samples=2, seed=1)[0] for _ in range(2))
+    assert [(s.text, s.answer) for s in once] == [(s.text, s.answer) for s in again]
+    assert all(torch.equal(a.thoughts[0].latents, b.thoughts[0].latents) for a, b in zip(once, again, strict=True))
+
+
+def test_think_shows_thoughts_forming_and_writes_a_page(runs, tmp_path, capsys):
+    arguments = ["think", str(runs["denoiser"]), "3 4", "--blocks", "2", "--steps", "4", "--show"]
+    assert _dispatch([*arguments, "--trace", str(tmp_path / "page.html"), "--force-blocks"]) == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"t = ([\d.]+)", shown) == ["1", "0.75", "0.5", "0.25", "0"] * 2
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<table>") == 2
+    assert page.count("<tr>") == 8
+    assert _dispatch([*arguments[:3], "--json", "--samples", "2"]) == 0
+    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 2
+
+
+def test_check_prints_the_gate_and_fails_where_it_is_missed(runs, capsys):
+    assert _dispatch(["latent", "check", str(runs["denoiser"])]) == 1
+    shown = capsys.readouterr().out
+    assert re.findall(r"relative noise ([\d.]+)", shown) == ["0", "0.1", "0.25", "0.5", "0.75"]
+    assert "the gate is missed" in shown
+
+
+def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys):
+    autoencoder, denoiser, rollout = (str(runs[stage]) for stage in ("autoencoder", "denoiser", "rollout"))
+    out = ["--out", str(tmp_path / "out"), "--task", task_file]
+    for arguments, message in [
+        (["think", denoiser, "3 4", "--blocks", "0"], "blocks must be at least 1; got 0"),
+        (["think", denoiser, "3 4", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["think", denoiser, "1 2 3 4 5 6 7"], "a prompt must have 1 to 2 tokens, as in training; got 7"),
+        (["think", autoencoder, "3 4"], "must be of stage denoiser or rollout; it is of stage 'autoencoder'"),
+        (["latent", "chek", denoiser], "unknown action 'chek'.*'check'"),
+        (["train", "latent-denoiser", "--start", denoiser, *out], "of stage autoencoder; it is of stage 'denoiser'"),
+        (["train", "latent-rollout", "--start", autoencoder, *out], "of stage denoiser; it is of stage 'autoencoder'"),
+        (["train", "latent-rollout", "--start", rollout, *out], "of stage denoiser; it is of stage 'rollout'"),
+        (["train", "latent-denoiser", "--start", autoencoder, *out], "fails its gate: .*Train it longer, or --force"),
+        (["train", "latent-denoiser", "--start", str(tmp_path / "no"), *out], "the folder does not exist"),
+        (["train", "latent-denoiser", "--start", autoencoder, "--resume", *out], "cannot be resumed"),
+        (["train", "latent-autoencoder", "--task", "sums"], "unknown task 'sums'"),
+        (["train", "latent-autoencoder", "--denoiser.weighting", "x", *out], "unknown weighting 'x'"),
+    ]:
+        assert _dispatch(arguments) == 2, arguments
+        told = capsys.readouterr().err.strip().splitlines()
+        assert len(told) == 1
+        assert re.search(message, told[0]), told
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_autoencoder_without_a_normaliser_is_refused(runs, tmp_path):
+    from redraft.latent.autoencoder import TextAutoencoder
+    from redraft.latent.checkpoint import load_autoencoder
+    from redraft.training.latent import check_gate
+
+    model, tokenizer = load_autoencoder(runs["autoencoder"])
+    TextAutoencoder(model.config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no normaliser; got scale 0"):
+        check_gate(load_autoencoder(tmp_path)[0], str(tmp_path), force=True)
+
+
+def test_rollout_needs_an_answer_decoder(runs, task_file, tmp_path):
+    config = shrunk(RECIPES["latent-denoiser"](), out=str(tmp_path / "mute"), task=task_file, force=True)
+    mute = run_stage(
+        replace(config, start=str(runs["autoencoder"]), objective=replace(config.objective, answer_weight=0.0)),
+        console=Console(quiet=True),
+    )
+    assert redraft.load_thinker(mute).think("1 2", steps=1)[0][0].answer == ""
+    with pytest.raises(ValueError, match="has no answer decoder, whose loss rollout needs"):
+        run_stage(shrunk(RECIPES["latent-rollout"](), out=str(tmp_path / "r"), task=task_file, start=str(mute)))
+
+
+def test_the_own_task_of_the_page_trains_and_thinks(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/latent-thinking.md").read_text(), flags=re.DOTALL)
+    assert len(code.strip().splitlines()) <= 30
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("max_steps=1000", "max_steps=2"), names)
+    assert len(names["samples"]) == 4

@@ -1,0 +1,171 @@
+"""Thinking: cached equals uncached, rows are independent, the dials do what they say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_thinker import tiny_thinker
+
+from redraft.latent.objective import prompt_tokens
+from redraft.latent.sequence import Latents
+from redraft.latent.solvers import solve, solver_from_name, uniform_times
+from redraft.latent.thinking import ThinkingConfig, Thought, TrainOfThought, _Run, vote
+from redraft.layouts import two_copy_mask
+
+PROMPTS = ["1 2 3", "4 5 6 7 8"]
+
+
+def same(a, b):
+    return len(a.thoughts) == len(b.thoughts) and all(
+        torch.allclose(x.latents, y.latents, atol=1e-9) for x, y in zip(a.thoughts, b.thoughts, strict=True)
+    )
+
+
+def x_0_without_cache(thinker, prompt, blocks, z, guess, t):
+    """Estimate the block after `blocks` in one pass over [prompt | blocks | z]."""
+    model = thinker.denoiser
+    ids = torch.tensor([thinker.tokenizer(prompt)["input_ids"]])
+    tokens, _ = prompt_tokens(ids, torch.zeros(1, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
+    clean = torch.cat([z[:, :0], *(block[None] for block in blocks)], dim=1)
+    number = torch.arange(1, len(blocks) + 2)
+    times = torch.cat([torch.zeros(1, clean.shape[1]), t.expand(1, z.shape[1])], dim=1).double()
+    latents = Latents(
+        z_t=torch.cat([clean, z], 1), x_0=torch.cat([clean, guess], 1), t=times,
+        positions=model.config.latent_positions(number).flatten()[None],
+    )  # fmt: skip
+    block = torch.cat([torch.zeros_like(ids), number.repeat_interleave(z.shape[1])[None]], dim=1)
+    mask = two_copy_mask(block, torch.zeros_like(block), is_valid=torch.ones_like(block, dtype=torch.bool))
+    hidden = model(tokens, latents, mask).latents[:, -z.shape[1] :]
+    return model.config.process.predict_x_0(model.out(hidden), z, t.double().expand(z.shape[:2]))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++2m", "heun", "ancestral"])
+def test_cached_equals_uncached(solver):
+    thinker = tiny_thinker()
+    ((sample,), _) = thinker.think(PROMPTS, steps=3, solver=solver, force_blocks=True)
+    run = _Run.start(thinker, PROMPTS[:1], ThinkingConfig(steps=3), is_traced=False)  # for its noise
+    done = []
+    for block, thought in enumerate(sample.thoughts, start=1):
+        guess = [torch.zeros(1, 2, 4, dtype=torch.float64)]
+
+        def estimate(z, t, guess=guess):
+            with torch.no_grad():
+                guess.append(x_0_without_cache(thinker, PROMPTS[0], done, z, guess[-1], t))
+            return guess[-1]
+
+        path = thinker.denoiser.config.process.schedule
+        noise = lambda i, block=block: run._noise(block, i + 1)  # noqa: E731
+        z = solve(solver_from_name(solver), path, estimate, run._noise(block, 0), uniform_times(3), noise=noise)
+        assert torch.allclose(z[0], thought.latents, atol=1e-9)
+        done.append(thought.latents)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"cfg": 2.0}, {"early_exit": True, "steps": 8}, {"revise": 1, "cfg": 1.5}, {"solver": "ancestral"}]
+)
+@pytest.mark.parametrize("answer", ["autoregressive", "masked"])
+def test_a_row_is_what_it_would_be_alone(settings, answer):
+    thinker = tiny_thinker(answer=answer)
+    together = thinker.think(PROMPTS, samples=2, **{"steps": 3, **settings})
+    for prompt, samples in zip(PROMPTS, together, strict=True):
+        (alone,) = thinker.think(prompt, samples=1, **{"steps": 3, **settings})
+        assert same(alone[0], samples[0])
+        assert alone[0].answer == samples[0].answer
+        assert alone[0].forwards == samples[0].forwards
+        assert not same(samples[0], samples[1])
+
+
+def test_forwards_are_counted_per_row():
+    thinker = tiny_thinker()
+    for solver, per_block in (("ddim", 4), ("heun", 7), ("midpoint", 8)):
+        ((sample,),) = thinker.think("1 2", steps=4, solver=solver, force_blocks=True)
+        assert sample.forwards == 3 * (per_block + 1) + 3  # commits, and an answer of three tokens
+        assert sample.stop == "blocks"
+
+
+def test_the_stop_head_ends_the_thoughts():
+    thinker = tiny_thinker()
+    with torch.no_grad():
+        thinker.denoiser.stop.bias.fill_(1e6)
+    ((sample,),) = thinker.think("1 2", steps=2)
+    assert (len(sample.thoughts), sample.stop) == (1, "stop head")
+
+
+def test_the_trace_shows_every_step_and_early_exit_saves_some():
+    thinker = tiny_thinker()
+    ((full,),) = thinker.think("1 2", steps=12, trace=True, force_blocks=True)
+    assert [t for t, _ in full.thoughts[0].steps] == pytest.approx([1 - i / 12 for i in range(12)])
+    with torch.no_grad():
+        thinker.autoencoder.decoder.head.weight.zero_()  # now every estimate decodes to the same text
+    ((early,),) = thinker.think("1 2", steps=12, trace=True, early_exit=True, force_blocks=True)
+    assert [len(thought.steps) for thought in early.thoughts] == [3, 3, 3]
+    assert full.forwards - early.forwards == 3 * 9
+
+
+def test_guidance_of_one_changes_nothing_and_of_two_does():
+    thinker = tiny_thinker()
+    ((plain,),) = thinker.think("1 2", steps=3)
+    ((near,),) = thinker.think("1 2", steps=3, cfg=1 + 1e-9)  # the guided path, without effect
+    ((guided,),) = thinker.think("1 2", steps=3, cfg=2.0)
+    assert torch.allclose(plain.thoughts[0].latents, near.thoughts[0].latents, atol=1e-6)
+    assert not torch.allclose(plain.thoughts[0].latents, guided.thoughts[0].latents, atol=1e-3)
+
+
+def test_repulsion_spreads_the_samples_of_a_prompt_and_leaves_other_prompts_alone():
+    thinker = tiny_thinker()
+
+    def spread(diversity):
+        samples = thinker.think(PROMPTS, samples=4, steps=4, diversity=diversity, blocks=1)[0]
+        return torch.pdist(torch.stack([s.thoughts[0].latents.flatten() for s in samples])).mean()
+
+    assert spread(0.5) > 1.05 * spread(0.0)
+    (alone,) = thinker.think(PROMPTS[1], samples=4, steps=4, diversity=0.5)
+    together = thinker.think(PROMPTS, samples=4, steps=4, diversity=0.5)[1]
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_revision_changes_the_least_stable_block_alone():
+    thinker = tiny_thinker()
+    ((before,),) = thinker.think("1 2", steps=4, force_blocks=True)
+    ((after,),) = thinker.think("1 2", steps=4, force_blocks=True, revise=1)
+    least = max(range(3), key=lambda b: before.thoughts[b].instability)
+    changed = [not torch.equal(before.thoughts[b].latents, after.thoughts[b].latents) for b in range(3)]
+    assert changed == [b == least for b in range(3)]
+
+
+def test_what_is_committed_can_be_intervened_in():
+    thinker = tiny_thinker()
+    ((plain,),) = thinker.think("1 2", steps=3, force_blocks=True)
+    ((zeroed,),) = thinker.think("1 2", steps=3, force_blocks=True, intervene=lambda block, z: torch.zeros_like(z))
+    assert torch.equal(plain.thoughts[0].latents, zeroed.thoughts[0].latents)  # made before anything was committed
+    assert not torch.allclose(plain.thoughts[1].latents, zeroed.thoughts[1].latents)
+
+
+def test_a_vote_takes_the_commonest_answer_or_the_first_verified():
+    samples = [TrainOfThought(thoughts=[], answer=a, forwards=1, stop="blocks") for a in ("x", "y", "z", "y")]
+    assert vote(samples).answer == "y"
+    assert vote(samples, verify=lambda sample: sample.answer == "z").answer == "z"
+    assert vote(samples, verify=lambda sample: False).answer == "y"
+    thought = Thought(latents=torch.zeros(1, 1), text="a", steps=[], instability=0.0)
+    assert vote([replace(samples[0], answer="", thoughts=[thought])]).text == "a"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("1", {"blocks": 0}, "blocks must be at least 1; got 0"),
+        ("1", {"steps": 0}, "steps must be at least 1; got 0"),
+        ("1", {"samples": 0}, "samples must be at least 1"),
+        ("1", {"blocks": 9}, "blocks must be at most the 3 the model was built for; got 9"),
+        ("1", {"solver": "euler"}, "unknown solver 'euler'"),
+        ("1", {"step": 3}, "unknown setting 'step'.*Did you mean 'steps'"),
+        ("1", {"cfg": -1.0}, "cfg must not be negative"),
+        ("1", {"init_noise": 0.0}, "init_noise must be positive"),
+        ("1 2 3 4 5 6", {}, "a prompt must have 1 to 5 tokens, as in training; got 6"),
+        ("1 zwei", {}, "'zwei' is no word of this model"),
+        ([], {}, "there is no prompt"),
+    ],
+)
+def test_mistakes_are_told(prompt, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_thinker().think(prompt, **settings)
