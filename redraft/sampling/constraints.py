@@ -268,13 +268,10 @@ class CompiledConstraint:
         draws = [None] * len(places) if u is None or temperature == 0 else u.tolist()
         open_at = {place: (scores[i], draws[i]) for i, place in enumerate(places)}
         walk = self._forward(row, open_at, beta)
-        likeliest: list[int] = logits.argmax(dim=1).tolist()  # often the best of its class: nothing to search then
         chosen = []
         for i, place in enumerate(places):
             if place in self.limits.spans:
                 chosen.append(where.new_tensor(self.limits.spans[place]))
-            elif temperature == 0 and self._class(likeliest[i]) == walk[place][0]:
-                chosen.append(where.new_tensor(likeliest[i]))
             else:
                 chosen.append(self._token(walk[place], logits[i], temperature).to(where))
         return torch.stack(chosen)
@@ -405,6 +402,9 @@ class CompiledConstraint:
         """Pick the best token of a class, or the one on which the draw falls."""
         order, starts = self.automaton.tokens_by_class
         token_class, rest = chosen
+        is_large = starts[token_class + 1] - starts[token_class] > len(order) // 8
+        if temperature == 0 and is_large and self._class(likeliest := int(logits.argmax())) == token_class:
+            return torch.tensor(likeliest)  # reading all in order is faster than gathering a part
         tokens = torch.from_numpy(order[starts[token_class] : starts[token_class + 1]]).to(logits.device)
         inside = _tempered(logits[tokens], temperature)
         if temperature == 0:

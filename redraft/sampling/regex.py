@@ -1,8 +1,8 @@
 """Regular expressions to automata over the bytes of UTF-8.
 
-Python's own parser reads the pattern, so that what is generated is what `re.fullmatch` accepts. Existing packages were
-tried first: outlines-core 0.2.14 determinises the unanchored pattern too, which takes exponential time for bounded
-repetitions such as [0-9]{0,14} twice, and has no limit; llguidance gives masks from left to right, no automaton.
+Python's own parser reads the pattern, so that what is generated is what `re.fullmatch` accepts. outlines-core 0.2.14
+was tried first: its automata drop what follows a match without completing another, it determinises the unanchored
+pattern too, which takes exponential time for bounded repetitions such as [0-9]{0,14} twice, and nothing limits it.
 """
 
 import re
