@@ -48,7 +48,7 @@ def custom_generate(
     out = lm.generate(
         [row[real.bool()] for row, real in zip(input_ids, is_token, strict=True)],
         logits_processor=tuple(logits_processor),  # they hold the temperature and the cuts
-        streamer=streamer,
+        streamer=None if streamer is None else _PromptSeen(streamer),
         preset=preset,
         max_new_tokens=generation_config.max_length - input_ids.shape[1],
         steps=steps,
@@ -61,3 +61,22 @@ def custom_generate(
     padding = generation_config.pad_token_id
     new = pad_sequence(out.tokens, batch_first=True, padding_value=0 if padding is None else padding)
     return torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+
+
+class _PromptSeen:
+    """A streamer that has had its prompt: transformers puts it before it calls us."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.is_first = inner, True
+        if hasattr(inner, "put_draft"):
+            self.put_draft = inner.put_draft
+
+    def put(self, tokens: Tensor) -> None:
+        """Pass on all but the prompt."""
+        if not self.is_first:
+            self.inner.put(tokens)
+        self.is_first = False
+
+    def end(self) -> None:
+        """Pass on the end."""
+        self.inner.end()

@@ -217,7 +217,9 @@ class LanguageModel:
         """
         if isinstance(self.denoiser, EncoderDecoder):
             raise ValueError(f"{self.model.config.model_type} writes behind its prompt; it cannot fill holes.")
-        config = self.sampling_config(**{name: None for name in _OF_A_LENGTH if name in self.saved_sampling} | settings)
+        given = {name: None for name in _OF_A_LENGTH if name in self.saved_sampling} | settings
+        size = given.get("block_size")  # blocks of holes lie on the grid: no length need be a multiple of them
+        config = self.sampling_config(**given | {"block_size": None})
         encoded = [self._encode_with_holes(prompt) for prompt in _as_batch(prompts) for _ in range(config.num_samples)]
         rows, is_hole = [row for row, _ in encoded], [holes for _, holes in encoded]
         for row, holes in encoded:
@@ -229,8 +231,12 @@ class LanguageModel:
         config = config.for_infilling(num_holes=max(int(holes.sum()) for holes in is_hole))
         constrained = self._constrained(constraint, config, is_infilling=True)
         sampler = self._sampler(config, guides, logits_processor, constrained)
-        if isinstance(sampler.frontier, Blocks):  # holes lie anywhere: there is no prompt whose end could begin a grid
-            sampler = replace(sampler, frontier=GridBlocks(size=sampler.frontier.size))
+        if config.steps is None and config.forwards is None:
+            sampler = replace(sampler, steps=None)  # as many as a row has holes, whatever stands beside it
+        if size is not None:
+            sampler = replace(sampler, frontier=GridBlocks(size=size), is_grid_from_prompt=False)
+        elif isinstance(sampler.frontier, Blocks):  # there is no prompt whose end could begin a grid
+            sampler = replace(sampler, frontier=GridBlocks(size=sampler.frontier.size), is_grid_from_prompt=False)
         canvas = self._build_canvas(rows, is_hole)
         steps = self._denoise(canvas, rows, config, sampler)
         return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=True)
@@ -304,7 +310,9 @@ class LanguageModel:
         return Generation(
             tokens=new,
             sequences=sequences,
-            texts=[_cut(self.decode(tokens), config.stop) for tokens in shown] if self.tokenizer is not None else None,
+            texts=[cut_text(self.decode(tokens), config.stop) for tokens in shown]
+            if self.tokenizer is not None
+            else None,
             forwards=forwards,
             seconds=time.perf_counter() - start,
             trace=recorder.traces() if trace else None,
@@ -352,6 +360,10 @@ class LanguageModel:
                 f"preset {config.preset!r} starts from mask tokens, and this model was trained on uniform noise. Use "
                 f"{self.saved_sampling.get('preset', 'a preset for it')!r}."
             )
+        if self.denoiser.settings.process != "uniform" and sampler.noise == "uniform":
+            raise ValueError(f"preset {config.preset!r} is for uniform noise, and this model was trained on masks.")
+        if isinstance(config.stop, tuple) and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none. Use stop='eos' or None.")
         if logits_processor:
             guides = (*guides, Processors(processors=tuple(logits_processor)))
         return replace(sampler, guides=tuple(guides), constraint=constraint)
@@ -383,7 +395,8 @@ class LanguageModel:
                 streamer.put(new[num_put:num_decided])
                 num_put = num_decided
             if put_draft is not None:
-                put_draft(step.x_0[0][status != Status.GIVEN][: len(new)].cpu())
+                shown = torch.where(step.canvas.is_noise[0], step.x_0[0], step.canvas.tokens[0])
+                put_draft(shown[status != Status.GIVEN][: len(new)].cpu())
             yield step
         streamer.end()
 
@@ -392,6 +405,12 @@ class LanguageModel:
     ) -> Int[Tensor, "new"]:
         """Cut a finished row of a canvas to its new tokens, up to and with the EOS that ended it."""
         new = tokens[(status != Status.PAD) & (status != Status.GIVEN)].cpu()[: config.max_new_tokens]
+        if isinstance(config.stop, tuple):
+            state = status[(status != Status.PAD) & (status != Status.GIVEN)].cpu()[: len(new)]
+            num_decided = int((state == Status.COMMITTED).long().cumprod(dim=0).sum())
+            lengths = range(1, num_decided + 1)
+            is_stop = (n for n in lengths if any(string in self.decode(new[:n]) for string in config.stop))
+            new = new[: next(is_stop, len(new))]
         if config.stop is None or self.eos_token_id is None:
             return new
         ends = (new == self.eos_token_id).nonzero()[:, 0]
@@ -468,7 +487,7 @@ def row_keys(rows: list[Tensor], *, seed: int) -> Int[Tensor, "batch"]:
     return torch.stack(keys)
 
 
-def _cut(text: str, stop: str | tuple[str, ...] | None) -> str:
+def cut_text(text: str, stop: str | tuple[str, ...] | None) -> str:
     """End a text before the first of the strings that stop it."""
     ends = [text.index(string) for string in stop if string in text] if isinstance(stop, tuple) else []
     return text[: min(ends, default=len(text))]

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
 from rich.live import Live
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from redraft.cli.parsing import SamplingFlags, parse
 from redraft.errors import unknown_name
-from redraft.language_model import LanguageModel
+from redraft.language_model import LanguageModel, cut_text
 from redraft.sampling.canvas import Status
 from redraft.sampling.forward import Session
 from redraft.sampling.loop import Step
@@ -100,13 +101,16 @@ class Conversation:
 
     def reply(self, line: str) -> Any:
         """Yield the reply as it forms, and remember the turn when it is whole."""
+        if self.sampling.num_samples > 1:
+            raise ValueError(f"a conversation has one reply at a time; got num_samples={self.sampling.num_samples}.")
         prompt: Any = [*self.messages, {"role": "user", "content": line}] if self.has_template else self.text + line
         last: Step | None = None
         for step in self.lm.stream(prompt, session=self.session, **self.given):
             last = step
             yield _shown(step, self.lm)
         assert last is not None
-        answer = self.lm.decode(self.lm.new_tokens(last.canvas.tokens[0], last.canvas.status[0], self.sampling))
+        new = self.lm.new_tokens(last.canvas.tokens[0], last.canvas.status[0], self.sampling)
+        answer = cut_text(self.lm.decode(new), self.sampling.stop)
         if self.has_template:
             self.messages = [*prompt, {"role": "assistant", "content": answer}]
         else:
@@ -127,7 +131,7 @@ class Conversation:
             value: Any = rest[1]
             if setting != "preset":  # it changes what the others mean
                 flags = [f"--{setting.replace('_', '-')}", rest[1]]
-                value = getattr(parse(SamplingConfig, flags, command="chat", default=self.sampling), setting)
+                value = getattr(parse(SamplingFlags, flags, command="chat"), setting)
             given = self.given | {setting: value}
             self.lm.sampling_config(**given)  # its checks
             self.given = given
@@ -141,8 +145,9 @@ def _shown(step: Step, lm: LanguageModel) -> Text:
 
     token_ids, styles = [], []
     proposed = step.confidence[0] > 0
+    shown = torch.where(step.canvas.is_noise[0], step.x_0[0], step.canvas.tokens[0])
     for token, state, has_proposal in zip(
-        step.x_0[0].tolist(), step.canvas.status[0].tolist(), proposed.tolist(), strict=True
+        shown.tolist(), step.canvas.status[0].tolist(), proposed.tolist(), strict=True
     ):
         if state in (Status.GIVEN, Status.PAD):
             continue

@@ -26,6 +26,8 @@ class Session:
     slots: Slots | None = None
     tokens: Int[Tensor, "seq"] | None = None
     """Tokens whose keys and values are final in the slots."""
+    layout: Layout | None = None
+    """Attention that they were computed under."""
 
 
 class Forward:
@@ -111,6 +113,7 @@ class Forward:
         )
         if self.session is not None and isinstance(self.planner, ExactPlanner):
             self.session.slots, self.session.tokens = self.slots, tokens[0, : self.planner.final[0]]
+            self.session.layout = self.planner.layout
         return logits
 
     def _begin(
@@ -118,9 +121,10 @@ class Forward:
     ) -> None:
         """Take over what an earlier turn left, or feed a prompt that several rows share once for all of them."""
         if len(tokens) == 1:
-            if self.session and self.session.slots is not None and self.session.tokens is not None:
-                self.slots = self.session.slots.grown(self.slots.num_positions)
-                planner.begin_after(_num_equal(self.session.tokens, tokens[0]), bounds)
+            kept = self.session
+            if kept and kept.slots is not None and kept.tokens is not None and kept.layout == planner.layout:
+                self.slots = kept.slots.grown(self.slots.num_positions)
+                planner.begin_after(_num_equal(kept.tokens, tokens[0]), bounds)
             return
         ends = torch.tensor([row.unfinished for row in bounds], device=tokens.device).repeat(len(tokens) // len(bounds))
         told_apart = torch.cat([tokens, ends[:, None]], dim=1)  # noise and padding look alike

@@ -45,8 +45,8 @@ CacheKind = Literal["none", "exact", "prefix", "dual"]
 class Sampler:
     """A combination of policies, and how tokens are drawn."""
 
-    steps: int
-    """Denoising steps for a whole row, shared evenly by its blocks (rounded up)."""
+    steps: int | None = None
+    """Denoising steps for a whole row, shared evenly by its blocks (rounded up); None: one for each of its tokens."""
     steps_per_block: int | None = None
     """Steps for each block instead."""
     frontier: Frontier = field(default_factory=WholeCanvas)
@@ -77,7 +77,7 @@ class Sampler:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}.")
         if self.steps_per_block is not None and self.steps_per_block < 1:
             raise ValueError(f"steps_per_block must be at least 1; got {self.steps_per_block}.")
@@ -158,7 +158,7 @@ def denoise(
         num_positions=canvas.tokens.shape[1],
         layout=sampler.layout,
         cfg_scale=sampler.cfg_scale,
-        session=None if sampler.is_grid_from_prompt else session,
+        session=None if sampler.is_grid_from_prompt or len(canvas.tokens) > 1 else session,
     )
     never = denoiser.settings.mask_token_id if sampler.noise == "mask" else None
     noise = _Noise(sampler.noise, denoiser)
@@ -176,6 +176,9 @@ def denoise(
             rows.keep(kept)
         left = meter.forwards_left()
         least = _least(rows, sampler, left)
+        if sampler.budget.seconds is not None and left is not None and sampler.revise and sampler.revise.is_clocked:
+            blocks = _count_blocks(rows.block_of, rows.canvas.is_noise | rows.canvas.is_draft).clamp(min=1)
+            rows.num_steps = torch.minimum(rows.num_steps, rows.step + (left // blocks).clamp(min=1))
         window = open_window(rows, sampler.frontier.in_flight, least)
         if sampler.revise is None or not sampler.revise.looks_at_drafts:
             asked = window.is_open & rows.canvas.is_noise
@@ -184,6 +187,8 @@ def denoise(
         where = asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
         draws = _draws(rows, where, index)
         logits = forward(rows, where)
+        if sampler.guides:
+            logits = logits.clone()  # they may work in place, and the next step may ask for the same logits
         for guide in sampler.guides:
             logits = guide(logits, rows.canvas, where)
         if sampler.anneal is not None:
@@ -216,7 +221,8 @@ def _begin(canvas: Canvas, sampler: Sampler, row_keys: Int[Tensor, "batch"]) -> 
     block_of = sampler.frontier.blocks(canvas)
     num_blocks = _count_blocks(block_of, canvas.is_noise)
     index = torch.arange(canvas.tokens.shape[0], device=canvas.tokens.device)
-    num_steps = -(-sampler.steps // num_blocks.clamp(min=1))
+    steps = canvas.is_noise.sum(dim=1) if sampler.steps is None else torch.full_like(index, sampler.steps)
+    num_steps = (-(-steps // num_blocks.clamp(min=1))).clamp(min=1)
     if sampler.budget.forwards is not None and sampler.revise is not None and sampler.revise.is_clocked:
         num_steps = (sampler.budget.forwards // num_blocks.clamp(min=1)).clamp(min=1)
     return Rows(

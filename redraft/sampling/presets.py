@@ -287,8 +287,10 @@ class SamplingConfig:
                 )
         if preset.attention != "grid":
             self._check_blocks()
-        if self.stop is not None and self.stop != "eos" and not isinstance(self.stop, tuple):
-            raise ValueError(f"stop must be 'eos' or None, or a tuple of strings; got {self.stop!r}.")
+        if isinstance(self.stop, str) and self.stop != "eos":
+            object.__setattr__(self, "stop", (self.stop,))
+        if isinstance(self.stop, tuple) and not all(self.stop):
+            raise ValueError(f"a string that stops a text must not be empty; got {self.stop!r}.")
         self.sampler(DiffusionSettings(mask_token_id=0))  # the checks of its policies
 
     def _check_cost(self) -> None:
@@ -314,7 +316,7 @@ class SamplingConfig:
         absent = {name: value for name, value in preset.defaults.items() if getattr(self, name) is None}
         if self.factor is not None:
             absent.pop("threshold", None)  # another rule for the same choice
-        if any(getattr(self, name) is not None for name in _COSTS):
+        if any(getattr(self, name) is not None for name in ("steps", "budget", "forwards")):
             absent.pop("steps_per_block", None)
         if "block_size" in absent and preset.attention != "grid":
             fits = [n for n in _divisors(self.max_new_tokens) if n <= absent["block_size"]]
@@ -327,7 +329,7 @@ class SamplingConfig:
         """Choose the attention: the model's own, or the preset's blocks."""
         if PRESETS[self.preset].attention == "model" and settings.block_size is None:
             return Layout()
-        return Layout(block_size=self.resolved().block_size or settings.block_size)
+        return Layout(block_size=self.block_size or settings.block_size or self.resolved().block_size)
 
     def frontier(self, settings: DiffusionSettings) -> policies.Frontier:
         """Choose the blocks: those of the attention where it has any."""
@@ -385,8 +387,7 @@ class SamplingConfig:
         """Fill holes: as many steps as there are holes unless said otherwise, and no early end."""
         if self.budget is not None:
             return replace(self, budget=None, forwards=max(1, round(self.budget * num_holes)), stop=None)
-        is_free = self.steps is None and self.forwards is None
-        return replace(self, steps=max(num_holes, 1) if is_free else self.steps, stop=None)
+        return replace(self, stop=None)
 
 
 def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:

@@ -16,6 +16,8 @@ class Event:
     position: int
     token_id: int
     confidence: float
+    kind: str = "commit"
+    """commit, revise (a draft took another token), or reopen (it became noise again)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +50,14 @@ class Recorder:
         tokens, status = step.canvas.tokens.tolist(), step.canvas.status.tolist()
         for i, row in enumerate(step.rows.tolist()):
             self.last[row] = (tokens[i], status[i], step.index + 1)
-        confidence = step.confidence[step.is_committed].tolist()
-        for (i, position), sure in zip(step.is_committed.nonzero().tolist(), confidence, strict=True):
-            row = int(step.rows[i])
-            self.rows[row].append(
-                Event(step=step.index, position=position, token_id=tokens[i][position], confidence=sure)
-            )
+        kinds = {"commit": step.is_committed, "revise": step.is_edited, "reopen": step.is_reopened}
+        for kind, where in kinds.items():
+            confidence = step.confidence[where].tolist()
+            for (i, position), sure in zip(where.nonzero().tolist(), confidence, strict=True):
+                event = Event(
+                    step=step.index, position=position, token_id=tokens[i][position], confidence=sure, kind=kind
+                )
+                self.rows[int(step.rows[i])].append(event)
 
     def traces(self) -> list[RowTrace]:
         """Return the traces in the order of the batch."""
@@ -94,8 +98,9 @@ def _row(trace: RowTrace, text_of: Callable[[int], str]) -> dict[str, Any]:
                 "id": event.token_id,
                 "text": text_of(event.token_id),
                 "confidence": event.confidence,
-                "kind": "commit",
+                "kind": event.kind,
             }
             for event in trace.events
+            if event.position < end
         ],
     }
