@@ -213,7 +213,7 @@ def denoise(
         step = _apply(rows, candidates, is_committed, revision, noise, index)
         meter.count()
         is_done = sampler.stop(rows.canvas)
-        yield replace(step, canvas=rows.canvas, is_done=is_done)
+        yield replace(step, is_done=is_done)
         index += 1
 
 

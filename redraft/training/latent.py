@@ -28,8 +28,8 @@ from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, St
 from redraft.training.config import RECIPE_FILE
 from redraft.training.ema import WeightAverage
 from redraft.training.latent_config import LatentRunConfig
-from redraft.training.machine import keep_freed_memory, runs_on_cpu
-from redraft.training.run import be_quiet, check_folder, save_model
+from redraft.training.machine import keep_freed_memory
+from redraft.training.run import be_quiet, check_folder, common_arguments, save_model
 
 Losses = dict[str, Tensor]
 
@@ -152,28 +152,10 @@ def run_stage(config: LatentRunConfig, *, console: Console | None = None, task: 
 def _trainer(config: LatentRunConfig, stage: Stage, console: Console) -> StageTrainer:
     train = config.train
     arguments = TrainingArguments(
-        output_dir=config.out,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulation,
-        max_steps=train.max_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.decay, train.decay),
-        warmup_steps=train.warmup,
-        weight_decay=train.weight_decay,
-        adam_beta2=train.beta_2,
-        max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=train.precision == "bfloat16",
-        use_cpu=runs_on_cpu(train.device),
-        seed=train.seed,
+        **common_arguments(train, out=config.out),
         eval_strategy="no",
         save_strategy="no",
-        logging_steps=train.log_every,
-        dataloader_drop_last=True,
-        remove_unused_columns=False,
         report_to=[],
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
     )
     if len(stage.rows) < train.batch_size:
         raise ValueError(

@@ -27,7 +27,7 @@ from redraft.likelihood import Estimate, NoiseKey
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import can_compile
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
-from redraft.training.config import RECIPE_FILE, RunConfig, differences
+from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
@@ -141,7 +141,7 @@ def check_folder(folder: Path, *, resume: bool) -> str | None:
     is_run = (folder / RECIPE_FILE).exists() or (folder / "config.json").exists()
     if is_run and not resume:
         raise ValueError(f"{folder} holds another run. Continue it with --resume, or choose another --out.")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = _nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -157,7 +157,7 @@ def _step_of(checkpoint: str) -> int:
 def _check_disk(folder: Path, num_parameters: int, *, keep: int) -> None:
     """Raise ValueError where the checkpoints of the run cannot fit."""
     needed = num_parameters * (BYTES_PER_PARAMETER["checkpoint"] * (keep + 1) + BYTES_PER_PARAMETER["model"])
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = _nearest_existing(folder)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
@@ -181,35 +181,47 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
         )
 
 
+def _nearest_existing(folder: Path) -> Path:
+    """Find the folder itself, or the closest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def common_arguments(train: TrainConfig, *, out: str) -> dict[str, Any]:
+    """Say in transformers' words how every run optimises, whatever it trains."""
+    return {
+        "output_dir": out,
+        "per_device_train_batch_size": train.batch_size,
+        "gradient_accumulation_steps": train.accumulation,
+        "max_steps": train.max_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(train.decay, train.decay),
+        "warmup_steps": train.warmup,
+        "weight_decay": train.weight_decay,
+        "adam_beta2": train.beta_2,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "bf16": train.precision == "bfloat16",
+        "use_cpu": runs_on_cpu(train.device),
+        "seed": train.seed,
+        "logging_steps": train.log_every,
+        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+        "dataloader_drop_last": True,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+
+
 def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, callbacks: list[Any]) -> DiffusionTrainer:
     train = config.train
     arguments = TrainingArguments(
-        output_dir=config.out,
-        per_device_train_batch_size=train.batch_size,
+        **common_arguments(train, out=config.out),
         per_device_eval_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulation,
-        max_steps=train.max_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.decay, train.decay),
-        warmup_steps=train.warmup,
-        weight_decay=train.weight_decay,
-        adam_beta2=train.beta_2,
-        max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=train.precision == "bfloat16",
-        use_cpu=runs_on_cpu(train.device),
-        seed=train.seed,
         eval_strategy="steps" if train.eval_every and len(data.validation) else "no",
         eval_steps=train.eval_every or None,
         save_steps=train.save_every,
         save_total_limit=train.keep_checkpoints,
-        logging_steps=train.log_every,
-        dataloader_drop_last=True,
         ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
         report_to=_installed(train.report_to),
-        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
-        disable_tqdm=True,
     )
     # One process drives one device: transformers would replicate the model by threads over all that it sees.
     arguments._n_gpu = min(arguments.n_gpu, 1)
