@@ -11,8 +11,12 @@ from redraft.cli.parsing import parse
 from redraft.errors import unknown_name
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
+from redraft.recipes.smoke import smoke
 from redraft.training.config import RECIPE_FILE, RunConfig
 from redraft.training.latent_config import LatentRunConfig
+
+
+SMOKE = "--smoke runs it in seconds, offline: a tiny random model, tiny data, 3 steps; the objective as it is."
 
 
 def main(arguments: list[str]) -> int:
@@ -22,12 +26,13 @@ def main(arguments: list[str]) -> int:
         return 0
     name, *flags = arguments
     resume = "--resume" in flags
-    flags = [flag for flag in flags if flag != "--resume"]
-    default = _find(name)
+    is_smoke = "--smoke" in flags
+    flags = [flag for flag in flags if flag not in ("--resume", "--smoke")]
+    default = smoke(_find(name)) if is_smoke else _find(name)
     if isinstance(default, RunConfig) and re.search(r"--model\.start[ =](?!None)", " ".join(flags)):
         default = replace(default, model=ModelConfig())  # the recipe's shape gives way; one asked for is refused
     if "-h" in flags or "--help" in flags:
-        print(f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n")
+        print(f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n{SMOKE}\n")
     kind: type[Any] = type(default)
     config = parse(kind, flags, command=f"train {name}", default=default)
     console = Console()
@@ -100,10 +105,11 @@ def _help() -> str:
     lines = [f"  {name:<{width}}  {default_doc(name).splitlines()[0]}" for name in RECIPES]
     return "\n".join(
         [
-            "usage: redraft train RECIPE [--resume] [--SECTION.NAME VALUE ...]",
+            "usage: redraft train RECIPE [--resume] [--smoke] [--SECTION.NAME VALUE ...]",
             "",
             "RECIPE is a name below, a recipe.json, or the folder of a run.",
             "`redraft train RECIPE --help` lists the settings with their defaults and units.",
+            SMOKE,
             "",
             *lines,
         ]

@@ -142,6 +142,8 @@ class TrainConfig:
     """Forward passes per optimizer step."""
     max_steps: int = 1000
     """Optimizer steps."""
+    epochs: float | None = None
+    """Passes over the training windows, in place of max_steps."""
     max_minutes: float | None = None
     """Fit the run into this time: a measurement before the start lowers max_steps, and a clock stops the rest."""
     warmup: float = 0.05
@@ -200,6 +202,8 @@ class TrainConfig:
             raise ValueError(f"train.warmup is a fraction of the steps in [0, 1); got {self.warmup}.")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"train.max_minutes must be positive; got {self.max_minutes}.")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ValueError(f"train.epochs must be positive; got {self.epochs}. Leave it out to count in max_steps.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie in (0, 1); got {self.ema_decay}. Leave it out for no average.")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -64,6 +65,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     start = load_start(config)
     data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
     _announce_data(data, config, console, is_main=state.is_main_process)
+    config = _with_steps(config, data)
 
     torch.manual_seed(config.train.seed)
     denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
@@ -114,6 +116,18 @@ def _with_precision(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(train, precision=chosen))
 
 
+def _with_steps(config: RunConfig, data: PreparedData) -> RunConfig:
+    """Turn epochs into steps, rounded up. Raises ValueError for a stream, whose length is not known."""
+    train = config.train
+    if train.epochs is None:
+        return config
+    if isinstance(data.train, StreamedWindows):
+        raise ValueError(f"train.epochs needs the length of the data, which a stream does not tell; got {train.epochs}.")
+    rows = train.batch_size * train.accumulation * PartialState().num_processes
+    steps = math.ceil(train.epochs * len(data.train) / rows)
+    return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
+
+
 def _as_begun(config: RunConfig) -> RunConfig:
     """Return the configuration of the run in the folder. Raises ValueError where another one is asked for."""
     path = Path(config.out) / RECIPE_FILE
@@ -121,8 +135,8 @@ def _as_begun(config: RunConfig) -> RunConfig:
         raise ValueError(f"{config.out} holds no run to resume. Leave out --resume to start one.")
     saved = RunConfig.read(path)
     ignored = ["out:"]
-    if config.train.max_minutes:
-        ignored.append("train.max_steps:")  # they were fitted to the minutes
+    if config.train.max_minutes or config.train.epochs:
+        ignored.append("train.max_steps:")  # they were fitted to the minutes or the data
     if config.train.precision == "auto":
         ignored.append("train.precision:")  # it was measured
     changed = [change for change in differences(saved, config) if not change.startswith(tuple(ignored))]

@@ -30,6 +30,11 @@ def load_start(config: RunConfig) -> LanguageModel | None:
     process = config.objective.settings(settings.mask_token_id).process
     if settings.process != process:
         raise ValueError(f"{path} was made for the {settings.process} process; this run trains the {process} one.")
+    if settings.block_size is not None and config.objective.kind in ("masked", "uniform"):
+        raise ValueError(
+            f"{path} attends in blocks of {settings.block_size}, which kind {config.objective.kind} does not train. Use "
+            f"--objective.kind block --objective.block-size {settings.block_size}, or convert it without a block size."
+        )
     if lm.context_length is not None and config.data.seq_len > lm.context_length:
         raise ValueError(
             f"data.seq_len must not exceed the context of model.start; got {config.data.seq_len} and "

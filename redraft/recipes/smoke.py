@@ -1,0 +1,72 @@
+"""Any recipe in seconds and offline: its objective and data policy, with tiny weights, data and steps."""
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from redraft.models.build import ModelConfig
+from redraft.training.config import RunConfig, TrainConfig
+from redraft.training.latent_config import LatentRunConfig
+
+SEQ_LEN = 128
+CONVERSATIONS = [{"prompt": f"{a} + {b} = ?", "response": str(a + b)} for a in range(8) for b in range(8)]
+
+
+def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
+    """Shrink a run; objective, packing, EOS policy, decay and average stay. A start becomes random weights of its kind.
+
+    What a start brings beside weights goes with it: its tokenizer, and Dream's shift of the logits.
+    """
+    if isinstance(config, LatentRunConfig):
+        start = config.start and f"{config.start}-smoke"
+        return replace(config, out=f"{config.out}-smoke", start=start, train=_few_steps(config.train))
+    data, chat = config.data, config.data.chat
+    is_chat = data.kind == "chat"
+    eos_block = SEQ_LEN if chat.block_size == data.seq_len else chat.block_size
+    data = replace(
+        data,
+        source=str(_conversations()) if is_chat else "stdlib",
+        seq_len=SEQ_LEN,
+        chat=replace(chat, block_size=eos_block),
+        max_documents=None if is_chat else 10,
+        validation_fraction=0.2,
+        streaming=False,
+        tokenizer=None,
+        vocab_size=270,
+    )
+    name = f"{config.model.start} {config.model.architecture}".lower()
+    shape = ModelConfig(
+        architecture="modernbert" if "bert" in name else "llama",
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        intermediate_size=64,
+        dropout=config.model.dropout,
+    )
+    return replace(config, out=f"{config.out}-smoke", data=data, model=shape, train=_few_steps(config.train))
+
+
+def _few_steps(train: TrainConfig) -> TrainConfig:
+    return replace(
+        train,
+        batch_size=2,
+        accumulation=min(train.accumulation, 2),
+        max_steps=3,
+        epochs=None,
+        max_minutes=None,
+        precision="float32",
+        compile="off",
+        eval_every=0,
+        final_eval_windows=4,
+        save_every=3,
+        log_every=1,
+        report_to=(),
+    )
+
+
+def _conversations() -> Path:
+    """Write the conversations, always the same, where a run reads data."""
+    path = Path(tempfile.gettempdir()) / "redraft-smoke.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in CONVERSATIONS))
+    return path
