@@ -6,8 +6,8 @@ SmolLM2-135M-Instruct (4-bit GGUF, unpacked by `make test-real`) is converted wi
 recipe `a2d-bd3lm` on the running Python's standard library: its objective and learning rate, with blocks, windows and
 batches that a CPU can take. Held-out numbers are the block-diffusion NELBO on the same windows under one fixed noise.
 The minutes bound the training alone. A step is timed against the bare forward and backward of transformers' model on
-the same (batch, 2 x window) tokens, without noise, masks or optimizer: once the body alone, once with the head at every position
-and the cross-entropy.
+the same (batch, 2 x window) tokens, without noise, masks or optimizer: once the body alone, once with the head at every
+position and the cross-entropy.
 """
 
 import argparse
@@ -133,12 +133,18 @@ def main() -> None:
         print("| step | training loss | seconds per step, AdamW included |\n|---|---|---|")
         print("\n".join(curve(out)), flush=True)
         print("\n| forward and backward | seconds |\n|---|---|")
-        print("\n".join(f"| {name} | {value:.2f} |" for name, value in step_costs(out, block_size=args.block_size).items()))
+        print(
+            "\n".join(
+                f"| {name} | {value:.2f} |" for name, value in step_costs(out, block_size=args.block_size).items()
+            )
+        )
         for name, folder in (("before", start), ("after", out)):
             lm = redraft.load(folder, dtype=torch.float32, device="cpu")
             texts = lm.generate(list(PROMPTS), max_new_tokens=32, steps=32, block_size=args.block_size).texts
             print(f"\nSamples {name}, 32 tokens, one per step:\n")
-            print("\n".join(f"- {prompt!r} -> {text!r}" for prompt, text in zip(PROMPTS, texts, strict=True)), flush=True)
+            print(
+                "\n".join(f"- {prompt!r} -> {text!r}" for prompt, text in zip(PROMPTS, texts, strict=True)), flush=True
+            )
 
 
 if __name__ == "__main__":

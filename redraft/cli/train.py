@@ -15,7 +15,6 @@ from redraft.recipes.smoke import smoke
 from redraft.training.config import RECIPE_FILE, RunConfig
 from redraft.training.latent_config import LatentRunConfig
 
-
 SMOKE = "--smoke runs it in seconds, offline: a tiny random model, tiny data, 3 steps; the objective as it is."
 
 

@@ -1,4 +1,4 @@
-"""Published runs. What the source beside a run states is set; what it does not state is our default, or named as ours.
+"""Published runs. What the source beside a run states is set; the rest is our default, or named as ours.
 
 "dllm" is github.com/ZHZisZZ/dllm: its example scripts and READMEs. "mdlm" is github.com/kuleshov-group/mdlm: `configs/`.
 Batches are per process, as published. Hardware, time and what differs: docs/recipes.md.
@@ -15,7 +15,7 @@ TULU, SMOLTALK = "allenai/tulu-3-sft-mixture@train", "HuggingFaceTB/smoltalk:all
 
 
 def llada_sft() -> RunConfig:
-    """Finetune LLaDA-8B on conversations: 5 epochs of 10,000, EOS up to the window's end (dllm, examples/llada/sft.py)."""
+    """Finetune LLaDA-8B on 10,000 conversations, EOS up to the window's end (dllm, examples/llada/sft.py)."""
     return RunConfig(
         out="runs/llada-sft",
         data=_tulu(),
@@ -26,7 +26,7 @@ def llada_sft() -> RunConfig:
 
 
 def dream_sft() -> RunConfig:
-    """Finetune Dream-7B on conversations with CART weights, p = 0.3: 5 epochs of 10,000 (dllm, examples/dream/sft.py)."""
+    """Finetune Dream-7B on 10,000 conversations with CART weights (dllm, examples/dream/sft.py)."""
     return RunConfig(
         out="runs/dream-sft",
         data=_tulu(),
@@ -37,7 +37,7 @@ def dream_sft() -> RunConfig:
 
 
 def a2d_mdlm() -> RunConfig:
-    """Make Qwen3-0.6B, converted, a masked diffusion chat model (dllm, Tiny-A2D mdlm v0.1)."""
+    """Make Qwen3-0.6B, converted, chat (dllm, Tiny-A2D mdlm v0.1, without its two code sets)."""
     return RunConfig(
         out="runs/a2d-mdlm",
         data=_mixture(1024, TULU, SMOLTALK),
@@ -47,7 +47,7 @@ def a2d_mdlm() -> RunConfig:
 
 
 def a2d_bd3lm() -> RunConfig:
-    """Make Qwen3-0.6B, converted, a block diffusion chat model, blocks of 32 (dllm, Tiny-A2D bd3lm v0.1)."""
+    """Make Qwen3-0.6B, converted, chat in blocks (dllm, Tiny-A2D bd3lm v0.1, without its two code sets)."""
     return RunConfig(
         out="runs/a2d-bd3lm",
         data=_mixture(512, TULU, SMOLTALK, eos_block=32),
@@ -68,12 +68,12 @@ def bert_chat() -> RunConfig:
 
 
 def mdlm_owt() -> RunConfig:
-    """Train masked diffusion of 12 layers on OpenWebText: 1 M steps of 512 windows of 1024 (mdlm, configs/config.yaml)."""
+    """Train masked diffusion on OpenWebText: 1 M steps of 512 windows (mdlm, configs/config.yaml)."""
     return RunConfig(out="runs/mdlm-owt", data=_owt(), model=_mdlm_small(), train=_mdlm())
 
 
 def bd3lm_owt() -> RunConfig:
-    """Train block diffusion on OpenWebText, blocks of 16: MDLM's setting (arXiv 2503.09573 has its own, not checked)."""
+    """Train block diffusion on OpenWebText: MDLM's numbers, not checked against arXiv 2503.09573."""
     return RunConfig(
         out="runs/bd3lm-owt",
         data=_owt(),
@@ -117,7 +117,7 @@ def _mixture(seq_len: int, *sources: str, eos_block: int | None = None) -> DataC
 
 def _owt() -> DataConfig:
     """OpenWebText, windows of 1024 (configs/model/small.yaml); a tokenizer of our own in the size of GPT-2's."""
-    return DataConfig(source="Skylion007/openwebtext@train", seq_len=1024, vocab_size=50_257)
+    return DataConfig(source="dylanebert/openwebtext@train", seq_len=1024, vocab_size=50_257)
 
 
 def _mdlm_small() -> ModelConfig:

@@ -20,7 +20,8 @@ def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
     """
     if isinstance(config, LatentRunConfig):
         start = config.start and f"{config.start}-smoke"
-        return replace(config, out=f"{config.out}-smoke", start=start, train=_few_steps(config.train))
+        few = _few_steps(config.train)  # after which no autoencoder passes its gate: force
+        return replace(config, out=f"{config.out}-smoke", start=start, force=True, train=few)
     data, chat = config.data, config.data.chat
     is_chat = data.kind == "chat"
     eos_block = SEQ_LEN if chat.block_size == data.seq_len else chat.block_size

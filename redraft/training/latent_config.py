@@ -85,6 +85,8 @@ class LatentRunConfig:
 
     def __post_init__(self) -> None:
         find_task(self.task)
+        if self.train.epochs is not None:
+            raise ValueError(f"train.epochs is not for latent thinking; got {self.train.epochs}. Use train.max_steps.")
         shape = self.denoiser
         GaussianDiffusion(parametrization=shape.parametrization, weighting=shape.weighting)
         if self.stage != "autoencoder" and self.start is None:

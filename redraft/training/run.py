@@ -122,7 +122,9 @@ def _with_steps(config: RunConfig, data: PreparedData) -> RunConfig:
     if train.epochs is None:
         return config
     if isinstance(data.train, StreamedWindows):
-        raise ValueError(f"train.epochs needs the length of the data, which a stream does not tell; got {train.epochs}.")
+        raise ValueError(
+            f"train.epochs needs the length of the data, which a stream does not tell; got {train.epochs}."
+        )
     rows = train.batch_size * train.accumulation * PartialState().num_processes
     steps = math.ceil(train.epochs * len(data.train) / rows)
     return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))

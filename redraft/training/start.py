@@ -32,8 +32,8 @@ def load_start(config: RunConfig) -> LanguageModel | None:
         raise ValueError(f"{path} was made for the {settings.process} process; this run trains the {process} one.")
     if settings.block_size is not None and config.objective.kind in ("masked", "uniform"):
         raise ValueError(
-            f"{path} attends in blocks of {settings.block_size}, which kind {config.objective.kind} does not train. Use "
-            f"--objective.kind block --objective.block-size {settings.block_size}, or convert it without a block size."
+            f"{path} attends in blocks of {settings.block_size}, which kind {config.objective.kind} does not train. "
+            f"Use --objective.kind block --objective.block-size {settings.block_size}, or a start without blocks."
         )
     if lm.context_length is not None and config.data.seq_len > lm.context_length:
         raise ValueError(

@@ -1,0 +1,93 @@
+"""Recipes: what is published stands in them, and each runs at a tiny scale without a network."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import redraft
+from redraft.cli.train import main
+from redraft.data.prepare import DataConfig, prepare
+from redraft.models.build import ModelConfig
+from redraft.recipes import RECIPES
+from redraft.recipes.smoke import smoke
+from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
+from redraft.training.run import run
+from redraft.training.start import load_start
+
+QUIET = Console(quiet=True)
+DISCRETE = [name for name in RECIPES if not name.startswith("latent")]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_every_recipe_runs_as_a_smoke_test_with_its_own_objective(name):
+    recipe = RECIPES[name]()
+    assert main([name, "--smoke"]) == 0
+    saved = RunConfig.read(next(iter(Path().glob("runs/*-smoke/recipe.json"))))
+    assert saved.objective == recipe.objective
+    assert saved.train.max_steps == 3
+    assert (saved.train.decay, saved.train.ema_decay) == (recipe.train.decay, recipe.train.ema_decay)
+    assert (saved.data.chat.eos, saved.data.chat.batching) == (recipe.data.chat.eos, recipe.data.chat.batching)
+    assert saved.data.random_length == recipe.data.random_length
+    settings = redraft.load(saved.out, device="cpu").denoiser.settings
+    assert settings.block_size == recipe.objective.block_size
+
+
+def test_a_smoke_test_takes_flags_and_is_in_the_help(capsys):
+    assert main(["stdlib-tiny", "--smoke", "--train.max-steps", "1", "--out", "one"]) == 0
+    assert main(["--help"]) == 0
+    assert "--smoke" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_latent_stages_run_as_smoke_tests_one_after_the_other():
+    for name in ("latent-autoencoder", "latent-denoiser", "latent-rollout"):
+        assert main([name, "--smoke"]) == 0
+
+
+def test_epochs_become_steps_of_the_data(tmp_path):
+    config = smoke(RECIPES["llada-sft"]())
+    config = replace(config, train=replace(config.train, epochs=1.5, batch_size=4))
+    outcome = run(config, console=QUIET)
+    windows = sum(1 for _ in prepare(config.data).train)
+    assert outcome.steps == -(-3 * windows // 8)
+
+
+def test_epochs_of_a_stream_are_refused(tmp_path):
+    tiny = RECIPES["stdlib-tiny"]()
+    assert run(smoke(tiny), console=QUIET).steps == 3
+    data = DataConfig(
+        seq_len=64, max_documents=10, validation_fraction=0.2, streaming=True, tokenizer="runs/stdlib-tiny-smoke"
+    )
+    with pytest.raises(ValueError, match=r"train\.epochs needs the length of the data.*stream"):
+        run(replace(tiny, data=data, train=TrainConfig(epochs=1, device="cpu")), console=QUIET)
+
+
+@pytest.mark.parametrize("epochs", [0, -1])
+def test_epochs_must_be_positive(epochs):
+    with pytest.raises(ValueError, match=r"train\.epochs must be positive; got"):
+        TrainConfig(epochs=epochs)
+
+
+def test_a_block_causal_start_is_not_trained_with_full_attention(tmp_path):
+    assert main(["bd3lm-owt", "--smoke", "--out", "blocks"]) == 0
+    start = ModelConfig(start="blocks")
+    data = DataConfig(seq_len=64)
+    with pytest.raises(ValueError, match="attends in blocks of 16, which kind masked does not train"):
+        load_start(RunConfig(data=data, model=start))
+    again = ObjectiveConfig(kind="block", block_size=8)
+    assert load_start(RunConfig(data=data, model=start, objective=again)) is not None
+
+
+def test_the_published_numbers():
+    sft, pretraining, owt = (RECIPES[name]() for name in ("llada-sft", "llada-pretrain", "mdlm-owt"))
+    assert (sft.train.learning_rate, sft.train.epochs, sft.data.seq_len) == (2e-5, 5, 1024)
+    assert (pretraining.train.max_steps, pretraining.data.random_length) == (100_000, 0.01)
+    assert owt.train.batch_size * owt.train.accumulation == 512
+    assert owt.train.warmup * owt.train.max_steps == 2500
