@@ -1,6 +1,6 @@
 """Published runs. What the source beside a run states is set; the rest is our default, or named as ours.
 
-"dllm" is github.com/ZHZisZZ/dllm: its example scripts and READMEs. "mdlm" is github.com/kuleshov-group/mdlm: `configs/`.
+"dllm" is github.com/ZHZisZZ/dllm (example scripts, READMEs), "mdlm" is github.com/kuleshov-group/mdlm (`configs/`).
 Batches are per process, as published. Hardware, time and what differs: docs/recipes.md.
 """
 
@@ -143,5 +143,11 @@ def _mdlm() -> TrainConfig:
 
 def _dllm(**changed: Any) -> TrainConfig:
     """dllm/utils/configs.py over transformers' defaults: cosine, warm-up 0.1, no decay of weights, bfloat16."""
-    shared = {"weight_decay": 0.0, "beta_2": 0.999, "decay": "cosine", "warmup": 0.1, "precision": "bfloat16"}
+    shared: dict[str, Any] = {
+        "weight_decay": 0.0,
+        "beta_2": 0.999,
+        "decay": "cosine",
+        "warmup": 0.1,
+        "precision": "bfloat16",
+    }
     return TrainConfig(**(shared | changed))
