@@ -1,6 +1,6 @@
 """Planning: solve rate against forwards, of autoregression in two orders and masked diffusion, on puzzles.
 
-    python benchmarks/planning.py [--tasks countdown sudoku] [--seeds 0 1] [--steps 400] [--plot docs/planning.svg]
+    python benchmarks/planning.py [--tasks sudoku countdown] [--seeds 0 1] [--steps 2000] [--plot docs/planning.svg]
 
 Models of one shape are trained for equal steps on the same puzzles, with the loss on the answer only; a learning rate is
 chosen for each from the same two, on held-out puzzles that are not those of the table. All decode greedily.
@@ -34,7 +34,7 @@ from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run
 
 METHODS = ("AR, as written", "AR, friendly", "MDLM")
-TASKS = ("countdown", "sudoku")
+STEPS = {"sudoku": 450, "countdown": 200}
 LEARNING_RATES = (1e-3, 3e-3)
 TUNING_PUZZLES = 100
 TEMPLATE = "{% for m in messages %}{{ m.content }} {{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
@@ -106,7 +106,7 @@ def puzzles_of(name: str, method: str, *, count: int) -> Puzzles:
 
 def train_and_solve(args: argparse.Namespace, task: str, method: str, *, rate: float, seed: int) -> dict[str, object]:
     """Train once; count what is solved of the tuning and the test puzzles, for every number of steps."""
-    begun = time.monotonic()
+    begun, steps = time.monotonic(), args.steps or STEPS[task]
     puzzles = puzzles_of(task, method, count=args.puzzles)
     tokenizer = word_tokenizer(puzzles.train)
     lengths = [len(e.prompt.split()) for e in puzzles.train], [len(e.answer.split()) + 1 for e in puzzles.train]
@@ -126,18 +126,18 @@ def train_and_solve(args: argparse.Namespace, task: str, method: str, *, rate: f
             model=ModelConfig(size="1m", num_heads=4, max_positions=64),
             objective=ObjectiveConfig(kind="masked" if method == "MDLM" else "ar"),
             train=TrainConfig(
-                learning_rate=rate, batch_size=args.batch_size, max_steps=args.steps, weight_decay=0.01, seed=seed,
-                eval_every=0, save_every=args.steps, precision=args.precision, compile="off", device="cpu",
+                learning_rate=rate, batch_size=args.batch_size, max_steps=steps, weight_decay=0.01, seed=seed,
+                eval_every=0, save_every=steps, precision=args.precision, compile="off", device="cpu",
                 report_to=(), log_every=50,
             ),
         )  # fmt: skip
         outcome = run(config, console=Console(quiet=True))
         last = json.loads((outcome.folder / "log.jsonl").read_text().splitlines()[-1])
         trained, lm = time.monotonic() - begun, redraft.load(outcome.folder, device="cpu")
-    steps = [s for s in (1, 2, 4, 8, 16) if s < num_new] + [num_new] if method == "MDLM" else [None]
+    counts = [s for s in (1, 2, 4, 8, 16) if s < num_new] + [num_new] if method == "MDLM" else [None]
     size = sum(p.numel() for p in lm.model.parameters())
     found = {"parameters": size, "last log": last, "train seconds": round(trained), "rows": []}
-    for count in steps:
+    for count in counts:
         solved, forwards = [], []
         for prompts in (puzzles.tuning, puzzles.test):
             ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
@@ -161,7 +161,7 @@ class Runs:
 
     def __call__(self, task: str, method: str, *, rate: float, seed: int) -> dict:
         """Return the run of these settings."""
-        sizes = (self.args.steps, self.args.batch_size, self.args.puzzles)
+        sizes = (self.args.steps or STEPS[task], self.args.batch_size, self.args.puzzles)
         key, path = f"{task} | {method} | {rate:g} | {seed} | {sizes}", self.args.runs
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
         known = {line["key"]: line for line in lines}
@@ -215,12 +215,12 @@ def draw(found: dict[str, dict[str, list[tuple[float, list[float], float]]]], pa
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="the first one also chooses the rate")
-    parser.add_argument("--steps", type=int, default=400, help="training of each model")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, help=f"training of each model, by default {STEPS}")
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--puzzles", type=int, default=300)
-    parser.add_argument("--precision", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--precision", default="float32", choices=["bfloat16", "float32"])
     parser.add_argument("--runs", type=Path, default=Path("runs/planning.jsonl"), help="finished runs")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
