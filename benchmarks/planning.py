@@ -2,8 +2,8 @@
 
     python benchmarks/planning.py [--tasks sudoku countdown] [--seeds 0 1] [--steps 2000] [--plot docs/planning.svg]
 
-Models of one shape are trained for equal steps on the same puzzles, with the loss on the answer only; a learning rate is
-chosen for each from the same two, on held-out puzzles that are not those of the table. All decode greedily.
+Models of one shape are trained for equal steps on the same puzzles, with the loss on the answer only; the learning rate
+of each is chosen from the same two, on held-out puzzles that are not those of the table. All decode greedily.
 AR, as written: sudoku cell by cell in reading order; countdown's last step before its first, so the end is committed to
 before the way. AR, friendly: sudoku's empty cells as "name digit", that with the fewest candidates first; countdown's
 steps in the order in which they are carried out. MDLM: reading order and carried-out order; surest tokens first.
@@ -17,9 +17,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from machine import describe
 from rich.console import Console
@@ -35,21 +35,9 @@ from redraft.training.run import run
 
 METHODS = ("AR, as written", "AR, friendly", "MDLM")
 STEPS = {"sudoku": 450, "countdown": 200}
-LEARNING_RATES = (1e-3, 3e-3)
 TUNING_PUZZLES = 100
 TEMPLATE = "{% for m in messages %}{{ m.content }} {{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
 NAMES = [f"{row}{column}" for row in "abcd" for column in "1234"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Puzzles:
-    """What one method learns and is asked."""
-
-    train: list[Example]
-    tuning: list[str]
-    test: list[str]
-    is_solved: Callable[[str, str], bool]
-    """Of a prompt and what the model wrote."""
 
 
 def empties_in_order(prompt: str, grid: str) -> list[int]:
@@ -88,8 +76,8 @@ def restored(task: str, method: str, prompt: str, text: str) -> str:
     return text
 
 
-def puzzles_of(name: str, method: str, *, count: int) -> Puzzles:
-    """Split the puzzles by the hash of their prompts."""
+def puzzles_of(name: str, method: str, *, count: int) -> tuple[list[Example], list[str], list[str]]:
+    """Split by the hash of the prompts: examples to learn, prompts for tuning, prompts for the table."""
     task, held_out, train = find_task(name), [], []
     for example in task.examples():
         if split_of(example.prompt, validation_fraction=task.held_out) == "train":
@@ -97,25 +85,20 @@ def puzzles_of(name: str, method: str, *, count: int) -> Puzzles:
         else:
             held_out.append(example.prompt)
     prompts = list(dict.fromkeys(held_out))
-    tuning, rest = prompts[:: len(prompts) // TUNING_PUZZLES], set(prompts[:: len(prompts) // TUNING_PUZZLES])
-    test = [prompt for prompt in prompts if prompt not in rest]
-    test = test[:: max(1, len(test) // count)][:count]
-    solved = lambda prompt, text: task.is_solved(prompt, restored(name, method, prompt, text))  # noqa: E731
-    return Puzzles(train=train, tuning=tuning[:TUNING_PUZZLES], test=test, is_solved=solved)
+    tuning = prompts[:: len(prompts) // TUNING_PUZZLES]
+    test = [prompt for prompt in prompts if prompt not in tuning]
+    return train, tuning[:TUNING_PUZZLES], test[:: max(1, len(test) // count)][:count]
 
 
-def train_and_solve(args: argparse.Namespace, task: str, method: str, *, rate: float, seed: int) -> dict[str, object]:
-    """Train once; count what is solved of the tuning and the test puzzles, for every number of steps."""
-    begun, steps = time.monotonic(), args.steps or STEPS[task]
-    puzzles = puzzles_of(task, method, count=args.puzzles)
-    tokenizer = word_tokenizer(puzzles.train)
-    lengths = [len(e.prompt.split()) for e in puzzles.train], [len(e.answer.split()) + 1 for e in puzzles.train]
-    seq_len, num_new = max(map(sum, zip(*lengths, strict=True))), max(lengths[1])
+def train(args: Any, task: str, method: str, examples: list[Example], *, rate: float, seed: int) -> tuple:
+    """Train a model; return it, the tokens of an answer with its end, and the mean training loss in nats per token."""
+    lengths = [len(e.prompt.split()) for e in examples], [len(e.answer.split()) + 1 for e in examples]
+    seq_len, steps = max(map(sum, zip(*lengths, strict=True))), args.steps or STEPS[task]
     with tempfile.TemporaryDirectory() as work:
-        lines = (json.dumps({"prompt": e.prompt, "response": e.answer}) for e in puzzles.train)
+        lines = (json.dumps({"prompt": e.prompt, "response": e.answer}) for e in examples)
         (Path(work) / "train.jsonl").write_text("\n".join(lines))
         (Path(work) / "template").write_text(TEMPLATE)
-        tokenizer.save_pretrained(f"{work}/tokenizer")
+        word_tokenizer(examples).save_pretrained(f"{work}/tokenizer")
         chat = ChatConfig(batching="grouped", eos="to-block-end", block_size=seq_len, template=f"{work}/template")
         config = RunConfig(
             out=f"{work}/run",
@@ -127,28 +110,31 @@ def train_and_solve(args: argparse.Namespace, task: str, method: str, *, rate: f
             objective=ObjectiveConfig(kind="masked" if method == "MDLM" else "ar"),
             train=TrainConfig(
                 learning_rate=rate, batch_size=args.batch_size, max_steps=steps, weight_decay=0.01, seed=seed,
-                eval_every=0, save_every=steps, precision=args.precision, compile="off", device="cpu",
-                report_to=(), log_every=50,
+                eval_every=0, save_every=steps, precision="float32", compile="off", device="cpu", report_to=(),
             ),
         )  # fmt: skip
-        outcome = run(config, console=Console(quiet=True))
-        last = json.loads((outcome.folder / "log.jsonl").read_text().splitlines()[-1])
-        trained, lm = time.monotonic() - begun, redraft.load(outcome.folder, device="cpu")
-    counts = [s for s in (1, 2, 4, 8, 16) if s < num_new] + [num_new] if method == "MDLM" else [None]
-    size = sum(p.numel() for p in lm.model.parameters())
-    found = {"parameters": size, "last log": last, "train seconds": round(trained), "rows": []}
-    for count in counts:
-        solved, forwards = [], []
-        for prompts in (puzzles.tuning, puzzles.test):
-            ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
-            told = lm.generate(ids, max_new_tokens=num_new, temperature=0.0, **({"steps": count} if count else {}))
-            solved.append([puzzles.is_solved(p, t) for p, t in zip(prompts, told.texts, strict=True)])
-            forwards = told.forwards
-        found["rows"].append(
-            {"forwards": statistics.mean(forwards), "tuning": sum(solved[0]), "solved": sum(solved[1]),
-             "puzzles": len(solved[1])}
-        )  # fmt: skip
-    return found | {"seconds": round(time.monotonic() - begun)}
+        folder = run(config, console=Console(quiet=True)).folder
+        loss = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["train_loss"]
+        return redraft.load(folder, device="cpu"), max(lengths[1]), loss
+
+
+def train_and_solve(args: Any, task: str, method: str, *, rate: float, seed: int) -> dict[str, object]:
+    """Train once; count what is solved of the tuning and the test puzzles, for every number of steps."""
+    begun, (examples, *held_out) = time.monotonic(), puzzles_of(task, method, count=args.puzzles)
+    lm, length, loss = train(args, task, method, examples, rate=rate, seed=seed)
+    most = [*(steps for steps in (1, 2, 4, 8, 16) if steps < length), length]
+    settings, rows = [{"steps": steps} for steps in most] if method == "MDLM" else [{}], []
+    for setting in settings:
+        solved = []
+        for prompts in held_out:
+            ids = [lm.tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+            told = lm.generate(ids, max_new_tokens=length, temperature=0.0, **setting)
+            answers = [restored(task, method, p, t) for p, t in zip(prompts, told.texts, strict=True)]
+            solved.append(sum(map(find_task(task).is_solved, prompts, answers)))
+        counts = {"tuning": solved[0], "solved": solved[1], "puzzles": len(held_out[1])}
+        rows.append({"forwards": statistics.mean(told.forwards), **counts})
+    seconds = round(time.monotonic() - begun)
+    return {"parameters": lm.model.num_parameters(), "loss": loss, "seconds": seconds, "rows": rows}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +149,10 @@ class Runs:
         """Return the run of these settings."""
         sizes = (self.args.steps or STEPS[task], self.args.batch_size, self.args.puzzles)
         key, path = f"{task} | {method} | {rate:g} | {seed} | {sizes}", self.args.runs
-        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
-        known = {line["key"]: line for line in lines}
+        known = {r["key"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
         if key not in known:
             made = describe(Path(__file__).name, sys.argv[1:]).strip()
-            found = train_and_solve(self.args, task, method, rate=rate, seed=seed)
-            known[key] = {"key": key, **found, "made": made}
+            known[key] = {"key": key, **train_and_solve(self.args, task, method, rate=rate, seed=seed), "made": made}
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a") as file:
                 file.write(json.dumps(known[key]) + "\n")
@@ -181,16 +165,14 @@ class Runs:
 def measure(runs: Runs, task: str, method: str) -> list[tuple[float, list[float], float]]:
     """Choose the rate, run every seed, print the rows; return forwards, each seed's solve rate, standard error."""
     first = runs.args.seeds[0]
-    tried = {rate: runs(task, method, rate=rate, seed=first)["rows"][-1]["tuning"] for rate in LEARNING_RATES}
+    tried = {rate: runs(task, method, rate=rate, seed=first)["rows"][-1]["tuning"] for rate in runs.args.rates}
     rate = max(tried, key=tried.__getitem__)
     finals, points = [runs(task, method, rate=rate, seed=seed) for seed in runs.args.seeds], []
     for rows in zip(*(final["rows"] for final in finals), strict=True):
         solved, count = [100 * row["solved"] / row["puzzles"] for row in rows], rows[0]["puzzles"]
-        mean = statistics.mean(solved)
+        mean, forwards = statistics.mean(solved), statistics.mean(row["forwards"] for row in rows)
         error = (mean * (100 - mean) / count) ** 0.5
-        forwards = statistics.mean(row["forwards"] for row in rows)
-        spread = f"{statistics.stdev(solved):.1f}" if len(solved) > 1 else "-"
-        each = ", ".join(f"{value:.1f}" for value in solved)
+        spread, each = f"{statistics.stdev(solved):.1f}" if solved[1:] else "-", ", ".join(f"{x:.1f}" for x in solved)
         print(f"| {task} | {method} | {rate:g} | {forwards:.1f} | {each} | {mean:.1f} | {error:.1f} | {spread} |")
         points.append((forwards, solved, error))
     return points
@@ -209,7 +191,7 @@ def draw(found: dict[str, dict[str, list[tuple[float, list[float], float]]]], pa
             for forwards, solved, _ in points:
                 axes.plot([forwards] * len(solved), solved, ".", color=drawn[0].get_color(), alpha=0.5)
         axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -218,9 +200,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="the first one also chooses the rate")
     parser.add_argument("--steps", type=int, help=f"training of each model, by default {STEPS}")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3], help="learning rates to choose from")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--puzzles", type=int, default=300)
-    parser.add_argument("--precision", default="float32", choices=["bfloat16", "float32"])
     parser.add_argument("--runs", type=Path, default=Path("runs/planning.jsonl"), help="finished runs")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
