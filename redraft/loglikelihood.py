@@ -142,6 +142,11 @@ def score_questions(
     that are beaten in both leave early. The choices of a question should have equal keys.
     """
     config = config or LikelihoodConfig()
+    if denoiser.settings.process == "uniform":
+        raise ValueError(
+            "likelihoods here are those of masked or autoregressive models; got one of the uniform process. The bound of "
+            "held-out text is in its training's report."
+        )
     layout = denoiser.settings.layout
     running = [[_Running(request, _parts(request, layout)) for request in choices] for choices in questions]
     rounds = _rounds(config)

@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
 
     from redraft.cli.common import load_quietly
     from redraft.evaluation.report import provenance, write_report
-    from redraft.evaluation.run import Store
+    from redraft.evaluation.run import Store, summarize
     from redraft.evaluation.suites import SuiteTask, find_suite
 
     suite = find_suite(args.suite) if args.suite else None
@@ -80,8 +80,10 @@ def main(arguments: list[str]) -> int:
     lm = load_quietly(args.model, device=device, quantization=args.quantization)
     store = Store(folder=args.out, rank=state.process_index)
     store.open({name: value for name, value in asdict(args).items() if name not in ("out", "device")})
-    summaries = _run_offline(args, sampling, lm, offline, store, world_size=state.num_processes)
-    state.wait_for_everyone()
+    _run_offline(args, sampling, lm, offline, store, world_size=state.num_processes)
+    state.wait_for_everyone()  # before the first process sums up what all of them wrote
+    is_main = state.is_main_process
+    summaries = [summarize(t.name, list(store.records(t.name).values())) for t in offline] if is_main else []
     notes = [suite.note] if suite else []
     for task in asked:
         summaries += _run_harness(args, sampling, lm, task, manager, store, chat=suite.chat if suite else args.chat)
@@ -102,20 +104,16 @@ def _run_offline(
     store: "Store",
     *,
     world_size: int,
-) -> "list[Summary]":
+) -> None:
     from tqdm import tqdm
 
-    from redraft.evaluation.run import RunOptions, run_task, summarize
+    from redraft.evaluation.run import RunOptions, run_task
 
     options = RunOptions(sampling=sampling, likelihood=args.likelihood, batch_size=args.batch_size, chat=args.chat)
-    summaries = []
     for task in tasks:
         records = run_task(lm, task, store, options, limit=args.items.limit, world_size=world_size)
         for _ in tqdm(records, desc=task.name, disable=store.rank != 0):
             pass
-        if store.rank == 0:
-            summaries.append(summarize(task.name, list(store.records(task.name).values())))
-    return summaries
 
 
 def _task_manager(args: Arguments, names: list[str]) -> Any:

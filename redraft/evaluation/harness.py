@@ -147,7 +147,7 @@ class RedraftLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results file says about the model, its settings, and what the answers cost."""
-        costs, spent = dict(self.costs), {}
+        costs, spent = self._costs_of_all(), {}
         if costs.get("items"):
             spent["seconds_per_item"] = costs["seconds"] / costs["items"]
         if costs.get("tokens"):
@@ -159,6 +159,15 @@ class RedraftLM(TemplateLM):
             spent["mean_standard_error_nats"] = costs["standard_errors"] / costs["continuations"]
         settings = {"sampling": self.sampling, "likelihood": vars(self.likelihood)}
         return {"model_num_parameters": self.lm.model.num_parameters(), "redraft": {**settings, **costs, **spent}}
+
+    def _costs_of_all(self) -> dict[str, float]:
+        """Sum the costs over the processes; the seconds are those of the slowest."""
+        gathered = [self.costs]
+        if self.world_size > 1:
+            gathered = [Counter()] * self.world_size
+            torch.distributed.all_gather_object(gathered, self.costs)
+        slowest = {name: max(costs[name] for costs in gathered) for name in self.costs if name.endswith("seconds")}
+        return {**sum(gathered, Counter()), **slowest}
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenate a tensor of every process."""
