@@ -3,9 +3,10 @@
     python benchmarks/data_limited.py --plot docs/data-limited.svg
 
 Every method has the same model, windows, batches, constant learning rate after a warm-up, and steps. Each tries the
-same learning rates in short runs with seed 0, scored on the held-out windows. Diffusion trains with t in (0.02, 0.7], as the
-short runs of docs/lab-notes.md do. Held-out numbers are the NLL of AR and the NELBO over t in (0.001, 1] of the others.
-A seed changes weights, order and training noise; corpus, held-out windows and evaluation noise stay.
+same learning rates in short runs with seed 0, scored on the held-out windows. Diffusion trains with t in (0.02, 0.7],
+as the short runs of docs/lab-notes.md do. Held-out numbers are the NLL of AR and the NELBO over t in
+(0.001, 1] of the others. A seed changes weights, order and training noise; corpus, held-out windows and evaluation
+noise stay.
 
 Finished runs are kept in a file and not repeated; the head of the table says at which commits they were made.
 """

@@ -17,8 +17,8 @@ def test_the_sampling_benchmark_runs_all_its_parts():
 
 def test_the_data_limited_benchmark_tunes_compares_and_remembers(tmp_path):
     runs, plot = tmp_path / "runs.jsonl", tmp_path / "curves.svg"
-    flags = "--methods AR MDLM --documents 6 --steps 4 --tuning-steps 2 --eval-every 2 --windows 4 --rates 1e-3 --seeds 1"
-    command = [sys.executable, str(SCRIPTS / "data_limited.py"), *flags.split(), "--runs", str(runs)]
+    flags = "--methods AR MDLM --documents 6 --steps 4 --tuning-steps 2 --eval-every 2 --windows 4 --seeds 1"
+    command = [sys.executable, str(SCRIPTS / "data_limited.py"), *flags.split(), "--rates", "1e-3", "--runs", str(runs)]
     printed = subprocess.run([*command, "--plot", str(plot)], check=True, capture_output=True, text=True).stdout
     assert len(runs.read_text().splitlines()) == 4  # a short and a full run of either
     assert "| 4 | " in printed
