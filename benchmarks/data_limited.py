@@ -1,0 +1,181 @@
+"""When does diffusion beat autoregression? Few data, many epochs: held-out loss of models of one shape.
+
+    python benchmarks/data_limited.py --plot docs/data-limited.svg
+
+Every method has the same model, windows, batches, constant learning rate after a warm-up, and steps. Each tries the
+same learning rates in short runs with seed 0, scored on the held-out windows. Diffusion trains with t in (0.02, 0.7],
+as the short runs of docs/lab-notes.md do. Held-out numbers are the NLL of AR and the NELBO over t in
+(0.001, 1] of the others. A seed changes weights, order and training noise; corpus, held-out windows and evaluation
+noise stay.
+
+Finished runs are kept in a file and not repeated; the head of the table says at which commits they were made.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import describe
+from rich.console import Console
+
+from redraft.data.prepare import DataConfig, prepare
+from redraft.models.build import ModelConfig
+from redraft.training.callbacks import LOG_FILE, read_log
+from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
+from redraft.training.run import run
+
+CLIPPED = {"t_min": 0.02, "t_max": 0.7}
+METHODS = {
+    "AR": ObjectiveConfig(kind="ar"),
+    "BD3LM(4)": ObjectiveConfig(kind="block", block_size=4, **CLIPPED),
+    "BD3LM(16)": ObjectiveConfig(kind="block", block_size=16, **CLIPPED),
+    "MDLM": ObjectiveConfig(**CLIPPED),
+}
+Curve = dict[int, tuple[float, float]]
+"""Optimizer steps to held-out nats per token and bits per byte."""
+
+
+def data_config(documents: int) -> DataConfig:
+    """Take the first documents of the standard library; a fifth of them is held out."""
+    return DataConfig(seq_len=64, vocab_size=1024, max_documents=documents, validation_fraction=0.2)
+
+
+def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, seed: int) -> Curve:
+    """Train once in a folder that is removed; return the held-out curve."""
+    with tempfile.TemporaryDirectory() as work:
+        config = RunConfig(
+            out=f"{work}/run",
+            data=data_config(args.documents),
+            model=ModelConfig(size=args.size, max_positions=128),
+            objective=METHODS[method],
+            train=TrainConfig(
+                learning_rate=rate, batch_size=16, max_steps=steps, warmup=20 / max(steps, 40), decay="constant",
+                seed=seed, eval_every=min(args.eval_every, steps), eval_windows=args.windows,
+                final_eval_windows=args.windows, save_every=steps, precision="bfloat16", compile="off", device="cpu",
+                report_to=(),
+            ),
+        )  # fmt: skip
+        run(config, console=Console(quiet=True))
+        lines = [line for line in read_log(Path(config.out) / LOG_FILE) if "eval_nats_per_token" in line]
+    return {line["step"]: (line["eval_nats_per_token"], line["eval_bits_per_byte"]) for line in lines}
+
+
+def remembered(method: str, args: argparse.Namespace, *, rate: float, steps: int, seed: int) -> Curve:
+    """Train, or return the run of these settings from the file."""
+    shape = f"{args.size} {args.documents} {args.windows} {args.eval_every}"
+    key = f"{method} {shape} {rate:g} {steps} {seed}"
+    lines = map(json.loads, args.runs.read_text().splitlines()) if args.runs.exists() else ()
+    known = {line["key"]: line for line in lines}
+    if key not in known:
+        begun = time.monotonic()
+        curve = train(method, args, rate=rate, steps=steps, seed=seed)
+        made = describe(Path(__file__).name, sys.argv[1:]).strip()
+        known[key] = {"key": key, "curve": curve, "seconds": round(time.monotonic() - begun), "made": made}
+        args.runs.parent.mkdir(parents=True, exist_ok=True)
+        with args.runs.open("a") as file:
+            file.write(json.dumps(known[key]) + "\n")
+        print(known[key], file=sys.stderr)
+    args.made.setdefault(known[key]["made"])
+    return {int(step): tuple(pair) for step, pair in known[key]["curve"].items()}
+
+
+def chosen_rate(method: str, args: argparse.Namespace) -> float:
+    """Return the learning rate of the lowest held-out loss at the end of the short runs."""
+    steps = args.tuning_steps
+    tried = {
+        rate: remembered(method, args, rate=rate, steps=steps, seed=0)[steps][0] for rate in args.rates
+    }  # fmt: skip
+    rate = min(tried, key=tried.__getitem__)
+    shown = ", ".join(f"{nats:.3f}" for nats in tried.values())
+    print(f"{method}: {shown} nats at {', '.join(f'{r:g}' for r in tried)} after {steps} steps; chosen {rate:g}")
+    return rate
+
+
+def spread(values: list[float]) -> str:
+    """Format mean ± standard deviation."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def mean_nats(curves: list[Curve]) -> dict[int, float]:
+    """Average over seeds, step by step."""
+    return {step: statistics.mean(curve[step][0] for curve in curves) for step in curves[0]}
+
+
+def report(results: dict[str, list[Curve]], steps_per_epoch: float) -> None:
+    """Print the curves, their minima, the order at equal steps, and where a method passes AR."""
+    print(f"\n| steps | epochs | {' | '.join(results)} |\n|---|---|{'---|' * len(results)}")
+    steps = list(next(iter(results.values()))[0])
+    for step in steps:
+        cells = [spread([curve[step][0] for curve in curves]) for curves in results.values()]
+        print(f"| {step} | {step / steps_per_epoch:.1f} | {' | '.join(cells)} |")
+    print("\n| | lowest nats/token | at epoch | end, nats/token | above its lowest | bits/byte at the end |")
+    print("|---|---|---|---|---|---|")
+    for name, curves in results.items():
+        nats, last = mean_nats(curves), steps[-1]
+        best = min(nats, key=nats.__getitem__)
+        bits = spread([curve[last][1] for curve in curves])
+        print(f"| {name} | {nats[best]:.3f} | {best / steps_per_epoch:.1f} | {nats[last]:.3f} |", end="")
+        print(f" {nats[last] - nats[best]:.3f} | {bits} |")
+    if "AR" in results:
+        report_crossings({name: mean_nats(curves) for name, curves in results.items()}, steps_per_epoch)
+
+
+def report_crossings(means: dict[str, dict[int, float]], steps_per_epoch: float) -> None:
+    """Say from which evaluation on a method stays below AR."""
+    for name in [name for name in means if name != "AR"]:
+        below = [means[name][step] < means["AR"][step] for step in means["AR"]]
+        run_length = next((i for i, is_below in enumerate(reversed(below)) if not is_below), len(below))
+        where = list(means["AR"])[-run_length] / steps_per_epoch if run_length else None
+        print(f"\n{name}: " + (f"below AR from epoch {where:.1f} on." if where else "not below AR at the end."))
+
+
+def draw(results: dict[str, list[Curve]], steps_per_epoch: float, path: Path) -> None:
+    """Plot every seed thin and the mean thick."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="epochs", ylabel="held-out NLL or NELBO, nats per token")
+    for number, (name, curves) in enumerate(results.items()):
+        epochs = [step / steps_per_epoch for step in curves[0]]
+        for curve in curves:
+            axes.plot(epochs, [nats for nats, _ in curve.values()], color=f"C{number}", linewidth=0.5)
+        axes.plot(epochs, list(mean_nats(curves).values()), "o-", color=f"C{number}", markersize=3, label=name)
+    axes.legend()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Measure and print; every run is told on standard error as it ends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--documents", type=int, default=10, help="documents of the corpus; a fifth is held out")
+    parser.add_argument("--size", default="1m", help="named shape of the model")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--tuning-steps", type=int, default=60)
+    parser.add_argument("--eval-every", type=int, default=40)
+    parser.add_argument("--windows", type=int, default=96, help="held-out windows")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 4e-3])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/data-limited.jsonl"), help="finished runs")
+    args = parser.parse_args(namespace=argparse.Namespace(made={}))
+    data = prepare(data_config(args.documents))
+    steps_per_epoch = len(data.train) / 16
+    print(f"{len(data.train) * 64:,} training tokens, {len(data.validation) * 64:,} held-out tokens")
+    rates = {method: chosen_rate(method, args) for method in args.methods}
+    results: dict[str, list[Curve]] = {method: [] for method in args.methods}
+    for seed in range(args.seeds):
+        for method, rate in rates.items():
+            results[method].append(remembered(method, args, rate=rate, steps=args.steps, seed=seed))
+    report(results, steps_per_epoch)
+    print("\n" + "\n".join(args.made))
+    if args.plot:
+        draw(results, steps_per_epoch, args.plot)
+
+
+if __name__ == "__main__":
+    main()
