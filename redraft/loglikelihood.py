@@ -144,8 +144,8 @@ def score_questions(
     config = config or LikelihoodConfig()
     if denoiser.settings.process == "uniform":
         raise ValueError(
-            "likelihoods here are those of masked or autoregressive models; got one of the uniform process. The bound of "
-            "held-out text is in its training's report."
+            "likelihoods are estimated for masked and autoregressive models; got one of the uniform process. Training "
+            "reports its bound on held-out text."
         )
     layout = denoiser.settings.layout
     running = [[_Running(request, _parts(request, layout)) for request in choices] for choices in questions]

@@ -268,6 +268,13 @@ class CharacterTokenizer:
         return {"input_ids": ids}
 
 
+def test_a_uniform_model_is_not_scored_as_if_it_knew_masks():
+    denoiser = ExactDenoiser(random_joint(2))
+    object.__setattr__(denoiser, "settings", replace(denoiser.settings, process="uniform"))
+    with pytest.raises(ValueError, match="uniform process"):
+        loglikelihoods(denoiser, [request([], [0, 1])])
+
+
 def test_a_tokenizer_that_merges_across_the_boundary_keeps_the_context(lm):
     lm = replace(lm, tokenizer=CharacterTokenizer())
     for context, continuation in [("cca", "bcc"), ("cc", "abc"), ("cab ", "c")]:
