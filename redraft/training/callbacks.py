@@ -62,6 +62,8 @@ class Progressed(TrainerCallback):
             logs["tokens_per_second"] = round(self._tokens_per_second())
             logs["efficiency"] = round(self.trainer.efficiency(), 4)  # useful tokens / forwarded tokens
             line = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,} tokens/s"
+            if "skipped_steps" in logs:
+                line += f"  {logs['skipped_steps']} steps skipped: gradient not finite"
             if logs["efficiency"] < 1:
                 line += f" ({100 * logs['efficiency']:.0f} % useful)"
             if self._bar:

@@ -156,6 +156,8 @@ class TrainConfig:
     """AdamW's second-moment decay."""
     max_grad_norm: float = 1.0
     """Gradient clipping, global norm."""
+    max_skipped: int = 10
+    """Steps whose gradient is not finite are skipped and their batches kept; a run with more of them stops."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype; auto takes bfloat16 where this device multiplies faster in it."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -194,6 +196,8 @@ class TrainConfig:
         ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1; got {value}.")
+        if self.max_skipped < 0:
+            raise ValueError(f"train.max_skipped must not be negative; got {self.max_skipped}. Use 0 to allow none.")
         if self.eval_every < 0:
             raise ValueError(f"train.eval_every must not be negative; got {self.eval_every}. Use 0 for the end only.")
         if not self.learning_rate > 0:

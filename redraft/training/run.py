@@ -18,7 +18,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, StreamedWindows, prepare
@@ -28,6 +27,7 @@ from redraft.likelihood import Estimate, NoiseKey
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import can_compile
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
+from redraft.training.checkpoint import last_whole_checkpoint
 from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
@@ -60,7 +60,8 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     folder = Path(config.out)
     state = PartialState(cpu=runs_on_cpu(config.train.device))
     config = _as_begun(config) if resume else _with_precision(config)
-    checkpoint = check_folder(folder, resume=resume)
+    check_folder(folder, resume=resume)
+    checkpoint = _checkpoint_to_go_on_from(folder, console, state) if resume else None
     be_quiet()
     start = load_start(config)
     data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
@@ -150,8 +151,8 @@ def _as_begun(config: RunConfig) -> RunConfig:
     return dataclasses.replace(saved, out=config.out)
 
 
-def check_folder(folder: Path, *, resume: bool) -> str | None:
-    """Return the checkpoint to go on from. Raises ValueError where the folder cannot be used."""
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Raise ValueError where a run cannot be written to the folder."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder; {folder} is a file. Choose another --out.")
     is_run = (folder / RECIPE_FILE).exists() or (folder / "config.json").exists()
@@ -163,7 +164,13 @@ def check_folder(folder: Path, *, resume: bool) -> str | None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write to {existing}: {error.strerror}. Choose another --out.") from error
-    return get_last_checkpoint(str(folder)) if resume else None
+
+
+def _checkpoint_to_go_on_from(folder: Path, console: Console, state: PartialState) -> str | None:
+    """Choose the newest whole checkpoint, for all processes alike."""
+    quiet = console if state.is_main_process else Console(quiet=True)
+    (chosen,) = broadcast_object_list([last_whole_checkpoint(folder, quiet)])
+    return chosen
 
 
 def _step_of(checkpoint: str) -> int:
@@ -260,6 +267,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         isolate_segments=config.data.isolates_segments,
         groups_lengths=config.data.kind == "chat" and config.data.chat.batching == "grouped",
         average=average,
+        max_skipped=train.max_skipped,
         callbacks=callbacks + ([Averaging(average)] if average else []),
     )
     trainer.remove_callback(PrinterCallback)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
@@ -18,7 +19,9 @@ from redraft.data.packing import WindowDataset
 from redraft.likelihood import CleanRows, Estimate, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
+from redraft.training.checkpoint import write_hashes
 from redraft.training.ema import WeightAverage
+from redraft.training.guard import Guard
 
 EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
 
@@ -51,6 +54,7 @@ class DiffusionTrainer(Trainer):
         isolate_segments: bool = False,
         groups_lengths: bool = False,
         average: WeightAverage | None = None,
+        max_skipped: int = 10,
         callbacks: list[Any] | None = None,
     ) -> None:
         self.pad_token_id = pad_token_id
@@ -82,6 +86,9 @@ class DiffusionTrainer(Trainer):
         self._has_plain_head = head_is_plain(denoiser.model)
         self._checkpoint_parent: str | None = None
         self._global_rows = 0
+        self._batches: list[Batch] = []
+        folder = Path(args.output_dir or ".") / "skipped"
+        self.guard = Guard(folder, most=max_skipped, rank=args.process_index)
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         return collate(rows, pad_token_id=self.pad_token_id)
@@ -109,7 +116,7 @@ class DiffusionTrainer(Trainer):
             size = len(batch["input_ids"])
             batch["row"] = torch.arange(size) + first + rank * size
             first += world * size
-        self._global_rows = first
+        self._global_rows, self._batches = first, batches
         if not batches:
             return batches, None
         num_tokens = torch.stack([targets_of(batch).sum() for batch in batches]).sum().to(device)
@@ -155,6 +162,20 @@ class DiffusionTrainer(Trainer):
             wrapped=wrapped,
             has_plain_head=self._has_plain_head,
         )
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Let the optimizer skip a step whose gradient is not finite; every process has the same norm."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        skip = self.guard.found_inf(torch.as_tensor(norm), self._batches, step=self.state.global_step)
+        self.optimizer.optimizer.found_inf = skip
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the number of steps skipped since the last loss. Raises ValueError where they are too many."""
+        if "loss" in logs and (skipped := self.guard.report()):
+            logs["skipped_steps"] = skipped
+        super().log(logs, *args, **kwargs)
+        self.guard.check()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Estimate the held-out loss under a fixed noise: the same weights give the same number twice."""
@@ -217,15 +238,21 @@ class DiffusionTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._checkpoint_parent = str(staging)
+        name = f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            if self.average and self.args.should_save:
+                self.average.save(staging / name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+            shutil.rmtree(staging, ignore_errors=True)
+            raise ValueError(
+                f"{name} could not be written: {error}. Earlier ones are whole; make room, then --resume."
+            ) from error
         finally:
             self._checkpoint_parent = None
-        name = f"checkpoint-{self.state.global_step}"
-        if self.average and self.args.should_save:
-            self.average.save(staging / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            write_hashes(staging / name)
             shutil.rmtree(out / name, ignore_errors=True)
             (staging / name).rename(out / name)
             staging.rmdir()

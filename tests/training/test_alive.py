@@ -1,0 +1,112 @@
+"""A run survives gradients that are not finite, damaged checkpoints and a full disk."""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from redraft.data.prepare import DataConfig
+from redraft.models.build import ModelConfig
+from redraft.training import trainer as trainer_module
+from redraft.training.callbacks import read_log
+from redraft.training.checkpoint import damage
+from redraft.training.config import RunConfig, TrainConfig
+from redraft.training.run import run
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def config(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(20):
+        text = "\n".join(f"def f_{i}_{j}(x):\n    return x + {i * j % 7}\n" for j in range(12))
+        (corpus / f"module_{i}.py").write_text(text)
+    return RunConfig(
+        out=str(tmp_path / "run"),
+        data=DataConfig(source=str(corpus), seq_len=32, vocab_size=280, cache_dir=str(tmp_path / "cache")),
+        model=ModelConfig(size="1m", hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64),
+        train=TrainConfig(
+            batch_size=4, max_steps=6, eval_every=0, final_eval_windows=2, save_every=2, log_every=1, device="cpu",
+            precision="float32", compile="off", report_to=(), keep_checkpoints=10,
+        ),
+    )  # fmt: skip
+
+
+def poison(monkeypatch, steps):
+    """Make the loss of these steps infinite."""
+    score = trainer_module.DiffusionTrainer.score
+
+    def poisoned(self, objective, batch, key, **settings):
+        total, nats = score(self, objective, batch, key, **settings)
+        return (total * torch.inf if key.step in steps else total), nats
+
+    monkeypatch.setattr(trainer_module.DiffusionTrainer, "score", poisoned)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_without_a_finite_gradient_changes_nothing_and_its_batch_is_kept(config, monkeypatch, accumulation):
+    config = replace(config, train=replace(config.train, save_every=1, accumulation=accumulation))
+    poison(monkeypatch, {3})
+    out = run(config, console=QUIET).folder
+    weights = [load_file(out / f"checkpoint-{n}" / "model.safetensors") for n in (3, 4, 5)]
+    moments = [torch.load(out / f"checkpoint-{n}" / "optimizer.pt")["state"] for n in (3, 4)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
+    assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(out / "model.safetensors").values())
+    assert [line["step"] for line in read_log(out / "log.jsonl") if "skipped_steps" in line] == [4]
+    kept = load_file(out / "skipped" / "step-3-process-0.safetensors")
+    assert kept["0.input_ids"].shape == (4, 32)
+    assert len([name for name in kept if name.endswith("input_ids")]) == accumulation
+
+
+def test_too_many_of_them_end_the_run(config, monkeypatch):
+    poison(monkeypatch, {2, 3})
+    with pytest.raises(ValueError, match="2 steps had a gradient that is not finite"):
+        run(replace(config, train=replace(config.train, max_skipped=1)), console=QUIET)
+    assert damage(Path(config.out) / "checkpoint-2") is None
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(config):
+    whole = run(config, console=QUIET).folder
+    expected = load_file(whole / "model.safetensors")
+    broken = whole / "checkpoint-6" / "optimizer.pt"
+    broken.write_bytes(broken.read_bytes()[:100])
+    console = Console(record=True, width=300, quiet=False, file=sys.stderr)
+    run(config, resume=True, console=console)
+    assert "checkpoint-6 is damaged (optimizer.pt is not as it was written)" in console.export_text()
+    found = load_file(whole / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    for folder in whole.glob("checkpoint-*"):
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no checkpoint of"):
+        run(config, resume=True, console=QUIET)
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(config):
+    run(replace(config, train=replace(config.train, max_steps=2)), console=QUIET)
+    folder = Path(config.out)
+    recipe = folder / "recipe.json"
+    recipe.write_text(json.dumps(asdict(replace(config, train=replace(config.train, max_steps=4)))))
+    most = (folder / "checkpoint-2" / "optimizer.pt").stat().st_size // 2
+    command = [sys.executable, "-m", "redraft.cli", "train", str(folder), "--resume"]
+    full = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )
+    assert full.returncode == 2, full.stderr
+    assert "checkpoint-4 could not be written" in full.stderr + full.stdout
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert damage(folder / "checkpoint-2") is None
+    assert subprocess.run(command, capture_output=True).returncode == 0
