@@ -167,7 +167,8 @@ class DiffusionTrainer(Trainer):
         """Let the optimizer skip a step whose gradient is not finite; every process has the same norm."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         skip = self.guard.found_inf(torch.as_tensor(norm), self._batches, step=self.state.global_step)
-        self.optimizer.optimizer.found_inf = skip
+        optimizer: Any = self.optimizer  # accelerate's wrapper of the fused AdamW
+        optimizer.optimizer.found_inf = skip
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
