@@ -3,6 +3,7 @@
     python benchmarks/training.py [--models demo smollm] [--rounds 3]
     python benchmarks/training.py --block 16      # block diffusion in one forward against two naive ones
     python benchmarks/training.py --head 150000   # peak memory of head and loss over 8192 tokens, chunked against plain
+    python benchmarks/training.py --lora          # a step of full finetuning, LoRA, QLoRA, each with checkpointing
 
 Plain: one document per row, padded to the longest of the batch, logits over the whole vocabulary at all positions; as
 many documents as hold the useful tokens of one of our steps.
@@ -19,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +32,7 @@ from machine import describe
 from redraft.data.packing import pack
 from redraft.data.sources import read_documents
 from redraft.data.tokenizer import encode_documents, train_tokenizer
+from redraft.language_model import load
 from redraft.likelihood import CleanRows, NoiseKey, Objective, solve
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
@@ -38,6 +41,7 @@ from redraft.models.settings import DiffusionSettings
 from redraft.objectives.block import BlockDiffusion
 from redraft.objectives.diffusion import Diffusion
 from redraft.processes.masked import MaskedDiffusion
+from redraft.training.adapter import AdapterConfig, add_adapter, enable_checkpointing, num_parameters
 from redraft.training.machine import keep_freed_memory
 
 MODELS = {  # model size, vocabulary, tokens per row, rows per step
@@ -152,6 +156,60 @@ def measure_head(way: str, vocab_size: str, tokens: str) -> dict[str, float]:
     return {"peak_mb": peak / 1024, "seconds": time.perf_counter() - start}
 
 
+def measure_lora(way: str, folder: str) -> dict[str, float]:
+    """Take steps of a 135 M model under bfloat16 autocast, 4 rows of 256; peak memory of the steps, model included.
+
+    Linux only: what loading took is left out of the peak.
+    """
+    before, rank = _memory_mb("VmRSS"), 16
+    torch.manual_seed(0)
+    dtype = torch.float32 if "full" in way else torch.bfloat16  # frozen weights need no master copy
+    model = load(folder, dtype=dtype, device="cpu", quantization="int8" if "int8" in way else None).model.train()
+    if "full" not in way:
+        add_adapter(model, AdapterConfig(rank=rank, targets="all-linear"))
+    if "checkpointing" in way:
+        enable_checkpointing(model)
+    settings = DiffusionSettings(mask_token_id=2)
+    loss_of = our_loss(Denoiser(model, settings), Diffusion(process=MaskedDiffusion(mask_token_id=2)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    ids = torch.randint(3, model.config.vocab_size, (4, 256))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(ids, torch.ones_like(ids, dtype=torch.bool))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    peak = _memory_mb("VmHWM") - before
+    return {"peak_mb": peak, "seconds": statistics.median(seconds[1:]), "trained": num_parameters(model)[0] / 1e6}
+
+
+def _memory_mb(kind: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) / 1024
+
+
+def print_lora() -> None:
+    """Compare the memory and time of a step, one process each."""
+    size, vocab_size, _, _ = MODELS["smollm"]
+    print("| way | trained, M | peak MB | x full | seconds per step | x full |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DiffusionSettings(mask_token_id=2)
+        build_model(ModelConfig(size=size), settings, tokenizer=Tokens(vocab_size)).save_pretrained(folder)
+        kinds = ("full", "LoRA", "LoRA over int8")
+        ways = [kind + more for more in ("", ", checkpointing") for kind in kinds]
+        found = {way: _in_a_process(way, folder, kind="lora") for way in ways}
+    full = found["full"]
+    for way, each in found.items():
+        memory = f"{each['peak_mb']:,.0f} | {each['peak_mb'] / full['peak_mb']:.2f}"
+        took = f"{each['seconds']:.2f} | {each['seconds'] / full['seconds']:.2f}"
+        print(f"| {way} | {each['trained']:.2f} | {memory} | {took} |")
+
+
 def print_block(models: list[str], block_size: int, rounds: int) -> None:
     """Compare in turns; medians of ratios per round."""
     print("| model | block | one pass, s | two naive passes, s | one / two | one / masked diffusion |")
@@ -251,18 +309,22 @@ def main() -> None:
     parser.add_argument("--block", type=int, help="block size: compare block diffusion's step")
     parser.add_argument("--head", type=int, help="vocabulary: compare the memory of head and loss")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of --head")
+    parser.add_argument("--lora", action="store_true", help="compare full finetuning, LoRA and QLoRA")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         kind, *rest = args.measure
-        print(json.dumps({"step": measure, "block": measure_block, "head": measure_head}[kind](*rest)))
+        measures = {"step": measure, "block": measure_block, "head": measure_head, "lora": measure_lora}
+        print(json.dumps(measures[kind](*rest)))
         return
     print(describe(Path(__file__).name, sys.argv[1:]))
     if args.block:
         print_block(args.models, args.block, args.rounds)
     if args.head:
         print_head(args.head, args.tokens)
-    if args.block or args.head:
+    if args.lora:
+        print_lora()
+    if args.block or args.head or args.lora:
         return
     print("| model | dtype | way | useful tokens/s | x plain | peak MB | x plain | of the matmul rate |")
     print("|---|---|---|---|---|---|---|---|")

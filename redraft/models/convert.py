@@ -12,6 +12,7 @@ from torch import Tensor
 from redraft.layouts import Layout
 from redraft.models.families import Family, find_family
 from redraft.models.load import (
+    adapter_config,
     attach_adapter,
     check_tokenizer,
     load_denoiser,
@@ -20,6 +21,7 @@ from redraft.models.load import (
     read_config,
     read_raw_config,
     renaming_class,
+    split_adapter,
 )
 from redraft.models.probe import BIDIRECTIONAL, BLOCKS, ISOLATED, PADDING, POSITIONS, Check, check_model
 from redraft.models.settings import DiffusionSettings
@@ -70,7 +72,7 @@ def convert(
     An autoregressive model loses its causal mask (`block_size`: between blocks it stays); an encoder keeps its head or
     gets one. The mask token is the one asked for, the tokenizer's own, a reserved row, a spare row of the embedding, or
     a new row; the last three are set to the mean of the others. `shift_logits` keeps next-token alignment. `adapter` is
-    merged into the weights. `to` writes a family's own names, for the users of its original code.
+    merged into the weights, as is a source that is one. `to` writes a family's own names, for the users of its code.
 
     Raises ValueError for a model that cannot be converted, with the reason, before anything is written.
     """
@@ -79,10 +81,13 @@ def convert(
         raise ValueError(f"{out} exists and is not an empty folder; name a new one.")
     Layout(block_size=block_size)  # refuses a size that is none, before the weights are read
     written_as = None if to is None else find_family({}, name=to)
+    if adapter is None:
+        source, adapter = split_adapter(source)
     read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype)
     model, notes = read.model, read.notes
     if adapter is not None:
         model = attach_adapter(model, adapter).merge_and_unload()
+        read = _as_trained(read, adapter)
         notes.append(f"merged the adapter {adapter}")
     settings = read.settings or _new_settings(read, mask_token_id)
     chosen: dict[str, Any] = {"shift_logits": shift_logits, "block_size": block_size}
@@ -94,6 +99,14 @@ def convert(
     return Conversion(
         folder=out, architecture=type(model).__name__, settings=settings, notes=tuple(notes), checks=tuple(checks)
     )
+
+
+def _as_trained(read: _Source, adapter: str | Path) -> _Source:
+    """Take the settings and the tokenizer that an adapter was trained with, where they lie beside it."""
+    saved = adapter_config(adapter).get("diffusion")
+    if not saved:
+        return read
+    return replace(read, settings=DiffusionSettings(**saved), tokenizer=load_tokenizer(adapter) or read.tokenizer)
 
 
 def _new_settings(read: _Source, mask_token_id: int | None) -> DiffusionSettings:

@@ -1,6 +1,7 @@
 """Loading: a folder or a hub id becomes a denoiser and its tokenizer. No remote code is ever run."""
 
 import difflib
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -33,9 +34,10 @@ def load_denoiser(
 ) -> tuple[Denoiser, Any]:
     """Load a model and its tokenizer (None where the folder has none), in evaluation mode.
 
-    `quantization` is int8 or int4 (`models.quantize`). `adapter` is a LoRA of peft, laid over the weights. `family`
-    names the format of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`;
-    see docs/models.md).
+    `quantization` is int8 or int4 (`models.quantize`). `adapter` is a LoRA of peft, laid over the weights; `path` may
+    be one itself, which names its base. Where an adapter was trained here, its settings win. `family` names the
+    format of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`; see
+    docs/models.md).
 
     Raises ValueError where there is no such model, its class is neither in transformers nor a family, it is
     autoregressive, weights are missing, extra, of another shape or cut short, no mask token is known or it lies outside
@@ -43,13 +45,18 @@ def load_denoiser(
     not suit the model or this machine.
     """
     target = choose_device(device)
+    if adapter is None:
+        path, adapter = split_adapter(path)
     raw = read_raw_config(path)
     of_family = find_family(raw, name=family, hub_id=str(path))
-    tokenizer = load_tokenizer(path, family=of_family)
+    trained_for = adapter_config(adapter).get("diffusion")
+    tokenizer = load_tokenizer(adapter) if adapter and trained_for else None
+    tokenizer = tokenizer or load_tokenizer(path, family=of_family)
     if mask_token_id is None and not raw.get("diffusion"):
         of_tokenizer = None if tokenizer is None else tokenizer.mask_token_id
         mask_token_id = raw.get("mask_token_id", of_tokenizer)
     config, model_class = _config_and_class(path, raw, family=of_family, mask_token_id=mask_token_id)
+    config.diffusion = trained_for or getattr(config, "diffusion", None)
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
     check_tokenizer(path, tokenizer, config)
     if tokenizer is not None and tokenizer.chat_template is None and of_family is not None:
@@ -64,6 +71,26 @@ def load_denoiser(
         model = attach_adapter(model, adapter).get_base_model()
     kind = encoder_decoder.EncoderDecoder if config.model_type in encoder_decoder.MODEL_TYPES else Denoiser
     return kind(model.to(target).eval(), settings), tokenizer
+
+
+def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
+    """Tell the base and the adapter of a folder that holds an adapter; a whole model is its own base.
+
+    Raises ValueError where the adapter does not name its base.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return path, None
+    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"the adapter {path} does not name its base. Load the base, with adapter={str(path)!r}.")
+    return base, path
+
+
+def adapter_config(adapter: str | Path | None) -> Raw:
+    """Read the config.json that training saved beside an adapter; empty for adapters from elsewhere."""
+    file = Path(adapter or "") / "config.json"
+    return json.loads(file.read_text()) if adapter and file.is_file() else {}
 
 
 def read_raw_config(path: str | Path) -> Raw:

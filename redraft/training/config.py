@@ -20,6 +20,7 @@ from redraft.processes.masked import MaskedDiffusion
 from redraft.processes.noised import Process
 from redraft.processes.uniform import UniformDiffusion
 from redraft.schedules import schedule_from_name
+from redraft.training.adapter import AdapterConfig
 
 RECIPE_FILE = "recipe.json"
 
@@ -162,6 +163,8 @@ class TrainConfig:
     """Autocast dtype; auto takes bfloat16 where this device multiplies faster in it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer; auto compiles where a compiler is found and the run is long enough."""
+    gradient_checkpointing: bool = False
+    """Keep one activation per layer and compute the others again in the backward pass: less memory, a third slower."""
     ema_decay: float | None = None
     """Average the weights with this decay per step; evaluation and the saved model then use the average."""
     eval_every: int = 500
@@ -224,6 +227,8 @@ class RunConfig:
     """The shape of a random model, or the model to go on from."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What is minimised: the noising process, its layout and its weights."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA over the frozen weights of model.start; rank 0 trains all weights instead."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimisation, evaluation and bookkeeping."""
 
@@ -233,6 +238,7 @@ class RunConfig:
                 f"model.start brings its own tokenizer; got data.tokenizer={self.data.tokenizer!r} beside it. Leave "
                 "out one or the other."
             )
+        self._check_adapter()
         if self.model.max_positions is not None and self.data.seq_len > self.model.max_positions:
             raise ValueError(
                 f"data.seq_len must not exceed model.max_positions; got {self.data.seq_len} and "
@@ -241,6 +247,20 @@ class RunConfig:
         if self.objective.kind == "ar" and self.model.architecture == "modernbert":
             raise ValueError(
                 "objective.kind ar needs a decoder; got model.architecture modernbert, an encoder. Use llama."
+            )
+
+    def _check_adapter(self) -> None:
+        rank, quantization = self.adapter.rank, self.model.quantization
+        if rank and self.model.start is None:
+            raise ValueError(
+                f"an adapter goes over model.start; got adapter.rank {rank} without. Name a --model.start."
+            )
+        if quantization not in (None, "int8"):  # the kernels of int4 have no gradient
+            raise unknown_name("model.quantization for training", quantization, ("int8",))
+        if quantization is not None and not rank:
+            raise ValueError(
+                f"quantised weights cannot be trained; got model.quantization {quantization!r} without an adapter. "
+                "Add --adapter.rank 16, or leave it out."
             )
 
     def save(self, folder: Path) -> None:

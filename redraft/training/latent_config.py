@@ -87,6 +87,8 @@ class LatentRunConfig:
         find_task(self.task)
         if self.train.epochs is not None:
             raise ValueError(f"train.epochs is not for latent thinking; got {self.train.epochs}. Use train.max_steps.")
+        if self.train.gradient_checkpointing:
+            raise ValueError("train.gradient_checkpointing is not for latent thinking. Leave it out.")
         shape = self.denoiser
         GaussianDiffusion(parametrization=shape.parametrization, weighting=shape.weighting)
         if self.stage != "autoencoder" and self.start is None:

@@ -26,6 +26,7 @@ from redraft.errors import unknown_name
 from redraft.likelihood import Estimate, NoiseKey
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import can_compile
+from redraft.training.adapter import enable_checkpointing, num_parameters
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
 from redraft.training.checkpoint import last_whole_checkpoint
 from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
@@ -70,9 +71,10 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     torch.manual_seed(config.train.seed)
     denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
-    num_parameters = sum(p.numel() for p in denoiser.model.parameters())
-    _check_disk(folder, num_parameters, keep=config.train.keep_checkpoints)
-    console.print(f"model: {config.model.start or config.model.architecture}, {num_parameters / 1e6:.2f} M parameters")
+    num_trained, num_all = num_parameters(denoiser.model)
+    _check_disk(folder, num_trained, keep=config.train.keep_checkpoints)
+    of = f"trains {num_trained / 1e6:.2f} M of {num_all / 1e6:.2f} M parameters"
+    console.print(f"model: {config.model.start or config.model.architecture}, {of}", soft_wrap=True)
 
     progress = Progressed(console, measure=config.objective.measure)
     stopped = StoppedBySignal(console)
@@ -177,9 +179,9 @@ def _step_of(checkpoint: str) -> int:
     return int(Path(checkpoint).name.removeprefix("checkpoint-"))
 
 
-def _check_disk(folder: Path, num_parameters: int, *, keep: int) -> None:
+def _check_disk(folder: Path, num_trained: int, *, keep: int) -> None:
     """Raise ValueError where the checkpoints of the run cannot fit."""
-    needed = num_parameters * (BYTES_PER_PARAMETER["checkpoint"] * (keep + 1) + BYTES_PER_PARAMETER["model"])
+    needed = num_trained * (BYTES_PER_PARAMETER["checkpoint"] * (keep + 1) + BYTES_PER_PARAMETER["model"])
     existing = _nearest_existing(folder)
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -248,6 +250,8 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
     )
     # One process drives one device: transformers would replicate the model by threads over all that it sees.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if train.gradient_checkpointing:
+        enable_checkpointing(denoiser.model)
     denoiser.model.to(arguments.device)  # before the average is copied from it
     average = WeightAverage(denoiser.model, decay=train.ema_decay) if train.ema_decay else None
     train_dataset = data.train

@@ -9,13 +9,16 @@ from redraft.data.tokenizer import require_mask_token
 from redraft.language_model import LanguageModel, load
 from redraft.models.build import build_model
 from redraft.models.denoiser import Denoiser
+from redraft.models.load import split_adapter
+from redraft.training.adapter import add_adapter
 from redraft.training.config import RunConfig
 
 
 def load_start(config: RunConfig) -> LanguageModel | None:
     """Load the model to go on from, as float32 master weights; None where a run begins with random ones.
 
-    Its tokenizer gets the mask token of its settings where it knows the id, so that a text can never hold it unseen.
+    What stays frozen under an adapter is held in the precision of the run, or quantised. The tokenizer gets
+    the mask token of its settings where it knows the id, so that a text can never hold it unseen.
 
     Raises ValueError where `redraft.load` does (an autoregressive model is to be converted first), where it has no
     tokenizer, another process than the run's, or a shorter context than the run's windows.
@@ -23,7 +26,13 @@ def load_start(config: RunConfig) -> LanguageModel | None:
     path = config.model.start
     if path is None:
         return None
-    lm = load(path, dtype=torch.float32, device="cpu")
+    if split_adapter(path)[1] is not None:
+        raise ValueError(
+            f"model.start must hold whole weights; {path} is an adapter. Merge it: redraft convert {path} OUT."
+        )
+    is_half = config.adapter.rank > 0 and config.train.precision == "bfloat16"  # what is frozen needs no master weights
+    dtype = torch.bfloat16 if is_half else torch.float32
+    lm = load(path, dtype=dtype, device="cpu", quantization=config.model.quantization)
     settings, tokenizer = lm.denoiser.settings, lm.tokenizer
     if tokenizer is None:
         raise ValueError(f"model.start must bring its tokenizer; {path} holds none. Save one beside the model.")
@@ -60,4 +69,6 @@ def build_denoiser(config: RunConfig, start: LanguageModel | None, *, tokenizer:
     size = before.block_size if objective.block_size is None else objective.block_size
     settings = dataclasses.replace(before, schedule=objective.schedule, block_size=size)
     settings.save_to(start.model.config)
+    if config.adapter.rank:
+        add_adapter(start.model, config.adapter)
     return Denoiser(start.model, settings)

@@ -19,6 +19,7 @@ from redraft.data.packing import WindowDataset
 from redraft.likelihood import CleanRows, Estimate, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
+from redraft.training.adapter import has_adapter, read_adapter
 from redraft.training.checkpoint import write_hashes
 from redraft.training.ema import WeightAverage
 from redraft.training.guard import Guard
@@ -229,6 +230,17 @@ class DiffusionTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._checkpoint_parent or super()._get_output_dir(trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if has_adapter(self.model) and self.args.should_save:  # whose settings may not be those of its base
+            self.denoiser.model.config.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if has_adapter(self.model):
+            read_adapter(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint aside and rename it when it is whole: a killed run leaves no half of one."""
