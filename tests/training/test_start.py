@@ -60,8 +60,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start(source):
-    """The same model, converted: a new mask row, logits shifted, attention in blocks of 4."""
-    redraft.convert(source, source.parent / "converted", shift_logits=True, block_size=4)
+    """The same model, converted: a new mask row, logits shifted."""
+    redraft.convert(source, source.parent / "converted", shift_logits=True)
     return source.parent / "converted"
 
 
@@ -99,12 +99,12 @@ def test_a_run_begins_with_the_weights_of_its_start_and_keeps_its_settings(confi
     ours, theirs = (redraft.load(folder, device="cpu") for folder in (config.out, start))
     assert ours.denoiser.settings == theirs.denoiser.settings
     assert ours.denoiser.settings.shift_logits
-    assert ours.denoiser.settings.block_size == 4
+    assert ours.denoiser.settings.block_size is None
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
     assert ours.tokenizer.chat_template == theirs.tokenizer.chat_template
 
 
-def test_block_diffusion_goes_on_from_a_start_with_blocks_of_its_own(config):
+def test_block_diffusion_goes_on_from_a_start(config):
     objective = ObjectiveConfig(kind="block", block_size=8)
     run(replace(config, objective=objective, train=short(config.train)), console=QUIET)
     settings = redraft.load(config.out, device="cpu").denoiser.settings
@@ -126,7 +126,7 @@ def test_what_it_saves_is_trained_and_loads_in_plain_transformers_and_a_resumed_
     assert any((before[name] - whole[name]).abs().max() > 1e-3 for name in before)
     ids = torch.arange(3, 35)[None]
     ours = redraft.load(outcome.folder, device="cpu").logits(ids, layout="full")
-    with torch.no_grad():  # plain transformers knows neither blocks nor the shift
+    with torch.no_grad():  # plain transformers does not know the shift
         plain = AutoModelForCausalLM.from_pretrained(outcome.folder).eval()(input_ids=ids).logits
     assert torch.allclose(ours[:, 1:], plain[:, :-1], atol=1e-5)
     shutil.rmtree(Path(config.out) / "checkpoint-4")  # as if it had been killed after its second step
