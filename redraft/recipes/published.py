@@ -121,7 +121,10 @@ def _owt() -> DataConfig:
 
 
 def _mdlm_small() -> ModelConfig:
-    """12 layers of width 768 with 12 heads, dropout 0.1 (configs/model/small.yaml); a stock Llama instead of a DiT."""
+    """12 layers of width 768 with 12 heads, dropout 0.1 (configs/model/small.yaml); a stock Llama instead of a DiT.
+
+    Our head is the embedding; theirs is a matrix of its own (`tie_word_embeddings: False`).
+    """
     return ModelConfig(hidden_size=768, num_layers=12, num_heads=12, intermediate_size=2048, dropout=0.1)
 
 

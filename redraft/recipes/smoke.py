@@ -1,7 +1,5 @@
 """Any recipe in seconds and offline: its objective and data policy, with tiny weights, data and steps."""
 
-import json
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from redraft.training.config import RunConfig, TrainConfig
 from redraft.training.latent_config import LatentRunConfig
 
 SEQ_LEN = 128
-CONVERSATIONS = [{"prompt": f"{a} + {b} = ?", "response": str(a + b)} for a in range(8) for b in range(8)]
+CONVERSATIONS = Path(__file__).with_name("smoke.jsonl")  # 64 sums: read where they are, nothing is written
 
 
 def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
@@ -27,7 +25,7 @@ def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
     eos_block = SEQ_LEN if chat.block_size == data.seq_len else chat.block_size
     data = replace(
         data,
-        source=str(_conversations()) if is_chat else "stdlib",
+        source=str(CONVERSATIONS) if is_chat else "stdlib",
         seq_len=SEQ_LEN,
         chat=replace(chat, block_size=eos_block),
         max_documents=None if is_chat else 10,
@@ -64,10 +62,3 @@ def _few_steps(train: TrainConfig) -> TrainConfig:
         log_every=1,
         report_to=(),
     )
-
-
-def _conversations() -> Path:
-    """Write the conversations, always the same, where a run reads data."""
-    path = Path(tempfile.gettempdir()) / "redraft-smoke.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in CONVERSATIONS))
-    return path

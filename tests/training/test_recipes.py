@@ -9,6 +9,7 @@ from rich.console import Console
 import redraft
 from redraft.cli.train import main
 from redraft.data.prepare import DataConfig, prepare
+from redraft.data.sources import read_documents
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
@@ -49,6 +50,15 @@ def test_a_smoke_test_takes_flags_and_is_in_the_help(capsys):
 def test_latent_stages_run_as_smoke_tests_one_after_the_other():
     for name in ("latent-autoencoder", "latent-denoiser", "latent-rollout"):
         assert main([name, "--smoke"]) == 0
+
+
+def test_a_smoke_test_writes_nothing_outside_of_its_run_and_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)  # it is looked up once
+    (tmp_path / "temporary").mkdir()
+    data = smoke(RECIPES["llada-sft"]()).data
+    assert len(list(read_documents(data.source, kind="chat"))) == 64
+    assert not any((tmp_path / "temporary").iterdir())
 
 
 def test_epochs_become_steps_of_the_data(tmp_path):
