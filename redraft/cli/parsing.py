@@ -46,7 +46,9 @@ class SamplingFlags(SamplingConfig):
 def _in_one_line(box: str) -> str:
     """Take the message, and the first suggestion, out of the frame that tyro draws around them."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ") for line in box.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("╭", "╰"))]
+    lines = [re.sub("^-+$", "─", line) for line in lines if line and not line.startswith(("╭", "╰"))]
+    if lines[1:2] == ["─"]:  # where boxes cannot be drawn: a title, and a line below it
+        lines = lines[2:]
     rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
     message = " ".join(lines[:rule]).rstrip(".") or "these arguments cannot be read"
     if any(line.startswith("Perhaps you meant") for line in lines):

@@ -66,10 +66,10 @@ def read_documents(
         read = partial(read_documents, text_field=text_field, kind=kind, skip_bad=skip_bad, streaming=streaming)
         return interleave([(islice(read(part.source), part.limit), part.weight) for part in parts])
     if source == STDLIB and kind == "text":
-        return _not_empty(_read_stdlib(), source)
+        return _not_empty(_read_stdlib(), source, kind)
     field = text_field if kind == "text" else None
     parse = _text_parser(text_field) if kind == "text" else record_parser(kind, skip_bad=skip_bad)
-    return _not_empty(_read_source(source, field=field, parse=parse, streaming=streaming), source)
+    return _not_empty(_read_source(source, field=field, parse=parse, streaming=streaming), source, kind)
 
 
 def _read_source(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
@@ -104,14 +104,15 @@ def source_fingerprint(source: str, *, max_documents: int | None = None, **setti
     return digest.hexdigest()
 
 
-def _not_empty(documents: Iterable[str | None], source: str) -> Iterator[str]:
+def _not_empty(documents: Iterable[str | None], source: str, kind: Kind) -> Iterator[str]:
     is_empty = True
     for document in documents:
         if document:
             is_empty = False
             yield document
     if is_empty:
-        raise ValueError(f"source {source!r} holds no text. Give a file with text in it, or a folder of such files.")
+        wanted = {"text": "text", "chat": "conversation with an answer", "preference": "pair of answers"}[kind]
+        raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
 
 
 def _walk(folder: Path, *, pruned: set[str]) -> list[Path]:
@@ -175,6 +176,8 @@ def _load_saved(folder: Path, *, split: str) -> Any:
 
 
 def _read_hub(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
+    if source == STDLIB:
+        raise ValueError(f"{STDLIB!r} holds documents, not records. Use data.kind text, or a source of records.")
     match = HUB_ID.fullmatch(source)
     if not match or Path(source).suffix in SUFFIXES:
         raise ValueError(

@@ -1,6 +1,7 @@
 """One training run, from a resolved configuration to a folder that `redraft.load` reads."""
 
 import dataclasses
+import json
 import logging
 import math
 import shutil
@@ -71,6 +72,8 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     torch.manual_seed(config.train.seed)
     denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
+    if checkpoint:
+        _check_settings(Path(checkpoint), denoiser)
     num_trained, num_all = num_parameters(denoiser.model)
     _check_disk(folder, num_trained, keep=config.train.keep_checkpoints)
     of = f"trains {num_trained / 1e6:.2f} M of {num_all / 1e6:.2f} M parameters"
@@ -173,6 +176,17 @@ def _checkpoint_to_go_on_from(folder: Path, console: Console, state: PartialStat
     quiet = console if state.is_main_process else Console(quiet=True)
     (chosen,) = broadcast_object_list([last_whole_checkpoint(folder, quiet)])
     return chosen
+
+
+def _check_settings(checkpoint: Path, denoiser: Denoiser) -> None:
+    """Raise ValueError for a checkpoint of another objective: a recipe that was edited, a folder that was copied."""
+    saved = json.loads((checkpoint / "config.json").read_text()).get("diffusion", {})
+    for name, value in dataclasses.asdict(denoiser.settings).items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{checkpoint} was trained with {name} {saved.get(name)!r}, not {value!r} as {RECIPE_FILE} has it now. "
+                "Take the change back, or start a new run with another --out."
+            )
 
 
 def _step_of(checkpoint: str) -> int:

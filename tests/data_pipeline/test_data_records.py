@@ -117,7 +117,9 @@ def test_bad_records_can_be_skipped_with_one_warning(tmp_path, caplog):
 def test_an_empty_file_and_a_text_hold_no_conversation(tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     (tmp_path / "a.txt").write_text("hi")
-    with pytest.raises(ValueError, match=r"a\.jsonl' holds no text"):
+    with pytest.raises(ValueError, match=r"a\.jsonl' holds no conversation with an answer"):
         read(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"a\.txt' is text, which holds no records\. Give one of \.jsonl"):
         read(tmp_path / "a.txt")
+    with pytest.raises(ValueError, match="'stdlib' holds documents, not records. Use data.kind text"):
+        read("stdlib")

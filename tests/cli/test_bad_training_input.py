@@ -1,0 +1,86 @@
+"""Data and checkpoints that cannot be trained on: one clear line, exit code 2, nothing written."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from redraft.cli import main
+
+GOOD = [{"prompt": f"what is {i}?", "response": f"{i} is {i}"} for i in range(40)]
+OTHER_SCHEMA = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+FILES = {
+    "good.jsonl": GOOD,
+    "empty-turn.jsonl": [*GOOD[:3], {"prompt": "a", "response": " "}],
+    "no-answers.jsonl": [{"messages": [{"role": "user", "content": f"{i}?"}]} for i in range(9)],
+    "empty-answers.jsonl": [{"prompt": f"{i}?", "response": ""} for i in range(9)],
+    "mixed.jsonl": [*GOOD[:3], OTHER_SCHEMA],
+}
+TINY = [
+    "--data.kind=chat", "--data.seq-len=32", "--data.vocab-size=270", "--data.validation-fraction=0.2",
+    "--data.cache-dir=cache", "--train.device=cpu", "--train.batch-size=2", "--train.max-steps=2",
+    "--train.save-every=1", "--train.eval-every=0", "--train.final-eval-windows=1", "--train.compile=off",
+    "--train.precision=float32", "--train.report-to",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, records in FILES.items():
+        Path(name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    Path("questions.jinja").write_text("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}")
+
+
+def train(*arguments, code=0):
+    with pytest.raises(SystemExit) as done:
+        main(["train", "stdlib-tiny", *TINY, "--out", "run", *arguments])
+    assert done.value.code == code
+
+
+def refused(capsys, *arguments):
+    """What `redraft train` says when it refuses, less the note of a record that it skipped."""
+    capsys.readouterr()
+    train(*arguments, code=2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Skipped a record")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "message"),
+    [
+        ("no-answers.jsonl", "", "line 1: no assistant turn, so all of it would be left out of the loss"),
+        ("no-answers.jsonl", "--data.chat.skip-bad", "'no-answers.jsonl' holds no conversation with an answer"),
+        ("empty-answers.jsonl", "--data.chat.skip-bad", "'empty-answers.jsonl' holds no conversation with an answer"),
+        ("empty-turn.jsonl", "", "empty-turn.jsonl, line 4: message 2 is an empty assistant turn. Mend or remove it"),
+        ("mixed.jsonl", "", "line 4: a record of messages, but mixed.jsonl, line 1 has prompt/response. Use one"),
+        ("mixed.jsonl", "--data.chat.skip-bad", "line 4: a record of messages, but mixed.jsonl, line 1 has prompt/"),
+        ("good.jsonl", "--data.chat.template no.jinja", "chat.template must be a text file; got 'no.jinja'"),
+        ("good.jsonl", "--data.chat.template questions.jinja", "changes the answer .* Use another chat.template"),
+        ("good.jsonl:-0.3,mixed.jsonl:1", "", "weights of a mixture must be positive; got -0.3 for 'good.jsonl'"),
+        ("good.jsonl:0.3,stdlib:1", "", "'stdlib' holds documents, not records. Use data.kind text"),
+        ("good.jsonl:0.3,god.jsonl:1", "", "no file or folder 'god.jsonl'. Did you mean 'good.jsonl'"),
+        ("god.jsonl", "", "no file or folder 'god.jsonl'. Did you mean 'good.jsonl'"),
+    ],
+)
+def test_data_that_cannot_be_learnt_are_one_line_and_exit_code_2(source, flags, message, capsys):
+    line = refused(capsys, "--data.source", source, *flags.split())
+    assert re.search(message, line), line
+    assert not Path("run").exists()
+
+
+def test_a_checkpoint_of_another_objective_is_not_resumed(capsys):
+    data = ("--data.source", "good.jsonl")
+    train(*data)
+    line = refused(capsys, *data, "--resume", "--objective.kind", "uniform")
+    assert "these settings differ: objective.kind: 'masked' -> 'uniform'" in line
+    recipe = Path("run/recipe.json")
+    recipe.write_text(recipe.read_text().replace('"masked"', '"uniform"'))
+    line = refused(capsys, *data, "--resume", "--objective.kind", "uniform")
+    assert "checkpoint-2 was trained with process 'masked', not 'uniform' as recipe.json has it now" in line
+    line = refused(capsys, *data, "--train.max-steps=-3")
+    assert line.endswith("Error parsing train: train.max_steps must be at least 1; got -3. See --help.")
+    line = refused(capsys, *data, "--out", "other", "--model.start", "run", "--objective.kind", "uniform")
+    assert "run was made for the masked process; this run trains the uniform one" in line
