@@ -2,11 +2,20 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 from rich.console import Console
 
 HASHES_FILE = "hashes.json"
+STAGING = ".saving"  # where checkpoints are written
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text aside and rename it: a kill leaves the old one or the new one."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def write_hashes(folder: Path) -> None:
@@ -15,13 +24,11 @@ def write_hashes(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Say which file of a checkpoint is missing or altered; None for a whole one, or for one without hashes."""
+    """Say which file of a checkpoint is missing or altered; None for a whole one."""
     path = folder / HASHES_FILE
-    if not path.exists():
-        return None
     try:
         written = json.loads(path.read_text())
-    except ValueError:
+    except (OSError, ValueError):
         return f"{HASHES_FILE} cannot be read"
     found = _hashes(folder)
     return next((f"{name} is not as it was written" for name in written if found.get(name) != written[name]), None)
@@ -32,15 +39,44 @@ def last_whole_checkpoint(run: Path, console: Console) -> str | None:
 
     Damaged ones are named on the console. Raises ValueError where all are damaged.
     """
-    steps = {int(path.name.removeprefix("checkpoint-")): path for path in run.glob("checkpoint-*") if path.is_dir()}
-    for _, folder in sorted(steps.items(), reverse=True):
+    folders = _checkpoints(run)
+    for folder in reversed(folders):
         reason = damage(folder)
         if reason is None:
             return str(folder)
         console.print(f"{folder} is damaged ({reason}): going on from the one before it", soft_wrap=True)
-    if steps:
+    if folders:
         raise ValueError(f"no checkpoint of {run} is whole. Start a new run with another --out.")
     return None
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, its hashes first: what a kill leaves of it is known to be damaged."""
+    (folder / HASHES_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def tidy(run: Path, *, step: int, keep: int) -> None:
+    """Delete what kills left, and all checkpoints but the newest up to a step; 0 keeps all of these.
+
+    Later ones were damaged and passed over, or the run would not be at this step.
+    """
+    shutil.rmtree(run / STAGING, ignore_errors=True)
+    folders = _checkpoints(run)
+    whole = [folder for folder in folders if (folder / HASHES_FILE).exists() and step_of(folder) <= step]
+    for folder in folders:
+        if folder not in whole[-keep:]:
+            delete_checkpoint(folder)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """Read the step of a checkpoint off its name."""
+    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """List the checkpoints of a run, whole or not, the oldest first."""
+    return sorted((path for path in run.glob("checkpoint-*") if path.is_dir()), key=step_of)
 
 
 def _hashes(folder: Path) -> dict[str, str]:

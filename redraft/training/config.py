@@ -21,6 +21,7 @@ from redraft.processes.noised import Process
 from redraft.processes.uniform import UniformDiffusion
 from redraft.schedules import schedule_from_name
 from redraft.training.adapter import AdapterConfig
+from redraft.training.checkpoint import write_whole
 
 RECIPE_FILE = "recipe.json"
 
@@ -265,7 +266,7 @@ class RunConfig:
 
     def save(self, folder: Path) -> None:
         """Write recipe.json, which `redraft train FOLDER/recipe.json --out OTHER` runs again."""
-        (folder / RECIPE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_whole(folder / RECIPE_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "RunConfig":

@@ -29,7 +29,7 @@ from redraft.models.denoiser import Denoiser
 from redraft.models.device import can_compile
 from redraft.training.adapter import enable_checkpointing, num_parameters
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
-from redraft.training.checkpoint import last_whole_checkpoint
+from redraft.training.checkpoint import last_whole_checkpoint, step_of, tidy
 from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
@@ -93,9 +93,9 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         data.tokenizer.save_pretrained(folder)
     if trainer.average and checkpoint:
         trainer.average.load(Path(checkpoint))
-    if checkpoint and _step_of(checkpoint) >= trainer.args.max_steps:  # stopped between its last step and its end
+    if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:  # stopped between its last step and its end
         trainer._load_from_checkpoint(checkpoint)
-        trainer.state.global_step = _step_of(checkpoint)
+        trainer.state.global_step = step_of(checkpoint)
     else:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -187,10 +187,6 @@ def _check_settings(checkpoint: Path, denoiser: Denoiser) -> None:
                 f"{checkpoint} was trained with {name} {saved.get(name)!r}, not {value!r} as {RECIPE_FILE} has it now. "
                 "Take the change back, or start a new run with another --out."
             )
-
-
-def _step_of(checkpoint: str) -> int:
-    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
 
 
 def _check_disk(folder: Path, num_trained: int, *, keep: int) -> None:
@@ -358,6 +354,8 @@ def _finish(
     outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, config: RunConfig
 ) -> Outcome:
     """Save the model, evaluate on the held-out windows, draw the curve."""
+    if trainer.is_world_process_zero():
+        tidy(outcome.folder, step=outcome.steps, keep=config.train.keep_checkpoints)
     save_model(trainer, outcome.folder)
     if len(data.validation):
         held_out = _evenly(data.validation, config.train.final_eval_windows or len(data.validation))

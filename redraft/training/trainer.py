@@ -12,7 +12,6 @@ from accelerate import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
 from redraft.data.collate import LengthGroupedSampler, collate, targets_of
 from redraft.data.packing import WindowDataset
@@ -20,7 +19,7 @@ from redraft.likelihood import CleanRows, Estimate, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
 from redraft.training.adapter import has_adapter, read_adapter
-from redraft.training.checkpoint import write_hashes
+from redraft.training.checkpoint import STAGING, delete_checkpoint, tidy, write_hashes
 from redraft.training.ema import WeightAverage
 from redraft.training.guard import Guard
 
@@ -246,7 +245,7 @@ class DiffusionTrainer(Trainer):
         """Write the checkpoint aside and rename it when it is whole: a killed run leaves no half of one."""
         assert self.args.output_dir is not None
         out = Path(self.args.output_dir)
-        staging = out / ".saving"
+        staging = out / STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -266,10 +265,9 @@ class DiffusionTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_hashes(staging / name)
-            shutil.rmtree(out / name, ignore_errors=True)
+            delete_checkpoint(out / name)  # a damaged one that was passed over
             (staging / name).rename(out / name)
-            staging.rmdir()
-            rotate_checkpoints(output_dir=str(out), save_total_limit=self.args.save_total_limit, use_mtime=True)
+            tidy(out, step=self.state.global_step, keep=self.args.save_total_limit or 0)
         self.accelerator.wait_for_everyone()
 
 

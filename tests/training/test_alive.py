@@ -1,7 +1,9 @@
 """A run survives gradients that are not finite, damaged checkpoints and a full disk."""
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -16,7 +18,7 @@ from redraft.data.prepare import DataConfig
 from redraft.models.build import ModelConfig
 from redraft.training import trainer as trainer_module
 from redraft.training.callbacks import read_log
-from redraft.training.checkpoint import damage
+from redraft.training.checkpoint import damage, last_whole_checkpoint, tidy
 from redraft.training.config import RunConfig, TrainConfig
 from redraft.training.run import run
 
@@ -92,6 +94,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(config):
         run(config, resume=True, console=QUIET)
 
 
+def test_a_checkpoint_half_deleted_is_not_taken_and_one_passed_over_does_not_outlive_those_after_it(config):
+    out = run(config, console=QUIET).folder
+    (out / "checkpoint-6" / "hashes.json").unlink()  # what goes first
+    assert last_whole_checkpoint(out, QUIET) == str(out / "checkpoint-4")
+    (out / "checkpoint-2").rename(out / "checkpoint-5")
+    tidy(out, step=5, keep=1)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-5"]
+
+
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(config):
     run(replace(config, train=replace(config.train, max_steps=2)), console=QUIET)
     folder = Path(config.out)
@@ -110,3 +121,33 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(config):
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
     assert damage(folder / "checkpoint-2") is None
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def killed(config, how, **changes):
+    """What kills.py makes of a run with dropout and an average, over several passes."""
+    model = replace(config.model, dropout=0.1)
+    config = replace(config, model=model, train=replace(config.train, ema_decay=0.9, final_eval_windows=2, **changes))
+    recipe = Path(config.out).with_suffix(".json")
+    recipe.write_text(json.dumps(asdict(config)))
+    command = [sys.executable, str(Path(__file__).with_name("kills.py")), how, str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_twenty_sigkills_at_random_moments_lose_nothing_and_end_bitwise_as_a_run_never_killed(config):
+    made = killed(config, "random", max_steps=600, save_every=3, keep_checkpoints=2)
+    assert [one["code"] for one in made["rounds"]] == [-signal.SIGKILL] * 20, made
+    steps = [one["step"] for one in made["rounds"]]
+    assert steps == sorted(steps)
+    assert 0 < steps[-1] < 600
+    assert (made["code"], made["differences"]) == (0, [])
+
+
+@pytest.mark.slow
+def test_a_sigkill_at_any_change_of_a_file_loses_nothing_and_leaves_nothing_behind(config):
+    made = killed(config, "each", max_steps=4, save_every=2, keep_checkpoints=1)
+    assert made["kills"]["new"] > 15
+    assert made["kills"]["resumed"] > 30
+    assert made["wrong"] == {}
