@@ -212,16 +212,23 @@ def test_two_processes_equal_one_whatever_the_objective(config):
         assert evaluations(folder) == pytest.approx(evaluations(one.folder), abs=1e-4), name
 
 
-@pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS)
-def test_every_objective_resumes_bitwise_and_its_checkpoint_says_what_it_is(config, objective):
+@every_objective
+def test_every_objective_resumes_bitwise_however_its_batch_is_split_and_its_checkpoint_says_what_it_is(
+    config, objective
+):
     config = replace(config, objective=objective)
+    at_once = run(replace(config, out=config.out + "-at-once"), console=QUIET)
+    config = with_train(config, batch_size=2, accumulation=4)
     outcome = run(config, console=QUIET)
-    expected = weights(outcome.folder)
+    assert losses(outcome.folder) == pytest.approx(losses(at_once.folder), abs=1e-4)
+    assert_close(weights(outcome.folder), weights(at_once.folder), 1e-3)
+    expected, logged = weights(outcome.folder), losses(outcome.folder)
     (outcome.folder / "model.safetensors").unlink()
     for checkpoint in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(outcome.folder / checkpoint)
     resumed = run(config, resume=True, console=QUIET)
     assert all(torch.equal(expected[name], found) for name, found in weights(resumed.folder).items())
+    assert losses(resumed.folder) == logged
     assert resumed.held_out == outcome.held_out
     loaded = redraft.load(outcome.folder).denoiser.settings
     process = {"uniform": "uniform", "ar": "autoregressive"}.get(objective.kind, "masked")
@@ -282,10 +289,10 @@ def test_an_objective_of_ones_own_is_one_file(config, tmp_path, monkeypatch):
     assert RunConfig.read(outcome.folder / "recipe.json").objective == own
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_a_run_killed_at_a_random_moment_and_resumed_ends_bitwise_as_one_never_stopped(config, ema_decay):
+def test_a_run_killed_at_a_random_moment_and_resumed_ends_bitwise_as_one_never_stopped(config):
+    """And with its average of the weights. Many more kills: test_alive.py."""
     torch.set_num_threads(1)
-    config = with_train(config, max_steps=60, eval_every=0, ema_decay=ema_decay)
+    config = with_train(config, max_steps=60, eval_every=0, ema_decay=0.9)
     with launched(replace(config, out=config.out + "-whole")) as whole:
         finish(whole)
     with launched(config) as killed:
