@@ -27,7 +27,8 @@ from redraft.layouts import Layout, attention_mask
 from redraft.processes.masked import MaskedDiffusion
 from redraft.randomness import fold, uniform
 from redraft.recipes import RECIPES
-from redraft.training.latent import Rows, Stage, _trainer, run_stage
+from redraft.training.latent import Rows, Stage, run_stage, stage_trainer
+from redraft.training.run import drive
 
 IGNORED = -100
 
@@ -65,7 +66,7 @@ def latent_rows(args, task, prompts, folder, seed):
     config = replace(config, denoiser=replace(config.denoiser, num_layers=args.layers), force=args.force)
     if args.task != "composition":  # there the answer is the thoughts, written out
         config = replace(config, objective=replace(config.objective, answer_weight=0.0))
-    thinker = redraft.load_thinker(run_stage(config, console=quiet))
+    thinker = redraft.load_thinker(run_stage(config, console=quiet).folder)
     size = sum(p.numel() for m in (thinker.denoiser, thinker.autoencoder) for p in m.parameters()) / 1e6
     print(f"latent: {size:.2f} M parameters with its autoencoder", file=sys.stderr)
     for steps in (1, 2, 4, 8, 16, 32):
@@ -94,9 +95,10 @@ def latent_rows(args, task, prompts, folder, seed):
         )
 
 
-def train_baseline(args, seed, ids, labels, *, pad, mask_token_id, folder):
+def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder):
     """Train a stock Llama on token rows: causal, or as masked diffusion where a mask token is given."""
     torch.manual_seed(seed)
+    pad = tokenizer.pad_token_id
     config = LlamaConfig(
         vocab_size=int(ids.max()) + 1, hidden_size=128, intermediate_size=512, num_hidden_layers=args.layers,
         num_attention_heads=4, tie_word_embeddings=True, max_position_embeddings=ids.shape[1], pad_token_id=None,
@@ -106,12 +108,12 @@ def train_baseline(args, seed, ids, labels, *, pad, mask_token_id, folder):
     if mask_token_id is not None:
         config.is_causal = False
 
-    def losses(wrapped, batch, step):
+    def losses(wrapped, batch, step, part):
         ids, labels, mask = batch["ids"], batch["labels"], visible(batch["ids"], pad=pad, causal=mask_token_id is None)
         if mask_token_id is None:
             logits = wrapped(input_ids=ids, attention_mask=mask).logits[:, :-1]
             return {"loss": F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)}
-        process, rows = MaskedDiffusion(mask_token_id=mask_token_id), torch.arange(len(ids))[:, None]
+        process, rows = MaskedDiffusion(mask_token_id=mask_token_id), part.rows[:, None]
         t = uniform(seed, step, 0, rows)[:, 0].clamp(min=1e-3)
         u = uniform(seed, step, 1, rows, torch.arange(ids.shape[1]))
         noised = process.corrupt(ids, t, u=u, can_change=labels != IGNORED)
@@ -121,9 +123,11 @@ def train_baseline(args, seed, ids, labels, *, pad, mask_token_id, folder):
 
     recipe = RECIPES["latent-denoiser"]()
     train = replace(recipe.train, seed=seed, max_minutes=args.minutes, max_steps=args.max_steps, ema_decay=None)
-    stage = Stage(model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=None, finish=lambda _: None)
-    folder.mkdir(parents=True)
-    _trainer(replace(recipe, out=str(folder), train=train), stage, Console(quiet=True)).train()
+    stage = Stage(
+        model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=tokenizer, finish=lambda _: None
+    )
+    config = replace(recipe, out=str(folder), train=train)
+    drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=Console(quiet=True))
     return model.eval()
 
 
@@ -180,7 +184,7 @@ def baseline_rows(args, task, prompts, folder, seed, tokenizer):
             [[IGNORED] * len(p) + t + [eos if is_masked else IGNORED] * (width - len(p) - len(t)) for p, t in pairs]
         )
         model = train_baseline(
-            args, seed, ids, labels, pad=pad, mask_token_id=hidden, folder=folder / name,
+            args, seed, ids, labels, tokenizer, mask_token_id=hidden, folder=folder / name,
         )  # fmt: skip
         for temperature, samples in ((0.0, 1), (1.0, args.samples)):
             start = time.perf_counter()

@@ -36,7 +36,10 @@ def main(arguments: list[str]) -> int:
     config = parse(kind, flags, command=f"train {name}", default=default)
     console = Console()
     if isinstance(config, LatentRunConfig):
-        return _train_stage(config, resume=resume, console=console)
+        from redraft.training.latent import run_stage
+
+        signal = run_stage(config, resume=resume, console=console).signal
+        return 128 + signal if signal else 0
 
     from redraft.training.run import run  # heavy: transformers' trainer
 
@@ -45,17 +48,6 @@ def main(arguments: list[str]) -> int:
         return 128 + outcome.signal
     for line in next_steps(str(outcome.folder)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
-
-
-def _train_stage(config: LatentRunConfig, *, resume: bool, console: Console) -> int:
-    """Train one stage of latent thinking."""
-    if resume:
-        raise ValueError(f"the stages of latent thinking cannot be resumed; got --resume for {config.out}. Start anew.")
-
-    from redraft.training.latent import run_stage
-
-    run_stage(config, console=console)
     return 0
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.latent.sequence import Hidden, Latents, ThoughtBatch, Tokens
+from redraft.latent.sequence import Hidden, Latents, Part, ThoughtBatch, Tokens
 from redraft.layouts import two_copy_mask
 from redraft.processes.gaussian import GaussianDiffusion, LogitNormalTimes, UniformTimes
 from redraft.processes.masked import MaskedDiffusion
@@ -56,10 +56,21 @@ class ThoughtObjective:
         return LogitNormalTimes(mean=self.time_mean, std=self.time_std) if self.times != "uniform" else UniformTimes()
 
     def __call__(
-        self, model: Any, batch: ThoughtBatch, *, seed: int, step: int, wrapped: Any = None
+        self,
+        model: Any,
+        batch: ThoughtBatch,
+        *,
+        seed: int,
+        step: int,
+        part: Part | None = None,
+        wrapped: Any = None,
     ) -> dict[str, Tensor]:
-        """Return the losses by name, `loss` their weighted sum. Noise is keyed by (seed, step, row of the batch)."""
-        draws = _Draws(seed=seed, step=step, batch=batch)
+        """Return the losses by name, `loss` their weighted sum. Noise is keyed by (seed, step, row).
+
+        Of a `part` of a global batch they are its share in the means over the whole one.
+        """
+        part = part or Part.whole(batch)
+        draws = _Draws(seed=seed, step=step, batch=batch, part=part)
         process = model.config.process
         is_joint = draws.coin(0) < self.joint
         sequence, noised = (_joint if is_joint else _two_copies)(self, model, process, batch, draws)
@@ -72,12 +83,13 @@ class ThoughtObjective:
         hidden = (wrapped or model)(sequence.tokens, latents, sequence.mask)
         is_counted = sequence.is_noisy & sequence.is_valid[:, -latents.t.shape[1] :]
         flow = process.loss(model.out(hidden.latents), noised)
-        losses = {"flow": (flow * is_counted).sum() / is_counted.sum().clamp(min=1)}
+        num_noisy = part.total_rows if is_joint else self.copies * part.num_blocks
+        losses = {"flow": (flow * is_counted).sum() / (num_noisy * batch.blocks.shape[2])}
         if not is_joint:
-            losses["stop"] = _stop_loss(model, batch, hidden)
+            losses["stop"] = _stop_loss(model, batch, hidden) / part.num_blocks
             if batch.answer.shape[1]:
                 states = hidden.tokens[:, batch.prompt.shape[1] :]
-                losses["answer"] = answer_loss(model, batch, states, sequence.answer_noised)
+                losses["answer"] = answer_loss(model, batch, part, states, sequence.answer_noised)
         weights = {"flow": 1.0, "stop": self.stop_weight, "answer": self.answer_weight}
         return losses | {"loss": sum((weights[name] * loss for name, loss in losses.items()), torch.zeros(()).to(flow))}
 
@@ -101,6 +113,7 @@ class _Draws:
     seed: int
     step: int
     batch: ThoughtBatch
+    part: Part
 
     def coin(self, purpose: int) -> float:
         return float(uniform(self.seed, self.step, purpose))
@@ -114,16 +127,17 @@ class _Draws:
         return normal(self.seed, self.step, purpose, *self._counters(shape)).to(self.batch.blocks.dtype)
 
     def stratified(self, purpose: int, columns: int) -> Tensor:
-        """Uniform numbers (batch, columns), each column's spread evenly over the rows."""
-        count = len(self.batch.prompt)
-        strata = self.rows(purpose, columns).argsort(dim=0).to(torch.float64)
-        offset = uniform(self.seed, self.step, purpose + 100, torch.arange(columns, device=strata.device))
+        """Uniform numbers (batch, columns), each column's spread evenly over the rows of the global batch."""
+        rows, count = self.part.rows, self.part.total_rows
+        places = torch.arange(columns, device=rows.device)
+        drawn = uniform(self.seed, self.step, purpose, torch.arange(count, device=rows.device)[:, None], places)
+        strata = drawn.argsort(dim=0)[rows].to(torch.float64)
+        offset = uniform(self.seed, self.step, purpose + 100, places)
         return stratified_times(strata, total=count, offset=offset).clamp(1e-6, 1 - 1e-6).to(self.batch.blocks.dtype)
 
     def _counters(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        device = self.batch.blocks.device
-        rows = torch.arange(len(self.batch.prompt), device=device)
-        places = torch.arange(torch.Size(shape).numel(), device=device).view(shape)
+        rows = self.part.rows
+        places = torch.arange(torch.Size(shape).numel(), device=rows.device).view(shape)
         return rows.view(-1, *[1] * len(shape)), places
 
 
@@ -238,7 +252,7 @@ def _output(model: Any, call: Any, sequence: Sequence) -> Tensor:
 
 
 def _stop_loss(model: Any, batch: ThoughtBatch, hidden: Hidden) -> Float[Tensor, ""]:
-    """Cross-entropy of "this block is the last" at every clean block."""
+    """Sum over clean blocks of the cross-entropy of "this block is the last"."""
     rows, count, size, _ = batch.blocks.shape
     ends = hidden.latents[:, : count * size].unflatten(1, (count, size))
     logits = model.stop_logit(ends.flatten(0, 1)).view(rows, count).float()
@@ -246,17 +260,17 @@ def _stop_loss(model: Any, batch: ThoughtBatch, hidden: Hidden) -> Float[Tensor,
     is_real = (number <= batch.num_blocks[:, None]).to(logits)
     is_last = (number == batch.num_blocks[:, None]).to(logits)
     losses = F.binary_cross_entropy_with_logits(logits, is_last, reduction="none")
-    return (losses * is_real).sum() / is_real.sum()
+    return (losses * is_real).sum()
 
 
 def answer_loss(
-    model: Any, batch: ThoughtBatch, hidden: Float[Tensor, "batch answer width"], noised: Any
+    model: Any, batch: ThoughtBatch, part: Part, hidden: Float[Tensor, "batch answer width"], noised: Any
 ) -> Float[Tensor, ""]:
-    """Nats per answer token (for a masked answer, noised as given: a sample of the bound)."""
+    """Nats per answer token of the global batch (for a masked answer, noised as given: a sample of the bound)."""
     logits = model.token_logits(hidden).float().flatten(0, 1)
     if noised is None:
         targets = torch.where(batch.is_answer, batch.answer, IGNORED)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / part.num_answer
     where = noised.targets()
     nats = masked_process(model).loss(logits[where], noised.flatten()[where])
-    return nats.sum() / batch.answer.numel()
+    return nats.sum() / (part.total_rows * batch.answer.shape[1])

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from redraft.latent.objective import answer_input, answer_loss, prompt_tokens
-from redraft.latent.sequence import Hidden, Latents, ThoughtBatch, Tokens
+from redraft.latent.sequence import Hidden, Latents, Part, ThoughtBatch, Tokens
 from redraft.latent.solvers import SOLVERS, uniform_times
 from redraft.layouts import two_copy_mask
 from redraft.randomness import normal, uniform
@@ -27,10 +27,13 @@ class RolloutObjective:
         if self.steps < 1 or not self.weight > 0:
             raise ValueError(f"rollout.steps must be at least 1 and weight positive; got {self.steps}, {self.weight}.")
 
-    def __call__(self, model: Any, batch: ThoughtBatch, *, seed: int, step: int) -> dict[str, Tensor]:
+    def __call__(
+        self, model: Any, batch: ThoughtBatch, *, seed: int, step: int, part: Part | None = None
+    ) -> dict[str, Tensor]:
         """Return {"rollout": nats per answer token, "loss": the same, weighted}."""
+        part = part or Part.whole(batch)
         rows, count, size, dim = batch.blocks.shape
-        index, places = torch.arange(rows, device=batch.blocks.device)[:, None], torch.arange(size * dim)
+        index, places = part.rows[:, None], torch.arange(size * dim)
         own = batch.blocks[:, :0]
         for block in range(1, count + 1):
             draws = normal(seed, step, 11, index, block, places.to(index.device)).to(own).view(rows, size, dim)
@@ -39,7 +42,7 @@ class RolloutObjective:
         ids, positions, order, noised = answer_input(model, batch.answer, u=u)
         tokens = Tokens(ids=ids, positions=positions, is_null=torch.zeros_like(ids, dtype=torch.bool))
         hidden = _run(model, batch, own, tokens=tokens, order=order)
-        nats = answer_loss(model, batch, hidden.tokens[:, batch.prompt.shape[1] :], noised)
+        nats = answer_loss(model, batch, part, hidden.tokens[:, batch.prompt.shape[1] :], noised)
         return {"rollout": nats, "loss": self.weight * nats}
 
     def _denoise(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -49,3 +50,19 @@ class ThoughtBatch:
     num_blocks: Int[Tensor, "batch"]
     answer: Int[Tensor, "batch answer"]
     is_answer: Bool[Tensor, "batch answer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Where a batch stands in the global batch of a step: its rows key the noise, the counts divide the losses."""
+
+    rows: Int[Tensor, "batch"]
+    total_rows: int
+    num_blocks: Int[Tensor, ""]
+    num_answer: Int[Tensor, ""]
+
+    @classmethod
+    def whole(cls, batch: ThoughtBatch) -> "Part":
+        """Take a batch as the global one."""
+        rows = torch.arange(len(batch.prompt), device=batch.blocks.device)
+        return cls(rows=rows, total_rows=len(rows), num_blocks=batch.num_blocks.sum(), num_answer=batch.is_answer.sum())

@@ -217,7 +217,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class Recorded:
+    """A configuration that the folder of its run keeps."""
+
+    def save(self, folder: Path) -> None:
+        """Write recipe.json, which `redraft train FOLDER/recipe.json --out OTHER` runs again."""
+        write_whole(folder / RECIPE_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Any:
+        """Read recipe.json. Raises ValueError that names the entry that does not fit."""
+        try:
+            saved = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable recipe: {error}") from error
+        return from_dict(cls, saved, where=str(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Recorded):
     """One training run from data to checkpoint."""
 
     out: str = "runs/model"
@@ -264,19 +282,6 @@ class RunConfig:
                 "Add --adapter.rank 16, or leave it out."
             )
 
-    def save(self, folder: Path) -> None:
-        """Write recipe.json, which `redraft train FOLDER/recipe.json --out OTHER` runs again."""
-        write_whole(folder / RECIPE_FILE, json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> "RunConfig":
-        """Read recipe.json. Raises ValueError that names the entry that does not fit."""
-        try:
-            saved = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable recipe: {error}") from error
-        return from_dict(cls, saved, where=str(path))
-
 
 def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
     """Build nested dataclasses from a dictionary; JSON's lists become tuples."""
@@ -295,7 +300,7 @@ def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
     return kind(**values)
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """List the settings in which two runs differ, as `section.name: old -> new`."""
     a, b = _flat(asdict(old)), _flat(asdict(new))
     return [f"{name}: {a[name]!r} -> {b[name]!r}" for name in a if a[name] != b[name]]

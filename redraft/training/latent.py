@@ -1,37 +1,31 @@
-"""Training thoughts in stages: autoencoder, teacher-forced denoiser, rollout. Each stage is a run with its own recipe.
+"""Training thoughts in stages: autoencoder, teacher-forced denoiser, rollout. Each is a run with its own recipe."""
 
-The loop is transformers' Trainer with the callbacks, the EMA and the saving of `DiffusionTrainer`, which itself does
-not fit: it counts tokens of windows and holds a model of logits, and these stages have other inputs and losses.
-"""
-
-import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from torch.utils.data import Dataset, default_collate
 
 from redraft.data.tasks import Encoded, Task, encode, find_task, word_tokenizer
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder, gate_failures, measure_gate
 from redraft.latent.checkpoint import AUTOENCODER_FOLDER, load_autoencoder, load_thinker, require_stage
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
-from redraft.latent.sequence import ThoughtBatch
+from redraft.latent.sequence import Part, ThoughtBatch
 from redraft.latent.thinking import Thinker
 from redraft.models.load import load_tokenizer
 from redraft.randomness import normal, uniform
-from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
-from redraft.training.config import RECIPE_FILE
+from redraft.training.adapter import num_parameters
 from redraft.training.ema import WeightAverage
 from redraft.training.latent_config import LatentRunConfig
-from redraft.training.machine import keep_freed_memory
-from redraft.training.run import be_quiet, check_folder, common_arguments, save_model
+from redraft.training.loop import Batch, KeyedTrainer
+from redraft.training.run import Outcome, arguments_of, begin, check_disk, drive, save_model
 
 Losses = dict[str, Tensor]
+LossFunction = Callable[[Any, Batch, int, Part], Losses]
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -50,57 +44,56 @@ class Rows(Dataset[dict[str, Tensor]]):
         return {name: column[indices] for name, column in self.columns.items()}
 
 
-def _as_is(batch: Any) -> Any:
-    """`Rows` fetches whole batches: there is nothing to collate."""
-    return batch
+def _collate(batch: Any) -> Batch:
+    """`Rows` fetches whole batches: there is nothing to collate, but for rows taken one by one."""
+    whole: Batch = batch if isinstance(batch, dict) else default_collate(batch)
+    return whole
 
 
-class StageTrainer(Trainer):
-    """Minimise `losses(wrapped_model, batch, step)["loss"]`; the other entries are logged beside it."""
+class StageTrainer(KeyedTrainer):
+    """Minimise `losses(wrapped_model, batch, step, part)["loss"]`; the other entries are logged beside it."""
 
-    def __init__(self, model: Any, losses: Callable[[Any, dict[str, Tensor], int], Losses], **kwargs: Any) -> None:
-        super().__init__(model, data_collator=_as_is, **kwargs)
+    def __init__(self, model: Any, losses: LossFunction, **kwargs: Any) -> None:
+        super().__init__(model, data_collator=_collate, **kwargs)
         if self.args.world_size > 1:
             raise ValueError(
                 f"latent stages train in one process; got {self.args.world_size}. Start it without torchrun."
             )
         self.losses = losses
-        self.average: WeightAverage | None = None
-        self.tokens_seen, self.tokens_per_step, self._passes = 0, 0, 0
-        self._useful, self._forwarded = torch.zeros((), dtype=torch.int64), 0
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._passes = 0
+
+    def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """Count real blocks and answer tokens (where there are some), all real positions, and all positions."""
+        columns = [c for name, c in batch.items() if name != "row" and c.ndim > 1 and c.dtype != torch.bool]
+        positions = sum(c[..., 0].numel() if c.is_floating_point() else c.numel() for c in columns)
+        padding = sum(((~c).sum() for c in batch.values() if c.dtype == torch.bool), torch.tensor(0))
+        items = [batch[name].sum() if name in batch else torch.tensor(0) for name in ("num_blocks", "is_answer")]
+        if "num_blocks" in batch:
+            padding = padding + (batch["blocks"].shape[1] - batch["num_blocks"]).sum() * batch["blocks"].shape[2]
+        return torch.stack(items), positions - padding, positions
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of a batch; noise is keyed by the number of the forward pass."""
-        step = self.state.global_step * self.args.gradient_accumulation_steps + self._passes
-        self._passes = (self._passes + 1) % self.args.gradient_accumulation_steps
-        losses = self.losses(model, inputs, step)
-        columns = [column for column in inputs.values() if column.ndim > 1 and column.dtype != torch.bool]
-        positions = sum(column[..., 0].numel() if column.is_floating_point() else column.numel() for column in columns)
-        self.tokens_per_step = positions * self.args.gradient_accumulation_steps
-        self.tokens_seen += positions
-        for mask in (column for column in inputs.values() if column.dtype == torch.bool):
-            self._useful = self._useful.to(mask.device) + mask.sum()
-            self._forwarded += mask.numel()
+        """Compute a batch's share of the loss of the global one."""
+        batch = dict(inputs)
+        num_blocks, num_answer = num_items_in_batch
+        part = Part(rows=batch.pop("row"), total_rows=self._global_rows, num_blocks=num_blocks, num_answer=num_answer)
+        with self.accelerator.autocast():  # the heads run outside of the forward that accelerate wraps
+            losses = self.losses(model, batch, self.state.global_step, part)
+        self._passes += 1
         for name, loss in losses.items():
             if name != "loss":
-                total, count = self._sums.get(name, (torch.zeros_like(loss.detach()), 0))
-                self._sums[name] = (total + loss.detach(), count + 1)
+                self._sums[name] = self._sums.get(name, 0) + loss.detach()
         return (losses["loss"], None) if return_outputs else losses["loss"]
-
-    def efficiency(self) -> float:
-        """Real tokens / padded tokens of prompts, blocks and answers since the last call."""
-        share = float(self._useful) / self._forwarded if self._forwarded else 1.0
-        self._useful, self._forwarded = torch.zeros((), dtype=torch.int64), 0
-        return share
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means of the parts of the loss since the last line."""
         if "loss" in logs:
-            logs |= {name: round(float(total) / count, 4) for name, (total, count) in self._sums.items()}
-            self._sums = {}
+            steps = self._passes / self.args.gradient_accumulation_steps
+            logs |= {name: round(float(total) / steps, 4) for name, total in self._sums.items()}
+            self._sums, self._passes = {}, 0
         super().log(logs, *args, **kwargs)
 
 
@@ -110,73 +103,59 @@ class Stage:
 
     model: Any
     rows: Rows
-    losses: Callable[[Any, dict[str, Tensor], int], Losses]
+    losses: LossFunction
     tokenizer: Any
     finish: Callable[[Console], None]
     autoencoder: TextAutoencoder | None = None
 
 
-def run_stage(config: LatentRunConfig, *, console: Console | None = None, task: Task | None = None) -> Path:
+def run_stage(
+    config: LatentRunConfig, *, resume: bool = False, console: Console | None = None, task: Task | None = None
+) -> Outcome:
     """Train one stage and save it; `task` overrules the named one. Raises ValueError for mistakes, before it trains."""
     console = console or Console()
-    folder = Path(config.out)
-    check_folder(folder, resume=False)
-    be_quiet()
+    config, checkpoint = begin(config, resume=resume, console=console)
     torch.manual_seed(config.train.seed)
     stage = {"autoencoder": _autoencoder, "denoiser": _denoiser, "rollout": _rollout}[config.stage](
         config, task or find_task(config.task)
     )
     if task is not None and stage.autoencoder is None:
         stage.model.config.task = None  # one of the user's own: `redraft latent check` must be told
-    size = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
-    console.print(f"{config.stage}: {size / 1e6:.2f} M parameters, {len(stage.rows):,} rows")
-    trainer = _trainer(config, stage, console)
-    keep_freed_memory()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE_FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")
-    stage.tokenizer.save_pretrained(folder)
-    if stage.autoencoder is not None:
-        stage.autoencoder.save_pretrained(folder / AUTOENCODER_FOLDER)
-    trainer.train()
+    num_trained, _ = num_parameters(stage.model)
+    check_disk(config, num_trained)
+    console.print(f"{config.stage}: {num_trained / 1e6:.2f} M parameters, {len(stage.rows):,} rows")
+    trainer = stage_trainer(config, stage)
+    outcome = drive(config, trainer, tokenizer=stage.tokenizer, checkpoint=checkpoint, console=console)
+    if outcome.signal:
+        return outcome
     stage.model.eval()
-    if trainer.average:
-        with trainer.average.swapped_in():
-            stage.finish(console)
-    else:
+    with trainer.average.swapped_in() if trainer.average else nullcontext():
         stage.finish(console)
-    save_model(trainer, folder)
-    console.print(f"saved to {folder}")
-    return folder
+    if stage.autoencoder is not None:
+        stage.autoencoder.save_pretrained(outcome.folder / AUTOENCODER_FOLDER)
+    save_model(trainer, outcome.folder)
+    console.print(f"saved to {outcome.folder}")
+    return outcome
 
 
-def _trainer(config: LatentRunConfig, stage: Stage, console: Console) -> StageTrainer:
+def stage_trainer(config: LatentRunConfig, stage: Stage) -> StageTrainer:
+    """Build the trainer of a stage. Raises ValueError where there are fewer rows than in a step."""
     train = config.train
-    arguments = TrainingArguments(
-        **common_arguments(train, out=config.out),
-        eval_strategy="no",
-        save_strategy="no",
-        report_to=[],
-    )
-    if len(stage.rows) < train.batch_size:
+    if len(stage.rows) < train.batch_size * train.accumulation:
         raise ValueError(
-            f"the task has {len(stage.rows)} rows, fewer than train.batch_size {train.batch_size}. Lower it."
+            f"the task has {len(stage.rows)} rows, fewer than the {train.batch_size * train.accumulation} of one step "
+            "(batch_size x accumulation). Lower --train.batch-size."
         )
-    progress = Progressed(console)
-    trainer = StageTrainer(
+    arguments = arguments_of(train, out=config.out, eval_strategy="no")
+    stage.model.to(arguments.device)  # before the average is copied from it
+    return StageTrainer(
         stage.model,
         stage.losses,
         args=arguments,
         train_dataset=stage.rows,
-        callbacks=[progress, LogFile(Path(config.out)), StoppedBySignal(console)],
+        average=WeightAverage(stage.model, decay=train.ema_decay) if train.ema_decay else None,
+        max_skipped=train.max_skipped,
     )
-    progress.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    if train.ema_decay:
-        trainer.average = WeightAverage(stage.model, decay=train.ema_decay)
-        trainer.add_callback(Averaging(trainer.average))
-    if train.max_minutes:
-        trainer.add_callback(Clock(console, minutes=train.max_minutes))
-    return trainer
 
 
 def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
@@ -194,9 +173,9 @@ def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
     model = TextAutoencoder(settings)
     blocks, is_token = train.real_blocks()
 
-    def losses(wrapped: Any, batch: dict[str, Tensor], step: int) -> Losses:
+    def losses(wrapped: Any, batch: Batch, step: int, part: Part) -> Losses:
         ids, size = batch["ids"], (settings.num_latents, settings.latent_dim)
-        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        rows = part.rows[:, None]
         places = torch.arange(size[0] * size[1], device=ids.device)
         level = shape.latent_noise * uniform(config.train.seed, step, 0, rows)
         noise = (level * normal(config.train.seed, step, 1, rows, places)).unflatten(1, size).float()
@@ -253,9 +232,9 @@ def _rollout(config: LatentRunConfig, task: Task) -> Stage:
     thinker.denoiser.config.stage = "rollout"
     teacher = config.objective
 
-    def objective(model: Any, batch: ThoughtBatch, *, seed: int, step: int, wrapped: Any = None) -> Losses:
-        forced = teacher(model, batch, seed=seed, step=step, wrapped=wrapped)
-        own = config.rollout(model, batch, seed=seed, step=step)
+    def objective(model: Any, batch: ThoughtBatch, *, seed: int, step: int, part: Part, wrapped: Any) -> Losses:
+        forced = teacher(model, batch, seed=seed, step=step, part=part, wrapped=wrapped)
+        own = config.rollout(model, batch, seed=seed, step=step, part=part)
         return forced | own | {"loss": forced["loss"] + own["loss"]}
 
     return _thinking_stage(config, task, thinker, list(task.examples()), objective)
@@ -268,8 +247,8 @@ def _thinking_stage(
     train = encode(examples, tokenizer, split="train", held_out=task.held_out)
     held_out = encode(examples, tokenizer, split="validation", held_out=task.held_out)
 
-    def losses(wrapped: Any, batch: dict[str, Tensor], step: int) -> Losses:
-        return objective(model, ThoughtBatch(**batch), seed=config.train.seed, step=step, wrapped=wrapped)
+    def losses(wrapped: Any, batch: Batch, step: int, part: Part) -> Losses:
+        return objective(model, ThoughtBatch(**batch), seed=config.train.seed, step=step, part=part, wrapped=wrapped)
 
     def finish(console: Console) -> None:
         torch.nn.Module.to(thinker.autoencoder, model.device)

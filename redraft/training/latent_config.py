@@ -1,15 +1,13 @@
 """The whole configuration of a stage of latent thinking: what a recipe returns and the checkpoint carries."""
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from redraft.data.tasks import find_task
 from redraft.latent.objective import ThoughtObjective
 from redraft.latent.rollout import RolloutObjective
 from redraft.processes.gaussian import GaussianDiffusion
-from redraft.training.config import TrainConfig, from_dict
+from redraft.training.config import Recorded, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class DenoiserShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentRunConfig:
+class LatentRunConfig(Recorded):
     """One stage from data to checkpoint."""
 
     out: str = "runs/latent"
@@ -89,13 +87,13 @@ class LatentRunConfig:
             raise ValueError(f"train.epochs is not for latent thinking; got {self.train.epochs}. Use train.max_steps.")
         if self.train.gradient_checkpointing:
             raise ValueError("train.gradient_checkpointing is not for latent thinking. Leave it out.")
+        if self.stage == "autoencoder" and self.train.accumulation > 1:
+            raise ValueError(
+                "an autoencoder's noise is relative to the spread of a whole batch, which cannot be accumulated; got "
+                f"train.accumulation {self.train.accumulation}. Raise --train.batch-size."
+            )
         shape = self.denoiser
         GaussianDiffusion(parametrization=shape.parametrization, weighting=shape.weighting)
         if self.stage != "autoencoder" and self.start is None:
             before = "an autoencoder" if self.stage == "denoiser" else "a denoiser"
             raise ValueError(f"stage {self.stage} needs --start, the folder of {before}; got none.")
-
-    @classmethod
-    def read(cls, path: Path) -> "LatentRunConfig":
-        """Read recipe.json. Raises ValueError that names the entry that does not fit."""
-        return from_dict(cls, json.loads(path.read_text()), where=str(path))

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from transformers import PrinterCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, StreamedWindows, prepare
 from redraft.data.tokenizer import token_byte_lengths
 from redraft.errors import unknown_name
-from redraft.likelihood import Estimate, NoiseKey
+from redraft.likelihood import Estimate
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import can_compile
 from redraft.training.adapter import enable_checkpointing, num_parameters
@@ -33,9 +33,13 @@ from redraft.training.checkpoint import last_whole_checkpoint, step_of, tidy
 from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
+from redraft.training.latent_config import LatentRunConfig
+from redraft.training.loop import KeyedTrainer
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
+
+Config = TypeVar("Config", RunConfig, LatentRunConfig)
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 BYTES_PER_PARAMETER = {"checkpoint": 12, "model": 4}  # float32 weights with AdamW's two moments; the weights alone
@@ -59,15 +63,10 @@ class Outcome:
 def run(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Outcome:
     """Train, evaluate and save. Raises ValueError for every mistake that can be known before the first step."""
     console = console or Console()
-    folder = Path(config.out)
-    state = PartialState(cpu=runs_on_cpu(config.train.device))
-    config = _as_begun(config) if resume else _with_precision(config)
-    check_folder(folder, resume=resume)
-    checkpoint = _checkpoint_to_go_on_from(folder, console, state) if resume else None
-    be_quiet()
+    config, checkpoint = begin(config, resume=resume, console=console)
     start = load_start(config)
     data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
-    _announce_data(data, config, console, is_main=state.is_main_process)
+    _announce_data(data, config, console, is_main=PartialState().is_main_process)
     config = _with_steps(config, data)
 
     torch.manual_seed(config.train.seed)
@@ -75,22 +74,58 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     if checkpoint:
         _check_settings(Path(checkpoint), denoiser)
     num_trained, num_all = num_parameters(denoiser.model)
-    _check_disk(folder, num_trained, keep=config.train.keep_checkpoints)
+    check_disk(config, num_trained)
     of = f"trains {num_trained / 1e6:.2f} M of {num_all / 1e6:.2f} M parameters"
     console.print(f"model: {config.model.start or config.model.architecture}, {of}", soft_wrap=True)
+    trainer = _build_trainer(config, data, denoiser)
+    _compile(config.train, denoiser, console)
+    outcome = drive(
+        config,
+        trainer,
+        tokenizer=data.tokenizer,
+        checkpoint=checkpoint,
+        console=console,
+        measure=config.objective.measure,
+    )
+    return outcome if outcome.signal else _finish(outcome, trainer, data, console, config)
 
-    progress = Progressed(console, measure=config.objective.measure)
-    stopped = StoppedBySignal(console)
-    trainer = _build_trainer(config, data, denoiser, [progress, LogFile(folder), stopped])
+
+def begin(config: Config, *, resume: bool, console: Console) -> tuple[Config, str | None]:
+    """Resolve what is to be run, and the checkpoint to go on from. Raises ValueError where the folder does not fit."""
+    folder = Path(config.out)
+    state = PartialState(cpu=runs_on_cpu(config.train.device))
+    config = _as_begun(config) if resume else _with_precision(config)
+    check_folder(folder, resume=resume)
+    be_quiet()
+    return config, _checkpoint_to_go_on_from(folder, console, state) if resume else None
+
+
+def drive(
+    config: Config,
+    trainer: KeyedTrainer,
+    *,
+    tokenizer: Any,
+    checkpoint: str | None,
+    console: Console,
+    measure: str = "NELBO",
+) -> Outcome:
+    """Run the loop from its start or a checkpoint, to its end or to a signal; the folder says how to go on."""
+    folder = Path(config.out)
+    progress, stopped = Progressed(console, measure=measure), StoppedBySignal(console)
     progress.trainer = trainer
-    config = _prepare_for_speed(config, trainer, console, is_resumed=checkpoint is not None)
-    if config.train.max_minutes:
-        trainer.add_callback(Clock(console, minutes=config.train.max_minutes))
-    state.wait_for_everyone()  # every process has looked at the folder before one of them writes to it
-    if state.is_main_process:
+    for callback in (progress, LogFile(folder), stopped):
+        trainer.add_callback(callback)
+    if trainer.average:
+        trainer.add_callback(Averaging(trainer.average))
+    keep_freed_memory()
+    if minutes := config.train.max_minutes:
+        config = config if checkpoint else _fitted_to_minutes(config, trainer, console)
+        trainer.add_callback(Clock(console, minutes=minutes))
+    trainer.accelerator.wait_for_everyone()  # they have all looked at the folder before one of them writes to it
+    if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         config.save(folder)
-        data.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     if trainer.average and checkpoint:
         trainer.average.load(Path(checkpoint))
     if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:  # stopped between its last step and its end
@@ -102,18 +137,15 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         finally:
             progress.close()
             stopped.restore()
-    outcome = Outcome(
-        folder=folder,
-        steps=trainer.state.global_step,
-        signal=stopped.received,
-    )
+    steps = trainer.state.global_step
     if stopped.received:
-        console.print(f"stopped at step {outcome.steps}. To go on: redraft train {folder} --resume")
-        return outcome
-    return _finish(outcome, trainer, data, console, config)
+        console.print(f"stopped at step {steps}. To go on: redraft train {folder} --resume")
+    elif trainer.is_world_process_zero():
+        tidy(folder, step=steps, keep=config.train.keep_checkpoints)
+    return Outcome(folder=folder, steps=steps, signal=stopped.received)
 
 
-def _with_precision(config: RunConfig) -> RunConfig:
+def _with_precision(config: Config) -> Config:
     """Resolve the precision once for all processes and for every resume: it is decided by a measurement."""
     train = config.train
     if train.precision != "auto":
@@ -136,12 +168,12 @@ def _with_steps(config: RunConfig, data: PreparedData) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
 
 
-def _as_begun(config: RunConfig) -> RunConfig:
+def _as_begun(config: Config) -> Config:
     """Return the configuration of the run in the folder. Raises ValueError where another one is asked for."""
     path = Path(config.out) / RECIPE_FILE
     if not path.exists():
         raise ValueError(f"{config.out} holds no run to resume. Leave out --resume to start one.")
-    saved = RunConfig.read(path)
+    saved = type(config).read(path)
     ignored = ["out:"]
     if config.train.max_minutes or config.train.epochs:
         ignored.append("train.max_steps:")  # they were fitted to the minutes or the data
@@ -189,8 +221,9 @@ def _check_settings(checkpoint: Path, denoiser: Denoiser) -> None:
             )
 
 
-def _check_disk(folder: Path, num_trained: int, *, keep: int) -> None:
+def check_disk(config: Config, num_trained: int) -> None:
     """Raise ValueError where the checkpoints of the run cannot fit."""
+    folder, keep = Path(config.out), config.train.keep_checkpoints
     needed = num_trained * (BYTES_PER_PARAMETER["checkpoint"] * (keep + 1) + BYTES_PER_PARAMETER["model"])
     existing = _nearest_existing(folder)
     free = shutil.disk_usage(existing).free
@@ -221,45 +254,48 @@ def _nearest_existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def common_arguments(train: TrainConfig, *, out: str) -> dict[str, Any]:
+def arguments_of(train: TrainConfig, *, out: str, **more: Any) -> TrainingArguments:
     """Say in transformers' words how every run optimises, whatever it trains."""
-    return {
-        "output_dir": out,
-        "per_device_train_batch_size": train.batch_size,
-        "gradient_accumulation_steps": train.accumulation,
-        "max_steps": train.max_steps,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(train.decay, train.decay),
-        "warmup_steps": train.warmup,
-        "weight_decay": train.weight_decay,
-        "adam_beta2": train.beta_2,
-        "max_grad_norm": train.max_grad_norm,
-        "optim": "adamw_torch_fused",
-        "bf16": train.precision == "bfloat16",
-        "use_cpu": runs_on_cpu(train.device),
-        "seed": train.seed,
-        "logging_steps": train.log_every,
-        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
-        "dataloader_drop_last": True,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-    }
-
-
-def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, callbacks: list[Any]) -> DiffusionTrainer:
-    train = config.train
     arguments = TrainingArguments(
-        **common_arguments(train, out=config.out),
-        per_device_eval_batch_size=train.batch_size,
-        eval_strategy="steps" if train.eval_every and len(data.validation) else "no",
-        eval_steps=train.eval_every or None,
+        output_dir=out,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        max_steps=train.max_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.decay, train.decay),
+        warmup_steps=train.warmup,
+        weight_decay=train.weight_decay,
+        adam_beta2=train.beta_2,
+        max_grad_norm=train.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=train.precision == "bfloat16",
+        use_cpu=runs_on_cpu(train.device),
+        seed=train.seed,
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
         save_steps=train.save_every,
         save_total_limit=train.keep_checkpoints,
-        ddp_find_unused_parameters=False,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
         report_to=_installed(train.report_to),
+        **more,
     )
     # One process drives one device: transformers would replicate the model by threads over all that it sees.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) -> DiffusionTrainer:
+    train = config.train
+    arguments = arguments_of(
+        train,
+        out=config.out,
+        per_device_eval_batch_size=train.batch_size,
+        eval_strategy="steps" if train.eval_every and len(data.validation) else "no",
+        eval_steps=train.eval_every or None,
+        ddp_find_unused_parameters=False,
+    )
     if train.gradient_checkpointing:
         enable_checkpointing(denoiser.model)
     denoiser.model.to(arguments.device)  # before the average is copied from it
@@ -267,7 +303,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
     train_dataset = data.train
     if isinstance(train_dataset, StreamedWindows):
         train_dataset = dataclasses.replace(train_dataset, is_endless=True)
-    trainer = DiffusionTrainer(
+    return DiffusionTrainer(
         denoiser,
         config.objective.build(
             mask_token_id=denoiser.settings.mask_token_id, vocab_size=denoiser.model.config.vocab_size
@@ -282,10 +318,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
         groups_lengths=config.data.kind == "chat" and config.data.chat.batching == "grouped",
         average=average,
         max_skipped=train.max_skipped,
-        callbacks=callbacks + ([Averaging(average)] if average else []),
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _installed(loggers: tuple[str, ...]) -> list[str]:
@@ -306,56 +339,57 @@ def _evenly(dataset: Any, count: int) -> Any:
     return torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])
 
 
-def _prepare_for_speed(
-    config: RunConfig, trainer: DiffusionTrainer, console: Console, *, is_resumed: bool
-) -> RunConfig:
-    """Compile if that pays, and fit the number of steps to the minutes. Returns the config as it will be run."""
-    train = config.train
-    keep_freed_memory()
+def _compile(train: TrainConfig, denoiser: Denoiser, console: Console) -> None:
+    """Compile the transformer if that pays."""
     is_long = train.max_minutes > 2 if train.max_minutes else train.max_steps >= 500  # compiling takes about 20 s
     if train.compile == "on" or (train.compile == "auto" and is_long and can_compile()):
-        trainer.denoiser.model.base_model.compile()
+        denoiser.model.base_model.compile()
         if train.compile == "auto":
             console.print("compiling the transformer (--train.compile off to do without)")
-    if not train.max_minutes or is_resumed:
-        return config
+
+
+def _fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) -> Config:
+    """Lower the number of steps to what fits into the minutes."""
+    train = config.train
+    assert train.max_minutes is not None
     start = time.monotonic()
     seconds = _measure_step(trainer)
     spent = time.monotonic() - start
+    evaluations = train.eval_every if trainer.eval_dataset is not None else 0
     evaluation = seconds / 3 * train.eval_windows / (train.batch_size * train.accumulation)
-    per_step = seconds * 1.03 + (evaluation / train.eval_every if train.eval_every else 0)
+    per_step = seconds * 1.03 + (evaluation / evaluations if evaluations else 0)
     steps = min(train.max_steps, max(1, int((60 * train.max_minutes - spent) / per_step)))
     (steps,) = broadcast_object_list([steps])
-    console.print(f"{seconds:.2f} s per step: {steps} steps fit in {train.max_minutes:g} minutes")
+    console.print(f"{seconds:.2g} s per step: {steps} steps fit in {train.max_minutes:g} minutes")
     trainer.args.max_steps = steps
     return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
 
 
-def _measure_step(trainer: DiffusionTrainer) -> float:
+def _measure_step(trainer: KeyedTrainer) -> float:
     """Time one optimizer step's forwards and backwards; weights and data order stay as they were."""
-    size = trainer.args.per_device_train_batch_size
     dataset: Any = trainer.train_dataset
-    batch = trainer._prepare_inputs(trainer._collate(list(islice(cycle(dataset), size))))
-    key = NoiseKey(seed=0, step=0, rows=torch.arange(size), total_rows=size)
-    times = []
-    for _ in range(5):
+    model: Any = trainer.model
+    rows = list(islice(cycle(dataset), trainer.args.per_device_train_batch_size))
+    device, times = trainer.args.device, []
+    for step in range(8):
         start = time.monotonic()
-        with trainer.accelerator.autocast():
-            total, _ = trainer.score(trainer.training_objective, batch, key, wrapped=trainer.model)
-        trainer.accelerator.backward(total)
-        trainer.denoiser.model.zero_grad()
-        if trainer.args.device.type == "cuda":
+        trainer.state.global_step = step  # some objectives make another pass in some steps
+        (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, device)
+        loss = trainer.compute_loss(model, trainer._prepare_inputs(batch), num_items_in_batch=count)
+        trainer.accelerator.backward(loss)
+        model.zero_grad()
+        if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - start)
-    return sorted(times[2:])[1] * trainer.args.gradient_accumulation_steps
+    trainer.state.global_step = trainer.tokens_seen = 0
+    trainer.efficiency()
+    return sum(times[2:]) / len(times[2:]) * trainer.args.gradient_accumulation_steps
 
 
 def _finish(
     outcome: Outcome, trainer: DiffusionTrainer, data: PreparedData, console: Console, config: RunConfig
 ) -> Outcome:
     """Save the model, evaluate on the held-out windows, draw the curve."""
-    if trainer.is_world_process_zero():
-        tidy(outcome.folder, step=outcome.steps, keep=config.train.keep_checkpoints)
     save_model(trainer, outcome.folder)
     if len(data.validation):
         held_out = _evenly(data.validation, config.train.final_eval_windows or len(data.validation))

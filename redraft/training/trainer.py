@@ -1,17 +1,13 @@
 """The one training loop: transformers' Trainer with an objective of ours."""
 
 import math
-import shutil
 from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from redraft.data.collate import LengthGroupedSampler, collate, targets_of
 from redraft.data.packing import WindowDataset
@@ -19,26 +15,16 @@ from redraft.likelihood import CleanRows, Estimate, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
 from redraft.training.adapter import has_adapter, read_adapter
-from redraft.training.checkpoint import STAGING, delete_checkpoint, tidy, write_hashes
 from redraft.training.ema import WeightAverage
-from redraft.training.guard import Guard
+from redraft.training.loop import Batch, KeyedTrainer
 
 EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
-Batch = dict[str, Tensor]
 
-
-class DiffusionTrainer(Trainer):
-    """Minimise an objective in nats per target token of the global batch, whatever it is split into.
-
-    Every row's noise is keyed by (seed, step, row of the global batch), so accumulation steps and processes change
-    nothing but the order of additions, and a resumed run draws what the stopped one would have drawn.
-    """
-
-    # The loss is divided by the tokens of the whole global batch below; the default would divide it once more.
-    loss_is_scaled_for_ga = True
+class DiffusionTrainer(KeyedTrainer):
+    """Minimise an objective in nats per target token of the global batch, whatever it is split into."""
 
     def __init__(
         self,
@@ -55,7 +41,6 @@ class DiffusionTrainer(Trainer):
         groups_lengths: bool = False,
         average: WeightAverage | None = None,
         max_skipped: int = 10,
-        callbacks: list[Any] | None = None,
     ) -> None:
         self.pad_token_id = pad_token_id
         self.groups_lengths = groups_lengths
@@ -65,7 +50,8 @@ class DiffusionTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=self._collate,
-            callbacks=callbacks,
+            average=average,
+            max_skipped=max_skipped,
         )
         if self.accelerator.distributed_type not in SUPPORTED:
             raise ValueError(
@@ -77,18 +63,7 @@ class DiffusionTrainer(Trainer):
         self.token_byte_lengths = token_byte_lengths
         self.has_padding = has_padding
         self.isolate_segments = isolate_segments
-        self.average = average
-        self.tokens_seen = 0
-        self.tokens_per_step = 0
-        self.useful_tokens: Tensor | int = 0
-        """Tokens of this process that are not padding, and how many it has forwarded, since the last log."""
-        self.forwarded_tokens = 0
         self._has_plain_head = head_is_plain(denoiser.model)
-        self._checkpoint_parent: str | None = None
-        self._global_rows = 0
-        self._batches: list[Batch] = []
-        folder = Path(args.output_dir or ".") / "skipped"
-        self.guard = Guard(folder, most=max_skipped, rank=args.process_index)
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         return collate(rows, pad_token_id=self.pad_token_id)
@@ -99,34 +74,9 @@ class DiffusionTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         return LengthGroupedSampler(dataset.lengths(), batch_size=self._train_batch_size, seed=self.args.seed)
 
-    def efficiency(self) -> float:
-        """Useful tokens / forwarded tokens of this process since the last call."""
-        fraction = float(self.useful_tokens) / max(self.forwarded_tokens, 1)
-        self.useful_tokens, self.forwarded_tokens = 0, 0
-        return fraction
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
-    ) -> tuple[list[Batch], Tensor | None]:
-        """Number the rows over the global batch of the coming step, and count its tokens."""
-        batches = list(islice(epoch_iterator, num_batches))
-        world, rank = self.args.world_size, self.args.process_index
-        first = 0
-        for batch in batches:
-            size = len(batch["input_ids"])
-            batch["row"] = torch.arange(size) + first + rank * size
-            first += world * size
-        self._global_rows, self._batches = first, batches
-        if not batches:
-            return batches, None
-        num_tokens = torch.stack([targets_of(batch).sum() for batch in batches]).sum().to(device)
-        self.useful_tokens += sum((batch["segment_ids"] > 0).sum() for batch in batches)
-        self.forwarded_tokens += sum(batch["input_ids"].numel() for batch in batches)
-        if world > 1:
-            num_tokens = self.accelerator.reduce(num_tokens, "sum")
-        self.tokens_per_step = world * sum(batch["input_ids"].numel() for batch in batches)
-        self.tokens_seen += self.tokens_per_step
-        return batches, num_tokens
+    def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """Count target tokens, real tokens, and positions."""
+        return targets_of(batch).sum(), (batch["segment_ids"] > 0).sum(), batch["input_ids"].numel()
 
     def compute_loss(
         self,
@@ -162,21 +112,6 @@ class DiffusionTrainer(Trainer):
             wrapped=wrapped,
             has_plain_head=self._has_plain_head,
         )
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Let the optimizer skip a step whose gradient is not finite; every process has the same norm."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        skip = self.guard.found_inf(torch.as_tensor(norm), self._batches, step=self.state.global_step)
-        optimizer: Any = self.optimizer  # accelerate's wrapper of the fused AdamW
-        optimizer.optimizer.found_inf = skip
-        return norm
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the number of steps skipped since the last loss. Raises ValueError where they are too many."""
-        if "loss" in logs and (skipped := self.guard.report()):
-            logs["skipped_steps"] = skipped
-        super().log(logs, *args, **kwargs)
-        self.guard.check()
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Estimate the held-out loss under a fixed noise: the same weights give the same number twice."""
@@ -227,9 +162,6 @@ class DiffusionTrainer(Trainer):
             batch = self._collate([dataset[int(i)] for i in index]) | {"row": index, "is_counted": is_counted}
             yield self._prepare_inputs(batch)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._checkpoint_parent or super()._get_output_dir(trial)
-
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if has_adapter(self.model) and self.args.should_save:  # whose settings may not be those of its base
@@ -240,35 +172,6 @@ class DiffusionTrainer(Trainer):
             read_adapter(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint aside and rename it when it is whole: a killed run leaves no half of one."""
-        assert self.args.output_dir is not None
-        out = Path(self.args.output_dir)
-        staging = out / STAGING
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._checkpoint_parent = str(staging)
-        name = f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-            if self.average and self.args.should_save:
-                self.average.save(staging / name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
-            shutil.rmtree(staging, ignore_errors=True)
-            raise ValueError(
-                f"{name} could not be written: {error}. Earlier ones are whole; make room, then --resume."
-            ) from error
-        finally:
-            self._checkpoint_parent = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_hashes(staging / name)
-            delete_checkpoint(out / name)  # a damaged one that was passed over
-            (staging / name).rename(out / name)
-            tidy(out, step=self.state.global_step, keep=self.args.save_total_limit or 0)
-        self.accelerator.wait_for_everyone()
 
 
 def _estimate(windows: int, *, tokens: float, num_bytes: float, nats: float, squares: float) -> Estimate:

@@ -9,14 +9,14 @@ from tiny_thinker import tiny_batch, tiny_thinker
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
 from redraft.latent.objective import ThoughtObjective, _Draws, _joint, _two_copies
 from redraft.latent.rollout import RolloutObjective
-from redraft.latent.sequence import Latents, Tokens
+from redraft.latent.sequence import Latents, Part, Tokens
 from redraft.layouts import two_copy_mask
 
 CERTAIN = ThoughtObjective(drop_prompt=0.0, context_noise=0.0, joint=0.0, self_conditioning=0.0)
 
 
 def run(thinker, batch, objective=CERTAIN):
-    draws = _Draws(seed=0, step=0, batch=batch)
+    draws = _Draws(seed=0, step=0, batch=batch, part=Part.whole(batch))
     sequence, noised = _two_copies(objective, thinker.denoiser, thinker.denoiser.config.process, batch, draws)
     with torch.no_grad():
         return sequence, noised, thinker.denoiser(sequence.tokens, sequence.latents, sequence.mask)
@@ -107,7 +107,7 @@ def test_noisy_copies_share_the_positions_of_their_clean_ones():
 def test_revision_sees_all_blocks_and_one_is_noisy():
     thinker = tiny_thinker()
     batch = tiny_batch(thinker)
-    draws = _Draws(seed=0, step=0, batch=batch)
+    draws = _Draws(seed=0, step=0, batch=batch, part=Part.whole(batch))
     sequence, noised = _joint(CERTAIN, thinker.denoiser, thinker.denoiser.config.process, batch, draws)
     assert (sequence.is_noisy.sum(1) == thinker.denoiser.config.num_latents).all()
     assert (sequence.is_noisy <= sequence.is_valid[:, 5:]).all()

@@ -25,7 +25,16 @@ def shrunk(config, **changes):
         autoencoder=replace(config.autoencoder, hidden_size=32, latent_dim=4),
         denoiser=replace(config.denoiser, hidden_size=32, num_layers=1, num_heads=2),
         rollout=replace(config.rollout, steps=2),
-        train=replace(config.train, batch_size=8, max_steps=4, log_every=2, device="cpu", precision="float32"),
+        train=replace(
+            config.train,
+            batch_size=8,
+            max_steps=4,
+            log_every=2,
+            device="cpu",
+            precision="float32",
+            max_minutes=None,
+            report_to=(),
+        ),
         **changes,
     )
 
@@ -50,7 +59,7 @@ def runs(tmp_path_factory, task_file):
     for stage, before in (("autoencoder", None), ("denoiser", "autoencoder"), ("rollout", "denoiser")):
         start = None if before is None else str(folder / before)
         config = shrunk(RECIPES[f"latent-{stage}"](), out=str(folder / stage), task=task_file, start=start, force=True)
-        started[stage] = run_stage(config, console=console)
+        started[stage] = run_stage(config, console=console).folder
     return started
 
 
@@ -109,7 +118,12 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         (["train", "latent-rollout", "--start", rollout, *out], "of stage denoiser; it is of stage 'rollout'"),
         (["train", "latent-denoiser", "--start", autoencoder, *out], "fails its gate: .*Train it longer, or --force"),
         (["train", "latent-denoiser", "--start", str(tmp_path / "no"), *out], "the folder does not exist"),
-        (["train", "latent-denoiser", "--start", autoencoder, "--resume", *out], "cannot be resumed"),
+        (["train", "latent-denoiser", "--start", autoencoder, "--resume", *out], "holds no run to resume"),
+        (["train", "latent-autoencoder", "--train.accumulation", "2", *out], "cannot be accumulated; got .* 2"),
+        (
+            ["train", "latent-denoiser", "--start", autoencoder, "--force", "--train.batch-size", "999", *out],
+            "rows, fewer than",
+        ),
         (["train", "latent-autoencoder", "--task", "sums"], "unknown task 'sums'"),
         (["train", "latent-autoencoder", "--denoiser.weighting", "x", *out], "unknown weighting 'x'"),
     ]:
@@ -137,7 +151,7 @@ def test_rollout_needs_an_answer_decoder(runs, task_file, tmp_path):
     mute = run_stage(
         replace(config, start=str(runs["autoencoder"]), objective=replace(config.objective, answer_weight=0.0)),
         console=Console(quiet=True),
-    )
+    ).folder
     assert redraft.load_thinker(mute).think("1 2", steps=1)[0][0].answer == ""
     with pytest.raises(ValueError, match="has no answer decoder, whose loss rollout needs"):
         run_stage(shrunk(RECIPES["latent-rollout"](), out=str(tmp_path / "r"), task=task_file, start=str(mute)))

@@ -147,7 +147,7 @@ def built(config):
     torch.manual_seed(0)
     settings = config.objective.settings(data.tokenizer.mask_token_id)
     model = build_model(config.model, settings, tokenizer=data.tokenizer)
-    return model, _build_trainer(config, data, Denoiser(model, settings), [])
+    return model, _build_trainer(config, data, Denoiser(model, settings))
 
 
 def gradients(config, batches_per_step):

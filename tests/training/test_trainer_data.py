@@ -50,7 +50,7 @@ def build(config):
     torch.manual_seed(0)
     settings = config.objective.settings(data.tokenizer.mask_token_id)
     model = build_model(config.model, settings, tokenizer=data.tokenizer)
-    return _build_trainer(config, data, Denoiser(model, settings), [])
+    return _build_trainer(config, data, Denoiser(model, settings))
 
 
 def first_batch(trainer):

@@ -1,0 +1,127 @@
+"""What all runs share, whatever they train: numbered rows, skipped steps, whole checkpoints."""
+
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from redraft.training.checkpoint import STAGING, delete_checkpoint, tidy, write_hashes
+from redraft.training.ema import WeightAverage
+from redraft.training.guard import Guard
+
+Batch = dict[str, Tensor]
+
+
+class KeyedTrainer(Trainer):
+    """The loop of transformers, with rows numbered over the global batch of a step.
+
+    Noise is keyed by (seed, step, row) and losses are divided by counts over the global batch, so accumulation steps
+    and processes change nothing but the order of additions, and a resumed run draws what the stopped one would have.
+    """
+
+    # The loss is divided by counts over the whole global batch; the default would divide it once more.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self, model: Any, *, args: TrainingArguments, average: WeightAverage | None, max_skipped: int, **data: Any
+    ) -> None:
+        super().__init__(model, args=args, **data)
+        self.remove_callback(PrinterCallback)
+        self.average = average
+        self.tokens_seen = 0
+        self.tokens_per_step = 0
+        self.useful_tokens: Tensor | int = 0
+        """Tokens of this process that are not padding, and how many it has forwarded, since the last log."""
+        self.forwarded_tokens = 0
+        self._checkpoint_parent: str | None = None
+        self._global_rows = 0
+        self._batches: list[Batch] = []
+        folder = Path(args.output_dir or ".") / "skipped"
+        self.guard = Guard(folder, most=max_skipped, rank=args.process_index)
+
+    def efficiency(self) -> float:
+        """Useful tokens / forwarded tokens of this process since the last call."""
+        fraction = float(self.useful_tokens) / max(self.forwarded_tokens, 1)
+        self.useful_tokens, self.forwarded_tokens = 0, 0
+        return fraction
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | None]:
+        """Number the rows over the global batch of the coming step, and count what its loss is divided by."""
+        batches = list(islice(epoch_iterator, num_batches))
+        world, rank = self.args.world_size, self.args.process_index
+        first = 0
+        for batch in batches:
+            size = len(next(iter(batch.values())))
+            batch["row"] = torch.arange(size) + first + rank * size
+            first += world * size
+        self._global_rows, self._batches = first, batches
+        if not batches:
+            return batches, None
+        items, useful, positions = zip(*map(self.count, batches), strict=True)
+        num_items = torch.stack(items).sum(0).to(device)
+        if world > 1:
+            num_items = self.accelerator.reduce(num_items, "sum")
+        self.useful_tokens += sum(useful)
+        self.forwarded_tokens += sum(positions)
+        self.tokens_per_step = world * sum(positions)
+        self.tokens_seen += self.tokens_per_step
+        return batches, num_items
+
+    def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """Count what the loss is divided by (any shape), real tokens, and positions."""
+        raise NotImplementedError
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Let the optimizer skip a step whose gradient is not finite; every process has the same norm."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        skip = self.guard.found_inf(torch.as_tensor(norm), self._batches, step=self.state.global_step)
+        optimizer: Any = self.optimizer  # accelerate's wrapper of the fused AdamW
+        optimizer.optimizer.found_inf = skip
+        return norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the number of steps skipped since the last loss. Raises ValueError where they are too many."""
+        if "loss" in logs and (skipped := self.guard.report()):
+            logs["skipped_steps"] = skipped
+        super().log(logs, *args, **kwargs)
+        self.guard.check()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._checkpoint_parent or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint aside and rename it when it is whole: a killed run leaves no half of one."""
+        assert self.args.output_dir is not None
+        out = Path(self.args.output_dir)
+        staging = out / STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._checkpoint_parent = str(staging)
+        name = f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.average and self.args.should_save:
+                self.average.save(staging / name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+            shutil.rmtree(staging, ignore_errors=True)
+            raise ValueError(
+                f"{name} could not be written: {error}. Earlier ones are whole; make room, then --resume."
+            ) from error
+        finally:
+            self._checkpoint_parent = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_hashes(staging / name)
+            delete_checkpoint(out / name)  # a damaged one that was passed over
+            (staging / name).rename(out / name)
+            tidy(out, step=self.state.global_step, keep=self.args.save_total_limit or 0)
+        self.accelerator.wait_for_everyone()

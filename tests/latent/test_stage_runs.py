@@ -1,0 +1,198 @@
+"""Stages of latent thinking run as any other run does: resumed, stopped, split, guarded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from redraft.data.tasks import find_task
+from redraft.latent.objective import ThoughtObjective
+from redraft.recipes import RECIPES
+from redraft.training import latent
+from redraft.training.callbacks import read_log
+from redraft.training.checkpoint import damage
+from redraft.training.latent import run_stage
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """The stages cut down to seconds; autoencoder and denoiser have been run, for the others to start from."""
+    folder = tmp_path_factory.mktemp("stages")
+    task = folder / "sums.jsonl"
+    rows = [
+        {"prompt": f"{a} {b}", "blocks": [f"{a} + {b}", f"= {a + b}"][: 1 + a % 2], "answer": " ".join("x" * (1 + b % 3))}
+        for a in range(8)
+        for b in range(8)
+    ]  # fmt: skip
+    task.write_text("\n".join(map(json.dumps, rows)))
+    found = {}
+    for stage, before in (("autoencoder", None), ("denoiser", "autoencoder"), ("rollout", "denoiser")):
+        config = RECIPES[f"latent-{stage}"]()
+        found[stage] = replace(
+            config,
+            out=str(folder / stage),
+            task=str(task),
+            start=before and str(folder / before),
+            force=True,
+            autoencoder=replace(config.autoencoder, hidden_size=32, latent_dim=4),
+            denoiser=replace(config.denoiser, hidden_size=32, num_layers=1, num_heads=2),
+            rollout=replace(config.rollout, steps=2),
+            train=replace(
+                config.train, batch_size=8, max_steps=6, max_minutes=None, log_every=1, save_every=2, ema_decay=0.9,
+                device="cpu", precision="float32", report_to=(), keep_checkpoints=10,
+            ),
+        )  # fmt: skip
+        if stage != "rollout":
+            run_stage(found[stage], console=QUIET)
+    return found
+
+
+def with_train(config, tmp_path, name="run", **changes):
+    return replace(config, out=str(tmp_path / name), train=replace(config.train, **changes))
+
+
+def logged(folder, name):
+    return [line[name] for line in read_log(Path(folder) / "log.jsonl") if name in line]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@contextmanager
+def launched(*arguments):
+    command = [sys.executable, "-m", "redraft.cli", "train", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_log(process, folder, *, lines):
+    log = Path(folder) / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "rollout"])
+def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(configs, tmp_path, stage, monkeypatch):
+    whole = run_stage(with_train(configs[stage], tmp_path, "whole"), console=QUIET)
+    config = with_train(configs[stage], tmp_path)
+    loss_of, losses = latent.StageTrainer.compute_loss, []
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 5 and not losses:
+            losses.append(None)
+            raise KeyboardInterrupt
+        return loss_of(self, *args, **kwargs)
+
+    monkeypatch.setattr(latent.StageTrainer, "compute_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(config, console=QUIET)
+    assert not (tmp_path / "run/model.safetensors").exists()
+    assert all(damage(path) is None for path in (tmp_path / "run").glob("checkpoint-*"))
+    resumed = run_stage(config, resume=True, console=QUIET)
+    expected, found = weights(whole.folder), weights(resumed.folder)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert logged(whole.folder, "loss") == logged(resumed.folder, "loss")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_stage_ended_by_a_signal_is_gone_on_with_by_the_command_line(configs, tmp_path, number, code):
+    config = with_train(configs["denoiser"], tmp_path, max_steps=60, save_every=4)
+    torch.set_num_threads(1)
+    whole = run_stage(replace(config, out=str(tmp_path / "whole")), console=QUIET)
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(asdict(config)))
+    with launched(str(recipe)) as process:
+        wait_for_log(process, config.out, lines=6)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert not (Path(config.out) / "model.safetensors").exists()
+    if number == signal.SIGTERM:
+        assert f"redraft train {config.out} --resume" in output.replace("\n", "")
+    with launched(config.out, "--resume") as process:
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    expected, found = weights(whole.folder), weights(config.out)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert logged(whole.folder, "loss") == logged(config.out, "loss")
+
+
+@pytest.mark.parametrize("answer", ["autoregressive", "masked"])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_eight_rows_at_once_equal_two_rows_four_times(configs, tmp_path, answer, copies):
+    objective = ThoughtObjective(copies=copies, joint=0.4, self_conditioning=0.5)
+    config = replace(configs["denoiser"], objective=objective)
+    config = replace(config, denoiser=replace(config.denoiser, answer=answer))
+    assert_split_equals_whole(config, tmp_path)
+
+
+def test_rollout_too_is_the_same_however_a_batch_is_split(configs, tmp_path):
+    assert_split_equals_whole(configs["rollout"], tmp_path)
+
+
+def assert_split_equals_whole(config, tmp_path):
+    whole = run_stage(with_train(config, tmp_path, "whole"), console=QUIET).folder
+    split = run_stage(with_train(config, tmp_path, "split", batch_size=2, accumulation=4), console=QUIET).folder
+    for name in ("loss", "grad_norm"):
+        assert logged(whole, name) == pytest.approx(logged(split, name), abs=1e-5, rel=1e-5)
+    for name in ("flow", "stop", "answer", "rollout"):
+        assert logged(whole, name) == pytest.approx(logged(split, name), abs=2e-4)
+    expected, found = weights(whole), weights(split)
+    assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-4
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_stage(configs, tmp_path, monkeypatch):
+    compute_loss = latent.StageTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        return compute_loss(self, *args, **kwargs) * (torch.inf if self.state.global_step in (2, 3) else 1)
+
+    monkeypatch.setattr(latent.StageTrainer, "compute_loss", poisoned)
+    folder = run_stage(with_train(configs["denoiser"], tmp_path, save_every=1), console=QUIET).folder
+    before, after = (load_file(folder / f"checkpoint-{n}" / "model.safetensors") for n in (2, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(folder).values())
+    assert logged(folder, "skipped_steps") == [1, 1]
+    assert load_file(folder / "skipped/step-2-process-0.safetensors")["0.blocks"].shape[0] == 8
+    with pytest.raises(ValueError, match="2 steps had a gradient that is not finite"):
+        run_stage(with_train(configs["denoiser"], tmp_path, "few", max_skipped=1), console=QUIET)
+
+
+def test_minutes_lower_the_number_of_steps_so_that_the_learning_rate_reaches_its_end(configs, tmp_path):
+    config = with_train(configs["denoiser"], tmp_path, max_steps=10_000, max_minutes=0.02)
+    outcome = run_stage(config, console=QUIET)
+    assert 1 < outcome.steps < 10_000
+    assert json.loads((outcome.folder / "recipe.json").read_text())["train"]["max_steps"] < 10_000
+
+
+def test_bfloat16_trains_every_stage(configs, tmp_path):
+    for stage, config in configs.items():
+        folder = run_stage(with_train(config, tmp_path, stage, precision="bfloat16", max_steps=2), console=QUIET).folder
+        assert all(tensor.dtype == torch.float32 for tensor in weights(folder).values())
+
+
+def test_resuming_with_other_settings_is_refused(configs, tmp_path):
+    config = with_train(configs["denoiser"], tmp_path)
+    run_stage(config, console=QUIET, task=find_task(config.task))
+    with pytest.raises(ValueError, match=r"these settings differ: objective.copies: 1 -> 2"):
+        run_stage(replace(config, objective=ThoughtObjective(copies=2)), resume=True, console=QUIET)
