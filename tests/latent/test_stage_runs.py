@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from redraft.cli import _dispatch
 from redraft.data.tasks import find_task
 from redraft.latent.objective import ThoughtObjective
 from redraft.recipes import RECIPES
@@ -32,10 +33,10 @@ def configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     task = folder / "sums.jsonl"
     rows = [
-        {"prompt": f"{a} {b}", "blocks": [f"{a} + {b}", f"= {a + b}"][: 1 + a % 2], "answer": " ".join("x" * (1 + b % 3))}
+        {"prompt": f"{a} {b}", "blocks": [f"{a} + {b}", f"= {a + b}"][: 1 + a % 2], "answer": "x " * (1 + b % 3)}
         for a in range(8)
         for b in range(8)
-    ]  # fmt: skip
+    ]
     task.write_text("\n".join(map(json.dumps, rows)))
     found = {}
     for stage, before in (("autoencoder", None), ("denoiser", "autoencoder"), ("rollout", "denoiser")):
@@ -114,31 +115,29 @@ def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(con
     assert logged(whole.folder, "loss") == logged(resumed.folder, "loss")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_a_stage_ended_by_a_signal_is_gone_on_with_by_the_command_line(configs, tmp_path, number, code):
-    config = with_train(configs["denoiser"], tmp_path, max_steps=60, save_every=4)
+def test_a_stage_stopped_by_sigterm_and_then_killed_is_gone_on_with_by_the_command_line(configs, tmp_path):
+    config = with_train(configs["denoiser"], tmp_path, max_steps=80, save_every=4)
     torch.set_num_threads(1)
     whole = run_stage(replace(config, out=str(tmp_path / "whole")), console=QUIET)
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(asdict(config)))
     with launched(str(recipe)) as process:
         wait_for_log(process, config.out, lines=6)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
-    assert not (Path(config.out) / "model.safetensors").exists()
-    if number == signal.SIGTERM:
-        assert f"redraft train {config.out} --resume" in output.replace("\n", "")
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert f"redraft train {config.out} --resume" in output.replace("\n", "")
     with launched(config.out, "--resume") as process:
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+        wait_for_log(process, config.out, lines=30)
+        process.kill()
+    assert not (Path(config.out) / "model.safetensors").exists()
+    assert _dispatch(["train", config.out, "--resume"]) == 0
     expected, found = weights(whole.folder), weights(config.out)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert logged(whole.folder, "loss") == logged(config.out, "loss")
 
 
-@pytest.mark.parametrize("answer", ["autoregressive", "masked"])
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize(("answer", "copies"), [("autoregressive", 2), ("masked", 1)])
 def test_eight_rows_at_once_equal_two_rows_four_times(configs, tmp_path, answer, copies):
     objective = ThoughtObjective(copies=copies, joint=0.4, self_conditioning=0.5)
     config = replace(configs["denoiser"], objective=objective)
@@ -185,10 +184,9 @@ def test_minutes_lower_the_number_of_steps_so_that_the_learning_rate_reaches_its
     assert json.loads((outcome.folder / "recipe.json").read_text())["train"]["max_steps"] < 10_000
 
 
-def test_bfloat16_trains_every_stage(configs, tmp_path):
-    for stage, config in configs.items():
-        folder = run_stage(with_train(config, tmp_path, stage, precision="bfloat16", max_steps=2), console=QUIET).folder
-        assert all(tensor.dtype == torch.float32 for tensor in weights(folder).values())
+def test_bfloat16_trains_a_rollout_and_all_it_contains(configs, tmp_path):
+    config = with_train(configs["rollout"], tmp_path, precision="bfloat16", max_steps=2)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(run_stage(config, console=QUIET).folder).values())
 
 
 def test_resuming_with_other_settings_is_refused(configs, tmp_path):
