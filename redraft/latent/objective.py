@@ -242,9 +242,16 @@ def _joint(
         positions=model.config.latent_positions(block).flatten().expand(rows, -1),
     )
     is_valid = torch.cat([is_seen, (block <= batch.num_blocks[:, None]).repeat_interleave(size, dim=1)], dim=1)
-    together = torch.cat([torch.zeros_like(batch.prompt), torch.ones_like(is_noisy, dtype=torch.int64)], dim=1)
-    mask = two_copy_mask(together, torch.zeros_like(together), is_valid=is_valid)
+    mask = joint_mask(is_seen, is_valid[:, is_seen.shape[1] :])
     return Sequence(tokens=tokens, latents=latents, mask=mask, is_noisy=is_noisy, is_valid=is_valid), noised
+
+
+def joint_mask(
+    is_prompt: Bool[Tensor, "batch prompt"], is_block: Bool[Tensor, "batch latents"]
+) -> Bool[Tensor, "batch 1 seq seq"]:
+    """The prompt sees itself; the blocks see it and each other. Given are the positions that may be seen."""
+    group = torch.cat([torch.zeros_like(is_prompt, dtype=torch.int64), is_block.new_ones(is_block.shape).long()], dim=1)
+    return two_copy_mask(group, torch.zeros_like(group), is_valid=torch.cat([is_prompt, is_block], dim=1))
 
 
 def _output(model: Any, call: Any, sequence: Sequence) -> Tensor:

@@ -19,6 +19,10 @@ class Tokens:
     is_null: Bool[Tensor, "batch tokens"]
     """Positions of a prompt that is withheld (classifier-free guidance)."""
 
+    def rows(self, index: Int[Tensor, "rows"]) -> "Tokens":
+        """Take some rows."""
+        return Tokens(ids=self.ids[index], positions=self.positions[index], is_null=self.is_null[index])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from torch import Tensor
 from redraft.errors import unknown_name
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.latent.denoiser import LatentDenoiser
-from redraft.latent.objective import masked_process, prompt_tokens
-from redraft.latent.sequence import KeysValues, Latents, Tokens
+from redraft.latent.objective import joint_mask, masked_process, prompt_tokens
+from redraft.latent.sequence import Hidden, KeysValues, Latents, Tokens
 from redraft.latent.solvers import solver_from_name, uniform_times
-from redraft.layouts import two_copy_mask
 from redraft.randomness import fold, normal
 
 UNCHANGED = 2  # decodings in a row that must equal the one before for an early exit
@@ -132,7 +132,7 @@ class Thinker:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise ValueError("there is no prompt; give at least one.")
-        run = _Run.start(self, texts, config, is_traced=trace)
+        run = _Run(self, texts, config, is_traced=trace)
         for block in range(1, (config.blocks or limit) + 1):
             run.denoise_block(block)
             run.commit(block, intervene=intervene)
@@ -169,7 +169,11 @@ class _Cache:
         self.keys_values = [(torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)) for (k, v), (new_k, new_v) in pairs]
         self.is_valid = torch.cat([self.is_valid, is_valid], dim=1)
 
-    def rows(self, index: Int[Tensor, "n"]) -> "_Cache":
+    def __len__(self) -> int:
+        assert self.is_valid is not None
+        return len(self.is_valid)
+
+    def rows(self, index: Int[Tensor, "n"] | slice) -> "_Cache":
         assert self.is_valid is not None
         return _Cache([(k[index], v[index]) for k, v in self.keys_values], self.is_valid[index])
 
@@ -180,77 +184,57 @@ class _Cache:
         return torch.cat([seen, own], dim=2)[:, None]
 
 
-@dataclass
 class _Run:
     """The state of one call of `think`: rows are prompts times samples, and as many again with the prompt withheld."""
 
-    thinker: Thinker
-    config: ThinkingConfig
-    keys: Int[Tensor, "rows"]
-    tokens: Tokens
-    is_seen: Tensor
-    is_traced: bool
-    is_thinking: Bool[Tensor, "rows"]
-    forwards: Int[Tensor, "rows"]
-    cache: _Cache = field(default_factory=_Cache)
-    blocks: list[Tensor] = field(default_factory=list)
-    was_thinking: list[Tensor] = field(default_factory=list)
-    instability: list[Tensor] = field(default_factory=list)
-    steps: list[list[list[tuple[float, str]]]] = field(default_factory=list)
-
-    @classmethod
-    def start(cls, thinker: Thinker, prompts: list[str], config: ThinkingConfig, *, is_traced: bool) -> "_Run":
-        """Lay out the prompts and compute their keys and values."""
+    def __init__(self, thinker: Thinker, prompts: list[str], config: ThinkingConfig, *, is_traced: bool) -> None:
         model = thinker.denoiser
+        self.thinker, self.model, self.config, self.is_traced = thinker, model, config, is_traced
         encoded = [_encode_prompt(thinker, prompt) for prompt in prompts]
-        ids = torch.zeros(len(prompts), model.config.prompt_tokens, dtype=torch.int64)
-        for row, prompt_ids in zip(ids, encoded, strict=True):
-            row[: len(prompt_ids)] = torch.tensor(prompt_ids)
-        lengths = torch.tensor([len(prompt_ids) for prompt_ids in encoded])
-        is_prompt = torch.arange(ids.shape[1]) < lengths[:, None]
-        digests = [hashlib.blake2b(repr(prompt_ids).encode(), digest_size=8).digest() for prompt_ids in encoded]
+        digests = [hashlib.blake2b(repr(ids).encode(), digest_size=8).digest() for ids in encoded]
         prompt_keys = torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
-        keys = fold(config.seed, prompt_keys[:, None], torch.arange(config.samples)).flatten()
-        repeats = 1 if config.cfg == 1 else 2
-        ids = ids.repeat_interleave(config.samples, 0).repeat(repeats, 1).to(model.device)
-        is_prompt = is_prompt.repeat_interleave(config.samples, 0).repeat(repeats, 1).to(model.device)
-        rows = len(keys)
-        tokens, is_seen = prompt_tokens(ids, torch.arange(len(ids), device=model.device) >= rows, is_prompt)
-        run = cls(
-            thinker=thinker,
-            config=config,
-            keys=keys.to(model.device),
-            tokens=tokens,
-            is_seen=is_seen,
-            is_traced=is_traced,
-            is_thinking=torch.ones(rows, dtype=torch.bool, device=model.device),
-            forwards=torch.zeros(rows, dtype=torch.int64, device=model.device),
-        )
-        run._prefill()
-        return run
+        self.keys = fold(config.seed, prompt_keys[:, None], torch.arange(config.samples)).flatten().to(model.device)
+        rows = len(self.keys)
+        prompt_of = torch.arange(len(prompts)).repeat_interleave(config.samples).repeat(1 if config.cfg == 1 else 2)
+        width = model.config.prompt_tokens
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded])[prompt_of]
+        lengths = torch.tensor([len(ids) for ids in encoded])[prompt_of]
+        layout = (ids, torch.arange(len(ids)) >= rows, torch.arange(width) < lengths[:, None])
+        self.tokens, self.is_seen = prompt_tokens(*(piece.to(model.device) for piece in layout))
+        self.is_thinking = torch.ones(rows, dtype=torch.bool, device=model.device)
+        self.forwards = torch.zeros(rows, dtype=torch.int64, device=model.device)
+        self.blocks: list[Tensor] = []
+        self.was_thinking: list[Tensor] = []
+        self.instability: list[Tensor] = []
+        self.steps: list[list[list[tuple[float, str]]]] = []
+        self._prefill()
 
-    @property
-    def guided_rows(self) -> Tensor:
-        """How the rows stand in the cache: 0 ... rows - 1, then their doubles without the prompt."""
-        return torch.arange(len(self.is_seen), device=self.is_seen.device)
+    def _prefill(self) -> None:
+        """Compute the prompts' keys and values."""
+        self.cache = _Cache()
+        nothing = _no_latents(len(self.is_seen), self.model)
+        mask = self.is_seen[:, None, None].expand(-1, 1, self.is_seen.shape[1], -1)
+        self.cache.add(self.model(self.tokens, nothing, mask).keys_values, self.is_seen)
+
+    def _with_doubles(self, active: Tensor) -> Tensor:
+        """Add the rows without the prompt where there is guidance."""
+        return active if self.config.cfg == 1 else torch.cat([active, active + len(self.keys)])
 
     def denoise_block(self, block: int) -> None:
         """Denoise the next block from noise, for the rows that still think."""
-        config, rows = self.config, len(self.keys)
-        self.steps.append([[] for _ in range(rows)])
-        z = config.init_noise * self._noise(block, 0)
-        estimate = lambda z, t, x_0, active: self._estimate(block, z, t, x_0, active)  # noqa: E731
-        x_0, instability = self._solve(block, z, uniform_times(config.steps), self.is_thinking, estimate, draw=block)
+        self.steps.append([[] for _ in self.keys])
+        z = self.config.init_noise * self._noise(block, 0)
+        estimate = partial(self._estimate, block)
+        x_0, instability = self._solve(block, z, uniform_times(self.config.steps), self.is_thinking, estimate)
         self.blocks.append(x_0)
         self.instability.append(instability)
 
     def _solve(
-        self, block: int, z: Tensor, times: Tensor, is_active: Tensor, estimate: Callable[..., Tensor], *, draw: int
+        self, draw: int, z: Tensor, times: Tensor, is_active: Tensor, estimate: Callable[..., Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Drive the solver; rows that leave early keep their last estimate. Returns latents and their instability."""
-        path, model = self.thinker.denoiser.config.process.schedule, self.thinker.denoiser
         queries = solver_from_name(self.config.solver)(
-            path, z, times.to(z.device), noise=lambda i: self._noise(draw, i + 1)
+            self.model.config.process.schedule, z, times.to(z.device), noise=lambda i: self._noise(draw, i + 1)
         )
         x_0 = torch.zeros_like(z)
         is_done, change = ~is_active, torch.zeros(len(z), device=z.device)
@@ -267,7 +251,9 @@ class _Run:
                 x_0 = self._repel(x_0, z_t, t, ~is_done)
             if self.is_traced or self.config.early_exit:
                 written = self.thinker.autoencoder.decode(x_0)
-                self._trace(block, float(t), written, active)
+                if self.is_traced and draw <= len(self.steps):  # revisions are not shown
+                    for row in active.tolist():
+                        self.steps[draw - 1][row].append((float(t), self._text(written[row])))
                 unchanged = torch.where((written == texts).all(1), unchanged + 1, 0)
                 texts = written
                 if self.config.early_exit:
@@ -275,113 +261,83 @@ class _Run:
             try:
                 question = queries.send(x_0)
             except StopIteration as end:
-                return torch.where(is_done[:, None, None], x_0, end.value).to(model.dtype), change
+                return torch.where(is_done[:, None, None], x_0, end.value).to(self.model.dtype), change
 
     def _estimate(self, block: int, z: Tensor, t: Tensor, x_0: Tensor, active: Tensor) -> Tensor:
         """Ask the denoiser for x_0 of a block given the cache, with guidance."""
-        index = active if self.config.cfg == 1 else torch.cat([active, active + len(self.keys)])
-        cache = self.cache.rows(index)
-        hidden = self._forward(block, z, x_0, t, cache, copies=len(index) // len(active)).latents
-        return self._guided(hidden, z, t)
+        hidden = self._forward(block, z, x_0, t, self.cache.rows(self._with_doubles(active)))
+        return self._guided(hidden.latents, z, t)
 
     def _guided(self, hidden: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        model = self.thinker.denoiser
         copies = len(hidden) // len(z)
         at = t.to(z).expand(z.shape[:2]).repeat(copies, 1)
-        found = model.config.process.predict_x_0(model.out(hidden), z.repeat(copies, 1, 1), at)
+        found = self.model.config.process.predict_x_0(self.model.out(hidden), z.repeat(copies, 1, 1), at)
         if copies == 1:
             return found
         with_prompt, without = found.chunk(2)
         return torch.lerp(without, with_prompt, self.config.cfg)
 
-    def _forward(self, block: int, z: Tensor, x_0: Tensor, t: Tensor, cache: _Cache, *, copies: int = 1) -> Any:
-        """Run the positions of one block against a cache."""
-        model, rows = self.thinker.denoiser, copies * len(z)
-        place = model.config.latent_positions(torch.tensor(block, device=z.device)).expand(rows, -1)
-        latents = Latents(
-            z_t=z.repeat(copies, 1, 1),
-            x_0=x_0.repeat(copies, 1, 1),
-            t=t.to(z).expand(rows, z.shape[1]),
-            positions=place,
-        )
-        own = torch.ones(rows, z.shape[1], z.shape[1], dtype=torch.bool, device=z.device)
-        return model(_no_tokens(rows, z.device), latents, cache.mask(own), cache.keys_values)
+    def _forward(self, block: int, z: Tensor, x_0: Tensor, t: Tensor, cache: _Cache) -> Hidden:
+        """Run the positions of one block against a cache, of the same rows or of these and their doubles."""
+        rows, size = len(cache), z.shape[1]
+        z, x_0 = (piece.repeat(rows // len(z), 1, 1) for piece in (z, x_0))
+        place = self.model.config.latent_positions(torch.tensor(block, device=z.device)).expand(rows, -1)
+        latents = Latents(z_t=z, x_0=x_0, t=t.to(z).expand(rows, size), positions=place)
+        own = torch.ones(rows, size, size, dtype=torch.bool, device=z.device)
+        hidden: Hidden = self.model(_no_tokens(rows, z.device), latents, cache.mask(own), cache.keys_values)
+        return hidden
 
     def commit(self, block: int, *, intervene: Intervene | None) -> None:
         """Keep the keys and values of a finished block, and ask the stop head."""
         self.was_thinking.append(self.is_thinking)
         z = self.blocks[block - 1]
         kept = z if intervene is None else intervene(block, z)
-        copies = len(self.is_seen) // len(self.keys)
-        hidden = self._forward(block, kept, kept, torch.zeros((), device=z.device), self.cache, copies=copies)
-        self.cache.add(hidden.keys_values, self.is_thinking.repeat(copies)[:, None].expand(-1, z.shape[1]))
+        hidden = self._forward(block, kept, kept, torch.zeros((), device=z.device), self.cache)
+        is_kept = self.is_thinking.repeat(len(self.cache) // len(z))
+        self.cache.add(hidden.keys_values, is_kept[:, None].expand(-1, z.shape[1]))
         self.forwards += self.is_thinking
         if not self.config.force_blocks:
-            ends = self.thinker.denoiser.stop_logit(hidden.latents[: len(z)]) > 0
+            ends = self.model.stop_logit(hidden.latents[: len(z)]) > 0
             self.is_thinking = self.is_thinking & ~ends
 
     def revise(self, index: int, *, intervene: Intervene | None) -> None:
         """Denoise each row's least stable block again, seeing all blocks; then commit them all anew."""
-        model, size = self.thinker.denoiser, self.blocks[0].shape[1]
-        is_real = torch.stack(self.was_thinking, dim=1)  # (R, B)
-        chosen = torch.stack(self.instability, dim=1).masked_fill(~is_real, -1).argmax(1)  # (R,)
-        whole = torch.stack(self.blocks, dim=1)  # (R, B, n, d)
-        rows = torch.arange(len(whole), device=whole.device)
-        draw = 1000 + index  # apart from the noise of the blocks
-        start = torch.tensor(self.config.revise_t, dtype=torch.float64)
-        at = start.to(whole).expand(len(whole), size)
-        z = model.config.process.corrupt(whole[rows, chosen], at, eps=self._noise(draw, 0)).z_t
-        places = model.config.latent_positions(torch.arange(1, whole.shape[1] + 1, device=whole.device)).flatten()
+        whole, is_real = torch.stack(self.blocks, dim=1), torch.stack(self.was_thinking, dim=1)  # (R, B, n, d), (R, B)
+        instability = torch.stack(self.instability, dim=1)
+        chosen = instability.masked_fill(~is_real, -1).argmax(1)
+        rows, count, size, _ = whole.shape
+        is_chosen = torch.arange(count, device=whole.device) == chosen[:, None]  # (R, B)
+        places = self.model.config.latent_positions(torch.arange(1, count + 1, device=whole.device)).flatten()
 
         def estimate(z: Tensor, t: Tensor, x_0: Tensor, active: Tensor) -> Tensor:
-            def filled(piece: Tensor) -> Tensor:
-                blocks = whole[active].index_put(
-                    (torch.arange(len(active), device=piece.device), chosen[active]), piece
-                )
-                return blocks.flatten(1, 2)
-
-            index = active if self.config.cfg == 1 else torch.cat([active, active + len(self.keys)])
-            copies = len(index) // len(active)
-            is_open = torch.nn.functional.one_hot(chosen[active], whole.shape[1]).bool().repeat_interleave(size, 1)
-            latents = Latents(
-                z_t=filled(z).repeat(copies, 1, 1),
-                x_0=filled(x_0).repeat(copies, 1, 1),
-                t=torch.where(is_open, t.to(z), 0.0).repeat(copies, 1),
-                positions=places.expand(len(index), -1),
+            index = self._with_doubles(active)
+            copies, is_open = len(index) // len(active), is_chosen[active]
+            z_t, guess = (
+                torch.where(is_open[..., None, None], piece[:, None], whole[active]).flatten(1, 2).repeat(copies, 1, 1)
+                for piece in (z, x_0)
             )
-            tokens = Tokens(
-                ids=self.tokens.ids[index], positions=self.tokens.positions[index], is_null=self.tokens.is_null[index]
+            is_noisy, is_kept = (
+                flag.repeat_interleave(size, 1).repeat(copies, 1) for flag in (is_open, is_real[active])
             )
-            is_valid = torch.cat(
-                [self.is_seen[index], is_real[active].repeat_interleave(size, 1).repeat(copies, 1)], dim=1
-            )
-            together = torch.zeros_like(is_valid, dtype=torch.int64)
-            together[:, tokens.ids.shape[1] :] = 1
-            mask = two_copy_mask(together, torch.zeros_like(together), is_valid=is_valid)
-            hidden = model(tokens, latents, mask).latents
-            return self._guided(hidden[is_open.repeat(copies, 1)].view(len(index), size, -1), z, t)
+            times = torch.where(is_noisy, t.to(z), 0.0)
+            latents = Latents(z_t=z_t, x_0=guess, t=times, positions=places.expand(len(index), -1))
+            mask = joint_mask(self.is_seen[index], is_kept)
+            hidden = self.model(self.tokens.rows(index), latents, mask).latents
+            return self._guided(hidden[is_noisy].view(len(index), size, -1), z, t)
 
-        steps = max(1, round(self.config.steps * self.config.revise_t))
-        times = uniform_times(steps, start=self.config.revise_t)
-        x_0, instability = self._solve(0, z, times, is_real[:, 0], estimate, draw=draw)
-        whole = whole.index_put((rows, chosen), x_0)
-        self.blocks = list(whole.unbind(1))
-        for block in range(whole.shape[1]):
-            self.instability[block] = torch.where(chosen == block, instability, self.instability[block])
-        self._recommit(intervene)
-
-    def _recommit(self, intervene: Intervene | None) -> None:
-        turns, self.was_thinking, self.cache = self.was_thinking, [], _Cache()
+        draw = 1000 + index  # apart from the noise of the blocks
+        start = self.config.revise_t
+        before = whole[torch.arange(rows, device=whole.device), chosen]
+        at = whole.new_full((rows, size), start)
+        z = self.model.config.process.corrupt(before, at, eps=self._noise(draw, 0)).z_t
+        times = uniform_times(max(1, round(self.config.steps * start)), start=start)
+        x_0, change = self._solve(draw, z, times, is_real[:, 0], estimate)
+        self.blocks = list(torch.where(is_chosen[..., None, None], x_0[:, None], whole).unbind(1))
+        self.instability = list(torch.where(is_chosen, change[:, None], instability).unbind(1))
+        turns, self.was_thinking = self.was_thinking, []
         self._prefill()
-        for block, is_thinking in enumerate(turns, start=1):
-            self.is_thinking = is_thinking
+        for block, self.is_thinking in enumerate(turns, start=1):
             self.commit(block, intervene=intervene)
-
-    def _prefill(self) -> None:
-        model, rows = self.thinker.denoiser, len(self.is_seen)
-        mask = self.is_seen[:, None, None].expand(-1, 1, self.is_seen.shape[1], -1)
-        nothing = _no_latents(rows, model)
-        self.cache.add(model(self.tokens, nothing, mask).keys_values, self.is_seen)
 
     def _repel(self, x_0: Tensor, z_t: Tensor, t: Tensor, is_active: Tensor) -> Tensor:
         """Push the samples of one prompt apart (LaDiR): sum over j of 2 (1 - d^2 / s^2) exp(-d^2 / s^2) (z_i - z_j).
@@ -402,15 +358,10 @@ class _Run:
 
     def _noise(self, draw: int, step: int) -> Tensor:
         """Standard normal latents of every row, keyed by row, block and step."""
-        config = self.thinker.denoiser.config
+        config = self.model.config
         places = torch.arange(config.num_latents * config.latent_dim, device=self.keys.device)
-        drawn = normal(self.keys[:, None], draw, step, places).to(self.thinker.denoiser.dtype)
+        drawn = normal(self.keys[:, None], draw, step, places).to(self.model.dtype)
         return drawn.unflatten(1, (config.num_latents, config.latent_dim))
-
-    def _trace(self, block: int, t: float, written: Tensor, active: Tensor) -> None:
-        if self.is_traced and block:
-            for row in active.tolist():
-                self.steps[block - 1][row].append((t, self._text(written[row])))
 
     def results(self) -> list[list[TrainOfThought]]:
         """Answer, and lay out the rows by prompt."""
@@ -437,26 +388,23 @@ class _Run:
 
     def _answers(self) -> list[str]:
         """Write the likeliest answers, token by token or, masked, surest token first."""
-        model, rows = self.thinker.denoiser, len(self.keys)
-        if not model.config.answer_tokens:
-            return [""] * rows
-        ids = (_autoregressive if model.config.answer == "autoregressive" else _unmask)(
-            model, self.cache.rows(self.guided_rows[:rows])
-        )
-        self.forwards += model.config.answer_tokens
+        if not self.model.config.answer_tokens:
+            return [""] * len(self.keys)
+        write = _autoregressive if self.model.config.answer == "autoregressive" else _unmask
+        ids = write(self.model, self.cache.rows(slice(len(self.keys))))
+        self.forwards += self.model.config.answer_tokens
         return [self._text(row) for row in ids]
 
     def _text(self, ids: Tensor) -> str:
         """Decode up to the end-of-text token."""
         kept = ids.tolist()
-        end = self.thinker.denoiser.config.eos_token_id
+        end = self.model.config.eos_token_id
         kept = kept[: kept.index(end)] if end in kept else kept
         return str(self.thinker.tokenizer.decode(kept, skip_special_tokens=True))
 
 
 def _autoregressive(model: LatentDenoiser, cache: _Cache) -> Int[Tensor, "rows answer"]:
-    assert cache.is_valid is not None
-    rows, device = len(cache.is_valid), cache.is_valid.device
+    rows, device = len(cache), model.device
     ids = torch.full((rows, 1), model.config.eos_token_id, dtype=torch.int64, device=device)
     own = torch.ones(rows, 1, 1, dtype=torch.bool, device=device)
     for index in range(model.config.answer_tokens):
@@ -468,8 +416,7 @@ def _autoregressive(model: LatentDenoiser, cache: _Cache) -> Int[Tensor, "rows a
 
 
 def _unmask(model: LatentDenoiser, cache: _Cache) -> Int[Tensor, "rows answer"]:
-    assert cache.is_valid is not None
-    rows, count, device = len(cache.is_valid), model.config.answer_tokens, cache.is_valid.device
+    rows, count, device = len(cache), model.config.answer_tokens, model.device
     ids = masked_process(model).prior((rows, count), device=device)
     own = torch.ones(rows, count, count, dtype=torch.bool, device=device)
     is_open = torch.ones(rows, count, dtype=torch.bool, device=device)

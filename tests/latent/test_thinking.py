@@ -43,7 +43,7 @@ def x_0_without_cache(thinker, prompt, blocks, z, guess, t):
 def test_cached_equals_uncached(solver):
     thinker = tiny_thinker()
     ((sample,), _) = thinker.think(PROMPTS, steps=3, solver=solver, force_blocks=True)
-    run = _Run.start(thinker, PROMPTS[:1], ThinkingConfig(steps=3), is_traced=False)  # for its noise
+    run = _Run(thinker, PROMPTS[:1], ThinkingConfig(steps=3), is_traced=False)  # for its noise
     done = []
     for block, thought in enumerate(sample.thoughts, start=1):
         guess = [torch.zeros(1, 2, 4, dtype=torch.float64)]
