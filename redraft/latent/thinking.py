@@ -3,19 +3,20 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from redraft.errors import unknown_name
+from redraft.latent.answers import Cache, no_latents, no_tokens, write_autoregressive, write_masked
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.latent.denoiser import LatentDenoiser
-from redraft.latent.objective import joint_mask, masked_process, prompt_tokens
-from redraft.latent.sequence import Hidden, KeysValues, Latents, Tokens
+from redraft.latent.objective import joint_mask, prompt_tokens
+from redraft.latent.sequence import Hidden, Latents
 from redraft.latent.solvers import solver_from_name, uniform_times
 from redraft.randomness import fold, normal
 
@@ -154,36 +155,6 @@ def vote(
     return max(samples, key=lambda sample: counts[sample.answer or sample.text])  # max keeps the first of equals
 
 
-@dataclass
-class _Cache:
-    """Keys and values of what is committed, and which of them each row may see."""
-
-    keys_values: KeysValues = field(default_factory=list)
-    is_valid: Tensor | None = None
-
-    def add(self, keys_values: KeysValues, is_valid: Bool[Tensor, "rows new"]) -> None:
-        if self.is_valid is None:
-            self.keys_values, self.is_valid = keys_values, is_valid
-            return
-        pairs = zip(self.keys_values, keys_values, strict=True)
-        self.keys_values = [(torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)) for (k, v), (new_k, new_v) in pairs]
-        self.is_valid = torch.cat([self.is_valid, is_valid], dim=1)
-
-    def __len__(self) -> int:
-        assert self.is_valid is not None
-        return len(self.is_valid)
-
-    def rows(self, index: Int[Tensor, "n"] | slice) -> "_Cache":
-        assert self.is_valid is not None
-        return _Cache([(k[index], v[index]) for k, v in self.keys_values], self.is_valid[index])
-
-    def mask(self, own: Bool[Tensor, "rows queries queries"]) -> Bool[Tensor, "rows 1 queries keys"]:
-        """All that is valid in the cache, and `own` among the new positions."""
-        assert self.is_valid is not None
-        seen = self.is_valid[:, None].expand(-1, own.shape[1], -1)
-        return torch.cat([seen, own], dim=2)[:, None]
-
-
 class _Run:
     """The state of one call of `think`: rows are prompts times samples, and as many again with the prompt withheld."""
 
@@ -211,8 +182,8 @@ class _Run:
 
     def _prefill(self) -> None:
         """Compute the prompts' keys and values."""
-        self.cache = _Cache()
-        nothing = _no_latents(len(self.is_seen), self.model)
+        self.cache = Cache()
+        nothing = no_latents(len(self.is_seen), self.model)
         mask = self.is_seen[:, None, None].expand(-1, 1, self.is_seen.shape[1], -1)
         self.cache.add(self.model(self.tokens, nothing, mask).keys_values, self.is_seen)
 
@@ -277,14 +248,14 @@ class _Run:
         with_prompt, without = found.chunk(2)
         return torch.lerp(without, with_prompt, self.config.cfg)
 
-    def _forward(self, block: int, z: Tensor, x_0: Tensor, t: Tensor, cache: _Cache) -> Hidden:
+    def _forward(self, block: int, z: Tensor, x_0: Tensor, t: Tensor, cache: Cache) -> Hidden:
         """Run the positions of one block against a cache, of the same rows or of these and their doubles."""
         rows, size = len(cache), z.shape[1]
         z, x_0 = (piece.repeat(rows // len(z), 1, 1) for piece in (z, x_0))
         place = self.model.config.latent_positions(torch.tensor(block, device=z.device)).expand(rows, -1)
         latents = Latents(z_t=z, x_0=x_0, t=t.to(z).expand(rows, size), positions=place)
         own = torch.ones(rows, size, size, dtype=torch.bool, device=z.device)
-        hidden: Hidden = self.model(_no_tokens(rows, z.device), latents, cache.mask(own), cache.keys_values)
+        hidden: Hidden = self.model(no_tokens(rows, z.device), latents, cache.mask(own), cache.keys_values)
         return hidden
 
     def commit(self, block: int, *, intervene: Intervene | None) -> None:
@@ -390,7 +361,7 @@ class _Run:
         """Write the likeliest answers, token by token or, masked, surest token first."""
         if not self.model.config.answer_tokens:
             return [""] * len(self.keys)
-        write = _autoregressive if self.model.config.answer == "autoregressive" else _unmask
+        write = write_autoregressive if self.model.config.answer == "autoregressive" else write_masked
         ids = write(self.model, self.cache.rows(slice(len(self.keys))))
         self.forwards += self.model.config.answer_tokens
         return [self._text(row) for row in ids]
@@ -401,50 +372,6 @@ class _Run:
         end = self.model.config.eos_token_id
         kept = kept[: kept.index(end)] if end in kept else kept
         return str(self.thinker.tokenizer.decode(kept, skip_special_tokens=True))
-
-
-def _autoregressive(model: LatentDenoiser, cache: _Cache) -> Int[Tensor, "rows answer"]:
-    rows, device = len(cache), model.device
-    ids = torch.full((rows, 1), model.config.eos_token_id, dtype=torch.int64, device=device)
-    own = torch.ones(rows, 1, 1, dtype=torch.bool, device=device)
-    for index in range(model.config.answer_tokens):
-        tokens = _answer_tokens(model, ids[:, -1:], first=index)
-        hidden = model(tokens, _no_latents(rows, model), cache.mask(own), cache.keys_values)
-        cache.add(hidden.keys_values, own[:, 0])
-        ids = torch.cat([ids, model.token_logits(hidden.tokens).argmax(-1)], dim=1)
-    return ids[:, 1:]
-
-
-def _unmask(model: LatentDenoiser, cache: _Cache) -> Int[Tensor, "rows answer"]:
-    rows, count, device = len(cache), model.config.answer_tokens, model.device
-    ids = masked_process(model).prior((rows, count), device=device)
-    own = torch.ones(rows, count, count, dtype=torch.bool, device=device)
-    is_open = torch.ones(rows, count, dtype=torch.bool, device=device)
-    for _ in range(count):
-        tokens = _answer_tokens(model, ids, first=0)
-        hidden = model(tokens, _no_latents(rows, model), cache.mask(own), cache.keys_values).tokens
-        logits = model.token_logits(hidden).float()
-        logits[..., model.config.mask_token_id] = -torch.inf
-        sure, best = logits.softmax(-1).max(-1)
-        surest = sure.masked_fill(~is_open, -1).argmax(1, keepdim=True)
-        ids = ids.scatter(1, surest, best.gather(1, surest))
-        is_open = is_open.scatter(1, surest, False)
-    return ids
-
-
-def _answer_tokens(model: LatentDenoiser, ids: Tensor, *, first: int) -> Tokens:
-    positions = model.config.answer_position + first + torch.arange(ids.shape[1], device=ids.device)
-    return Tokens(ids=ids, positions=positions.expand_as(ids), is_null=torch.zeros_like(ids, dtype=torch.bool))
-
-
-def _no_tokens(rows: int, device: torch.device) -> Tokens:
-    empty = torch.zeros(rows, 0, dtype=torch.int64, device=device)
-    return Tokens(ids=empty, positions=empty, is_null=empty.bool())
-
-
-def _no_latents(rows: int, model: LatentDenoiser) -> Latents:
-    empty = torch.zeros(rows, 0, model.config.latent_dim, dtype=model.dtype, device=model.device)
-    return Latents(z_t=empty, x_0=empty, t=empty[..., 0], positions=empty[..., 0].long())
 
 
 def _encode_prompt(thinker: Thinker, prompt: str) -> list[int]:

@@ -40,6 +40,4 @@ def test_a_resampler_over_minilm_learns_to_give_unseen_sentences_back(tmp_path):
     ids, mask = torch.tensor(coded["input_ids"]), torch.tensor(coded["attention_mask"]).bool()
     latents = model.encode_normalized(ids, mask)
     assert latents.shape == (len(unseen), 4, 32)
-    assert tokenizer.batch_decode(model.decode(latents), skip_special_tokens=True) == [
-        s.replace(".", " .") for s in unseen
-    ]
+    assert tokenizer.batch_decode(model.decode(latents), skip_special_tokens=True) == unseen
