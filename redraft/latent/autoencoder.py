@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from redraft.errors import unknown_name
 
@@ -83,7 +91,9 @@ class TextAutoencoder(PreTrainedModel):
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch latents dim"]) -> Int[Tensor, "batch tokens"]:
         """Write the likeliest block of normalised latents (greedily, where the decoder is a language model)."""
-        return self.decoder.write(self.denormalize(latents))
+        z = self.denormalize(latents)
+        ids: Tensor = self.decoder.write(z) if self.config.kind == "thought" else self.decoder(z, z).argmax(-1)
+        return ids
 
     def encode_normalized(
         self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
@@ -196,9 +206,6 @@ class _ChunkDecoder(nn.Module):
     def forward(self, z: Tensor, ids: Tensor) -> Tensor:
         return self.head(self.mlp(z.flatten(1))).unflatten(1, (self.block_tokens, -1))
 
-    def write(self, z: Tensor) -> Tensor:
-        return self(z, z).argmax(-1)
-
 
 class _Mlp(nn.Module):
     """A linear map and residual layers on top of it: what a linear code can do is there from the start."""
@@ -226,11 +233,10 @@ class _FrozenEncoder(nn.Module):
         if config.encoder_config is None and config.encoder is None:
             raise ValueError(f"a {config.kind} autoencoder needs encoder=, a folder or hub id of an encoder; got none.")
         if config.encoder_config is None:
-            loaded = AutoModel.from_pretrained(str(config.encoder))
-            config.encoder_config = loaded.config.to_dict()
-            self.frozen = loaded
+            self.frozen = AutoModel.from_pretrained(str(config.encoder))
+            config.encoder_config = self.frozen.config.to_dict()
         else:
-            self.frozen = AutoModel.from_config(_read_config(config.encoder_config))
+            self.frozen = AutoModel.from_config(AutoConfig.for_model(**config.encoder_config))
         self.frozen.requires_grad_(False)
         width = self.frozen.config.hidden_size
         self.queries = None
@@ -263,9 +269,6 @@ class _ParallelDecoder(nn.Module):
 
     def forward(self, z: Tensor, ids: Tensor) -> Tensor:
         return self.head(self.layers(self.queries.expand(len(z), -1, -1), self.into(z) + self.places))
-
-    def write(self, z: Tensor) -> Tensor:
-        return self(z, z).argmax(-1)
 
 
 class _ThoughtEncoder(nn.Module):
@@ -318,12 +321,6 @@ def _llama(config: AutoencoderConfig) -> LlamaConfig:
         bos_token_id=None,
         eos_token_id=None,
     )
-
-
-def _read_config(saved: dict[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[saved["model_type"]].from_dict(saved)
 
 
 def _decoder_layers(width: int, num_layers: int) -> nn.TransformerDecoder:

@@ -158,13 +158,13 @@ def _prompt_and_answer(
     tokens, is_seen = prompt_tokens(batch.prompt, is_withheld, batch.is_prompt)
     after = model.config.max_blocks + 1
     ids, positions, block, noised = answer_input(model, batch.answer, u=draws.rows(3, batch.answer.shape[1] + 1))
-    whole = Tokens(
-        ids=torch.cat([tokens.ids, ids], dim=1),
-        positions=torch.cat([tokens.positions, positions], dim=1),
-        is_null=torch.cat([tokens.is_null, torch.zeros_like(batch.is_answer)], dim=1),
-    )
     blocks = torch.cat([torch.zeros_like(batch.prompt), after + block], dim=1)
-    return whole, blocks, torch.cat([is_seen, torch.ones_like(batch.is_answer)], dim=1), noised
+    return (
+        tokens.with_answer(ids, positions),
+        blocks,
+        torch.cat([is_seen, torch.ones_like(batch.is_answer)], dim=1),
+        noised,
+    )
 
 
 def answer_input(

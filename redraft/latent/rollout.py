@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from redraft.latent.objective import answer_input, answer_loss, prompt_tokens
-from redraft.latent.sequence import Hidden, Latents, Part, ThoughtBatch, Tokens
+from redraft.latent.sequence import Hidden, Latents, Part, ThoughtBatch
 from redraft.latent.solvers import SOLVERS, uniform_times
 from redraft.layouts import two_copy_mask
 from redraft.randomness import normal, uniform
@@ -40,8 +40,7 @@ class RolloutObjective:
             own = torch.cat([own, self._denoise(model, batch, own, draws)[:, None]], dim=1)
         u = uniform(seed, step, 12, index, torch.arange(batch.answer.shape[1] + 1, device=index.device))
         ids, positions, order, noised = answer_input(model, batch.answer, u=u)
-        tokens = Tokens(ids=ids, positions=positions, is_null=torch.zeros_like(ids, dtype=torch.bool))
-        hidden = _run(model, batch, own, tokens=tokens, order=order)
+        hidden = _run(model, batch, own, answer=(ids, positions, order))
         nats = answer_loss(model, batch, part, hidden.tokens[:, batch.prompt.shape[1] :], noised)
         return {"rollout": nats, "loss": self.weight * nats}
 
@@ -71,8 +70,7 @@ def _run(
     batch: ThoughtBatch,
     own: Float[Tensor, "batch before latents dim"],
     *,
-    tokens: Tokens | None = None,
-    order: Tensor | None = None,
+    answer: tuple[Tensor, Tensor, Tensor] | None = None,
     z: Tensor | None = None,
     x_0: Tensor | None = None,
     t: Tensor | None = None,
@@ -83,14 +81,11 @@ def _run(
     withheld = torch.zeros(rows, dtype=torch.bool, device=device)
     prompt, is_seen = prompt_tokens(batch.prompt, withheld, batch.is_prompt)
     token_block, number = torch.zeros_like(batch.prompt), torch.arange(1, done + 1 + (z is not None), device=device)
-    if tokens is not None and order is not None:
-        prompt = Tokens(
-            ids=torch.cat([prompt.ids, tokens.ids], 1),
-            positions=torch.cat([prompt.positions, tokens.positions], 1),
-            is_null=torch.cat([prompt.is_null, tokens.is_null], 1),
-        )
+    if answer is not None:
+        ids, places, order = answer
+        prompt = prompt.with_answer(ids, places)
         token_block = torch.cat([token_block, model.config.max_blocks + 1 + order], dim=1)
-        is_seen = torch.cat([is_seen, torch.ones_like(tokens.is_null)], dim=1)
+        is_seen = torch.cat([is_seen, torch.ones_like(ids, dtype=torch.bool)], dim=1)
     clean = own.flatten(1, 2)
     pieces = [(clean, clean, torch.zeros(rows, clean.shape[1], dtype=own.dtype, device=device))]
     if z is not None and x_0 is not None and t is not None:

@@ -23,6 +23,13 @@ class Tokens:
         """Take some rows."""
         return Tokens(ids=self.ids[index], positions=self.positions[index], is_null=self.is_null[index])
 
+    def with_answer(self, ids: Int[Tensor, "batch answer"], positions: Int[Tensor, "batch answer"]) -> "Tokens":
+        """Append the positions of an answer."""
+        is_null = torch.cat([self.is_null, torch.zeros_like(ids, dtype=torch.bool)], dim=1)
+        return Tokens(
+            ids=torch.cat([self.ids, ids], 1), positions=torch.cat([self.positions, positions], 1), is_null=is_null
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:

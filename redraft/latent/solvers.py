@@ -168,9 +168,7 @@ class Churn:
     def __call__(self, path: GaussianPath, z: Tensor, times: Tensor, *, noise: Noise) -> Queries:
         _, taus = _flow_coordinates(path, times, z)
         keep = max(1 - self.gamma / (len(times) - 1), 0.0)
-        signal = torch.cat(
-            [1 - taus[:1], keep * (1 - taus[1:-1])]
-        )  # (steps,); the first step has no room for more noise
+        signal = torch.cat([1 - taus[:1], keep * (1 - taus[1:-1])])  # the first step has no room for more noise
         starts = path.inverse(2 * torch.logit(signal.to(times.dtype)))
         alphas, sigmas = _coefficients(path, times, z)
         start_alphas, start_sigmas = _coefficients(path, starts, z)

@@ -336,26 +336,28 @@ class _Run:
 
     def results(self) -> list[list[TrainOfThought]]:
         """Answer, and lay out the rows by prompt."""
-        answers = self._answers()
+        answers, is_cut, forwards = self._answers(), self.is_thinking.tolist(), self.forwards.tolist()
         texts = [self.thinker.autoencoder.decode(z) for z in self.blocks]
-        is_real, forwards = torch.stack(self.was_thinking).tolist(), self.forwards.tolist()
-        is_cut = self.is_thinking.tolist()
-        trains = []
-        for row in range(len(self.keys)):
-            thoughts = [
-                Thought(
-                    latents=self.blocks[b][row],
-                    text=self._text(texts[b][row]),
-                    steps=self.steps[b][row],
-                    instability=float(self.instability[b][row]),
-                )
-                for b in range(len(self.blocks))
-                if is_real[b][row]
-            ]
-            stop = "blocks" if is_cut[row] else "stop head"
-            trains.append(TrainOfThought(thoughts=thoughts, answer=answers[row], forwards=forwards[row], stop=stop))
-        samples = self.config.samples
-        return [trains[first : first + samples] for first in range(0, len(trains), samples)]
+        is_real = torch.stack(self.was_thinking).tolist()
+        trains = [
+            TrainOfThought(
+                thoughts=[
+                    Thought(
+                        latents=self.blocks[b][row],
+                        text=self._text(texts[b][row]),
+                        steps=self.steps[b][row],
+                        instability=float(self.instability[b][row]),
+                    )
+                    for b in range(len(self.blocks))
+                    if is_real[b][row]
+                ],
+                answer=answers[row],
+                forwards=forwards[row],
+                stop="blocks" if is_cut[row] else "stop head",
+            )
+            for row in range(len(self.keys))
+        ]
+        return [trains[i : i + self.config.samples] for i in range(0, len(trains), self.config.samples)]
 
     def _answers(self) -> list[str]:
         """Write the likeliest answers, token by token or, masked, surest token first."""

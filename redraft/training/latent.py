@@ -37,11 +37,10 @@ class Rows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | list[int]) -> Batch:
         return {name: column[index] for name, column in self.columns.items()}
 
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        return {name: column[indices] for name, column in self.columns.items()}
+    __getitems__ = __getitem__
 
 
 def _collate(batch: Any) -> Batch:
@@ -160,10 +159,7 @@ def stage_trainer(config: LatentRunConfig, stage: Stage) -> StageTrainer:
 
 def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
     shape, examples = config.autoencoder, list(task.examples())
-    if shape.encoder is None:
-        tokenizer = word_tokenizer(examples)
-    else:
-        tokenizer = load_tokenizer(shape.encoder)
+    tokenizer = word_tokenizer(examples) if shape.encoder is None else load_tokenizer(shape.encoder)
     train = encode(examples, tokenizer, split="train", held_out=task.held_out)
     held_out = encode(examples, tokenizer, split="validation", held_out=task.held_out)
     saved = {f.name: getattr(shape, f.name) for f in fields(shape) if hasattr(AutoencoderConfig, f.name)}
