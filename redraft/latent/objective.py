@@ -77,7 +77,8 @@ class ThoughtObjective:
         latents = sequence.latents
         if draws.coin(1) < self.self_conditioning:
             with torch.no_grad():
-                guess = process.predict_x_0(_output(model, model, sequence), latents.z_t, latents.t)
+                first = model.out(model(sequence.tokens, latents, sequence.mask).latents)
+                guess = process.predict_x_0(first, latents.z_t, latents.t)
             latents = replace(latents, x_0=torch.where(sequence.is_noisy[..., None], guess, latents.x_0))
             sequence = replace(sequence, latents=latents)
         hidden = (wrapped or model)(sequence.tokens, latents, sequence.mask)
@@ -252,10 +253,6 @@ def joint_mask(
     """The prompt sees itself; the blocks see it and each other. Given are the positions that may be seen."""
     group = torch.cat([torch.zeros_like(is_prompt, dtype=torch.int64), is_block.new_ones(is_block.shape).long()], dim=1)
     return two_copy_mask(group, torch.zeros_like(group), is_valid=torch.cat([is_prompt, is_block], dim=1))
-
-
-def _output(model: Any, call: Any, sequence: Sequence) -> Tensor:
-    return model.out(call(sequence.tokens, sequence.latents, sequence.mask).latents)
 
 
 def _stop_loss(model: Any, batch: ThoughtBatch, hidden: Hidden) -> Float[Tensor, ""]:

@@ -10,7 +10,13 @@ def latent_autoencoder() -> LatentRunConfig:
         out="runs/latent-autoencoder",
         stage="autoencoder",
         train=TrainConfig(
-            learning_rate=4e-3, batch_size=512, max_steps=1000, weight_decay=0.01, decay="cosine", log_every=100
+            learning_rate=4e-3,
+            batch_size=512,
+            max_steps=1000,
+            weight_decay=0.01,
+            decay="cosine",
+            log_every=100,
+            precision="float32",
         ),
     )
 
@@ -27,6 +33,7 @@ def latent_denoiser() -> LatentRunConfig:
             max_steps=6000,
             max_minutes=20.0,
             weight_decay=0.01,
+            precision="float32",
             ema_decay=0.995,
             log_every=50,
         ),
@@ -45,6 +52,7 @@ def latent_rollout() -> LatentRunConfig:
             max_steps=1000,
             max_minutes=10.0,
             weight_decay=0.01,
+            precision="float32",
             ema_decay=0.995,
             log_every=50,
         ),

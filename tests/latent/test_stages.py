@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 import redraft
 from redraft.cli import _dispatch
+from redraft.latent.autoencoder import TextAutoencoder
 from redraft.recipes import RECIPES
 from redraft.training.latent import run_stage
 from redraft.training.latent_config import LatentRunConfig
@@ -112,6 +114,12 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         (["think", denoiser, "3 4", "--steps", "0"], "steps must be at least 1; got 0"),
         (["think", denoiser, "1 2 3 4 5 6 7"], "a prompt must have 1 to 2 tokens, as in training; got 7"),
         (["think", autoencoder, "3 4"], "must be of stage denoiser or rollout; it is of stage 'autoencoder'"),
+        (["think", denoiser, "3 4", "--blocks", "9"], "blocks must be at most the 2 the model was built for; got 9"),
+        (["think", denoiser, "3 zwei"], "'zwei' is no word of this model"),
+        (["think", str(Path(denoiser) / "no"), "3 4"], "the folder does not exist"),
+        (["latent", "check", str(tmp_path)], "config.json"),
+        (["train", denoiser, "--resume", "--objective.copies", "3"], "settings differ: objective.copies: 1 -> 3"),
+        (["train", "latent-denoiser", "--start", autoencoder, "--force", "--out", denoiser], "holds another run"),
         (["latent", "chek", denoiser], "unknown action 'chek'.*'check'"),
         (["train", "latent-denoiser", "--start", denoiser, *out], "of stage autoencoder; it is of stage 'denoiser'"),
         (["train", "latent-rollout", "--start", autoencoder, *out], "of stage denoiser; it is of stage 'autoencoder'"),
@@ -134,16 +142,32 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         assert not (tmp_path / "out").exists()
 
 
-def test_an_autoencoder_without_a_normaliser_is_refused(runs, tmp_path):
-    from redraft.latent.autoencoder import TextAutoencoder
-    from redraft.latent.checkpoint import load_autoencoder
-    from redraft.training.latent import check_gate
-
-    model, tokenizer = load_autoencoder(runs["autoencoder"])
-    TextAutoencoder(model.config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no normaliser; got scale 0"):
-        check_gate(load_autoencoder(tmp_path)[0], str(tmp_path), force=True)
+def test_an_autoencoder_without_a_normaliser_is_refused_even_if_forced(runs, task_file, tmp_path, capsys):
+    bare, thinker = tmp_path / "bare", tmp_path / "thinker"
+    shutil.copytree(runs["autoencoder"], bare)
+    shutil.copytree(runs["denoiser"], thinker)
+    for folder in (bare, thinker / "autoencoder"):
+        TextAutoencoder(TextAutoencoder.from_pretrained(folder).config).save_pretrained(folder)
+    for arguments in (
+        [
+            "train",
+            "latent-denoiser",
+            "--start",
+            str(bare),
+            "--force",
+            "--task",
+            task_file,
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        ["train", "latent-rollout", "--start", str(thinker), "--task", task_file, "--out", str(tmp_path / "out")],
+        ["latent", "check", str(bare)],
+        ["think", str(thinker), "3 4"],
+    ):
+        assert _dispatch(arguments) == 2, arguments
+        (told,) = capsys.readouterr().err.strip().splitlines()
+        assert "no normaliser; got scale 0" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_rollout_needs_an_answer_decoder(runs, task_file, tmp_path):
