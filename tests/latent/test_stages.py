@@ -188,3 +188,10 @@ def test_the_own_task_of_the_page_trains_and_thinks(tmp_path, monkeypatch):
     names = {}
     exec(code.replace("max_steps=1000", "max_steps=2"), names)
     assert len(names["samples"]) == 4
+
+
+@pytest.mark.slow
+def test_the_recipes_autoencoder_passes_the_gate_on_countdown(tmp_path, capsys):
+    assert _dispatch(["train", "latent-autoencoder", "--out", str(tmp_path / "ae"), "--train.report-to"]) == 0
+    assert _dispatch(["latent", "check", str(tmp_path / "ae")]) == 0
+    assert "the gate is passed" in capsys.readouterr().out
