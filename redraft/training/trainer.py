@@ -22,6 +22,7 @@ from redraft.training.adapter import has_adapter, read_adapter
 from redraft.training.checkpoint import STAGING, delete_checkpoint, tidy, write_hashes
 from redraft.training.ema import WeightAverage
 from redraft.training.guard import Guard
+from redraft.training.spikes import Spikes
 
 EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
 
@@ -88,6 +89,7 @@ class DiffusionTrainer(Trainer):
         self._global_rows = 0
         self._batches: list[Batch] = []
         folder = Path(args.output_dir or ".") / "skipped"
+        self.spikes = Spikes()
         self.guard = Guard(folder, most=max_skipped, rank=args.process_index)
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
@@ -141,9 +143,10 @@ class DiffusionTrainer(Trainer):
             seed=self.args.seed, step=self.state.global_step, rows=inputs["row"], total_rows=self._global_rows
         )
         with self.accelerator.autocast():  # the head runs outside of the forward that accelerate wraps
-            total, _ = self.score(self.training_objective, inputs, key, wrapped=model)
+            total, nats = self.score(self.training_objective, inputs, key, wrapped=model)
         # DDP averages gradients over processes, and the logged loss is averaged too: undo both.
         loss = total * self.args.world_size / num_items_in_batch
+        self.spikes.record(nats, inputs.get("window", inputs["row"]), step=self.state.global_step)
         return (loss, None) if return_outputs else loss
 
     def score(self, objective: Objective, batch: Batch, key: NoiseKey, *, wrapped: Any = None) -> tuple[Tensor, Tensor]:
@@ -172,9 +175,12 @@ class DiffusionTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the number of steps skipped since the last loss. Raises ValueError where they are too many."""
-        if "loss" in logs and (skipped := self.guard.report()):
-            logs["skipped_steps"] = skipped
+        """Log, with a jump of the loss and the steps skipped. Raises ValueError where too many are skipped."""
+        if "loss" in logs:
+            earlier = [line["loss"] for line in self.state.log_history if "loss" in line]
+            logs |= self.spikes.report(logs["loss"], earlier, accelerator=self.accelerator)
+            if skipped := self.guard.report():
+                logs["skipped_steps"] = skipped
         super().log(logs, *args, **kwargs)
         self.guard.check()
 
