@@ -61,8 +61,8 @@ class Progressed(TrainerCallback):
             return
         if "spike_step" in logs:
             self.console.print(
-                f"step {state.global_step}: the loss jumped to {logs['loss']:.3f}, usually {logs['usual_loss']:.3f}; dearest "
-                f"was training window {logs['spike_window']}, in step {logs['spike_step']}",
+                f"step {state.global_step}: the loss jumped to {logs['loss']:.3f}, usually {logs['usual_loss']:.3f}; "
+                f"dearest was training window {logs['spike_window']}, in step {logs['spike_step']}",
                 soft_wrap=True,
             )
         if "loss" in logs:
