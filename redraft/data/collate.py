@@ -44,8 +44,10 @@ class LengthGroupedSampler(Sampler[int]):
 
 def collate(
     rows: Sequence[Mapping[str, Any]], *, pad_token_id: int
-) -> dict[str, Int[Tensor, "batch seq"] | Bool[Tensor, "batch seq"]]:
+) -> dict[str, Int[Tensor, "batch ..."] | Bool[Tensor, "batch seq"]]:
     """Pad rows of `input_ids` and `segment_ids` on the right to the longest one; int64. `is_target`, if there, bool.
+
+    `window`, if there, is the number of each row's window, (B,).
 
     Padding is what has segment 0, never what equals `pad_token_id`: a model may share that id with a real token.
     """
@@ -63,6 +65,8 @@ def collate(
         "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),  # (B, L)
         "segment_ids": pad_sequence(segment_ids, batch_first=True, padding_value=PADDING_SEGMENT),
     }
+    if "window" in rows[0]:
+        batch["window"] = torch.stack([row["window"] for row in rows])
     if "is_target" in rows[0]:
         is_target = [torch.as_tensor(row["is_target"], dtype=torch.bool) for row in rows]
         batch["is_target"] = pad_sequence(is_target, batch_first=True, padding_value=False)

@@ -87,7 +87,10 @@ class PackingReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowDataset(Dataset[dict[str, Tensor]]):
-    """Windows by index, in memory or mapped: `input_ids` and `segment_ids`, (seq_len,) int32; `is_target` if there."""
+    """Windows by index, in memory or mapped: `input_ids` and `segment_ids`, (seq_len,) int32; `is_target` if there.
+
+    A row says as `window` which one it is.
+    """
 
     windows: Windows | TargetWindows
     is_trimmed: bool = False
@@ -112,7 +115,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
             chance, part = uniform(RANDOM_LENGTH_KEY, number, torch.arange(2)).tolist()
             if chance < self.random_length:
                 row["segment_ids"][1 + int(part * len(row["segment_ids"])) :] = 0
-        return row
+        return row | {"window": torch.tensor(number)}
 
     def lengths(self) -> list[int]:
         """Count the tokens of each row without its padding."""

@@ -59,6 +59,12 @@ class Progressed(TrainerCallback):
     ) -> None:
         if not logs or not state.is_world_process_zero:
             return
+        if "spike_step" in logs:
+            self.console.print(
+                f"step {state.global_step}: the loss jumped to {logs['loss']:.3f}, usually {logs['usual_loss']:.3f}; "
+                f"dearest was training window {logs['spike_window']}, in step {logs['spike_step']}",
+                soft_wrap=True,
+            )
         if "loss" in logs:
             logs["tokens_per_second"] = round(self._tokens_per_second())
             logs["efficiency"] = round(self.trainer.efficiency(), 4)  # useful tokens / forwarded tokens

@@ -17,6 +17,7 @@ from redraft.models.head import head_is_plain
 from redraft.training.adapter import has_adapter, read_adapter
 from redraft.training.ema import WeightAverage
 from redraft.training.loop import Batch, KeyedTrainer
+from redraft.training.spikes import Spikes
 
 EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
 
@@ -64,6 +65,7 @@ class DiffusionTrainer(KeyedTrainer):
         self.has_padding = has_padding
         self.isolate_segments = isolate_segments
         self._has_plain_head = head_is_plain(denoiser.model)
+        self.spikes = Spikes()
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         return collate(rows, pad_token_id=self.pad_token_id)
@@ -91,9 +93,10 @@ class DiffusionTrainer(KeyedTrainer):
             seed=self.args.seed, step=self.state.global_step, rows=inputs["row"], total_rows=self._global_rows
         )
         with self.accelerator.autocast():  # the head runs outside of the forward that accelerate wraps
-            total, _ = self.score(self.training_objective, inputs, key, wrapped=model)
+            total, nats = self.score(self.training_objective, inputs, key, wrapped=model)
         # DDP averages gradients over processes, and the logged loss is averaged too: undo both.
         loss = total * self.args.world_size / num_items_in_batch
+        self.spikes.record(nats, inputs.get("window", inputs["row"]), step=self.state.global_step)
         return (loss, None) if return_outputs else loss
 
     def score(self, objective: Objective, batch: Batch, key: NoiseKey, *, wrapped: Any = None) -> tuple[Tensor, Tensor]:
@@ -112,6 +115,13 @@ class DiffusionTrainer(KeyedTrainer):
             wrapped=wrapped,
             has_plain_head=self._has_plain_head,
         )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with a jump of the loss. Raises ValueError where too many steps were skipped."""
+        if "loss" in logs:
+            earlier = [line["loss"] for line in self.state.log_history if "loss" in line]
+            logs |= self.spikes.report(logs["loss"], earlier, accelerator=self.accelerator)
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Estimate the held-out loss under a fixed noise: the same weights give the same number twice."""

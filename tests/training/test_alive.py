@@ -1,5 +1,6 @@
 """A run survives gradients that are not finite, damaged checkpoints and a full disk."""
 
+import io
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from redraft.models.build import ModelConfig
 from redraft.training import trainer as trainer_module
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage, last_whole_checkpoint, tidy
-from redraft.training.config import RunConfig, TrainConfig
+from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run
+from redraft.training.spikes import Spikes
 
 QUIET = Console(quiet=True)
 
@@ -38,7 +41,7 @@ def config(tmp_path):
         model=ModelConfig(size="1m", hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64),
         train=TrainConfig(
             batch_size=4, max_steps=6, eval_every=0, final_eval_windows=2, save_every=2, log_every=1, device="cpu",
-            precision="float32", compile="off", report_to=(), keep_checkpoints=10,
+            precision="float32", compile="off", report_to=(), keep_checkpoints=20,
         ),
     )  # fmt: skip
 
@@ -101,6 +104,46 @@ def test_a_checkpoint_half_deleted_is_not_taken_and_one_passed_over_does_not_out
     (out / "checkpoint-2").rename(out / "checkpoint-5")
     tidy(out, step=5, keep=1)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-5"]
+
+
+def test_a_jump_of_the_loss_is_one_line_with_its_window_and_step(config, monkeypatch):
+    """A window that holds other tokens from step 60 on; without it nothing is told."""
+    config = replace(
+        config, objective=ObjectiveConfig(kind="ar"), train=replace(config.train, max_steps=100, learning_rate=1e-2)
+    )
+    quiet = run(replace(config, out=config.out + "-quiet"), console=QUIET).folder
+    assert not [line for line in read_log(quiet / "log.jsonl") if "spike_step" in line]
+    collate = trainer_module.DiffusionTrainer._collate
+
+    def corrupted(self, rows):
+        for row in rows:
+            if row["window"] == 5 and self.state.global_step >= 60:
+                row["input_ids"] = torch.arange(32) * 7
+        return collate(self, rows)
+
+    monkeypatch.setattr(trainer_module.DiffusionTrainer, "_collate", corrupted)
+    console = Console(record=True, width=300, file=io.StringIO())
+    line, *_ = [line for line in read_log(run(config, console=console).folder / "log.jsonl") if "spike_step" in line]
+    assert (line["spike_window"], line["spike_step"]) == (5, line["step"])
+    assert line["loss"] > 1.1 * line["usual_loss"]
+    assert line["step"] > 60
+    assert f"dearest was training window 5, in step {line['step']}" in console.export_text()
+
+
+def test_a_jump_names_the_dearest_row_of_all_steps_and_processes_since_the_last_log():
+    spikes, usual = Spikes(), [1.0] * 20
+    other = (torch.tensor([7.5]), torch.tensor([[3, 40]]))  # what another process found
+    accelerator = SimpleNamespace(gather=lambda mine: [torch.cat(both) for both in zip(mine, other, strict=True)])
+    for step, nats in enumerate([[1.0, 8.0], [3.0, 2.0], [float("nan"), 1.0]]):
+        spikes.record(torch.tensor(nats), torch.tensor([10, 11]) + step, step=step)
+    assert spikes.report(2.0, usual, accelerator=accelerator) == {
+        "usual_loss": 1.0, "spike_step": 1, "spike_window": 11
+    }  # fmt: skip
+    spikes.record(torch.tensor([5.0]), torch.tensor([12]), step=3)
+    assert spikes.report(2.0, usual, accelerator=accelerator)["spike_window"] == 40
+    spikes.record(torch.tensor([5.0]), torch.tensor([12]), step=4)
+    assert spikes.report(1.05, usual, accelerator=accelerator) == {}, "less than a tenth is no jump"
+    assert spikes.report(9.0, usual[:9], accelerator=accelerator) == {}, "too few to tell"
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(config):
