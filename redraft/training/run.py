@@ -32,6 +32,7 @@ from redraft.training.checkpoint import last_whole_checkpoint
 from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
+from redraft.training.launch import check_division
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
@@ -61,6 +62,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     folder = Path(config.out)
     state = PartialState(cpu=runs_on_cpu(config.train.device))
     config = _as_begun(config) if resume else _with_precision(config)
+    check_division(config.train.batch_size, state.num_processes)
     check_folder(folder, resume=resume)
     checkpoint = _checkpoint_to_go_on_from(folder, console, state) if resume else None
     be_quiet()
@@ -128,7 +130,7 @@ def _with_steps(config: RunConfig, data: PreparedData) -> RunConfig:
         raise ValueError(
             f"train.epochs needs the length of the data, which a stream does not tell; got {train.epochs}."
         )
-    rows = train.batch_size * train.accumulation * PartialState().num_processes
+    rows = train.batch_size * train.accumulation
     steps = math.ceil(train.epochs * len(data.train) / rows)
     return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
 
@@ -198,11 +200,11 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
         if report is None:  # a stream is not read yet
             continue
         console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}", soft_wrap=True)
-    rows = config.train.batch_size * config.train.accumulation * PartialState().num_processes
+    rows = config.train.batch_size * config.train.accumulation
     if data.train_report and data.train_report.num_windows < rows:
         raise ValueError(
             f"the corpus fills {data.train_report.num_windows} windows, fewer than the {rows} of one step "
-            "(batch_size x accumulation x processes). Lower --train.batch-size or --data.seq-len."
+            "(batch_size x accumulation). Lower --train.batch-size or --data.seq-len."
         )
 
 
@@ -215,7 +217,7 @@ def common_arguments(train: TrainConfig, *, out: str) -> dict[str, Any]:
     """Say in transformers' words how every run optimises, whatever it trains."""
     return {
         "output_dir": out,
-        "per_device_train_batch_size": train.batch_size,
+        "per_device_train_batch_size": train.batch_size // PartialState().num_processes,
         "gradient_accumulation_steps": train.accumulation,
         "max_steps": train.max_steps,
         "learning_rate": train.learning_rate,
@@ -240,7 +242,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser, ca
     train = config.train
     arguments = TrainingArguments(
         **common_arguments(train, out=config.out),
-        per_device_eval_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size // PartialState().num_processes,
         eval_strategy="steps" if train.eval_every and len(data.validation) else "no",
         eval_steps=train.eval_every or None,
         save_steps=train.save_every,
@@ -303,7 +305,8 @@ def _prepare_for_speed(
     train = config.train
     keep_freed_memory()
     is_long = train.max_minutes > 2 if train.max_minutes else train.max_steps >= 500  # compiling takes about 20 s
-    if train.compile == "on" or (train.compile == "auto" and is_long and can_compile()):
+    pays = is_long and can_compile() and not trainer.is_sharded  # each layer's gathering breaks the graph
+    if train.compile == "on" or (train.compile == "auto" and pays):
         trainer.denoiser.model.base_model.compile()
         if train.compile == "auto":
             console.print("compiling the transformer (--train.compile off to do without)")
