@@ -17,7 +17,7 @@ from redraft.training.config import RECIPE_FILE, RunConfig
 from redraft.training.latent_config import LatentRunConfig
 
 SMOKE = "--smoke runs it in seconds, offline: a tiny random model, tiny data, 3 steps; the objective as it is."
-LAUNCH = "--launch ddp|fsdp2|deepspeed --processes N trains in N processes of this machine; the batch is shared by them."
+LAUNCH = "--launch ddp|fsdp2|deepspeed --processes N trains in N processes here, which share the batch."
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> int:
     if isinstance(default, RunConfig) and re.search(r"--model\.start[ =](?!None)", " ".join(flags)):
         default = replace(default, model=ModelConfig())  # the recipe's shape gives way; one asked for is refused
     if "-h" in flags or "--help" in flags:
-        print(f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n{SMOKE}\n{LAUNCH}\n")
+        print(
+            f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n{SMOKE}\n{LAUNCH}\n"
+        )
     kind: type[Any] = type(default)
     config = parse(kind, flags, command=f"train {name}", default=default)
     if kind_of_launch or processes:

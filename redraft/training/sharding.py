@@ -1,6 +1,6 @@
 """Weights and moments that FSDP2 has sharded, to and from the checkpoints of one process.
 
-A checkpoint is written whole, in the format of an unsharded run: it resumes under any number of processes, sharded or not.
+A checkpoint is written whole, as by an unsharded run: it resumes under any number of processes, sharded or not.
 """
 
 import os
@@ -28,7 +28,7 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 def whole(tree: Any, *, keep: bool) -> Any:
     """Gather every sharded tensor of a tree onto the CPU, one at a time; all processes take part.
 
-    Those that do not `keep` the result get empty tensors. What stands in the tree twice (tied weights) stays one tensor.
+    Those that do not `keep` the result get empty tensors. What stands in it twice (tied weights) stays one tensor.
     """
     gathered: dict[int, Tensor] = {}
 
@@ -36,7 +36,7 @@ def whole(tree: Any, *, keep: bool) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if id(leaf) not in gathered:
-            full = leaf.detach().full_tensor() if isinstance(leaf, DTensor) else leaf.detach()
+            full = leaf.full_tensor().detach() if isinstance(leaf, DTensor) else leaf.detach()
             gathered[id(leaf)] = full.cpu() if keep else full.new_empty(0, device="cpu")
         return gathered[id(leaf)]
 

@@ -24,7 +24,15 @@ from redraft.training.adapter import has_adapter, read_adapter
 from redraft.training.checkpoint import write_hashes
 from redraft.training.ema import WeightAverage
 from redraft.training.guard import Guard
-from redraft.training.sharding import OPTIMIZER_FILE, SCHEDULER_FILE, load_moments, load_weights, shard_on_cpu, whole, whole_weights
+from redraft.training.sharding import (
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    load_moments,
+    load_weights,
+    shard_on_cpu,
+    whole,
+    whole_weights,
+)
 
 EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
 
@@ -277,19 +285,22 @@ class DiffusionTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_sharded:
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = whole(self.optimizer.state_dict(), keep=self.args.should_save)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        state = whole(optimizer.state_dict(), keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
         return None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_sharded or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        wrapper: Any = self.optimizer
-        folder = Path(checkpoint)
-        load_moments(wrapper.optimizer, torch.load(folder / OPTIMIZER_FILE, mmap=True, weights_only=True))
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+        optimizer: Any = self.optimizer  # accelerate's wrapper
+        scheduler: Any = self.lr_scheduler
+        saved = torch.load(Path(checkpoint) / OPTIMIZER_FILE, mmap=True, weights_only=True)
+        load_moments(optimizer.optimizer, saved)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
         return None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,12 +17,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-from redraft.cli.train import main
-from redraft.training.launch import KINDS as LAUNCHES
-from redraft.training.launch import config_file
-from redraft.training.run import run
-from tests.training.test_trainer import (
+from test_trainer import (
     OBJECTIVES,
     QUIET,
     assert_close,
@@ -32,9 +30,15 @@ from tests.training.test_trainer import (
     weights,
     with_train,
 )
-from tests.training.test_trainer import cache as cache
-from tests.training.test_trainer import config as config
-from tests.training.test_trainer import corpus as corpus
+from test_trainer import cache as cache
+from test_trainer import config as config
+from test_trainer import corpus as corpus
+
+from redraft.cli.train import main
+from redraft.training.checkpoint import damage
+from redraft.training.launch import KINDS as LAUNCHES
+from redraft.training.launch import _verdict, config_file
+from redraft.training.run import run
 
 both = pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 
@@ -76,7 +80,11 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
     masked = ones["masked"]
     twos = {name: replace(one, out=f"{one.out}-two") for name, one in ones.items()}
     in_two = stopped_at(masked, 2, out=f"{masked.out}-resumed")
-    launch_all(kind, [*twos.values(), in_two])
+    skips = replace(with_train(masked, save_every=1), out=f"{masked.out}-skips")
+    coarse = replace(with_train(masked, precision="bfloat16"), out=f"{masked.out}-coarse")
+    launch_all(kind, [*twos.values(), in_two, skips, coarse])
+    sharded = set(Path(twos["masked"].out, "sharded.txt").read_text().split())
+    assert sharded == (set(weights(masked.out)) if kind == "fsdp2" else set())
     for name, two in twos.items():
         assert losses(two.out) == pytest.approx(losses(ones[name].out), abs=1e-5), name
         assert gradient_norms(two.out) == pytest.approx(gradient_norms(ones[name].out), rel=1e-5, abs=1e-5), name
@@ -87,6 +95,14 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
     for resumed in (in_two, in_one):
         assert losses(resumed.out) == pytest.approx(losses(masked.out), abs=1e-5)
         assert_close(weights(masked.out), weights(resumed.out), 1e-5)
+
+    a, b, c = (Path(skips.out, f"checkpoint-{step}") for step in (1, 2, 3))
+    assert_close(weights(a), weights(b), 0)
+    assert any(not torch.equal(value, weights(c)[name]) for name, value in weights(b).items())
+    moments = [torch.load(folder / "optimizer.pt")["state"] for folder in (a, b)]
+    for number, values in moments[0].items():
+        assert_close(values, moments[1][number], 0)
+    assert losses(coarse.out) == pytest.approx(losses(masked.out), rel=0.02)
 
 
 def test_a_killed_process_ends_the_job_with_one_line(config):
@@ -103,12 +119,47 @@ def test_a_killed_process_ends_the_job_with_one_line(config):
     assert not any(worker.is_running() for worker in workers)
 
 
+def test_a_signal_to_the_launcher_saves_a_checkpoint(config):
+    config = with_train(config, max_steps=100_000, eval_every=0, save_every=100_000, warmup=0.0)
+    with launched(config, flags=["--launch", "fsdp2", "--processes", "2"]) as process:
+        wait_for_log(process, config, lines=3)
+        process.send_signal(signal.SIGTERM)
+        output = finish(process, code=128 + 15)
+    assert "To go on: redraft train" in output
+    assert "Traceback" not in output
+    (checkpoint,) = Path(config.out).glob("checkpoint-*")
+    assert damage(checkpoint) is None
+
+
 def test_a_mistake_found_by_the_processes_is_told_once(config, tmp_path):
     config = replace(config, data=replace(config.data, source=str(tmp_path / "nowhere")))
     with launched(config, flags=["--launch", "fsdp2", "--processes", "2"]) as process:
         output = finish(process, code=2)
     assert output.count("nowhere") == 1
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"),
+    [
+        ((-15, -9), "process 1 of 2 .pid 101. was killed by SIGKILL"),
+        ((-6, -11), "process 1 of 2 .pid 101. was killed by SIGSEGV"),
+        ((1, -9), "process 1 of 2 .pid 101. was killed by SIGKILL"),
+        ((1, 3), "process 1 of 2 .pid 101. ended with exit code 3: KeyError: 'here'"),
+        ((-15, 3), "process 1 of 2 .pid 101. ended with exit code 3: KeyError: 'here'"),
+    ],
+)
+def test_the_process_that_failed_is_told_from_those_that_fell_with_it(tmp_path, codes, cause):
+    for rank, text in enumerate(["RuntimeError: Connection closed by peer", "KeyError: 'here'"]):
+        path = tmp_path / "run" / "attempt_0" / str(rank) / "stderr.log"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"Traceback\n{text}\n")
+    failures = {
+        rank: SimpleNamespace(exitcode=code, pid=100 + rank, local_rank=rank) for rank, code in enumerate(codes)
+    }
+    code, reason = _verdict(failures, 2, tmp_path)
+    assert re.match(cause, reason)
+    assert code == (codes[1] if codes[1] > 0 else 128 - codes[1])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Start a training again in many processes, under accelerate's launcher, and say in one line how it failed."""
 
 import logging
+import shutil
 import signal
 import tempfile
 from importlib.util import find_spec
@@ -38,12 +39,10 @@ def check_division(batch_size: int, processes: int) -> None:
         )
 
 
-def launch(
-    kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli"
-) -> tuple[int, str | None]:
+def launch(kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli") -> tuple[int, str | None]:
     """Run `python -m MODULE ARGUMENTS` in every process. Returns the exit code, and the reason where it is not 0.
 
-    What the processes write on standard error goes to files of their own, named in the reason.
+    What the processes write on standard error goes to files of their own, kept where the reason names them.
     """
     from accelerate.commands.launch import _validate_launch_command, deepspeed_launcher, launch_command_parser
     from accelerate.commands.launch import multi_gpu_launcher as torch_launcher
@@ -56,6 +55,7 @@ def launch(
     logs = Path(tempfile.mkdtemp(prefix="redraft-launch-"))
     parsed.log_dir, parsed.redirects = str(logs), "2"
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the reason is told below
+    code, reason = 0, None
     try:
         if kind == "deepspeed":
             parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
@@ -63,28 +63,36 @@ def launch(
         else:
             torch_launcher(parsed)
     except ChildFailedError as error:
-        return _verdict(error.failures, processes, logs)
+        code, reason = _verdict(error.failures, processes, logs)
     except SignalException as error:
-        return 128 + error.sigval, f"stopped by {error.sigval.name}"
-    return 0, None
+        code, reason = 128 + error.sigval, f"stopped by {error.sigval.name}"
+    if reason is None or str(logs) not in reason:
+        shutil.rmtree(logs)
+    return code, reason
 
 
 def _verdict(failures: dict[int, Any], processes: int, logs: Path) -> tuple[int, str]:
-    """Tell the process that failed first from those that fell with it: a killed one, then one that spoke of a mistake."""
-
-    def rank_of_cause(code: int) -> int:
-        return 0 if code < 0 and code != -signal.SIGTERM else {2: 1, -signal.SIGTERM: 3}.get(code, 2)
-
-    rank, failure = min(failures.items(), key=lambda item: rank_of_cause(item[1].exitcode))
+    """Tell the process that failed by itself from those that fell with it, and say what happened to it."""
+    said = {rank: _last_line(logs, failure.local_rank) for rank, failure in failures.items()}
+    rank = min(failures, key=lambda rank: _innocence(failures[rank].exitcode, said[rank]))
+    failure = failures[rank]
     who = f"process {rank} of {processes} (pid {failure.pid})"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = " (the system does so where memory runs out)" if name == "SIGKILL" else ""
         return 128 - failure.exitcode, f"{who} was killed by {name}{hint}. --resume goes on from the last checkpoint"
-    said = _last_line(logs, failure.local_rank)
-    if failure.exitcode == 2 and said.startswith("redraft "):
-        return 2, said.split(": ", 1)[-1]
-    return failure.exitcode, f"{who} ended with exit code {failure.exitcode}: {said} (all of it is below {logs})"
+    if failure.exitcode == 2 and said[rank].startswith("redraft "):
+        return 2, said[rank].split(": ", 1)[-1]
+    return failure.exitcode, f"{who} ended with exit code {failure.exitcode}: {said[rank]} (all of it is below {logs})"
+
+
+def _innocence(code: int, said: str) -> int:
+    """Order failures by how likely they follow from another's: our signal and a lost connection do."""
+    if code in (-signal.SIGTERM, -signal.SIGABRT):  # the launcher's; NCCL's watchdog
+        return 3
+    if code < 0:
+        return 0
+    return 2 if "onnection" in said or "NCCL" in said else 1
 
 
 def _last_line(logs: Path, local_rank: int) -> str:
