@@ -35,9 +35,8 @@ def main(arguments: list[str]) -> int:
     if isinstance(default, RunConfig) and re.search(r"--model\.start[ =](?!None)", " ".join(flags)):
         default = replace(default, model=ModelConfig())  # the recipe's shape gives way; one asked for is refused
     if "-h" in flags or "--help" in flags:
-        print(
-            f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n{SMOKE}\n{LAUNCH}\n"
-        )
+        about = "--resume goes on with the run in --out from its last checkpoint."
+        print(f"{default_doc(name)}\n\n{about}\n{SMOKE}\n{LAUNCH}\n")
     kind: type[Any] = type(default)
     config = parse(kind, flags, command=f"train {name}", default=default)
     if kind_of_launch or processes:
