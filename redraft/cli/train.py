@@ -1,6 +1,7 @@
 """`redraft train RECIPE`: one run from data to checkpoint."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from redraft.training.config import RECIPE_FILE, RunConfig
 from redraft.training.latent_config import LatentRunConfig
 
 SMOKE = "--smoke runs it in seconds, offline: a tiny random model, tiny data, 3 steps; the objective as it is."
+LAUNCH = "--launch ddp|fsdp2|deepspeed --processes N trains in N processes here, which share the batch."
 
 
 def main(arguments: list[str]) -> int:
@@ -26,14 +28,20 @@ def main(arguments: list[str]) -> int:
     name, *flags = arguments
     resume = "--resume" in flags
     is_smoke = "--smoke" in flags
+    (kind_of_launch, flags), given = _take("--launch", flags), flags
+    processes, flags = _take("--processes", flags)
     flags = [flag for flag in flags if flag not in ("--resume", "--smoke")]
     default = smoke(_find(name)) if is_smoke else _find(name)
     if isinstance(default, RunConfig) and re.search(r"--model\.start[ =](?!None)", " ".join(flags)):
         default = replace(default, model=ModelConfig())  # the recipe's shape gives way; one asked for is refused
     if "-h" in flags or "--help" in flags:
-        print(f"{default_doc(name)}\n\n--resume goes on with the run in --out from its last checkpoint.\n{SMOKE}\n")
+        about = "--resume goes on with the run in --out from its last checkpoint."
+        print(f"{default_doc(name)}\n\n{about}\n{SMOKE}\n{LAUNCH}\n")
     kind: type[Any] = type(default)
     config = parse(kind, flags, command=f"train {name}", default=default)
+    if kind_of_launch or processes:
+        without = [name, *_take("--processes", _take("--launch", given)[1])[1]]
+        return _launch(kind_of_launch, processes, config, without)
     console = Console()
     if isinstance(config, LatentRunConfig):
         from redraft.training.latent import run_stage
@@ -49,6 +57,33 @@ def main(arguments: list[str]) -> int:
     for line in next_steps(str(outcome.folder)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _launch(kind: str | None, wished: str | None, config: Any, arguments: list[str]) -> int:
+    """Start the command again in several processes. Raises ValueError for what can be known to fail."""
+    from redraft.training.launch import check_launch, launch
+
+    if kind is None:
+        raise ValueError(f"--processes goes with --launch; got {wished} alone. Add --launch ddp or fsdp2.")
+    if wished is None or not wished.lstrip("-").isdigit():
+        raise ValueError(f"--launch needs --processes and a number, e.g. 8; got {wished}.")
+    if isinstance(config, LatentRunConfig):
+        raise ValueError(f"latent stages train in one process; got --launch {kind}. Leave it out.")
+    check_launch(kind, int(wished), batch_size=config.train.batch_size)
+    code, reason = launch(kind, int(wished), ["train", *arguments])
+    if reason:
+        print(f"redraft train: {reason}", file=sys.stderr)
+    return code
+
+
+def _take(name: str, flags: list[str]) -> tuple[str | None, list[str]]:
+    """Take a flag and its value out of the others, in either spelling."""
+    for i, flag in enumerate(flags):
+        if flag == name and i + 1 < len(flags):
+            return flags[i + 1], flags[:i] + flags[i + 2 :]
+        if flag == name or flag.startswith(f"{name}="):
+            return flag.removeprefix(name).removeprefix("="), flags[:i] + flags[i + 1 :]
+    return None, flags
 
 
 def next_steps(folder: str) -> list[str]:
@@ -96,11 +131,12 @@ def _help() -> str:
     lines = [f"  {name:<{width}}  {default_doc(name).splitlines()[0]}" for name in RECIPES]
     return "\n".join(
         [
-            "usage: redraft train RECIPE [--resume] [--smoke] [--SECTION.NAME VALUE ...]",
+            "usage: redraft train RECIPE [--resume] [--smoke] [--launch KIND --processes N] [--SECTION.NAME VALUE ...]",
             "",
             "RECIPE is a name below, a recipe.json, or the folder of a run.",
             "`redraft train RECIPE --help` lists the settings with their defaults and units.",
             SMOKE,
+            LAUNCH,
             "",
             *lines,
         ]

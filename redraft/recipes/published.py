@@ -1,7 +1,8 @@
 """Published runs. What the source beside a run states is set; the rest is our default, or named as ours.
 
 "dllm" is github.com/ZHZisZZ/dllm (example scripts, READMEs), "mdlm" is github.com/kuleshov-group/mdlm (`configs/`).
-Batches are per process, as published. Hardware, time and what differs: docs/recipes.md.
+Batches are those of one process, as published: with N processes give N times as much. Hardware, time and what differs:
+docs/recipes.md.
 """
 
 from typing import Any

@@ -139,7 +139,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     batch_size: int = 32
-    """Windows in a forward pass, per process."""
+    """Windows in a forward pass, all processes together: how many share them changes no result."""
     accumulation: int = 1
     """Forward passes per optimizer step."""
     max_steps: int = 1000

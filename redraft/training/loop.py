@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from redraft.training.checkpoint import STAGING, delete_checkpoint, tidy, write_hashes
@@ -82,6 +83,8 @@ class KeyedTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Let the optimizer skip a step whose gradient is not finite; every process has the same norm."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         skip = self.guard.found_inf(torch.as_tensor(norm), self._batches, step=self.state.global_step)
         optimizer: Any = self.optimizer  # accelerate's wrapper of the fused AdamW
         optimizer.optimizer.found_inf = skip

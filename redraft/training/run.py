@@ -34,6 +34,7 @@ from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differe
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
 from redraft.training.latent_config import LatentRunConfig
+from redraft.training.launch import check_division
 from redraft.training.loop import KeyedTrainer
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
 from redraft.training.start import build_denoiser, load_start
@@ -78,7 +79,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     of = f"trains {num_trained / 1e6:.2f} M of {num_all / 1e6:.2f} M parameters"
     console.print(f"model: {config.model.start or config.model.architecture}, {of}", soft_wrap=True)
     trainer = _build_trainer(config, data, denoiser)
-    _compile(config.train, denoiser, console)
+    _compile(config.train, trainer, console)
     outcome = drive(
         config,
         trainer,
@@ -95,6 +96,7 @@ def begin(config: Config, *, resume: bool, console: Console) -> tuple[Config, st
     folder = Path(config.out)
     state = PartialState(cpu=runs_on_cpu(config.train.device))
     config = _as_begun(config) if resume else _with_precision(config)
+    check_division(config.train.batch_size, state.num_processes)
     check_folder(folder, resume=resume)
     be_quiet()
     return config, _checkpoint_to_go_on_from(folder, console, state) if resume else None
@@ -163,7 +165,7 @@ def _with_steps(config: RunConfig, data: PreparedData) -> RunConfig:
         raise ValueError(
             f"train.epochs needs the length of the data, which a stream does not tell; got {train.epochs}."
         )
-    rows = train.batch_size * train.accumulation * PartialState().num_processes
+    rows = train.batch_size * train.accumulation
     steps = math.ceil(train.epochs * len(data.train) / rows)
     return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
 
@@ -241,11 +243,11 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
         if report is None:  # a stream is not read yet
             continue
         console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}", soft_wrap=True)
-    rows = config.train.batch_size * config.train.accumulation * PartialState().num_processes
+    rows = config.train.batch_size * config.train.accumulation
     if data.train_report and data.train_report.num_windows < rows:
         raise ValueError(
             f"the corpus fills {data.train_report.num_windows} windows, fewer than the {rows} of one step "
-            "(batch_size x accumulation x processes). Lower --train.batch-size or --data.seq-len."
+            "(batch_size x accumulation). Lower --train.batch-size or --data.seq-len."
         )
 
 
@@ -258,7 +260,7 @@ def arguments_of(train: TrainConfig, *, out: str, **more: Any) -> TrainingArgume
     """Say in transformers' words how every run optimises, whatever it trains."""
     arguments = TrainingArguments(
         output_dir=out,
-        per_device_train_batch_size=train.batch_size,
+        per_device_train_batch_size=train.batch_size // PartialState().num_processes,
         gradient_accumulation_steps=train.accumulation,
         max_steps=train.max_steps,
         learning_rate=train.learning_rate,
@@ -291,7 +293,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) ->
     arguments = arguments_of(
         train,
         out=config.out,
-        per_device_eval_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size // PartialState().num_processes,
         eval_strategy="steps" if train.eval_every and len(data.validation) else "no",
         eval_steps=train.eval_every or None,
         ddp_find_unused_parameters=False,
@@ -339,11 +341,12 @@ def _evenly(dataset: Any, count: int) -> Any:
     return torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])
 
 
-def _compile(train: TrainConfig, denoiser: Denoiser, console: Console) -> None:
+def _compile(train: TrainConfig, trainer: DiffusionTrainer, console: Console) -> None:
     """Compile the transformer if that pays."""
     is_long = train.max_minutes > 2 if train.max_minutes else train.max_steps >= 500  # compiling takes about 20 s
-    if train.compile == "on" or (train.compile == "auto" and is_long and can_compile()):
-        denoiser.model.base_model.compile()
+    pays = is_long and can_compile() and not trainer.is_sharded  # each layer's gathering breaks the graph
+    if train.compile == "on" or (train.compile == "auto" and pays):
+        trainer.denoiser.model.base_model.compile()
         if train.compile == "auto":
             console.print("compiling the transformer (--train.compile off to do without)")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,20 @@ from redraft.models.head import head_is_plain
 from redraft.training.adapter import has_adapter, read_adapter
 from redraft.training.ema import WeightAverage
 from redraft.training.loop import Batch, KeyedTrainer
+from redraft.training.sharding import (
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    load_moments,
+    load_weights,
+    shard_on_cpu,
+    whole,
+    whole_weights,
+)
 from redraft.training.spikes import Spikes
 
 EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
 
 
 class DiffusionTrainer(KeyedTrainer):
@@ -54,18 +64,35 @@ class DiffusionTrainer(KeyedTrainer):
             average=average,
             max_skipped=max_skipped,
         )
-        if self.accelerator.distributed_type not in SUPPORTED:
-            raise ValueError(
-                f"training under {self.accelerator.distributed_type.value} is not supported: the head runs outside of "
-                "the wrapped model. Use several processes without sharding (torchrun, accelerate's multi_gpu)."
-            )
+        self.is_sharded = self.accelerator.distributed_type is DistributedType.FSDP
+        self._check_parallelism(average)
         self.denoiser = denoiser
         self.training_objective = objective
         self.token_byte_lengths = token_byte_lengths
         self.has_padding = has_padding
         self.isolate_segments = isolate_segments
-        self._has_plain_head = head_is_plain(denoiser.model)
+        # Sharded weights are whole inside of the wrapped forward alone, so there the head has to stay in it.
+        self._has_plain_head = self.accelerator.distributed_type in REPLICATED and head_is_plain(denoiser.model)
         self.spikes = Spikes()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, and let it shard on the CPU too."""
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self.accelerator)
+        self.is_fsdp_enabled = self.accelerator.distributed_type is DistributedType.FSDP
+
+    def _check_parallelism(self, average: WeightAverage | None) -> None:
+        """Raise ValueError for what cannot be trained in the way that the processes were launched."""
+        kind = self.accelerator.distributed_type
+        if kind not in (*REPLICATED, DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(f"training under {kind.value} is not supported. Launch it with ddp, fsdp2 or deepspeed.")
+        if not self.is_sharded:
+            return
+        if self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError("FSDP of version 1 is not supported. Set fsdp_version: 2, or use --launch fsdp2.")
+        if average or has_adapter(self.model):
+            what = "train.ema_decay" if average else "an adapter"
+            raise ValueError(f"{what} is not supported over sharded weights (fsdp2). Leave it out, or use ddp.")
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         return collate(rows, pad_token_id=self.pad_token_id)
@@ -180,8 +207,40 @@ class DiffusionTrainer(KeyedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if has_adapter(self.model):
             read_adapter(self.model, resume_from_checkpoint)
+        elif self.is_sharded:
+            load_weights(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model, whatever it is sharded over; all processes take part."""
+        if not self.is_sharded:
+            return super().save_model(output_dir, _internal_call)
+        weights = whole_weights(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        return None
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        state = whole(optimizer.state_dict(), keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = self.optimizer  # accelerate's wrapper
+        scheduler: Any = self.lr_scheduler
+        saved = torch.load(Path(checkpoint) / OPTIMIZER_FILE, mmap=True, weights_only=True)
+        load_moments(optimizer.optimizer, saved)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+        return None
 
 
 def _estimate(windows: int, *, tokens: float, num_bytes: float, nats: float, squares: float) -> Estimate:

@@ -94,15 +94,12 @@ def assert_close(a, b, tolerance):
 
 
 @contextmanager
-def launched(config, *, processes=1, resume=False):
+def launched(config, *, flags=()):
     """Start `redraft train` as a user does, on the saved recipe of a config; its output goes to `process.stdout`."""
     path = Path(config.out).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(config)))
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [*start, "redraft.cli", "train", str(path), *(["--resume"] if resume else [])]
+    command = [sys.executable, "-m", "redraft.cli", "train", str(path), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -183,33 +180,6 @@ def test_a_logger_that_is_not_installed_is_told(config):
     with pytest.raises(ValueError, match="unknown train.report_to 'tensorbord'.*Did you mean 'tensorboard'"):
         run(with_train(config, report_to=("tensorbord",)), console=QUIET)
     assert not Path(config.out).exists()
-
-
-def test_two_processes_equal_one_whatever_the_objective(config):
-    """One launch for all of them: most of its time is that of starting two interpreters."""
-    torch.set_num_threads(1)
-    config = with_train(config, max_steps=3, eval_every=2, save_every=5)
-    paths, runs = [], {}
-    for name, objective in KINDS.items():
-        one = replace(config, out=f"{config.out}-{name}", objective=objective)
-        runs[name] = run(one, console=QUIET)
-        two = with_train(replace(one, out=one.out + "-two"), batch_size=4)
-        paths.append(Path(two.out).with_suffix(".json"))
-        paths[-1].write_text(json.dumps(asdict(two)))
-    script = Path(config.out).with_suffix(".py")
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom redraft.training.config import RunConfig\n"
-        "from redraft.training.run import run\nfor path in sys.argv[1:]:\n    run(RunConfig.read(Path(path)))\n"
-    )
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*start, *map(str, paths)], check=True, capture_output=True, timeout=200, env=environment)
-    for name, one in runs.items():
-        folder = Path(f"{one.folder}-two")
-        assert losses(folder) == pytest.approx(losses(one.folder), abs=1e-5), name
-        assert gradient_norms(folder) == pytest.approx(gradient_norms(one.folder), rel=1e-5, abs=1e-5), name
-        assert_close(weights(one.folder), weights(folder), 1e-4)
-        assert evaluations(folder) == pytest.approx(evaluations(one.folder), abs=1e-4), name
 
 
 @every_objective
@@ -301,7 +271,7 @@ def test_a_run_killed_at_a_random_moment_and_resumed_ends_bitwise_as_one_never_s
         killed.send_signal(signal.SIGKILL)
         killed.wait()
     assert not (Path(config.out) / "model.safetensors").exists()
-    with launched(config, resume=True) as resumed:
+    with launched(config, flags=["--resume"]) as resumed:
         finish(resumed)
     expected, found = weights(config.out + "-whole"), weights(config.out)
     assert all(torch.equal(expected[name], found[name]) for name in expected)

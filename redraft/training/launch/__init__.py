@@ -1,0 +1,102 @@
+"""Start a training again in many processes, under accelerate's launcher, and say in one line how it failed."""
+
+import logging
+import shutil
+import signal
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from redraft.errors import unknown_name
+
+KINDS = ("ddp", "fsdp2", "deepspeed")
+
+
+def config_file(kind: str) -> Path:
+    """Find the accelerate configuration of a kind of parallelism. Raises ValueError for an unknown one."""
+    if kind not in KINDS:
+        raise unknown_name("--launch", kind, KINDS)
+    return Path(__file__).with_name(f"{kind}.yaml")
+
+
+def check_launch(kind: str, processes: int, *, batch_size: int) -> None:
+    """Raise ValueError for what cannot be launched, before any process is started."""
+    config_file(kind)
+    if processes < 1:
+        raise ValueError(f"--processes must be at least 1; got {processes}.")
+    if kind == "deepspeed" and find_spec("deepspeed") is None:
+        raise ValueError("--launch deepspeed needs DeepSpeed, which is not installed. pip install it, or use fsdp2.")
+    check_division(batch_size, processes)
+
+
+def check_division(batch_size: int, processes: int) -> None:
+    """Raise ValueError where the processes cannot share the windows of a forward pass evenly."""
+    if batch_size % processes:
+        raise ValueError(
+            f"train.batch_size must be a multiple of the number of processes, which share it; got {batch_size} and "
+            f"{processes}. Use --train.batch-size {-(-batch_size // processes) * processes}."
+        )
+
+
+def launch(kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli") -> tuple[int, str | None]:
+    """Run `python -m MODULE ARGUMENTS` in every process. Returns the exit code, and the reason where it is not 0.
+
+    What the processes write on standard error goes to files of their own, kept where the reason names them.
+    """
+    from accelerate.commands.launch import _validate_launch_command, deepspeed_launcher, launch_command_parser
+    from accelerate.commands.launch import multi_gpu_launcher as torch_launcher
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = ["--config_file", str(config_file(kind)), "--num_processes", str(processes), "--main_process_port", "0"]
+    parsed = launch_command_parser().parse_args([*options, "--module", module, *arguments])
+    parsed, defaults, _ = _validate_launch_command(parsed)
+    logs = Path(tempfile.mkdtemp(prefix="redraft-launch-"))
+    parsed.log_dir, parsed.redirects = str(logs), "2"
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the reason is told below
+    code, reason = 0, None
+    try:
+        if kind == "deepspeed":
+            parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+            deepspeed_launcher(parsed)
+        else:
+            torch_launcher(parsed)
+    except ChildFailedError as error:
+        code, reason = _verdict(error.failures, processes, logs)
+    except SignalException as error:
+        code, reason = 128 + error.sigval, f"stopped by {error.sigval.name}"
+    if reason is None or str(logs) not in reason:
+        shutil.rmtree(logs)
+    return code, reason
+
+
+def _verdict(failures: dict[int, Any], processes: int, logs: Path) -> tuple[int, str]:
+    """Tell the process that failed by itself from those that fell with it, and say what happened to it."""
+    said = {rank: _last_line(logs, failure.local_rank) for rank, failure in failures.items()}
+    rank = min(failures, key=lambda rank: _innocence(failures[rank].exitcode, said[rank]))
+    failure = failures[rank]
+    who = f"process {rank} of {processes} (pid {failure.pid})"
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = " (the system does so where memory runs out)" if name == "SIGKILL" else ""
+        return 128 - failure.exitcode, f"{who} was killed by {name}{hint}. --resume goes on from the last checkpoint"
+    if failure.exitcode == 2 and said[rank].startswith("redraft "):
+        return 2, said[rank].split(": ", 1)[-1]
+    return failure.exitcode, f"{who} ended with exit code {failure.exitcode}: {said[rank]} (all of it is below {logs})"
+
+
+def _innocence(code: int, said: str) -> int:
+    """Order failures by how likely they follow from another's: our signal and a lost connection do."""
+    if code in (-signal.SIGTERM, -signal.SIGABRT):  # the launcher's; NCCL's watchdog
+        return 3
+    if code < 0:
+        return 0
+    return 2 if "onnection" in said or "NCCL" in said else 1
+
+
+def _last_line(logs: Path, local_rank: int) -> str:
+    """Read what a process wrote last on standard error."""
+    paths = sorted(logs.glob(f"*/attempt_*/{local_rank}/stderr.log"))
+    lines = [line for path in paths for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it wrote nothing"

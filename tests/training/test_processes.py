@@ -1,0 +1,207 @@
+"""Many processes equal one, their checkpoints are those of one, and a job whose process dies says so and ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from test_trainer import (
+    OBJECTIVES,
+    QUIET,
+    assert_close,
+    evaluations,
+    finish,
+    gradient_norms,
+    launched,
+    losses,
+    wait_for_log,
+    weights,
+    with_train,
+)
+from test_trainer import cache as cache
+from test_trainer import config as config
+from test_trainer import corpus as corpus
+
+from redraft.cli.train import main
+from redraft.training.checkpoint import damage
+from redraft.training.launch import KINDS as LAUNCHES
+from redraft.training.launch import _verdict, config_file
+from redraft.training.run import run
+
+both = pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+
+
+def launch_all(kind, configs):
+    """Run configs in two processes, one after the other; those whose folder ends on -resumed go on."""
+    paths = []
+    for one in configs:
+        paths.append(Path(one.out).with_suffix(".json"))
+        paths[-1].write_text(json.dumps(asdict(one)))
+    code = "import sys; from redraft.training.launch import launch; "
+    code += f"code, reason = launch({kind!r}, 2, sys.argv[1:], module='many_runs'); print(reason); sys.exit(code)"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def stopped_at(one, step, *, out):
+    """Copy a run as it was when it had written the checkpoint of a step."""
+    shutil.copytree(one.out, out)
+    (Path(out) / "model.safetensors").unlink()
+    for folder in Path(out).glob("checkpoint-*"):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(folder)
+    return replace(one, out=out)
+
+
+@both
+def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_checkpoints(config, kind):
+    torch.set_num_threads(1)
+    config = with_train(config, max_steps=4, accumulation=2, learning_rate=1e-3)
+    ones = {
+        name: replace(config, out=f"{config.out}-{name}", objective=objective) for name, objective in OBJECTIVES.items()
+    }
+    for one in ones.values():
+        run(one, console=QUIET)
+    masked = ones["masked"]
+    twos = {name: replace(one, out=f"{one.out}-two") for name, one in ones.items()}
+    in_two = stopped_at(masked, 2, out=f"{masked.out}-resumed")
+    skips = replace(with_train(masked, save_every=1), out=f"{masked.out}-skips")
+    coarse = replace(with_train(masked, precision="bfloat16"), out=f"{masked.out}-coarse")
+    launch_all(kind, [*twos.values(), in_two, skips, coarse])
+    sharded = set(Path(twos["masked"].out, "sharded.txt").read_text().split())
+    assert sharded == (set(weights(masked.out)) if kind == "fsdp2" else set())
+    for name, two in twos.items():
+        assert losses(two.out) == pytest.approx(losses(ones[name].out), abs=1e-5), name
+        assert gradient_norms(two.out) == pytest.approx(gradient_norms(ones[name].out), rel=1e-5, abs=1e-5), name
+        assert evaluations(two.out) == pytest.approx(evaluations(ones[name].out), abs=1e-5), name
+        assert_close(weights(ones[name].out), weights(two.out), 1e-5)
+    in_one = stopped_at(twos["masked"], 2, out=f"{masked.out}-back")
+    run(in_one, resume=True, console=QUIET)
+    for resumed in (in_two, in_one):
+        assert losses(resumed.out) == pytest.approx(losses(masked.out), abs=1e-5)
+        assert_close(weights(masked.out), weights(resumed.out), 1e-5)
+
+    a, b, c = (Path(skips.out, f"checkpoint-{step}") for step in (1, 2, 3))
+    assert_close(weights(a), weights(b), 0)
+    assert any(not torch.equal(value, weights(c)[name]) for name, value in weights(b).items())
+    moments = [torch.load(folder / "optimizer.pt")["state"] for folder in (a, b)]
+    for number, values in moments[0].items():
+        assert_close(values, moments[1][number], 0)
+    assert losses(coarse.out) == pytest.approx(losses(masked.out), rel=0.02)
+
+
+def test_a_killed_process_ends_the_job_with_one_line(config):
+    config = with_train(config, max_steps=100_000, eval_every=0, save_every=100_000, warmup=0.0)
+    with launched(config, flags=["--launch", "ddp", "--processes", "2"]) as process:
+        wait_for_log(process, config, lines=3)
+        workers = [child for child in psutil.Process(process.pid).children() if "redraft.cli" in child.cmdline()]
+        assert len(workers) == 2
+        workers[1].kill()
+        output = finish(process, code=128 + 9)
+    last = output.splitlines()[-1]
+    assert f"of 2 (pid {workers[1].pid}) was killed by SIGKILL" in last
+    assert "Traceback" not in output
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_a_signal_to_the_launcher_saves_a_checkpoint(config):
+    config = with_train(config, max_steps=100_000, eval_every=0, save_every=100_000, warmup=0.0)
+    with launched(config, flags=["--launch", "fsdp2", "--processes", "2"]) as process:
+        wait_for_log(process, config, lines=3)
+        process.send_signal(signal.SIGTERM)
+        output = finish(process, code=128 + 15)
+    assert "To go on: redraft train" in output
+    assert "Traceback" not in output
+    (checkpoint,) = Path(config.out).glob("checkpoint-*")
+    assert damage(checkpoint) is None
+
+
+def test_a_mistake_found_by_the_processes_is_told_once(config, tmp_path):
+    config = replace(config, data=replace(config.data, source=str(tmp_path / "nowhere")))
+    with launched(config, flags=["--launch", "fsdp2", "--processes", "2"]) as process:
+        output = finish(process, code=2)
+    assert output.count("nowhere") == 1
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("codes", "cause"),
+    [
+        ((-15, -9), "process 1 of 2 .pid 101. was killed by SIGKILL"),
+        ((-6, -11), "process 1 of 2 .pid 101. was killed by SIGSEGV"),
+        ((1, -9), "process 1 of 2 .pid 101. was killed by SIGKILL"),
+        ((1, 3), "process 1 of 2 .pid 101. ended with exit code 3: KeyError: 'here'"),
+        ((-15, 3), "process 1 of 2 .pid 101. ended with exit code 3: KeyError: 'here'"),
+    ],
+)
+def test_the_process_that_failed_is_told_from_those_that_fell_with_it(tmp_path, codes, cause):
+    for rank, text in enumerate(["RuntimeError: Connection closed by peer", "KeyError: 'here'"]):
+        path = tmp_path / "run" / "attempt_0" / str(rank) / "stderr.log"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"Traceback\n{text}\n")
+    failures = {
+        rank: SimpleNamespace(exitcode=code, pid=100 + rank, local_rank=rank) for rank, code in enumerate(codes)
+    }
+    code, reason = _verdict(failures, 2, tmp_path)
+    assert re.match(cause, reason)
+    assert code == (codes[1] if codes[1] > 0 else 128 - codes[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--launch ddp --processes 3", "must be a multiple of the number of processes.*got 2 and 3"),
+        ("--launch fsdp2 --processes 0", "--processes must be at least 1; got 0"),
+        ("--launch=fsdp --processes 2", "--launch 'fsdp'.*ddp, fsdp2, deepspeed"),
+        ("--launch ddp", "--launch needs --processes and a number.*got None"),
+        ("--launch ddp --processes two", "--launch needs --processes and a number.*got two"),
+        ("--processes 2", "--processes goes with --launch; got 2 alone"),
+        ("--launch deepspeed --processes 2", "DeepSpeed, which is not installed"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_told_before_anything_is_started(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        main(["stdlib-tiny", "--smoke", "--out", str(tmp_path / "run"), *flags.split()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_stages_of_latent_thinking_cannot_be_launched():
+    with pytest.raises(ValueError, match="latent stages train in one process; got --launch fsdp2"):
+        main(["latent-autoencoder", "--launch", "fsdp2", "--processes", "2"])
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_the_configurations_that_ship_are_accelerates(kind):
+    read = load_config_from_file(str(config_file(kind)))
+    parser = launch_command_parser()
+    args = parser.parse_args(["--config_file", str(config_file(kind)), "--num_processes", "2", "--module", "x"])
+    args, defaults, _ = _validate_launch_command(args)
+    assert args.num_processes == 2
+    if kind == "deepspeed":
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, environment = prepare_deepspeed_cmd_env(args)
+        assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+    else:
+        environment = prepare_multi_gpu_env(args)
+        assert environment.get("FSDP_VERSION") == ("2" if kind == "fsdp2" else None)
+    assert read.mixed_precision == "no"  # the recipe decides
+
+
+def test_the_slurm_template_is_a_shell_script():
+    subprocess.run(["bash", "-n", str(config_file("ddp").with_name("slurm.sh"))], check=True)
