@@ -28,6 +28,8 @@ class ConvertFlags:
     """Let position i be predicted at i - 1, as an autoregressive model was trained to."""
     block_size: int | None = None
     """Tokens in a block of block-causal attention; absent for full attention."""
+    autoregressive: bool = False
+    """Keep a causal model as it is, to be sampled and evaluated as the baseline."""
     merge: str | None = None
     """LoRA adapter (folder or hub id) to merge into the weights."""
     to: str | None = None
@@ -70,6 +72,7 @@ def _convert(flags: ConvertFlags, console: Console) -> int:
         to=flags.to,
         family=flags.family,
         dtype=flags.dtype,
+        autoregressive=flags.autoregressive,
     )
     block_size = made.settings.block_size
     layout = "full attention" if block_size is None else f"block-causal attention, {block_size} tokens"

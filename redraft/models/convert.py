@@ -66,6 +66,7 @@ def convert(
     to: str | None = None,
     family: str | None = None,
     dtype: str | torch.dtype = "auto",
+    autoregressive: bool = False,
 ) -> Conversion:
     """Write `source` (folder, hub id or .gguf file) to the folder `out` as a diffusion model.
 
@@ -73,6 +74,7 @@ def convert(
     gets one. The mask token is the one asked for, the tokenizer's own, a reserved row, a spare row of the embedding, or
     a new row; the last three are set to the mean of the others. `shift_logits` keeps next-token alignment. `adapter` is
     merged into the weights, as is a source that is one. `to` writes a family's own names, for the users of its code.
+    `autoregressive` keeps a causal model as it is (blocks of one token, logits shifted): the baseline of an evaluation.
 
     Raises ValueError for a model that cannot be converted, with the reason, before anything is written.
     """
@@ -92,6 +94,8 @@ def convert(
     settings = read.settings or _new_settings(read, mask_token_id)
     chosen: dict[str, Any] = {"shift_logits": shift_logits, "block_size": block_size}
     settings = replace(settings, **{name: value for name, value in chosen.items() if value is not None})
+    if autoregressive:
+        settings = _baseline(source, read, settings)
     settings.save_to(model.config)
     checks = check_model(model, settings)
     require(source, checks, settings)
@@ -116,9 +120,18 @@ def _new_settings(read: _Source, mask_token_id: int | None) -> DiffusionSettings
     return DiffusionSettings(mask_token_id=mask)
 
 
+def _baseline(source: str | Path, read: _Source, settings: DiffusionSettings) -> DiffusionSettings:
+    """Describe a causal model as it stands. Raises ValueError for an encoder and for a diffusion model."""
+    if read.settings is not None or not type(read.model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(f"{source} is not autoregressive ({type(read.model).__name__}); leave autoregressive out.")
+    return replace(settings, process="autoregressive", shift_logits=True, block_size=1)
+
+
 def require(source: str | Path, checks: list[Check], settings: DiffusionSettings) -> None:
     """Raise ValueError where a claim that the settings rest on does not hold."""
     needed = {BIDIRECTIONAL, POSITIONS, ISOLATED, PADDING} | ({BLOCKS} if settings.block_size else set())
+    if settings.is_autoregressive:  # both of the others are of full attention
+        needed -= {BIDIRECTIONAL, PADDING}
     for check in checks:
         if check.claim in needed and not check.passed:
             raise ValueError(f"{source} cannot be converted: not true that {check.claim} ({check.measured}).")

@@ -186,8 +186,8 @@ def _config_and_class(
         is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         raise ValueError(
             f"{path} is {'autoregressive' if is_causal else 'not a language model'} ({architecture}; its config.json "
-            f"has no diffusion entry). Make it a diffusion model with `redraft convert {path} OUT`, or name its format "
-            f"by family=: {by_name}."
+            f"has no diffusion entry). Make it a diffusion model with `redraft convert {path} OUT` (--autoregressive "
+            f"keeps it as a baseline), or name its format by family=: {by_name}."
         )
     return config, model_class
 
