@@ -17,12 +17,14 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 from machine import describe
 from rich.console import Console
 
 from redraft.data.prepare import DataConfig, prepare
+from redraft.data.sources import read_documents
 from redraft.models.build import ModelConfig
 from redraft.training.callbacks import LOG_FILE, read_log
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
@@ -40,10 +42,16 @@ Curve = dict[int, tuple[float, float]]
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
-    """Take the first documents of the standard library; a fifth of them is held out."""
+    """Take the first documents of the standard library, or every n-th of all: its tables stand side by side."""
+    source = "stdlib"
+    if args.every:
+        source = str(args.runs.with_name(f"every-{args.every}.jsonl"))
+        documents = islice(read_documents("stdlib"), args.every - 1, None, args.every)
+        Path(source).write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return DataConfig(
-        seq_len=args.seq_len, vocab_size=args.vocab_size, max_documents=args.documents, validation_fraction=0.2
-    )
+        source=source, seq_len=args.seq_len, vocab_size=args.vocab_size, validation_fraction=args.held_out,
+        max_documents=None if args.every else args.documents,
+    )  # fmt: skip
 
 
 def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, seed: int) -> Curve:
@@ -69,7 +77,8 @@ def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, see
 def remembered(method: str, args: argparse.Namespace, *, rate: float, steps: int, seed: int) -> Curve:
     """Train, or return the run of these settings from the file."""
     shape = f"{args.size} {args.documents} {args.windows} {args.eval_every}"
-    if (rows := (args.seq_len, args.batch_size, args.vocab_size)) != (64, 16, 1024):
+    rows = (args.seq_len, args.batch_size, args.vocab_size, args.every, args.held_out)
+    if rows != (64, 16, 1024, None, 0.2):
         shape += f" {rows}"
     key = f"{method} {shape} {rate:g} {steps} {seed}"
     lines = map(json.loads, args.runs.read_text().splitlines()) if args.runs.exists() else ()
@@ -156,7 +165,9 @@ def main() -> None:
     """Measure and print; every run is told on standard error as it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--documents", type=int, default=10, help="documents of the corpus; a fifth is held out")
+    parser.add_argument("--documents", type=int, default=10, help="documents of the corpus, the first")
+    parser.add_argument("--every", type=int, help="every n-th document of the standard library instead")
+    parser.add_argument("--held-out", type=float, default=0.2, help="fraction of the documents")
     parser.add_argument("--size", default="1m", help="named shape of the model")
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--vocab-size", type=int, default=1024)
@@ -173,7 +184,9 @@ def main() -> None:
     args = parser.parse_args(namespace=argparse.Namespace(made={}))
     data = prepare(data_config(args))
     steps_per_epoch = len(data.train) / args.batch_size
-    print(f"{len(data.train) * args.seq_len:,} training tokens, {len(data.validation) * args.seq_len:,} held-out tokens")
+    print(
+        f"{len(data.train) * args.seq_len:,} training tokens, {len(data.validation) * args.seq_len:,} held-out tokens"
+    )
     rates = {method: chosen_rate(method, args) for method in args.methods}
     results: dict[str, list[Curve]] = {method: [] for method in args.methods}
     for seed in range(args.seeds):
