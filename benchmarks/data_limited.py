@@ -63,10 +63,10 @@ def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, see
             model=ModelConfig(size=args.size, max_positions=2 * args.seq_len),
             objective=METHODS[method],
             train=TrainConfig(
-                learning_rate=rate, batch_size=args.batch_size, max_steps=steps, warmup=20 / max(steps, 40), decay="constant",
-                seed=seed, eval_every=min(args.eval_every, steps), eval_windows=args.windows,
-                final_eval_windows=args.windows, save_every=steps, precision="bfloat16", compile=args.compile, device="cpu",
-                report_to=(),
+                learning_rate=rate, batch_size=args.batch_size, max_steps=steps, warmup=20 / max(steps, 40),
+                decay="constant", seed=seed, eval_every=min(args.eval_every, steps), eval_windows=args.windows,
+                final_eval_windows=args.windows, save_every=steps, precision="bfloat16", compile=args.compile,
+                device="cpu", report_to=(),
             ),
         )  # fmt: skip
         run(config, console=Console(quiet=True))
