@@ -17,12 +17,14 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 from machine import describe
 from rich.console import Console
 
 from redraft.data.prepare import DataConfig, prepare
+from redraft.data.sources import read_documents
 from redraft.models.build import ModelConfig
 from redraft.training.callbacks import LOG_FILE, read_log
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
@@ -39,9 +41,17 @@ Curve = dict[int, tuple[float, float]]
 """Optimizer steps to held-out nats per token and bits per byte."""
 
 
-def data_config(documents: int) -> DataConfig:
-    """Take the first documents of the standard library; a fifth of them is held out."""
-    return DataConfig(seq_len=64, vocab_size=1024, max_documents=documents, validation_fraction=0.2)
+def data_config(args: argparse.Namespace) -> DataConfig:
+    """Take the first documents of the standard library, or every n-th of all: its tables stand side by side."""
+    source = "stdlib"
+    if args.every:
+        source = str(args.runs.with_name(f"every-{args.every}.jsonl"))
+        documents = islice(read_documents("stdlib"), args.every - 1, None, args.every)
+        Path(source).write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return DataConfig(
+        source=source, seq_len=args.seq_len, vocab_size=args.vocab_size, validation_fraction=args.held_out,
+        max_documents=None if args.every else args.documents,
+    )  # fmt: skip
 
 
 def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, seed: int) -> Curve:
@@ -49,14 +59,14 @@ def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, see
     with tempfile.TemporaryDirectory() as work:
         config = RunConfig(
             out=f"{work}/run",
-            data=data_config(args.documents),
-            model=ModelConfig(size=args.size, max_positions=128),
+            data=data_config(args),
+            model=ModelConfig(size=args.size, max_positions=2 * args.seq_len),
             objective=METHODS[method],
             train=TrainConfig(
-                learning_rate=rate, batch_size=16, max_steps=steps, warmup=20 / max(steps, 40), decay="constant",
-                seed=seed, eval_every=min(args.eval_every, steps), eval_windows=args.windows,
-                final_eval_windows=args.windows, save_every=steps, precision="bfloat16", compile="off", device="cpu",
-                report_to=(),
+                learning_rate=rate, batch_size=args.batch_size, max_steps=steps, warmup=20 / max(steps, 40),
+                decay="constant", seed=seed, eval_every=min(args.eval_every, steps), eval_windows=args.windows,
+                final_eval_windows=args.windows, save_every=steps, precision="bfloat16", compile=args.compile,
+                device="cpu", report_to=(),
             ),
         )  # fmt: skip
         run(config, console=Console(quiet=True))
@@ -67,6 +77,9 @@ def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, see
 def remembered(method: str, args: argparse.Namespace, *, rate: float, steps: int, seed: int) -> Curve:
     """Train, or return the run of these settings from the file."""
     shape = f"{args.size} {args.documents} {args.windows} {args.eval_every}"
+    rows = (args.seq_len, args.batch_size, args.vocab_size, args.every, args.held_out)
+    if rows != (64, 16, 1024, None, 0.2):
+        shape += f" {rows}"
     key = f"{method} {shape} {rate:g} {steps} {seed}"
     lines = map(json.loads, args.runs.read_text().splitlines()) if args.runs.exists() else ()
     known = {line["key"]: line for line in lines}
@@ -152,8 +165,14 @@ def main() -> None:
     """Measure and print; every run is told on standard error as it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--documents", type=int, default=10, help="documents of the corpus; a fifth is held out")
+    parser.add_argument("--documents", type=int, default=10, help="documents of the corpus, the first")
+    parser.add_argument("--every", type=int, help="every n-th document of the standard library instead")
+    parser.add_argument("--held-out", type=float, default=0.2, help="fraction of the documents")
     parser.add_argument("--size", default="1m", help="named shape of the model")
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=16, help="windows of a step")
+    parser.add_argument("--compile", choices=("off", "auto"), default="off")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--tuning-steps", type=int, default=60)
     parser.add_argument("--eval-every", type=int, default=40)
@@ -163,9 +182,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/data-limited.jsonl"), help="finished runs")
     args = parser.parse_args(namespace=argparse.Namespace(made={}))
-    data = prepare(data_config(args.documents))
-    steps_per_epoch = len(data.train) / 16
-    print(f"{len(data.train) * 64:,} training tokens, {len(data.validation) * 64:,} held-out tokens")
+    data = prepare(data_config(args))
+    steps_per_epoch = len(data.train) / args.batch_size
+    print(
+        f"{len(data.train) * args.seq_len:,} training tokens, {len(data.validation) * args.seq_len:,} held-out tokens"
+    )
     rates = {method: chosen_rate(method, args) for method in args.methods}
     results: dict[str, list[Curve]] = {method: [] for method in args.methods}
     for seed in range(args.seeds):
