@@ -1,5 +1,6 @@
 """`redraft eval MODEL --tasks ...`: measure a model; an interrupted evaluation goes on where it stopped."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from redraft.evaluation.run import Store, Summary
     from redraft.evaluation.suites import SuiteTask
     from redraft.language_model import LanguageModel
+
+NO_SETTINGS = ("out", "device", "processes")  # what changes no result: the same folder may go on with others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,9 @@ class Arguments:
     include_path: Path | None = None
     """Folder with harness tasks of your own (YAML)."""
     batch_size: int = 8
-    """Items worked on together."""
+    """Items worked on together (of each, --num-samples rows)."""
+    processes: int = 1
+    """Processes that share the items, on the GPUs of this machine or its processors."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
     quantization: str | None = None
@@ -60,26 +65,28 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"name what to run: --tasks {', '.join(NAMED)}, a task of the harness, or --suite.")
 
     sampling = args.sampling.given(arguments)
-    if sampling.get("num_samples", 1) > 1:
-        raise ValueError("an item is answered once; leave --num-samples out and evaluate with several seeds.")
-
-    from accelerate import PartialState
+    if args.processes != 1:
+        return _launch(args, arguments)
 
     from redraft.cli.common import load_quietly
     from redraft.evaluation.report import provenance, write_report
-    from redraft.evaluation.run import Store, summarize
+    from redraft.evaluation.run import Store, join_processes, summarize
     from redraft.evaluation.suites import SuiteTask, find_suite
 
     suite = find_suite(args.suite) if args.suite else None
     offline = [make_task(name, args.items) for name in args.tasks if is_offline_task(name)]
     asked = [SuiteTask(name=name, few_shot=-1) for name in args.tasks if not is_offline_task(name)]
     asked += suite.tasks if suite else ()
+    if asked and sampling.get("num_samples", 1) > 1:
+        raise ValueError(
+            f"--num-samples is for the offline tasks; {asked[0].name} is the harness' own. Say `repeats` in its YAML."
+        )
     manager = _task_manager(args, [task.name for task in asked]) if asked else None
-    state = PartialState()
+    state = join_processes(args.device)
     device = args.device or (str(state.device) if state.num_processes > 1 else None)
     lm = load_quietly(args.model, device=device, quantization=args.quantization)
     store = Store(folder=args.out, rank=state.process_index)
-    store.open({name: value for name, value in asdict(args).items() if name not in ("out", "device")})
+    store.open({name: value for name, value in asdict(args).items() if name not in NO_SETTINGS})
     _run_offline(args, sampling, lm, offline, store, world_size=state.num_processes)
     state.wait_for_everyone()  # before the first process sums up what all of them wrote
     is_main = state.is_main_process
@@ -94,6 +101,19 @@ def main(arguments: list[str]) -> int:
         write_report(args.out, summaries, provenance(seeds), notes=notes)
         print((args.out / "report.md").read_text())
     return 0
+
+
+def _launch(args: Arguments, arguments: list[str]) -> int:
+    """Start the command again in several processes. Raises ValueError for a number that is none."""
+    from redraft.training.launch import launch
+
+    if args.processes < 1:
+        raise ValueError(f"--processes must be at least 1; got {args.processes}.")
+    go_on = f"The same command goes on with what is in {args.out}"
+    code, reason = launch("ddp", args.processes, ["eval", *arguments, "--processes", "1"], go_on=go_on)
+    if reason:
+        print(f"redraft eval: {reason}", file=sys.stderr)
+    return code
 
 
 def _run_offline(

@@ -7,9 +7,11 @@ harness' own command line with our model known to it.
 import hashlib
 import json
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +21,8 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 
 from redraft.errors import unknown_name
-from redraft.evaluation.run import Store, Summary, summarize
+from redraft.evaluation.metrics import Interval, bootstrap
+from redraft.evaluation.run import Record, Store, Summary, join_processes, summarize
 from redraft.language_model import LanguageModel, load
 from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, rolling_requests, score_questions
 from redraft.sampling.presets import SamplingConfig
@@ -28,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 256  # the harness' own default of max_gen_toks
 FROM_TASK = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_gen_toks": "max_new_tokens"}
+ROLLING: dict[str, Callable[[float], float]] = {  # of the nats per word, byte and byte
+    "word_perplexity": lambda nats: math.exp(-nats),
+    "byte_perplexity": lambda nats: math.exp(-nats),
+    "bits_per_byte": lambda nats: -nats / math.log(2),
+}
 
 
 @register_model("redraft")
@@ -70,11 +78,10 @@ class RedraftLM(TemplateLM):
             **{k: v for k, v in settings.items() if k in LikelihoodConfig.__dataclass_fields__}
         )
         self.costs: Counter[str] = Counter()
+        self._costs_of_all: dict[str, float] | None = None
 
     def _join_processes(self) -> None:
-        from accelerate import PartialState
-
-        state = PartialState()
+        state = join_processes()
         self._rank, self._world_size, self._device = state.process_index, state.num_processes, state.device
 
     @property
@@ -107,7 +114,8 @@ class RedraftLM(TemplateLM):
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations; the choices of one question share their noise."""
         answers: dict[int, tuple[float, bool]] = {}
-        questions = _questions(requests)
+        originals = _originals(requests)
+        questions = _questions(requests, set(originals))
         for start in self._progress(range(0, len(questions), self.batch_size), "loglikelihood", disable_tqdm):
             batch = questions[start : start + self.batch_size]
             asked = [[self._request(requests[i]) for i in question] for question in batch]
@@ -117,37 +125,40 @@ class RedraftLM(TemplateLM):
                 for i, request, result in zip(question, choices, results, strict=True):
                     answers[i] = (result.nats, self.exact_match and self._is_greedy(request))
                     self.cache_hook.add_partial("loglikelihood", requests[i].args, answers[i])
-        return [answers[i] for i in range(len(requests))]
+        return [answers[i] for i in originals]
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         raise AssertionError("loglikelihood works on whole questions")
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Score whole texts in disjoint windows of the model's context, at most 1024 tokens."""
-        answers = []
+        answers: dict[int, float] = {}
+        originals = _originals(requests)
         window = min(self.lm.context_length or 1024, 1024)
-        for request in self._progress(requests, "loglikelihood_rolling", disable_tqdm):
+        for i in self._progress(dict.fromkeys(originals), "loglikelihood_rolling", disable_tqdm):
+            request = requests[i]
             tokens = self.lm.encode_pair("", request.args[0])[1]
             parts = rolling_requests(tokens, window=window, key=_key(request)) if len(tokens) else []
             found = self._timed_scores([[part] for part in parts], None)
-            answers.append(sum(result.nats for (result,) in found))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
-        return answers
+            answers[i] = sum(result.nats for (result,) in found)
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[i])
+        return [answers[i] for i in originals]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Generate; equal prompts (repeats) draw with seeds of their own."""
         answers: dict[int, str] = {}
-        batches = list(self._batches(requests))
+        originals = _originals(requests)
+        batches = list(self._batches(requests, set(originals)))
         for batch, times_before in self._progress(batches, "generate_until", disable_tqdm):
             texts = self._generate([requests[i] for i in batch], times_before=times_before)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
-        return [answers[i] for i in range(len(requests))]
+        return [answers[i] for i in originals]
 
     def get_model_info(self) -> dict[str, Any]:
         """What the results file says about the model, its settings, and what the answers cost."""
-        costs, spent = self._costs_of_all(), {}
+        costs, spent = self._costs_of_all or dict(self.costs), {}
         if costs.get("items"):
             spent["seconds_per_item"] = costs["seconds"] / costs["items"]
         if costs.get("tokens"):
@@ -159,15 +170,6 @@ class RedraftLM(TemplateLM):
             spent["mean_standard_error_nats"] = costs["standard_errors"] / costs["continuations"]
         settings = {"sampling": self.sampling, "likelihood": vars(self.likelihood)}
         return {"model_num_parameters": self.lm.model.num_parameters(), "redraft": {**settings, **costs, **spent}}
-
-    def _costs_of_all(self) -> dict[str, float]:
-        """Sum the costs over the processes; the seconds are those of the slowest."""
-        gathered = [self.costs]
-        if self.world_size > 1:
-            gathered = [Counter()] * self.world_size
-            torch.distributed.all_gather_object(gathered, self.costs)
-        slowest = {name: max(costs[name] for costs in gathered) for name in self.costs if name.endswith("seconds")}
-        return {**sum(gathered, Counter()), **slowest}
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenate a tensor of every process."""
@@ -184,9 +186,16 @@ class RedraftLM(TemplateLM):
         return gathered
 
     def barrier(self) -> None:
-        """Wait for the other processes."""
+        """Wait for the other processes, and sum the costs of all; the seconds are those of the slowest.
+
+        The harness asks its first process alone for the costs, which then could not ask the others.
+        """
         if self.world_size > 1:
-            torch.distributed.barrier()
+            gathered: list[Counter[str]] = [Counter()] * self.world_size
+            torch.distributed.all_gather_object(gathered, self.costs)
+            total = sum(gathered, Counter())
+            slowest = {name: max(costs[name] for costs in gathered) for name in total if name.endswith("seconds")}
+            self._costs_of_all = {**total, **slowest}
 
     def _progress(self, what: Any, name: str, is_quiet: bool) -> Any:
         from tqdm import tqdm
@@ -240,12 +249,12 @@ class RedraftLM(TemplateLM):
         out = self.lm.generate([request.context], **greedy)
         return torch.equal(out.tokens[0], request.continuation)
 
-    def _batches(self, requests: Sequence[Any]) -> Iterator[tuple[list[int], int]]:
+    def _batches(self, requests: Sequence[Any], wanted: set[int]) -> Iterator[tuple[list[int], int]]:
         """Batch requests of equal settings, equal prompts apart; with how many equal ones came before."""
         seen: Counter[str] = Counter()
         keyed = []
-        for i, request in enumerate(requests):
-            context, kwargs = request.args
+        for i in sorted(wanted):
+            context, kwargs = requests[i].args
             keyed.append((str(sorted(kwargs.items(), key=str)), seen[context], i))
             seen[context] += 1
         for (_, times_before), group in groupby(sorted(keyed), key=lambda entry: entry[:2]):
@@ -276,10 +285,24 @@ class RedraftLM(TemplateLM):
         return {**settings, "stop": tuple(until) or "eos"}
 
 
-def _questions(requests: Sequence[Any]) -> list[list[int]]:
+def _originals(requests: Sequence[Any]) -> list[int]:
+    """Name for each request the one that answers it: the harness pads a process's share with copies of its last."""
+    places: dict[int, list[int]] = {}
+    originals: list[int] = []
+    for i, request in enumerate(requests):
+        seen = places.setdefault(id(request), [])
+        is_repeat = len(seen) < request.repeats
+        originals.append(i if is_repeat else seen[len(originals) % len(seen)])
+        if is_repeat:
+            seen.append(i)
+    return originals
+
+
+def _questions(requests: Sequence[Any], wanted: set[int]) -> list[list[int]]:
     """Group requests by the question they belong to; those without a context (mutual information) apart."""
     grouped: dict[Any, list[int]] = {}
-    for i, request in enumerate(requests):
+    for i in sorted(wanted):
+        request = requests[i]
         grouped.setdefault((request.task_name, request.doc_id, request.args[0] == ""), []).append(i)
     return list(grouped.values())
 
@@ -314,14 +337,28 @@ def keep_results(results: dict[str, Any], store: Store) -> list[Summary]:
             {
                 "id": f"{item['filter']}:{item['doc_id']}",
                 "scores": {name: float(item[name]) for name in item["metrics"] if isinstance(item[name], int | float)},
+                "rolling": {name: item[name] for name in item["metrics"] if name in ROLLING},
                 "forwards": (spent.get("likelihood_forwards", 0) + spent.get("generation_forwards", 0)) / len(items),
                 "seconds": spent.get("seconds", 0.0) / len(items),
             }
             for item in items
         ]
         store.replace(task, records)
-        summaries.append(summarize(task, records))
+        summary = summarize(task, records)
+        summaries.append(replace(summary, scores=summary.scores | _rolling_scores(records)))
     return summaries
+
+
+def _rolling_scores(records: Sequence[Record]) -> dict[str, Interval]:
+    """Sum up pairs (log-likelihood in nats, words or bytes) of whole texts as the harness does: over all texts."""
+    scores = {}
+    for name in records[0]["rolling"]:
+        nats, sizes = zip(*(record["rolling"][name] for record in records), strict=True)
+        mean = bootstrap(nats, weights=sizes)
+        of_mean = ROLLING[name]
+        low, high = of_mean(mean.high), of_mean(mean.low)  # a higher likelihood is a lower perplexity
+        scores[name] = Interval(mean=of_mean(mean.mean), low=low, high=high, count=mean.count)
+    return scores
 
 
 if __name__ == "__main__":

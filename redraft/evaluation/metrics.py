@@ -147,12 +147,21 @@ class Interval:
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def bootstrap(values: Sequence[float], *, rounds: int = 2000, seed: int = 0) -> Interval:
-    """Give the mean of values over items a percentile interval. For a paired test pass the items' differences."""
+def bootstrap(
+    values: Sequence[float], *, weights: Sequence[float] | None = None, rounds: int = 2000, seed: int = 0
+) -> Interval:
+    """Give the mean of values over items a percentile interval. For a paired test pass the items' differences.
+
+    With weights the mean is the sum of the values over that of the weights (texts of unequal length).
+    """
     if not values:
         raise ValueError("there is nothing to average: no item was scored.")
     draw = random.Random(seed)
-    means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(rounds))
-    return Interval(
-        mean=fmean(values), low=means[round(0.025 * rounds)], high=means[round(0.975 * rounds) - 1], count=len(values)
-    )
+    pairs = list(zip(values, weights or [1.0] * len(values), strict=True))
+    means = sorted(_ratio(draw.choices(pairs, k=len(pairs))) for _ in range(rounds))
+    low, high = means[round(0.025 * rounds)], means[round(0.975 * rounds) - 1]
+    return Interval(mean=_ratio(pairs), low=low, high=high, count=len(pairs))
+
+
+def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    return math.fsum(value for value, _ in pairs) / math.fsum(weight for _, weight in pairs)

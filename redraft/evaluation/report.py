@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -62,8 +62,8 @@ def to_markdown(summaries: Sequence[Summary], source: dict[str, Any], *, notes: 
     lines = ["# Evaluation", "", "| task | score | value [95 %] | items | forwards per item | seconds per item |"]
     lines += ["|---|---|---|---|---|---|"]
     for summary in summaries:
-        cost = f"{summary.num_items} | {summary.forwards_per_item:.1f} | {summary.seconds_per_item:.3f}"
-        lines += [f"| {summary.task} | {name} | {value} | {cost} |" for name, value in summary.scores.items()]
+        cost = f"{summary.forwards_per_item:.1f} | {summary.seconds_per_item:.3f}"
+        lines += [f"| {summary.task} | {name} | {v} | {v.count} | {cost} |" for name, v in summary.scores.items()]
     for summary in summaries:
         if text := summary.perplexity:
             lines += [
@@ -145,8 +145,8 @@ def compare(first: Path, second: Path) -> list[Difference]:
         common = sorted(a.keys() & b.keys())
         if not common:
             continue
-        for name in a[common[0]]["scores"].keys() & b[common[0]]["scores"].keys():
-            x, y = ([r[key]["scores"][name] for key in common] for r in (a, b))
+        for name in {name for key in common for name in a[key]["scores"].keys() & b[key]["scores"].keys()}:
+            x, y = zip(*_pairs(a, b, common, name), strict=True)
             differences = [after - before for before, after in zip(x, y, strict=True)]
             values = {"first": sum(x) / len(x), "second": sum(y) / len(y), "difference": bootstrap(differences)}
             found.append(Difference(task=task, score=name, **values))
@@ -155,6 +155,13 @@ def compare(first: Path, second: Path) -> list[Difference]:
             f"{first} and {second} have no item in common: they hold {sorted(runs[0])} and {sorted(runs[1])}."
         )
     return sorted(found, key=lambda one: (one.task, one.score))
+
+
+def _pairs(a: dict[str, Record], b: dict[str, Record], keys: Sequence[str], name: str) -> Iterator[tuple[float, float]]:
+    """Pair the items that both runs gave this score: a file may mix kinds of items."""
+    for first, second in ((a[key]["scores"], b[key]["scores"]) for key in keys):
+        if name in first and name in second:
+            yield first[name], second[name]
 
 
 def _read_run(folder: Path) -> dict[str, dict[str, Record]]:

@@ -8,16 +8,25 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from redraft.evaluation.metrics import Interval, Perplexity, bootstrap
+from redraft.evaluation.metrics import Interval, Perplexity, bootstrap, pass_at_k, vote
 from redraft.evaluation.tasks import Item, Task, take
 from redraft.language_model import LanguageModel
 from redraft.loglikelihood import LikelihoodConfig, Request, loglikelihoods, rolling_requests, score_questions
 
 Record = dict[str, Any]
+
+
+def join_processes(device: str | None = None) -> Any:
+    """Join the other processes of this job, where there are any: accelerate's PartialState (gloo without a GPU)."""
+    from accelerate import PartialState
+
+    is_cpu = device == "cpu" or not torch.accelerator.is_available()
+    return PartialState(cpu=is_cpu)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +49,8 @@ class Store:
                 f"{self.folder} holds results of other settings (settings.json). Name another folder, or delete it."
             )
         if self.rank == 0:
-            path.write_text(text)
+            (whole := path.with_suffix(".tmp")).write_text(text)
+            whole.replace(path)  # never seen half written by another process
         for mine in self.folder.glob(f"*.{self.rank}.jsonl"):
             os.truncate(mine, mine.read_bytes().rfind(b"\n") + 1)
 
@@ -116,10 +126,39 @@ def _generate(lm: LanguageModel, task: Task, items: Sequence[Item], options: Run
     out = lm.generate(prompts, **settings)
     if out.texts is None:
         raise ValueError(f"task {task.name} is made of text, and this model has no tokenizer.")
-    return [
-        {"output": text, "scores": task.score(item, text), "forwards": forwards, "tokens": len(tokens)}
-        for item, text, forwards, tokens in zip(items, out.texts, out.forwards, out.tokens, strict=True)
-    ]
+    return _scored(task, items, out, out.texts)
+
+
+def _scored(task: Task, items: Sequence[Item], out: Any, texts: Sequence[str]) -> list[Record]:
+    """Score what was generated: `num_samples` texts per item, one after the other."""
+    n = len(texts) // len(items)
+    records = []
+    for i, item in enumerate(items):
+        rows = slice(i * n, (i + 1) * n)
+        outputs = list(texts[rows])
+        record = {"output": outputs[0]} if n == 1 else {"outputs": outputs}
+        cost = {"forwards": sum(out.forwards[rows]), "tokens": sum(map(len, out.tokens[rows]))}
+        records.append({**record, "scores": _scores(task, item, outputs), **cost})
+    return records
+
+
+def _scores(task: Task, item: Item, outputs: Sequence[str]) -> dict[str, float]:
+    """Average each score over the samples of an item; with several, pass@k and vote@n of the task's first score.
+
+    k doubles up to the samples; a sample passes where that score is 1. The vote is scored as its first voter.
+    """
+    found = [task.score(item, output) for output in outputs]
+    scores = {name: fmean(one[name] for one in found) for name in found[0]}
+    if (n := len(outputs)) == 1:
+        return scores
+    first = next(iter(scores))
+    num_right = sum(one[first] >= 1 for one in found)
+    scores |= {f"pass@{k}": pass_at_k(n, num_right, k) for k in sorted({n, *(2**i for i in range(n.bit_length()))})}
+    answers = [task.answer(item, output) for output in outputs]
+    if answers[0] is not None:  # the task is one to vote on; who has no answer does not vote
+        winner = vote([answer for answer in answers if answer] or answers)
+        scores[f"vote@{n}"] = found[answers.index(winner)][first]
+    return scores
 
 
 def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
@@ -130,10 +169,7 @@ def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOp
         rows.append(torch.cat([before, mask.expand(len(hole)), lm.encode_pair("", item.suffix)[1]]))
     out = lm.infill(rows, **options.sampling)
     outputs = [lm.decode(tokens) for tokens in out.tokens]
-    return [
-        {"output": text, "scores": task.score(item, text), "forwards": forwards, "tokens": len(tokens)}
-        for item, text, forwards, tokens in zip(items, outputs, out.forwards, out.tokens, strict=True)
-    ]
+    return _scored(task, items, out, outputs)
 
 
 def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
@@ -210,13 +246,14 @@ def summarize(task: str, records: Sequence[Record]) -> Summary:
     seconds, forwards = sum(r["seconds"] for r in records), sum(r["forwards"] for r in records)
     tokens = sum(r.get("tokens", 0) for r in records)
     names = ("nats", "num_tokens", "num_words", "num_bytes")
+    scored = dict.fromkeys(name for r in records for name in r["scores"])  # a file may mix kinds of items
     total: dict[str, Any] = {}
     if "num_bytes" in records[0]:
         total = {name: sum(r[name] for r in records) for name in names}
         total["standard_error"] = math.hypot(*(r["standard_error"] for r in records))
     return Summary(
         task=task,
-        scores={name: bootstrap([r["scores"][name] for r in records]) for name in records[0]["scores"]},
+        scores={n: bootstrap([r["scores"][n] for r in records if n in r["scores"]]) for n in scored},
         num_items=len(records),
         forwards_per_item=forwards / len(records),
         seconds_per_item=seconds / len(records),

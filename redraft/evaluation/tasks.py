@@ -52,6 +52,10 @@ class Task(Protocol):
         """Score a generated text; not called for likelihood items."""
         ...
 
+    def answer(self, item: Item, output: str) -> str | None:
+        """Find the answer in a generated text, for samples to vote on. None: no vote."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
@@ -84,10 +88,12 @@ class ReasoningGym:
             yield Item(id=str(i), kind="generate", prompt=prompt, answer=entry, stop=("</answer>",))
 
     def score(self, item: Item, output: str) -> Scores:
-        found = output.rpartition("<answer>")[2].partition("</answer>")[0].strip()
-        if not found:
+        if not (found := _tagged(output)):
             return {"score": 0.0}
         return {"score": float(_gym_dataset(self.dataset, self.size, self.seed).score_answer(found, item.answer))}
+
+    def answer(self, item: Item, output: str) -> str:
+        return _tagged(output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +123,9 @@ class HumanEval:
         outcome = run_python(f"{item.prompt}{output}\n{test}", limits=self.limits, isolation=self.isolation)
         return {"pass@1": float(outcome.status == "passed")}
 
+    def answer(self, item: Item, output: str) -> None:
+        """Programs are not voted on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StdlibInfill:
@@ -143,6 +152,9 @@ class StdlibInfill:
             "parses": float(_parses(item.prompt + output + item.suffix)),
         }
 
+    def answer(self, item: Item, output: str) -> str:
+        return output
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutPerplexity:
@@ -159,6 +171,9 @@ class HeldOutPerplexity:
 
     def score(self, item: Item, output: str) -> Scores:
         raise AssertionError("perplexity has no output to score")
+
+    def answer(self, item: Item, output: str) -> None:
+        raise AssertionError("perplexity has no output to vote on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +208,12 @@ class JsonLines:
         return Item(id=str(number), kind=kind, prompt=record["prompt"], choices=choices, answer=answer, stop=stop)
 
     def score(self, item: Item, output: str) -> Scores:
+        return {"exact": float(self.answer(item, output) == str(item.answer).strip())}
+
+    def answer(self, item: Item, output: str) -> str:
         for end in item.stop:
             output = output.partition(end)[0]
-        return {"exact": float(output.strip() == str(item.answer).strip())}
+        return output.strip()
 
 
 def make_task(name: str, options: TaskOptions) -> Task:
@@ -215,6 +233,10 @@ def make_task(name: str, options: TaskOptions) -> Task:
     if name not in NAMED:
         raise unknown_name("task", name, [*NAMED, "reasoning-gym:NAME", "perplexity:SOURCE", "FILE.jsonl"])
     return NAMED[name](options)
+
+
+def _tagged(output: str) -> str:
+    return output.rpartition("<answer>")[2].partition("</answer>")[0].strip()
 
 
 @lru_cache

@@ -32,7 +32,7 @@ def task_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     rows = [
         {"question": f"the number {i} is", "choices": [" odd one", " even it"], "answer": i % 2, "gold": "x"}
-        for i in range(4)
+        for i in range(5)
     ]
     (folder / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, settings in TASKS.items():
@@ -106,7 +106,7 @@ def test_an_unknown_task_is_refused_with_a_suggestion(monkeypatch, task_folder):
 
 
 def instance(context, second, number=0):
-    return SimpleNamespace(args=(context, second), task_name="t", doc_id=number)
+    return SimpleNamespace(args=(context, second), task_name="t", doc_id=number, repeats=2)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,6 +123,9 @@ def test_perplexity_and_infilling_run_and_are_summed_up(text_lm, tmp_path):
         def score(self, item, output):
             return {"length": float(len(output))}
 
+        def answer(self, item, output):
+            return output
+
     (record,) = run_task(text_lm, Holes(), Store(folder=tmp_path), OPTIONS)
     assert record["tokens"] == 5
 
@@ -158,3 +162,41 @@ def test_items_that_cannot_be_verified_are_refused(tmp_path):
 def test_an_empty_generation_scores_zero(tmp_path):
     task = write(tmp_path / "one.jsonl", {"prompt": "x", "answer": "y"})
     assert task.score(take(task, None)[0], "") == {"exact": 0.0}
+
+
+def test_samples_of_an_item_pass_and_vote(text_lm, tmp_path, monkeypatch):
+    def known(self, prompts, *, num_samples, **settings):
+        texts = ["x", "y", " x ", "", "y", "y", "x", "z"][: len(prompts) * num_samples]
+        return SimpleNamespace(texts=texts, forwards=[2] * len(texts), tokens=[[0]] * len(texts))
+
+    monkeypatch.setattr(type(text_lm), "generate", known)
+    task = write(tmp_path / "own.jsonl", {"prompt": "a", "answer": "x"}, {"prompt": "b", "answer": "x"})
+    first, second = run_task(text_lm, task, opened(tmp_path / "out"), RunOptions(sampling={"num_samples": 4}))
+    assert first["scores"] == {
+        "exact": 0.5,
+        "pass@1": 0.5,
+        "pass@2": pytest.approx(5 / 6),
+        "pass@4": 1.0,
+        "vote@4": 1.0,
+    }
+    assert second["scores"]["vote@4"] == 0.0
+    assert second["scores"]["pass@2"] == 0.5
+    assert (first["forwards"], first["tokens"], first["outputs"]) == (8, 4, ["x", "y", " x ", ""])
+
+
+def test_samples_of_a_model_are_reported_with_pass_and_vote(model_folder, tmp_path):
+    from redraft.cli.eval import main
+
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "say ", "answer": "x"}) + "\n")
+    settings = ["--num-samples", "3", "--temperature", "1", "--max-new-tokens", "4", "--steps", "2"]
+    assert (
+        main([str(model_folder), "--tasks", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "o"), *settings]) == 0
+    )
+    report = (tmp_path / "o/report.md").read_text()
+    assert all(f"| own | {name} |" in report for name in ("exact", "pass@1", "pass@2", "pass@3", "vote@3"))
+    (record,) = opened_records(tmp_path / "o")
+    assert len(set(record["outputs"])) > 1
+
+
+def opened_records(folder):
+    return list(Store(folder=folder).records("own").values())

@@ -11,6 +11,7 @@ from typing import Any
 from redraft.errors import unknown_name
 
 KINDS = ("ddp", "fsdp2", "deepspeed")
+GO_ON = "--resume goes on from the last checkpoint"
 
 
 def config_file(kind: str) -> Path:
@@ -39,9 +40,12 @@ def check_division(batch_size: int, processes: int) -> None:
         )
 
 
-def launch(kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli") -> tuple[int, str | None]:
+def launch(
+    kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli", go_on: str = GO_ON
+) -> tuple[int, str | None]:
     """Run `python -m MODULE ARGUMENTS` in every process. Returns the exit code, and the reason where it is not 0.
 
+    `go_on` is what to do where the system killed a process.
     What the processes write on standard error goes to files of their own, kept where the reason names them.
     """
     from accelerate.commands.launch import _validate_launch_command, deepspeed_launcher, launch_command_parser
@@ -63,7 +67,7 @@ def launch(kind: str, processes: int, arguments: list[str], *, module: str = "re
         else:
             torch_launcher(parsed)
     except ChildFailedError as error:
-        code, reason = _verdict(error.failures, processes, logs)
+        code, reason = _verdict(error.failures, processes, logs, go_on=go_on)
     except SignalException as error:
         code, reason = 128 + error.sigval, f"stopped by {error.sigval.name}"
     if reason is None or str(logs) not in reason:
@@ -71,7 +75,7 @@ def launch(kind: str, processes: int, arguments: list[str], *, module: str = "re
     return code, reason
 
 
-def _verdict(failures: dict[int, Any], processes: int, logs: Path) -> tuple[int, str]:
+def _verdict(failures: dict[int, Any], processes: int, logs: Path, *, go_on: str = GO_ON) -> tuple[int, str]:
     """Tell the process that failed by itself from those that fell with it, and say what happened to it."""
     said = {rank: _last_line(logs, failure.local_rank) for rank, failure in failures.items()}
     rank = min(failures, key=lambda rank: _innocence(failures[rank].exitcode, said[rank]))
@@ -80,7 +84,7 @@ def _verdict(failures: dict[int, Any], processes: int, logs: Path) -> tuple[int,
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = " (the system does so where memory runs out)" if name == "SIGKILL" else ""
-        return 128 - failure.exitcode, f"{who} was killed by {name}{hint}. --resume goes on from the last checkpoint"
+        return 128 - failure.exitcode, f"{who} was killed by {name}{hint}. {go_on}"
     if failure.exitcode == 2 and said[rank].startswith("redraft "):
         return 2, said[rank].split(": ", 1)[-1]
     return failure.exitcode, f"{who} ended with exit code {failure.exitcode}: {said[rank]} (all of it is below {logs})"
