@@ -126,4 +126,5 @@ def test_mistakes_are_told(name, message):
 def test_compositions_too_long_for_training_are_held_out_only():
     task = Composition(num_examples=3000, held_out=0.3)
     long = [e for e in task.examples() if len(e.prompt.split()) > task.longest_trained]
-    assert long and all(split_of(e.prompt, validation_fraction=0.3) == "validation" for e in long)
+    assert long
+    assert all(split_of(e.prompt, validation_fraction=0.3) == "validation" for e in long)
