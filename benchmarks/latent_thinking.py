@@ -1,18 +1,25 @@
-"""Latent thinking beside baselines of the same width, depth and minutes: one table per task and seed.
+"""Latent thinking beside baselines of the same width, depth and minutes: one table per task, over the seeds.
 
-    python benchmarks/latent_thinking.py --task countdown --minutes 20 --seeds 0 1 2
+    python benchmarks/latent_thinking.py --task countdown --minutes 20 --seeds 0 1 2 --runs runs/thinking.jsonl
 
-Latent rows: autoencoder (1000 steps), denoiser (--minutes), then steps, guidance, blocks and the necessity controls.
-Baselines: AR that writes the thoughts out, AR that answers at once, AR with pause tokens in the thoughts' place (both
-only where the answer is not the thoughts themselves), masked diffusion. The task's verifier says what is solved.
+latent: autoencoder (1000 steps), denoiser (--minutes), then steps, guidance, blocks and the necessity controls.
+latent + rollout: the same minutes, the last third with rollout; its answers are read off the thoughts and off the
+answer decoder. Baselines: AR that writes the thoughts out, AR that answers at once and AR with pause tokens in the
+thoughts' place (where the answer is not the thoughts themselves), masked diffusion. The task's verifier judges.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +29,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import redraft
 from redraft.data.splits import split_of
-from redraft.data.tasks import find_task
+from redraft.data.tasks import TASKS, Example, Task, find_task, word_tokenizer
+from redraft.data.tasks.composition import Composition
+from redraft.errors import unknown_name
+from redraft.latent.thinking import Thinker
 from redraft.layouts import Layout, attention_mask
 from redraft.processes.masked import MaskedDiffusion
 from redraft.randomness import fold, uniform
@@ -31,68 +41,112 @@ from redraft.training.latent import Rows, Stage, run_stage, stage_trainer
 from redraft.training.run import drive
 
 IGNORED = -100
+QUIET = Console(quiet=True)
 
 
-def report(name, found, *, forwards, seconds):
-    """Print one row: `found` holds, for each prompt, the accepted answers among its K samples (None where refused)."""
-    samples = sum(map(len, found))
-    hits = sum(answer is not None for answers in found for answer in answers)
-    anyone = sum(any(answer is not None for answer in answers) for answers in found) / len(found)
-    distinct = sum(len(set(answers) - {None}) for answers in found) / len(found)
-    per_hit = f"{seconds / hits:.3f} | {forwards / hits:.0f}" if hits else "- | -"
-    print(f"| {name} | {100 * hits / samples:.1f} | {100 * anyone:.1f} | {distinct:.2f} | {per_hit} |", flush=True)
+@dataclass
+class Table:
+    """Rows of one model and seed, measured on the same prompts."""
+
+    task: Task
+    prompts: list[str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, name: str, texts: list[list[str]], *, forwards: int, seconds: float) -> None:
+        """Judge the answers of each prompt's samples."""
+        found = [
+            [text if self.task.is_solved(prompt, text) else None for text in told]
+            for prompt, told in zip(self.prompts, texts, strict=True)
+        ]
+        hits = [sum(answer is not None for answer in answers) for answers in found]
+        row = {
+            "name": name,
+            "one": 100 * sum(hits) / sum(map(len, found)),
+            "any": 100 * sum(map(bool, hits)) / len(found),
+            "distinct": sum(len(set(answers) - {None}) for answers in found) / len(found),
+            "seconds": seconds / sum(hits) if any(hits) else None,
+            "forwards": forwards / sum(hits) if any(hits) else None,
+        }
+        lengths = [len(prompt.split()) for prompt in self.prompts]
+        if isinstance(self.task, Composition):  # solved by number of permutations
+            row["by_length"] = {
+                length: 100 * sum(h for h, n in zip(hits, lengths, strict=True) if n == length)
+                / sum(len(f) for f, n in zip(found, lengths, strict=True) if n == length)
+                for length in sorted(set(lengths))
+            }  # fmt: skip
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        self.rows.append(row)
+
+    def think(self, name: str, thinker: Thinker, *, read: str = "thoughts", **settings: Any) -> None:
+        """Measure one setting of the dials; `read`: judge what the thoughts say, or the answer decoder."""
+        start = time.perf_counter()
+        trains = thinker.think(self.prompts, **settings)
+        seconds = time.perf_counter() - start
+        texts = [
+            [s.answer if read == "answer" else self.task.answer([t.text for t in s.thoughts]) for s in samples]
+            for samples in trains
+        ]
+        self.add(name, texts, forwards=sum(s.forwards for samples in trains for s in samples), seconds=seconds)
 
 
-def think(name, thinker, task, prompts, **settings):
-    """Measure one setting of the dials."""
-    start = time.perf_counter()
-    trains = thinker.think(prompts, **settings)
-    seconds = time.perf_counter() - start
-    texts = [[s.answer or task.answer([t.text for t in s.thoughts]) for s in samples] for samples in trains]
-    found = [[t if task.is_solved(p, t) else None for t in told] for p, told in zip(prompts, texts, strict=True)]
-    report(name, found, forwards=sum(s.forwards for samples in trains for s in samples), seconds=seconds)
-
-
-def latent_rows(args, task, prompts, folder, seed):
-    """Train the stages and sweep the dials."""
+def trained_thinker(args: argparse.Namespace, folder: Path, seed: int, *, with_answer: bool, minutes: float) -> Thinker:
+    """Train an autoencoder (1000 steps) and a denoiser in their folders."""
     recipes = {name: RECIPES[f"latent-{name}"]() for name in ("autoencoder", "denoiser")}
-    quiet = Console(quiet=True)
     base = replace(recipes["autoencoder"].train, seed=seed)
-    run_stage(replace(recipes["autoencoder"], task=args.task, out=str(folder / "ae"), train=base), console=quiet)
-    train = replace(recipes["denoiser"].train, seed=seed, max_minutes=args.minutes, max_steps=args.max_steps)
-    config = replace(
-        recipes["denoiser"], task=args.task, out=str(folder / "den"), start=str(folder / "ae"), train=train
-    )
-    config = replace(config, denoiser=replace(config.denoiser, num_layers=args.layers), force=args.force)
-    if args.task != "composition":  # there the answer is the thoughts, written out
+    run_stage(replace(recipes["autoencoder"], task=args.task, out=str(folder / "ae"), train=base), console=QUIET)
+    train = replace(recipes["denoiser"].train, seed=seed, max_minutes=minutes, max_steps=args.max_steps)
+    start, out = str(folder / "ae"), str(folder / "den")
+    config = replace(recipes["denoiser"], task=args.task, out=out, start=start, train=train, force=args.force)
+    config = replace(config, denoiser=replace(config.denoiser, num_layers=args.layers))
+    if not with_answer:
         config = replace(config, objective=replace(config.objective, answer_weight=0.0))
-    thinker = redraft.load_thinker(run_stage(config, console=quiet).folder)
+    thinker = redraft.load_thinker(run_stage(config, console=QUIET).folder)
     size = sum(p.numel() for m in (thinker.denoiser, thinker.autoencoder) for p in m.parameters()) / 1e6
     print(f"latent: {size:.2f} M parameters with its autoencoder", file=sys.stderr)
-    for steps in (1, 2, 4, 8, 16, 32):
-        think(f"latent, {steps} steps", thinker, task, prompts, steps=steps, samples=args.samples, solver="ddim")
-    think("latent, 16 steps, cfg 2", thinker, task, prompts, steps=16, samples=args.samples, cfg=2.0, solver="ddim")
-    for blocks in range(1, thinker.denoiser.config.max_blocks):
-        think(
-            f"latent, 16 steps, at most {blocks} blocks",
-            thinker,
-            task,
-            prompts,
-            steps=16,
-            samples=args.samples,
-            blocks=blocks,
-        )
-    swap = torch.arange(len(prompts) * args.samples).view(-1, args.samples)
+    return thinker
+
+
+def controls(table: Table, thinker: Thinker, prefix: str, *, read: str, samples: int) -> None:
+    """Measure what is left where the committed thoughts are not one's own."""
+    swap = torch.arange(len(table.prompts) * samples).view(-1, samples)
     swap = torch.cat([pair.flip(0) for pair in swap.split(2)]).flatten()
-    controls = {
-        "thoughts zeroed": lambda block, z: torch.zeros_like(z),
-        "thoughts shuffled": lambda block, z: z.roll(args.samples, 0),
-        "thoughts swapped in pairs": lambda block, z: z[swap],
+    changes = {
+        "zeroed": lambda block, z: torch.zeros_like(z),
+        "shuffled": lambda block, z: z.roll(samples, 0),
+        "swapped in pairs": lambda block, z: z[swap],
     }
-    for name, change in controls.items():
-        think(
-            f"control: {name}", thinker, task, prompts, steps=16, samples=args.samples, solver="ddim", intervene=change
-        )
+    settings = {"steps": 16, "samples": samples, "solver": "ddim", "read": read}
+    for name, change in changes.items():
+        table.think(f"{prefix}, control: thoughts {name}", thinker, intervene=change, **settings)
+
+
+def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> None:
+    """Train the stages, the thoughts being the answer, and turn the dials."""
+    thinker = trained_thinker(args, folder, seed, with_answer=False, minutes=args.minutes)
+    settings = {"samples": args.samples, "solver": "ddim"}
+    for steps in (1, 2, 4, 8, 16, 32):
+        table.think(f"latent, {steps} steps", thinker, steps=steps, **settings)
+    table.think("latent, 16 steps, cfg 2", thinker, steps=16, cfg=2.0, **settings)
+    table.think("latent, 16 steps, dpm++2m", thinker, steps=16, samples=args.samples)
+    for blocks in range(1, min(thinker.denoiser.config.max_blocks, 5)):
+        table.think(f"latent, 16 steps, at most {blocks} blocks", thinker, steps=16, blocks=blocks, **settings)
+    controls(table, thinker, "latent, 16 steps", read="thoughts", samples=args.samples)
+
+
+def latent_rollout(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> None:
+    """Train with an answer decoder for two thirds of the minutes, and with rollout for the rest."""
+    thinker = trained_thinker(args, folder, seed, with_answer=True, minutes=args.minutes * 2 / 3)
+    dials = {"samples": args.samples, "solver": "ddim"}
+    for read in ("thoughts", "answer"):
+        table.think(f"latent with answer, 16 steps, {read}", thinker, steps=16, read=read, **dials)
+    recipe = RECIPES["latent-rollout"]()
+    train = replace(recipe.train, seed=seed, max_minutes=args.minutes / 3, max_steps=args.max_steps)
+    recipe = replace(recipe, task=args.task, out=str(folder / "roll"), start=str(folder / "den"), train=train)
+    thinker = redraft.load_thinker(run_stage(recipe, console=QUIET).folder)
+    for read in ("thoughts", "answer"):
+        for steps in (1, 5, 16):
+            table.think(f"latent + rollout, {steps} steps, {read}", thinker, steps=steps, read=read, **dials)
+    controls(table, thinker, "latent + rollout, 16 steps, answer", read="answer", samples=args.samples)
 
 
 def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder):
@@ -127,7 +181,7 @@ def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder)
         model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=tokenizer, finish=lambda _: None
     )
     config = replace(recipe, out=str(folder), train=train)
-    drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=Console(quiet=True))
+    drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=QUIET)
     return model.eval()
 
 
@@ -164,52 +218,107 @@ def decode(model, ids, first, *, pad, mask_token_id, temperature, seed):
     return ids, len(ids) * (ids.shape[1] - int(first.min()))
 
 
-def baseline_rows(args, task, prompts, folder, seed, tokenizer):
-    """Train and measure the token models."""
-    examples = [e for e in task.examples() if split_of(e.prompt, validation_fraction=task.held_out) == "train"]
+def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[int]]]:
+    """What each token model writes after the prompt."""
+    eos = tokenizer.eos_token_id
+    thoughts = lambda e: [*encode(tokenizer, " ".join(e.blocks)), eos]  # noqa: E731
+    answer = lambda e: [*encode(tokenizer, e.answer), eos]  # noqa: E731
+    pauses = lambda e: [tokenizer.mask_token_id] * len(encode(tokenizer, " ".join(e.blocks)))  # noqa: E731
+    written = {"AR, thoughts written": thoughts, "masked diffusion": thoughts}
+    if any(task.answer(list(e.blocks)) != " ".join(e.blocks) for e in islice(task.examples(), 100)):
+        written |= {"AR, answer at once": answer, "AR, pause tokens": lambda e: pauses(e) + answer(e)}
+    return written
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Encode words."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *, name: str) -> None:
+    """Train a token model, and measure it greedily and at temperature 1."""
+    task, everything = table.task, list(table.task.examples())
+    tokenizer = word_tokenizer(everything)
+    write = baselines(task, tokenizer)[name]
     pad, eos, mask = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    says_more = any(task.answer(list(e.blocks)) != " ".join(e.blocks) for e in examples[:100])
-    written = {"AR, thoughts written": lambda e: [*encode(" ".join(e.blocks)), eos], "masked diffusion": None}
-    if says_more:
-        written["AR, answer at once"] = lambda e: [*encode(e.answer), eos]
-        written["AR, pause tokens"] = lambda e: [*[mask] * len(encode(" ".join(e.blocks))), *encode(e.answer), eos]
-    for name, target in written.items():
-        is_masked, target = target is None, target or written["AR, thoughts written"]
-        pairs = [(encode(e.prompt), target(e)) for e in examples]
-        width = max(len(p) + len(t) for p, t in pairs)
-        filler, hidden = (eos, mask) if is_masked else (pad, None)
-        ids = torch.tensor([p + t + [filler] * (width - len(p) - len(t)) for p, t in pairs])
-        labels = torch.tensor(
-            [[IGNORED] * len(p) + t + [eos if is_masked else IGNORED] * (width - len(p) - len(t)) for p, t in pairs]
-        )
-        model = train_baseline(
-            args, seed, ids, labels, tokenizer, mask_token_id=hidden, folder=folder / name,
+    is_masked = name == "masked diffusion"
+    width = max(len(encode(tokenizer, e.prompt)) + len(write(e)) for e in everything)
+    examples = [e for e in everything if split_of(e.prompt, validation_fraction=task.held_out) == "train"]
+    pairs = [(encode(tokenizer, e.prompt), write(e)) for e in examples]
+    filler, hidden = (eos, mask) if is_masked else (pad, None)
+    ids = torch.tensor([p + t + [filler] * (width - len(p) - len(t)) for p, t in pairs])
+    labels = torch.tensor(
+        [[IGNORED] * len(p) + t + [eos if is_masked else IGNORED] * (width - len(p) - len(t)) for p, t in pairs]
+    )
+    model = train_baseline(args, seed, ids, labels, tokenizer, mask_token_id=hidden, folder=folder)
+    says_thoughts = name in ("AR, thoughts written", "masked diffusion")
+    pauses = {e.prompt: write(e).count(mask) for e in everything}
+    for temperature, samples in ((0.0, 1), (1.0, args.samples)):
+        start = time.perf_counter()
+        starts = [encode(tokenizer, p) + [mask] * pauses[p] for p in table.prompts for _ in range(samples)]
+        first = torch.tensor([len(p) for p in starts])
+        blank = torch.tensor([p + [mask if is_masked else eos] * (width - len(p)) for p in starts])
+        done, forwards = decode(
+            model, blank, first, pad=pad, mask_token_id=hidden, temperature=temperature, seed=seed
         )  # fmt: skip
-        for temperature, samples in ((0.0, 1), (1.0, args.samples)):
-            start = time.perf_counter()
-            starts = [encode(p) for p in prompts for _ in range(samples)]
-            first = torch.tensor([len(p) for p in starts])
-            blank = torch.tensor([p + [mask if is_masked else eos] * (width - len(p)) for p in starts])
-            done, forwards = decode(
-                model, blank, first, pad=pad, mask_token_id=hidden, temperature=temperature, seed=seed
-            )  # fmt: skip
-            seconds = time.perf_counter() - start
-            texts = [row[f:].tolist() for row, f in zip(done, first.tolist(), strict=True)]
-            texts = [tokenizer.decode(t[: t.index(eos)] if eos in t else t, skip_special_tokens=True) for t in texts]
-            if (says_more and "written" in name) or (says_more and is_masked):
-                texts = [task.answer(t.split()) for t in texts]
-            found = [
-                [t if task.is_solved(p, t) else None for t in texts[i * samples : (i + 1) * samples]]
-                for i, p in enumerate(prompts)
-            ]
-            report(f"{name}, T = {temperature:g}", found, forwards=forwards, seconds=seconds)
+        seconds = time.perf_counter() - start
+        texts = [row[f:].tolist() for row, f in zip(done, first.tolist(), strict=True)]
+        texts = [tokenizer.decode(t[: t.index(eos)] if eos in t else t, skip_special_tokens=True) for t in texts]
+        if says_thoughts and len(baselines(task, tokenizer)) > 2:  # blocks of one word each
+            texts = [task.answer(t.split()) for t in texts]
+        told = [texts[i * samples : (i + 1) * samples] for i in range(len(table.prompts))]
+        table.add(f"{name}, T = {temperature:g}", told, forwards=forwards, seconds=seconds)
 
 
-def main():
-    """Print the table of every seed."""
+def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> list[dict[str, Any]]:
+    """Return the rows of a model and seed: from --runs where they are there, else by training it."""
+    settings = (args.task, args.minutes, args.max_steps, args.layers, args.samples, len(table.prompts), seed, group)
+    key = " ".join(map(str, settings))
+    if args.runs and args.runs.is_file():
+        done = {run["key"]: run["rows"] for run in map(json.loads, args.runs.read_text().splitlines())}
+        if key in done:
+            return done[key]
+    model = {"latent": latent, "latent + rollout": latent_rollout}.get(group) or partial(baseline, name=group)
+    with tempfile.TemporaryDirectory() as folder:
+        model(args, table, Path(folder), seed)
+    if args.runs:
+        args.runs.parent.mkdir(parents=True, exist_ok=True)
+        made = describe("latent_thinking.py", sys.argv[1:])
+        with args.runs.open("a") as file:
+            file.write(json.dumps({"key": key, "rows": table.rows, "made": made.strip()}) + "\n")
+    return table.rows
+
+
+def show(runs: dict[int, list[dict[str, Any]]]) -> None:
+    """Print mean and, of several seeds, standard deviation of every row; then what depends on the length."""
+    names = [row["name"] for row in next(iter(runs.values()))]
+    rows = {name: [row for found in runs.values() for row in found if row["name"] == name] for name in names}
+
+    def cell(found: list[dict[str, Any]], column: str, digits: int) -> str:
+        values = [row[column] for row in found if row[column] is not None]
+        if not values:
+            return "-"
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{spread}"
+
+    print("| | solved, one sample % | any of K % | distinct | seconds per solution | forwards per solution |")
+    print("|---|---|---|---|---|---|")
+    for name, found in rows.items():
+        columns = (("one", 1), ("any", 1), ("distinct", 2), ("seconds", 3), ("forwards", 0))
+        print(f"| {name} | {' | '.join(cell(found, column, digits) for column, digits in columns)} |")
+    lengths = list(rows[names[0]][0].get("by_length", {}))
+    if lengths:
+        print(f"\nsolved, one sample, by number of permutations:\n\n| | {' | '.join(map(str, lengths))} |")
+        print(f"|---|{'---|' * len(lengths)}")
+        for name, found in rows.items():
+            told = [f"{mean(row['by_length'][length] for row in found):.0f}" for length in lengths]
+            print(f"| {name} | {' | '.join(told)} |")
+
+
+def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="countdown")
+    parser.add_argument("--task", default="countdown", choices=TASKS)
     parser.add_argument("--minutes", type=float, default=20.0, help="training of each model")
     parser.add_argument("--max-steps", type=int, default=6000)
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
@@ -217,25 +326,26 @@ def main():
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--force", action="store_true", help="go on with an autoencoder that fails its gate")
-    parser.add_argument("--skip", choices=["latent", "baselines"], default=None)
+    parser.add_argument("--models", nargs="+", default=None, help="only these, by the names that begin their rows")
+    parser.add_argument("--runs", type=Path, default=None, help=".jsonl that keeps finished models; they are not rerun")
     args = parser.parse_args()
     task = find_task(args.task)
     held_out = {
         e.prompt: None for e in task.examples() if split_of(e.prompt, validation_fraction=task.held_out) == "validation"
     }
     prompts = list(held_out)[:: max(1, len(held_out) // args.prompts)][: args.prompts]
-    print(describe("latent_thinking.py", sys.argv[1:]))
+    groups = ["latent", "latent + rollout", *baselines(task, word_tokenizer(list(task.examples())))]
+    for name in args.models or []:
+        if name not in groups:
+            raise unknown_name("model", name, groups)
+    runs: dict[int, list[dict[str, Any]]] = {}
     for seed in args.seeds:
-        print(f"\nseed {seed}, {len(prompts)} held-out prompts, K = {args.samples}\n")
-        print("| | solved, one sample % | any of K % | distinct | seconds per solution | forwards per solution |")
-        print("|---|---|---|---|---|---|")
-        with tempfile.TemporaryDirectory() as folder:
-            if args.skip != "latent":
-                latent_rows(args, task, prompts, Path(folder), seed)
-            if args.skip != "baselines":
-                from redraft.data.tasks import word_tokenizer
-
-                baseline_rows(args, task, prompts, Path(folder), seed, word_tokenizer(list(task.examples())))
+        chosen = [group for group in groups if group in (args.models or groups)]
+        found = [row for group in chosen for row in measured(args, Table(task, prompts), seed, group)]
+        runs[seed] = json.loads(json.dumps(found))  # as the file has it: keys are strings
+    print(describe("latent_thinking.py", sys.argv[1:]))
+    print(f"seeds {', '.join(map(str, args.seeds))}; {len(prompts)} held-out prompts; K = {args.samples}\n")
+    show(runs)
 
 
 if __name__ == "__main__":

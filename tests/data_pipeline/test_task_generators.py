@@ -4,6 +4,7 @@ from itertools import islice, permutations
 import pytest
 import torch
 
+from redraft.data.splits import split_of
 from redraft.data.tasks import TASKS, ExampleFile, encode, find_task, word_tokenizer
 from redraft.data.tasks.composition import Composition
 from redraft.data.tasks.sudoku import Sudoku
@@ -120,3 +121,10 @@ def test_a_line_that_does_not_fit_is_told(line, message, tmp_path):
 def test_mistakes_are_told(name, message):
     with pytest.raises(ValueError, match=message):
         find_task(name)
+
+
+def test_compositions_too_long_for_training_are_held_out_only():
+    task = Composition(num_examples=3000, held_out=0.3)
+    long = [e for e in task.examples() if len(e.prompt.split()) > task.longest_trained]
+    assert long
+    assert all(split_of(e.prompt, validation_fraction=0.3) == "validation" for e in long)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from random import Random
 
+from redraft.data.splits import split_of
 from redraft.data.tasks.example import Example
 
 WORDS = ["".join(p) for p in permutations("12345")]
@@ -16,19 +17,24 @@ class Composition:
 
     shortest: int = 2
     longest: int = 12
+    longest_trained: int = 10
+    """Longer ones are held out, all of them: whether depth extrapolates."""
     num_examples: int = 50_000
     seed: int = 0
     held_out: float = 0.02
 
     def examples(self) -> Iterator[Example]:
-        """Draw sequences, K uniform."""
+        """Draw sequences, K uniform; of those too long for training the held out."""
         random = Random(self.seed)
         for _ in range(self.num_examples):
             factors = random.choices(WORDS, k=random.randint(self.shortest, self.longest))
             products = [factors[0]]
             for factor in factors[1:]:
                 products.append("".join(factor[int(place) - 1] for place in products[-1]))
-            yield Example(prompt=" ".join(factors), blocks=tuple(products), answer=products[-1])
+            prompt = " ".join(factors)
+            if len(factors) > self.longest_trained and split_of(prompt, validation_fraction=self.held_out) == "train":
+                continue
+            yield Example(prompt=prompt, blocks=tuple(products), answer=products[-1])
 
     def answer(self, blocks: list[str]) -> str:
         """The last product."""
