@@ -88,9 +88,11 @@ def with_chat_template(tokenizer: Tokenizer, config: ChatConfig) -> Tokenizer:
     return tokenizer
 
 
-def plain_text(conversation: str) -> str:
-    """Join the contents of a conversation in JSON: what a tokenizer is trained on."""
-    return "\n\n".join(message["content"] for message in json.loads(conversation))
+def plain_text(document: str) -> str:
+    """Join the contents of a conversation or a pair of them, in JSON: what a tokenizer is trained on."""
+    read = json.loads(document)
+    messages = [message for one in read for message in one] if isinstance(read[0], list) else read
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def encode_conversations(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ class PreferenceDataset(Dataset[dict[str, Row]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def describe(self, *, seq_len: int) -> str:
+        """Say how many pairs there are."""
+        dropped = f"; {self.num_too_long:,} left out, longer than {seq_len}" if self.num_too_long else ""
+        return f"{len(self):,} pairs of answers{dropped}"
+
     def __getitem__(self, index: int) -> dict[str, Row]:
         chosen, rejected = self.pairs[index]
         return {"chosen": _row(chosen), "rejected": _row(rejected)}
@@ -43,6 +49,7 @@ def read_preferences(
     split: Split = "train",
     validation_fraction: float = 0.0,
     chat: ChatConfig | None = None,
+    max_documents: int | None = None,
 ) -> PreferenceDataset:
     """Read records of (prompt, chosen, rejected), texts or messages, or of two conversations with one prompt.
 
@@ -51,12 +58,12 @@ def read_preferences(
     """
     chat = replace(chat or ChatConfig(), loss_on="last")
     tokenizer = with_chat_template(tokenizer, chat)
-    read = (json.loads(document) for document in read_documents(source, kind="preference", skip_bad=chat.skip_bad))
+    read = islice(read_documents(source, kind="preference", skip_bad=chat.skip_bad), max_documents)
     pairs = [
-        pair
-        for pair in read
-        if split_of(json.dumps(pair[0][:-1]), validation_fraction=validation_fraction) == split
-    ]  # fmt: skip
+        json.loads(document)
+        for document in read
+        if split_of(prompt_of(document), validation_fraction=validation_fraction) == split
+    ]
     conversations = [json.dumps(messages) for pair in pairs for messages in pair]
     examples = encode_conversations(tokenizer, conversations, config=chat, seq_len=seq_len)
     both = zip(examples[::2], examples[1::2], strict=True)
@@ -67,6 +74,11 @@ def read_preferences(
             " read. Use a larger seq_len or another validation_fraction."
         )
     return PreferenceDataset(pairs=kept, num_too_long=len(pairs) - len(kept))
+
+
+def prompt_of(pair: str) -> str:
+    """Return what both conversations of a pair (JSON) begin with, as JSON."""
+    return json.dumps(json.loads(pair)[0][:-1])
 
 
 def collate_preferences(

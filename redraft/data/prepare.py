@@ -25,6 +25,7 @@ from redraft.data.packing import (
     pack_conversations,
     pack_stream,
 )
+from redraft.data.preferences import PreferenceDataset, prompt_of, read_preferences
 from redraft.data.sources import exists, read_documents, source_fingerprint
 from redraft.data.splits import Split, split_of
 from redraft.data.store import Batch, open_windows, write_windows
@@ -53,8 +54,9 @@ class DataConfig:
     """stdlib (Python's own library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a dataset of
     save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
     SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents)."""
-    kind: Literal["text", "chat"] = "text"
-    """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers."""
+    kind: Literal["text", "chat", "preference"] = "text"
+    """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers.
+    preference: pairs (prompt, chosen, rejected) to learn the better answer by (VRPO; objective.beta)."""
     text_field: str = "text"
     """Field that holds the text of a record (kind text)."""
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -94,10 +96,12 @@ class DataConfig:
             raise ValueError("source must not be empty; got ''. Give 'stdlib', a path or a hub id.")
         if not 0 <= self.random_length <= 1:
             raise ValueError(f"random_length is a probability in [0, 1]; got {self.random_length}. LLaDA's is 0.01.")
-        if self.kind == "chat":
+        if self.kind != "text":
             self._check_chat()
 
     def _check_chat(self) -> None:
+        if self.streaming and self.kind == "preference":
+            raise ValueError("preference pairs are not streamed; got streaming with kind preference. Leave it out.")
         if self.streaming and self.chat.batching == "grouped":
             raise ValueError("chat.batching grouped needs all lengths, which a stream does not tell. Use packed.")
         if self.random_length:
@@ -111,12 +115,12 @@ class DataConfig:
     @property
     def isolates_segments(self) -> bool:
         """Whether the segments of a window must not see each other; conversations never do."""
-        return self.isolate_documents or self.kind == "chat"
+        return self.isolate_documents or self.kind != "text"
 
     @property
     def has_padding(self) -> bool:
         """Whether a batch may hold padding."""
-        return self.kind == "chat" or self.random_length > 0
+        return self.kind != "text" or self.random_length > 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,13 +156,13 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
 class PreparedData:
     """Both datasets, the tokenizer that made them, and what went into them."""
 
-    train: WindowDataset | StreamedWindows
-    validation: WindowDataset
+    train: WindowDataset | StreamedWindows | PreferenceDataset
+    validation: WindowDataset | PreferenceDataset
     """Empty where validation_fraction is 0."""
     tokenizer: Tokenizer
-    train_report: PackingReport | None
-    """None for a stream: it is not read yet."""
-    validation_report: PackingReport
+    train_report: PackingReport | PreferenceDataset | None
+    """None for a stream: it is not read yet. Pairs speak for themselves."""
+    validation_report: PackingReport | PreferenceDataset
 
 
 def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> PreparedData:
@@ -173,6 +177,8 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Prepar
         return _prepare_stream(config, tokenizer)
     fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))
     tokenizer = _tokenizer(config, tokenizer, fingerprint)
+    if config.kind == "preference":
+        return _prepare_pairs(config, tokenizer)
     key = _key(config, tokenizer, fingerprint)
     build = partial(_write_splits, config=config, tokenizer=tokenizer)
     return _opened(cached_folder(_cache_dir(config) / f"windows-{key}", build=build), config, tokenizer)
@@ -184,6 +190,10 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
     The folder appears when it is whole; what a killed build left is begun again. Raises ValueError where `out` holds
     anything else.
     """
+    if config.kind == "preference":
+        raise ValueError(
+            "preference pairs are read as they are and not built; got kind preference. Train on the source."
+        )
     fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))
     tokenizer = _tokenizer(config, None, fingerprint)
     built = {name: value for name, value in asdict(config).items() if name in BUILT_SETTINGS}
@@ -270,6 +280,25 @@ def _prepare_stream(config: DataConfig, tokenizer: Tokenizer | None) -> Prepared
     )
 
 
+def _prepare_pairs(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
+    """Read both splits of pairs; they are few, and kept in memory."""
+    read = partial(
+        read_preferences,
+        config.source,
+        tokenizer=tokenizer,
+        seq_len=config.seq_len,
+        chat=config.chat,
+        max_documents=config.max_documents,
+    )
+    fraction = config.validation_fraction
+    train = read(split="train", validation_fraction=fraction)
+    empty = PreferenceDataset(pairs=[], num_too_long=0)
+    validation = read(split="validation", validation_fraction=fraction) if fraction else empty
+    return PreparedData(
+        train=train, validation=validation, tokenizer=tokenizer, train_report=train, validation_report=validation
+    )
+
+
 def _cache_dir(config: DataConfig) -> Path:
     if config.cache_dir:
         return Path(config.cache_dir).expanduser()
@@ -284,7 +313,7 @@ def _reading(config: DataConfig) -> dict[str, Any]:
 def _tokenizer(config: DataConfig, tokenizer: Tokenizer | None, fingerprint: str) -> Tokenizer:
     if tokenizer is None:
         tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else _trained_tokenizer(config, fingerprint)
-    return with_chat_template(tokenizer, config.chat) if config.kind == "chat" else tokenizer
+    return tokenizer if config.kind == "text" else with_chat_template(tokenizer, config.chat)
 
 
 def _trained_tokenizer(config: DataConfig, fingerprint: str) -> Tokenizer:
@@ -298,7 +327,7 @@ def _write_tokenizer(folder: Path, *, config: DataConfig) -> None:
     if next(_documents(config, "train"), None) is None:
         _require_window(PackingReport(), config, "train")
     documents = _with_progress(_documents(config, "train"), "train the tokenizer")
-    texts = map(plain_text, documents) if config.kind == "chat" else documents
+    texts = documents if config.kind == "text" else map(plain_text, documents)
     train_tokenizer(texts, vocab_size=config.vocab_size).save_pretrained(folder)
 
 
@@ -314,10 +343,11 @@ def _documents(config: DataConfig, split: Split, *, number_of_pass: int = 0) -> 
     if split == "validation" and not config.validation_fraction:
         return
     documents = read_documents(config.source, streaming=config.streaming, **_reading(config))
+    key = prompt_of if config.kind == "preference" else str
     documents = (
         document
         for document in islice(documents, config.max_documents)
-        if split_of(document, validation_fraction=config.validation_fraction) == split
+        if split_of(key(document), validation_fraction=config.validation_fraction) == split
     )
     if split == "validation" or config.shuffle_seed is None:
         yield from documents

@@ -83,6 +83,8 @@ def _pair(record: Mapping[str, Any], schema: str, *, where: str) -> list[list[Me
     chosen, rejected = (_checked([*prompt, *answer], where=where) for answer in answers)
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"{where}: chosen and rejected must answer the same prompt. Mend or remove it.")
+    if chosen == rejected:
+        raise ValueError(f"{where}: chosen and rejected are the same answer. Mend or remove it.")
     return [chosen, rejected]
 
 

@@ -1,6 +1,7 @@
 """Preference optimisation for models whose likelihood is a bound: DPO (arXiv 2305.18290), VRPO (arXiv 2505.19223)."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,50 +12,42 @@ from redraft.likelihood import CleanRows, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
 
 
-def preference_loss(
-    policy: Float[Tensor, "rows"], reference: Float[Tensor, "rows"], *, beta: float
-) -> Float[Tensor, "pairs"]:
-    """Return -log sigmoid(beta * margin) of each pair; rows are all chosen answers, then all rejected ones, in nats.
+def preference_margins(policy: Float[Tensor, "rows"], reference: Float[Tensor, "rows"]) -> Float[Tensor, "pairs"]:
+    """Return how much more the policy has gained over the reference on the chosen answer than on the rejected one.
 
-    The margin is how much more the policy has gained over the reference on the chosen answer than on the rejected one:
-    (B_policy - B_reference)(chosen) - (B_policy - B_reference)(rejected), with B = -NELBO (Eq. 4, arXiv 2505.19223).
+    Rows are bounds (NELBO, nats) of all chosen answers, then of all rejected ones. With B = -NELBO the margin is
+    (B_policy - B_reference)(chosen) - (B_policy - B_reference)(rejected), nats (Eq. 4, arXiv 2505.19223).
+    Raises ValueError for rows that are no pairs.
     """
     if len(policy) % 2:
         raise ValueError(f"rows must be pairs, first all chosen, then all rejected; got {len(policy)} rows.")
     chosen, rejected = (reference - policy).chunk(2)
-    return -F.logsigmoid(beta * (chosen - rejected))
+    return chosen - rejected
 
 
-def shared_bounds(
-    policy: Denoiser, reference: Denoiser, objective: Objective, rows: CleanRows, key: NoiseKey, *, num_samples: int
-) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
-    """Estimate the NELBO of each row under both models on the same noise, in nats; the policy's carries gradient.
+def preference_loss(margins: Float[Tensor, "pairs"], *, beta: float) -> Float[Tensor, "pairs"]:
+    """Return -log sigmoid(beta * margin) of each pair (Eq. 7, arXiv 2305.18290)."""
+    return -F.logsigmoid(beta * margins)
 
-    Each of `num_samples` draws has a time and a mask of its own, and both models see the same: what VRPO found to give
-    the least variance. The times of a row are strata of one partition.
+
+def bounds(
+    denoiser: Denoiser, objective: Objective, rows: CleanRows, key: NoiseKey, *, num_samples: int, wrapped: Any = None
+) -> Float[Tensor, "rows"]:
+    """Estimate the NELBO of each row by `num_samples` draws in one forward pass, in nats, with gradient.
+
+    Each draw has a time and a mask of its own, which VRPO found to be the best use of a budget; times are strata of
+    one partition over rows and draws. Equal keys draw equal noise: give policy and reference the same one (VRPO's
+    antithetic sampling).
     """
-    totals = []
-    for sample in range(num_samples):
-        drawn = replace(key, rows=key.rows + sample * key.total_rows, total_rows=num_samples * key.total_rows)
-        problem = objective.problem(rows, drawn)
-        _, live = solve(policy, problem, num_rows=len(rows.x_0), has_plain_head=False)
-        with torch.no_grad():
-            _, fixed = solve(reference, problem, num_rows=len(rows.x_0), has_plain_head=False)
-        totals.append(torch.stack([live, fixed]))
-    bounds = torch.stack(totals).mean(dim=0)
-    return bounds[0], bounds[1]
-
-
-def vrpo_loss(
-    policy: Denoiser,
-    reference: Denoiser,
-    objective: Objective,
-    rows: CleanRows,
-    key: NoiseKey,
-    *,
-    beta: float,
-    num_samples: int = 8,
-) -> Float[Tensor, "pairs"]:
-    """Return the loss of each pair; `rows` are all chosen answers, then all rejected ones, each after its prompt."""
-    bounds = shared_bounds(policy, reference, objective.evaluation(), rows, key, num_samples=num_samples)
-    return preference_loss(*bounds, beta=beta)
+    count = len(rows.x_0)
+    copies = replace(
+        rows,
+        x_0=rows.x_0.repeat(num_samples, 1),
+        segment_ids=rows.segment_ids.repeat(num_samples, 1),
+        is_target=rows.is_target.repeat(num_samples, 1),
+    )
+    shifted = torch.cat([key.rows + sample * key.total_rows for sample in range(num_samples)])
+    drawn = replace(key, rows=shifted, total_rows=num_samples * key.total_rows)
+    problem = objective.problem(copies, drawn)
+    _, nats = solve(denoiser, problem, num_rows=num_samples * count, wrapped=wrapped, has_plain_head=False)
+    return nats.view(num_samples, count).mean(dim=0)

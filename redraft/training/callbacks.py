@@ -19,6 +19,14 @@ from redraft.training.ema import WeightAverage
 LOG_FILE = "log.jsonl"
 
 
+def preferences(logs: dict[str, float]) -> str:
+    """Say how the pairs of an evaluation were judged."""
+    return (
+        f"preference loss {logs['eval_loss']:.4f} ± {logs['eval_standard_error']:.4f} (log 2 at the start), "
+        f"{100 * logs['eval_accuracy']:.1f} % of the pairs right, margin {logs['eval_margin']:.2f} nats"
+    )
+
+
 class Progressed(TrainerCallback):
     """Show steps, loss, tokens per second and the time left: a bar on a terminal, lines elsewhere."""
 
@@ -79,6 +87,9 @@ class Progressed(TrainerCallback):
                 tokens_left = (state.max_steps - state.global_step) * self.trainer.tokens_per_step
                 left = tokens_left / logs["tokens_per_second"]
                 self.console.print(f"step {state.global_step}/{state.max_steps}  {line}  {left / 60:.1f} min left")
+        elif "eval_margin" in logs:
+            self.console.print(f"step {state.global_step}: held out, {preferences(logs)}")
+            self._last = (time.perf_counter(), self.trainer.tokens_seen)
         elif "eval_nats_per_token" in logs:
             bits = f", {logs['eval_bits_per_byte']:.3f} bits per byte" if "eval_bits_per_byte" in logs else ""
             self.console.print(

@@ -51,6 +51,10 @@ class ObjectiveConfig:
     """Largest time drawn in training. (Clipped noise: arXiv 2503.09573. Evaluation always covers (0.001, 1].)"""
     exclude_mask: bool = True
     """Give the mask token probability 0 in the softmax (MDLM); LLaDA does not."""
+    beta: float = 0.1
+    """How strongly a preference holds the model to its start (DPO's beta; data.kind preference)."""
+    num_samples: int = 8
+    """Draws of time and mask per answer of a pair; all are kept for the backward pass (data.kind preference)."""
 
     def __post_init__(self) -> None:
         schedule_from_name(self.schedule)
@@ -59,6 +63,10 @@ class ObjectiveConfig:
                 f"objective.t_min and t_max must satisfy 0 <= t_min < t_max <= 1; got {self.t_min}, {self.t_max}."
             )
 
+        if not self.beta > 0 or self.num_samples < 1:
+            raise ValueError(
+                f"objective.beta must be positive and num_samples at least 1; got {self.beta}, {self.num_samples}."
+            )
         self._check_kind()
 
     def _check_kind(self) -> None:

@@ -20,13 +20,14 @@ def draw_curve(folder: Path, *, console: Console) -> None:
     lines = read_log(folder / LOG_FILE)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    objective = RunConfig.read(folder / RECIPE_FILE).objective
+    config = RunConfig.read(folder / RECIPE_FILE)
+    objective, is_preference = config.objective, config.data.kind == "preference"
     drawn = "training" if objective.kind == "ar" else f"training, t in ({objective.t_min:g}, {objective.t_max:g}]"
-    held_out = f"held-out {objective.measure}"
+    held_out = "held-out preference loss" if is_preference else f"held-out {objective.measure}"
     axes.plot(*_series(lines, "loss"), color="#9db4c0", linewidth=1, label=drawn)
-    axes.plot(*_series(lines, "eval_nats_per_token"), color="#253237", marker="o", markersize=4, label=held_out)
+    axes.plot(*_series(lines, "eval_loss"), color="#253237", marker="o", markersize=4, label=held_out)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel("nats per pair" if is_preference else "nats per token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(folder / CURVE_FILE, dpi=150)

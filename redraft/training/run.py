@@ -9,6 +9,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
@@ -37,6 +38,7 @@ from redraft.training.latent_config import LatentRunConfig
 from redraft.training.launch import check_division
 from redraft.training.loop import KeyedTrainer
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
+from redraft.training.preference import PreferenceTrainer
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
 
@@ -243,10 +245,12 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
         if report is None:  # a stream is not read yet
             continue
         console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}", soft_wrap=True)
-    rows = config.train.batch_size * config.train.accumulation
-    if data.train_report and data.train_report.num_windows < rows:
+    rows, unit = config.train.batch_size * config.train.accumulation, "windows"
+    if config.data.kind == "preference":
+        unit = "pairs"
+    if not isinstance(data.train, StreamedWindows) and len(data.train) < rows:
         raise ValueError(
-            f"the corpus fills {data.train_report.num_windows} windows, fewer than the {rows} of one step "
+            f"the corpus fills {len(data.train)} {unit}, fewer than the {rows} of one step "
             "(batch_size x accumulation). Lower --train.batch-size or --data.seq-len."
         )
 
@@ -305,7 +309,10 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) ->
     train_dataset = data.train
     if isinstance(train_dataset, StreamedWindows):
         train_dataset = dataclasses.replace(train_dataset, is_endless=True)
-    return DiffusionTrainer(
+    kind: Any = DiffusionTrainer
+    if config.data.kind == "preference":
+        kind = partial(PreferenceTrainer, beta=config.objective.beta, num_samples=config.objective.num_samples)
+    return kind(
         denoiser,
         config.objective.build(
             mask_token_id=denoiser.settings.mask_token_id, vocab_size=denoiser.model.config.vocab_size
@@ -398,17 +405,18 @@ def _finish(
         held_out = _evenly(data.validation, config.train.final_eval_windows or len(data.validation))
         trainer.eval_dataset = held_out
         metrics = trainer.evaluate()
-        estimate = Estimate(
-            nats_per_token=metrics["eval_nats_per_token"],
-            standard_error=metrics["eval_standard_error"],
-            bits_per_byte=metrics.get("eval_bits_per_byte"),
-        )
-        outcome = dataclasses.replace(
-            outcome,
-            held_out=estimate,
-            unigram_nats=unigram_nats(held_out, vocab_size=len(data.tokenizer)),
-            gzip_bits_per_byte=gzip_bits_per_byte(held_out, data.tokenizer),
-        )
+        if "eval_nats_per_token" in metrics:
+            estimate = Estimate(
+                nats_per_token=metrics["eval_nats_per_token"],
+                standard_error=metrics["eval_standard_error"],
+                bits_per_byte=metrics.get("eval_bits_per_byte"),
+            )
+            outcome = dataclasses.replace(
+                outcome,
+                held_out=estimate,
+                unigram_nats=unigram_nats(held_out, vocab_size=len(data.tokenizer)),
+                gzip_bits_per_byte=gzip_bits_per_byte(held_out, data.tokenizer),
+            )
     if trainer.is_world_process_zero():
         draw_curve(outcome.folder, console=console)
         _announce(outcome, console, measure=config.objective.measure)

@@ -10,7 +10,7 @@ from tiny import tiny_lm
 from redraft.likelihood import CleanRows, NoiseKey, draw_noise, solve
 from redraft.objectives.block import BlockDiffusion
 from redraft.objectives.diffusion import Diffusion, cart_weights, with_complement
-from redraft.objectives.preference import preference_loss, shared_bounds, vrpo_loss
+from redraft.objectives.preference import bounds, preference_loss, preference_margins
 from redraft.processes.masked import MaskedDiffusion
 
 LENGTH, MASK = 10, 2
@@ -103,45 +103,53 @@ def test_complementary_masks_are_unbiased_and_lower_the_variance(block_size):
 
 def test_the_preference_loss_is_that_of_its_formula():
     policy, reference = torch.tensor([10.0, 12.0, 20.0, 9.0]), torch.tensor([11.0, 12.0, 19.0, 9.5])
-    found = preference_loss(policy, reference, beta=0.2)
+    found = preference_loss(preference_margins(policy, reference), beta=0.2)
     margins = [(11 - 10) - (19 - 20), (12 - 12) - (9.5 - 9)]
     assert found.tolist() == pytest.approx([math.log(1 + math.exp(-0.2 * margin)) for margin in margins], abs=1e-6)
     with pytest.raises(ValueError, match="rows must be pairs.*got 3 rows"):
-        preference_loss(policy[:3], reference[:3], beta=0.2)
+        preference_margins(policy[:3], reference[:3])
 
 
-def test_a_policy_that_is_its_reference_loses_log_2_under_any_noise():
-    lm = tiny_lm(scale=4.0)
-    rows = clean_rows(4)
-    loss = vrpo_loss(lm.denoiser, lm.denoiser, Diffusion(process=MASKED), rows, key(4), beta=0.5, num_samples=2)
-    assert loss.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-6)
-    policy, _ = shared_bounds(lm.denoiser, lm.denoiser, Diffusion(process=MASKED), rows, key(4), num_samples=2)
-    _, elsewhere = shared_bounds(
-        lm.denoiser, lm.denoiser, Diffusion(process=MASKED), rows, key(4, step=1), num_samples=2
+def test_a_policy_that_is_its_reference_loses_log_2_under_shared_noise_alone():
+    lm, rows = tiny_lm(scale=4.0), clean_rows(4)
+    policy, same, elsewhere = (
+        bounds(lm.denoiser, Diffusion(process=MASKED), rows, one, num_samples=2)
+        for one in (key(4), key(4), key(4, step=1))
     )
-    independent = preference_loss(policy, elsewhere, beta=0.5)
+    assert preference_loss(preference_margins(policy, same), beta=0.5).tolist() == pytest.approx(
+        [math.log(2)] * 2, abs=1e-6
+    )
+    independent = preference_loss(preference_margins(policy, elsewhere), beta=0.5)
     assert (independent - math.log(2)).abs().max() > 0.1  # noise of its own for each model would be all there is
+
+
+def test_the_bound_of_a_row_is_the_mean_of_its_draws():
+    lm, rows, objective = tiny_lm(scale=2.0), clean_rows(2), Diffusion(process=MASKED)
+    found = bounds(lm.denoiser, objective, rows, key(2), num_samples=3)
+    singly = []
+    for sample in range(3):
+        drawn = replace(key(2), rows=torch.arange(2) + 2 * sample, total_rows=6)
+        singly.append(solve(lm.denoiser, objective.problem(rows, drawn), num_rows=2)[1])
+    assert torch.allclose(found, torch.stack(singly).mean(0), atol=1e-4)
 
 
 def test_preference_gradients_raise_the_chosen_and_lower_the_rejected_and_leave_the_reference_alone():
     policy, reference = tiny_lm(scale=1.0, seed=1), tiny_lm(scale=1.0, seed=2)
     rows, objective = clean_rows(2), Diffusion(process=MASKED)
 
-    def bounds():
-        with torch.no_grad():
-            return shared_bounds(policy.denoiser, reference.denoiser, objective, rows, key(2, step=7), num_samples=64)[
-                0
-            ]
+    def of(lm, at, num_samples):
+        return bounds(lm.denoiser, objective, rows, at, num_samples=num_samples)
 
-    before = bounds()
+    with torch.no_grad():
+        before = of(policy, key(2, step=7), 64)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.05)
     for step in range(3):
-        loss = vrpo_loss(
-            policy.denoiser, reference.denoiser, objective, rows, key(2, step=step), beta=0.1, num_samples=4
-        )
-        loss.mean().backward()
+        with torch.no_grad():
+            fixed = of(reference, key(2, step=step), 4)
+        preference_loss(preference_margins(of(policy, key(2, step=step), 4), fixed), beta=0.1).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = bounds()
+    with torch.no_grad():
+        after = of(policy, key(2, step=7), 64)
     assert after[1] - after[0] > before[1] - before[0] + 0.1
     assert all(p.grad is None for p in reference.model.parameters())

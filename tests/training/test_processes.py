@@ -36,6 +36,7 @@ from test_trainer import corpus as corpus
 
 from redraft.cli.train import main
 from redraft.training.checkpoint import damage
+from redraft.training.config import ObjectiveConfig
 from redraft.training.launch import KINDS as LAUNCHES
 from redraft.training.launch import _verdict, config_file
 from redraft.training.run import run
@@ -58,6 +59,15 @@ def launch_all(kind, configs):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def on_pairs(config):
+    """The same run on preference pairs."""
+    rows = [{"prompt": f"{i}?", "chosen": f"YES {i % 7} !", "rejected": f"no {i % 5}"} for i in range(60)]
+    source = Path(config.out).with_suffix(".pairs.jsonl")
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = replace(config.data, kind="preference", source=str(source), seq_len=64, vocab_size=270)
+    return replace(config, out=f"{config.out}-preference", data=data, objective=ObjectiveConfig(num_samples=2))
+
+
 def stopped_at(one, step, *, out):
     """Copy a run as it was when it had written the checkpoint of a step."""
     shutil.copytree(one.out, out)
@@ -75,6 +85,7 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
     ones = {
         name: replace(config, out=f"{config.out}-{name}", objective=objective) for name, objective in OBJECTIVES.items()
     }
+    ones["preference"] = on_pairs(config)
     for one in ones.values():
         run(one, console=QUIET)
     masked = ones["masked"]
