@@ -8,6 +8,7 @@ from redraft.layouts import Layout, segment_positions
 from redraft.likelihood import SMALLEST_T, CleanRows, NoiseKey, Problem, draw_noise, whole_canvas
 from redraft.objectives.diffusion import with_complement
 from redraft.processes.noised import Process
+from redraft.randomness import uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,8 @@ class BlockDiffusion:
     block_size: int
     t_min: float = SMALLEST_T
     t_max: float = 1.0
+    smallest_block: int | None = None
+    """Draw the size of each step's blocks among this, its doubles, and `block_size`: one model for all of them."""
     is_complementary: bool = False
     """Take each row twice, under a mask and its complement: every token is a target exactly once."""
 
@@ -33,7 +36,8 @@ class BlockDiffusion:
             positions = segment_positions(rows.segment_ids)
         else:
             positions = torch.arange(rows.x_0.shape[1], device=rows.x_0.device).expand_as(rows.x_0)
-        block = (positions % self.block_size == 0).long().cumsum(dim=1) - 1
+        size = self._size(key)
+        block = (positions % size == 0).long().cumsum(dim=1) - 1
         noised = draw_noise(
             self.process, rows.x_0, key, can_change=rows.is_target, t_min=self.t_min, t_max=self.t_max, block=block
         )
@@ -46,9 +50,16 @@ class BlockDiffusion:
             input_ids=torch.cat([noised.x_t, noised.x_0], dim=1),  # (B, 2 L)
             where=problem.where + problem.where // length * length,
             segment_ids=None if segment_ids is None else segment_ids.repeat(1, 2),
-            layout=Layout(block_size=self.block_size, is_two_copy=True),
+            layout=Layout(block_size=size, is_two_copy=True),
         )
 
+    def _size(self, key: NoiseKey) -> int:
+        """Draw the block size of a step, the same for the whole global batch."""
+        sizes, size = [self.block_size], self.smallest_block or self.block_size
+        while size < self.block_size:
+            sizes, size = [*sizes, size], 2 * size
+        return sizes[int(uniform(key.seed, key.step, 4) * len(sizes))]
+
     def evaluation(self) -> "BlockDiffusion":
-        """The plain bound over all noise levels."""
+        """The plain bound over all noise levels, in whole blocks."""
         return BlockDiffusion(process=self.process, block_size=self.block_size)

@@ -37,6 +37,8 @@ class ObjectiveConfig:
     """masked (MDLM, LLaDA), uniform (UDLM, Duo), block (BD3LM), ar (autoregressive), or one's own as MODULE:CLASS."""
     block_size: int | None = None
     """Tokens in a block; kind block needs it."""
+    smallest_block: int | None = None
+    """Draw each step's block size among this, its doubles, and block_size, to sample with any of them; kind block."""
     complementary: bool = False
     """Take each row twice, under a mask and under its complement: twice the work, less variance. masked, block."""
     weighting: Literal["bound", "cart"] = "bound"
@@ -80,6 +82,11 @@ class ObjectiveConfig:
             advice = "Set it, e.g. to 16." if self.kind == "block" else "Use --objective.kind block, or leave it out."
             raise ValueError(f"objective.block_size goes with kind block; got {self.block_size}, {self.kind}. {advice}")
         Layout(block_size=self.block_size)
+        if self.smallest_block is not None and not 1 <= self.smallest_block <= (self.block_size or 0):
+            raise ValueError(
+                "objective.smallest_block must lie between 1 and block_size, of kind block; got "
+                f"{self.smallest_block}, {self.block_size}."
+            )
         if self.complementary and (self.kind not in ("masked", "block") or self.schedule != "linear"):
             raise ValueError(
                 f"objective.complementary needs masked noise (kind masked or block) and the linear schedule; "
@@ -113,7 +120,7 @@ class ObjectiveConfig:
             "is_complementary": self.complementary,
         }
         if self.block_size is not None:
-            return BlockDiffusion(block_size=self.block_size, **common)
+            return BlockDiffusion(block_size=self.block_size, smallest_block=self.smallest_block, **common)
         return Diffusion(cart_p=self.cart_p if self.weighting == "cart" else None, **common)
 
     def settings(self, mask_token_id: int) -> DiffusionSettings:

@@ -120,6 +120,21 @@ def totals(denoiser, problem, **options):
         return solve(denoiser, problem, num_rows=BATCH, **options)[1]
 
 
+def test_the_blocks_of_a_step_have_one_size_out_of_the_doublings_each_as_often():
+    objective, rows = BlockDiffusion(process=MASKED, block_size=12, smallest_block=2), clean_rows(has_padding=False)
+    sizes = []
+    for step in range(400):
+        at = replace(key(), step=step)
+        problem = objective.problem(rows, at)
+        sizes.append(problem.layout.block_size)
+        same = BlockDiffusion(process=MASKED, block_size=sizes[-1]).problem(rows, at)
+        assert torch.equal(problem.input_ids, same.input_ids)
+    counts = [sizes.count(size) for size in (2, 4, 8, 12)]
+    assert sum(counts) == 400
+    assert all(abs(count - 100) < 4 * 75**0.5 for count in counts)
+    assert objective.evaluation().problem(rows, key()).layout.block_size == 12
+
+
 @pytest.mark.parametrize("has_plain_head", [True, False])
 def test_one_block_as_long_as_the_row_is_masked_diffusion(has_plain_head):
     denoiser, rows = denoiser_of(), clean_rows(has_padding=False)
