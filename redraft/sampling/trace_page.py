@@ -26,6 +26,8 @@ def render_page(trace: Mapping[str, Any]) -> str:
     U+FFFD for a part of a character. Steps count from 1 to `num_steps`; step 0 is the canvas before the first.
     `events` are sorted by step, `confidence` is in [0, 1], and a position without events that was not given stays open.
 
+    A row may have `watched` (`explain.Watcher.page`): then the page has a heat map and alternatives too.
+
     Raises ValueError for a trace that the page could not replay, and for a setting that is not finite.
     """
     if not trace["rows"]:

@@ -1,0 +1,121 @@
+"""Explaining a generation: what is watched changes nothing, adds up, and survives in the page."""
+
+import base64
+import json
+import re
+
+import pytest
+import torch
+
+from redraft.cli.explain import main
+from redraft.sampling.explain import Explanation, Watcher, explain
+from redraft.sampling.trace import Event, RowTrace
+
+
+@pytest.fixture
+def watched(lm):
+    watcher = Watcher(mask_token_id=lm.denoiser.settings.mask_token_id, top_k=3)
+    out = lm.generate([[5, 6, 7]], max_new_tokens=8, steps=8, trace=True, guides=[watcher])
+    return lm, watcher, out
+
+
+def test_watching_changes_no_token(watched):
+    lm, _, out = watched
+    plain = lm.generate([[5, 6, 7]], max_new_tokens=8, steps=8)
+    assert torch.equal(plain.tokens[0], out.tokens[0])
+    sampled = {"max_new_tokens": 8, "steps": 4, "temperature": 1.0, "seed": 3, "cfg_scale": 0.5}
+    watcher = Watcher(mask_token_id=lm.denoiser.settings.mask_token_id)
+    seen = lm.generate([[5, 6, 7]], **sampled, guides=[watcher])
+    assert torch.equal(lm.generate([[5, 6, 7]], **sampled).tokens[0], seen.tokens[0])
+
+
+def test_entropy_and_alternatives_are_those_of_the_logits(watched):
+    lm, watcher, out = watched
+    mask = lm.denoiser.settings.mask_token_id
+    canvas = torch.tensor([[5, 6, 7, *[mask] * 8]])
+    logits = lm.logits(canvas)[0, 3:]
+    logits[:, mask] = -torch.inf
+    p = logits.softmax(-1)
+    where, entropy, _, top = watcher.steps[0]
+    assert where.tolist() == list(range(3, 11))
+    assert torch.allclose(entropy, torch.special.entr(p).sum(-1), atol=1e-4)
+    assert torch.allclose(top, p.topk(3).values, atol=1e-4)
+    assert [len(step[0]) for step in watcher.steps] == [8, 7, 6, 5, 4, 3, 2, 1]
+    assert len(watcher.steps) == out.trace[0].num_steps
+
+
+def test_the_page_holds_what_was_watched_in_bytes(watched):
+    _, watcher, _ = watched
+    page = watcher.page(num_positions=11, text_of=str)
+    heat = torch.frombuffer(bytearray(base64.b64decode(page["entropy"])), dtype=torch.uint8).view(8, 11)
+    assert (heat[:, :3] == 255).all()
+    assert (heat[0, 3:] < 255).all()
+    assert (heat[-1] < 255).sum() == 1
+    exact = watcher.steps[0][1]
+    assert torch.allclose(heat[0, 3:] / 254 * page["max_entropy"], exact, atol=page["max_entropy"] / 254)
+    ids = torch.frombuffer(bytearray(base64.b64decode(page["ids"])), dtype=torch.int32).view(8, 11, 3)
+    assert torch.equal(ids[0, 3:].long(), watcher.steps[0][2])
+    assert {str(i) for i in ids[0, 3:].flatten().tolist()} <= set(page["texts"]) | {"0"}
+
+
+def test_the_alternatives_of_a_long_generation_are_thinned_and_its_entropy_is_not(monkeypatch):
+    monkeypatch.setattr("redraft.sampling.explain.MOST_CELLS", 100)
+    watcher = Watcher(mask_token_id=0, top_k=2)
+    where = torch.arange(10)
+    row = (where, torch.rand(10), torch.randint(9, (10, 2)), torch.rand(10, 2))
+    watcher.steps = [row] * 40
+    page = watcher.page(num_positions=10, text_of=str)
+    assert page["stride"] == 4
+    assert len(base64.b64decode(page["entropy"])) == 400
+    assert len(base64.b64decode(page["probabilities"])) == 10 * 10 * 2
+
+
+def test_a_summary_counts_order_confidence_and_revisions():
+    def event(step, position, confidence, kind="commit"):
+        return Event(step=step, position=position, token_id=4, confidence=confidence, kind=kind)
+
+    events = [event(0, 1, 0.9), event(1, 2, 0.5), event(2, 2, 0.0, "reopen"), event(2, 3, 0.7), event(3, 2, 0.3)]
+    trace = RowTrace(
+        token_ids=[9, 4, 4, 4], is_given=[True, *[False] * 3], is_noise=[False] * 4, num_steps=4, events=events
+    )
+    watcher = Watcher(mask_token_id=0)
+    none = torch.zeros(0, 1)
+    watcher.steps = [(torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]), none, none)] * 4
+    found = explain(trace, watcher)
+    assert isinstance(found, Explanation)
+    assert (found.num_decided, found.num_revised, found.num_reopened) == (3, 0, 1)
+    assert found.mean_confidence == pytest.approx((0.9 + 0.3 + 0.7) / 3)
+    assert found.order == pytest.approx(0.5)  # steps 0, 3, 2
+    assert found.least_sure[0].confidence == 0.3
+    assert found.entropy_by_quarter == pytest.approx([2.0] * 4)
+    assert found.most_open[0] == (3, pytest.approx(12.0))
+    with pytest.raises(ValueError, match="nothing was decided"):
+        explain(RowTrace(token_ids=[], is_given=[], is_noise=[], num_steps=0, events=[]), watcher)
+
+
+def test_the_command_writes_a_page_and_sums_up(model_folder, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main([str(model_folder), "the ", "--out", str(out), "--max-new-tokens", "6", "--steps", "3"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"6 tokens in 3 steps; order: [+-]\d\.\d\d", said)
+    assert "entropy of an open position by quarters" in said
+    data = json.loads(re.search(r'<script id="trace" type="application/json">(.*?)</script>', out.read_text(), re.S)[1])
+    watched = data["rows"][0]["watched"]
+    assert len(base64.b64decode(watched["entropy"])) == 3 * len(data["rows"][0]["positions"])
+    assert main([str(model_folder), "a [MASK:4] b", "--out", str(out)]) == 0
+    assert "4 tokens in 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "b"], "one prompt at a time can be explained; got 2"),
+        (["a", "--num-samples", "2"], "one sample at a time can be explained; got --num-samples 2"),
+        (["a", "--alternatives", "0"], "--alternatives must be at least 1; got 0"),
+        (["a", "--out", "/nowhere/page.html"], "cannot write /nowhere/page.html"),
+        (["a", "--preset", "llaada"], "Did you mean 'llada'"),
+    ],
+)
+def test_bad_input_is_one_clear_error(model_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main([str(model_folder), *arguments])
