@@ -1,4 +1,4 @@
-"""log p(continuation | context) of a masked diffusion model: a lower bound, by Monte Carlo, with its standard error.
+"""log p(continuation | context): a lower bound by Monte Carlo, with its standard error; exact where the model is.
 
 LLaDA's estimator (Eq. 6 of arXiv 2502.09992) draws how many of the L continuation tokens are masked, l ~ U{1 ... L},
 then which, and weighs the masked tokens' log-probabilities by L / l:
@@ -9,6 +9,9 @@ Three things make it cheaper at the same error: l is stratified over the samples
 an order of the positions) and (L + 1 - l, the reverse of it); and the choices of one question share strata and orders,
 so that their difference is known better than either. A continuation with few masks to it is summed over all of them. A
 block-causal model's bound is the sum of its blocks' bounds, each given the clean blocks before.
+
+An autoregressive model's likelihood is exact and takes one forward pass. A model of uniform noise has its process' own
+bound (`processes.uniform`), over times stratified over the samples.
 """
 
 import math
@@ -23,10 +26,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.layouts import Layout
+from redraft.likelihood import CleanRows, NoiseKey, draw_noise, solve, whole_canvas
 from redraft.models.denoiser import Denoiser
-from redraft.randomness import uniform
+from redraft.processes.uniform import UniformDiffusion
+from redraft.randomness import fold, uniform
 from redraft.sampling.guidance import guided
+from redraft.schedules import schedule_from_name
 
 FIRST_ROUND = 16  # samples after which the choices of a question are compared for the first time
 LOGITS_PER_BATCH = 2**26
@@ -81,10 +86,12 @@ class LogLikelihood:
 
     nats: float
     standard_error: float
-    """Of the Monte Carlo alone; 0 where all masks were summed."""
+    """Of the Monte Carlo alone; 0 where all masks were summed, and for autoregressive models."""
     num_tokens: int
     forwards: int
     """Rows that went through the model, two per sample under guidance."""
+    is_greedy: bool | None = None
+    """Whether each token is the likeliest after those before it; None but for autoregressive models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,7 @@ class _Row:
     tokens: Int[Tensor, "seq"]
     is_masked: Bool[Tensor, "seq"]
     context_len: int
+    """What guidance hides; the earlier blocks of the continuation stay."""
 
 
 @dataclass
@@ -113,6 +121,7 @@ class _Running:
     parts: list[tuple[Tensor, int]]
     units: list[list[Tensor]] = field(default_factory=list)
     forwards: int = 0
+    num_likeliest: int = 0
     is_open: bool = True
 
     def total(self) -> list[Tensor]:
@@ -139,16 +148,13 @@ def score_questions(
 
     Decided means best by plain and, where `lengths` are given, by length-normalised log-likelihood: every rival's
     paired difference is further from 0 than its t quantile, shared among the rivals and the looks (Bonferroni). Rivals
-    that are beaten in both leave early. The choices of a question should have equal keys.
+    that are beaten in both leave early. The choices of a question should have equal keys. A model of uniform noise takes
+    all samples for each choice.
     """
     config = config or LikelihoodConfig()
     if denoiser.settings.process == "uniform":
-        raise ValueError(
-            "likelihoods are estimated for masked and autoregressive models; got one of the uniform process. Training "
-            "reports its bound on held-out text."
-        )
-    layout = denoiser.settings.layout
-    running = [[_Running(request, _parts(request, layout)) for request in choices] for choices in questions]
+        return [[_uniform_bound(denoiser, request, config) for request in choices] for choices in questions]
+    running = [[_Running(request, _parts(request, denoiser)) for request in choices] for choices in questions]
     rounds = _rounds(config)
     for number, samples in enumerate(rounds):
         active = [state for choices in running for state in choices if state.is_open]
@@ -159,15 +165,17 @@ def score_questions(
             if any(state.is_open for state in choices):
                 scales = [[1.0] * len(choices), *([list(lengths[q])] if lengths else [])]
                 _drop_decided(choices, scales, confidence=config.confidence, looks=len(rounds))
-    return [[_finish(r) for r in choices] for choices in running]
+    is_autoregressive = denoiser.settings.is_autoregressive
+    return [[_finish(r, is_autoregressive=is_autoregressive) for r in choices] for choices in running]
 
 
 def sample_values(
     denoiser: Denoiser, request: Request, is_masked: Bool[Tensor, "samples l"], config: LikelihoodConfig
 ) -> Float[Tensor, "samples"]:
     """Evaluate L / l * sum of log p(x_i) over each given mask, nats: one sample of the bound each."""
-    rows = _rows(torch.cat([request.context, request.continuation]), len(request.context), is_masked)
-    nats = torch.stack(list(_score(denoiser, rows, config)))
+    start = len(request.context)
+    rows = _rows(torch.cat([request.context, request.continuation]), start, is_masked, context_len=start)
+    nats = torch.stack(_score(denoiser, rows, config))[:, 0]
     return nats * is_masked.shape[1] / is_masked.sum(dim=1)
 
 
@@ -204,10 +212,16 @@ def _all_masks(length: int) -> Masks:
     return Masks(is_masked=is_masked, weight=1 / (count * subsets[count]), is_exact=True)
 
 
-def _parts(request: Request, layout: Layout) -> list[tuple[Tensor, int]]:
-    """Cut a request into (tokens, where the part to score begins): one, or one for each block it touches."""
+def _parts(request: Request, denoiser: Denoiser) -> list[tuple[Tensor, int]]:
+    """Cut a request into (tokens, where the part to score begins): one, or one for each block it touches.
+
+    Of an autoregressive model all blocks go together, but for a text's first token, which a mask token predicts.
+    """
     tokens, start = torch.cat([request.context, request.continuation]), len(request.context)
-    size = layout.block_size or len(tokens)
+    if denoiser.settings.is_autoregressive:
+        first = [(tokens[:1], 0)] if start == 0 else []
+        return first + ([(tokens, max(start, 1))] if len(tokens) > 1 else [])
+    size = denoiser.settings.block_size or len(tokens)
     ends = [*range((start // size + 1) * size, len(tokens), size), len(tokens)]
     return [(tokens[:end], begin) for begin, end in zip([start, *ends[:-1]], ends, strict=True)]
 
@@ -231,20 +245,67 @@ def _run_round(
     for state in running:
         state.units.append([torch.empty(0)] * len(state.parts))
         for part, (tokens, start) in enumerate(state.parts):
-            length = len(tokens) - start
-            masks = draw_masks(
-                length, samples, key=state.request.key, number=number, seed=config.seed, scheme=config.masks, most=most
+            masks = _masks(
+                denoiser, state.request, len(tokens) - start, config, samples=samples, number=number, most=most
             )
             if masks.is_exact and number > 0:
                 state.units[-1][part] = state.units[0][part][:1].expand(_num_units(samples, config))
                 continue
             drawn.append((state, part, masks))
-            rows += _rows(tokens, start, masks.is_masked)
+            rows += _rows(tokens, start, masks.is_masked, context_len=len(state.request.context))
     scores = iter(_score(denoiser, rows, config))
     for state, part, masks in drawn:
-        values = torch.stack([next(scores) for _ in masks.weight]) * masks.weight
+        found = torch.stack([next(scores) for _ in masks.weight])
+        values = found[:, 0] * masks.weight
+        state.num_likeliest += int(found[:, 1].sum())
         state.forwards += len(values) * (2 if config.cfg_scale else 1)
         state.units[-1][part] = _units(values, masks, _num_units(samples, config))
+
+
+def _masks(
+    denoiser: Denoiser, request: Request, length: int, config: LikelihoodConfig, *, samples: int, number: int, most: int
+) -> Masks:
+    """Draw the masks of a part; an autoregressive model is asked for all of it at once."""
+    if denoiser.settings.is_autoregressive:
+        everything = torch.ones(1, length, dtype=torch.bool)
+        return Masks(is_masked=everything, weight=torch.ones(1, dtype=torch.float64), is_exact=True)
+    return draw_masks(length, samples, key=request.key, number=number, seed=config.seed, scheme=config.masks, most=most)
+
+
+def _uniform_bound(denoiser: Denoiser, request: Request, config: LikelihoodConfig) -> LogLikelihood:
+    """Estimate the bound of uniform noise (arXiv 2412.10193): noise on the continuation alone, times stratified.
+
+    The times' standard error is that of independent ones, which is too large. Raises ValueError under guidance.
+    """
+    if config.cfg_scale:
+        raise ValueError(f"the bound of a uniform process knows no guidance; got cfg_scale {config.cfg_scale}. Use 0.")
+    tokens = torch.cat([request.context, request.continuation]).to(denoiser.device)
+    is_target = torch.arange(len(tokens), device=tokens.device) >= len(request.context)
+    size = denoiser.model.config.vocab_size
+    process = UniformDiffusion(vocab_size=size, schedule=schedule_from_name(denoiser.settings.schedule))
+    most = config.batch_tokens or (2048 if denoiser.device.type == "cpu" else 16384)
+    rows_per_batch = max(1, min(most // len(tokens), LOGITS_PER_BATCH // (size * len(request.continuation))))
+    seed = int(fold(config.seed, request.key))
+    found = []
+    for index in torch.arange(config.samples).split(rows_per_batch):
+        shape = (len(index), -1)
+        rows = CleanRows(
+            x_0=tokens.expand(shape),
+            segment_ids=torch.ones_like(tokens).expand(shape),
+            is_target=is_target.expand(shape),
+            has_padding=False,
+        )
+        key = NoiseKey(seed=seed, step=0, rows=index, total_rows=config.samples)
+        noised = draw_noise(process, rows.x_0, key, can_change=rows.is_target)
+        with torch.no_grad():
+            found.append(solve(denoiser, whole_canvas(process, noised, rows), num_rows=len(index))[1])
+    nats = -torch.cat(found).double().cpu()
+    return LogLikelihood(
+        nats=float(nats.mean()),
+        standard_error=float(nats.std() / math.sqrt(config.samples)),
+        num_tokens=len(request.continuation),
+        forwards=config.samples,
+    )
 
 
 def _num_units(samples: int, config: LikelihoodConfig) -> int:
@@ -258,13 +319,16 @@ def _units(values: Float[Tensor, "samples"], masks: Masks, num_units: int) -> Fl
     return values.view(-1, num_units).sum(dim=0) * num_units
 
 
-def _rows(tokens: Tensor, start: int, is_masked: Tensor) -> list[_Row]:
+def _rows(tokens: Tensor, start: int, is_masked: Tensor, *, context_len: int) -> list[_Row]:
     padded = F.pad(is_masked, (start, 0))
-    return [_Row(tokens=tokens, is_masked=mask, context_len=start) for mask in padded]
+    return [_Row(tokens=tokens, is_masked=mask, context_len=context_len) for mask in padded]
 
 
 def _score(denoiser: Denoiser, rows: list[_Row], config: LikelihoodConfig) -> list[Tensor]:
-    """Sum log p over the masked positions of each row, nats, float64; rows of like length share forward passes."""
+    """Sum log p over the masked positions of each row, nats, and count those whose token is the likeliest; (2,) each.
+
+    Rows of like length share forward passes.
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     found: dict[int, Tensor] = {}
     vocab_size = denoiser.model.config.vocab_size
@@ -293,8 +357,8 @@ def _batches(rows: list[_Row], *, most_tokens: int, vocab_size: int) -> Iterator
 
 
 @torch.no_grad()
-def _score_batch(denoiser: Denoiser, rows: list[_Row], config: LikelihoodConfig) -> Float[Tensor, "batch"]:
-    """Run one batch: the head only at the masked positions."""
+def _score_batch(denoiser: Denoiser, rows: list[_Row], config: LikelihoodConfig) -> Float[Tensor, "batch 2"]:
+    """Run one batch: the head only at the masked positions. An autoregressive model sees the tokens before each."""
     device, mask_token_id = denoiser.device, denoiser.settings.mask_token_id
     pad = torch.nn.utils.rnn.pad_sequence
     tokens = pad([row.tokens for row in rows], batch_first=True).to(device)
@@ -304,7 +368,8 @@ def _score_batch(denoiser: Denoiser, rows: list[_Row], config: LikelihoodConfig)
     is_ragged = len(rows[0].tokens) < len(rows[-1].tokens)
     segment_ids = (positions < lengths[:, None]).long() if is_ragged else None
     where = is_masked.flatten().nonzero()[:, 0]  # sync: how many are masked is data
-    x_t = torch.where(is_masked, mask_token_id, tokens)
+    is_hidden = is_masked & (positions == 0) if denoiser.settings.is_autoregressive else is_masked
+    x_t = torch.where(is_hidden, mask_token_id, tokens)
     logits = denoiser.logits_at(where, x_t, segment_ids=segment_ids).float()
     if config.cfg_scale:
         context_len = torch.tensor([row.context_len for row in rows], device=device)
@@ -313,15 +378,18 @@ def _score_batch(denoiser: Denoiser, rows: list[_Row], config: LikelihoodConfig)
         logits = guided(logits, unconditional, scale=config.cfg_scale)
     if config.exclude_mask:
         logits[:, mask_token_id] = -torch.inf
-    nats = -F.cross_entropy(logits, tokens.flatten()[where], reduction="none").double()
-    return nats.new_zeros(len(rows)).index_add(0, where // tokens.shape[1], nats)
+    targets = tokens.flatten()[where]
+    nats = -F.cross_entropy(logits, targets, reduction="none").double()
+    found = torch.stack([nats, (logits.argmax(-1) == targets).double()], dim=1)
+    return found.new_zeros(len(rows), 2).index_add(0, where // tokens.shape[1], found)
 
 
 def _mean_and_variance(rounds: list[Tensor]) -> tuple[float, float]:
-    """Average units over rounds; its variance by successive differences of neighbouring strata.
+    """Average units over rounds; return it and its variance, by successive differences of neighbouring strata.
 
-    Neighbours differ in their strata too, so the variance is overestimated a little, never underestimated on average
-    (collapsed strata: Cochran, Sampling Techniques, Section 5A.12).
+    Neighbours differ in the means of their strata too, so the variance is overestimated on average; the single estimate
+    may well be too small, with few units above all (collapsed strata: Cochran, Sampling Techniques, Section 5A.12).
+    Where all masks were summed the units are equal, and the variance is 0.
     """
     total = sum(len(units) for units in rounds)
     mean = sum(float(units.sum()) for units in rounds) / total
@@ -363,7 +431,8 @@ def _t_quantile(p: float, freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def _finish(state: _Running) -> LogLikelihood:
+def _finish(state: _Running, *, is_autoregressive: bool) -> LogLikelihood:
+    is_greedy = state.num_likeliest == len(state.request.continuation) if is_autoregressive else None
     parts = [[round_[i] for round_ in state.units] for i in range(len(state.parts))]
     estimates = [_mean_and_variance(rounds) for rounds in parts]
     return LogLikelihood(
@@ -371,6 +440,7 @@ def _finish(state: _Running) -> LogLikelihood:
         standard_error=math.sqrt(sum(variance for _, variance in estimates)),
         num_tokens=len(state.request.continuation),
         forwards=state.forwards,
+        is_greedy=is_greedy,
     )
 
 

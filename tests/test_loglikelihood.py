@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_lm
 
 from redraft.loglikelihood import (
     LikelihoodConfig,
@@ -22,6 +23,8 @@ from redraft.loglikelihood import (
 )
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
+from redraft.processes.noised import Noised
+from redraft.processes.uniform import UniformDiffusion
 
 MASK = 3  # of the toys
 
@@ -268,11 +271,77 @@ class CharacterTokenizer:
         return {"input_ids": ids}
 
 
-def test_a_uniform_model_is_not_scored_as_if_it_knew_masks():
-    denoiser = ExactDenoiser(random_joint(2))
-    object.__setattr__(denoiser, "settings", replace(denoiser.settings, process="uniform"))
-    with pytest.raises(ValueError, match="uniform process"):
-        loglikelihoods(denoiser, [request([], [0, 1])])
+def uniform_lm(**settings):
+    lm = tiny_lm(vocab_size=5, scale=4.0, **settings)
+    object.__setattr__(lm.denoiser, "settings", replace(lm.denoiser.settings, process="uniform"))
+    return lm
+
+
+def exact_uniform_bound(denoiser, context, continuation, *, cells):
+    """Sum over all noised continuations, and over t by the midpoint rule."""
+    process, size = UniformDiffusion(vocab_size=5), len(continuation)
+    every = torch.cartesian_prod(*[torch.arange(5)] * size).view(-1, size)
+    canvas = torch.cat([context.expand(len(every), -1), every], dim=1)
+    with torch.no_grad():
+        logits = denoiser.logits(canvas)[:, len(context) :].flatten(0, 1)
+    total = 0.0
+    for t in 1e-3 + (1 - 1e-3) * (torch.arange(cells, dtype=torch.float64) + 0.5) / cells:
+        p = torch.where(every == continuation, 1 - t + t / 5, t / 5).prod(dim=1)
+        where = Noised(
+            x_0=continuation.repeat(len(every)), x_t=every.flatten(), t=t.expand(every.numel()),
+            is_target=torch.ones(every.numel(), dtype=torch.bool),
+        )  # fmt: skip
+        total += float((p * process.loss(logits, where).view(len(every), size).sum(1)).sum()) / cells
+    return -total
+
+
+def test_the_bound_of_a_uniform_model_is_unbiased_within_its_error():
+    lm, context, continuation = uniform_lm(), torch.tensor([3, 1]), torch.tensor([4, 0, 3])
+    exact = exact_uniform_bound(lm.denoiser, context, continuation, cells=4000)
+    asked = Request(context=context, continuation=continuation)
+    for seed in range(3):
+        (found,) = loglikelihoods(lm.denoiser, [asked], LikelihoodConfig(samples=2048, seed=seed))
+        assert abs(found.nats - exact) < 4 * found.standard_error
+        assert found.standard_error < 0.1 * abs(exact)
+        assert found.forwards == 2048
+    with pytest.raises(ValueError, match="knows no guidance; got cfg_scale 1.0"):
+        lm.loglikelihood(context, continuation, cfg_scale=1.0)
+
+
+def autoregressive_lm():
+    lm = tiny_lm(shift_logits=True, block_size=1)
+    lm.model.config.is_causal = True
+    object.__setattr__(lm.denoiser, "settings", replace(lm.denoiser.settings, process="autoregressive"))
+    return lm
+
+
+@pytest.mark.parametrize("num_context", [0, 1, 4])
+@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+def test_an_autoregressive_likelihood_in_one_forward_is_that_of_blocks_of_one_token(num_context, length, cfg_scale):
+    lm = autoregressive_lm()
+    request = Request(context=torch.arange(3, 3 + num_context), continuation=torch.arange(10, 10 + length))
+    config = LikelihoodConfig(samples=4, cfg_scale=cfg_scale)
+    (found,) = loglikelihoods(lm.denoiser, [request], config)
+    blocks = replace(lm.denoiser.settings, process="masked")
+    object.__setattr__(lm.denoiser, "settings", blocks)
+    (singly,) = loglikelihoods(lm.denoiser, [request], config)
+    assert found.nats == pytest.approx(singly.nats, abs=1e-5)
+    assert found.standard_error == singly.standard_error == 0
+    rows = 1 + (num_context == 0 and length > 1)
+    assert found.forwards == rows * (2 if cfg_scale else 1)
+    assert singly.forwards == length * (2 if cfg_scale else 1)
+    assert singly.is_greedy is None
+
+
+def test_an_autoregressive_likelihood_tells_whether_the_continuation_is_greedy():
+    lm = autoregressive_lm()
+    context = torch.tensor([5, 9, 7])
+    greedy = lm.generate([context], max_new_tokens=6, temperature=0.0, stop=None).tokens[0]
+    assert lm.loglikelihood(context, greedy).is_greedy is True
+    other = greedy.clone()
+    other[3] = 3 if greedy[3] != 3 else 4
+    assert lm.loglikelihood(context, other).is_greedy is False
 
 
 def test_a_tokenizer_that_merges_across_the_boundary_keeps_the_context(lm):

@@ -44,7 +44,8 @@ class RedraftLM(TemplateLM):
 
     Settings are those of `SamplingConfig` and `LikelihoodConfig`; what is said here wins over a task's
     generation_kwargs. `is_greedy` is whether greedy decoding, one token a step, gives the continuation: that takes a
-    generation per request, so it is computed with `exact_match=True` and False otherwise.
+    generation per request, so it is computed with `exact_match=True` and False otherwise; an autoregressive model
+    tells it with the likelihood.
     """
 
     def __init__(
@@ -123,7 +124,10 @@ class RedraftLM(TemplateLM):
             found = self._timed_scores(asked, lengths)
             for question, choices, results in zip(batch, asked, found, strict=True):
                 for i, request, result in zip(question, choices, results, strict=True):
-                    answers[i] = (result.nats, self.exact_match and self._is_greedy(request))
+                    is_greedy = result.is_greedy
+                    if is_greedy is None:
+                        is_greedy = self.exact_match and self._is_greedy(request)
+                    answers[i] = (result.nats, is_greedy)
                     self.cache_hook.add_partial("loglikelihood", requests[i].args, answers[i])
         return [answers[i] for i in originals]
 
