@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -124,6 +125,35 @@ def adaptive(lm: redraft.LanguageModel, items: int, samples: int) -> str:
     return f"four choices, {samples} samples: {lines[0]}; decided at 0.95: {lines[1]}"
 
 
+def variances(lm: redraft.LanguageModel, items: int, repeats: int, samples: int) -> list[str]:
+    """Measure what each idea takes off the variance over seeds: of a text, and of a question's lead."""
+    texts = requests(lm, *SETTINGS["texts"], items)
+    questions = four_choices(requests(lm, *SETTINGS["four choices"], items))
+    apart = [[replace(one, key=4 * one.key + j) for j, one in enumerate(row)] for row in questions]
+
+    def of_texts(scheme: str) -> Callable[[int], list[float]]:
+        return lambda seed: [
+            one.nats
+            for one in loglikelihoods(lm.denoiser, texts, LikelihoodConfig(samples=samples, masks=scheme, seed=seed))
+        ]
+
+    def of_leads(rows: list[list[Request]]) -> Callable[[int], list[float]]:
+        return lambda seed: [
+            row[0].nats - row[1].nats
+            for row in score_questions(lm.denoiser, rows, LikelihoodConfig(samples=samples, seed=seed))
+        ]
+
+    base, *others = [measure(of_texts(s), repeats)[1] for s in ("independent", "stratified", "antithetic")]
+    separate, shared = (measure(of_leads(rows), repeats)[1] for rows in (apart, questions))
+    return [
+        "| idea | variance falls by |",
+        "|---|---|",
+        f"| counts stratified over the samples | {base / others[0]:.2f} |",
+        f"| and masks in antithetic pairs | {base / others[1]:.2f} |",
+        f"| choices of a question share their noise: the lead of the first over the second | {separate / shared:.2f} |",
+    ]
+
+
 def main() -> None:
     """Train or load, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,6 +161,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--variance-repeats", type=int, default=24, help="seeds of the table of variances")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or str(Path(folder) / "tiny")
@@ -143,6 +174,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name in SETTINGS:
         print(compare(lm, name, args.items, args.repeats, args.samples), flush=True)
+    print("\n" + "\n".join(variances(lm, args.items, args.variance_repeats, args.samples)))
     print("\n" + adaptive(lm, args.items, 4 * args.samples))
 
 

@@ -148,8 +148,8 @@ def score_questions(
 
     Decided means best by plain and, where `lengths` are given, by length-normalised log-likelihood: every rival's
     paired difference is further from 0 than its t quantile, shared among the rivals and the looks (Bonferroni). Rivals
-    that are beaten in both leave early. The choices of a question should have equal keys. A model of uniform noise takes
-    all samples for each choice.
+    that are beaten in both leave early. The choices of a question should have equal keys. A model of uniform noise
+    takes all samples for each choice.
     """
     config = config or LikelihoodConfig()
     if denoiser.settings.process == "uniform":
