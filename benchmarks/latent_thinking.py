@@ -2,7 +2,7 @@
 
     python benchmarks/latent_thinking.py --task countdown --minutes 20 --seeds 0 1 2 --runs runs/thinking.jsonl
 
-latent: autoencoder (1000 steps), denoiser (--minutes), then steps, guidance, blocks and the necessity controls.
+latent: autoencoder (as its recipe), denoiser (--minutes), then steps, guidance, blocks and the necessity controls.
 latent + rollout: the same minutes, the last third with rollout; its answers are read off the thoughts and off the
 answer decoder. Baselines: AR that writes the thoughts out, AR that answers at once and AR with pause tokens in the
 thoughts' place (where the answer is not the thoughts themselves), masked diffusion. The task's verifier judges.
@@ -90,7 +90,7 @@ class Table:
 
 
 def trained_thinker(args: argparse.Namespace, folder: Path, seed: int, *, with_answer: bool, minutes: float) -> Thinker:
-    """Train an autoencoder (1000 steps) and a denoiser in their folders."""
+    """Train an autoencoder and a denoiser in their folders."""
     recipes = {name: RECIPES[f"latent-{name}"]() for name in ("autoencoder", "denoiser")}
     base = replace(recipes["autoencoder"].train, seed=seed)
     run_stage(replace(recipes["autoencoder"], task=args.task, out=str(folder / "ae"), train=base), console=QUIET)

@@ -5,14 +5,14 @@ from redraft.training.latent_config import LatentRunConfig
 
 
 def latent_autoencoder() -> LatentRunConfig:
-    """Train an autoencoder of blocks of thought: a minute on one core."""
+    """Train an autoencoder of blocks of thought: a minute or two on one core."""
     return LatentRunConfig(
         out="runs/latent-autoencoder",
         stage="autoencoder",
         train=TrainConfig(
             learning_rate=4e-3,
             batch_size=512,
-            max_steps=1000,
+            max_steps=2000,
             weight_decay=0.01,
             decay="cosine",
             log_every=100,
