@@ -1,11 +1,14 @@
-"""Latent thinking beside baselines of the same width, depth and minutes: one table per task, over the seeds.
+"""Latent thinking beside baselines of the same width and depth: one table per task, over the seeds.
 
-    python benchmarks/latent_thinking.py --task countdown --minutes 20 --seeds 0 1 2 --runs runs/thinking.jsonl
+    python benchmarks/latent_thinking.py --task countdown --seeds 0 1 2 --runs runs/thinking.jsonl
 
-latent: autoencoder (as its recipe), denoiser (--minutes), then steps, guidance, blocks and the necessity controls.
-latent + rollout: the same minutes, the last third with rollout; its answers are read off the thoughts and off the
-answer decoder. Baselines: AR that writes the thoughts out, AR that answers at once and AR with pause tokens in the
-thoughts' place (where the answer is not the thoughts themselves), masked diffusion. The task's verifier judges.
+latent: autoencoder (as its recipe), denoiser, then steps, guidance, blocks and the necessity controls.
+latent + rollout: the last third of the steps with rollout; its answers are read off the thoughts and off the answer
+decoder. Baselines: AR that writes the thoughts out (countdown: also with the last step first, which commits to the end
+before the way), AR that answers at once and AR with pause tokens in the thoughts' place (where the answer is not the
+thoughts themselves), masked diffusion at several numbers of forwards. The task's verifier judges.
+
+Models train for the steps of STEPS, chosen for about equal time on one core; the CPU minutes they took are printed.
 """
 
 import argparse
@@ -31,7 +34,9 @@ import redraft
 from redraft.data.splits import split_of
 from redraft.data.tasks import TASKS, Example, Task, find_task, word_tokenizer
 from redraft.data.tasks.composition import Composition
+from redraft.data.tasks.countdown import Countdown
 from redraft.errors import unknown_name
+from redraft.evaluation.metrics import pass_at_k
 from redraft.latent.thinking import Thinker
 from redraft.layouts import Layout, attention_mask
 from redraft.processes.masked import MaskedDiffusion
@@ -41,6 +46,11 @@ from redraft.training.latent import Rows, Stage, run_stage, stage_trainer
 from redraft.training.run import drive
 
 IGNORED = -100
+REVERSED = "AR, last step first"
+STEPS = {"countdown": (6000, 4500), "composition": (3000, 3000), "sudoku": (3000, 3000), "sudoku-multi": (3000, 3000)}
+"""Training of the latent models and of the baselines."""
+FILLS = (1, 2, 4, 8)
+"""Forwards of masked diffusion, beside one for each token."""
 QUIET = Console(quiet=True)
 
 
@@ -51,6 +61,12 @@ class Table:
     task: Task
     prompts: list[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    begun: float = field(default_factory=time.process_time)
+    cpu_minutes: float = 0.0
+
+    def trained(self) -> None:
+        """Stop the clock of the training."""
+        self.cpu_minutes = (time.process_time() - self.begun) / 60
 
     def add(self, name: str, texts: list[list[str]], *, forwards: int, seconds: float) -> None:
         """Judge the answers of each prompt's samples."""
@@ -63,9 +79,11 @@ class Table:
             "name": name,
             "one": 100 * sum(hits) / sum(map(len, found)),
             "any": 100 * sum(map(bool, hits)) / len(found),
+            **{f"any_{k}": self._any_of(k, found, hits) for k in (2, 5)},
             "distinct": sum(len(set(answers) - {None}) for answers in found) / len(found),
             "seconds": seconds / sum(hits) if any(hits) else None,
             "forwards": forwards / sum(hits) if any(hits) else None,
+            "cpu_minutes": self.cpu_minutes,
         }
         lengths = [len(prompt.split()) for prompt in self.prompts]
         if isinstance(self.task, Composition):  # solved by number of permutations
@@ -76,6 +94,12 @@ class Table:
             }  # fmt: skip
         print(json.dumps(row), file=sys.stderr, flush=True)
         self.rows.append(row)
+
+    @staticmethod
+    def _any_of(k: int, found: list[list[Any]], hits: list[int]) -> float | None:
+        if len(found[0]) <= k:
+            return None
+        return 100 * mean(pass_at_k(len(answers), h, k) for answers, h in zip(found, hits, strict=True))
 
     def think(self, name: str, thinker: Thinker, *, read: str = "thoughts", **settings: Any) -> None:
         """Measure one setting of the dials; `read`: judge what the thoughts say, or the answer decoder."""
@@ -89,12 +113,12 @@ class Table:
         self.add(name, texts, forwards=sum(s.forwards for samples in trains for s in samples), seconds=seconds)
 
 
-def trained_thinker(args: argparse.Namespace, folder: Path, seed: int, *, with_answer: bool, minutes: float) -> Thinker:
+def trained_thinker(args: argparse.Namespace, folder: Path, seed: int, *, with_answer: bool, steps: int) -> Thinker:
     """Train an autoencoder and a denoiser in their folders."""
     recipes = {name: RECIPES[f"latent-{name}"]() for name in ("autoencoder", "denoiser")}
     base = replace(recipes["autoencoder"].train, seed=seed)
     run_stage(replace(recipes["autoencoder"], task=args.task, out=str(folder / "ae"), train=base), console=QUIET)
-    train = replace(recipes["denoiser"].train, seed=seed, max_minutes=minutes, max_steps=args.max_steps)
+    train = replace(recipes["denoiser"].train, seed=seed, max_minutes=None, max_steps=steps)
     start, out = str(folder / "ae"), str(folder / "den")
     config = replace(recipes["denoiser"], task=args.task, out=out, start=start, train=train, force=args.force)
     config = replace(config, denoiser=replace(config.denoiser, num_layers=args.layers))
@@ -122,7 +146,8 @@ def controls(table: Table, thinker: Thinker, prefix: str, *, read: str, samples:
 
 def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> None:
     """Train the stages, the thoughts being the answer, and turn the dials."""
-    thinker = trained_thinker(args, folder, seed, with_answer=False, minutes=args.minutes)
+    thinker = trained_thinker(args, folder, seed, with_answer=False, steps=args.steps)
+    table.trained()
     settings = {"samples": args.samples, "solver": "ddim"}
     for steps in (1, 2, 4, 8, 16, 32):
         table.think(f"latent, {steps} steps", thinker, steps=steps, **settings)
@@ -134,15 +159,16 @@ def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> N
 
 
 def latent_rollout(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> None:
-    """Train with an answer decoder for two thirds of the minutes, and with rollout for the rest."""
-    thinker = trained_thinker(args, folder, seed, with_answer=True, minutes=args.minutes * 2 / 3)
+    """Train with an answer decoder for two thirds of the steps, and with rollout for the rest."""
+    thinker = trained_thinker(args, folder, seed, with_answer=True, steps=args.steps * 2 // 3)
     dials = {"samples": args.samples, "solver": "ddim"}
     for read in ("thoughts", "answer"):
         table.think(f"latent with answer, 16 steps, {read}", thinker, steps=16, read=read, **dials)
     recipe = RECIPES["latent-rollout"]()
-    train = replace(recipe.train, seed=seed, max_minutes=args.minutes / 3, max_steps=args.max_steps)
+    train = replace(recipe.train, seed=seed, max_minutes=None, max_steps=args.steps // 3)
     recipe = replace(recipe, task=args.task, out=str(folder / "roll"), start=str(folder / "den"), train=train)
     thinker = redraft.load_thinker(run_stage(recipe, console=QUIET).folder)
+    table.trained()
     for read in ("thoughts", "answer"):
         for steps in (1, 5, 16):
             table.think(f"latent + rollout, {steps} steps, {read}", thinker, steps=steps, read=read, **dials)
@@ -176,7 +202,7 @@ def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder)
         return {"loss": process.loss(logits, noised.flatten()[where]).sum() / (labels != IGNORED).sum()}
 
     recipe = RECIPES["latent-denoiser"]()
-    train = replace(recipe.train, seed=seed, max_minutes=args.minutes, max_steps=args.max_steps, ema_decay=None)
+    train = replace(recipe.train, seed=seed, max_minutes=None, max_steps=args.steps)
     stage = Stage(
         model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=tokenizer, finish=lambda _: None
     )
@@ -192,30 +218,29 @@ def visible(ids, *, pad, causal):
 
 
 @torch.no_grad()
-def decode(model, ids, first, *, pad, mask_token_id, temperature, seed):
-    """Fill columns first[row] ... of every row: left to right, or surest first. Returns ids and forwards."""
-    ids, rows = ids.clone(), torch.arange(len(ids))
-    for step in range(ids.shape[1] - int(first.min())):
-        logits = model(input_ids=ids, attention_mask=visible(ids, pad=pad, causal=mask_token_id is None)).logits.float()
-        logits[..., :1] = -torch.inf if mask_token_id is None else logits[..., :1]
+def decode(model, ids, first, *, pad, mask_token_id, temperature, seed, fills=None):
+    """Fill columns first[row] ... of every row: left to right, or surest first, in `fills` forwards if given."""
+    ids, rows, is_causal = ids.clone(), torch.arange(len(ids)), mask_token_id is None
+    longest = ids.shape[1] - int(first.min())
+    forwards = min(fills or longest, longest)
+    for step in range(forwards):
+        logits = model(input_ids=ids, attention_mask=visible(ids, pad=pad, causal=is_causal)).logits.float()
+        logits[..., pad if is_causal else mask_token_id] = -torch.inf
+        drawn = logits.argmax(-1)
         if temperature:
-            u = uniform(
-                fold(seed, rows)[:, None, None],
-                step,
-                torch.arange(ids.shape[1])[:, None],
-                torch.arange(logits.shape[-1]),
-            )
-            logits = logits / temperature - (-u.clamp(min=1e-12).log()).log().float()
-        if mask_token_id is None:
+            keys = fold(seed, rows)[:, None, None], step, torch.arange(ids.shape[1])[:, None]
+            u = uniform(*keys, torch.arange(logits.shape[-1])).clamp(min=1e-12)
+            drawn = (logits / temperature - (-u.log()).log().float()).argmax(-1)
+        if is_causal:
             at = (first + step).clamp(max=ids.shape[1] - 1)
-            drawn = logits[rows, at - 1].argmax(-1)
+            ids[rows, at] = drawn[rows, at - 1]
         else:
-            logits[..., mask_token_id] = -torch.inf
-            sure = logits.softmax(-1).amax(-1).masked_fill(ids != mask_token_id, -1)
-            at = sure.argmax(1)
-            drawn = torch.where(ids[rows, at] == mask_token_id, logits[rows, at].argmax(-1), ids[rows, at])
-        ids[rows, at] = drawn
-    return ids, len(ids) * (ids.shape[1] - int(first.min()))
+            is_open = ids == mask_token_id
+            sure = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0].masked_fill(~is_open, -1)
+            quota = (is_open.sum(1) / (forwards - step)).round()
+            is_chosen = is_open & (sure.argsort(1, descending=True).argsort(1) < quota[:, None])
+            ids = torch.where(is_chosen, drawn, ids)
+    return ids, len(ids) * forwards
 
 
 def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[int]]]:
@@ -225,9 +250,21 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
     answer = lambda e: [*encode(tokenizer, e.answer), eos]  # noqa: E731
     pauses = lambda e: [tokenizer.mask_token_id] * len(encode(tokenizer, " ".join(e.blocks)))  # noqa: E731
     written = {"AR, thoughts written": thoughts, "masked diffusion": thoughts}
+    if isinstance(task, Countdown):
+        written[REVERSED] = lambda e: [*encode(tokenizer, " ".join(reversed(e.blocks))), eos]
     if any(task.answer(list(e.blocks)) != " ".join(e.blocks) for e in islice(task.examples(), 100)):
         written |= {"AR, answer at once": answer, "AR, pause tokens": lambda e: pauses(e) + answer(e)}
     return written
+
+
+def spoken(task: Task, name: str, text: str) -> str:
+    """Return the answer that a token model's text gives."""
+    words = text.split()
+    if name == REVERSED:
+        return " ".join([*words[4:], *words[:4]])
+    if isinstance(task, Composition) and name in ("AR, thoughts written", "masked diffusion"):
+        return task.answer(words)  # blocks of one word each
+    return text
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -251,28 +288,32 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
         [[IGNORED] * len(p) + t + [eos if is_masked else IGNORED] * (width - len(p) - len(t)) for p, t in pairs]
     )
     model = train_baseline(args, seed, ids, labels, tokenizer, mask_token_id=hidden, folder=folder)
-    says_thoughts = name in ("AR, thoughts written", "masked diffusion")
+    table.trained()
     pauses = {e.prompt: write(e).count(mask) for e in everything}
-    for temperature, samples in ((0.0, 1), (1.0, args.samples)):
+    dials = [(0.0, 1, None), (1.0, args.samples, None)]
+    if is_masked:
+        dials = [(0.0, 1, fills) for fills in FILLS] + dials[:1] + [(1.0, args.samples, FILLS[-1])] + dials[1:]
+    for temperature, samples, fills in dials:
         start = time.perf_counter()
         starts = [encode(tokenizer, p) + [mask] * pauses[p] for p in table.prompts for _ in range(samples)]
         first = torch.tensor([len(p) for p in starts])
         blank = torch.tensor([p + [mask if is_masked else eos] * (width - len(p)) for p in starts])
         done, forwards = decode(
-            model, blank, first, pad=pad, mask_token_id=hidden, temperature=temperature, seed=seed
+            model, blank, first, pad=pad, mask_token_id=hidden, temperature=temperature, seed=seed, fills=fills
         )  # fmt: skip
         seconds = time.perf_counter() - start
         texts = [row[f:].tolist() for row, f in zip(done, first.tolist(), strict=True)]
         texts = [tokenizer.decode(t[: t.index(eos)] if eos in t else t, skip_special_tokens=True) for t in texts]
-        if says_thoughts and len(baselines(task, tokenizer)) > 2:  # blocks of one word each
-            texts = [task.answer(t.split()) for t in texts]
+        texts = [spoken(task, name, text) for text in texts]
         told = [texts[i * samples : (i + 1) * samples] for i in range(len(table.prompts))]
-        table.add(f"{name}, T = {temperature:g}", told, forwards=forwards, seconds=seconds)
+        counted = f", {fills} forwards" if fills else ""
+        table.add(f"{name}{counted}, T = {temperature:g}", told, forwards=forwards, seconds=seconds)
 
 
 def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> list[dict[str, Any]]:
     """Return the rows of a model and seed: from --runs where they are there, else by training it."""
-    settings = (args.task, args.minutes, args.max_steps, args.layers, args.samples, len(table.prompts), seed, group)
+    args.steps = args.max_steps or STEPS[args.task][not group.startswith("latent")]
+    settings = (args.task, args.steps, args.layers, args.samples, len(table.prompts), seed, group)
     key = " ".join(map(str, settings))
     if args.runs and args.runs.is_file():
         done = {run["key"]: run["rows"] for run in map(json.loads, args.runs.read_text().splitlines())}
@@ -281,6 +322,7 @@ def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> l
     model = {"latent": latent, "latent + rollout": latent_rollout}.get(group) or partial(baseline, name=group)
     with tempfile.TemporaryDirectory() as folder:
         model(args, table, Path(folder), seed)
+    table.rows = [row | {"group": group} for row in table.rows]
     if args.runs:
         args.runs.parent.mkdir(parents=True, exist_ok=True)
         made = describe("latent_thinking.py", sys.argv[1:])
@@ -301,11 +343,14 @@ def show(runs: dict[int, list[dict[str, Any]]]) -> None:
         spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{mean(values):.{digits}f}{spread}"
 
-    print("| | solved, one sample % | any of K % | distinct | seconds per solution | forwards per solution |")
-    print("|---|---|---|---|---|---|")
+    print("Solved by one sample, by any of 2, 5 and K (%); distinct solutions of K; seconds and forwards a solution.\n")
+    print("| | one | of 2 | of 5 | of K | distinct | seconds | forwards |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, found in rows.items():
-        columns = (("one", 1), ("any", 1), ("distinct", 2), ("seconds", 3), ("forwards", 0))
+        columns = ("one", 1), ("any_2", 1), ("any_5", 1), ("any", 1), ("distinct", 2), ("seconds", 3), ("forwards", 0)
         print(f"| {name} | {' | '.join(cell(found, column, digits) for column, digits in columns)} |")
+    trained = {found[0]["group"]: found for found in rows.values()}
+    print("\nCPU minutes of training:", "; ".join(f"{name} {cell(f, 'cpu_minutes', 1)}" for name, f in trained.items()))
     lengths = list(rows[names[0]][0].get("by_length", {}))
     if lengths:
         print(f"\nsolved, one sample, by number of permutations:\n\n| | {' | '.join(map(str, lengths))} |")
@@ -319,8 +364,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="countdown", choices=TASKS)
-    parser.add_argument("--minutes", type=float, default=20.0, help="training of each model")
-    parser.add_argument("--max-steps", type=int, default=6000)
+    parser.add_argument("--max-steps", type=int, help=f"training of each model; by default, latent and others: {STEPS}")
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=400)
