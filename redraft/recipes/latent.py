@@ -1,7 +1,7 @@
 """Latent thinking in three stages, on countdown unless told otherwise (docs/latent-thinking.md)."""
 
 from redraft.training.config import TrainConfig
-from redraft.training.latent_config import LatentRunConfig
+from redraft.training.latent_config import AutoencoderShape, LatentRunConfig
 
 
 def latent_autoencoder() -> LatentRunConfig:
@@ -9,6 +9,7 @@ def latent_autoencoder() -> LatentRunConfig:
     return LatentRunConfig(
         out="runs/latent-autoencoder",
         stage="autoencoder",
+        autoencoder=AutoencoderShape(num_layers=0, latent_noise=1.0),  # a linear code: smaller, and easier to denoise
         train=TrainConfig(
             learning_rate=4e-3,
             batch_size=512,
@@ -28,7 +29,7 @@ def latent_denoiser() -> LatentRunConfig:
         stage="denoiser",
         start="runs/latent-autoencoder",
         train=TrainConfig(
-            learning_rate=2e-3,
+            learning_rate=3e-3,
             batch_size=128,
             max_steps=6000,
             max_minutes=20.0,
