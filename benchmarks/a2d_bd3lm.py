@@ -5,9 +5,9 @@
 SmolLM2-135M-Instruct (4-bit GGUF, unpacked by `make test-real`) is converted with shifted logits and trained by the
 recipe `a2d-bd3lm` on the running Python's standard library: its objective and learning rate, with blocks, windows and
 batches that a CPU can take. Held-out numbers are the block-diffusion NELBO on the same windows under one fixed noise.
-The minutes bound the training alone. A step is compared, in process time, with the bare forward and backward of transformers' model on
-the same (batch, 2 x window) tokens, without noise, masks or optimizer: once the body alone, once with the head at every
-position and the cross-entropy.
+The minutes bound the training alone. A step is compared, in process time, with the bare forward and backward of
+transformers' model on the same (batch, 2 x window) tokens, without noise, masks or optimizer: once the body alone, once
+with the head at every position and the cross-entropy.
 """
 
 import argparse
