@@ -69,7 +69,9 @@ def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, see
                 device="cpu", report_to=(),
             ),
         )  # fmt: skip
-        run(config, console=Console(quiet=True))
+        outcome = run(config, console=Console(quiet=True))
+        if outcome.signal:
+            sys.exit(128 + outcome.signal)  # a run cut short is not a finished one
         lines = [line for line in read_log(Path(config.out) / LOG_FILE) if "eval_nats_per_token" in line]
     return {line["step"]: (line["eval_nats_per_token"], line["eval_bits_per_byte"]) for line in lines}
 
@@ -97,7 +99,9 @@ def remembered(method: str, args: argparse.Namespace, *, rate: float, steps: int
 
 
 def chosen_rate(method: str, args: argparse.Namespace) -> float:
-    """Return the learning rate of the lowest held-out loss at the end of the short runs."""
+    """Return the learning rate of the lowest held-out loss at the end of the short runs; a single one is taken."""
+    if len(args.rates) == 1:
+        return args.rates[0]
     steps = args.tuning_steps
     tried = {
         rate: remembered(method, args, rate=rate, steps=steps, seed=0)[steps][0] for rate in args.rates
@@ -178,7 +182,7 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=40)
     parser.add_argument("--windows", type=int, default=96, help="held-out windows")
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 4e-3])
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/data-limited.jsonl"), help="finished runs")
     args = parser.parse_args(namespace=argparse.Namespace(made={}))
@@ -189,7 +193,7 @@ def main() -> None:
     )
     rates = {method: chosen_rate(method, args) for method in args.methods}
     results: dict[str, list[Curve]] = {method: [] for method in args.methods}
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         for method, rate in rates.items():
             results[method].append(remembered(method, args, rate=rate, steps=args.steps, seed=seed))
     report(results, steps_per_epoch)

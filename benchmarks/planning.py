@@ -113,7 +113,10 @@ def train(args: Any, task: str, method: str, examples: list[Example], *, rate: f
                 eval_every=0, save_every=steps, precision="float32", compile="off", device="cpu", report_to=(),
             ),
         )  # fmt: skip
-        folder = run(config, console=Console(quiet=True)).folder
+        outcome = run(config, console=Console(quiet=True))
+        if outcome.signal:
+            sys.exit(128 + outcome.signal)  # a run cut short is not a finished one
+        folder = outcome.folder
         loss = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["train_loss"]
         return redraft.load(folder, device="cpu"), max(lengths[1]), loss
 

@@ -92,8 +92,10 @@ class KeyedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the number of steps skipped since the last loss. Raises ValueError where they are too many."""
-        if "loss" in logs and (skipped := self.guard.report()):
-            logs["skipped_steps"] = skipped
+        if "loss" in logs:
+            self._tr_loss.zero_()  # transformers takes it from itself, and an infinite one would be NaN from then on
+            if skipped := self.guard.report():
+                logs["skipped_steps"] = skipped
         super().log(logs, *args, **kwargs)
         self.guard.check()
 

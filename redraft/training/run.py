@@ -29,7 +29,7 @@ from redraft.likelihood import Estimate
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import can_compile
 from redraft.training.adapter import enable_checkpointing, num_parameters
-from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
+from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal, any_process
 from redraft.training.checkpoint import last_whole_checkpoint, step_of, tidy
 from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
 from redraft.training.curve import draw_curve
@@ -363,7 +363,7 @@ def _fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) 
     train = config.train
     assert train.max_minutes is not None
     start = time.monotonic()
-    seconds = _measure_step(trainer)
+    seconds = _measure_step(trainer, at_most=3 * train.max_minutes)
     spent = time.monotonic() - start
     evaluations = train.eval_every if trainer.eval_dataset is not None else 0
     evaluation = seconds / 3 * train.eval_windows / (train.batch_size * train.accumulation)
@@ -375,8 +375,11 @@ def _fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) 
     return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
 
 
-def _measure_step(trainer: KeyedTrainer) -> float:
-    """Time one optimizer step's forwards and backwards; weights and data order stay as they were."""
+def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
+    """Time one optimizer step's forwards and backwards: eight, or what `at_most` seconds hold, but three at least.
+
+    Weights and data order stay as they were.
+    """
     dataset: Any = trainer.train_dataset
     model: Any = trainer.model
     rows = list(islice(cycle(dataset), trainer.args.per_device_train_batch_size))
@@ -391,6 +394,8 @@ def _measure_step(trainer: KeyedTrainer) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - start)
+        if any_process(step >= 2 and sum(times) > at_most, device=device):
+            break
     trainer.state.global_step = trainer.tokens_seen = 0
     trainer.efficiency()
     return sum(times[2:]) / len(times[2:]) * trainer.args.gradient_accumulation_steps

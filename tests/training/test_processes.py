@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.other import get_free_port
 from test_trainer import (
     OBJECTIVES,
     QUIET,
@@ -208,11 +210,49 @@ def test_the_configurations_that_ship_are_accelerates(kind):
         _, environment = prepare_deepspeed_cmd_env(args)
         assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
         assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+        args.num_machines, args.machine_rank, args.main_process_ip = 2, 1, "127.0.0.1"
+        command, _ = prepare_deepspeed_cmd_env(args)
+        assert command is None  # each node starts its own: no `deepspeed --hostfile`, which logs in to the others
+        assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "1", 1)
     else:
         environment = prepare_multi_gpu_env(args)
         assert environment.get("FSDP_VERSION") == ("2" if kind == "fsdp2" else None)
     assert read.mixed_precision == "no"  # the recipe decides
 
 
-def test_the_slurm_template_is_a_shell_script():
-    subprocess.run(["bash", "-n", str(config_file("ddp").with_name("slurm.sh"))], check=True)
+# What the template asks of SLURM, for two nodes that are both this machine.
+SLURM = {
+    "scontrol": "echo 127.0.0.1; echo other",
+    "srun": """shift
+        SLURM_NNODES=2 SLURM_NODEID=0 "$@" & first=$!
+        SLURM_NNODES=2 SLURM_NODEID=1 "$@" & second=$!
+        wait $first && wait $second""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_slurm_template_trains_over_two_nodes_as_one_process_does_and_goes_on(config, tmp_path, kind):
+    run(config, console=QUIET)
+    recipe, out = tmp_path / "recipe.json", tmp_path / "nodes"
+    recipe.write_text(json.dumps(asdict(config)))
+    script = config_file(kind).with_name("slurm.sh").read_text()
+    filled = {"RECIPE": recipe, "OUT": out, "KIND": kind, "GPUS_PER_NODE": 1}
+    for name, value in filled.items():
+        script = re.sub(rf"^{name}=\S+", f"{name}={value}", script, flags=re.MULTILINE)
+    script = script.replace("--main_process_port 29500", f"--main_process_port {get_free_port()}")
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "SLURM_JOB_NODELIST": "node[1-2]", "OMP_NUM_THREADS": "1"}
+    begin = partial(subprocess.run, ["bash", "-c", script], capture_output=True, text=True, timeout=200)
+    done = begin(env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(out) == pytest.approx(losses(config.out), abs=1e-5)
+    (out / "model.safetensors").unlink()
+    shutil.rmtree(out / "checkpoint-6")
+    done = begin(env=environment, check=False)  # the requeued job
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(out) == pytest.approx(losses(config.out), abs=1e-5)
+    assert_close(weights(config.out), weights(out), 1e-5)

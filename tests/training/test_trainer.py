@@ -22,6 +22,7 @@ from redraft.models.build import ModelConfig
 from redraft.training.callbacks import read_log
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run
+from redraft.training.trainer import DiffusionTrainer
 
 QUIET = Console(quiet=True)
 OBJECTIVES = {
@@ -327,6 +328,14 @@ def test_minutes_lower_the_number_of_steps(config):
     outcome = run(with_train(config, max_steps=10**6, max_minutes=0.05, eval_every=0, save_every=10**6), console=QUIET)
     assert outcome.steps < 10**5
     assert RunConfig.read(outcome.folder / "recipe.json").train.max_steps < 10**5
+
+
+@pytest.mark.parametrize(("minutes", "measured"), [(1e-5, 3), (0.1, 8)])
+def test_measuring_a_step_takes_a_twentieth_of_the_minutes_or_three_steps(config, minutes, measured, monkeypatch):
+    calls, compute_loss = [], DiffusionTrainer.compute_loss
+    monkeypatch.setattr(DiffusionTrainer, "compute_loss", lambda *a, **k: calls.append(1) or compute_loss(*a, **k))
+    outcome = run(with_train(config, max_steps=5, max_minutes=minutes, eval_every=0), console=QUIET)
+    assert len(calls) == measured + outcome.steps
 
 
 def mistakes(config):

@@ -16,7 +16,7 @@ KIND=fsdp2  # ddp, fsdp2 or deepspeed
 GPUS_PER_NODE=8
 
 CONFIG=$(python -c "from redraft.training.launch import config_file; print(config_file('$KIND'))")
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would end the pipe early, an error here
 RESUME=$([ -f "$OUT/recipe.json" ] && echo --resume || true)  # a job that was requeued goes on
 export CONFIG HEAD RESUME RECIPE OUT GPUS_PER_NODE
 
