@@ -93,7 +93,7 @@ def test_estimates_are_unbiased_where_the_likelihood_is_known(scheme, block_size
     context, continuation = [1], [2, 0, 1, 1, 2, 0]
     expected = (joint[(1, *continuation)] / joint[1].sum()).log()
     denoiser = ExactDenoiser(joint, block_size=block_size)
-    config = LikelihoodConfig(samples=6, masks=scheme)
+    config = LikelihoodConfig(samples=6, masks=scheme, share_context=False)
     runs = [loglikelihoods(denoiser, [request(context, continuation, key)], config)[0] for key in range(60)]
     values = torch.tensor([run.nats for run in runs])
     assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(len(values)) + 1e-9
@@ -103,7 +103,8 @@ def test_estimates_are_unbiased_where_the_likelihood_is_known(scheme, block_size
 def test_blocks_of_one_token_give_the_chain_rule_exactly():
     joint = random_joint(5)
     denoiser = ExactDenoiser(joint, block_size=1)
-    found = loglikelihoods(denoiser, [request([], [0, 2, 1, 1, 0])])[0]
+    config = LikelihoodConfig(share_context=False)
+    found = loglikelihoods(denoiser, [request([], [0, 2, 1, 1, 0])], config)[0]
     assert found.nats == pytest.approx(float(joint[0, 2, 1, 1, 0].log()), abs=1e-5)
     assert (found.standard_error, found.forwards) == (0, 5)
 

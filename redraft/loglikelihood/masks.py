@@ -1,0 +1,62 @@
+"""Which tokens of a continuation are masked in each sample, and what a sample weighs."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from redraft.randomness import uniform
+
+DRAW_STRATUM, DRAW_ORDER = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masks:
+    """Masks of a continuation and their weights: the bound is sum_r weight_r * sum of log p over mask r."""
+
+    is_masked: Bool[Tensor, "samples l"]
+    weight: Float[Tensor, "samples"]
+    is_exact: bool = False
+
+
+def draw_masks(
+    length: int, samples: int, *, key: int, number: int = 0, seed: int = 0, scheme: str = "antithetic", most: int = 0
+) -> Masks:
+    """Draw the masks of one round, or list all of them where they are at most `most`.
+
+    Equal (seed, key, number) give equal strata and orders at every length.
+    """
+    if 2 ** min(length, 62) - 1 <= most:
+        return _all_masks(length)
+    index = torch.arange(samples)
+    stratum = uniform(seed, key, number, index, DRAW_STRATUM)
+    order = uniform(seed, key, number, index[:, None], torch.arange(length), DRAW_ORDER).argsort(dim=1).argsort(dim=1)
+    if scheme == "antithetic":
+        half = samples // 2
+        first = (index[:half] + stratum[:half]) / samples
+        count = (first * length).long() + 1
+        count = torch.cat([count, length + 1 - count])
+        order = torch.cat([order[:half], length - 1 - order[:half]])
+    else:
+        u = (index + stratum) / samples if scheme == "stratified" else stratum
+        count = (u * length).long() + 1
+    return Masks(is_masked=order < count[:, None], weight=length / count / samples)
+
+
+def _all_masks(length: int) -> Masks:
+    """List every mask of a short continuation, weighed by its probability."""
+    code = torch.arange(1, 2**length)
+    is_masked = (code[:, None] >> torch.arange(length)) % 2 == 1
+    count = is_masked.sum(dim=1)
+    subsets = torch.tensor([math.comb(length, n) for n in range(length + 1)], dtype=torch.float64)
+    return Masks(is_masked=is_masked, weight=1 / (count * subsets[count]), is_exact=True)
+
+
+def units_of(nats: Float[Tensor, "samples l"], masks: Masks, num_units: int) -> Float[Tensor, "units"]:
+    """Combine weighted samples into units whose mean is the estimate: antithetic pairs, single samples, or the sum."""
+    values = nats.sum(dim=1) * masks.weight
+    if masks.is_exact:
+        return values.sum().expand(num_units)
+    return values.view(-1, num_units).sum(dim=0) * num_units
