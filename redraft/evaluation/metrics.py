@@ -163,5 +163,30 @@ def bootstrap(
     return Interval(mean=_ratio(pairs), low=low, high=high, count=len(pairs))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Predictions of like confidence."""
+
+    confidence: float
+    """Mean of what the model said."""
+    right: float
+    """Share that was right."""
+    count: int
+
+
+def calibration(pairs: Sequence[tuple[float, float]], *, num_bins: int = 10) -> list[Bin]:
+    """Sort (confidence, right) pairs into bins of equal width: a calibrated model is right as often as it says."""
+    rows: list[list[tuple[float, float]]] = [[] for _ in range(num_bins)]
+    for confidence, right in pairs:
+        rows[min(int(confidence * num_bins), num_bins - 1)].append((confidence, right))
+    means = [(fmean(c for c, _ in row), fmean(r for _, r in row), len(row)) for row in rows if row]
+    return [Bin(confidence=confidence, right=right, count=count) for confidence, right, count in means]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Average |confidence - right| over all predictions (expected calibration error, arXiv 1706.04599)."""
+    return sum(b.count * abs(b.confidence - b.right) for b in bins) / sum(b.count for b in bins)
+
+
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
     return math.fsum(value for value, _ in pairs) / math.fsum(weight for _, weight in pairs)

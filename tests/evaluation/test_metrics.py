@@ -8,6 +8,8 @@ from redraft.evaluation.metrics import (
     Perplexity,
     bleu,
     bootstrap,
+    calibration,
+    calibration_error,
     distinct_n,
     edit_similarity,
     pass_at_k,
@@ -64,6 +66,14 @@ def test_the_bootstrap_interval_covers_the_mean_and_shrinks():
     assert few.low < 0.5 < few.high
     assert many.high - many.low < few.high - few.low
     assert 0.38 < few.high - few.low < 0.5  # 2 * 1.96 * 0.5 / sqrt(20) = 0.44
+
+
+def test_a_model_that_is_right_as_often_as_it_says_has_no_calibration_error():
+    honest = [(0.9, 1.0)] * 9 + [(0.9, 0.0)] + [(0.2, 1.0)] * 2 + [(0.2, 0.0)] * 8
+    assert calibration_error(calibration(honest)) == pytest.approx(0)
+    assert [one.count for one in calibration(honest)] == [10, 10]
+    boastful = [(1.0, 1.0), (1.0, 0.0)]
+    assert calibration_error(calibration(boastful)) == pytest.approx(0.5)
 
 
 def test_quality_reports_perplexity_and_entropy_together(lm):
