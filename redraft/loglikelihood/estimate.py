@@ -191,7 +191,7 @@ def _run_round(
             found = next(scores)
             state.num_likeliest += int(found[..., 1].sum())
             state.forwards += len(found) * (2 if config.cfg_scale else 1)
-            units.append(units_of(found[..., 0], masks, num_units))
+            units.append(units_of(found[..., 0], masks, num_units, control=config.control))
         state.units.append(units)
 
 

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from redraft.loglikelihood.control import controlled
 from redraft.randomness import uniform
 
 DRAW_STRATUM, DRAW_ORDER = 0, 1
+COMMON_VARIANCE = 0.1  # of all tokens under one mask together, in variances of one token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class Masks:
 
 
 def draw_masks(
-    length: int, samples: int, *, key: int, number: int = 0, seed: int = 0, scheme: str = "antithetic", most: int = 0
+    length: int, samples: int, *, key: int, number: int = 0, seed: int = 0, scheme: str = "weighted", most: int = 0
 ) -> Masks:
     """Draw the masks of one round, or list all of them where they are at most `most`.
 
@@ -33,16 +35,21 @@ def draw_masks(
     index = torch.arange(samples)
     stratum = uniform(seed, key, number, index, DRAW_STRATUM)
     order = uniform(seed, key, number, index[:, None], torch.arange(length), DRAW_ORDER).argsort(dim=1).argsort(dim=1)
+    u = stratum if scheme == "independent" else (index + stratum) / samples
+    p = _density(length) if scheme == "weighted" else torch.full((length,), 1 / length, dtype=torch.float64)
+    count = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=length - 1) + 1
     if scheme == "antithetic":
         half = samples // 2
-        first = (index[:half] + stratum[:half]) / samples
-        count = (first * length).long() + 1
-        count = torch.cat([count, length + 1 - count])
+        count = torch.cat([count[:half], length + 1 - count[:half]])
         order = torch.cat([order[:half], length - 1 - order[:half]])
-    else:
-        u = (index + stratum) / samples if scheme == "stratified" else stratum
-        count = (u * length).long() + 1
-    return Masks(is_masked=order < count[:, None], weight=length / count / samples)
+    return Masks(is_masked=order < count[:, None], weight=1 / (p[count - 1] * count * samples))
+
+
+def _density(length: int) -> Float[Tensor, "l"]:
+    """Draw a count as often as its samples spread: the mean over few masked tokens is the noisiest (Neyman, 1934)."""
+    count = torch.arange(1, length + 1, dtype=torch.float64)
+    spread = (1 / count - 1 / length + COMMON_VARIANCE).sqrt()
+    return spread / spread.sum()
 
 
 def _all_masks(length: int) -> Masks:
@@ -54,9 +61,14 @@ def _all_masks(length: int) -> Masks:
     return Masks(is_masked=is_masked, weight=1 / (count * subsets[count]), is_exact=True)
 
 
-def units_of(nats: Float[Tensor, "samples l"], masks: Masks, num_units: int) -> Float[Tensor, "units"]:
-    """Combine weighted samples into units whose mean is the estimate: antithetic pairs, single samples, or the sum."""
+def units_of(
+    nats: Float[Tensor, "samples l"], masks: Masks, num_units: int, *, control: bool
+) -> Float[Tensor, "units"]:
+    """Combine weighted samples into units whose mean is the estimate: single samples, antithetic pairs, or the sum."""
     values = nats.sum(dim=1) * masks.weight
     if masks.is_exact:
         return values.sum().expand(num_units)
+    if control and nats.isfinite().all():
+        unit = torch.arange(len(values)) % num_units
+        values = controlled(nats, masks.is_masked, masks.weight, unit=unit)
     return values.view(-1, num_units).sum(dim=0) * num_units

@@ -21,8 +21,10 @@ class LikelihoodConfig:
     """Guidance as in LLaDA: un + (scale + 1)(cond - un), where un sees a masked context; doubles the work."""
     exclude_mask: bool = True
     """Give the mask token probability 0; the published code of LLaDA leaves it in the softmax."""
-    masks: Literal["antithetic", "stratified", "independent"] = "antithetic"
-    """How masks are drawn; the others are there to be compared with."""
+    masks: Literal["weighted", "stratified", "antithetic", "independent"] = "weighted"
+    """How many tokens a sample masks: weighted draws few more often; the others are there to be compared with."""
+    control: bool = True
+    """Take off what other samples foretell of each token; off is the published estimator."""
     share_context: bool = True
     """Run the clean blocks of a block-causal model once for all samples and choices of a question; off to compare."""
     batch_tokens: int | None = None
