@@ -27,6 +27,9 @@ from machine import describe
 import redraft
 from redraft.evaluation.tasks import TaskOptions, make_task
 from redraft.loglikelihood import LikelihoodConfig, Request, loglikelihoods, score_questions
+from redraft.models.build import ModelConfig, build_model
+from redraft.models.denoiser import Denoiser
+from redraft.models.settings import DiffusionSettings
 
 BATCH = 16
 SETTINGS = {"texts": (32, 48), "four choices": (32, 24), "short": (48, 4)}  # tokens of context and continuation
@@ -64,15 +67,21 @@ def published(lm: redraft.LanguageModel, request: Request, *, samples: int, gene
     return -total / (samples // BATCH)
 
 
-def measure(run: Callable[[int], list[float]], repeats: int) -> tuple[float, float]:
-    """Return seconds per run, and the variance over repeats averaged over the items."""
-    times, values = [], []
+Run = Callable[[int], list[float]]
+
+
+def measure(runs: list[Run], repeats: int) -> list[tuple[float, float]]:
+    """Return processor seconds per run, and the variance over repeats averaged over the items; runs take turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    values: list[list[list[float]]] = [[] for _ in runs]
     for seed in range(repeats):
-        start = time.perf_counter()
-        values.append(run(seed))
-        times.append(time.perf_counter() - start)
-    per_item = zip(*values, strict=True)
-    return statistics.median(times), statistics.fmean(statistics.variance(item) for item in per_item)
+        for i, run in enumerate(runs):
+            start = time.process_time()
+            values[i].append(run(seed))
+            times[i].append(time.process_time() - start)
+    per_item = [zip(*rows, strict=True) for rows in values]
+    variances = [statistics.fmean(statistics.variance(item) for item in items) for items in per_item]
+    return list(zip(map(statistics.median, times), variances, strict=True))
 
 
 def compare(lm: redraft.LanguageModel, name: str, items: int, repeats: int, samples: int) -> str:
@@ -96,7 +105,7 @@ def compare(lm: redraft.LanguageModel, name: str, items: int, repeats: int, samp
         return errors_of([found.nats for found in loglikelihoods(lm.denoiser, asked, config)])
 
     ours(0)  # warm
-    (slow, slow_variance), (fast, fast_variance) = measure(naive, repeats), measure(ours, repeats)
+    (slow, slow_variance), (fast, fast_variance) = measure([naive, ours], repeats)
     variance = "exact" if fast_variance < 1e-9 else f"{slow_variance / fast_variance:.1f}"
     equal = "exact" if variance == "exact" else f"{slow * slow_variance / (fast * fast_variance):.1f}"
     speeds = f"{len(asked) / slow:.1f} | {len(asked) / fast:.1f} | {slow / fast:.1f}"
@@ -116,9 +125,9 @@ def adaptive(lm: redraft.LanguageModel, items: int, samples: int) -> str:
     questions = four_choices(requests(lm, *SETTINGS["four choices"], items))
     lines = []
     for confidence in (None, 0.95):
-        start = time.perf_counter()
+        start = time.process_time()
         found = score_questions(lm.denoiser, questions, LikelihoodConfig(samples=samples, confidence=confidence))
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         right = sum(max(range(4), key=lambda i: row[i].nats) == 0 for row in found) / len(found)
         work = sum(one.forwards for row in found for one in row)
         lines.append(f"{work} rows, {len(found) / seconds:.1f} questions/s, accuracy {right:.3f}")
@@ -131,27 +140,68 @@ def variances(lm: redraft.LanguageModel, items: int, repeats: int, samples: int)
     questions = four_choices(requests(lm, *SETTINGS["four choices"], items))
     apart = [[replace(one, key=4 * one.key + j) for j, one in enumerate(row)] for row in questions]
 
-    def of_texts(scheme: str) -> Callable[[int], list[float]]:
+    def of_texts(scheme: str, control: bool) -> Run:
+        config = LikelihoodConfig(samples=samples, masks=scheme, control=control)
+        return lambda seed: [one.nats for one in loglikelihoods(lm.denoiser, texts, replace(config, seed=seed))]
+
+    def of_leads(rows: list[list[Request]], *, control: bool = True) -> Run:
+        config = LikelihoodConfig(samples=samples, control=control)
         return lambda seed: [
-            one.nats
-            for one in loglikelihoods(lm.denoiser, texts, LikelihoodConfig(samples=samples, masks=scheme, seed=seed))
+            row[0].nats - row[1].nats for row in score_questions(lm.denoiser, rows, replace(config, seed=seed))
         ]
 
-    def of_leads(rows: list[list[Request]]) -> Callable[[int], list[float]]:
-        return lambda seed: [
-            row[0].nats - row[1].nats
-            for row in score_questions(lm.denoiser, rows, LikelihoodConfig(samples=samples, seed=seed))
-        ]
-
-    base, *others = [measure(of_texts(s), repeats)[1] for s in ("independent", "stratified", "antithetic")]
-    separate, shared = (measure(of_leads(rows), repeats)[1] for rows in (apart, questions))
+    schemes = [("independent", False), ("stratified", False), ("antithetic", False), ("weighted", False)]
+    schemes += [("stratified", True), ("antithetic", True), ("weighted", True)]
+    base, *others = [variance for _, variance in measure([of_texts(*one) for one in schemes], repeats)]
+    leads = [of_leads(apart, control=False), of_leads(questions, control=False), of_leads(apart), of_leads(questions)]
+    separate, *shared = [variance for _, variance in measure(leads, repeats)]
+    names = [
+        "counts stratified over the samples",
+        "and masks in antithetic pairs",
+        "stratified, small counts more often",
+    ]
+    names += [
+        "stratified, control variates",
+        "antithetic pairs, control variates",
+        "small counts more often, control variates",
+    ]
+    leads_of = ["shared noise", "control variates", "shared noise and control variates"]
     return [
         "| idea | variance falls by |",
         "|---|---|",
-        f"| counts stratified over the samples | {base / others[0]:.2f} |",
-        f"| and masks in antithetic pairs | {base / others[1]:.2f} |",
-        f"| choices of a question share their noise: the lead of the first over the second | {separate / shared:.2f} |",
+        *(f"| {name} | {base / variance:.2f} |" for name, variance in zip(names, others, strict=True)),
+        *(
+            f"| four choices, lead of the first over the second: {name} | {separate / variance:.2f} |"
+            for name, variance in zip(leads_of, shared, strict=True)
+        ),
     ]
+
+
+def blocks(lm: redraft.LanguageModel, items: int, samples: int) -> list[str]:
+    """Measure what running clean blocks once saves: an untrained model with blocks of 16, four choices."""
+    settings = DiffusionSettings(mask_token_id=lm.denoiser.settings.mask_token_id, block_size=16)
+    generator = torch.Generator().manual_seed(0)
+    lines = ["| context + continuation | rows: positions | shared blocks: positions | faster |", "|---|---|---|---|"]
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(size="5m", max_positions=1024), settings, tokenizer=lm.tokenizer).eval()
+    denoiser = Denoiser(model, settings)
+    fed: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: fed.append(args[0].numel()))
+    for context, length in ((32, 24), (512, 24)):
+        draw = lambda n: torch.randint(10, 1000, (n,), generator=generator)  # noqa: E731
+        asked = [
+            [Request(context=c, continuation=draw(length)) for _ in range(4)] for c in map(draw, [context] * items)
+        ]
+        positions, seconds = [], []
+        for share in (False, True):
+            config = LikelihoodConfig(samples=samples, share_context=share)
+            fed.clear()
+            start = time.process_time()
+            score_questions(denoiser, asked, config)
+            seconds.append(time.process_time() - start)
+            positions.append(sum(fed))
+        lines.append(f"| {context} + {length} | {positions[0]} | {positions[1]} | {seconds[0] / seconds[1]:.1f} |")
+    return lines
 
 
 def main() -> None:
@@ -175,7 +225,8 @@ def main() -> None:
     for name in SETTINGS:
         print(compare(lm, name, args.items, args.repeats, args.samples), flush=True)
     print("\n" + "\n".join(variances(lm, args.items, args.variance_repeats, args.samples)))
-    print("\n" + adaptive(lm, args.items, 4 * args.samples))
+    print("\n" + adaptive(lm, args.items, 4 * args.samples), flush=True)
+    print("\n" + "\n".join(blocks(lm, 2, args.samples)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from redraft.loglikelihood import (
     sample_values,
     score_questions,
 )
+from redraft.loglikelihood.control import _features
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 from redraft.processes.noised import Noised
@@ -86,14 +87,18 @@ def exact_bound(denoiser, context, continuation):
     return total
 
 
-@pytest.mark.parametrize("scheme", ["antithetic", "stratified", "independent"])
+SCHEMES = ["weighted", "stratified", "antithetic", "independent"]
+
+
+@pytest.mark.parametrize("control", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_estimates_are_unbiased_where_the_likelihood_is_known(scheme, block_size):
+def test_estimates_are_unbiased_where_the_likelihood_is_known(scheme, block_size, control):
     joint = random_joint(7)
     context, continuation = [1], [2, 0, 1, 1, 2, 0]
     expected = (joint[(1, *continuation)] / joint[1].sum()).log()
     denoiser = ExactDenoiser(joint, block_size=block_size)
-    config = LikelihoodConfig(samples=6, masks=scheme)
+    config = LikelihoodConfig(samples=6, masks=scheme, control=control, share_context=False)
     runs = [loglikelihoods(denoiser, [request(context, continuation, key)], config)[0] for key in range(60)]
     values = torch.tensor([run.nats for run in runs])
     assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(len(values)) + 1e-9
@@ -103,7 +108,8 @@ def test_estimates_are_unbiased_where_the_likelihood_is_known(scheme, block_size
 def test_blocks_of_one_token_give_the_chain_rule_exactly():
     joint = random_joint(5)
     denoiser = ExactDenoiser(joint, block_size=1)
-    found = loglikelihoods(denoiser, [request([], [0, 2, 1, 1, 0])])[0]
+    config = LikelihoodConfig(share_context=False)
+    found = loglikelihoods(denoiser, [request([], [0, 2, 1, 1, 0])], config)[0]
     assert found.nats == pytest.approx(float(joint[0, 2, 1, 1, 0].log()), abs=1e-5)
     assert (found.standard_error, found.forwards) == (0, 5)
 
@@ -151,7 +157,7 @@ def test_equals_the_published_estimator_given_the_same_masks(lm, cfg_scale, cont
     context = torch.randint(3, 40, (context_len,), generator=generator)
     continuation = torch.randint(3, 40, (11,), generator=generator)
     masks = draw_masks(11, 32, key=5, scheme="stratified").is_masked
-    config = LikelihoodConfig(samples=32, masks="stratified", cfg_scale=cfg_scale, exclude_mask=False)
+    config = LikelihoodConfig(samples=32, masks="stratified", control=False, cfg_scale=cfg_scale, exclude_mask=False)
     expected = published(lm, context, continuation, masks, cfg_scale=cfg_scale)
     one = Request(context=context, continuation=continuation, key=5)
     assert float(sample_values(lm.denoiser, one, masks, config).mean()) == pytest.approx(expected, abs=1e-5)
@@ -174,7 +180,7 @@ def test_a_request_does_not_depend_on_its_batch(lm):
 @given(length=st.integers(8, 40), pairs=st.integers(2, 20), key=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_counts_are_stratified_and_pairs_antithetic(length, pairs, key):
-    masks = draw_masks(length, 2 * pairs, key=key).is_masked
+    masks = draw_masks(length, 2 * pairs, key=key, scheme="antithetic").is_masked
     counts = masks.sum(dim=1)
     assert torch.equal(counts[:pairs] + counts[pairs:], torch.full((pairs,), length + 1))
     assert torch.equal((masks[:pairs] & masks[pairs:]).sum(dim=1), torch.ones(pairs, dtype=torch.int64))
@@ -183,17 +189,50 @@ def test_counts_are_stratified_and_pairs_antithetic(length, pairs, key):
     assert (ordered - middle).abs().max() <= length / (2 * pairs) + 1
 
 
-def test_stratified_and_antithetic_masks_reduce_the_variance():
-    denoiser = ExactDenoiser(random_joint(6), noise=0.8)
-    spread = {}
-    for scheme in ("independent", "stratified", "antithetic"):
-        config = LikelihoodConfig(samples=8, masks=scheme)
-        runs = [loglikelihoods(denoiser, [request([], [0, 1, 2, 1, 0, 2], key)], config)[0].nats for key in range(60)]
-        spread[scheme] = torch.tensor(runs).var().item()
-    factors = {scheme: spread["independent"] / value for scheme, value in spread.items()}
-    print("variance reduction:", {scheme: round(factor, 1) for scheme, factor in factors.items()})
-    assert factors["stratified"] > 1.5
-    assert factors["antithetic"] > 1.5
+def spread_over_keys(denoiser, continuation, config, keys=150):
+    runs = [loglikelihoods(denoiser, [request([], continuation, key)], config)[0] for key in range(keys)]
+    return torch.tensor([run.nats for run in runs], dtype=torch.float64), [run.standard_error for run in runs]
+
+
+def test_each_idea_reduces_the_variance():
+    """Tokens of a text are not equally hard: here one in two has a likely value."""
+    joint = random_joint(8)
+    for axis in range(0, 8, 2):
+        joint = joint * torch.tensor([30.0, 1.0, 1.0], dtype=torch.float64).view(
+            [-1 if i == axis else 1 for i in range(8)]
+        )
+    denoiser, continuation = ExactDenoiser(joint / joint.sum(), noise=0.5), [0, 1, 0, 1, 0, 2, 0, 1]
+    variance = {}
+    for scheme, control in [(scheme, False) for scheme in SCHEMES] + [("weighted", True)]:
+        config = LikelihoodConfig(samples=16, masks=scheme, control=control)
+        variance[scheme, control] = spread_over_keys(denoiser, continuation, config, 60)[0].var().item()
+    factors = {idea: variance["independent", False] / value for idea, value in variance.items()}
+    print("variance reduction:", {idea: round(factor, 1) for idea, factor in factors.items()})
+    assert factors["stratified", False] > 1.5
+    assert factors["antithetic", False] > 1.5
+    assert factors["weighted", False] > factors["stratified", False]
+    assert factors["weighted", True] > 2 * factors["stratified", False]
+    assert factors["weighted", True] > 1.3 * factors["weighted", False]
+
+
+@pytest.mark.parametrize("samples", [4, 16])
+def test_control_variates_leave_the_mean_and_the_stated_error_honest(samples):
+    denoiser, continuation = ExactDenoiser(random_joint(8, seed=2), noise=0.8), [0, 1, 2, 1, 0, 2, 2, 1]
+    truth = exact_bound(denoiser, [], continuation)
+    values, errors = spread_over_keys(denoiser, continuation, LikelihoodConfig(samples=samples), 200)
+    assert abs(values.mean() - truth) < 4 * values.std() / math.sqrt(len(values))
+    stated = torch.tensor(errors).square().mean().sqrt()
+    assert 0.85 < stated / values.std() < 1.6
+
+
+def test_what_is_foretold_of_a_token_has_the_mean_that_is_added_back():
+    """The identity that unbiasedness rests on, over every mask; half of the masks are the control."""
+    masks = draw_masks(5, 32, key=0, most=32)
+    x, held = _features(masks.is_masked), masks.is_masked.double() * masks.weight[:, None]
+    assert torch.allclose(held.sum(dim=0), torch.ones(5, dtype=torch.float64))
+    mean = torch.einsum("sl,slp->lp", held, x)
+    assert torch.allclose(mean, torch.zeros_like(mean), atol=1e-12)
+    assert not torch.allclose(torch.einsum("sl,slp->lp", held[::2], x[::2]), torch.zeros_like(mean), atol=1e-3)
 
 
 def four_choice_suite(num_questions=12):

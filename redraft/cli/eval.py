@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,8 @@ class Arguments:
     """Published settings: llada-instruct, llada-base, dream-instruct, tiny-a2d-mdlm, tiny-a2d-bd3lm, bert-chat."""
     out: Path = Path("runs/eval")
     """Folder of the results; the same command goes on with what it holds."""
+    sweep_steps: tuple[int, ...] = ()
+    """Evaluate with each of these numbers of steps, in OUT/steps-N, and plot the scores against steps and forwards."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to generate; what is said here wins over the checkpoint's and a harness task's own settings."""
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
@@ -67,7 +70,29 @@ def main(arguments: list[str]) -> int:
     sampling = args.sampling.given(arguments)
     if args.processes != 1:
         return _launch(args, arguments)
+    if args.sweep_steps:
+        return _sweep(args, sampling)
+    return _run(args, sampling)
 
+
+def _sweep(args: Arguments, sampling: dict[str, Any]) -> int:
+    """Evaluate with several numbers of steps, one after the other, and draw what they cost and give."""
+    from redraft.evaluation.report import plot_frontier, provenance
+
+    for name in ("steps", "steps_per_block", "budget", "forwards", "seconds"):
+        if name in sampling:
+            raise ValueError(f"--sweep-steps chooses the steps; got --{name.replace('_', '-')}. Leave it out.")
+    folders = [args.out / f"steps-{steps}" for steps in args.sweep_steps]
+    for steps, folder in zip(args.sweep_steps, folders, strict=True):
+        chosen = replace(args.sampling, steps=steps)
+        _run(replace(args, out=folder, sampling=chosen, sweep_steps=()), sampling | {"steps": steps})
+    if find_spec("matplotlib") and (folders[0] / "results.json").exists():
+        plot_frontier(args.out / "steps.png", folders, provenance({"sampling": args.sampling.seed}))
+    return 0
+
+
+def _run(args: Arguments, sampling: dict[str, Any]) -> int:
+    """Evaluate in this process."""
     from redraft.cli.common import load_quietly
     from redraft.evaluation.report import provenance, write_report
     from redraft.evaluation.run import Store, join_processes, summarize

@@ -9,6 +9,9 @@ from difflib import SequenceMatcher
 from statistics import fmean
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from redraft.language_model import LanguageModel
 
 T = TypeVar("T", bound=Hashable)
@@ -63,6 +66,31 @@ def quality(texts: Sequence[str], judge: LanguageModel, *, samples: int = 32) ->
         judge_nats_per_token=-sum(one.nats for one in found) / sum(one.num_tokens for one in found),
         unigram_entropy=fmean(unigram_entropy(row) for row in tokens),
     )
+
+
+def mauve(texts: Sequence[str], references: Sequence[str], judge: LanguageModel, *, seed: int = 0) -> float:
+    """Compare two sets of texts as a whole: MAUVE in (0, 1], 1 for equal sets (arXiv 2102.01454, package mauve-text).
+
+    A text's features are the judge's hidden states before its head, averaged over the tokens (the paper takes GPT-2
+    large's at the last one): compare values of one judge only. Raises ValueError where the package is missing.
+    """
+    try:
+        from mauve import compute_mauve
+    except ImportError as error:
+        raise ValueError("MAUVE needs the package mauve-text: pip install mauve-text faiss-cpu.") from error
+    sets = [[text for text in some if text] for some in (texts, references)]
+    if min(map(len, sets)) < 2:
+        raise ValueError(f"MAUVE compares sets of texts; got {len(sets[0])} and {len(sets[1])} that are not empty.")
+    features = [torch.stack([_features(text, judge) for text in some]).numpy() for some in sets]
+    return float(compute_mauve(p_features=features[0], q_features=features[1], seed=seed).mauve)
+
+
+@torch.no_grad()
+def _features(text: str, judge: LanguageModel) -> Tensor:
+    """Average a text's hidden states (dim,)."""
+    tokens = judge.encode_pair("", text)[1][None].to(judge.denoiser.device)
+    everywhere = torch.arange(tokens.numel(), device=tokens.device)
+    return judge.denoiser.hidden_at(everywhere, tokens).float().mean(dim=0).cpu()
 
 
 def unigram_entropy(tokens: Tokens) -> float:
@@ -161,6 +189,31 @@ def bootstrap(
     means = sorted(_ratio(draw.choices(pairs, k=len(pairs))) for _ in range(rounds))
     low, high = means[round(0.025 * rounds)], means[round(0.975 * rounds) - 1]
     return Interval(mean=_ratio(pairs), low=low, high=high, count=len(pairs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """Predictions of like confidence."""
+
+    confidence: float
+    """Mean of what the model said."""
+    right: float
+    """Share that was right."""
+    count: int
+
+
+def calibration(pairs: Sequence[tuple[float, float]], *, num_bins: int = 10) -> list[Bin]:
+    """Sort (confidence, right) pairs into bins of equal width: a calibrated model is right as often as it says."""
+    rows: list[list[tuple[float, float]]] = [[] for _ in range(num_bins)]
+    for confidence, right in pairs:
+        rows[min(int(confidence * num_bins), num_bins - 1)].append((confidence, right))
+    means = [(fmean(c for c, _ in row), fmean(r for _, r in row), len(row)) for row in rows if row]
+    return [Bin(confidence=confidence, right=right, count=count) for confidence, right, count in means]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Average |confidence - right| over all predictions (expected calibration error, arXiv 1706.04599)."""
+    return sum(b.count * abs(b.confidence - b.right) for b in bins) / sum(b.count for b in bins)
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float:

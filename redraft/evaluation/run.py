@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from redraft.evaluation.metrics import Interval, Perplexity, bootstrap, pass_at_k, vote
+from redraft.evaluation.metrics import Bin, Interval, Perplexity, bootstrap, calibration, pass_at_k, vote
 from redraft.evaluation.tasks import Item, Task, take
 from redraft.language_model import LanguageModel
 from redraft.loglikelihood import LikelihoodConfig, Request, loglikelihoods, rolling_requests, score_questions
@@ -123,31 +123,43 @@ def _generate(lm: LanguageModel, task: Task, items: Sequence[Item], options: Run
     settings = options.sampling
     if len(stops) == 1 and (strings := stops.pop()):
         settings = {"stop": strings, **settings}
-    out = lm.generate(prompts, **settings)
+    out = lm.generate(prompts, trace=True, **settings)
     if out.texts is None:
         raise ValueError(f"task {task.name} is made of text, and this model has no tokenizer.")
     return _scored(task, items, out, out.texts)
 
 
 def _scored(task: Task, items: Sequence[Item], out: Any, texts: Sequence[str]) -> list[Record]:
-    """Score what was generated: `num_samples` texts per item, one after the other."""
+    """Score what was generated: `num_samples` texts per item, one after the other, each with its mean confidence."""
     n = len(texts) // len(items)
+    sure = _confidence(out)
     records = []
     for i, item in enumerate(items):
         rows = slice(i * n, (i + 1) * n)
         outputs = list(texts[rows])
         record = {"output": outputs[0]} if n == 1 else {"outputs": outputs}
         cost = {"forwards": sum(out.forwards[rows]), "tokens": sum(map(len, out.tokens[rows]))}
-        records.append({**record, "scores": _scores(task, item, outputs), **cost})
+        found = [task.score(item, output) for output in outputs]
+        pairs = [[fmean(row), next(iter(one.values()))] for row, one in zip(sure[rows], found, strict=True) if row]
+        scores = _scores(task, item, outputs, found)
+        records.append({**record, "scores": scores, "confidence": pairs, **cost})
     return records
 
 
-def _scores(task: Task, item: Item, outputs: Sequence[str]) -> dict[str, float]:
+def _confidence(out: Any) -> list[list[float]]:
+    """List how sure the model was of each new token of each row when it was last decided, in reading order."""
+    rows = []
+    for trace, new in zip(out.trace, out.tokens, strict=True):
+        decided = {event.position: event.confidence for event in trace.events if event.kind != "reopen"}
+        rows.append([decided[position] for position in sorted(decided)[: len(new)]])
+    return rows
+
+
+def _scores(task: Task, item: Item, outputs: Sequence[str], found: Sequence[dict[str, float]]) -> dict[str, float]:
     """Average each score over the samples of an item; with several, pass@k and vote@n of the task's first score.
 
     k doubles up to the samples; a sample passes where that score is 1. The vote is scored as its first voter.
     """
-    found = [task.score(item, output) for output in outputs]
     scores = {name: fmean(one[name] for one in found) for name in found[0]}
     if (n := len(outputs)) == 1:
         return scores
@@ -163,13 +175,22 @@ def _scores(task: Task, item: Item, outputs: Sequence[str]) -> dict[str, float]:
 
 def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
     mask = torch.tensor([lm.denoiser.settings.mask_token_id])
+    holes = [lm.encode_pair("", item.answer)[1] for item in items]
     rows = []
-    for item in items:
-        before, hole = lm.encode_pair("", item.prompt)[1], lm.encode_pair("", item.answer)[1]
-        rows.append(torch.cat([before, mask.expand(len(hole)), lm.encode_pair("", item.suffix)[1]]))
-    out = lm.infill(rows, **options.sampling)
-    outputs = [lm.decode(tokens) for tokens in out.tokens]
-    return _scored(task, items, out, outputs)
+    for item, hole in zip(items, holes, strict=True):
+        before, after = lm.encode_pair("", item.prompt)[1], lm.encode_pair("", item.suffix)[1]
+        rows.append(torch.cat([before, mask.expand(len(hole)), after]))
+    out = lm.infill(rows, trace=True, **options.sampling)
+    records = _scored(task, items, out, [lm.decode(tokens) for tokens in out.tokens])
+    sure, n = _confidence(out), len(out.tokens) // len(items)
+    for i, record in enumerate(records):  # the true tokens are known: each one's confidence can be judged
+        judged = zip(sure[i * n : (i + 1) * n], out.tokens[i * n : (i + 1) * n], strict=True)
+        record["confidence"] = [
+            [p, float(token == true)]
+            for row, tokens in judged
+            for p, token, true in zip(row, tokens.tolist(), holes[i].tolist(), strict=True)
+        ]
+    return records
 
 
 def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
@@ -185,9 +206,11 @@ def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOp
     ):
         best = max(range(len(found)), key=lambda i: found[i].nats)
         normed = max(range(len(found)), key=lambda i: found[i].nats / size[i])
+        sure = 1 / sum(math.exp(one.nats - found[best].nats) for one in found)  # of the choices, as the only ones
         records.append(
             {
                 "scores": {"acc": float(best == item.answer), "acc_norm": float(normed == item.answer)},
+                "confidence": [[sure, float(best == item.answer)]],
                 "nats": [one.nats for one in found],
                 "standard_errors": [one.standard_error for one in found],
                 "forwards": sum(one.forwards for one in found),
@@ -237,6 +260,8 @@ class Summary:
     forwards_per_token: float | None
     perplexity: Perplexity | None = None
     """Of all texts together, where the task measures it."""
+    calibration: list[Bin] = field(default_factory=list)
+    """How often the model was right when it was how sure: of tokens where the true ones are known, else of answers."""
 
 
 def summarize(task: str, records: Sequence[Record]) -> Summary:
@@ -260,4 +285,5 @@ def summarize(task: str, records: Sequence[Record]) -> Summary:
         tokens_per_second=tokens / seconds if tokens else None,
         forwards_per_token=forwards / tokens if tokens else None,
         perplexity=Perplexity(**total) if total else None,
+        calibration=calibration([(p, right) for r in records for p, right in r.get("confidence", ())]),
     )

@@ -2,10 +2,11 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from redraft.layouts import Layout, attention_mask, block_mask, segment_positions
@@ -40,6 +41,11 @@ class Denoiser:
             )
         self.model.base_model.compile(dynamic=False)
         return replace(self, is_compiled=True)
+
+    @property
+    def can_append(self) -> bool:
+        """Whether `appended_logits_at` works: the model keeps keys and values, and is told its positions."""
+        return {"past_key_values", "position_ids"} <= set(signature(self.model.forward).parameters)
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +122,32 @@ class Denoiser:
             return self.model(
                 input_ids=input_ids.gather(1, positions),
                 attention_mask=model_masks(self.model, mask, positions, keys),
+                position_ids=positions + first_position(self.model.config),
+                past_key_values=slots,
+                use_cache=True,
+            ).logits
+
+    def appended_logits_at(
+        self,
+        where: Int[Tensor, "n"],
+        input_ids: Int[Tensor, "1 query"],
+        *,
+        positions: Int[Tensor, "1 query"],
+        key_positions: Int[Tensor, "1 key"],
+        mask: Bool[Tensor, "1 1 query key"],
+        slots: Slots,
+        start: int,
+    ) -> Float[Tensor, "n vocab"]:
+        """Feed tokens at any positions, under any mask, into the slots from `start` on; read the logits at `where`.
+
+        `where` counts the tokens fed; a logit shift is the caller's.
+        """
+        end = start + input_ids.shape[1]
+        slots.aim(Spans(starts=[start], ends=[end], key_ends=[end], reads_all=False), input_ids.device)
+        with head_at(self.model, where):
+            return self.model(
+                input_ids=input_ids,
+                attention_mask=model_masks(self.model, mask, positions, key_positions),
                 position_ids=positions + first_position(self.model.config),
                 past_key_values=slots,
                 use_cache=True,

@@ -1,6 +1,8 @@
 import itertools
 import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,8 +10,11 @@ from redraft.evaluation.metrics import (
     Perplexity,
     bleu,
     bootstrap,
+    calibration,
+    calibration_error,
     distinct_n,
     edit_similarity,
+    mauve,
     pass_at_k,
     quality,
     repetition,
@@ -17,6 +22,11 @@ from redraft.evaluation.metrics import (
     unigram_entropy,
     vote,
 )
+
+
+class Letters:
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [3 + ord(letter) % 30 for letter in text]}
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
@@ -66,14 +76,39 @@ def test_the_bootstrap_interval_covers_the_mean_and_shrinks():
     assert 0.38 < few.high - few.low < 0.5  # 2 * 1.96 * 0.5 / sqrt(20) = 0.44
 
 
-def test_quality_reports_perplexity_and_entropy_together(lm):
-    class Letters:
-        def __call__(self, text, add_special_tokens=False):
-            return {"input_ids": [3 + ord(letter) % 30 for letter in text]}
+def test_a_model_that_is_right_as_often_as_it_says_has_no_calibration_error():
+    honest = [(0.9, 1.0)] * 9 + [(0.9, 0.0)] + [(0.2, 1.0)] * 2 + [(0.2, 0.0)] * 8
+    assert calibration_error(calibration(honest)) == pytest.approx(0)
+    assert [one.count for one in calibration(honest)] == [10, 10]
+    boastful = [(1.0, 1.0), (1.0, 0.0)]
+    assert calibration_error(calibration(boastful)) == pytest.approx(0.5)
 
+
+def test_quality_reports_perplexity_and_entropy_together(lm):
     judge = replace(lm, tokenizer=Letters())
     found = quality(["abcdefgh", "", "hgfedcba"], judge, samples=8)
     assert found.unigram_entropy == pytest.approx(math.log(8))
     assert found.judge_nats_per_token > 0
     with pytest.raises(ValueError, match="all 1 are empty"):
         quality([""], judge)
+
+
+def test_mauve_compares_features_of_the_judge_where_its_package_is_installed(lm, monkeypatch):
+    judge = replace(lm, tokenizer=Letters())
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    with pytest.raises(ValueError, match="needs the package mauve-text: pip install"):
+        mauve(["abc"], ["abc"], judge)
+    asked = []
+
+    def compute(*, p_features, q_features, seed):
+        asked.append((p_features, q_features))
+        return SimpleNamespace(mauve=0.5)
+
+    monkeypatch.setitem(sys.modules, "mauve", SimpleNamespace(compute_mauve=compute))
+    assert mauve(["abc", "bcd", ""], ["abc", "xyz"], judge) == 0.5
+    (p, q) = asked[0]
+    assert p.shape == q.shape == (2, 32)
+    assert (p[0] == q[0]).all()
+    assert abs(p[1] - q[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="sets of texts; got 1 and 2"):
+        mauve(["abc", ""], ["abc", "xyz"], judge)

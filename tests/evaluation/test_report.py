@@ -64,6 +64,8 @@ def test_redraft_eval_runs_reports_and_goes_on_where_it_stopped(model_folder, tm
         assert f"torch {source['versions']['torch']}" in text
         assert "Seeds: sampling 0, masks 0, items 0" in text
     assert (out / "scores.png").stat().st_size > 5000
+    assert (out / "calibration.png").stat().st_size > 5000
+    assert "own: calibration error of the model's confidence" in (out / "report.md").read_text()
     before = (out / "own.0.jsonl").read_text()
     assert run_eval(command) == 0
     assert (out / "own.0.jsonl").read_text() == before
@@ -71,6 +73,18 @@ def test_redraft_eval_runs_reports_and_goes_on_where_it_stopped(model_folder, tm
         run_eval([*command, "--seed", "1"])
     plot_frontier(tmp_path / "frontier.png", [out], provenance({"bootstrap": 0}))
     assert (tmp_path / "frontier.png").exists()
+
+
+def test_a_sweep_evaluates_each_number_of_steps_and_draws_them(model_folder, tmp_path):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"prompt": "say", "answer": "x"}) + "\n")
+    command = [str(model_folder), "--tasks", str(tmp_path / "own.jsonl"), "--max-new-tokens", "4"]
+    command += ["--out", str(tmp_path / "out"), "--sweep-steps", "1", "4"]
+    assert run_eval(command) == 0
+    results = [json.loads((tmp_path / f"out/steps-{n}/results.json").read_text()) for n in (1, 4)]
+    assert [one["tasks"][0]["forwards_per_item"] for one in results] == [1, 4]
+    assert (tmp_path / "out/steps.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="--sweep-steps chooses the steps; got --steps"):
+        run_eval([*command, "--steps", "2"])
 
 
 def test_eval_without_a_task_says_what_there_is(model_folder):

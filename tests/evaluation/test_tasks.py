@@ -3,6 +3,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from redraft.evaluation.run import RunOptions, Store, run_task, summarize
 from redraft.evaluation.tasks import HumanEval, Item, JsonLines, TaskOptions, make_task, take
@@ -95,6 +96,8 @@ def test_two_processes_give_what_one_gives_and_a_crashed_one_loses_nothing(text_
     list(run_task(text_lm, mixed, stores[0], OPTIONS))  # one process goes on with what two left
     found = strip(stores[0].records("mixed").values())
     assert {k: r["scores"] for k, r in found.items()} == {k: r["scores"] for k, r in whole.items()}
+    assert all(0 < sure <= 1 and right in (0, 1) for r in found.values() for sure, right in r["confidence"])
+    assert all(len(r["confidence"]) == 1 for r in found.values())  # of an answer or a choice
 
 
 def test_results_of_other_settings_are_never_mixed(tmp_path):
@@ -126,8 +129,17 @@ def test_perplexity_and_infilling_run_and_are_summed_up(text_lm, tmp_path):
         def answer(self, item, output):
             return output
 
-    (record,) = run_task(text_lm, Holes(), Store(folder=tmp_path), OPTIONS)
+    options = replace(OPTIONS, sampling={"steps": 1, "preset": "llada"})
+    (record,) = run_task(text_lm, Holes(), Store(folder=tmp_path), options)
     assert record["tokens"] == 5
+    before, after = (text_lm.encode_pair("", text)[1] for text in ("def f(x):", "return x"))
+    canvas = torch.cat([before, torch.full((5,), 2), after])
+    p = text_lm.logits(canvas[None])[0, 9:14].softmax(1).index_fill(1, torch.tensor([2]), 0.0)
+    true = text_lm.encode_pair("", hole.answer)[1]
+    for place, (sure, is_right) in enumerate(record["confidence"]):
+        assert sure == pytest.approx(p[place].max().item(), abs=1e-4)
+        assert is_right == float(p[place].argmax() == true[place])
+    assert summarize("holes", [record]).calibration
 
 
 @pytest.mark.parametrize(
@@ -165,9 +177,14 @@ def test_an_empty_generation_scores_zero(tmp_path):
 
 
 def test_samples_of_an_item_pass_and_vote(text_lm, tmp_path, monkeypatch):
+    event = SimpleNamespace(kind="commit", position=1, confidence=0.5)
+    trace = SimpleNamespace(events=[event])
+
     def known(self, prompts, *, num_samples, **settings):
         texts = ["x", "y", " x ", "", "y", "y", "x", "z"][: len(prompts) * num_samples]
-        return SimpleNamespace(texts=texts, forwards=[2] * len(texts), tokens=[[0]] * len(texts))
+        return SimpleNamespace(
+            texts=texts, forwards=[2] * len(texts), tokens=[[0]] * len(texts), trace=[trace] * len(texts)
+        )
 
     monkeypatch.setattr(type(text_lm), "generate", known)
     task = write(tmp_path / "own.jsonl", {"prompt": "a", "answer": "x"}, {"prompt": "b", "answer": "x"})
