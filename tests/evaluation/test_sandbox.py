@@ -68,10 +68,10 @@ def test_an_infinite_loop_ends_at_the_time_limit(isolation):
 
 @BOTH
 def test_processor_time_is_limited_too(isolation):
-    limits = Limits(seconds=5, cpu_seconds=1)
+    limits = Limits(seconds=60, cpu_seconds=1)
     outcome = run_python("while True: pass", limits=limits, isolation=isolation)
     assert outcome.status == "timeout"
-    assert outcome.seconds < 4
+    assert outcome.seconds < 55  # a busy machine gives a second of processor time late
 
 
 @BOTH
