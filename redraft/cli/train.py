@@ -13,7 +13,7 @@ from redraft.errors import unknown_name
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
-from redraft.training.config import RECIPE_FILE, RunConfig
+from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig
 from redraft.training.latent_config import LatentRunConfig
 
 SMOKE = "--smoke runs it in seconds, offline: a tiny random model, tiny data, 3 steps; the objective as it is."
@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
         print(f"{default_doc(name)}\n\n{about}\n{SMOKE}\n{LAUNCH}\n")
     kind: type[Any] = type(default)
     config = parse(kind, flags, command=f"train {name}", default=default)
+    _check_length(config.train, default.train)
     if kind_of_launch or processes:
         without = [name, *_take("--processes", _take("--launch", given)[1])[1]]
         return _launch(kind_of_launch, processes, config, without)
@@ -57,6 +58,15 @@ def main(arguments: list[str]) -> int:
     for line in next_steps(str(outcome.folder)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_length(train: TrainConfig, default: TrainConfig) -> None:
+    """Raise ValueError where steps are asked for beside epochs, which go before them."""
+    if train.epochs is not None and train.max_steps != default.max_steps:
+        raise ValueError(
+            f"train.epochs {train.epochs:g} decides the number of steps; got train.max_steps {train.max_steps} beside "
+            "it. Add --train.epochs None to count in steps."
+        )
 
 
 def _launch(kind: str | None, wished: str | None, config: Any, arguments: list[str]) -> int:

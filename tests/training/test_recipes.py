@@ -85,6 +85,15 @@ def test_epochs_must_be_positive(epochs):
         TrainConfig(epochs=epochs)
 
 
+def test_steps_beside_the_epochs_of_a_recipe_are_refused_and_taken_without_them(capsys):
+    with pytest.raises(ValueError, match=r"train\.epochs 5 decides .*max_steps 100 beside it\. Add --train\.epochs"):
+        main(["llada-sft", "--train.max-steps", "100"])
+    assert not Path("runs").exists()
+    steps = ["--smoke", "--train.max-steps", "2", "--train.save-every", "2"]
+    assert main(["llada-sft", *steps, "--train.epochs", "None"]) == 0
+    assert Path("runs/llada-sft-smoke/checkpoint-2").exists()
+
+
 def test_a_block_causal_start_is_not_trained_with_full_attention(tmp_path):
     assert main(["bd3lm-owt", "--smoke", "--out", "blocks"]) == 0
     start = ModelConfig(start="blocks")
