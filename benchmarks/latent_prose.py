@@ -44,9 +44,9 @@ from redraft.training.latent_config import AutoencoderShape
 from redraft.training.run import drive
 
 SHAPES = {
-    "chunk 4x32": AutoencoderShape(kind="chunk", num_latents=4, latent_dim=32, hidden_size=256),
-    "chunk 8x32": AutoencoderShape(kind="chunk", num_latents=8, latent_dim=32, hidden_size=256),
-    "thought 8x32": AutoencoderShape(kind="thought", num_latents=8, latent_dim=32, hidden_size=128, num_layers=2),
+    "chunk-4x32": AutoencoderShape(kind="chunk", num_latents=4, latent_dim=32, hidden_size=256),
+    "chunk-8x32": AutoencoderShape(kind="chunk", num_latents=8, latent_dim=32, hidden_size=256),
+    "thought-8x32": AutoencoderShape(kind="thought", num_latents=8, latent_dim=32, hidden_size=128, num_layers=2),
 }
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 IGNORED = -100
@@ -318,7 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/prose"), help="folder of the models")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--base", default="chunk 8x32", choices=SHAPES, help="autoencoder of the denoiser")
+    parser.add_argument("--base", default="chunk-8x32", choices=SHAPES, help="autoencoder of the denoiser")
     parser.add_argument("--chunk-steps", type=int, default=1500)
     parser.add_argument("--thought-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=400, help="of the denoiser and of the Llama")
