@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -164,6 +164,11 @@ def new_blocks(train: Encoded, held_out: Encoded) -> tuple[Tensor, Tensor]:
     ids, mask = held_out.real_blocks()
     is_new = torch.tensor([tuple(row) not in known for row in ids.tolist()])
     return ids[is_new], mask[is_new]
+
+
+def first_rows(encoded: Encoded, count: int) -> Encoded:
+    """Take the first examples."""
+    return Encoded(**{f.name: getattr(encoded, f.name)[:count] for f in fields(Encoded)})
 
 
 @torch.no_grad()
@@ -322,6 +327,7 @@ def main() -> None:
     parser.add_argument("--chunk-steps", type=int, default=1500)
     parser.add_argument("--thought-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=400, help="of the denoiser and of the Llama")
+    parser.add_argument("--rows", type=int, default=256, help="held-out runs of blocks for the denoiser and the Llama")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--plot", type=Path)
@@ -336,6 +342,7 @@ def main() -> None:
             encode(list(task.examples()), tokenizer, split=s, held_out=task.held_out) for s in ("train", "validation")
         )
         show_autoencoder(name, model, task, tokenizer, *new_blocks(train, held_out))
+    held_out = first_rows(held_out, args.rows)
     thinker = load_thinker(trained(f"denoiser on {args.base}", args, train_denoiser(args)))
     size = sum(p.numel() for p in thinker.denoiser.parameters()) / 1e6
     print(f"\nheld out: {len(held_out.examples)} runs of blocks; denoiser: {size:.2f} M\n")
