@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import sysconfig
+from importlib import import_module
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -37,3 +39,18 @@ def test_the_data_limited_benchmark_tunes_compares_and_remembers(tmp_path):
     assert "| 4 | " in printed
     assert "\nMDLM: " in printed
     assert plot.exists()
+
+
+def test_the_paragraphs_of_the_prose_benchmark_are_sentences_in_short_blocks_and_come_back(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    prose = import_module("prose")
+    task = prose.Prose(vocab_size=400, root=Path(sysconfig.get_path("stdlib")) / "email")
+    texts = [text for texts in task.documents.values() for text in texts]
+    assert len(texts) > 50
+    assert all(text[0].isupper() and text[-1] in ".!?" and ">>>" not in text for text in texts)
+    examples = list(task.examples())
+    assert {len(example.blocks) for example in examples} <= {2, 3, 4, 5}
+    assert all(1 <= len(block.split()) <= 12 for example in examples for block in example.blocks)
+    assert all(task.is_solved(example.prompt, task.answer(list(example.blocks))) for example in examples[:50])
+    assert not prose.is_prose(">>> Return the sum of what is given to the function here.")
+    assert not prose.is_prose("name          what it is in a table\nother         what the other is.")
