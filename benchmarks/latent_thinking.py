@@ -4,9 +4,9 @@
 
 latent: autoencoder (as its recipe), denoiser, then steps, guidance, blocks and the necessity controls.
 latent + rollout: the last third of the steps with rollout; its answers are read off the thoughts and off the answer
-decoder. Baselines: AR that writes the thoughts out (countdown: also with the last step first, which commits to the end
-before the way), AR that answers at once and AR with pause tokens in the thoughts' place (where the answer is not the
-thoughts themselves), masked diffusion at several numbers of forwards. The task's verifier judges.
+decoder. Baselines: AR that writes the thoughts out, AR that answers at once and AR with pause tokens in the thoughts'
+place (where the answer is not the thoughts themselves), masked diffusion at several numbers of forwards. The task's
+verifier judges.
 
 Models train for the steps of STEPS, chosen for about equal time on one core; the CPU minutes they took are printed.
 """
@@ -35,7 +35,6 @@ import redraft
 from redraft.data.splits import split_of
 from redraft.data.tasks import TASKS, Example, Task, find_task, word_tokenizer
 from redraft.data.tasks.composition import Composition
-from redraft.data.tasks.countdown import Countdown
 from redraft.errors import unknown_name
 from redraft.evaluation.metrics import pass_at_k
 from redraft.latent.thinking import Thinker
@@ -47,7 +46,6 @@ from redraft.training.latent import Rows, Stage, run_stage, stage_trainer
 from redraft.training.run import drive
 
 IGNORED = -100
-REVERSED = "AR, last step first"
 STEPS = {"countdown": (4500, 3000), "composition": (1500, 1500), "sudoku": (1000, 1000), "sudoku-multi": (1000, 1000)}
 """Training of the latent models and of the baselines."""
 FILLS = (1, 2, 4, 8)
@@ -257,8 +255,6 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
     answer = lambda e: [*encode(tokenizer, e.answer), eos]  # noqa: E731
     pauses = lambda e: [tokenizer.mask_token_id] * len(encode(tokenizer, " ".join(e.blocks)))  # noqa: E731
     written = {"AR, thoughts written": thoughts, "masked diffusion": thoughts}
-    if isinstance(task, Countdown):
-        written[REVERSED] = lambda e: [*encode(tokenizer, " ".join(reversed(e.blocks))), eos]
     if any(task.answer(list(e.blocks)) != " ".join(e.blocks) for e in islice(task.examples(), 100)):
         written |= {"AR, answer at once": answer, "AR, pause tokens": lambda e: pauses(e) + answer(e)}
     return written
@@ -266,11 +262,8 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
 
 def spoken(task: Task, name: str, text: str) -> str:
     """Return the answer that a token model's text gives."""
-    words = text.split()
-    if name == REVERSED:
-        return " ".join([*words[4:], *words[:4]])
     if isinstance(task, Composition) and name in ("AR, thoughts written", "masked diffusion"):
-        return task.answer(words)  # blocks of one word each
+        return task.answer(text.split())  # blocks of one word each
     return text
 
 
