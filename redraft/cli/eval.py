@@ -67,6 +67,11 @@ def main(arguments: list[str]) -> int:
     if not args.tasks and args.suite is None:
         raise ValueError(f"name what to run: --tasks {', '.join(NAMED)}, a task of the harness, or --suite.")
 
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1; got {args.batch_size}.")
+    if min(args.sweep_steps, default=1) < 1:
+        raise ValueError(f"--sweep-steps are numbers of at least 1; got {min(args.sweep_steps)}.")
+
     sampling = args.sampling.given(arguments)
     if args.processes != 1:
         return _launch(args, arguments)

@@ -198,6 +198,11 @@ def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOp
     for item in items:
         key = _key(task, item)
         pairs = [lm.encode_pair(item.prompt, choice) for choice in item.choices]
+        if (longest := max(len(c) + len(a) for c, a in pairs)) > (lm.context_length or longest):
+            raise ValueError(
+                f"task {task.name}, item {item.id}: prompt and choice have {longest} tokens, and the model's context "
+                f"holds {lm.context_length}. Shorten the prompt."
+            )
         questions.append([Request(context=c, continuation=a, key=key) for c, a in pairs])
     lengths = [[float(len(choice)) for choice in item.choices] for item in items]
     records = []

@@ -72,6 +72,12 @@ class TaskOptions:
     held_out: float = 0.05
     """Fraction of documents that training held out (its data.validation-fraction), for the tasks on stdlib."""
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1; got {self.limit}. Leave it out for all items.")
+        if not 0 < self.held_out <= 1:
+            raise ValueError(f"held_out is a fraction in (0, 1]; got {self.held_out}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
@@ -201,6 +207,8 @@ class JsonLines:
         if not isinstance(record, dict) or "prompt" not in record or "answer" not in record:
             raise ValueError(f'{where} has no verifier: an item is {{"prompt": ..., "answer": ...}}; got {line[:80]}')
         choices, answer = tuple(record.get("choices", ())), record["answer"]
+        if not isinstance(record["prompt"], str) or not all(isinstance(one, str) and one for one in choices):
+            raise ValueError(f"{where}: prompt is a text, choices are texts that are not empty; got {line[:80]}")
         if choices and answer not in range(len(choices)):
             raise ValueError(f"{where}: answer is the index of one of {len(choices)} choices; got {answer!r}.")
         kind: Kind = "choose" if choices else "generate"
@@ -224,7 +232,7 @@ def make_task(name: str, options: TaskOptions) -> Task:
         return JsonLines(path=Path(name))
     kind, _, rest = name.partition(":")
     if name == "humaneval" and not options.allow_code:
-        raise ValueError("humaneval runs generated code. Allow it with --allow-code (it runs in a sandbox).")
+        raise ValueError("humaneval runs generated code. Allow it with --items.allow-code (it runs in a sandbox).")
     if kind == "reasoning-gym" and rest:
         _check_gym(rest)
         return ReasoningGym(name=name, dataset=rest, size=options.limit or 50, seed=options.seed)

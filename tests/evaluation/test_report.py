@@ -85,6 +85,10 @@ def test_a_sweep_evaluates_each_number_of_steps_and_draws_them(model_folder, tmp
     assert (tmp_path / "out/steps.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="--sweep-steps chooses the steps; got --steps"):
         run_eval([*command, "--steps", "2"])
+    with pytest.raises(ValueError, match="--sweep-steps are numbers of at least 1; got 0"):
+        run_eval([*command[:-1], "0"])
+    with pytest.raises(ValueError, match="--batch-size must be at least 1; got 0"):
+        run_eval([*command, "--batch-size", "0"])
 
 
 def test_eval_without_a_task_says_what_there_is(model_folder):

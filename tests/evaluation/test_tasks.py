@@ -146,7 +146,7 @@ def test_perplexity_and_infilling_run_and_are_summed_up(text_lm, tmp_path):
     ("name", "message"),
     [
         ("contdown", "unknown task 'contdown'.*Did you mean 'countdown'"),
-        ("humaneval", "runs generated code. Allow it with --allow-code"),
+        ("humaneval", "runs generated code. Allow it with --items.allow-code"),
         ("reasoning-gym:suduko", "unknown reasoning-gym dataset 'suduko'.*Did you mean 'sudoku'"),
         ("nowhere.jsonl", "no file nowhere.jsonl"),
     ],
@@ -163,12 +163,26 @@ def test_items_that_cannot_be_verified_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             take(write(tmp_path / "bad.jsonl", record), None)
+    for bad in ({"prompt": 3, "answer": "x"}, {"prompt": "x", "choices": ["", "y"], "answer": 0}):
+        with pytest.raises(ValueError, match="line 1: prompt is a text, choices are texts that are not empty"):
+            take(write(tmp_path / "bad.jsonl", bad), None)
+    for options, message in [({"limit": 0}, "limit must be at least 1; got 0"), ({"held_out": 2.0}, "held_out is a")]:
+        with pytest.raises(ValueError, match=message):
+            TaskOptions(**options)
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(ValueError, match="line 1 is not JSON"):
         take(JsonLines(path=tmp_path / "bad.jsonl"), None)
     (tmp_path / "bad.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="has no items"):
         take(JsonLines(path=tmp_path / "bad.jsonl"), None)
+
+
+def test_a_question_longer_than_the_model_is_refused(text_lm, tmp_path):
+    task = write(tmp_path / "long.jsonl", {"prompt": "word " * 40, "choices": ["a", "b"], "answer": 0})
+    with pytest.raises(
+        ValueError, match="item 1: prompt and choice have 201 tokens, and the model's context holds 128"
+    ):
+        list(run_task(text_lm, task, opened(tmp_path / "out"), OPTIONS))
 
 
 def test_an_empty_generation_scores_zero(tmp_path):
