@@ -66,6 +66,8 @@ class TextAutoencoder(PreTrainedModel):
             raise unknown_name("autoencoder", config.kind, KINDS)
         if config.kind == "sentence" and config.num_latents != 1:
             raise ValueError(f"a sentence vector is one latent; got num_latents={config.num_latents}. Use 1.")
+        if config.num_layers < (0 if config.kind == "chunk" else 1):
+            raise ValueError(f"{config.kind} has too few layers; got num_layers={config.num_layers}. Leave it out.")
         self.encoder: Any
         self.decoder: Any
         self.shift: Tensor

@@ -9,7 +9,7 @@ def latent_autoencoder() -> LatentRunConfig:
     return LatentRunConfig(
         out="runs/latent-autoencoder",
         stage="autoencoder",
-        autoencoder=AutoencoderShape(num_layers=0, latent_noise=1.0),  # a linear code: smaller, and easier to denoise
+        autoencoder=AutoencoderShape(latent_noise=1.0),
         train=TrainConfig(
             learning_rate=4e-3,
             batch_size=512,

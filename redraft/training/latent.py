@@ -163,6 +163,8 @@ def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
     train = encode(examples, tokenizer, split="train", held_out=task.held_out)
     held_out = encode(examples, tokenizer, split="validation", held_out=task.held_out)
     saved = {f.name: getattr(shape, f.name) for f in fields(shape) if hasattr(AutoencoderConfig, f.name)}
+    if shape.num_layers is None:
+        saved["num_layers"] = 0 if shape.kind == "chunk" else 1
     settings = AutoencoderConfig(
         **saved, vocab_size=len(tokenizer), block_tokens=train.blocks.shape[2], task=config.task
     )

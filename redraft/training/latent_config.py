@@ -22,8 +22,8 @@ class AutoencoderShape:
     """Width of a vector."""
     hidden_size: int = 256
     """Width of the autoencoder."""
-    num_layers: int = 1
-    """Layers of encoder and of decoder."""
+    num_layers: int | None = None
+    """Layers of encoder and of decoder; by default none for chunk (a linear code) and one for the others."""
     encoder: str | None = None
     """Folder or hub id of the frozen encoder, whose tokenizer is used."""
     latent_noise: float = 0.5

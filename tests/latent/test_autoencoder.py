@@ -119,6 +119,7 @@ def test_a_gate_that_was_missed_or_never_measured_is_told():
     [
         (lambda: TextAutoencoder(AutoencoderConfig(kind="vae")), "unknown autoencoder 'vae'; known are chunk"),
         (lambda: tiny("sentence", num_latents=2), "a sentence vector is one latent; got num_latents=2"),
+        (lambda: tiny("thought", num_layers=0), "thought has too few layers; got num_layers=0. Leave it out."),
         (lambda: TextAutoencoder(AutoencoderConfig(kind="resampler")), "needs encoder=, a folder or hub id"),
         (lambda: tiny("chunk").decode(torch.zeros(1, 2, 8)), "no normaliser; got scale 0"),
         (lambda: tiny("chunk").encode_normalized(*blocks()), "no normaliser"),
