@@ -5,8 +5,8 @@
 latent: autoencoder (as its recipe), denoiser, then steps, guidance, blocks and the necessity controls.
 latent + rollout: the last third of the steps with rollout; its answers are read off the thoughts and off the answer
 decoder. Baselines: AR that writes the thoughts out, AR that answers at once and AR with pause tokens in the thoughts'
-place (where the answer is not the thoughts themselves), masked diffusion at several numbers of forwards. The task's
-verifier judges.
+place (where the answer is not the thoughts themselves), on countdown AR that writes the last step first, masked
+diffusion at several numbers of forwards. The task's verifier judges.
 
 Models train for the steps of STEPS, chosen for about equal time on one core; the CPU minutes they took are printed.
 """
@@ -35,6 +35,7 @@ import redraft
 from redraft.data.splits import split_of
 from redraft.data.tasks import TASKS, Example, Task, find_task, word_tokenizer
 from redraft.data.tasks.composition import Composition
+from redraft.data.tasks.countdown import Countdown
 from redraft.errors import unknown_name
 from redraft.evaluation.metrics import pass_at_k
 from redraft.latent.thinking import Thinker
@@ -46,10 +47,19 @@ from redraft.training.latent import Rows, Stage, run_stage, stage_trainer
 from redraft.training.run import drive
 
 IGNORED = -100
-STEPS = {"countdown": (4500, 3000), "composition": (1500, 1500), "sudoku": (1000, 1000), "sudoku-multi": (1000, 1000)}
-"""Training of the latent models and of the baselines."""
+STEPS = {
+    "countdown": (4500, 3000, 5000),
+    "composition": (1500, 1500, 1500),
+    "sudoku": (1000, 1000, 1000),
+    "sudoku-multi": (1000, 1000, 1000),
+}
+"""Training of the latent models, of AR and of masked diffusion."""
+RATE = 2e-3
+"""Learning rate of the baselines."""
 FILLS = (1, 2, 4, 8)
 """Forwards of masked diffusion, beside one for each token."""
+BACKWARDS = "AR, last thought first"
+"""Countdown planned from its target: the order of writing, not what is written, is another."""
 QUIET = Console(quiet=True)
 
 
@@ -207,7 +217,7 @@ def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder)
         return {"loss": process.loss(logits, noised.flatten()[where]).sum() / (labels != IGNORED).sum()}
 
     recipe = RECIPES["latent-denoiser"]()
-    train = replace(recipe.train, seed=seed, max_minutes=None, max_steps=args.steps)
+    train = replace(recipe.train, seed=seed, max_minutes=None, max_steps=args.steps, learning_rate=RATE)
     stage = Stage(
         model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=tokenizer, finish=lambda _: None
     )
@@ -255,6 +265,8 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
     answer = lambda e: [*encode(tokenizer, e.answer), eos]  # noqa: E731
     pauses = lambda e: [tokenizer.mask_token_id] * len(encode(tokenizer, " ".join(e.blocks)))  # noqa: E731
     written = {"AR, thoughts written": thoughts, "masked diffusion": thoughts}
+    if isinstance(task, Countdown):
+        written[BACKWARDS] = lambda e: [*encode(tokenizer, " ".join(e.blocks[::-1])), eos]
     if any(task.answer(list(e.blocks)) != " ".join(e.blocks) for e in islice(task.examples(), 100)):
         written |= {"AR, answer at once": answer, "AR, pause tokens": lambda e: pauses(e) + answer(e)}
     return written
@@ -262,6 +274,9 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
 
 def spoken(task: Task, name: str, text: str) -> str:
     """Return the answer that a token model's text gives."""
+    if name == BACKWARDS:  # steps of four words
+        words = text.split()
+        return " ".join(words[len(words) // 2 :] + words[: len(words) // 2])
     if isinstance(task, Composition) and name in ("AR, thoughts written", "masked diffusion"):
         return task.answer(text.split())  # blocks of one word each
     return text
@@ -312,7 +327,7 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
 
 def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> list[dict[str, Any]]:
     """Return the rows of a model and seed: from --runs where they are there, else by training it."""
-    args.steps = args.max_steps or STEPS[args.task][not group.startswith("latent")]
+    args.steps = args.max_steps or STEPS[args.task][("latent", "AR", "masked").index(group.split(",")[0].split()[0])]
     settings = (args.task, args.steps, args.layers, args.samples, len(table.prompts), seed, group)
     key = " ".join(map(str, settings))
     if args.runs and args.runs.is_file():
@@ -364,7 +379,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="countdown", choices=TASKS)
-    parser.add_argument("--max-steps", type=int, help=f"training of each model; by default, latent and others: {STEPS}")
+    parser.add_argument("--max-steps", type=int, help=f"of each model; by default, latent, AR, masked: {STEPS}")
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=400)

@@ -16,16 +16,20 @@ from redraft.randomness import normal, uniform
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutObjective:
-    """Denoise all blocks in a few DDIM steps, the last of each with gradient; then the answer's nats."""
+    """Denoise all blocks in a few DDIM steps, the last ones with gradient; then the answer's nats."""
 
     steps: int = 5
     """Denoising steps for each block."""
+    gradient_steps: int = 1
+    """The last steps of each block that carry the answer's gradient; with 0 it stops at the thoughts."""
     weight: float = 1.0
     """Weight of the answer's cross-entropy, beside the teacher-forced losses."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.weight > 0:
             raise ValueError(f"rollout.steps must be at least 1 and weight positive; got {self.steps}, {self.weight}.")
+        if not 0 <= self.gradient_steps <= self.steps:
+            raise ValueError(f"rollout.gradient_steps must be in [0, {self.steps}]; got {self.gradient_steps}.")
 
     def __call__(
         self, model: Any, batch: ThoughtBatch, *, seed: int, step: int, part: Part | None = None
@@ -51,13 +55,13 @@ class RolloutObjective:
         own: Float[Tensor, "batch before latents dim"],
         z: Float[Tensor, "batch latents dim"],
     ) -> Float[Tensor, "batch latents dim"]:
-        """Make the next block: DDIM, self-conditioned. Only the last estimate carries a gradient."""
+        """Make the next block: DDIM, self-conditioned."""
         process = model.config.process
         queries = SOLVERS["ddim"](process.schedule, z, uniform_times(self.steps).to(z.device), noise=lambda _: z)
         z, t = next(queries)
         x_0 = torch.zeros_like(z)
         for index in range(self.steps):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and index + 1 == self.steps):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index + self.gradient_steps >= self.steps):
                 hidden = _run(model, batch, own, z=z, x_0=x_0.detach(), t=t)
                 x_0 = process.predict_x_0(model.out(hidden.latents[:, -z.shape[1] :]), z, t.to(z).expand(z.shape[:2]))
             if index + 1 < self.steps:
