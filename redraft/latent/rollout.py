@@ -1,52 +1,101 @@
 """The third stage: answers after the model's own thoughts, because true ones are not there at sampling."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from redraft.latent.objective import answer_input, answer_loss, prompt_tokens
 from redraft.latent.sequence import Hidden, Latents, Part, ThoughtBatch
 from redraft.latent.solvers import SOLVERS, uniform_times
 from redraft.layouts import two_copy_mask
+from redraft.processes.gaussian import GaussianDiffusion, NoisedLatents
 from redraft.randomness import normal, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
+class Known:
+    """All rows of the training data, and for each of them those of the same prompt."""
+
+    blocks: Float[Tensor, "rows blocks latents dim"]
+    num_blocks: Int[Tensor, "rows"]
+    answer: Int[Tensor, "rows answer"]
+    is_answer: Bool[Tensor, "rows answer"]
+
+    def nearest(self, batch: ThoughtBatch, own: Float[Tensor, "batch blocks latents dim"]) -> ThoughtBatch:
+        """Put in place of each row that of `batch.alike` whose blocks have the least mean squared distance to `own`."""
+        assert batch.alike is not None
+        number = self.num_blocks[batch.alike]  # (B, A)
+        is_real = torch.arange(own.shape[1], device=own.device) < number[..., None]
+        distance = (self.blocks[batch.alike] - own[:, None]).square().mean((-1, -2)) * is_real  # (B, A, K)
+        choice = (distance.sum(-1) / number).argmin(1, keepdim=True)
+        row = batch.alike.gather(1, choice)[:, 0]
+        columns = {name: getattr(self, name)[row] for name in ("blocks", "num_blocks", "answer", "is_answer")}
+        return replace(batch, **columns)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutObjective:
-    """Denoise all blocks in a few DDIM steps, the last ones with gradient; then the answer's nats."""
+    """Denoise all blocks in a few DDIM steps; take the nearest train of thought that the data has for the prompt.
+
+    It is what every estimate on the way should have said, and its answer is what should be answered after them: where a
+    task has many right thoughts, any other would teach the answer to look away from those that are there.
+    """
 
     steps: int = 5
     """Denoising steps for each block."""
-    gradient_steps: int = 1
-    """The last steps of each block that carry the answer's gradient; with 0 it stops at the thoughts."""
     weight: float = 1.0
     """Weight of the answer's cross-entropy, beside the teacher-forced losses."""
+    thought_weight: float = 1.0
+    """Weight of the flow loss of the estimates at the model's own noisy latents."""
+    answer_gradient: bool = False
+    """Let the answer's gradient pass through the last estimate of each block; it may make thoughts unreadable."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.weight > 0:
-            raise ValueError(f"rollout.steps must be at least 1 and weight positive; got {self.steps}, {self.weight}.")
-        if not 0 <= self.gradient_steps <= self.steps:
-            raise ValueError(f"rollout.gradient_steps must be in [0, {self.steps}]; got {self.gradient_steps}.")
+        if self.steps < 1:
+            raise ValueError(f"rollout.steps must be at least 1; got {self.steps}.")
+        if min(self.weight, self.thought_weight) < 0 or not self.weight + self.thought_weight:
+            raise ValueError(
+                f"rollout.weight and rollout.thought_weight must be positive, or one of them 0; got {self.weight}, "
+                f"{self.thought_weight}."
+            )
 
     def __call__(
-        self, model: Any, batch: ThoughtBatch, *, seed: int, step: int, part: Part | None = None
+        self,
+        model: Any,
+        batch: ThoughtBatch,
+        *,
+        seed: int,
+        step: int,
+        part: Part | None = None,
+        known: Known | None = None,
     ) -> dict[str, Tensor]:
-        """Return {"rollout": nats per answer token, "loss": the same, weighted}."""
+        """Return {"own": flow loss, "rollout": nats per answer token, "loss": their weighted sum}."""
         part = part or Part.whole(batch)
         rows, count, size, dim = batch.blocks.shape
         index, places = part.rows[:, None], torch.arange(size * dim)
-        own = batch.blocks[:, :0]
+        own, estimates = batch.blocks[:, :0], []
         for block in range(1, count + 1):
             draws = normal(seed, step, 11, index, block, places.to(index.device)).to(own).view(rows, size, dim)
-            own = torch.cat([own, self._denoise(model, batch, own, draws)[:, None]], dim=1)
-        u = uniform(seed, step, 12, index, torch.arange(batch.answer.shape[1] + 1, device=index.device))
-        ids, positions, order, noised = answer_input(model, batch.answer, u=u)
-        hidden = _run(model, batch, own, answer=(ids, positions, order))
-        nats = answer_loss(model, batch, part, hidden.tokens[:, batch.prompt.shape[1] :], noised)
-        return {"rollout": nats, "loss": self.weight * nats}
+            found = self._denoise(model, batch, own, draws)
+            own = torch.cat([own, found[-1].x_0[:, None]], dim=1)
+            estimates.append(found)
+        batch = batch if known is None else known.nearest(batch, own.detach())
+        losses = {"loss": torch.zeros((), device=own.device)}
+        if self.thought_weight:
+            losses["own"] = _flow_loss(model.config.process, estimates, batch) / (part.num_blocks * size * self.steps)
+            losses["loss"] = self.thought_weight * losses["own"]
+        if self.weight:
+            u = uniform(seed, step, 12, index, torch.arange(batch.answer.shape[1] + 1, device=index.device))
+            ids, positions, order, noised = answer_input(model, batch.answer, u=u)
+            seen = own if self.answer_gradient else own.detach()
+            hidden = _run(model, batch, seen, answer=(ids, positions, order))
+            states = hidden.tokens[:, batch.prompt.shape[1] :]
+            losses["rollout"] = answer_loss(model, batch, part, states, noised)
+            losses["loss"] = losses["loss"] + self.weight * losses["rollout"]
+        return losses
 
     def _denoise(
         self,
@@ -54,19 +103,47 @@ class RolloutObjective:
         batch: ThoughtBatch,
         own: Float[Tensor, "batch before latents dim"],
         z: Float[Tensor, "batch latents dim"],
-    ) -> Float[Tensor, "batch latents dim"]:
-        """Make the next block: DDIM, self-conditioned."""
+    ) -> list["_Estimate"]:
+        """Make the next block: DDIM, self-conditioned. No gradient passes from one estimate to the next."""
         process = model.config.process
         queries = SOLVERS["ddim"](process.schedule, z, uniform_times(self.steps).to(z.device), noise=lambda _: z)
         z, t = next(queries)
-        x_0 = torch.zeros_like(z)
+        x_0, estimates = torch.zeros_like(z), []
         for index in range(self.steps):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and index + self.gradient_steps >= self.steps):
-                hidden = _run(model, batch, own, z=z, x_0=x_0.detach(), t=t)
-                x_0 = process.predict_x_0(model.out(hidden.latents[:, -z.shape[1] :]), z, t.to(z).expand(z.shape[:2]))
-            if index + 1 < self.steps:
-                z, t = queries.send(x_0)
-        return x_0  # what DDIM's step to t = 0 returns
+            is_last = index + 1 == self.steps
+            is_used = self.thought_weight > 0 or (is_last and self.answer_gradient)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and is_used):
+                hidden = _run(model, batch, own.detach(), z=z, x_0=x_0.detach(), t=t)
+                output = model.out(hidden.latents[:, -z.shape[1] :])
+                x_0 = process.predict_x_0(output, z, t.to(z).expand(z.shape[:2]))
+            estimates.append(_Estimate(output=output, z_t=z, t=t.to(z), x_0=x_0))
+            if not is_last:
+                z, t = queries.send(x_0.detach())
+        return estimates  # the last x_0 is what DDIM's step to t = 0 returns
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Estimate:
+    """What the model said of one block at one step."""
+
+    output: Float[Tensor, "batch latents dim"]
+    z_t: Float[Tensor, "batch latents dim"]
+    t: Float[Tensor, ""]
+    x_0: Float[Tensor, "batch latents dim"]
+
+
+def _flow_loss(process: GaussianDiffusion, estimates: list[list[_Estimate]], batch: ThoughtBatch) -> Float[Tensor, ""]:
+    """Sum the loss of all estimates of all real blocks, had the noisy latents been made from the batch's blocks."""
+    total = torch.zeros((), device=batch.blocks.device)
+    for number, found in enumerate(estimates):
+        x_0, is_real = batch.blocks[:, number], (number < batch.num_blocks)[:, None]
+        for estimate in found:
+            t = estimate.t.expand(x_0.shape[:2])
+            alpha, sigma = process.coefficients(t, like=x_0)
+            eps = (estimate.z_t - alpha * x_0) / sigma
+            noised = NoisedLatents(x_0=x_0, t=t, eps=eps, z_t=estimate.z_t)
+            total = total + (process.loss(estimate.output, noised) * is_real).sum()
+    return total
 
 
 def _run(

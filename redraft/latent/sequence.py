@@ -61,6 +61,8 @@ class ThoughtBatch:
     num_blocks: Int[Tensor, "batch"]
     answer: Int[Tensor, "batch answer"]
     is_answer: Bool[Tensor, "batch answer"]
+    alike: Int[Tensor, "batch alike"] | None = None
+    """Rows of the training data with the same prompt, itself among them (repeated where there are fewer)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from redraft.data.splits import split_of
 from redraft.data.tasks import Encoded, Task, encode, find_task, word_tokenizer
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder, gate_failures, measure_gate
 from redraft.latent.checkpoint import AUTOENCODER_FOLDER, load_autoencoder, load_thinker, require_stage
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
+from redraft.latent.rollout import Known
 from redraft.latent.sequence import Part, ThoughtBatch
 from redraft.latent.thinking import Thinker
 from redraft.models.load import load_tokenizer
@@ -64,7 +67,9 @@ class StageTrainer(KeyedTrainer):
 
     def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Count real blocks and answer tokens (where there are some), all real positions, and all positions."""
-        columns = [c for name, c in batch.items() if name != "row" and c.ndim > 1 and c.dtype != torch.bool]
+        columns = [
+            c for name, c in batch.items() if name not in ("row", "alike") and c.ndim > 1 and c.dtype != torch.bool
+        ]
         positions = sum(c[..., 0].numel() if c.is_floating_point() else c.numel() for c in columns)
         padding = sum(((~c).sum() for c in batch.values() if c.dtype == torch.bool), torch.tensor(0))
         items = [batch[name].sum() if name in batch else torch.tensor(0) for name in ("num_blocks", "is_answer")]
@@ -216,7 +221,8 @@ def _denoiser(config: LatentRunConfig, task: Task) -> Stage:
         task=config.task,
     )
     thinker = Thinker(LatentDenoiser(settings), autoencoder, tokenizer)
-    return _thinking_stage(config, task, thinker, examples, config.objective)
+    rows = thought_rows(autoencoder, train, with_answer=settings.answer_tokens > 0)
+    return _thinking_stage(config, task, thinker, rows, config.objective)
 
 
 def _rollout(config: LatentRunConfig, task: Task) -> Stage:
@@ -228,36 +234,48 @@ def _rollout(config: LatentRunConfig, task: Task) -> Stage:
             f"{config.start} has no answer decoder, whose loss rollout needs. Train it with an answer_weight."
         )
     thinker.denoiser.config.stage = "rollout"
-    teacher = config.objective
+    train = encode(list(task.examples()), thinker.tokenizer, split="train", held_out=task.held_out)
+    rows = thought_rows(thinker.autoencoder, train)
+    known = {f.name: rows.columns[f.name] for f in fields(Known)}
+    known_on = cache(lambda device: Known(**{name: column.to(device) for name, column in known.items()}))
+    rows.columns["alike"] = alike([example.prompt for example in train.examples])
 
     def objective(model: Any, batch: ThoughtBatch, *, seed: int, step: int, part: Part, wrapped: Any) -> Losses:
-        forced = teacher(model, batch, seed=seed, step=step, part=part, wrapped=wrapped)
-        own = config.rollout(model, batch, seed=seed, step=step, part=part)
+        forced = config.objective(model, batch, seed=seed, step=step, part=part, wrapped=wrapped)
+        own = config.rollout(model, batch, seed=seed, step=step, part=part, known=known_on(model.device))
         return forced | own | {"loss": forced["loss"] + own["loss"]}
 
-    return _thinking_stage(config, task, thinker, list(task.examples()), objective)
+    return _thinking_stage(config, task, thinker, rows, objective)
 
 
-def _thinking_stage(
-    config: LatentRunConfig, task: Task, thinker: Thinker, examples: list[Any], objective: Any
-) -> Stage:
+def alike(prompts: list[str]) -> Tensor:
+    """For each row the rows with the same prompt, (rows, most of them), the first repeated where there are fewer."""
+    found: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        found.setdefault(prompt, []).append(row)
+    most = max(map(len, found.values()))
+    return torch.tensor([found[p] + found[p][:1] * (most - len(found[p])) for p in prompts])
+
+
+def _thinking_stage(config: LatentRunConfig, task: Task, thinker: Thinker, rows: Rows, objective: Any) -> Stage:
     model, tokenizer = thinker.denoiser, thinker.tokenizer
-    train = encode(examples, tokenizer, split="train", held_out=task.held_out)
-    held_out = encode(examples, tokenizer, split="validation", held_out=task.held_out)
 
     def losses(wrapped: Any, batch: Batch, step: int, part: Part) -> Losses:
         return objective(model, ThoughtBatch(**batch), seed=config.train.seed, step=step, part=part, wrapped=wrapped)
 
     def finish(console: Console) -> None:
         torch.nn.Module.to(thinker.autoencoder, model.device)
-        share, count = solved(thinker, task, [example.prompt for example in held_out.examples])
+        held_out = {
+            e.prompt: 0 for e in task.examples() if split_of(e.prompt, validation_fraction=task.held_out) != "train"
+        }
+        share, count = solved(thinker, task, [*held_out])
         console.print(
             f"held out: {100 * share:.1f} % of {count} prompts solved, one sample, {FINAL_STEPS} steps a block"
         )
 
     return Stage(
         model=model,
-        rows=thought_rows(thinker.autoencoder, train, with_answer=model.config.answer_tokens > 0),
+        rows=rows,
         losses=losses,
         tokenizer=tokenizer,
         finish=finish,
