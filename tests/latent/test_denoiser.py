@@ -8,9 +8,11 @@ from tiny_thinker import tiny_batch, tiny_thinker
 
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
 from redraft.latent.objective import ThoughtObjective, _Draws, _joint, _two_copies
-from redraft.latent.rollout import RolloutObjective
+from redraft.latent.rollout import Known, RolloutObjective
 from redraft.latent.sequence import Latents, Part, Tokens
 from redraft.layouts import two_copy_mask
+from redraft.randomness import normal
+from redraft.training.latent import alike
 
 CERTAIN = ThoughtObjective(drop_prompt=0.0, context_noise=0.0, joint=0.0, self_conditioning=0.0)
 
@@ -150,11 +152,59 @@ def test_rows_draw_the_same_noise_whatever_blocks_they_have():
 
 
 @pytest.mark.parametrize("answer", ["autoregressive", "masked"])
-def test_rollout_sends_the_answers_gradient_through_the_thoughts(answer):
+@pytest.mark.parametrize("passes", [True, False])
+def test_rollout_sends_the_answers_gradient_through_the_thoughts_if_told_to(answer, passes):
     thinker = tiny_thinker(answer=answer)
-    losses = RolloutObjective(steps=2)(thinker.denoiser, tiny_batch(thinker), seed=0, step=0)
+    objective = RolloutObjective(steps=2, thought_weight=0.0, answer_gradient=passes)
+    losses = objective(thinker.denoiser, tiny_batch(thinker), seed=0, step=0)
     losses["loss"].backward()
-    assert thinker.denoiser.out.weight.grad.abs().sum() > 0  # only the thoughts use this head
+    grad = thinker.denoiser.out.weight.grad  # only the thoughts use this head
+    assert (grad is not None and grad.abs().sum() > 0) == passes
+
+
+def test_rollout_teaches_every_step_of_its_own_trajectory():
+    """The flow loss by hand: the x_0 error of each estimate, weighed at its own noisy latents."""
+    thinker = tiny_thinker()
+    model, batch = thinker.denoiser, tiny_batch(thinker)
+    objective = RolloutObjective(steps=3, weight=0.0)
+    losses = objective(model, batch, seed=0, step=0)
+    assert set(losses) == {"own", "loss"}
+    rows, count, size, dim = batch.blocks.shape
+    index, own, total = torch.arange(rows)[:, None], batch.blocks[:, :0], 0.0
+    for block in range(count):
+        z = normal(0, 0, 11, index, block + 1, torch.arange(size * dim)).to(own).view(rows, size, dim)
+        for estimate, t in zip(objective._denoise(model, batch, own, z), (1, 2 / 3, 1 / 3), strict=True):
+            error = (estimate.x_0 - batch.blocks[:, block]).square().mean(-1) * (block < batch.num_blocks)[:, None]
+            total = total + error.sum() / max(t, 0.2)
+            x_0 = estimate.x_0.detach()
+        own = torch.cat([own, x_0[:, None]], dim=1)
+    expected = total / (batch.num_blocks.sum() * size * 3)
+    assert torch.allclose(losses["own"].double(), expected.double(), rtol=1e-5)
+    losses["loss"].backward()
+    assert model.out.weight.grad.abs().sum() > 0
+
+
+def test_rollout_takes_the_nearest_known_train_of_thought_and_its_answer():
+    batch = tiny_batch(tiny_thinker())
+    rows = len(batch.prompt)
+    known = Known(
+        blocks=torch.cat([batch.blocks, batch.blocks + 1]),
+        num_blocks=batch.num_blocks.repeat(2),
+        answer=torch.arange(2 * rows)[:, None].expand(-1, batch.answer.shape[1]),
+        is_answer=batch.is_answer.repeat(2, 1),
+    )
+    own_and_other = torch.stack([torch.arange(rows), torch.arange(rows) + rows], dim=1)
+    batch = replace(batch, alike=own_and_other)
+    far_beyond_the_end = batch.blocks.clone()
+    far_beyond_the_end[torch.arange(batch.blocks.shape[1]) >= batch.num_blocks[:, None]] = 9.0
+    assert known.nearest(batch, far_beyond_the_end + 0.2).answer[:, 0].tolist() == list(range(rows))
+    found = known.nearest(batch, batch.blocks + 0.8)
+    assert found.answer[:, 0].tolist() == list(range(rows, 2 * rows))
+    assert torch.equal(found.blocks, batch.blocks + 1)
+
+
+def test_rows_of_one_prompt_know_each_other():
+    assert alike(["a", "b", "a", "c", "a"]).tolist() == [[0, 2, 4], [1, 1, 1], [0, 2, 4], [3, 3, 3], [0, 2, 4]]
 
 
 def test_a_model_learns_one_batch_by_heart():
