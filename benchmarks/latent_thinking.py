@@ -2,11 +2,11 @@
 
     python benchmarks/latent_thinking.py --task countdown --seeds 0 1 2 --runs runs/thinking.jsonl
 
-latent: autoencoder (as its recipe), denoiser, then steps, guidance, blocks and the necessity controls.
-latent + rollout: the last third of the steps with rollout; its answers are read off the thoughts and off the answer
-decoder. Baselines: AR that writes the thoughts out, AR that answers at once and AR with pause tokens in the thoughts'
-place (where the answer is not the thoughts themselves), on countdown AR that writes the last step first, masked
-diffusion at several numbers of forwards. The task's verifier judges.
+latent: autoencoder (as its recipe), denoiser, then steps, guidance, blocks and the necessity controls; on countdown
+rollout follows, all of it again, and what the answer decoder says. Baselines: AR that writes the thoughts out, AR that
+answers at once and AR with pause tokens in the thoughts' place (where the answer is not the thoughts themselves), on
+countdown AR that writes the last step first, masked diffusion at several numbers of forwards. The task's verifier
+judges.
 
 Models train for the steps of STEPS, chosen for about equal time on one core; the CPU minutes they took are printed.
 """
@@ -48,12 +48,12 @@ from redraft.training.run import drive
 
 IGNORED = -100
 STEPS = {
-    "countdown": (4500, 3000, 5000),
-    "composition": (1500, 1500, 1500),
-    "sudoku": (1000, 1000, 1000),
-    "sudoku-multi": (1000, 1000, 1000),
+    "countdown": (2500, 500, 3000, 5000),
+    "composition": (1500, 0, 1500, 1500),
+    "sudoku": (1000, 0, 1000, 1000),
+    "sudoku-multi": (1000, 0, 1000, 1000),
 }
-"""Training of the latent models, of AR and of masked diffusion."""
+"""Training of the latent denoiser, of its rollout, of AR and of masked diffusion."""
 RATE = 2e-3
 """Learning rate of the baselines."""
 FILLS = (1, 2, 4, 8)
@@ -124,19 +124,19 @@ class Table:
         self.add(name, texts, forwards=sum(s.forwards for samples in trains for s in samples), seconds=seconds)
 
 
-def trained_thinker(args: argparse.Namespace, folder: Path, seed: int, *, with_answer: bool, steps: int) -> Thinker:
-    """Train an autoencoder and a denoiser in their folders."""
+def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinker:
+    """Train an autoencoder and a denoiser in their folders, with an answer decoder where rollout is to follow."""
     recipes = {name: RECIPES[f"latent-{name}"]() for name in ("autoencoder", "denoiser")}
     first = recipes["autoencoder"]
     first = replace(first, train=replace(first.train, seed=seed))
     if args.task == "composition":  # blocks of one token
         first = replace(first, autoencoder=replace(first.autoencoder, num_latents=1))
     run_stage(replace(first, task=args.task, out=str(folder / "ae")), console=QUIET)
-    train = replace(recipes["denoiser"].train, seed=seed, max_minutes=None, max_steps=steps)
+    train = replace(recipes["denoiser"].train, seed=seed, max_minutes=None, max_steps=args.steps)
     start, out = str(folder / "ae"), str(folder / "den")
     config = replace(recipes["denoiser"], task=args.task, out=out, start=start, train=train, force=args.force)
     config = replace(config, denoiser=replace(config.denoiser, num_layers=args.layers))
-    if not with_answer:
+    if not args.rollout_steps:
         config = replace(config, objective=replace(config.objective, answer_weight=0.0))
     thinker = redraft.load_thinker(run_stage(config, console=QUIET).folder)
     size = sum(p.numel() for m in (thinker.denoiser, thinker.autoencoder) for p in m.parameters()) / 1e6
@@ -159,35 +159,37 @@ def controls(table: Table, thinker: Thinker, prefix: str, *, read: str, samples:
 
 
 def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> None:
-    """Train the stages, the thoughts being the answer, and turn the dials."""
-    thinker = trained_thinker(args, folder, seed, with_answer=False, steps=args.steps)
+    """Train the stages, and turn the dials after the denoiser and after its rollout."""
+    thinker = trained_thinker(args, folder, seed)
     table.trained()
-    settings = {"samples": args.samples, "solver": "ddim"}
-    for steps in (1, 2, 4, 8, 16, 32):
-        table.think(f"latent, {steps} steps", thinker, steps=steps, **settings)
-    table.think("latent, 16 steps, cfg 2", thinker, steps=16, cfg=2.0, **settings)
-    table.think("latent, 16 steps, cfg 2, noise 0.6", thinker, steps=16, cfg=2.0, init_noise=0.6, **settings)
-    table.think("latent, 16 steps, dpm++2m", thinker, steps=16, samples=args.samples)
+    turn_dials(args, table, thinker, "latent")
     for blocks in () if isinstance(table.task, Composition) else range(1, min(thinker.denoiser.config.max_blocks, 5)):
-        table.think(f"latent, 16 steps, at most {blocks} blocks", thinker, steps=16, blocks=blocks, **settings)
-    controls(table, thinker, "latent, 16 steps", read="thoughts", samples=args.samples)
-
-
-def latent_rollout(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> None:
-    """Train with an answer decoder for two thirds of the steps, and with rollout for the rest."""
-    thinker = trained_thinker(args, folder, seed, with_answer=True, steps=args.steps * 2 // 3)
-    dials = {"samples": args.samples, "solver": "ddim"}
-    for read in ("thoughts", "answer"):
-        table.think(f"latent with answer, 16 steps, {read}", thinker, steps=16, read=read, **dials)
+        name = f"latent, 16 steps, at most {blocks} blocks"
+        table.think(name, thinker, steps=16, blocks=blocks, samples=args.samples, solver="ddim")
+    if not args.rollout_steps:
+        return
+    table.begun = time.process_time() - 60 * table.cpu_minutes
     recipe = RECIPES["latent-rollout"]()
-    train = replace(recipe.train, seed=seed, max_minutes=None, max_steps=args.steps // 3)
+    train = replace(recipe.train, seed=seed, max_minutes=None, max_steps=args.rollout_steps)
     recipe = replace(recipe, task=args.task, out=str(folder / "roll"), start=str(folder / "den"), train=train)
     thinker = redraft.load_thinker(run_stage(recipe, console=QUIET).folder)
     table.trained()
-    for read in ("thoughts", "answer"):
-        for steps in (1, 5, 16):
-            table.think(f"latent + rollout, {steps} steps, {read}", thinker, steps=steps, read=read, **dials)
-    controls(table, thinker, "latent + rollout, 16 steps, answer", read="answer", samples=args.samples)
+    turn_dials(args, table, thinker, "latent + rollout")
+    settings = {"steps": 16, "samples": args.samples, "solver": "ddim", "read": "answer"}
+    table.think("latent + rollout, answer, 16 steps", thinker, **settings)
+    table.think("latent + rollout, answer, 16 steps, cfg 2", thinker, cfg=2.0, **settings)
+    controls(table, thinker, "latent + rollout, answer, 16 steps", read="answer", samples=args.samples)
+
+
+def turn_dials(args: argparse.Namespace, table: Table, thinker: Thinker, name: str) -> None:
+    """Measure what the thoughts say by steps and guidance, and the necessity controls."""
+    settings = {"samples": args.samples, "solver": "ddim"}
+    for steps in (1, 2, 4, 8, 16, 32):
+        table.think(f"{name}, {steps} steps", thinker, steps=steps, **settings)
+    table.think(f"{name}, 16 steps, cfg 2", thinker, steps=16, cfg=2.0, **settings)
+    table.think(f"{name}, 16 steps, cfg 2, noise 0.6", thinker, steps=16, cfg=2.0, init_noise=0.6, **settings)
+    table.think(f"{name}, 16 steps, dpm++2m", thinker, steps=16, samples=args.samples)
+    controls(table, thinker, f"{name}, 16 steps", read="thoughts", samples=args.samples)
 
 
 def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder):
@@ -327,17 +329,19 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
 
 def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> list[dict[str, Any]]:
     """Return the rows of a model and seed: from --runs where they are there, else by training it."""
-    args.steps = args.max_steps or STEPS[args.task][("latent", "AR", "masked").index(group.split(",")[0].split()[0])]
-    settings = (args.task, args.steps, args.layers, args.samples, len(table.prompts), seed, group)
+    args.steps = args.max_steps or STEPS[args.task][{"latent": 0, "AR": 2, "masked": 3}[group.split(",")[0].split()[0]]]
+    args.rollout_steps = STEPS[args.task][1] if group == "latent" else 0
+    steps = f"{args.steps}+{args.rollout_steps}" if args.rollout_steps else args.steps
+    settings = (args.task, steps, args.layers, args.samples, len(table.prompts), seed, group)
     key = " ".join(map(str, settings))
     if args.runs and args.runs.is_file():
         done = {run["key"]: run["rows"] for run in map(json.loads, args.runs.read_text().splitlines())}
         if key in done:
             return done[key]
-    model = {"latent": latent, "latent + rollout": latent_rollout}.get(group) or partial(baseline, name=group)
+    model = latent if group == "latent" else partial(baseline, name=group)
     with tempfile.TemporaryDirectory() as folder:
         model(args, table, Path(folder), seed)
-    table.rows = [row | {"group": group} for row in table.rows]
+    table.rows = [row | {"group": row["name"].split(",")[0] if group == "latent" else group} for row in table.rows]
     if args.runs:
         args.runs.parent.mkdir(parents=True, exist_ok=True)
         made = describe("latent_thinking.py", sys.argv[1:])
@@ -379,7 +383,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="countdown", choices=TASKS)
-    parser.add_argument("--max-steps", type=int, help=f"of each model; by default, latent, AR, masked: {STEPS}")
+    parser.add_argument(
+        "--max-steps", type=int, help=f"of each model; by default, latent, rollout, AR, masked: {STEPS}"
+    )
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=400)
@@ -393,7 +399,7 @@ def main() -> None:
         e.prompt: None for e in task.examples() if split_of(e.prompt, validation_fraction=task.held_out) == "validation"
     }
     prompts = list(held_out)[:: max(1, len(held_out) // args.prompts)][: args.prompts]
-    groups = ["latent", "latent + rollout", *baselines(task, word_tokenizer(list(task.examples())))]
+    groups = ["latent", *baselines(task, word_tokenizer(list(task.examples())))]
     for name in args.models or []:
         if name not in groups:
             raise unknown_name("model", name, groups)

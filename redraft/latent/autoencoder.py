@@ -82,6 +82,8 @@ class TextAutoencoder(PreTrainedModel):
         self.register_buffer("shift", torch.zeros(shape))
         self.register_buffer("scale", torch.zeros(shape))  # 0: not fitted
         self.post_init()
+        if config.kind == "chunk":
+            _start_as_a_projection(self.encoder, self.decoder)
 
     def encode(
         self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
@@ -94,8 +96,15 @@ class TextAutoencoder(PreTrainedModel):
     def decode(self, latents: Float[Tensor, "batch latents dim"]) -> Int[Tensor, "batch tokens"]:
         """Write the likeliest block of normalised latents (greedily, where the decoder is a language model)."""
         z = self.denormalize(latents)
-        ids: Tensor = self.decoder.write(z) if self.config.kind == "thought" else self.decoder(z, z).argmax(-1)
+        ids: Tensor = self.decoder.write(z) if self.config.kind == "thought" else self.logits(z).argmax(-1)
         return ids
+
+    def logits(
+        self, z: Float[Tensor, "batch latents dim"], ids: Int[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch places vocab"]:
+        """Predict every token of a block from its latents (not normalised), and in `thought` from the ids before it."""
+        out: Tensor = self.decoder(z, ids)
+        return F.linear(out, self.encoder.embed.weight) if self.config.kind == "chunk" else out
 
     def encode_normalized(
         self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
@@ -143,7 +152,7 @@ class TextAutoencoder(PreTrainedModel):
         mean, logvar = self.encode(torch.where(is_dropped, 0, ids), mask)
         spread = mean.std(0, correction=0)  # with its gradient, or the means grow to drown the noise
         z = mean + (logvar / 2).exp() * posterior_noise + spread * latent_noise
-        logits = self.decoder(z, ids)
+        logits = self.logits(z, ids)
         nats = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
         kl = (mean.square() + logvar.exp() - 1 - logvar) / 2
         return nats, kl.mean(0).clamp(min=self.config.free_nats).mean()
@@ -201,12 +210,26 @@ class _ChunkEncoder(nn.Module):
 class _ChunkDecoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        width = config.hidden_size // 4
         self.mlp = _Mlp(config.num_latents * config.latent_dim, config.hidden_size, config.num_layers)
-        self.head = nn.Linear(config.hidden_size, config.block_tokens * config.vocab_size)
+        self.places = nn.Linear(config.hidden_size, width * config.block_tokens)
         self.block_tokens = config.block_tokens
 
-    def forward(self, z: Tensor, ids: Tensor) -> Tensor:
-        return self.head(self.mlp(z.flatten(1))).unflatten(1, (self.block_tokens, -1))
+    def forward(self, z: Tensor, ids: Any) -> Tensor:
+        return self.places(self.mlp(z.flatten(1))).unflatten(1, (self.block_tokens, -1))
+
+
+@torch.no_grad()
+def _start_as_a_projection(encoder: _ChunkEncoder, decoder: _ChunkDecoder) -> None:
+    """Encode by an orthogonal projection of the embeddings, decode by its transpose: nearly right untrained."""
+    nn.init.normal_(encoder.embed.weight)
+    nn.init.orthogonal_(encoder.mlp.into.weight)
+    means = nn.init.orthogonal_(torch.empty_like(decoder.mlp.into.weight))  # (hidden, latents * dim)
+    encoder.out.weight.unflatten(0, (encoder.num_latents, 2, -1))[:, 0] = means.T.unflatten(
+        0, (encoder.num_latents, -1)
+    )
+    decoder.mlp.into.weight.copy_(means)
+    decoder.places.weight.copy_(encoder.mlp.into.weight.T)
 
 
 class _Mlp(nn.Module):
@@ -269,7 +292,7 @@ class _ParallelDecoder(nn.Module):
         self.layers = _decoder_layers(config.hidden_size, config.num_layers)
         self.head = nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, z: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, z: Tensor, ids: Any) -> Tensor:
         return self.head(self.layers(self.queries.expand(len(z), -1, -1), self.into(z) + self.places))
 
 

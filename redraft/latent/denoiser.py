@@ -99,6 +99,10 @@ class LatentDenoiser(PreTrainedModel):
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)
         nn.init.normal_(self.embed.weight, std=0.1)  # it is the head, too
+        ends = 2 * config.num_layers  # branches that end in the residual stream share its variance
+        for layer in self.layers:  # the library's 0.02 is for layers of a greater width
+            for linear, branches in zip((layer.qkv, layer.up, layer.proj, layer.down), (1, 1, ends, ends), strict=True):
+                nn.init.normal_(linear.weight, std=(branches * linear.in_features) ** -0.5)
 
     def forward(
         self,

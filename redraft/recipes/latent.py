@@ -42,13 +42,13 @@ def latent_denoiser() -> LatentRunConfig:
 
 
 def latent_rollout() -> LatentRunConfig:
-    """Go on with a denoiser, answering after its own thoughts."""
+    """Go on with a denoiser on its own thoughts: towards the nearest true ones, and answering after them."""
     return LatentRunConfig(
         out="runs/latent-rollout",
         stage="rollout",
         start="runs/latent-denoiser",
         train=TrainConfig(
-            learning_rate=3e-4,
+            learning_rate=1e-3,
             batch_size=64,
             max_steps=1000,
             max_minutes=10.0,
