@@ -44,8 +44,8 @@ from redraft.training.latent_config import AutoencoderShape
 from redraft.training.run import drive
 
 SHAPES = {
-    "chunk-4x32": AutoencoderShape(num_layers=1, kind="chunk", num_latents=4, latent_dim=32, hidden_size=256),
-    "chunk-8x32": AutoencoderShape(num_layers=1, kind="chunk", num_latents=8, latent_dim=32, hidden_size=256),
+    "chunk-4x32": AutoencoderShape(kind="chunk", num_latents=4, latent_dim=32, hidden_size=256),
+    "chunk-8x32": AutoencoderShape(kind="chunk", num_latents=8, latent_dim=32, hidden_size=256),
     "thought-8x32": AutoencoderShape(kind="thought", num_latents=8, latent_dim=32, hidden_size=128, num_layers=2),
 }
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

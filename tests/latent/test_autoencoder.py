@@ -83,13 +83,23 @@ def test_noise_on_latents_is_relative_to_their_spread():
     """Larger latents change nothing, so that they do not grow to drown the noise."""
     model, (ids, mask) = tiny("chunk").eval(), blocks()
     seen = []
-    model.decoder.forward = lambda z, ids: seen.append(z) or torch.zeros(*ids.shape, 12)
+    model.logits = lambda z, ids: seen.append(z) or torch.zeros(*ids.shape, 12)
     encode = model.encode
     for scale in (1.0, 100.0):
         model.encode = lambda ids, mask, scale=scale: (scale * encode(ids, mask)[0], torch.full((40, 2, 8), -40.0))
         torch.manual_seed(0)
         losses(model, ids, mask, noise=1.0)
     assert torch.allclose(seen[1], 100 * seen[0], rtol=1e-3, atol=1e-3)
+
+
+def test_an_untrained_linear_code_brings_blocks_back():
+    """Its decoder starts as the transpose of its encoder, and words as what tells them apart."""
+    torch.manual_seed(0)
+    model = TextAutoencoder(AutoencoderConfig(vocab_size=200, block_tokens=4, latent_dim=32, num_layers=0)).eval()
+    ids = torch.randint(0, 200, (64, 4))
+    model.fit_normalizer(ids, torch.ones_like(ids, dtype=torch.bool))
+    generator = torch.Generator().manual_seed(0)
+    assert reconstruction(model, ids, torch.ones_like(ids, dtype=torch.bool), noise=0.0, generator=generator) > 0.5
 
 
 def test_the_gate_measures_exact_blocks_at_relative_noise():
