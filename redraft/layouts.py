@@ -73,7 +73,7 @@ def pair_rule(
     segment_ids: Int[Tensor, "batch seq"] | None = None,
     isolate_segments: bool = False,
 ) -> PairRule | None:
-    """Say pair by pair who attends to whom, or None where everything attends to everything. Flex attention's `mask_mod`.
+    """Say pair by pair who attends to whom, as flex attention wants it; None where everything attends to everything.
 
     `segment_ids` numbers the documents of a row from 1; 0 is padding, which nothing attends to. Segments see each other
     unless `isolate_segments`. Every position attends to itself, so that padding rows stay finite. Positions of one row
@@ -154,5 +154,5 @@ def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "bat
 
 
 def _sees_copy(later: Tensor, query_copy: Tensor, key_copy: Tensor) -> Tensor:
-    """Tell whether a query `later` blocks after a key sees it: its own copy of its block, clean copies (0) of earlier."""
+    """Let a query see its own copy of its own block, and clean copies (0) of blocks that it is `later` than."""
     return (later == 0) & (query_copy == key_copy) | (later > 0) & (key_copy == 0)

@@ -6,6 +6,7 @@ Both are exact, and both take who sees whom from `layouts`. Registered with tran
 
 from functools import lru_cache
 from inspect import signature
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -65,7 +66,7 @@ def _hinders_flex(model: Any, device: torch.device, dtype: torch.dtype) -> str |
 def flex_mask(
     layout: Layout, positions: Tensor, *, segment_ids: Tensor | None, isolate_segments: bool
 ) -> Any:  # BlockMask | None
-    """Build flex attention's mask of a layout, or None where all attend to all; kept where it is the same every time."""
+    """Build flex attention's mask, or None where all attend to all; it is kept where it is the same every time."""
     if segment_ids is None:
         return _fixed_mask(layout, positions.shape[1], positions.device)
     rule = pair_rule(layout, positions, segment_ids=segment_ids, isolate_segments=isolate_segments)
@@ -142,7 +143,7 @@ class _Cut:
         assert edges[0] == 0
         assert edges[-1] == tensor.shape[2]
         self._starts = edges[:-1]
-        self._parts = tensor.split([b - a for a, b in zip(edges, edges[1:], strict=False)], dim=2)
+        self._parts = tensor.split([b - a for a, b in pairwise(edges)], dim=2)
 
     def at(self, ranges: tuple[Range, ...]) -> Tensor:
         """Join the positions of the ranges."""
