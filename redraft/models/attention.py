@@ -52,8 +52,10 @@ def _hinders_ours(model: Any) -> str | None:
 def _hinders_flex(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if device.type != "cuda" or not can_compile():
+    if device.type != "cuda":
         return f"needs CUDA; got device {device.type}"
+    if not can_compile():
+        return "needs torch.compile, which finds no compiler here"
     if head_dim < SMALLEST_FLEX_HEAD:
         return f"needs heads of at least {SMALLEST_FLEX_HEAD} dimensions; got {head_dim}"
     if dtype not in FLEX_DTYPES:
@@ -85,8 +87,15 @@ def _fixed_mask(layout: Layout, length: int, device: torch.device) -> Any:
 def _block_mask(rule: PairRule, *, rows: int | None, length: int, like: Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    build = torch.compile(create_block_mask) if like.device.type == "cuda" else create_block_mask  # never all pairs
-    return build(rule, rows, None, length, length, device=like.device)
+    build = _compiled(create_block_mask) if like.device.type == "cuda" else create_block_mask
+    mask_mod = lambda row, head, query, key: rule(row, head, query, key)  # noqa: E731 torch counts its parameters
+    return build(mask_mod, rows, None, length, length, device=like.device)
+
+
+@lru_cache(maxsize=1)
+def _compiled(create_block_mask: Any) -> Any:
+    """Compile it, so that the pairs are never all in memory."""
+    return torch.compile(create_block_mask)
 
 
 @lru_cache(maxsize=1)

@@ -68,7 +68,7 @@ def test_the_pieces_hold_every_pair_that_the_mask_shows(layout, name):
             held[a:b, c:d] += 1
     assert held.max() == 1  # no pair twice
     assert not (mask[:, 0] & (held == 0)).any()
-    assert held.float().mean() < 0.9
+    assert held.float().mean() < 0.95
 
 
 @pytest.mark.parametrize("name", SEGMENTS)
@@ -109,11 +109,14 @@ def models():
         "llama, grouped heads": LlamaConfig(**grouped),
         "odd heads": LlamaConfig(**{**TINY, "hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1}),
         "windows": Qwen2Config(**grouped, use_sliding_window=True, sliding_window=6, max_window_layers=1),
-        "experts": Qwen3MoeConfig(**grouped, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8),
+        "experts": Qwen3MoeConfig(
+            **grouped, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8
+        ),
     }
     for name, config in configs.items():
         config.is_causal = False
-        yield name, AutoModelForCausalLM.from_config(config).double().eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
+        yield name, model if name == "experts" else model.double()  # grouped products know no float64
     yield "modernbert", tiny_lm(architecture="modernbert").model
 
 
@@ -173,6 +176,7 @@ def _flex_on_cpu(monkeypatch):
     attention._register()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.usefixtures("_flex_on_cpu")
 @pytest.mark.parametrize(("family", "model"), list(models()), ids=lambda value: value if isinstance(value, str) else "")
 @pytest.mark.parametrize("name", SEGMENTS)
