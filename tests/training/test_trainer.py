@@ -322,7 +322,7 @@ def test_block_diffusion_in_pieces_trains_as_under_a_mask(config, train, tmp_pat
     under_a_mask, in_pieces = (weights(tmp_path / attention) for attention in ("mask", "auto"))
     assert any(
         (in_pieces[name] != under_a_mask[name]).any() for name in in_pieces
-    )  # rounding shows: it was another way
+    )  # another way: rounding shows
 
 
 def test_an_attention_that_is_not_there_is_told_before_the_first_step(config):
