@@ -51,11 +51,12 @@ def _hinders_ours(model: Any) -> str | None:
 
 def _hinders_flex(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if device.type != "cuda":
         return f"needs CUDA; got device {device.type}"
     if not can_compile():
         return "needs torch.compile, which finds no compiler here"
+    heads = [module.head_dim for module in model.modules() if isinstance(getattr(module, "head_dim", None), int)]
+    head_dim = min(heads, default=config.hidden_size // config.num_attention_heads)  # layers may differ
     if head_dim < SMALLEST_FLEX_HEAD:
         return f"needs heads of at least {SMALLEST_FLEX_HEAD} dimensions; got {head_dim}"
     if dtype not in FLEX_DTYPES:

@@ -320,9 +320,7 @@ def test_block_diffusion_in_pieces_trains_as_under_a_mask(config, train, tmp_pat
         found.append(losses(tmp_path / attention))
     assert found[0] == pytest.approx(found[1], abs=1e-4 if not train else 2e-2)
     under_a_mask, in_pieces = (weights(tmp_path / attention) for attention in ("mask", "auto"))
-    assert any(
-        (in_pieces[name] != under_a_mask[name]).any() for name in in_pieces
-    )  # another way: rounding shows
+    assert any((in_pieces[name] != under_a_mask[name]).any() for name in in_pieces)  # another way: rounding shows
 
 
 def test_an_attention_that_is_not_there_is_told_before_the_first_step(config):
