@@ -214,7 +214,8 @@ class DiffusionTrainer(KeyedTrainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Leave tied weights out: one of their names is saved, and loading it fills both."""
-        tied = self.model.all_tied_weights_keys
+        model: Any = self.model
+        tied = model.all_tied_weights_keys
         load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
 
