@@ -1,10 +1,19 @@
-"""Layouts: who attends to whom. A layout is a boolean mask (True = may attend) over query and key positions."""
+"""Layouts: who attends to whom, said pair by pair (`pair_rule`); a boolean mask is that over all pairs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+PairRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(row, head, query, key), as indices that broadcast -> whether the query attends to the key."""
+Range = tuple[int, int]
+Piece = tuple[tuple[Range, ...], tuple[Range, ...]]
+"""Ranges of queries, and ranges that hold every key which these queries see."""
+
+TOKENS_PER_PIECE = 128  # measured: benchmarks/results/training.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,65 @@ class Layout:
             return cls(block_size=layout[1])
         raise ValueError(f'layout must be "full" or ("block-causal", block_size); got {layout!r}.')
 
+    def pieces(self, length: int, *, is_aligned: bool) -> tuple[Piece, ...]:
+        """Cut a sequence into pieces of queries that leave out keys which none of them sees; () if there is one only.
+
+        In [x_t ; x_0] a piece holds the same positions of both copies: they see nearly the same keys, the noisy ones of
+        the piece and the clean ones up to its end. `is_aligned`: blocks begin at multiples of their size in the
+        row; else (a grid per document) a block may reach over a piece's edges, by less than its size.
+        """
+        if self.block_size is None:
+            return ()
+        row = length // 2 if self.is_two_copy else length
+        step = self.block_size * max(1, TOKENS_PER_PIECE // self.block_size)
+        reach = 0 if is_aligned else self.block_size - 1
+        found: list[Piece] = []
+        for start in range(0, row, step):
+            stop, end = min(start + step, row), min(start + step + reach, row)
+            if self.is_two_copy:
+                queries: tuple[Range, ...] = ((start, stop), (row + start, row + stop))
+                found.append((queries, ((max(0, start - reach), end), (row, row + end))))
+            else:
+                found.append((((start, stop),), ((0, end),)))
+        return tuple(found) if len(found) > 1 else ()
+
+
+def pair_rule(
+    layout: Layout,
+    positions: Int[Tensor, "batch seq"],
+    *,
+    segment_ids: Int[Tensor, "batch seq"] | None = None,
+    isolate_segments: bool = False,
+) -> PairRule | None:
+    """Say pair by pair who attends to whom, as flex attention wants it; None where everything attends to everything.
+
+    `segment_ids` numbers the documents of a row from 1; 0 is padding, which nothing attends to. Segments see each other
+    unless `isolate_segments`. Every position attends to itself, so that padding rows stay finite. Positions of one row
+    stand for those of all rows.
+    """
+    length = positions.shape[1]
+    block = positions.div(layout.block_size or length, rounding_mode="floor")
+    has_blocks = layout.block_size is not None or layout.is_two_copy
+    if segment_ids is None and not has_blocks:
+        return None
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        is_seen = key >= 0
+        if segment_ids is not None:
+            of_key = segment_ids[row, key]
+            is_seen = of_key == segment_ids[row, query] if isolate_segments else of_key > 0
+        if has_blocks:
+            of = row if len(block) > 1 else torch.zeros_like(row)
+            later = block[of, query] - block[of, key]
+            if layout.is_two_copy:
+                half = length // 2
+                is_seen = is_seen & _sees_copy(later, (query < half).long(), (key < half).long())
+            else:
+                is_seen = is_seen & (later >= 0)
+        return is_seen | (query == key)
+
+    return sees
+
 
 def attention_mask(
     layout: Layout,
@@ -42,23 +110,12 @@ def attention_mask(
     segment_ids: Int[Tensor, "batch seq"] | None = None,
     isolate_segments: bool = False,
 ) -> Bool[Tensor, "batch 1 seq seq"] | None:
-    """Build the mask of a layout, or None where everything attends to everything.
-
-    `segment_ids` numbers the documents of a row from 1; 0 is padding, which nothing attends to. Segments see each other
-    unless `isolate_segments`. Every position attends to itself, so that padding rows stay finite.
-    """
-    mask: Tensor | None = None
-    if segment_ids is not None and isolate_segments:
-        mask = segment_ids[:, :, None] == segment_ids[:, None, :]
-    elif segment_ids is not None:
-        mask = (segment_ids > 0)[:, None, :].expand(-1, positions.shape[1], -1)
-    causal = _both_copies(layout, positions) if layout.is_two_copy else block_mask(layout, positions, positions)
-    if causal is not None:
-        mask = causal if mask is None else mask & causal
-    if mask is None:
+    """Build the mask of `pair_rule`, whose arguments these are, or None where everything attends to everything."""
+    sees = pair_rule(layout, positions, segment_ids=segment_ids, isolate_segments=isolate_segments)
+    if sees is None:
         return None
-    is_self = torch.eye(positions.shape[1], dtype=torch.bool, device=positions.device)
-    return (mask | is_self)[:, None]
+    row, index = (torch.arange(size, device=positions.device) for size in positions.shape)
+    return sees(row[:, None, None], row[:1], index[:, None], index)[:, None]
 
 
 def block_mask(
@@ -83,10 +140,9 @@ def two_copy_mask(
     3.1, of which this is the general form: any order in the sequence, several noisy copies). Nothing attends to
     positions that are not valid but themselves.
     """
-    is_own = (block[:, :, None] == block[:, None, :]) & (copy[:, :, None] == copy[:, None, :])
-    is_earlier = (block[:, :, None] > block[:, None, :]) & (copy == 0)[:, None, :]
+    is_seen = _sees_copy(block[:, :, None] - block[:, None, :], copy[:, :, None], copy[:, None, :])
     is_self = torch.eye(block.shape[1], dtype=torch.bool, device=block.device)
-    return ((is_own | is_earlier) & is_valid[:, None, :] | is_self)[:, None]
+    return (is_seen & is_valid[:, None, :] | is_self)[:, None]
 
 
 def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
@@ -97,9 +153,6 @@ def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "bat
     return index - torch.where(is_start, index, 0).cummax(dim=1).values
 
 
-def _both_copies(layout: Layout, positions: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq seq"]:
-    """Build the mask of [x_t ; x_0] from the positions of both copies, one behind the other."""
-    is_noisy = torch.arange(positions.shape[1], device=positions.device) < positions.shape[1] // 2
-    block = positions // (layout.block_size or positions.shape[1])
-    copy = is_noisy.long().expand_as(positions)
-    return two_copy_mask(block, copy, is_valid=torch.ones_like(positions, dtype=torch.bool))[:, 0]
+def _sees_copy(later: Tensor, query_copy: Tensor, key_copy: Tensor) -> Tensor:
+    """Let a query see its own copy of its own block, and clean copies (0) of blocks that it is `later` than."""
+    return (later == 0) & (query_copy == key_copy) | (later > 0) & (key_copy == 0)

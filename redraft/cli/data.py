@@ -36,6 +36,10 @@ def main(arguments: list[str]) -> int:
     for name, report in (("train", data.train_report), ("held out", data.validation_report)):
         if report is not None:
             console.print(f"{name}: {report.describe(seq_len=config.seq_len)}", highlight=False, soft_wrap=True)
+    for name in ("seq_len", "validation_fraction"):  # a recipe may have others than the defaults here
+        flag = f"--{name.replace('_', '-')}"
+        if not any(each.split("=")[0] == flag for each in flags):
+            flags += [flag, str(getattr(config, name))]
     same = " ".join(flag.replace("--", "--data.", 1) if flag.startswith("--") else flag for flag in flags)
     console.print(f"saved to {out}. To train on it: redraft train RECIPE --data.source {out} {same}", soft_wrap=True)
     return 0

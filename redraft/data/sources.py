@@ -190,7 +190,7 @@ def _read_hub(source: str, *, field: str | None, parse: Parse, streaming: bool) 
         dataset = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"no file or folder {source!r}, and the hub did not give it: {' '.join(str(error).split())}"
+            f"no file or folder {source!r}, and the hub did not give it: {' '.join(str(error).split()).rstrip('.')}."
             f"{_similar_paths(source)} Give an existing path, {STDLIB!r}, or a hub id that is reachable or cached."
         ) from error
     return _parsed(rows_of_dataset(dataset, where=source, field=field), parse)

@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from redraft.layouts import Layout, attention_mask, block_mask, segment_positions
+from redraft.models.attention import Attention, flex_mask
 from redraft.models.cache import Slots, Spans
 from redraft.models.device import can_compile
 from redraft.models.head import head_at, head_skipped
-from redraft.models.masks import first_position, model_masks
+from redraft.models.masks import first_position, layer_masks, model_masks
 from redraft.models.settings import DiffusionSettings
 
 
@@ -27,6 +28,9 @@ class Denoiser:
     """Whether it is told its last prediction (`previous=`)."""
     is_compiled: bool = False
     """Whether the model's body was compiled: then forwards with a cache keep one shape in every block."""
+
+    attention: Attention = "mask"
+    """How whole rows are attended to; another than "mask" is set up by `choose_attention`."""
 
     def compiled(self) -> "Denoiser":
         """Compile the model's body for fixed shapes. Raises ValueError where no compiler is found.
@@ -183,15 +187,24 @@ class Denoiser:
     ) -> dict[str, Any]:
         """Build the arguments of the model's forward. `segment_ids` as in `layouts.attention_mask`."""
         positions = self._positions(input_ids, segment_ids, isolate_segments, layout)
-        mask = attention_mask(
-            layout or self.settings.layout,
-            positions if grid_origin is None else positions - grid_origin[:, None],
-            segment_ids=segment_ids,
-            isolate_segments=isolate_segments,
-        )
-        masks = model_masks(self.model, mask, positions, positions)
         counted = positions + first_position(self.model.config)
-        return {"input_ids": input_ids, "attention_mask": masks, "position_ids": counted, "use_cache": False}
+        inputs = {"input_ids": input_ids, "position_ids": counted, "use_cache": False}
+        layout = layout or self.settings.layout
+        segments: dict[str, Any] = {"segment_ids": segment_ids, "isolate_segments": isolate_segments}
+        if grid_origin is not None:
+            mask = attention_mask(layout, positions - grid_origin[:, None], **segments)
+            return inputs | {"attention_mask": model_masks(self.model, mask, positions, positions)}
+        if self.attention != "mask" and segment_ids is None:
+            positions = positions[:1]  # alike in all rows
+        if self.attention == "flex" and self._has_no_window(positions):
+            return inputs | {"attention_mask": flex_mask(layout, positions, **segments)}
+        masks = model_masks(self.model, attention_mask(layout, positions, **segments), positions, positions)
+        pieces = layout.pieces(positions.shape[1], is_aligned=not isolate_segments)
+        more = {"pieces": pieces} if pieces and self.attention == "pieces" else {}
+        return inputs | {"attention_mask": masks} | more
+
+    def _has_no_window(self, positions: Int[Tensor, "batch seq"]) -> bool:
+        return layer_masks(self.model.config.get_text_config(), None, positions, positions) is None
 
     def _positions(
         self,

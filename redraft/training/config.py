@@ -179,6 +179,9 @@ class TrainConfig:
     """Autocast dtype; auto takes bfloat16 where this device multiplies faster in it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the transformer; auto compiles where a compiler is found and the run is long enough."""
+    attention: Literal["auto", "mask", "pieces", "flex"] = "auto"
+    """How rows attend: mask (all pairs, under a mask), pieces (leaving out what no query sees), flex (torch's, on
+    CUDA). auto: flex on CUDA where it can be had, pieces on a CPU, else mask."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and compute the others again in the backward pass: less memory, a third slower."""
     ema_decay: float | None = None

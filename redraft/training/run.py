@@ -26,6 +26,7 @@ from redraft.data.prepare import PreparedData, StreamedWindows, prepare
 from redraft.data.tokenizer import token_byte_lengths
 from redraft.errors import unknown_name
 from redraft.likelihood import Estimate
+from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import can_compile
 from redraft.training.adapter import enable_checkpointing, num_parameters
@@ -305,6 +306,9 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) ->
     if train.gradient_checkpointing:
         enable_checkpointing(denoiser.model)
     denoiser.model.to(arguments.device)  # before the average is copied from it
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
+    attention = choose_attention(denoiser.model, train.attention, device=arguments.device, dtype=dtype)
+    denoiser = dataclasses.replace(denoiser, attention=attention)
     average = WeightAverage(denoiser.model, decay=train.ema_decay) if train.ema_decay else None
     train_dataset = data.train
     if isinstance(train_dataset, StreamedWindows):

@@ -212,6 +212,13 @@ class DiffusionTrainer(KeyedTrainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Leave tied weights out: one of their names is saved, and loading it fills both."""
+        model: Any = self.model
+        tied = model.all_tied_weights_keys
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model, whatever it is sharded over; all processes take part."""
         if not self.is_sharded:

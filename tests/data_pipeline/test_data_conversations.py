@@ -280,7 +280,9 @@ def test_the_command_builds_and_tells_mistakes_in_one_line(corpus, tokenizer, tm
         return exit_.value.code
 
     assert code("build", str(corpus), str(tmp_path / "out"), *flags) == 0
-    assert "windows of 32 (" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "windows of 32 (" in said
+    assert said.count("--data.seq-len 32") == said.count("--data.validation-fraction") == 1  # what must be the same
     assert len(prepare(DataConfig(source=str(tmp_path / "out"), seq_len=32)).train) > 10
     for arguments, message in (
         (["bild"], "unknown command of redraft data 'bild'; known are build. Did you mean 'build'?"),

@@ -300,6 +300,35 @@ def test_evaluation_gives_the_same_number_twice_and_its_standard_error(config):
     assert repeated.held_out == outcome.held_out
 
 
+def test_resuming_does_not_warn_of_tied_weights(config, monkeypatch):
+    told = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", told.append)
+    run(config, console=QUIET)
+    run(config, resume=True, console=QUIET)
+    assert told == []
+
+
+@pytest.mark.parametrize("train", [{}, {"precision": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_block_diffusion_in_pieces_trains_as_under_a_mask(config, train, tmp_path):
+    block = replace(
+        config, data=replace(config.data, seq_len=256), objective=ObjectiveConfig(kind="block", block_size=8)
+    )
+    found = []
+    for attention in ("mask", "auto"):
+        one = with_train(block, batch_size=2, max_steps=3, attention=attention, **train)
+        run(replace(one, out=str(tmp_path / attention)), console=QUIET)
+        found.append(losses(tmp_path / attention))
+    assert found[0] == pytest.approx(found[1], abs=1e-4 if not train else 2e-2)
+    under_a_mask, in_pieces = (weights(tmp_path / attention) for attention in ("mask", "auto"))
+    assert any((in_pieces[name] != under_a_mask[name]).any() for name in in_pieces)  # another way: rounding shows
+
+
+def test_an_attention_that_is_not_there_is_told_before_the_first_step(config):
+    with pytest.raises(ValueError, match=r"train\.attention flex needs CUDA; got device cpu\. Use auto or mask\."):
+        run(with_train(config, attention="flex"), console=QUIET)
+    assert not (Path(config.out) / "recipe.json").exists()
+
+
 def test_a_finished_folder_holds_all_that_is_needed(config):
     outcome = run(config, console=QUIET)
     lm = redraft.load(outcome.folder)
