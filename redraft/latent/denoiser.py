@@ -99,10 +99,9 @@ class LatentDenoiser(PreTrainedModel):
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)
         nn.init.normal_(self.embed.weight, std=0.1)  # it is the head, too
-        ends = 2 * config.num_layers  # branches that end in the residual stream share its variance
-        for layer in self.layers:  # the library's 0.02 is for layers of a greater width
-            for linear, branches in zip((layer.qkv, layer.up, layer.proj, layer.down), (1, 1, ends, ends), strict=True):
-                nn.init.normal_(linear.weight, std=(branches * linear.in_features) ** -0.5)
+        for layer in self.layers:
+            assert isinstance(layer, _Layer)
+            layer.start(branches=2 * config.num_layers)
 
     def forward(
         self,
@@ -145,6 +144,11 @@ class _Layer(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         gates_open = torch.tensor([0.0, 0.0, 1.0]).repeat(2)[:, None]
         self.table = nn.Parameter(gates_open.repeat(1, width))  # shift, scale, gate of attention, then of the MLP
+
+    def start(self, *, branches: int) -> None:
+        """Draw weights by the width: the library's 0.02 is for greater ones. The residual stream is shared."""
+        for linear, sharing in ((self.qkv, 1), (self.up, 1), (self.proj, branches), (self.down, branches)):
+            nn.init.normal_(linear.weight, std=(sharing * linear.in_features) ** -0.5)
 
     def forward(
         self, x: Tensor, modulation: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor, past: Any

@@ -6,14 +6,12 @@ import logging
 import math
 import shutil
 import tempfile
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -28,22 +26,19 @@ from redraft.errors import unknown_name
 from redraft.likelihood import Estimate
 from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
-from redraft.models.device import can_compile
 from redraft.training.adapter import enable_checkpointing, num_parameters
-from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal, any_process
+from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
 from redraft.training.checkpoint import last_whole_checkpoint, step_of, tidy
 from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
-from redraft.training.latent_config import LatentRunConfig
 from redraft.training.launch import check_division
 from redraft.training.loop import KeyedTrainer
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
+from redraft.training.pace import Config, compile_if_it_pays, fitted_to_minutes
 from redraft.training.preference import PreferenceTrainer
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
-
-Config = TypeVar("Config", RunConfig, LatentRunConfig)
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 BYTES_PER_PARAMETER = {"checkpoint": 12, "model": 4}  # float32 weights with AdamW's two moments; the weights alone
@@ -82,7 +77,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     of = f"trains {num_trained / 1e6:.2f} M of {num_all / 1e6:.2f} M parameters"
     console.print(f"model: {config.model.start or config.model.architecture}, {of}", soft_wrap=True)
     trainer = _build_trainer(config, data, denoiser)
-    _compile(config.train, trainer, console)
+    compile_if_it_pays(config.train, trainer, console)
     outcome = drive(
         config,
         trainer,
@@ -124,7 +119,7 @@ def drive(
         trainer.add_callback(Averaging(trainer.average))
     keep_freed_memory()
     if minutes := config.train.max_minutes:
-        config = config if checkpoint else _fitted_to_minutes(config, trainer, console)
+        config = config if checkpoint else fitted_to_minutes(config, trainer, console)
         trainer.add_callback(Clock(console, minutes=minutes))
     trainer.accelerator.wait_for_everyone()  # they have all looked at the folder before one of them writes to it
     if trainer.is_world_process_zero():
@@ -350,59 +345,6 @@ def _evenly(dataset: Any, count: int) -> Any:
     if len(dataset) <= count:
         return dataset
     return torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])
-
-
-def _compile(train: TrainConfig, trainer: DiffusionTrainer, console: Console) -> None:
-    """Compile the transformer if that pays."""
-    is_long = train.max_minutes > 2 if train.max_minutes else train.max_steps >= 500  # compiling takes about 20 s
-    pays = is_long and can_compile() and not trainer.is_sharded  # each layer's gathering breaks the graph
-    if train.compile == "on" or (train.compile == "auto" and pays):
-        trainer.denoiser.model.base_model.compile()
-        if train.compile == "auto":
-            console.print("compiling the transformer (--train.compile off to do without)")
-
-
-def _fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) -> Config:
-    """Lower the number of steps to what fits into the minutes."""
-    train = config.train
-    assert train.max_minutes is not None
-    start = time.monotonic()
-    seconds = _measure_step(trainer, at_most=3 * train.max_minutes)
-    spent = time.monotonic() - start
-    evaluations = train.eval_every if trainer.eval_dataset is not None else 0
-    evaluation = seconds / 3 * train.eval_windows / (train.batch_size * train.accumulation)
-    per_step = seconds * 1.03 + (evaluation / evaluations if evaluations else 0)
-    steps = min(train.max_steps, max(1, int((60 * train.max_minutes - spent) / per_step)))
-    (steps,) = broadcast_object_list([steps])
-    console.print(f"{seconds:.2g} s per step: {steps} steps fit in {train.max_minutes:g} minutes")
-    trainer.args.max_steps = steps
-    return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
-
-
-def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
-    """Time one optimizer step's forwards and backwards: eight, or what `at_most` seconds hold, but three at least.
-
-    Weights and data order stay as they were.
-    """
-    dataset: Any = trainer.train_dataset
-    model: Any = trainer.model
-    rows = list(islice(cycle(dataset), trainer.args.per_device_train_batch_size))
-    device, times = trainer.args.device, []
-    for step in range(8):
-        start = time.monotonic()
-        trainer.state.global_step = step  # some objectives make another pass in some steps
-        (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, device)
-        loss = trainer.compute_loss(model, trainer._prepare_inputs(batch), num_items_in_batch=count)
-        trainer.accelerator.backward(loss)
-        model.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.monotonic() - start)
-        if any_process(step >= 2 and sum(times) > at_most, device=device):
-            break
-    trainer.state.global_step = trainer.tokens_seen = 0
-    trainer.efficiency()
-    return sum(times[2:]) / len(times[2:]) * trainer.args.gradient_accumulation_steps
 
 
 def _finish(
