@@ -130,7 +130,7 @@ def whole(recipe, run):
 def at_random_moments(recipe, run):
     begin, chance, rounds = time.monotonic(), random.Random(0), []
     expected = whole(recipe, run)
-    longest = (time.monotonic() - begin) / 4  # so that 20 of them do not come to the end
+    longest = (time.monotonic() - begin) / 8  # so that 20 of them do not come to the end
     for _ in range(NUM_KILLS):
         pid = start(recipe, run)
         moment = wait_for_the_moment(run, chance, longest=longest)
