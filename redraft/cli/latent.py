@@ -30,7 +30,9 @@ def main(arguments: list[str]) -> int:
     from redraft.data.tasks import encode, find_task
     from redraft.latent.autoencoder import gate_failures, measure_gate
     from redraft.latent.checkpoint import load_autoencoder
+    from redraft.training.run import be_quiet
 
+    be_quiet()
     autoencoder, tokenizer = load_autoencoder(args.model)
     autoencoder.require_normalizer()
     name = args.task or autoencoder.config.task

@@ -41,9 +41,11 @@ def main(arguments: list[str]) -> int:
 
     from redraft.cli.common import check_writable, read_prompts, say
     from redraft.latent.checkpoint import load_thinker
+    from redraft.training.run import be_quiet
 
     prompts = read_prompts(args.prompts)
     check_writable(args.trace)
+    be_quiet()
     thinker = load_thinker(args.model, device=args.device)
     found = thinker.think(prompts, trace=args.show or args.trace is not None, **asdict(args.thinking))
     console = Console()

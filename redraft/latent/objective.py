@@ -1,5 +1,6 @@
 """What trains a denoiser of thoughts: flow loss of the blocks, cross-entropy of the answer, when to stop."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -47,6 +48,9 @@ class ThoughtObjective:
         self.density()
         if self.copies < 1:
             raise ValueError(f"copies must be at least 1; got {self.copies}.")
+        for name in ("answer_weight", "stop_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}. 0 leaves it out.")
         for name in ("self_conditioning", "drop_prompt", "joint", "context_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1]; got {getattr(self, name)}.")

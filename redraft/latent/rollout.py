@@ -1,5 +1,6 @@
 """The third stage: answers after the model's own thoughts, because true ones are not there at sampling."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,7 +57,8 @@ class RolloutObjective:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"rollout.steps must be at least 1; got {self.steps}.")
-        if min(self.weight, self.thought_weight) < 0 or not self.weight + self.thought_weight:
+        total = self.weight + self.thought_weight
+        if not (min(self.weight, self.thought_weight) >= 0 and 0 < total < math.inf):
             raise ValueError(
                 f"rollout.weight and rollout.thought_weight must be positive, or one of them 0; got {self.weight}, "
                 f"{self.thought_weight}."
@@ -175,6 +177,8 @@ def _run(
     positions = model.config.latent_positions(number).flatten().expand(rows, -1)
     latents = Latents(z_t=z_t, x_0=guess, t=times, positions=positions)
     block = torch.cat([token_block, number.repeat_interleave(size).expand(rows, -1)], dim=1)
-    is_real = (number <= batch.num_blocks[:, None]).repeat_interleave(size, dim=1)
+    # thoughts go on past the row's own number of blocks: the nearest train of thought may be longer
+    is_last = batch.num_blocks[:, None] if answer is not None else number[-1]
+    is_real = (number <= is_last).expand(rows, -1).repeat_interleave(size, dim=1)
     mask = two_copy_mask(block, torch.zeros_like(block), is_valid=torch.cat([is_seen, is_real], dim=1))
     return model(prompt, latents, mask)

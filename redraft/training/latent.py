@@ -1,5 +1,6 @@
 """Training thoughts in stages: autoencoder, teacher-forced denoiser, rollout. Each is a run with its own recipe."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -63,7 +64,7 @@ class StageTrainer(KeyedTrainer):
             )
         self.losses = losses
         self._sums: dict[str, Tensor] = {}
-        self._passes = 0
+        self._passes: Counter[str] = Counter()
 
     def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Count real blocks and answer tokens (where there are some), all real positions, and all positions."""
@@ -86,18 +87,26 @@ class StageTrainer(KeyedTrainer):
         part = Part(rows=batch.pop("row"), total_rows=self._global_rows, num_blocks=num_blocks, num_answer=num_answer)
         with self.accelerator.autocast():  # the heads run outside of the forward that accelerate wraps
             losses = self.losses(model, batch, self.state.global_step, part)
-        self._passes += 1
         for name, loss in losses.items():
             if name != "loss":
                 self._sums[name] = self._sums.get(name, 0) + loss.detach()
+                self._passes[name] += 1  # some steps have no such part
         return (losses["loss"], None) if return_outputs else losses["loss"]
+
+    def forget_counts(self) -> None:
+        """Forget the parts of the loss, too."""
+        super().forget_counts()
+        self._forget_parts()
+
+    def _forget_parts(self) -> None:
+        self._sums, self._passes = {}, Counter()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means of the parts of the loss since the last line."""
         if "loss" in logs:
-            steps = self._passes / self.args.gradient_accumulation_steps
-            logs |= {name: round(float(total) / steps, 4) for name, total in self._sums.items()}
-            self._sums, self._passes = {}, 0
+            split = self.args.gradient_accumulation_steps
+            logs |= {name: round(float(total) * split / self._passes[name], 4) for name, total in self._sums.items()}
+            self._forget_parts()
         super().log(logs, *args, **kwargs)
 
 
@@ -110,6 +119,7 @@ class Stage:
     losses: LossFunction
     tokenizer: Any
     finish: Callable[[Console], None]
+    """Of an autoencoder what is saved with it, so before; of what thinks the last measurement, once all is saved."""
     autoencoder: TextAutoencoder | None = None
 
 
@@ -133,11 +143,13 @@ def run_stage(
     if outcome.signal:
         return outcome
     stage.model.eval()
-    with trainer.average.swapped_in() if trainer.average else nullcontext():
-        stage.finish(console)
     if stage.autoencoder is not None:
         stage.autoencoder.save_pretrained(outcome.folder / AUTOENCODER_FOLDER)
-    save_model(trainer, outcome.folder)
+        save_model(trainer, outcome.folder)
+    with trainer.average.swapped_in() if trainer.average else nullcontext():
+        stage.finish(console)
+    if stage.autoencoder is None:
+        save_model(trainer, outcome.folder)
     console.print(f"saved to {outcome.folder}")
     return outcome
 
@@ -167,6 +179,11 @@ def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
     tokenizer = word_tokenizer(examples) if shape.encoder is None else load_tokenizer(shape.encoder)
     train = encode(examples, tokenizer, split="train", held_out=task.held_out)
     held_out = encode(examples, tokenizer, split="validation", held_out=task.held_out)
+    if not held_out.examples:
+        raise ValueError(
+            f"the gate needs held-out blocks; got none: none of the {len({e.prompt for e in examples})} prompts fell into "
+            f"the {100 * task.held_out:g} % held out. Give examples with more prompts."
+        )
     saved = {f.name: getattr(shape, f.name) for f in fields(shape) if hasattr(AutoencoderConfig, f.name)}
     if shape.num_layers is None:
         saved["num_layers"] = 0 if shape.kind == "chunk" else 1
@@ -208,6 +225,7 @@ def _denoiser(config: LatentRunConfig, task: Task) -> Stage:
     check_gate(autoencoder, config.start, force=config.force)
     examples = list(task.examples())
     train = encode(examples, tokenizer, split="train", held_out=task.held_out)
+    check_fits(train, tokenizer, config.start, block_tokens=autoencoder.config.block_tokens)
     settings = LatentDenoiserConfig(
         **asdict(config.denoiser),
         vocab_size=len(tokenizer),
@@ -235,6 +253,11 @@ def _rollout(config: LatentRunConfig, task: Task) -> Stage:
         )
     thinker.denoiser.config.stage = "rollout"
     train = encode(list(task.examples()), thinker.tokenizer, split="train", held_out=task.held_out)
+    shape = thinker.denoiser.config
+    most = {"prompt_tokens": shape.prompt_tokens, "answer_tokens": shape.answer_tokens, "blocks": shape.max_blocks}
+    check_fits(
+        train, thinker.tokenizer, config.start, block_tokens=thinker.autoencoder.config.block_tokens, at_most=most
+    )
     rows = thought_rows(thinker.autoencoder, train)
     known = {f.name: rows.columns[f.name] for f in fields(Known)}
     known_on = cache(lambda device: Known(**{name: column.to(device) for name, column in known.items()}))
@@ -268,6 +291,8 @@ def _thinking_stage(config: LatentRunConfig, task: Task, thinker: Thinker, rows:
         held_out = {
             e.prompt: 0 for e in task.examples() if split_of(e.prompt, validation_fraction=task.held_out) != "train"
         }
+        if not held_out:
+            return console.print("the task holds out no prompt to measure this on")
         share, count = solved(thinker, task, [*held_out])
         console.print(
             f"held out: {100 * share:.1f} % of {count} prompts solved, one sample, {FINAL_STEPS} steps a block"
@@ -303,6 +328,24 @@ def check_gate(autoencoder: TextAutoencoder, path: str, *, force: bool) -> None:
     failures = gate_failures(autoencoder.config.gate)
     if failures and not force:
         raise ValueError(f"the autoencoder {path} fails its gate: {'; '.join(failures)}. Train it longer, or --force.")
+
+
+def check_fits(
+    encoded: Encoded, tokenizer: Any, path: str, *, block_tokens: int, at_most: dict[str, int] | None = None
+) -> None:
+    """Raise ValueError for a task with other words than the stage before, other blocks, or more of something."""
+    shapes = {
+        "prompt_tokens": encoded.prompts.shape[1],
+        "answer_tokens": encoded.answers.shape[1],
+        "blocks": encoded.blocks.shape[1],
+    }
+    found = [f"{n} {shapes[n]}, not {most} or fewer" for n, most in (at_most or {}).items() if shapes[n] > most]
+    if encoded.blocks.shape[2] != block_tokens:
+        found.append(f"blocks of {encoded.blocks.shape[2]} tokens, not {block_tokens}")
+    if any((ids == tokenizer.unk_token_id).any() for ids in (encoded.prompts, encoded.blocks, encoded.answers)):
+        found.append("words that it does not know")
+    if found:
+        raise ValueError(f"{path} was trained on another task; got {'; '.join(found)}. Give its own with --task.")
 
 
 @torch.no_grad()

@@ -52,6 +52,11 @@ class KeyedTrainer(Trainer):
         self.useful_tokens, self.forwarded_tokens = 0, 0
         return fraction
 
+    def forget_counts(self) -> None:
+        """Forget the steps that were only timed."""
+        self.tokens_seen = 0
+        self.efficiency()
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:

@@ -67,6 +67,6 @@ def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
         times.append(time.monotonic() - start)
         if any_process(step >= 2 and sum(times) > at_most, device=device):
             break
-    trainer.state.global_step = trainer.tokens_seen = 0
-    trainer.efficiency()
+    trainer.state.global_step = 0
+    trainer.forget_counts()
     return sum(times[2:]) / len(times[2:]) * trainer.args.gradient_accumulation_steps
