@@ -136,7 +136,10 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
             ["train", "latent-denoiser", "--start", autoencoder, "--force", "--train.batch-size", "999", *out],
             "rows, fewer than",
         ),
-        (["train", "latent-autoencoder", "--task", str(alone), *out[:2]], "held-out blocks; got none: none of the 1 pro"),
+        (
+            ["train", "latent-autoencoder", "--task", str(alone), *out[:2]],
+            "held-out blocks; got none: none of the 1 pro",
+        ),
         ([*from_denoiser, *other], "another task; got prompt_tokens 16, not 2 or fewer;.* words that it does not know"),
         (["train", "latent-denoiser", "--force", "--start", autoencoder, *other], "another task; got blocks of"),
         ([*from_denoiser, *out, "--rollout.weight", "0", "--rollout.thought-weight", "0"], "got 0.0, 0.0"),
