@@ -134,7 +134,7 @@ class TextAutoencoder(PreTrainedModel):
         """Set shift and scale so that the latents of these blocks have mean 0 and variance 1 in every dimension."""
         means = torch.cat([self.encode(*part)[0] for part in zip(ids.split(512), mask.split(512), strict=True)])
         self.shift.copy_(means.mean(0))
-        self.scale.copy_(means.std(0, correction=0).clamp(min=1e-4))  # of a single block, too
+        self.scale.copy_(means.std(0, correction=min(1, len(means) - 1)).clamp(min=1e-4))
         self.__dict__["is_normalized"] = True
 
     def forward(

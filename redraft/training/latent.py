@@ -181,8 +181,8 @@ def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
     held_out = encode(examples, tokenizer, split="validation", held_out=task.held_out)
     if not held_out.examples:
         raise ValueError(
-            f"the gate needs held-out blocks; got none: none of the {len({e.prompt for e in examples})} prompts fell into "
-            f"the {100 * task.held_out:g} % held out. Give examples with more prompts."
+            f"the gate needs held-out blocks; got none: none of the {len({e.prompt for e in examples})} prompts fell "
+            f"into the {100 * task.held_out:g} % held out. Give examples with more prompts."
         )
     saved = {f.name: getattr(shape, f.name) for f in fields(shape) if hasattr(AutoencoderConfig, f.name)}
     if shape.num_layers is None:
@@ -292,7 +292,8 @@ def _thinking_stage(config: LatentRunConfig, task: Task, thinker: Thinker, rows:
             e.prompt: 0 for e in task.examples() if split_of(e.prompt, validation_fraction=task.held_out) != "train"
         }
         if not held_out:
-            return console.print("the task holds out no prompt to measure this on")
+            console.print("the task holds out no prompt to measure this on")
+            return
         share, count = solved(thinker, task, [*held_out])
         console.print(
             f"held out: {100 * share:.1f} % of {count} prompts solved, one sample, {FINAL_STEPS} steps a block"

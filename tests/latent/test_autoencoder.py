@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -122,6 +124,20 @@ def test_a_gate_that_was_missed_or_never_measured_is_told():
     assert gate_failures({"0": 1.0, "0.25": 0.96}) == []
     assert gate_failures({"0": 1.0, "0.25": 0.9}) == ["90.0 % of blocks exact at noise 0.25 (wanted 95 %)"]
     assert len(gate_failures(None)) == 2
+    assert len(gate_failures({"0": math.nan, "0.25": math.nan})) == 2
+
+
+def test_the_normaliser_of_a_single_block_is_finite():
+    model = tiny("chunk")
+    model.fit_normalizer(*blocks(1))
+    assert torch.isfinite(model.encode_normalized(*blocks(1))).all()
+
+
+def test_whether_there_is_a_normaliser_is_looked_up_once():
+    model = tiny("chunk")
+    model.fit_normalizer(*blocks())
+    model.scale = None  # a look at it would be a sync of every step
+    assert model.is_normalized
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,18 @@ def test_rollout_takes_the_nearest_known_train_of_thought_and_its_answer():
     assert torch.equal(found.blocks, batch.blocks + 1)
 
 
+def test_rollout_estimates_a_block_the_same_whether_or_not_the_row_itself_goes_so_far():
+    """The nearest train of thought may be the longer one: its blocks were denoised as they are at sampling."""
+    thinker = tiny_thinker()
+    batch = tiny_batch(thinker)
+    z = torch.randn(batch.blocks[:, 0].shape, dtype=torch.float64)
+    found = [
+        RolloutObjective(steps=2)._denoise(thinker.denoiser, row, batch.blocks[:, :2], z)[-1].x_0
+        for row in (replace(batch, num_blocks=torch.full_like(batch.num_blocks, n)) for n in (1, 3))
+    ]
+    assert torch.equal(*found)
+
+
 def test_rows_of_one_prompt_know_each_other():
     assert alike(["a", "b", "a", "c", "a"]).tolist() == [[0, 2, 4], [1, 1, 1], [0, 2, 4], [3, 3, 3], [0, 2, 4]]
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from redraft.cli import _dispatch
 from redraft.data.tasks import find_task
+from redraft.latent.checkpoint import load_thinker
 from redraft.latent.objective import ThoughtObjective
 from redraft.recipes import RECIPES
 from redraft.training import latent
@@ -182,6 +183,34 @@ def test_minutes_lower_the_number_of_steps_so_that_the_learning_rate_reaches_its
     outcome = run_stage(config, console=QUIET)
     assert 1 < outcome.steps < 10_000
     assert json.loads((outcome.folder / "recipe.json").read_text())["train"]["max_steps"] < 10_000
+
+
+def test_the_first_log_line_tells_of_steps_that_trained_and_not_of_those_that_were_timed(configs, tmp_path):
+    plain = run_stage(with_train(configs["denoiser"], tmp_path, "plain"), console=QUIET).folder
+    timed = run_stage(with_train(configs["denoiser"], tmp_path, "timed", max_minutes=5), console=QUIET).folder
+    for name in ("flow", "stop", "answer"):
+        assert logged(plain, name) == logged(timed, name)
+
+
+def test_parts_of_the_loss_are_means_over_the_steps_that_have_them(configs, tmp_path):
+    objective = ThoughtObjective(joint=0.5)  # such a step has no stop loss
+    config = with_train(replace(configs["denoiser"], objective=objective), tmp_path, "each")
+    each = logged(run_stage(config, console=QUIET).folder, "stop")
+    assert 0 < len(each) < 6
+    config = replace(config, out=str(tmp_path / "all"), train=replace(config.train, log_every=6))
+    (mean,) = logged(run_stage(config, console=QUIET).folder, "stop")
+    assert mean == pytest.approx(sum(each) / len(each), abs=2e-4)
+
+
+def test_a_model_is_saved_before_it_is_measured_so_that_a_broken_verifier_costs_nothing(configs, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(latent, "solved", broken)
+    config = with_train(configs["denoiser"], tmp_path, max_steps=2)
+    with pytest.raises(ZeroDivisionError):
+        run_stage(config, console=QUIET)
+    assert load_thinker(config.out).think("3 4", steps=1)
 
 
 def test_bfloat16_trains_a_rollout_and_all_it_contains(configs, tmp_path):

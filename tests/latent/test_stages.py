@@ -109,6 +109,10 @@ def test_check_prints_the_gate_and_fails_where_it_is_missed(runs, capsys):
 def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys):
     autoencoder, denoiser, rollout = (str(runs[stage]) for stage in ("autoencoder", "denoiser", "rollout"))
     out = ["--out", str(tmp_path / "out"), "--task", task_file]
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text('{"prompt": "a", "blocks": ["1"], "answer": "1"}\n' * 64)
+    other = ["--out", str(tmp_path / "out"), "--task", "sudoku"]
+    from_denoiser = ["train", "latent-rollout", "--start", denoiser]
     for arguments, message in [
         (["think", denoiser, "3 4", "--blocks", "0"], "blocks must be at least 1; got 0"),
         (["think", denoiser, "3 4", "--steps", "0"], "steps must be at least 1; got 0"),
@@ -132,6 +136,16 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
             ["train", "latent-denoiser", "--start", autoencoder, "--force", "--train.batch-size", "999", *out],
             "rows, fewer than",
         ),
+        (
+            ["train", "latent-autoencoder", "--task", str(alone), *out[:2]],
+            "held-out blocks; got none: none of the 1 pro",
+        ),
+        ([*from_denoiser, *other], "another task; got prompt_tokens 16, not 2 or fewer;.* words that it does not know"),
+        (["train", "latent-denoiser", "--force", "--start", autoencoder, *other], "another task; got blocks of"),
+        ([*from_denoiser, *out, "--rollout.weight", "0", "--rollout.thought-weight", "0"], "got 0.0, 0.0"),
+        ([*from_denoiser, *out, "--rollout.weight", "-1"], "must be positive, or one of them 0; got -1.0, 1.0"),
+        ([*from_denoiser, *out, "--rollout.thought-weight", "nan"], "must be positive, or one of them 0; got 1.0, nan"),
+        ([*from_denoiser, *out, "--objective.stop-weight", "-1"], "stop_weight must not be negative; got -1.0"),
         (["train", "latent-autoencoder", "--task", "sums"], "unknown task 'sums'"),
         (["train", "latent-autoencoder", "--denoiser.weighting", "x", *out], "unknown weighting 'x'"),
     ]:
