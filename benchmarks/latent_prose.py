@@ -138,7 +138,7 @@ def train_llama(train: Encoded, tokenizer: Any, args: argparse.Namespace) -> Cal
             )
         )
         stage = Stage(
-            model=model, rows=Rows(ids=ids), tokenizer=tokenizer, finish=lambda _: None,
+            model=model, rows=Rows(ids=ids), tokenizer=tokenizer,
             losses=lambda wrapped, batch, step, part: {"loss": nats(wrapped, batch["ids"], width)},
         )  # fmt: skip
         recipe = RECIPES["latent-denoiser"]()

@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import redraft
 from redraft.data.splits import split_of
-from redraft.data.tasks import TASKS, Example, Task, find_task, word_tokenizer
+from redraft.data.tasks import TASKS, Example, Task, find_task, held_out_prompts, word_tokenizer
 from redraft.data.tasks.composition import Composition
 from redraft.data.tasks.countdown import Countdown
 from redraft.errors import unknown_name
@@ -48,10 +48,10 @@ from redraft.training.run import drive
 
 IGNORED = -100
 STEPS = {
-    "countdown": (2500, 500, 3000, 5000),
-    "composition": (1500, 0, 1500, 1500),
-    "sudoku": (1000, 0, 1000, 1000),
-    "sudoku-multi": (1000, 0, 1000, 1000),
+    "countdown": {"latent": 2500, "rollout": 500, "AR": 3000, "masked diffusion": 5000},
+    "composition": {"latent": 1500, "rollout": 0, "AR": 1500, "masked diffusion": 1500},
+    "sudoku": {"latent": 1000, "rollout": 0, "AR": 1000, "masked diffusion": 1000},
+    "sudoku-multi": {"latent": 1000, "rollout": 0, "AR": 1000, "masked diffusion": 1000},
 }
 """Training of the latent denoiser, of its rollout, of AR and of masked diffusion."""
 RATE = 2e-3
@@ -220,9 +220,7 @@ def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder)
 
     recipe = RECIPES["latent-denoiser"]()
     train = replace(recipe.train, seed=seed, max_minutes=None, max_steps=args.steps, learning_rate=RATE)
-    stage = Stage(
-        model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=tokenizer, finish=lambda _: None
-    )
+    stage = Stage(model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=tokenizer)
     config = replace(recipe, out=str(folder), train=train)
     drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=QUIET)
     return model.eval()
@@ -329,8 +327,8 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
 
 def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> list[dict[str, Any]]:
     """Return the rows of a model and seed: from --runs where they are there, else by training it."""
-    args.steps = args.max_steps or STEPS[args.task][{"latent": 0, "AR": 2, "masked": 3}[group.split(",")[0].split()[0]]]
-    args.rollout_steps = STEPS[args.task][1] if group == "latent" else 0
+    args.steps = args.max_steps or STEPS[args.task][group.split(",")[0]]
+    args.rollout_steps = STEPS[args.task]["rollout"] if group == "latent" else 0
     steps = f"{args.steps}+{args.rollout_steps}" if args.rollout_steps else args.steps
     settings = (args.task, steps, args.layers, args.samples, len(table.prompts), seed, group)
     key = " ".join(map(str, settings))
@@ -383,9 +381,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="countdown", choices=TASKS)
-    parser.add_argument(
-        "--max-steps", type=int, help=f"of each model; by default, latent, rollout, AR, masked: {STEPS}"
-    )
+    parser.add_argument("--max-steps", type=int, help=f"of each model but the rollout; by default {STEPS}")
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=400)
@@ -395,10 +391,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=None, help=".jsonl that keeps finished models; they are not rerun")
     args = parser.parse_args()
     task = find_task(args.task)
-    held_out = {
-        e.prompt: None for e in task.examples() if split_of(e.prompt, validation_fraction=task.held_out) == "validation"
-    }
-    prompts = list(held_out)[:: max(1, len(held_out) // args.prompts)][: args.prompts]
+    held_out = held_out_prompts(task)
+    prompts = held_out[:: max(1, len(held_out) // args.prompts)][: args.prompts]
     groups = ["latent", *baselines(task, word_tokenizer(list(task.examples())))]
     for name in args.models or []:
         if name not in groups:

@@ -16,12 +16,17 @@ from redraft.sampling.trace_page import render_page
 NOISE_STYLE = "dim"
 
 
-def load_quietly(model: str, *, device: str | None, quantization: str | None) -> LanguageModel:
-    """Load a model without the libraries' progress bars and notices."""
+def be_quiet() -> None:
+    """Switch off transformers' progress bars and notices."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+def load_quietly(model: str, *, device: str | None, quantization: str | None) -> LanguageModel:
+    """Load a model without the libraries' progress bars and notices."""
+    be_quiet()
     return load(model, device=device, quantization=quantization)
 
 

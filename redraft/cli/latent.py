@@ -27,10 +27,10 @@ def main(arguments: list[str]) -> int:
     if args.action != "check":
         raise unknown_name("action", args.action, ["check"])
 
+    from redraft.cli.common import be_quiet
     from redraft.data.tasks import encode, find_task
     from redraft.latent.autoencoder import gate_failures, measure_gate
     from redraft.latent.checkpoint import load_autoencoder
-    from redraft.training.run import be_quiet
 
     be_quiet()
     autoencoder, tokenizer = load_autoencoder(args.model)

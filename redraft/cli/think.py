@@ -39,9 +39,8 @@ def main(arguments: list[str]) -> int:
     """Parse, think, print."""
     args = parse(Arguments, arguments, command="think")
 
-    from redraft.cli.common import check_writable, read_prompts, say
+    from redraft.cli.common import be_quiet, check_writable, read_prompts, say
     from redraft.latent.checkpoint import load_thinker
-    from redraft.training.run import be_quiet
 
     prompts = read_prompts(args.prompts)
     check_writable(args.trace)

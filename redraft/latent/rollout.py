@@ -1,4 +1,4 @@
-"""The third stage: answers after the model's own thoughts, because true ones are not there at sampling."""
+"""The third stage: the model's own thoughts and the answer after them, as true ones are not there at sampling."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from redraft.latent.objective import answer_input, answer_loss, prompt_tokens
 from redraft.latent.sequence import Hidden, Latents, Part, ThoughtBatch
-from redraft.latent.solvers import SOLVERS, uniform_times
+from redraft.latent.solvers import SOLVERS, solve, uniform_times
 from redraft.layouts import two_copy_mask
-from redraft.processes.gaussian import GaussianDiffusion, NoisedLatents
+from redraft.processes.gaussian import GaussianDiffusion
 from redraft.randomness import normal, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """All rows of the training data, and for each of them those of the same prompt."""
+    """The trains of thought of the training data, and their answers; `ThoughtBatch.alike` says which to choose from."""
 
     blocks: Float[Tensor, "rows blocks latents dim"]
     num_blocks: Int[Tensor, "rows"]
@@ -108,19 +108,21 @@ class RolloutObjective:
     ) -> list["_Estimate"]:
         """Make the next block: DDIM, self-conditioned. No gradient passes from one estimate to the next."""
         process = model.config.process
-        queries = SOLVERS["ddim"](process.schedule, z, uniform_times(self.steps).to(z.device), noise=lambda _: z)
-        z, t = next(queries)
-        x_0, estimates = torch.zeros_like(z), []
-        for index in range(self.steps):
-            is_last = index + 1 == self.steps
+        estimates: list[_Estimate] = []
+
+        def estimate(z: Tensor, t: Tensor) -> Tensor:
+            guess = estimates[-1].x_0.detach() if estimates else torch.zeros_like(z)
+            is_last = len(estimates) + 1 == self.steps
             is_used = self.thought_weight > 0 or (is_last and self.answer_gradient)
             with torch.set_grad_enabled(torch.is_grad_enabled() and is_used):
-                hidden = _run(model, batch, own.detach(), z=z, x_0=x_0.detach(), t=t)
+                hidden = _run(model, batch, own.detach(), z=z, x_0=guess, t=t)
                 output = model.out(hidden.latents[:, -z.shape[1] :])
                 x_0 = process.predict_x_0(output, z, t.to(z).expand(z.shape[:2]))
             estimates.append(_Estimate(output=output, z_t=z, t=t.to(z), x_0=x_0))
-            if not is_last:
-                z, t = queries.send(x_0.detach())
+            return x_0.detach()
+
+        times = uniform_times(self.steps).to(z.device)
+        solve(SOLVERS["ddim"], process.schedule, estimate, z, times, noise=lambda _: z)
         return estimates  # the last x_0 is what DDIM's step to t = 0 returns
 
 
@@ -140,10 +142,7 @@ def _flow_loss(process: GaussianDiffusion, estimates: list[list[_Estimate]], bat
     for number, found in enumerate(estimates):
         x_0, is_real = batch.blocks[:, number], (number < batch.num_blocks)[:, None]
         for estimate in found:
-            t = estimate.t.expand(x_0.shape[:2])
-            alpha, sigma = process.coefficients(t, like=x_0)
-            eps = (estimate.z_t - alpha * x_0) / sigma
-            noised = NoisedLatents(x_0=x_0, t=t, eps=eps, z_t=estimate.z_t)
+            noised = process.noised_from(x_0, estimate.t.expand(x_0.shape[:2]), z_t=estimate.z_t)
             total = total + (process.loss(estimate.output, noised) * is_real).sum()
     return total
 

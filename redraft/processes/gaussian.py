@@ -55,6 +55,13 @@ class GaussianDiffusion:
         alpha, sigma = self.coefficients(t, like=x_0)
         return NoisedLatents(x_0=x_0, eps=eps, z_t=alpha * x_0 + sigma * eps, t=t)
 
+    def noised_from(
+        self, x_0: Float[Tensor, "*shape dim"], t: Float[Tensor, "*shape"], *, z_t: Float[Tensor, "*shape dim"]
+    ) -> NoisedLatents:
+        """Take z_t as x_0 under the noise that leads there, as if `corrupt` had made it. (None does at sigma = 0.)"""
+        alpha, sigma = self.coefficients(t, like=x_0)
+        return NoisedLatents(x_0=x_0, eps=(z_t - alpha * x_0) / sigma, z_t=z_t, t=t)
+
     def target(
         self, x_0: Float[Tensor, "*shape dim"], eps: Float[Tensor, "*shape dim"], t: Float[Tensor, "*shape"]
     ) -> Float[Tensor, "*shape dim"]:

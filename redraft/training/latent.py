@@ -12,8 +12,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from redraft.data.splits import split_of
-from redraft.data.tasks import Encoded, Task, encode, find_task, word_tokenizer
+from redraft.data.tasks import Encoded, Task, encode, find_task, held_out_prompts, word_tokenizer
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder, gate_failures, measure_gate
 from redraft.latent.checkpoint import AUTOENCODER_FOLDER, load_autoencoder, load_thinker, require_stage
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
@@ -118,8 +117,10 @@ class Stage:
     rows: Rows
     losses: LossFunction
     tokenizer: Any
-    finish: Callable[[Console], None]
-    """Of an autoencoder what is saved with it, so before; of what thinks the last measurement, once all is saved."""
+    finish: Callable[[Console], None] = lambda _: None
+    """What the trained model is saved with."""
+    report: Callable[[Console], None] = lambda _: None
+    """What is measured of it once it is saved."""
     autoencoder: TextAutoencoder | None = None
 
 
@@ -143,13 +144,14 @@ def run_stage(
     if outcome.signal:
         return outcome
     stage.model.eval()
+    averaged = trainer.average.swapped_in if trainer.average else nullcontext
+    with averaged():
+        stage.finish(console)
     if stage.autoencoder is not None:
         stage.autoencoder.save_pretrained(outcome.folder / AUTOENCODER_FOLDER)
-        save_model(trainer, outcome.folder)
-    with trainer.average.swapped_in() if trainer.average else nullcontext():
-        stage.finish(console)
-    if stage.autoencoder is None:
-        save_model(trainer, outcome.folder)
+    save_model(trainer, outcome.folder)
+    with averaged():
+        stage.report(console)
     console.print(f"saved to {outcome.folder}")
     return outcome
 
@@ -286,15 +288,13 @@ def _thinking_stage(config: LatentRunConfig, task: Task, thinker: Thinker, rows:
     def losses(wrapped: Any, batch: Batch, step: int, part: Part) -> Losses:
         return objective(model, ThoughtBatch(**batch), seed=config.train.seed, step=step, part=part, wrapped=wrapped)
 
-    def finish(console: Console) -> None:
+    def report(console: Console) -> None:
         torch.nn.Module.to(thinker.autoencoder, model.device)
-        held_out = {
-            e.prompt: 0 for e in task.examples() if split_of(e.prompt, validation_fraction=task.held_out) != "train"
-        }
+        held_out = held_out_prompts(task)
         if not held_out:
             console.print("the task holds out no prompt to measure this on")
             return
-        share, count = solved(thinker, task, [*held_out])
+        share, count = solved(thinker, task, held_out[:FINAL_PROMPTS])
         console.print(
             f"held out: {100 * share:.1f} % of {count} prompts solved, one sample, {FINAL_STEPS} steps a block"
         )
@@ -304,7 +304,7 @@ def _thinking_stage(config: LatentRunConfig, task: Task, thinker: Thinker, rows:
         rows=rows,
         losses=losses,
         tokenizer=tokenizer,
-        finish=finish,
+        report=report,
         autoencoder=thinker.autoencoder,
     )
 
@@ -313,12 +313,11 @@ FINAL_STEPS, FINAL_PROMPTS = 10, 100
 
 
 def solved(thinker: Thinker, task: Task, prompts: list[str]) -> tuple[float, int]:
-    """Return the share of the first distinct prompts whose decoded thoughts the verifier accepts, and how many."""
-    chosen = list(dict.fromkeys(prompts))[:FINAL_PROMPTS]
-    found = thinker.think(chosen, steps=FINAL_STEPS)
+    """Return the share of the prompts whose decoded thoughts the verifier accepts, and how many there are."""
+    found = thinker.think(prompts, steps=FINAL_STEPS)
     hits = [
         task.is_solved(prompt, task.answer([thought.text for thought in samples[0].thoughts]))
-        for prompt, samples in zip(chosen, found, strict=True)
+        for prompt, samples in zip(prompts, found, strict=True)
     ]
     return sum(hits) / max(len(hits), 1), len(hits)
 

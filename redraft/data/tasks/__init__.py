@@ -17,7 +17,17 @@ from redraft.data.tasks.sudoku import Sudoku
 from redraft.data.tokenizer import EOS, MASK, PAD
 from redraft.errors import unknown_name
 
-__all__ = ["TASKS", "Encoded", "Example", "ExampleFile", "Task", "encode", "find_task", "word_tokenizer"]
+__all__ = [
+    "TASKS",
+    "Encoded",
+    "Example",
+    "ExampleFile",
+    "Task",
+    "encode",
+    "find_task",
+    "held_out_prompts",
+    "word_tokenizer",
+]
 
 UNKNOWN = "<|unk|>"
 
@@ -82,6 +92,12 @@ def find_task(name: str) -> Task:
             raise ValueError(f"there is no file {name}. Give a .jsonl of examples, or one of {', '.join(TASKS)}.")
         return ExampleFile(path=Path(name))
     raise unknown_name("task", name, TASKS)
+
+
+def held_out_prompts(task: Task) -> list[str]:
+    """Return the distinct prompts that training never sees, in the task's order."""
+    prompts = dict.fromkeys(example.prompt for example in task.examples())
+    return [p for p in prompts if split_of(p, validation_fraction=task.held_out) == "validation"]
 
 
 def word_tokenizer(examples: list[Example]) -> Any:
