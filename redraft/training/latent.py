@@ -342,7 +342,13 @@ def check_fits(
     found = [f"{n} {shapes[n]}, not {most} or fewer" for n, most in (at_most or {}).items() if shapes[n] > most]
     if encoded.blocks.shape[2] != block_tokens:
         found.append(f"blocks of {encoded.blocks.shape[2]} tokens, not {block_tokens}")
-    if any((ids == tokenizer.unk_token_id).any() for ids in (encoded.prompts, encoded.blocks, encoded.answers)):
+    texts = (
+        (encoded.prompts, encoded.is_prompt),
+        (encoded.blocks, encoded.is_block_token),
+        (encoded.answers, encoded.is_answer),
+    )
+    unknown = tokenizer.unk_token_id  # none in some tokenizers; in others it is 0, as padding is
+    if unknown is not None and any((ids[is_token] == unknown).any() for ids, is_token in texts):
         found.append("words that it does not know")
     if found:
         raise ValueError(f"{path} was trained on another task; got {'; '.join(found)}. Give its own with --task.")

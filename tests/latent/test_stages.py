@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from rich.console import Console
 
 import redraft
 from redraft.cli import _dispatch
+from redraft.data.tasks import Example, encode, word_tokenizer
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.recipes import RECIPES
-from redraft.training.latent import run_stage
+from redraft.training.latent import check_fits, run_stage
 from redraft.training.latent_config import LatentRunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -209,3 +211,13 @@ def test_the_recipes_autoencoder_passes_the_gate_on_countdown(tmp_path, capsys):
     assert _dispatch(["train", "latent-autoencoder", "--out", str(tmp_path / "ae"), "--train.report-to"]) == 0
     assert _dispatch(["latent", "check", str(tmp_path / "ae")]) == 0
     assert "the gate is passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("unknown", [None, 0])
+def test_padding_is_no_unknown_word_whatever_the_tokenizer_calls_unknown(unknown):
+    examples = [Example(prompt="1 2 3", blocks=("1",), answer="1"), Example(prompt="1", blocks=("1 2",), answer="2 3")]
+    tokenizer = word_tokenizer(examples)
+    encoded = encode(examples, tokenizer, split="train", held_out=0.0)
+    check_fits(encoded, SimpleNamespace(unk_token_id=unknown), "runs/ae", block_tokens=2)
+    with pytest.raises(ValueError, match="words that it does not know"):
+        check_fits(encoded, SimpleNamespace(unk_token_id=int(encoded.prompts[0, 0])), "runs/ae", block_tokens=2)
