@@ -43,10 +43,14 @@ def load_autoencoder(path: str | Path) -> tuple[TextAutoencoder, Any]:
 
 
 def require_stage(path: str | Path, *stages: str) -> str:
-    """Return the stage of a checkpoint. Raises ValueError for one that is none of `stages`."""
+    """Return the stage of a folder. Raises ValueError where there is none, or one that is none of `stages`."""
+    makers = " or ".join(f"`redraft train {MADE_BY[wanted]}`" for wanted in stages)
+    if not Path(path).is_dir():
+        raise ValueError(
+            f"no model at {path}: the folder does not exist. {makers} (with --smoke or without) makes one."
+        )
     stage = read_raw_config(path).get("stage")
     if stage not in stages:
         found = f"of stage {stage!r}" if stage in STAGES else "not a latent model"
-        makers = " or ".join(f"`redraft train {MADE_BY[wanted]}`" for wanted in stages)
         raise ValueError(f"{path} must be of stage {' or '.join(stages)}; it is {found}. {makers} makes one.")
     return stage

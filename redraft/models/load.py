@@ -144,6 +144,11 @@ def read_config(path: str | Path, raw: Raw) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = str(raw.get("model_type"))
+    if "stage" in raw and model_type.startswith("redraft-"):
+        use = "redraft latent check" if raw["stage"] == "autoencoder" else "redraft think"
+        raise ValueError(
+            f"{path} is of the latent stage {raw['stage']!r}, which denoises no tokens. Use `{use} {path}`."
+        )
     if model_type not in CONFIG_MAPPING:
         if raw.get("auto_map"):
             raise ValueError(

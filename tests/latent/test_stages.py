@@ -120,6 +120,12 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         (["think", denoiser, "3 4", "--steps", "0"], "steps must be at least 1; got 0"),
         (["think", denoiser, "1 2 3 4 5 6 7"], "a prompt must have 1 to 2 tokens, as in training; got 7"),
         (["think", autoencoder, "3 4"], "must be of stage denoiser or rollout; it is of stage 'autoencoder'"),
+        (["sample", denoiser, "3 4"], f"of the latent stage 'denoiser'.*Use `redraft think {re.escape(denoiser)}`"),
+        (
+            ["sample", autoencoder, "3 4"],
+            f"of the latent stage 'autoencoder'.*`redraft latent check {re.escape(autoencoder)}`",
+        ),
+        (["train", "latent-rollout", "--smoke"], "-smoke: the folder does not exist. `redraft train latent-denoiser`"),
         (["think", denoiser, "3 4", "--blocks", "9"], "blocks must be at most the 2 the model was built for; got 9"),
         (["think", denoiser, "3 zwei"], "'zwei' is no word of this model"),
         (["think", str(Path(denoiser) / "no"), "3 4"], "the folder does not exist"),
