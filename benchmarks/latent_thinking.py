@@ -132,7 +132,9 @@ def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinke
     if args.task == "composition":  # blocks of one token
         first = replace(first, autoencoder=replace(first.autoencoder, num_latents=1))
     run_stage(replace(first, task=args.task, out=str(folder / "ae")), console=QUIET)
-    train = replace(recipes["denoiser"].train, seed=seed, max_minutes=None, max_steps=args.steps)
+    train = replace(
+        recipes["denoiser"].train, seed=seed, max_minutes=None, max_steps=args.steps, optimizer=args.optimizer
+    )  # fmt: skip
     start, out = str(folder / "ae"), str(folder / "den")
     config = replace(recipes["denoiser"], task=args.task, out=out, start=start, train=train, force=args.force)
     config = replace(config, denoiser=replace(config.denoiser, num_layers=args.layers))
@@ -170,7 +172,9 @@ def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> N
         return
     table.begun = time.process_time() - 60 * table.cpu_minutes
     recipe = RECIPES["latent-rollout"]()
-    train = replace(recipe.train, seed=seed, max_minutes=None, max_steps=args.rollout_steps)
+    train = replace(
+        recipe.train, seed=seed, max_minutes=None, max_steps=args.rollout_steps, optimizer=args.optimizer
+    )  # fmt: skip
     recipe = replace(recipe, task=args.task, out=str(folder / "roll"), start=str(folder / "den"), train=train)
     thinker = redraft.load_thinker(run_stage(recipe, console=QUIET).folder)
     table.trained()
@@ -219,7 +223,9 @@ def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder)
         return {"loss": process.loss(logits, noised.flatten()[where]).sum() / (labels != IGNORED).sum()}
 
     recipe = RECIPES["latent-denoiser"]()
-    train = replace(recipe.train, seed=seed, max_minutes=None, max_steps=args.steps, learning_rate=RATE)
+    train = replace(
+        recipe.train, seed=seed, max_minutes=None, max_steps=args.steps, learning_rate=RATE, optimizer=args.optimizer
+    )  # fmt: skip
     stage = Stage(model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=tokenizer)
     config = replace(recipe, out=str(folder), train=train)
     drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=QUIET)
@@ -330,7 +336,8 @@ def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> l
     args.steps = args.max_steps or STEPS[args.task][group.split(",")[0]]
     args.rollout_steps = STEPS[args.task]["rollout"] if group == "latent" else 0
     steps = f"{args.steps}+{args.rollout_steps}" if args.rollout_steps else args.steps
-    settings = (args.task, steps, args.layers, args.samples, len(table.prompts), seed, group)
+    muon = ["muon"] if args.optimizer == "muon" else []
+    settings = (args.task, steps, *muon, args.layers, args.samples, len(table.prompts), seed, group)
     key = " ".join(map(str, settings))
     if args.runs and args.runs.is_file():
         done = {run["key"]: run["rows"] for run in map(json.loads, args.runs.read_text().splitlines())}
@@ -382,6 +389,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="countdown", choices=TASKS)
     parser.add_argument("--max-steps", type=int, help=f"of each model but the rollout; by default {STEPS}")
+    parser.add_argument("--optimizer", default="muon", choices=("adamw", "muon"), help="of all but the autoencoder")
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=400)

@@ -152,7 +152,10 @@ class TrainConfig:
     """Optimisation, evaluation and bookkeeping."""
 
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: the matrices of the layers by Muon, at the learning rate and weight decay of AdamW, which trains the rest;
+    not for sharded weights."""
     batch_size: int = 32
     """Windows in a forward pass, all processes together: how many share them changes no result."""
     accumulation: int = 1
@@ -168,7 +171,7 @@ class TrainConfig:
     decay: Literal["cosine", "linear", "constant"] = "linear"
     """How the learning rate falls to 0 after the warm-up."""
     weight_decay: float = 0.1
-    """AdamW's weight decay (not on norms and biases)."""
+    """Decoupled weight decay (not on norms and biases)."""
     beta_2: float = 0.98
     """AdamW's second-moment decay."""
     max_grad_norm: float = 1.0

@@ -173,6 +173,7 @@ def stage_trainer(config: LatentRunConfig, stage: Stage) -> StageTrainer:
         train_dataset=stage.rows,
         average=WeightAverage(stage.model, decay=train.ema_decay) if train.ema_decay else None,
         max_skipped=train.max_skipped,
+        uses_muon=train.optimizer == "muon",
     )
 
 

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from redraft.training.checkpoint import STAGING, delete_checkpoint, tidy, write_hashes
 from redraft.training.ema import WeightAverage
 from redraft.training.guard import Guard
+from redraft.training.muon import MuonAdamW, layer_matrices
 
 Batch = dict[str, Tensor]
 
@@ -30,9 +31,19 @@ class KeyedTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, model: Any, *, args: TrainingArguments, average: WeightAverage | None, max_skipped: int, **data: Any
+        self,
+        model: Any,
+        *,
+        args: TrainingArguments,
+        average: WeightAverage | None,
+        max_skipped: int,
+        uses_muon: bool = False,
+        **data: Any,
     ) -> None:
         super().__init__(model, args=args, **data)
+        self.uses_muon = uses_muon
+        if uses_muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("train.optimizer muon needs whole matrices; got sharded weights. Use adamw, or ddp.")
         self.remove_callback(PrinterCallback)
         self.average = average
         self.tokens_seen = 0
@@ -81,6 +92,13 @@ class KeyedTrainer(Trainer):
         self.tokens_seen += self.tokens_per_step
         return batches, num_items
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Build AdamW, and Muon beside it where it is wanted."""
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        if self.uses_muon and not isinstance(optimizer, MuonAdamW):
+            self.optimizer = optimizer = MuonAdamW(optimizer, layer_matrices(self.model))
+        return optimizer
+
     def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Count what the loss is divided by (any shape), real tokens, and positions."""
         raise NotImplementedError
@@ -91,7 +109,7 @@ class KeyedTrainer(Trainer):
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         skip = self.guard.found_inf(torch.as_tensor(norm), self._batches, step=self.state.global_step)
-        optimizer: Any = self.optimizer  # accelerate's wrapper of the fused AdamW
+        optimizer: Any = self.optimizer  # accelerate's wrapper of it
         optimizer.optimizer.found_inf = skip
         return norm
 

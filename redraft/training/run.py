@@ -326,6 +326,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) ->
         groups_lengths=config.data.kind == "chat" and config.data.chat.batching == "grouped",
         average=average,
         max_skipped=train.max_skipped,
+        uses_muon=train.optimizer == "muon",
     )
 
 

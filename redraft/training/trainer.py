@@ -52,6 +52,7 @@ class DiffusionTrainer(KeyedTrainer):
         groups_lengths: bool = False,
         average: WeightAverage | None = None,
         max_skipped: int = 10,
+        uses_muon: bool = False,
     ) -> None:
         self.pad_token_id = pad_token_id
         self.groups_lengths = groups_lengths
@@ -63,6 +64,7 @@ class DiffusionTrainer(KeyedTrainer):
             data_collator=self._collate,
             average=average,
             max_skipped=max_skipped,
+            uses_muon=uses_muon,
         )
         self.is_sharded = self.accelerator.distributed_type is DistributedType.FSDP
         self._check_parallelism(average)
