@@ -4,11 +4,11 @@ import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -96,7 +96,7 @@ class KeyedTrainer(Trainer):
         """Build AdamW, and Muon beside it where it is wanted."""
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         if self.uses_muon and not isinstance(optimizer, MuonAdamW):
-            self.optimizer = optimizer = MuonAdamW(optimizer, layer_matrices(self.model))
+            self.optimizer = optimizer = MuonAdamW(optimizer, layer_matrices(cast(nn.Module, self.model)))
         return optimizer
 
     def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:

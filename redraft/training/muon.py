@@ -12,9 +12,10 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
     for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         for module in stack.modules():
-            weight = getattr(module, "weight", None)
-            is_matrix = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.requires_grad
-            if is_matrix and not isinstance(module, nn.Embedding):
+            if isinstance(module, nn.Embedding):
+                continue
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            if weight is not None and weight.ndim == 2 and weight.requires_grad:
                 found[id(weight)] = weight
     return list(found.values())
 
@@ -45,7 +46,7 @@ class MuonAdamW(Optimizer):
         self.param_groups = [*self.adamw.param_groups, *self.muon.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step both. `closure` is not for this optimizer."""
         found_inf = self.found_inf
         self.adamw.found_inf = found_inf  # type: ignore[attr-defined]  # what the fused kernel reads

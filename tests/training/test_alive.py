@@ -58,16 +58,23 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(trainer_module.DiffusionTrainer, "score", poisoned)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_without_a_finite_gradient_changes_nothing_and_its_batch_is_kept(config, monkeypatch, accumulation):
-    config = replace(config, train=replace(config.train, save_every=1, accumulation=accumulation))
+@pytest.mark.parametrize(("accumulation", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def test_a_step_without_a_finite_gradient_changes_nothing_and_its_batch_is_kept(
+    config, monkeypatch, accumulation, optimizer
+):
+    train = replace(config.train, save_every=1, accumulation=accumulation, optimizer=optimizer)
+    config = replace(config, train=train)
     poison(monkeypatch, {3})
     out = run(config, console=QUIET).folder
     weights = [load_file(out / f"checkpoint-{n}" / "model.safetensors") for n in (3, 4, 5)]
-    moments = [torch.load(out / f"checkpoint-{n}" / "optimizer.pt")["state"] for n in (3, 4)]
+    states = [torch.load(out / f"checkpoint-{n}" / "optimizer.pt") for n in (3, 4)]
+    parts = states if optimizer == "adamw" else [state[part] for part in ("adamw", "muon") for state in states]
+    moments = [part["state"] for part in parts]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
-    assert all(torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i])
+    for before, after in zip(moments[::2], moments[1::2], strict=True):
+        assert before
+        assert all(torch.equal(before[i][key], after[i][key]) for i in before for key in before[i])
     assert all(torch.isfinite(tensor).all() for tensor in load_file(out / "model.safetensors").values())
     lines = [line for line in read_log(out / "log.jsonl") if "grad_norm" in line]
     assert [line["step"] for line in lines if "skipped_steps" in line] == [4]

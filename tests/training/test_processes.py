@@ -88,6 +88,8 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
         name: replace(config, out=f"{config.out}-{name}", objective=objective) for name, objective in OBJECTIVES.items()
     }
     ones["preference"] = on_pairs(config)
+    if kind == "ddp":
+        ones["muon"] = replace(with_train(config, optimizer="muon"), out=f"{config.out}-muon")
     for one in ones.values():
         run(one, console=QUIET)
     masked = ones["masked"]
@@ -98,6 +100,10 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
     launch_all(kind, [*twos.values(), in_two, skips, coarse])
     sharded = set(Path(twos["masked"].out, "sharded.txt").read_text().split())
     assert sharded == (set(weights(masked.out)) if kind == "fsdp2" else set())
+    coarse_steps = {name: twos.pop(name) for name in ("muon",) if name in twos}  # Muon's iterations are in bfloat16
+    for name, two in coarse_steps.items():
+        assert losses(two.out) == pytest.approx(losses(ones[name].out), abs=1e-3)
+        assert_close(weights(ones[name].out), weights(two.out), 1e-4)
     for name, two in twos.items():
         assert losses(two.out) == pytest.approx(losses(ones[name].out), abs=1e-5), name
         assert gradient_norms(two.out) == pytest.approx(gradient_norms(ones[name].out), rel=1e-5, abs=1e-5), name
@@ -149,6 +155,13 @@ def test_a_mistake_found_by_the_processes_is_told_once(config, tmp_path):
     with launched(config, flags=["--launch", "fsdp2", "--processes", "2"]) as process:
         output = finish(process, code=2)
     assert output.count("nowhere") == 1
+    assert "Traceback" not in output
+
+
+def test_muon_over_sharded_weights_is_refused(config):
+    with launched(with_train(config, optimizer="muon"), flags=["--launch", "fsdp2", "--processes", "2"]) as process:
+        output = finish(process, code=2)
+    assert output.count("muon needs whole matrices; got sharded weights. Use adamw, or ddp.") == 1
     assert "Traceback" not in output
 
 

@@ -209,6 +209,22 @@ def test_every_objective_resumes_bitwise_however_its_batch_is_split_and_its_chec
         run(replace(config, objective=other), resume=True, console=QUIET)
 
 
+def test_a_run_with_muon_resumes_bitwise_and_its_optimizer_cannot_be_changed_on_the_way(config):
+    plain = run(replace(config, out=config.out + "-adamw"), console=QUIET).folder
+    config = with_train(config, optimizer="muon", accumulation=2, batch_size=4)
+    outcome = run(config, console=QUIET)
+    expected, logged = weights(outcome.folder), losses(outcome.folder)
+    assert abs(logged[-1] - losses(plain)[-1]) > 1e-4  # another optimizer
+    (outcome.folder / "model.safetensors").unlink()
+    for checkpoint in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(outcome.folder / checkpoint)
+    run(config, resume=True, console=QUIET)
+    assert all(torch.equal(expected[name], found) for name, found in weights(outcome.folder).items())
+    assert losses(outcome.folder) == logged
+    with pytest.raises(ValueError, match="settings differ: train.optimizer: 'muon' -> 'adamw'"):
+        run(with_train(config, optimizer="adamw"), resume=True, console=QUIET)
+
+
 def test_an_autoregressive_checkpoint_is_a_plain_causal_model_that_redraft_reads_too(config):
     from transformers import AutoModelForCausalLM
 
