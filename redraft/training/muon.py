@@ -1,10 +1,14 @@
 """Muon for the matrices of the layers and AdamW for the rest, as one optimizer."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
+
+ITERATION = (3.4445, -4.7750, 2.0315)
+"""Coefficients of x, x^3 and x^5 that bring singular values near 1 in five iterations (Jordan et al. 2024)."""
 
 
 def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -20,12 +24,67 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-class MuonAdamW(Optimizer):
-    """Hand `matrices` of a fresh AdamW to Muon (Jordan et al. 2024), whose steps are scaled to AdamW's (2502.16982).
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices (n, rows, columns) near 1 by five iterations of Newton-Schulz.
 
-    So one learning rate and one weight decay serve both. As fused AdamW does, Muon leaves weights and moments as they
-    are where `found_inf` is 1, without waiting for the device.
+    In bfloat16, as published, but for the CPU: many have no such arithmetic, and are a hundred times slower at it.
     """
+    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = ITERATION
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+class Muon(Optimizer):
+    """Muon with Nesterov momentum (Jordan et al. 2024), its steps scaled to the size of AdamW's (2502.16982, eq. 4).
+
+    As fused AdamW does, it leaves weights and momentum as they are where `found_inf` is 1, without waiting for the
+    device. Matrices of one shape are iterated together. torch's own iterates in bfloat16 on every device, one by one.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step. `closure` is not for this optimizer."""
+        for group in self.param_groups:
+            alike: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    alike[matrix.shape, matrix.device, matrix.dtype].append(matrix)
+            for matrices in alike.values():
+                self._step_alike(matrices, **{name: group[name] for name in ("lr", "weight_decay", "momentum")})
+
+    def _step_alike(self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float, momentum: float) -> None:
+        gradients = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
+        buffers = torch.stack([self._momentum(matrix) for matrix in matrices])
+        moved = buffers.lerp(gradients, 1 - momentum)
+        updates = orthogonal(gradients.lerp(moved, momentum)) * (0.2 * max(gradients.shape[1:]) ** 0.5)
+        for matrix, buffer, update in zip(matrices, moved, updates, strict=True):
+            stepped = matrix * (1 - lr * weight_decay) - lr * update
+            self._keep_or_take(matrix, stepped)
+            self._keep_or_take(self._momentum(matrix), buffer)
+
+    def _momentum(self, matrix: nn.Parameter) -> Tensor:
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        return state["momentum_buffer"]
+
+    def _keep_or_take(self, old: Tensor, new: Tensor) -> None:
+        old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
+
+
+class MuonAdamW(Optimizer):
+    """Hand `matrices` of a fresh AdamW to Muon, so that one learning rate and one weight decay serve both."""
 
     found_inf: Tensor | None = None
 
@@ -37,7 +96,7 @@ class MuonAdamW(Optimizer):
             group["params"] = [p for p in group["params"] if id(p) not in moved]
         decay = max(group["weight_decay"] for group in adamw.param_groups)
         self.adamw = adamw
-        self.muon = Muon(matrices, lr=adamw.defaults["lr"], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        self.muon = Muon(matrices, lr=adamw.defaults["lr"], weight_decay=decay)
         super().__init__(matrices, {})
         self._share_groups()
 
@@ -48,21 +107,9 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step both. `closure` is not for this optimizer."""
-        found_inf = self.found_inf
-        self.adamw.found_inf = found_inf  # type: ignore[attr-defined]  # what the fused kernel reads
-        self.adamw.step()
-        matrices = [p for group in self.muon.param_groups for p in group["params"] if p.grad is not None]
-        if found_inf is None:
-            self.muon.step()
-            return
-        is_bad, before = found_inf > 0, [matrix.clone() for matrix in matrices]
-        for matrix in matrices:  # a gradient equal to the momentum leaves the momentum as it is
-            momentum = self.muon.state[matrix].get("momentum_buffer")
-            kept = torch.zeros_like(matrix) if momentum is None else momentum
-            matrix.grad = torch.where(is_bad, kept, matrix.grad)
-        self.muon.step()
-        for matrix, old in zip(matrices, before, strict=True):
-            matrix.copy_(torch.where(is_bad, old, matrix))
+        for optimizer in (self.adamw, self.muon):
+            optimizer.found_inf = self.found_inf  # type: ignore[union-attr]  # what AdamW's fused kernel reads
+            optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of both."""

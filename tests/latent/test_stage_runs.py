@@ -151,7 +151,7 @@ def test_rollout_too_is_the_same_however_a_batch_is_split(configs, tmp_path):
 
 
 def assert_split_equals_whole(config, tmp_path):
-    config = replace(config, train=replace(config.train, optimizer="adamw"))  # Muon iterates in bfloat16
+    config = replace(config, train=replace(config.train, optimizer="adamw"))  # Muon enlarges rounding
     whole = run_stage(with_train(config, tmp_path, "whole"), console=QUIET).folder
     split = run_stage(with_train(config, tmp_path, "split", batch_size=2, accumulation=4), console=QUIET).folder
     for name in ("loss", "grad_norm"):

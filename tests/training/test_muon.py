@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from redraft.training.muon import MuonAdamW, layer_matrices
+from redraft.training.muon import Muon, MuonAdamW, layer_matrices
 
 QUIET = Console(quiet=True)
 
@@ -102,6 +102,28 @@ def test_a_verdict_of_zero_is_the_plain_step_and_a_loaded_state_goes_on_alike():
     for name, weight in plain.state_dict().items():
         assert torch.equal(weight, judged.state_dict()[name])
         assert torch.equal(weight, resumed.state_dict()[name])
+
+
+def test_steps_are_those_of_torchs_muon():
+    ours, theirs = (nn.ModuleList([nn.Linear(24, 16), nn.Linear(16, 24), nn.Linear(24, 16)]) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    matrices = [[layer.weight for layer in model] for model in (ours, theirs)]
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    optimizers = (
+        Muon(matrices[0], **settings),
+        torch.optim.Muon(matrices[1], **settings, adjust_lr_fn="match_rms_adamw"),
+    )
+    for step in range(3):
+        set_gradients(ours, seed=step)
+        set_gradients(theirs, seed=step)
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, its in zip(*matrices, strict=True):
+        assert (mine - its).abs().max() < 2e-3  # its iterations are in bfloat16; a step moves an entry by about 4e-3
+        state, reference = (
+            optimizer.state[m]["momentum_buffer"] for optimizer, m in zip(optimizers, (mine, its), strict=True)
+        )
+        assert torch.allclose(state, reference, atol=1e-6)
 
 
 def test_schedulers_reach_both():
