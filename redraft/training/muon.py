@@ -27,7 +27,7 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
 def orthogonal(matrices: Tensor) -> Tensor:
     """Bring the singular values of matrices (n, rows, columns) near 1 by five iterations of Newton-Schulz.
 
-    In bfloat16, as published, but for the CPU: many have no such arithmetic, and are 80 times slower (measured on one) at it.
+    In bfloat16, as published, but for the CPU: many have none, and were 80 times slower at it where it was measured.
     """
     x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
     is_tall = x.shape[1] > x.shape[2]
