@@ -3,16 +3,17 @@
     python benchmarks/latent_thinking.py --task countdown --seeds 0 1 2 --runs runs/thinking.jsonl
 
 latent: autoencoder (as its recipe), denoiser, then steps, guidance, blocks and the necessity controls; on countdown
-rollout follows, all of it again, and what the answer decoder says. Baselines: AR that writes the thoughts out, AR that
-answers at once and AR with pause tokens in the thoughts' place (where the answer is not the thoughts themselves), on
-countdown AR that writes the last step first, masked diffusion at several numbers of forwards. The task's verifier
-judges.
+rollout follows, all of it again, and what the answer decoder says. Baselines: AR that writes the thoughts out, AR with
+as many pause tokens before its answer (where the answer is the thoughts themselves, before these), where it is not also
+AR that answers at once, on countdown AR that writes the last step first, masked diffusion at several numbers of
+forwards. The task's verifier judges.
 
 Models train for the steps of STEPS, chosen for about equal time on one core; the CPU minutes they took are printed.
 """
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -274,8 +275,8 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
     if isinstance(task, Countdown):
         written[BACKWARDS] = lambda e: [*encode(tokenizer, " ".join(e.blocks[::-1])), eos]
     if any(task.answer(list(e.blocks)) != " ".join(e.blocks) for e in islice(task.examples(), 100)):
-        written |= {"AR, answer at once": answer, "AR, pause tokens": lambda e: pauses(e) + answer(e)}
-    return written
+        return written | {"AR, answer at once": answer, "AR, pause tokens": lambda e: pauses(e) + answer(e)}
+    return written | {"AR, pause tokens": lambda e: pauses(e) + thoughts(e)}
 
 
 def spoken(task: Task, name: str, text: str) -> str:
@@ -384,6 +385,32 @@ def show(runs: dict[int, list[dict[str, Any]]]) -> None:
             print(f"| {name} | {' | '.join(told)} |")
 
 
+def draw(runs: dict[int, list[dict[str, Any]]], path: Path) -> None:
+    """Plot solved by one sample against steps or forwards (token models at the forwards of their longest answer)."""
+    from matplotlib.figure import Figure
+
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in (row for rows in runs.values() for row in rows):
+        steps = re.fullmatch(r"(latent.*|masked diffusion), (\d+) (?:steps|forwards)(?:, T = 0)?", row["name"])
+        if steps and "answer" not in row["name"]:
+            found.setdefault(steps[1], {}).setdefault(int(steps[2]), []).append(row["one"])
+        elif row["name"].endswith("T = 1") and "forwards" not in row["name"]:
+            found.setdefault(row["name"], {}).setdefault(0, []).append(row["one"])
+    figure = Figure(figsize=(6.5, 4))
+    labels = {"xlabel": "denoising steps of a block, or forwards", "ylabel": "solved by one sample, %"}
+    axes = figure.add_subplot(**labels, xscale="log")
+    for name, points in found.items():
+        spreads = [stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
+        means = [mean(values) for values in points.values()]
+        if list(points) == [0]:  # a token a forward: a level to compare with
+            axes.axhline(means[0], linestyle="--", color=f"C{len(axes.lines)}", label=name)
+        else:
+            axes.errorbar(list(points), means, spreads, fmt=".-", capsize=2, label=name)
+    axes.set_ylim(0, 100)
+    axes.legend(fontsize="small")
+    figure.savefig(path, bbox_inches="tight")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -396,6 +423,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--force", action="store_true", help="go on with an autoencoder that fails its gate")
     parser.add_argument("--models", nargs="+", default=None, help="only these, by the names that begin their rows")
+    parser.add_argument("--plot", type=Path, default=None)
     parser.add_argument("--runs", type=Path, default=None, help=".jsonl that keeps finished models; they are not rerun")
     args = parser.parse_args()
     task = find_task(args.task)
@@ -413,6 +441,8 @@ def main() -> None:
     print(describe("latent_thinking.py", sys.argv[1:]))
     print(f"seeds {', '.join(map(str, args.seeds))}; {len(prompts)} held-out prompts; K = {args.samples}\n")
     show(runs)
+    if args.plot:
+        draw(runs, args.plot)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from redraft.errors import unknown_name
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Measure an autoencoder on the held-out blocks of its task: the gate to pass before a denoiser is trained."""
+    """Measure an autoencoder on the blocks of its task's held-out prompts: the gate before a denoiser."""
 
     action: tyro.conf.Positional[str]
     """check"""
     model: tyro.conf.Positional[str]
     """Folder of an autoencoder, or of a model trained on one."""
     task: str | None = None
-    """Task whose held-out blocks are measured; by default its own."""
+    """Task whose blocks are measured; by default its own."""
 
 
 def main(arguments: list[str]) -> int:
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         )
     gate = measure_gate(autoencoder, ids, mask)
     console = Console()
-    console.print(f"{len(ids)} distinct held-out blocks")
+    console.print(f"{len(ids)} distinct blocks of held-out prompts")
     for level, share in gate.items():
         console.print(f"relative noise {level:<4}  {100 * share:5.1f} % exact")
     failures = gate_failures(gate)

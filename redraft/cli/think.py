@@ -105,7 +105,8 @@ def page(rows: list[dict[str, object]]) -> str:
         parts.append(f"<h2>{html.escape(str(row['prompt']))}</h2>")
         thoughts: list[dict[str, list[tuple[float, str]]]] = row["thoughts"]  # type: ignore[assignment]
         for number, thought in enumerate(thoughts, start=1):
-            body = "".join(f"<tr><td>{t:.2f}</td><td>{html.escape(text)}</td></tr>" for t, text in thought["steps"])
+            steps = [*thought["steps"], (0.0, str(thought["text"]))]
+            body = "".join(f"<tr><td>{t:.2f}</td><td>{html.escape(text)}</td></tr>" for t, text in steps)
             caption = (
                 f"thought {number}: {html.escape(str(thought['text']))} (last change {thought['instability']:.3f})"
             )

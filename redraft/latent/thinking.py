@@ -1,6 +1,7 @@
 """Thinking: blocks of thought are denoised one after another, each from noise, then an answer is read off them."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,9 @@ class ThinkingConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}.")
         for name in ("cfg", "diversity", "revise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
-        if not self.init_noise > 0 or not 0 < self.revise_t <= 1:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, and finite; got {getattr(self, name)}.")
+        if not 0 < self.init_noise < math.inf or not 0 < self.revise_t <= 1:
             raise ValueError(
                 f"init_noise must be positive and revise_t in (0, 1]; got {self.init_noise} and {self.revise_t}."
             )
@@ -194,9 +195,11 @@ class _Run:
     def denoise_block(self, block: int) -> None:
         """Denoise the next block from noise, for the rows that still think."""
         self.steps.append([[] for _ in self.keys])
-        z = self.config.init_noise * self._noise(block, 0)
+        z, start = self.config.init_noise * self._noise(block, 0), self.model.config.process.start()
         estimate = partial(self._estimate, block)
-        x_0, instability = self._solve(block, z, uniform_times(self.config.steps), self.is_thinking, estimate)
+        x_0, instability = self._solve(
+            block, z, uniform_times(self.config.steps, start=start), self.is_thinking, estimate
+        )
         self.blocks.append(x_0)
         self.instability.append(instability)
 
@@ -297,7 +300,7 @@ class _Run:
             return self._guided(hidden[is_noisy].view(len(index), size, -1), z, t)
 
         draw = 1000 + index  # apart from the noise of the blocks
-        start = self.config.revise_t
+        start = min(self.config.revise_t, self.model.config.process.start())
         before = whole[torch.arange(rows, device=whole.device), chosen]
         at = whole.new_full((rows, size), start)
         z = self.model.config.process.corrupt(before, at, eps=self._noise(draw, 0)).z_t
@@ -311,9 +314,10 @@ class _Run:
             self.commit(block, intervene=intervene)
 
     def _repel(self, x_0: Tensor, z_t: Tensor, t: Tensor, is_active: Tensor) -> Tensor:
-        """Push the samples of one prompt apart (LaDiR): sum over j of 2 (1 - d^2 / s^2) exp(-d^2 / s^2) (z_i - z_j).
+        """Push the samples of one prompt apart: the mean over the others j of 2 exp(-d^2 / s^2) (z_i - z_j).
 
-        s is the median distance between them; the push fades with t.
+        s is the median distance between them; the push fades with t. LaDiR (arXiv 2510.04573) has a factor
+        1 - d^2 / s^2 beside it, which draws together whoever is farther apart than s, and does nothing for two samples.
         """
         samples = self.config.samples
         if not self.config.diversity or samples == 1:
@@ -323,7 +327,7 @@ class _Run:
         squared = apart.square().sum(-1)
         off = ~torch.eye(samples, dtype=torch.bool, device=z.device)
         scale = squared[:, off].median(dim=1).values.clamp(min=1e-8)[:, None, None]
-        force = 2 * (1 - squared / scale) * torch.exp(-squared / scale)
+        force = 2 * torch.exp(-squared / scale) / (samples - 1)
         push = (force[..., None] * apart).sum(2).flatten(0, 1).view_as(x_0)
         return torch.where(is_active[:, None, None], x_0 + self.config.diversity * t.to(z) * push, x_0)
 

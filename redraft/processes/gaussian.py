@@ -1,5 +1,6 @@
 """Gaussian diffusion of continuous latents: z_t = alpha(t) x_0 + sigma(t) eps, with a time for every position."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -35,8 +36,9 @@ class GaussianDiffusion:
     parametrization: str = "x0"
     weighting: str = "unit"
     """unit: the squared error of the network's own target. x0, eps, v, flow: the squared error of that quantity,
-    whatever is predicted. inverse-t: the x_0 error over the flow time. min-snr (gamma 5, arXiv 2303.09556), sigmoid
-    (bias -1, arXiv 2410.19324), elbo (arXiv 2107.00630)."""
+    whatever is predicted. inverse-t: the x_0 error over the flow time. min-snr (gamma 5, arXiv 2303.09556), elbo
+    (arXiv 2107.00630). sigmoid: sigmoid(-1 - lambda) times the eps error, as arXiv 2410.19324 has it for times uniform
+    in the log-SNR lambda."""
     smallest_t: float = 0.05
     """Weights are evaluated at flow times of at least this, as they grow without bound towards t = 0."""
 
@@ -81,6 +83,10 @@ class GaussianDiffusion:
         if self.parametrization == "v":
             return (alpha * z_t - sigma * output) / (alpha**2 + sigma**2)
         return output if self.parametrization == "x0" else (z_t - sigma * output) / (alpha + sigma)
+
+    def start(self) -> float:
+        """Return the time sampling begins at: 1, but an earlier one for eps, which says nothing of x_0 at alpha = 0."""
+        return 1.0 if self.parametrization != "eps" else float(self.schedule.inverse(torch.tensor(-2 * math.log(99.0))))
 
     def loss(self, output: Float[Tensor, "*shape dim"], noised: NoisedLatents) -> Float[Tensor, "*shape"]:
         """Weigh the squared error of each position, averaged over dimensions; float32."""
@@ -134,8 +140,8 @@ class LogitNormalTimes:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"the times' std must be positive; got {self.std}. 1 is usual.")
+        if not (0 < self.std < math.inf and math.isfinite(self.mean)):
+            raise ValueError(f"the times need a mean and a positive std; got {self.mean} and {self.std}. 1 is usual.")
 
     def __call__(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Map u ~ U(0, 1), best stratified over the batch, to times."""
@@ -153,9 +159,10 @@ class UniformTimes:
 
 @dataclass(kw_only=True)
 class AdaptiveTimes:
-    """Draw times where the loss is: P(log-SNR bin) ~ the EMA of its loss (CDCD, arXiv 2211.15089).
+    """Draw times where the loss is: P(log-SNR bin) ~ the EMA of its loss (arXiv 2303.00848, Appendix F).
 
-    As there, losses are not divided by this density: it sets the weighting, so that the loss is flat in u.
+    Multiplied by `importance`, losses keep the mean that they have over times uniform in log-SNR, with less variance:
+    they are flat in u. For training loops of one's own; the recipes draw logit-normal times.
     """
 
     schedule: GaussianSchedule
@@ -178,11 +185,19 @@ class AdaptiveTimes:
         within = 1 - (ends[bin_] - u) / share[bin_]
         return self.schedule.inverse(high - (high - low) * (bin_ + within) / self.num_bins).to(u.dtype)
 
-    def update(self, t: Float[Tensor, "*shape"], loss: Float[Tensor, "*shape"]) -> None:
-        """Move the mean loss of each bin that was drawn towards the loss seen there."""
+    def importance(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the density of times uniform in log-SNR over that of these."""
+        bin_ = self._bins(t)
+        return ((self.losses.mean() / self.losses)[bin_]).view(t.shape).to(t)
+
+    def _bins(self, t: Tensor) -> Tensor:
         high, low = max(self.log_snr_range), min(self.log_snr_range)
         place = (high - self.schedule.log_snr(t.double().flatten())) / (high - low) * self.num_bins
-        bin_ = place.long().clamp(0, self.num_bins - 1).to(self.losses.device)
+        return place.long().clamp(0, self.num_bins - 1).to(self.losses.device)
+
+    def update(self, t: Float[Tensor, "*shape"], loss: Float[Tensor, "*shape"]) -> None:
+        """Move the mean loss of each bin that was drawn towards the loss seen there."""
+        bin_ = self._bins(t)
         sums, counts = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
         sums.scatter_add_(0, bin_, loss.detach().double().flatten().to(self.losses.device))
         counts.scatter_add_(0, bin_, torch.ones_like(bin_, dtype=torch.float64))

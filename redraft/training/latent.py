@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from redraft.data.tasks import Encoded, Task, encode, find_task, held_out_prompts, word_tokenizer
+from redraft.data.tasks import Encoded, ExampleFile, Task, encode, find_task, held_out_prompts, word_tokenizer
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder, gate_failures, measure_gate
 from redraft.latent.checkpoint import AUTOENCODER_FOLDER, load_autoencoder, load_thinker, require_stage
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
@@ -314,12 +314,15 @@ FINAL_STEPS, FINAL_PROMPTS = 10, 100
 
 
 def solved(thinker: Thinker, task: Task, prompts: list[str]) -> tuple[float, int]:
-    """Return the share of the prompts whose decoded thoughts the verifier accepts, and how many there are."""
+    """Return the share of the prompts that the verifier accepts, and how many there are.
+
+    Judged is what the decoded thoughts say; for a file, which does not tell how an answer follows, the decoded answer.
+    """
     found = thinker.think(prompts, steps=FINAL_STEPS)
-    hits = [
-        task.is_solved(prompt, task.answer([thought.text for thought in samples[0].thoughts]))
-        for prompt, samples in zip(prompts, found, strict=True)
-    ]
+    hits = []
+    for prompt, (sample,) in zip(prompts, found, strict=True):
+        read = task.answer([thought.text for thought in sample.thoughts])
+        hits.append(task.is_solved(prompt, sample.answer or read if isinstance(task, ExampleFile) else read))
     return sum(hits) / max(len(hits), 1), len(hits)
 
 

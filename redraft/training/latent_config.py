@@ -1,12 +1,14 @@
 """The whole configuration of a stage of latent thinking: what a recipe returns and the checkpoint carries."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from redraft.data.tasks import find_task
 from redraft.latent.objective import ThoughtObjective
 from redraft.latent.rollout import RolloutObjective
 from redraft.processes.gaussian import GaussianDiffusion
+from redraft.schedules import gaussian_schedule
 from redraft.training.config import Recorded, TrainConfig
 
 
@@ -33,6 +35,16 @@ class AutoencoderShape:
     kl_weight: float = 1e-4
     """Weight of the KL to N(0, 1)."""
 
+    def __post_init__(self) -> None:
+        _require_positive("autoencoder", self, "num_latents", "latent_dim", "hidden_size")
+        if self.num_layers is not None and self.num_layers < 0:
+            raise ValueError(f"autoencoder.num_layers must not be negative; got {self.num_layers}. 0 is a linear code.")
+        if not 0 <= self.token_dropout < 1:
+            raise ValueError(f"autoencoder.token_dropout must be in [0, 1); got {self.token_dropout}. 0 hides nothing.")
+        for name in ("latent_noise", "kl_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"autoencoder.{name} must be a number and not negative; got {getattr(self, name)}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserShape:
@@ -54,6 +66,16 @@ class DenoiserShape:
     """Weight of the loss over t: unit, x0, eps, v, flow, inverse-t, min-snr, sigmoid, elbo."""
     answer: Literal["autoregressive", "masked"] = "autoregressive"
     """How the answer is decoded; --objective.answer-weight 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        _require_positive("denoiser", self, "hidden_size", "num_layers", "num_heads")
+        gaussian_schedule(self.schedule, shift=self.shift)
+
+
+def _require_positive(section: str, shape: Any, *names: str) -> None:
+    for name in names:
+        if getattr(shape, name) < 1:
+            raise ValueError(f"{section}.{name} must be at least 1; got {getattr(shape, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

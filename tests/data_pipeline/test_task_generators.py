@@ -97,6 +97,10 @@ def test_encoding_pads_at_the_end_and_decodes_to_the_words(tmp_path):
     assert len(ids) == 3  # x, y z, z once
     assert torch.equal(mask, ids != 0)
     assert task.is_solved("a", "c d")
+    assert not task.is_solved("a", "d")
+    (without,) = [e for e in examples if not e.answer]
+    assert task.is_solved(without.prompt, task.answer(list(without.blocks)))
+    assert not task.is_solved("nobody", "c d")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +108,15 @@ def test_encoding_pads_at_the_end_and_decodes_to_the_words(tmp_path):
     [
         ("{}", "line 1: want"),
         ("nonsense", "line 1: want"),
-        ('{"prompt": "a", "blocks": []}', "line 1: there must be at least one block"),
+        ("[1]", "line 1: want"),
+        ('{"prompt": 3, "blocks": ["1"]}', "line 1: want"),
+        ('{"prompt": "a", "blocks": "1 + 2"}', "line 1: want"),
+        ('{"prompt": "a", "blocks": [1, 2]}', "line 1: want"),
+        ('{"prompt": "a", "blocks": ["1"], "answer": null}', "line 1: want"),
+        ('{"prompt": "a", "blocks": []}', "line 1: there must be a prompt and at least one block"),
+        ('{"prompt": "a", "blocks": ["1", " "]}', "line 1: there must be .* none empty"),
+        ('{"prompt": "", "blocks": ["1"]}', "line 1: there must be .* none empty"),
+        ("", "rows.jsonl is empty"),
     ],
 )
 def test_a_line_that_does_not_fit_is_told(line, message, tmp_path):

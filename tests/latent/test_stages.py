@@ -96,7 +96,7 @@ def test_think_shows_thoughts_forming_and_writes_a_page(runs, tmp_path, capsys):
     assert re.findall(r"t = ([\d.]+)", shown) == ["1", "0.75", "0.5", "0.25", "0"] * 2
     page = (tmp_path / "page.html").read_text()
     assert page.count("<table>") == 2
-    assert page.count("<tr>") == 8
+    assert page.count("<tr>") == 10  # 4 steps and the block itself at t = 0
     assert _dispatch([*arguments[:3], "--json", "--samples", "2"]) == 0
     assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 2
 
@@ -154,6 +154,20 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         ([*from_denoiser, *out, "--rollout.weight", "-1"], "must be positive, or one of them 0; got -1.0, 1.0"),
         ([*from_denoiser, *out, "--rollout.thought-weight", "nan"], "must be positive, or one of them 0; got 1.0, nan"),
         ([*from_denoiser, *out, "--objective.stop-weight", "-1"], "stop_weight must not be negative; got -1.0"),
+        (["think", denoiser, "3 4", "--cfg", "nan"], "cfg must not be negative, and finite; got nan"),
+        (["think", denoiser, "3 4", "--init-noise", "inf"], "init_noise must be positive.*got inf"),
+        (["train", "latent-denoiser", "--objective.time-mean", "nan", *out], "the times need a mean .* got nan"),
+        (
+            ["train", "latent-autoencoder", "--autoencoder.latent-dim", "0", *out],
+            "latent_dim must be at least 1; got 0",
+        ),
+        (
+            ["train", "latent-autoencoder", "--autoencoder.token-dropout", "2", *out],
+            "token_dropout must be in .* got 2",
+        ),
+        (["train", "latent-autoencoder", "--autoencoder.kl-weight", "-1", *out], "kl_weight must be .* got -1"),
+        (["train", "latent-denoiser", "--denoiser.num-layers", "0", *out], "num_layers must be at least 1; got 0"),
+        (["train", "latent-denoiser", "--denoiser.shift", "0", *out], "shift must be positive; got 0"),
         (["train", "latent-autoencoder", "--task", "sums"], "unknown task 'sums'"),
         (["train", "latent-autoencoder", "--denoiser.weighting", "x", *out], "unknown weighting 'x'"),
     ]:

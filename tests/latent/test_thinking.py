@@ -114,14 +114,20 @@ def test_guidance_of_one_changes_nothing_and_of_two_does():
 def test_repulsion_spreads_the_samples_of_a_prompt_and_leaves_other_prompts_alone():
     thinker = tiny_thinker()
 
-    def spread(diversity):
-        samples = thinker.think(PROMPTS, samples=4, steps=4, diversity=diversity, blocks=1)[0]
+    def spread(diversity, samples=4):
+        samples = thinker.think(PROMPTS, samples=samples, steps=4, diversity=diversity, blocks=1)[0]
         return torch.pdist(torch.stack([s.thoughts[0].latents.flatten() for s in samples])).mean()
 
     assert spread(0.5) > 1.05 * spread(0.0)
+    assert spread(0.5, samples=2) > 1.05 * spread(0.0, samples=2)
     (alone,) = thinker.think(PROMPTS[1], samples=4, steps=4, diversity=0.5)
     together = thinker.think(PROMPTS, samples=4, steps=4, diversity=0.5)[1]
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_noise_prediction_thinks_finite_thoughts():
+    ((sample,),) = tiny_thinker(parametrization="eps").think("1 2", steps=4)
+    assert all(torch.isfinite(thought.latents).all() for thought in sample.thoughts)
 
 
 def test_revision_changes_the_least_stable_block_alone():

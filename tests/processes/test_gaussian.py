@@ -114,6 +114,28 @@ def test_adaptive_times_draw_each_bin_in_proportion_to_its_loss(heights):
     assert torch.allclose(counts / 4000, times.losses / times.losses.sum(), atol=2e-3)
 
 
+def test_importance_brings_adaptive_times_back_to_times_uniform_in_log_snr():
+    schedule = gaussian_schedule("cosine")
+    times = AdaptiveTimes(schedule=schedule, num_bins=4, log_snr_range=(-8.0, 8.0))
+    times.losses = torch.tensor([1.0, 4.0, 2.0, 9.0], dtype=torch.float64)
+    u = (torch.arange(40000, dtype=torch.float64) + 0.5) / 40000
+    t = times(u)
+    loss = (schedule.log_snr(t) + 9).square()
+    uniform = (torch.linspace(8, -8, 40001, dtype=torch.float64) + 9).square().mean()
+    assert float((loss * times.importance(t)).mean()) == pytest.approx(float(uniform), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["flow", "cosine", "linear-beta", "sqrt", "sigmoid"])
+def test_sampling_starts_where_the_output_says_what_x_0_is(name):
+    schedule = gaussian_schedule(name)
+    for parametrization in ("x0", "v", "flow"):
+        assert GaussianDiffusion(schedule=schedule, parametrization=parametrization).start() == 1
+    process = GaussianDiffusion(schedule=schedule, parametrization="eps")
+    x_0, eps, t = torch.randn(3, 4), torch.randn(3, 4), torch.full((3,), process.start())
+    z_t = process.corrupt(x_0, t, eps=eps).z_t
+    assert torch.allclose(process.predict_x_0(eps, z_t, t), x_0, atol=1e-3)
+
+
 def test_adaptive_times_learn_where_the_loss_is():
     times = AdaptiveTimes(schedule=gaussian_schedule("flow"), num_bins=4, log_snr_range=(-8.0, 8.0), decay=0.5)
     t = gaussian_schedule("flow").inverse(torch.tensor([6.0, 2.0, -6.0]))
@@ -128,7 +150,7 @@ def test_adaptive_times_learn_where_the_loss_is():
         (lambda: GaussianDiffusion(parametrization="epsilon"), "unknown parametrization 'epsilon'.*x0, eps, v, flow"),
         (lambda: GaussianDiffusion(weighting="snr"), "unknown weighting 'snr'"),
         (lambda: GaussianDiffusion(smallest_t=0.0), "smallest_t must lie in"),
-        (lambda: LogitNormalTimes(std=0.0), "std must be positive; got 0"),
+        (lambda: LogitNormalTimes(std=0.0), "a positive std; got 1.0 and 0"),
         (lambda: AdaptiveTimes(schedule=gaussian_schedule("flow"), num_bins=1), "num_bins must be at least 2"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,22 +49,33 @@ class Task(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleFile:
-    """A .jsonl of {"prompt": str, "blocks": [str, ...], "answer": str}; solved means: the file's answer."""
+    """A .jsonl of {"prompt": str, "blocks": [str, ...], "answer": str}.
+
+    Solved means: an answer that the file gives to this prompt, or, where it gives none, its thoughts.
+    """
 
     path: Path
     held_out: float = 0.1
 
     def examples(self) -> Iterator[Example]:
-        """Read the file. Raises ValueError with the number of a line that does not fit."""
-        for number, line in enumerate(self.path.read_text().splitlines(), start=1):
+        """Read the file. Raises ValueError with the number of a line that does not fit, and for an empty file."""
+        lines = self.path.read_text().splitlines()
+        if not lines:
+            raise ValueError(f"{self.path} is empty. Write one example per line.")
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
                 prompt, blocks, answer = row["prompt"], row["blocks"], row.get("answer", "")
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError):
+                prompt = blocks = answer = None
+            if not (isinstance(blocks, list) and all(isinstance(text, str) for text in (prompt, answer, *blocks))):
                 wanted = '{"prompt": str, "blocks": [str, ...], "answer": str}'
-                raise ValueError(f"{self.path}, line {number}: want {wanted}; got {line[:60]!r}.") from error
-            if not blocks:
-                raise ValueError(f"{self.path}, line {number}: there must be at least one block of thought; got none.")
+                raise ValueError(f"{self.path}, line {number}: want {wanted}; got {line[:60]!r}.")
+            if not blocks or not all(text.strip() for text in (prompt, *blocks)):
+                raise ValueError(
+                    f"{self.path}, line {number}: there must be a prompt and at least one block of thought, none "
+                    f"empty; got {line[:60]!r}."
+                )
             yield Example(prompt=prompt, blocks=tuple(blocks), answer=answer)
 
     def answer(self, blocks: list[str]) -> str:
@@ -72,7 +84,14 @@ class ExampleFile:
 
     def is_solved(self, prompt: str, answer: str) -> bool:
         """Look the prompt up."""
-        return any(example.prompt == prompt and example.answer == answer for example in self.examples())
+        return answer in self._answers.get(prompt, ())
+
+    @cached_property
+    def _answers(self) -> dict[str, set[str]]:
+        answers: dict[str, set[str]] = {}
+        for example in self.examples():
+            answers.setdefault(example.prompt, set()).add(example.answer or self.answer(list(example.blocks)))
+        return answers
 
 
 TASKS: dict[str, Task] = {
