@@ -406,6 +406,9 @@ def draw(runs: dict[int, list[dict[str, Any]]], path: Path) -> None:
             axes.axhline(means[0], linestyle="--", color=f"C{len(axes.lines)}", label=name)
         else:
             axes.errorbar(list(points), means, spreads, fmt=".-", capsize=2, label=name)
+    ticks = sorted({steps for points in found.values() for steps in points if steps})
+    axes.set_xticks(ticks, ticks, minor=False)
+    axes.set_xticks([], minor=True)
     axes.set_ylim(0, 100)
     axes.legend(fontsize="small")
     figure.savefig(path, bbox_inches="tight")

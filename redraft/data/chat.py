@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from redraft.data.records import Message
-from redraft.data.tokenizer import Tokenizer, require_eos_token
+from redraft.data.records import DOCUMENT, Message
+from redraft.data.tokenizer import Tokenizer, encode_documents, require_eos_token
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +100,14 @@ def encode_conversations(
 ) -> list[Example | None]:
     """Encode conversations (JSON of their messages) with their targets; None for one that must be dropped as too long.
 
+    Plain text among them (`data.records.DOCUMENT`) comes last, in pieces of `seq_len` tokens, all of it to be learnt.
     Raises ValueError where the template or a text does not allow it.
     """
     eos_token_id = require_eos_token(tokenizer)
     special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    dialogues = [json.loads(text) for text in conversations]
+    read = [json.loads(text) for text in conversations]
+    documents = [messages[0]["content"] for messages in read if messages[0]["role"] == DOCUMENT]
+    dialogues = [messages for messages in read if messages[0]["role"] != DOCUMENT]
     _refuse_special_tokens(
         [message["content"] for messages in dialogues for message in messages], set(special.values())
     )
@@ -115,6 +118,11 @@ def encode_conversations(
         answer_tokens = len(example.input_ids) - sum(map(len, tokens[:-2]))
         fitting = _fit(example, answer_tokens=answer_tokens, seq_len=seq_len, config=config)
         examples.append(fitting and _with_tail(fitting, eos_token_id, config=config))
+    for encoded in encode_documents(tokenizer, documents):
+        ids = np.asarray([*encoded, eos_token_id], np.int32)
+        for piece in np.split(ids, range(seq_len, len(ids), seq_len)):
+            example = Example(piece, np.ones(len(piece), bool))
+            examples.append(_with_tail(example, eos_token_id, config=config))
     return examples
 
 
@@ -206,6 +214,8 @@ def _encode_pieces(tokenizer: Tokenizer, rendered: Sequence[Sequence[Piece]]) ->
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]

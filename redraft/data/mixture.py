@@ -1,4 +1,4 @@
-"""Mixtures of sources: `alpaca.jsonl:0.3,stdlib:0.7`."""
+"""Mixtures of sources: `stories.jsonl:0.3,stdlib:0.7`."""
 
 import heapq
 import math

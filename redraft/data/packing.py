@@ -228,7 +228,7 @@ def pack_conversations(
             + (0 if one_per_window else windows.input_ids.size - num_tokens),
             num_target_tokens=report.num_target_tokens + int(windows.is_target.sum()),
             num_cut=report.num_cut + sum(example.is_cut for example in examples),
-            num_too_long=report.num_too_long + len(buffer) - len(examples),
+            num_too_long=report.num_too_long + len(encoded) - len(examples),
         )
         yield windows, report
 

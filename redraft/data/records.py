@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["text", "chat", "preference"]
 Message = dict[str, str]
+DOCUMENT = "document"
+"""Role of the one message that is no turn but plain text, beside conversations."""
 
 CHAT_SCHEMAS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -54,6 +56,11 @@ def record_parser(kind: Kind, *, skip_bad: bool = False) -> Callable[[str, Any],
             return None
 
     return parse
+
+
+def as_conversation(document: str) -> str:
+    """Return the JSON of plain text that is mixed with conversations."""
+    return json.dumps([{"role": DOCUMENT, "content": document}], ensure_ascii=False)
 
 
 def _schema_of(record: Any, schemas: Mapping[str, tuple[str, ...]], *, where: str) -> str:

@@ -25,7 +25,7 @@ from redraft.data.files import (
     why_not_text,
 )
 from redraft.data.mixture import interleave, parse_mixture
-from redraft.data.records import Kind, record_parser
+from redraft.data.records import Kind, as_conversation, record_parser
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +57,28 @@ def read_documents(
     `save_to_disk`, or a hub id, both with `@split` (default train), a hub id also with `:config`. A mixture of such
     sources: `SOURCE:WEIGHT,SOURCE:WEIGHT` (`data.mixture`).
     `kind="chat"` and `"preference"` read records as conversations and pairs; a document is their JSON (`data.records`);
-    `skip_bad` skips malformed ones.
+    `skip_bad` skips malformed ones. In a mixture of conversations `stdlib` and text files may take part, as plain text.
     `streaming` does not download a hub dataset first; everything else is read lazily anyway.
 
     Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
     """
     if not exists(Path(source).expanduser()) and (parts := parse_mixture(source)):
         read = partial(read_documents, text_field=text_field, kind=kind, skip_bad=skip_bad, streaming=streaming)
-        return interleave([(islice(read(part.source), part.limit), part.weight) for part in parts])
+        is_plain = [kind == "chat" and _is_plain_text(part.source) for part in parts]
+        streams = [
+            map(as_conversation, read_documents(part.source)) if plain and not all(is_plain) else read(part.source)
+            for part, plain in zip(parts, is_plain, strict=True)
+        ]
+        return interleave([(islice(own, part.limit), part.weight) for own, part in zip(streams, parts, strict=True)])
     if source == STDLIB and kind == "text":
         return _not_empty(_read_stdlib(), source, kind)
     field = text_field if kind == "text" else None
     parse = _text_parser(text_field) if kind == "text" else record_parser(kind, skip_bad=skip_bad)
     return _not_empty(_read_source(source, field=field, parse=parse, streaming=streaming), source, kind)
+
+
+def _is_plain_text(source: str) -> bool:
+    return source == STDLIB or Path(source).suffix in TEXT_SUFFIXES
 
 
 def _read_source(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
@@ -177,7 +186,9 @@ def _load_saved(folder: Path, *, split: str) -> Any:
 
 def _read_hub(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
     if source == STDLIB:
-        raise ValueError(f"{STDLIB!r} holds documents, not records. Use data.kind text, or a source of records.")
+        raise ValueError(
+            f"{STDLIB!r} holds documents, not records. Use data.kind text, or mix it with a source of records."
+        )
     match = HUB_ID.fullmatch(source)
     if not match or Path(source).suffix in SUFFIXES:
         raise ValueError(

@@ -60,7 +60,7 @@ def refused(capsys, *arguments):
         ("good.jsonl", "--data.chat.template no.jinja", "chat.template must be a text file; got 'no.jinja'"),
         ("good.jsonl", "--data.chat.template questions.jinja", "changes the answer .* Use another chat.template"),
         ("good.jsonl:-0.3,mixed.jsonl:1", "", "weights of a mixture must be positive; got -0.3 for 'good.jsonl'"),
-        ("good.jsonl:0.3,stdlib:1", "", "'stdlib' holds documents, not records. Use data.kind text"),
+        ("stdlib:0.3,stdlib:1", "", "'stdlib' holds documents, not records. Use data.kind text, or mix it with"),
         ("good.jsonl:0.3,god.jsonl:1", "", "no file or folder 'god.jsonl'. Did you mean 'good.jsonl'"),
         ("god.jsonl", "", "no file or folder 'god.jsonl'. Did you mean 'good.jsonl'"),
     ],

@@ -29,6 +29,7 @@ from redraft.data import (
 from redraft.data.chat import Example, encode_conversations
 from redraft.data.collate import LengthGroupedSampler
 from redraft.data.packing import best_fit, pack_examples
+from redraft.data.records import as_conversation
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,30 @@ def segments(dataset):
             own = row["segment_ids"] == segment
             found[tuple(row["input_ids"][own].tolist()), tuple(row["is_target"][own].tolist())] += 1
     return found
+
+
+@pytest.mark.parametrize("eos", ["train", "to-block-end"])
+def test_plain_text_beside_conversations_is_learnt_whole(
+    config, conversations, chat_tokenizer, documents, eos, tmp_path
+):
+    text = tmp_path / "book.txt"
+    text.write_text("\n\n".join(documents))
+    chat = ChatConfig(eos=eos, block_size=16)
+    alone = prepare(replace(config, chat=chat), tokenizer=chat_tokenizer)
+    mixed = replace(config, chat=chat, source=f"{conversations}:0.2,{text}:0.8")
+    data = prepare(mixed, tokenizer=chat_tokenizer)
+    found = segments(data.train) + segments(data.validation)
+    turns = segments(alone.train) + segments(alone.validation)
+    plain = {segment: times for segment, times in found.items() if segment not in turns}
+    assert set(found) & set(turns)
+    assert plain
+    assert all(all(is_target) and len(ids) <= config.seq_len for ids, is_target in plain)
+    assert any(len(ids) == config.seq_len for ids, _ in plain)
+    assert data.train_report.num_too_long == 0
+    pieces = encode_conversations(chat_tokenizer, [as_conversation(documents[0] * 9)], config=chat, seq_len=32)
+    ids = [*chat_tokenizer(documents[0] * 9, add_special_tokens=False)["input_ids"], chat_tokenizer.eos_token_id]
+    assert [id for piece in pieces for id in piece.input_ids.tolist()][: len(ids)] == ids
+    assert len(pieces) == -(-len(ids) // 32) > 1
 
 
 def of_source(config, tokenizer, dataset_split):
