@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     outcome = run(config, resume=resume, console=console)
     if outcome.signal:
         return 128 + outcome.signal
-    for line in next_steps(str(outcome.folder)):
+    for line in next_steps(str(outcome.folder), kind=config.data.kind):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -96,8 +96,10 @@ def _take(name: str, flags: list[str]) -> tuple[str | None, list[str]]:
     return None, flags
 
 
-def next_steps(folder: str) -> list[str]:
-    """Name three commands to try on a trained model."""
+def next_steps(folder: str, *, kind: str) -> list[str]:
+    """Name commands to try on a trained model."""
+    if kind != "text":
+        return ["try next:", f"  redraft chat {folder}"]
     drawing = "--preset llada-random --temperature 0.9"
     return [
         "try next:",

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from redraft.data.cache import cache_key, cached_folder, is_whole
 from redraft.data.chat import ChatConfig, encode_conversations, plain_text, with_chat_template
+from redraft.data.mixture import parse_mixture
 from redraft.data.packing import (
     PackingReport,
     TargetWindows,
@@ -104,6 +105,8 @@ class DataConfig:
             raise ValueError("preference pairs are not streamed; got streaming with kind preference. Leave it out.")
         if self.streaming and self.chat.batching == "grouped":
             raise ValueError("chat.batching grouped needs all lengths, which a stream does not tell. Use packed.")
+        if self.kind == "preference" and self.chat.loss_on == "all":
+            raise ValueError("of preference pairs only the last answer is learnt; got chat.loss_on all. Use last.")
         if self.random_length:
             raise ValueError("random_length is for kind text: a conversation cut anywhere may lose its answer. Use 0.")
         if self.chat.eos == "to-block-end" and self.seq_len % self.chat.block_size:
@@ -173,6 +176,9 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Prepar
     """
     if exists(Path(config.source).expanduser() / BUILT):
         return _open_built(config, tokenizer)
+    for part in parse_mixture(config.source) or ():
+        if exists(Path(part.source).expanduser() / BUILT):
+            raise ValueError(f"built data cannot be mixed; got {part.source!r}. Build the mixture, or mix the sources.")
     if config.streaming:
         return _prepare_stream(config, tokenizer)
     fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))

@@ -308,6 +308,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) ->
     train_dataset = data.train
     if isinstance(train_dataset, StreamedWindows):
         train_dataset = dataclasses.replace(train_dataset, is_endless=True)
+    byte_lengths = token_byte_lengths(data.tokenizer)
     kind: Any = DiffusionTrainer
     if config.data.kind == "preference":
         kind = partial(PreferenceTrainer, beta=config.objective.beta, num_samples=config.objective.num_samples)
@@ -320,7 +321,7 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) ->
         train_dataset=train_dataset,
         eval_dataset=_evenly(data.validation, train.eval_windows),
         pad_token_id=data.tokenizer.pad_token_id or 0,  # some have none; padding is told by its segment
-        token_byte_lengths=token_byte_lengths(data.tokenizer),
+        token_byte_lengths=byte_lengths if config.data.kind == "text" else torch.zeros_like(byte_lengths),
         has_padding=config.data.has_padding,
         isolate_segments=config.data.isolates_segments,
         groups_lengths=config.data.kind == "chat" and config.data.chat.batching == "grouped",
@@ -363,12 +364,13 @@ def _finish(
                 standard_error=metrics["eval_standard_error"],
                 bits_per_byte=metrics.get("eval_bits_per_byte"),
             )
-            outcome = dataclasses.replace(
-                outcome,
-                held_out=estimate,
-                unigram_nats=unigram_nats(held_out, vocab_size=len(data.tokenizer)),
-                gzip_bits_per_byte=gzip_bits_per_byte(held_out, data.tokenizer),
-            )
+            outcome = dataclasses.replace(outcome, held_out=estimate)
+            if config.data.kind == "text":  # of answers the prompts and the EOS that fills blocks up are no text
+                outcome = dataclasses.replace(
+                    outcome,
+                    unigram_nats=unigram_nats(held_out, vocab_size=len(data.tokenizer)),
+                    gzip_bits_per_byte=gzip_bits_per_byte(held_out, data.tokenizer),
+                )
     if trainer.is_world_process_zero():
         draw_curve(outcome.folder, console=console)
         _announce(outcome, console, measure=config.objective.measure)
@@ -389,10 +391,11 @@ def save_model(trainer: Any, folder: Path) -> None:
 
 
 def _announce(outcome: Outcome, console: Console, *, measure: str) -> None:
+    if outcome.held_out:
+        console.print(f"{f'held-out {measure}:':<17} {outcome.held_out}")
     if outcome.held_out and outcome.unigram_nats:
         below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
         compared = f"{abs(below):.1f} % {'below' if below > 0 else 'above'}"
-        console.print(f"{f'held-out {measure}:':<17} {outcome.held_out}")
         console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the {measure} is {compared})")
         console.print(f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
     console.print(f"saved to {outcome.folder}")

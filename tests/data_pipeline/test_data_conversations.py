@@ -279,6 +279,8 @@ def test_built_data_refuse_another_tokenizer_other_settings_and_damage(built, to
         prepare(replace(taken, seq_len=64))
     with pytest.raises(ValueError, match="was built with chat=.*'loss_on': 'last'.*got .*'loss_on': 'all'"):
         prepare(replace(taken, chat=ChatConfig(loss_on="all")))
+    with pytest.raises(ValueError, match="built data cannot be mixed; got .*built'"):
+        prepare(replace(taken, source=f"{taken.source}:0.5,stdlib:0.5"))
     path = tmp_path / "built" / "train.input_ids.bin"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="the built data in .* are damaged or not whole. Build them again"):
@@ -389,6 +391,11 @@ def test_pairs_are_split_by_prompt_and_those_too_long_are_counted(tmp_path, chat
 def test_a_bad_pair_is_one_clear_error(tmp_path, chat_tokenizer, record, message):
     with pytest.raises(ValueError, match=message):
         read_preferences(write(tmp_path / "a.jsonl", [record]), tokenizer=chat_tokenizer, seq_len=64)
+
+
+def test_of_pairs_the_last_answer_alone_is_learnt():
+    with pytest.raises(ValueError, match="only the last answer is learnt; got chat.loss_on all. Use last"):
+        DataConfig(source="pairs.jsonl", kind="preference", chat=ChatConfig(loss_on="all"))
 
 
 def test_documents_are_still_encoded_as_text_only(chat_tokenizer):

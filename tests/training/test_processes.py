@@ -40,7 +40,7 @@ from redraft.cli.train import main
 from redraft.training.checkpoint import damage
 from redraft.training.config import ObjectiveConfig
 from redraft.training.launch import KINDS as LAUNCHES
-from redraft.training.launch import _verdict, config_file
+from redraft.training.launch import _verdict, check_division, config_file
 from redraft.training.run import run
 
 both = pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -233,6 +233,15 @@ def test_the_configurations_that_ship_are_accelerates(kind):
     assert read.mixed_precision == "no"  # the recipe decides
 
 
+def test_the_slurm_template_shares_its_batch_evenly_as_it_ships():
+    script = config_file("ddp").with_name("slurm.sh").read_text()
+    nodes, gpus, batch = (
+        int(re.search(rf"^{name}=(\d+)", script, flags=re.MULTILINE)[1])
+        for name in ("#SBATCH --nodes", "GPUS_PER_NODE", "BATCH")
+    )
+    check_division(batch, nodes * gpus)
+
+
 # What the template asks of SLURM, for two nodes that are both this machine.
 SLURM = {
     "scontrol": "echo 127.0.0.1; echo other",
@@ -250,7 +259,7 @@ def test_the_slurm_template_trains_over_two_nodes_as_one_process_does_and_goes_o
     recipe, out = tmp_path / "recipe.json", tmp_path / "nodes"
     recipe.write_text(json.dumps(asdict(config)))
     script = config_file(kind).with_name("slurm.sh").read_text()
-    filled = {"RECIPE": recipe, "OUT": out, "KIND": kind, "GPUS_PER_NODE": 1}
+    filled = {"RECIPE": recipe, "OUT": out, "KIND": kind, "GPUS_PER_NODE": 1, "BATCH": config.train.batch_size}
     for name, value in filled.items():
         script = re.sub(rf"^{name}=\S+", f"{name}={value}", script, flags=re.MULTILINE)
     script = script.replace("--main_process_port 29500", f"--main_process_port {get_free_port()}")
