@@ -386,19 +386,12 @@ def show(runs: dict[int, list[dict[str, Any]]]) -> None:
 
 
 def draw(runs: dict[int, list[dict[str, Any]]], path: Path) -> None:
-    """Plot solved by one sample against steps or forwards (token models at the forwards of their longest answer)."""
+    """Plot what one sample solves against steps or forwards; of compositions, against the number of permutations."""
     from matplotlib.figure import Figure
 
-    found: dict[str, dict[float, list[float]]] = {}
-    for row in (row for rows in runs.values() for row in rows):
-        steps = re.fullmatch(r"(latent.*|masked diffusion), (\d+) (?:steps|forwards)(?:, T = 0)?", row["name"])
-        if steps and "answer" not in row["name"]:
-            found.setdefault(steps[1], {}).setdefault(int(steps[2]), []).append(row["one"])
-        elif row["name"].endswith("T = 1") and "forwards" not in row["name"]:
-            found.setdefault(row["name"], {}).setdefault(0, []).append(row["one"])
     figure = Figure(figsize=(6.5, 4))
-    labels = {"xlabel": "denoising steps of a block, or forwards", "ylabel": "solved by one sample, %"}
-    axes = figure.add_subplot(**labels, xscale="log")
+    axes = figure.add_subplot(ylabel="solved by one sample, %", ylim=(0, 100))
+    found = _curves([row for rows in runs.values() for row in rows])
     for name, points in found.items():
         spreads = [stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
         means = [mean(values) for values in points.values()]
@@ -406,12 +399,31 @@ def draw(runs: dict[int, list[dict[str, Any]]], path: Path) -> None:
             axes.axhline(means[0], linestyle="--", color=f"C{len(axes.lines)}", label=name)
         else:
             axes.errorbar(list(points), means, spreads, fmt=".-", capsize=2, label=name)
-    ticks = sorted({steps for points in found.values() for steps in points if steps})
-    axes.set_xticks(ticks, ticks, minor=False)
+    is_by_length = "by_length" in next(iter(runs.values()))[0]
+    axes.set_xlabel("permutations" if is_by_length else "denoising steps of a block, or forwards")
+    axes.set_xscale("linear" if is_by_length else "log")
+    ticks = sorted({place for points in found.values() for place in points if place})
+    axes.set_xticks(ticks, ticks)
     axes.set_xticks([], minor=True)
-    axes.set_ylim(0, 100)
     axes.legend(fontsize="small")
     figure.savefig(path, bbox_inches="tight")
+
+
+def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
+    """Sort results by line and place; 0 is for token models at a token a forward."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if "by_length" in row:
+            if re.fullmatch(r"AR.*T = 0|masked diffusion, T = 0|latent, (1|16) steps", row["name"]):
+                for length, share in row["by_length"].items():
+                    found.setdefault(row["name"], {}).setdefault(int(length), []).append(share)
+            continue
+        steps = re.fullmatch(r"(latent.*|masked diffusion), (\d+) (?:steps|forwards)(?:, T = 0)?", row["name"])
+        if steps and "answer" not in row["name"]:
+            found.setdefault(steps[1], {}).setdefault(int(steps[2]), []).append(row["one"])
+        elif row["name"].endswith("T = 1") and "forwards" not in row["name"]:
+            found.setdefault(row["name"], {}).setdefault(0, []).append(row["one"])
+    return found
 
 
 def main() -> None:
