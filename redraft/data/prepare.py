@@ -56,8 +56,9 @@ class DataConfig:
     save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
     SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents)."""
     kind: Literal["text", "chat", "preference"] = "text"
-    """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers; stdlib
-    and text files mixed with them are learnt whole. preference: pairs (prompt, chosen, rejected) to learn the better answer by (VRPO; objective.beta)."""
+    """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers;
+    stdlib and text files mixed with them are learnt whole. preference: pairs (prompt, chosen, rejected) to learn the
+    better answer by (VRPO; objective.beta)."""
     text_field: str = "text"
     """Field that holds the text of a record (kind text)."""
     chat: ChatConfig = field(default_factory=ChatConfig)
