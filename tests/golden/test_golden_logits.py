@@ -100,4 +100,6 @@ def test_padding_changes_nothing(name):
     lengths[:, 16:] = 0
     other = ids.clone()
     other[:, 16:] = 0
-    assert difference(lm.logits(ids, lengths)[:, :16], lm.logits(other, lengths)[:, :16]) == 0
+    # An expert multiplies the tokens routed to it at once, padding included: their number shows in the rounding.
+    limit = 1e-5 if any("experts" in name for name, _ in lm.denoiser.model.named_modules()) else 0
+    assert difference(lm.logits(ids, lengths)[:, :16], lm.logits(other, lengths)[:, :16]) <= limit
