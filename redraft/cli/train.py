@@ -96,7 +96,7 @@ def _take(name: str, flags: list[str]) -> tuple[str | None, list[str]]:
     return None, flags
 
 
-def next_steps(folder: str, *, kind: str) -> list[str]:
+def next_steps(folder: str, *, kind: str = "text") -> list[str]:
     """Name commands to try on a trained model."""
     if kind != "text":
         return ["try next:", f"  redraft chat {folder}"]
