@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from redraft.data.cache import cache_key, cached_folder, is_whole
 from redraft.data.chat import ChatConfig, encode_conversations, plain_text, with_chat_template
-from redraft.data.mixture import parse_mixture
 from redraft.data.packing import (
     PackingReport,
     TargetWindows,
@@ -27,7 +26,7 @@ from redraft.data.packing import (
     pack_stream,
 )
 from redraft.data.preferences import PreferenceDataset, prompt_of, read_preferences
-from redraft.data.sources import exists, read_documents, source_fingerprint
+from redraft.data.sources import BUILT, exists, read_documents, source_fingerprint
 from redraft.data.splits import Split, split_of
 from redraft.data.store import Batch, open_windows, write_windows
 from redraft.data.tokenizer import (
@@ -43,7 +42,6 @@ from redraft.data.tokenizer import (
 FORMAT = 2  # of the cache: raise it where the same settings give other windows
 SHUFFLE_BUFFER_DOCUMENTS = 1000
 SPLITS: tuple[Split, ...] = ("train", "validation")
-BUILT = "redraft-data.json"  # what a folder of `build` was built from
 BUILT_SETTINGS = ("kind", "seq_len", "validation_fraction", "chat")
 
 
@@ -177,9 +175,6 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Prepar
     """
     if exists(Path(config.source).expanduser() / BUILT):
         return _open_built(config, tokenizer)
-    for part in parse_mixture(config.source) or ():
-        if exists(Path(part.source).expanduser() / BUILT):
-            raise ValueError(f"built data cannot be mixed; got {part.source!r}. Build the mixture, or mix the sources.")
     if config.streaming:
         return _prepare_stream(config, tokenizer)
     fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))

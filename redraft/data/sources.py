@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 STDLIB = "stdlib"
 LONG_TEXT_CHARACTERS = 4096
 NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+BUILT = "redraft-data.json"  # what a folder of `redraft data build` was built from
 SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
 
@@ -63,6 +64,11 @@ def read_documents(
     Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
     """
     if not exists(Path(source).expanduser()) and (parts := parse_mixture(source)):
+        for part in parts:
+            if exists(Path(part.source).expanduser() / BUILT):
+                raise ValueError(
+                    f"built data cannot be mixed; got {part.source!r}. Build the mixture, or mix the sources."
+                )
         read = partial(read_documents, text_field=text_field, kind=kind, skip_bad=skip_bad, streaming=streaming)
         is_plain = [kind == "chat" and _is_plain_text(part.source) for part in parts]
         streams = [

@@ -44,6 +44,13 @@ def two_sources(tmp_path, documents):
     return f"{tmp_path}/a.jsonl:0.25,{tmp_path}/b.jsonl:0.75"
 
 
+def test_a_path_with_a_comma_is_one_source(tmp_path, documents, tokenizer):
+    path = tmp_path / "one, two.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    config = DataConfig(source=str(path), seq_len=16, validation_fraction=0.3, cache_dir=str(tmp_path / "cache"))
+    assert len(prepare(config, tokenizer=tokenizer).train)
+
+
 def test_a_mixture_is_deterministic_and_its_limit_holds(two_sources):
     assert list(read_documents(two_sources)) == list(read_documents(two_sources))
     limited = two_sources.replace(":0.25", ":0.25/2")
