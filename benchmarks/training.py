@@ -38,6 +38,7 @@ from redraft.models.attention import choose_attention
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import chunked_loss
+from redraft.models.quantize import UNDER_ADAPTERS
 from redraft.models.settings import DiffusionSettings
 from redraft.objectives.block import BlockDiffusion
 from redraft.objectives.diffusion import Diffusion
@@ -173,7 +174,8 @@ def measure_lora(way: str, folder: str) -> dict[str, float]:
     before, rank = _memory_mb("VmRSS"), 16
     torch.manual_seed(0)
     dtype = torch.float32 if "full" in way else torch.bfloat16  # frozen weights need no master copy
-    model = load(folder, dtype=dtype, device="cpu", quantization="int8" if "int8" in way else None).model.train()
+    quantization = next((name for name in UNDER_ADAPTERS if name in way), None)
+    model = load(folder, dtype=dtype, device="cpu", quantization=quantization).model.train()
     if "full" not in way:
         add_adapter(model, AdapterConfig(rank=rank, targets="all-linear"))
     if "checkpointing" in way:
@@ -209,7 +211,7 @@ def print_lora() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = DiffusionSettings(mask_token_id=2)
         build_model(ModelConfig(size=size), settings, tokenizer=Tokens(vocab_size)).save_pretrained(folder)
-        kinds = ("full", "LoRA", "LoRA over int8")
+        kinds = ("full", "LoRA", *(f"LoRA over {quantization}" for quantization in UNDER_ADAPTERS))
         ways = [kind + more for more in ("", ", checkpointing") for kind in kinds]
         found = {way: _in_a_process(way, folder, kind="lora") for way in ways}
     full = found["full"]

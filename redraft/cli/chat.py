@@ -33,7 +33,7 @@ class Arguments:
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
     quantization: str | None = None
-    """Hold the linear layers in int8 or int4 (needs the extra `quant`)."""
+    """Hold the linear layers in int8, int4 or nf4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ class ModelConfig:
     start: str | None = None
     """Folder or hub id of a diffusion model to go on from (`redraft convert` makes one); brings shape and tokenizer."""
     quantization: str | None = None
-    """int8: hold the frozen weights of start in 8 bits under an adapter (QLoRA)."""
+    """Hold the frozen weights of start in 4 bits (nf4) or 8 (int8) under an adapter (QLoRA)."""
     size: str = "5m"
     """Named shape: 1m, 5m, 14m, 30m, 135m (counted at a vocabulary of 4 k to 8 k; 135m at 49 k)."""
     architecture: str = "llama"

@@ -15,7 +15,7 @@ from redraft.models import encoder_decoder
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import choose_device
 from redraft.models.families import FAMILIES, Family, find_family, known_model_types
-from redraft.models.quantize import quantization_config
+from redraft.models.quantize import keep_format, quantization_config
 from redraft.models.settings import DiffusionSettings
 from redraft.models.translations import Raw
 
@@ -34,8 +34,8 @@ def load_denoiser(
 ) -> tuple[Denoiser, Any]:
     """Load a model and its tokenizer (None where the folder has none), in evaluation mode.
 
-    `quantization` is int8 or int4 (`models.quantize`). `adapter` is a LoRA of peft, laid over the weights; `path` may
-    be one itself, which names its base. Where an adapter was trained here, its settings win. `family` names the
+    `quantization` is int8, int4 or nf4 (`models.quantize`). `adapter` is a LoRA of peft, laid over the weights; `path`
+    may be one itself, which names its base. Where an adapter was trained here, its settings win. `family` names the
     format of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`; see
     docs/models.md).
 
@@ -64,9 +64,10 @@ def load_denoiser(
     settings.save_to(config)
     quantizer: dict[str, Any] = {}
     if quantization is not None:
-        kernel = quantization_config(quantization, config=config, model_class=model_class, device=target)
+        kernel = quantization_config(quantization, config=config, model_class=model_class, device=target, dtype=dtype)
         quantizer = {"quantization_config": kernel, "device_map": {"": target}}  # packed where it will run
     model = load_weights(model_class, path, config=config, dtype=dtype, family=of_family, quantizer=quantizer)
+    keep_format(model)
     if adapter is not None:
         model = attach_adapter(model, adapter).get_base_model()
     kind = encoder_decoder.EncoderDecoder if config.model_type in encoder_decoder.MODEL_TYPES else Denoiser

@@ -1,22 +1,34 @@
-"""Quantised weights: 8 or 4 bits in linear layers, through transformers' torchao quantiser."""
+"""Quantised weights: 8 or 4 bits in linear layers, through transformers' quantisers (torchao, bitsandbytes)."""
 
+import logging
 from typing import Any
 
 import torch
 
 from redraft.errors import unknown_name
 
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4", "nf4")
+UNDER_ADAPTERS = ("int8", "nf4")
+"""Those with a gradient for what enters a layer, which an adapter below it needs."""
 INT4_GROUP = 32
 """Weights that share a scale and a zero in int4: 32 divides the widths of nearly every model, at 5 bits a weight."""
 
 
-def quantization_config(name: str, *, config: Any, model_class: Any, device: torch.device) -> Any:
-    """Choose torchao's kernel for a device: one scale per row for int8, groups of 32 for int4.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+"""It warns that a kernel is missing which `keep_format` never reaches, whenever peft is imported."""
 
-    Embeddings, the head, norms and, for int4, linear layers whose width 32 does not divide keep the model's dtype.
-    Raises ValueError for another name, without torchao, for a checkpoint that is quantised already and for a mixture of
-    experts, whose fused experts are no linear layers.
+
+def quantization_config(
+    name: str, *, config: Any, model_class: Any, device: torch.device, dtype: str | torch.dtype
+) -> Any:
+    """Choose the kernel for a device: one scale per row for int8, groups of 32 for int4, of 64 for nf4.
+
+    int8 and int4 are torchao's; nf4 is the 4-bit NormalFloat of QLoRA (2305.14314), its scales quantised again, and
+    bitsandbytes': products are taken in `dtype` ("auto": the checkpoint's). Embeddings, the head, norms and, for int4,
+    linear layers whose width 32 does not divide keep the model's dtype.
+
+    Raises ValueError for another name, without the package, for a checkpoint that is quantised already and for a
+    mixture of experts, whose fused experts are no linear layers.
     """
     if name not in QUANTIZATIONS:
         raise unknown_name("quantization", name, QUANTIZATIONS)
@@ -27,7 +39,21 @@ def quantization_config(name: str, *, config: Any, model_class: Any, device: tor
             f"quantization={name!r} reaches linear layers, and nearly all weights of {config.model_type} are fused "
             "experts. Load it without, in bfloat16."
         )
+    if name == "nf4":
+        of_products = (config.dtype or torch.float32) if dtype == "auto" else dtype
+        return _nf4_config(getattr(torch, of_products) if isinstance(of_products, str) else of_products)
     return _torchao_config(name, device)
+
+
+def _nf4_config(dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ValueError("quantization='nf4' needs bitsandbytes, which is not installed: pip install 'redraft[quant]'.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _torchao_config(name: str, device: torch.device) -> Any:
@@ -47,6 +73,17 @@ def _torchao_config(name: str, device: torch.device) -> Any:
     packing = "tile_packed_to_4d" if device.type == "cuda" else "plain_int32"
     kernel = Int4WeightOnlyConfig(group_size=INT4_GROUP, int4_packing_format=packing, set_inductor_config=False)
     return TorchAoConfig(kernel)
+
+
+def keep_format(model: Any) -> None:
+    """Keep the layers of nf4 as they were packed.
+
+    On a CPU with bfloat16 arithmetic they would repack themselves in the first forward without a gradient, for a kernel
+    that takes bfloat16 products whatever the dtype and only heights that 32 divides.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _has_fused_experts(model_class: Any, config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): low-rank matrices beside the frozen linear layers of a model; QLoRA if those are int8."""
+"""LoRA (arXiv 2106.09685): low-rank matrices beside frozen linear layers; QLoRA (2305.14314) if these are quantised."""
 
 from dataclasses import dataclass
 from pathlib import Path

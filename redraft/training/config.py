@@ -12,6 +12,7 @@ from redraft.errors import unknown_name
 from redraft.layouts import Layout
 from redraft.likelihood import Objective
 from redraft.models.build import ModelConfig
+from redraft.models.quantize import UNDER_ADAPTERS
 from redraft.models.settings import DiffusionSettings
 from redraft.objectives.autoregressive import Autoregressive
 from redraft.objectives.block import BlockDiffusion
@@ -295,8 +296,8 @@ class RunConfig(Recorded):
             raise ValueError(
                 f"an adapter goes over model.start; got adapter.rank {rank} without. Name a --model.start."
             )
-        if quantization not in (None, "int8"):  # the kernels of int4 have no gradient
-            raise unknown_name("model.quantization for training", quantization, ("int8",))
+        if quantization not in (None, *UNDER_ADAPTERS):
+            raise unknown_name("model.quantization for training", quantization, UNDER_ADAPTERS)
         if quantization is not None and not rank:
             raise ValueError(
                 f"quantised weights cannot be trained; got model.quantization {quantization!r} without an adapter. "

@@ -13,9 +13,9 @@ import redraft
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
 
 DATA = Path(__file__).parent.parent / "golden" / "data"
-ERROR = {"int8": 0.04, "int4": 0.40}
+ERROR = {"int8": 0.04, "int4": 0.40, "nf4": 0.55}
 """Largest relative error of the logits. The checkpoints are random and 4 bits leave no structure to lean on."""
-AGREEMENT = {"int8": 0.9, "int4": 0.5}
+AGREEMENT = {"int8": 0.9, "int4": 0.5, "nf4": 0.3}
 """Least share of positions whose likeliest token stays (of 256 tokens)."""
 
 
@@ -25,6 +25,8 @@ def load(name="llada", *, dtype="float32", **options):
 
 def inner(parameter):
     """The tensors a quantised parameter is made of."""
+    if hasattr(parameter, "quant_state"):  # nf4
+        return [parameter, parameter.quant_state.absmax]
     names = getattr(parameter, "tensor_data_names", None)
     return [parameter] if names is None else [getattr(parameter, name) for name in names]
 
@@ -33,7 +35,7 @@ def num_bytes(module):
     return sum(tensor.nbytes for parameter in module.parameters() for tensor in inner(parameter))
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", list(ERROR))
 @pytest.mark.parametrize("name", ["llada", "dream", "a2d_qwen3"])  # renamed, shifted, plain
 def test_quantised_logits_are_close_to_the_unquantised_and_the_layers_smaller(name, quantization):
     ids = load_file(DATA / name / "golden.safetensors")["input_ids"].long()
@@ -44,31 +46,57 @@ def test_quantised_logits_are_close_to_the_unquantised_and_the_layers_smaller(na
     assert (got.argmax(-1) == expected.argmax(-1)).float().mean() >= AGREEMENT[quantization]
     projections = [lm.model.model.layers[0].self_attn.q_proj for lm in (plain, small)]
     ratio = num_bytes(projections[1]) / num_bytes(projections[0])
-    assert ratio < {"int8": 0.28, "int4": 0.21}[quantization]  # of float32, with the scales, and Dream's bias
+    limit = {"int8": 0.28, "int4": 0.21, "nf4": 0.18}[quantization]
+    assert ratio < limit  # of float32, with the scales, and Dream's bias
     assert num_bytes(small.model) < 0.7 * num_bytes(plain.model)
     for of in ("get_input_embeddings", "get_output_embeddings"):
         assert torch.equal(getattr(small.model, of)().weight, getattr(plain.model, of)().weight)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", list(ERROR))
 def test_a_quantised_model_generates(quantization):
     lm = load(quantization=quantization)
     out = lm.generate([[3, 4, 5], [7]], max_new_tokens=8, block_size=4, stop=None)
     assert [len(tokens) for tokens in out.tokens] == [8, 8]
     assert torch.equal(out.tokens[1], lm.generate([[7]], max_new_tokens=8, block_size=4, stop=None).tokens[0])
-    assert load(dtype="bfloat16", quantization=quantization).model.dtype == torch.bfloat16
+    half = load(dtype="bfloat16", quantization=quantization).model
+    assert half.dtype == torch.bfloat16
+    if quantization == "nf4":
+        assert half.model.layers[0].self_attn.q_proj.compute_dtype == torch.bfloat16
 
 
-def test_int8_weights_can_be_saved_and_loaded_again(tmp_path):
+def test_nf4_computes_with_what_it_unpacks_forward_and_backward():
+    import bitsandbytes
+
+    plain, small = load(), load(quantization="nf4")
+    layers = dict(small.model.named_modules())
+    for name, layer in plain.model.named_modules():
+        if isinstance(layers[name], bitsandbytes.nn.Linear4bit):
+            packed = layers[name].weight
+            with torch.no_grad():
+                layer.weight.copy_(bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state))
+    x = plain.model.get_input_embeddings()(torch.arange(3, 15)[None]).detach()
+    found = []
+    for lm in (plain, small):
+        inputs = x.clone().requires_grad_()
+        logits = lm.model(inputs_embeds=inputs).logits
+        logits.square().sum().backward()
+        found.append((logits, inputs.grad))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() < 1e-4 * a.norm()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_weights_can_be_saved_and_loaded_again(tmp_path, quantization):
     ids = torch.arange(3, 15)[None]
-    lm = load(quantization="int8")
+    lm = load(quantization=quantization)
     lm.model.save_pretrained(tmp_path)
     assert torch.equal(redraft.load(tmp_path, device="cpu").logits(ids), lm.logits(ids))
     with pytest.raises(ValueError, match=r"is quantised already; got quantization='int4'. Leave it out"):
         redraft.load(tmp_path, device="cpu", quantization="int4")
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", list(ERROR))
 def test_an_adapter_lies_over_quantised_weights(tmp_path, quantization):
     plain = load()
     plain.model.save_pretrained(tmp_path / "model")
@@ -83,13 +111,14 @@ def test_an_adapter_lies_over_quantised_weights(tmp_path, quantization):
 
 
 def test_what_cannot_be_quantised_is_told(monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown quantization 'int3'; known are int8, int4"):
+    with pytest.raises(ValueError, match=r"unknown quantization 'int3'; known are int8, int4, nf4"):
         load(quantization="int3")
     with pytest.raises(ValueError, match=r"nearly all weights of qwen3_moe are fused experts. Load it without"):
         load("llada_moe", quantization="int8")
-    monkeypatch.setattr("transformers.utils.is_torchao_available", lambda: False)
-    with pytest.raises(ValueError, match=r"needs torchao, which is not installed: pip install 'redraft\[quant\]'"):
-        load(quantization="int8")
+    for package, quantization in (("torchao", "int8"), ("bitsandbytes", "nf4")):
+        monkeypatch.setattr(f"transformers.utils.is_{package}_available", lambda: False)
+        with pytest.raises(ValueError, match=rf"needs {package}, .* not installed: pip install 'redraft\[quant\]'"):
+            load(quantization=quantization)
 
 
 def test_a_quantised_checkpoint_without_the_package_is_told(tmp_path, monkeypatch):

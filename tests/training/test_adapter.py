@@ -113,7 +113,7 @@ def test_an_adapter_carries_what_it_was_trained_for(config, base, tmp_path):
     assert redraft.load(base).denoiser.settings.block_size is None
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
 def test_a_resumed_run_ends_bitwise_equal(config, quantization):
     config = replace(config, model=replace(config.model, quantization=quantization))
     config = with_train(replace(config, adapter=replace(config.adapter, dropout=0.1)), ema_decay=0.5)
@@ -128,12 +128,15 @@ def test_a_resumed_run_ends_bitwise_equal(config, quantization):
     assert logits(config.out).isfinite().all()
 
 
-def test_the_gradients_over_a_quantised_base_are_close_to_those_over_the_base(config):
+@pytest.mark.parametrize(("quantization", "of_gradient", "of_loss"), [("int8", 0.05, 0.01), ("nf4", 0.2, 0.01)])
+def test_the_gradients_over_a_quantised_base_are_close_to_those_over_the_base(
+    config, quantization, of_gradient, of_loss
+):
     run(with_train(config, max_steps=1), console=QUIET)
-    small = replace(config, out=config.out + "-int8", model=replace(config.model, quantization="int8"))
+    small = replace(config, out=config.out + "-small", model=replace(config.model, quantization=quantization))
     run(with_train(small, max_steps=1), console=QUIET)
-    assert logged(small.out, "grad_norm") == pytest.approx(logged(config.out, "grad_norm"), rel=0.05)
-    assert logged(small.out, "loss") == pytest.approx(logged(config.out, "loss"), rel=0.01)
+    assert logged(small.out, "grad_norm") == pytest.approx(logged(config.out, "grad_norm"), rel=of_gradient)
+    assert logged(small.out, "loss") == pytest.approx(logged(config.out, "loss"), rel=of_loss)
     assert adapter_weights(small.out).keys() == adapter_weights(config.out).keys()
 
 
@@ -215,7 +218,7 @@ def test_targets_that_match_nothing_are_told_with_the_candidates_before_anything
         ),
         (
             lambda: RunConfig(model=ModelConfig(start="a/b", quantization="int4"), adapter=AdapterConfig(rank=4)),
-            "unknown model.quantization for training 'int4'; known are int8",
+            "unknown model.quantization for training 'int4'; known are int8, nf4",
         ),
         (lambda: AdapterConfig(rank=-1), "adapter.rank must not be negative; got -1"),
         (lambda: AdapterConfig(alpha=0), "adapter.alpha must be positive; got 0"),
