@@ -1,5 +1,6 @@
 """Real pretrained weights convert: what was learned is all there, and only the mask has changed."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,21 @@ def test_smollm2_brings_its_tokenizer_chat_template_and_a_mean_mask_row(smollm2)
     rows = lm.model.get_input_embeddings().weight.detach()
     mask = lm.denoiser.settings.mask_token_id
     assert torch.allclose(rows[mask], rows[:mask].mean(dim=0), atol=1e-6)
+
+
+@pytest.mark.parametrize(("quantization", "nats", "agreement"), [("int8", 0.02, 0.95), ("nf4", 0.3, 0.7)])
+def test_smollm2_quantised_reads_a_text_nearly_as_well(smollm2, quantization, nats, agreement):
+    """Nats per token of a text under the causal mask: what 8 and 4 bits cost a model that has learnt something."""
+    made, plain = smollm2
+    small = redraft.load(made.folder, device="cpu", quantization=quantization)
+    text = Path(argparse.__file__).read_text()[:3000]
+    ids = torch.tensor(plain.tokenizer(text, add_special_tokens=False)["input_ids"])[None]
+    logits = [lm.logits(ids, layout=("block-causal", 1))[0, 1:] for lm in (plain, small)]
+    before, after = (float(torch.nn.functional.cross_entropy(z, ids[0, 1:])) for z in logits)
+    same = float((logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean())
+    print(f"{quantization}: {before:.3f} and {after:.3f} nats per token, {same:.0%} of {len(ids[0]) - 1} predictions")
+    assert after - before < nats
+    assert same >= agreement
 
 
 def test_minilm_keeps_its_encoder_and_gets_a_head(tmp_path):
