@@ -21,8 +21,9 @@ from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
 from redraft.randomness import fold
 from redraft.sampling.canvas import Canvas, Status, build_canvas
+from redraft.sampling.completion import CompiledConstraint
 from redraft.sampling.constrain import Constrained
-from redraft.sampling.constraints import CompiledConstraint, Constraint
+from redraft.sampling.constraints import Constraint
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.loop import Sampler, Step, denoise

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from redraft.sampling.canvas import Canvas, Status
-from redraft.sampling.constraints import CompiledConstraint
+from redraft.sampling.completion import CompiledConstraint
 from redraft.sampling.propose import Proposal
 
 
