@@ -5,8 +5,7 @@
 latent: autoencoder (as its recipe), denoiser, then steps, guidance, blocks and the necessity controls; on countdown
 rollout follows, all of it again, and what the answer decoder says. Baselines: AR that writes the thoughts out, AR with
 as many pause tokens before its answer (where the answer is the thoughts themselves, before these), where it is not also
-AR that answers at once, on countdown AR that writes the last step first, masked diffusion at several numbers of
-forwards. The task's verifier judges.
+AR that answers at once, masked diffusion at several numbers of forwards. The task's verifier judges.
 
 Models train for the steps of STEPS, chosen for about equal time on one core; the CPU minutes they took are printed.
 """
@@ -36,7 +35,6 @@ import redraft
 from redraft.data.splits import split_of
 from redraft.data.tasks import TASKS, Example, Task, find_task, held_out_prompts, word_tokenizer
 from redraft.data.tasks.composition import Composition
-from redraft.data.tasks.countdown import Countdown
 from redraft.errors import unknown_name
 from redraft.evaluation.metrics import pass_at_k
 from redraft.latent.thinking import Thinker
@@ -48,8 +46,10 @@ from redraft.training.latent import Rows, Stage, run_stage, stage_trainer
 from redraft.training.run import drive
 
 IGNORED = -100
+ON_COUNTDOWN = {"latent": 2500, "rollout": 500, "AR": 1500, "masked diffusion": 1500}
 STEPS = {
-    "countdown": {"latent": 2500, "rollout": 500, "AR": 3000, "masked diffusion": 5000},
+    "countdown": ON_COUNTDOWN,
+    "countdown-backwards": ON_COUNTDOWN,
     "composition": {"latent": 1500, "rollout": 0, "AR": 1500, "masked diffusion": 1500},
     "sudoku": {"latent": 1000, "rollout": 0, "AR": 1000, "masked diffusion": 1000},
     "sudoku-multi": {"latent": 1000, "rollout": 0, "AR": 1000, "masked diffusion": 1000},
@@ -59,8 +59,6 @@ RATE = 2e-3
 """Learning rate of the baselines."""
 FILLS = (1, 2, 4, 8)
 """Forwards of masked diffusion, beside one for each token."""
-BACKWARDS = "AR, last thought first"
-"""Countdown planned from its target: the order of writing, not what is written, is another."""
 QUIET = Console(quiet=True)
 
 
@@ -272,8 +270,6 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
     answer = lambda e: [*encode(tokenizer, e.answer), eos]  # noqa: E731
     pauses = lambda e: [tokenizer.mask_token_id] * len(encode(tokenizer, " ".join(e.blocks)))  # noqa: E731
     written = {"AR, thoughts written": thoughts, "masked diffusion": thoughts}
-    if isinstance(task, Countdown):
-        written[BACKWARDS] = lambda e: [*encode(tokenizer, " ".join(e.blocks[::-1])), eos]
     if any(task.answer(list(e.blocks)) != " ".join(e.blocks) for e in islice(task.examples(), 100)):
         return written | {"AR, answer at once": answer, "AR, pause tokens": lambda e: pauses(e) + answer(e)}
     return written | {"AR, pause tokens": lambda e: pauses(e) + thoughts(e)}
@@ -281,9 +277,6 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
 
 def spoken(task: Task, name: str, text: str) -> str:
     """Return the answer that a token model's text gives."""
-    if name == BACKWARDS:  # steps of four words
-        words = text.split()
-        return " ".join(words[len(words) // 2 :] + words[: len(words) // 2])
     if isinstance(task, Composition) and name in ("AR, thoughts written", "masked diffusion"):
         return task.answer(text.split())  # blocks of one word each
     return text

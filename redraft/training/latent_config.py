@@ -87,7 +87,7 @@ class LatentRunConfig(Recorded):
     stage: Literal["autoencoder", "denoiser", "rollout"] = "autoencoder"
     """What is trained."""
     task: str = "countdown"
-    """countdown, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks, answer."""
+    """countdown, countdown-backwards, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks, answer."""
     start: str | None = None
     """Folder of the stage before: an autoencoder for the denoiser, a denoiser for the rollout."""
     force: bool = False

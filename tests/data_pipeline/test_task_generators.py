@@ -42,11 +42,16 @@ def test_examples_are_the_same_every_time(task):
 )
 def test_countdown_is_verified_by_carrying_out_the_steps(prompt, answer, is_right):
     assert TASKS["countdown"].is_solved(prompt, answer) is is_right
+    words = answer.split()
+    backwards = " ".join(words[4:] + words[:4])
+    assert TASKS["countdown-backwards"].is_solved(prompt, backwards) is is_right
 
 
 def test_countdown_examples_are_all_the_solutions_a_search_finds():
     examples = [e for e in TASKS["countdown"].examples() if e.prompt == "2 3 7 1"]
     assert {e.answer for e in examples} == {"3 * 2 6 7 - 6 1"}
+    backwards = [e for e in TASKS["countdown-backwards"].examples() if e.prompt == "2 3 7 1"]
+    assert [(e.blocks, e.answer) for e in backwards] == [(("7 - 6 1", "3 * 2 6"), "7 - 6 1 3 * 2 6")]
 
 
 def test_composition_verifies_only_the_product():

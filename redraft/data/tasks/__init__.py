@@ -96,6 +96,7 @@ class ExampleFile:
 
 TASKS: dict[str, Task] = {
     "countdown": Countdown(),
+    "countdown-backwards": Countdown(is_backwards=True),
     "composition": Composition(),
     "sudoku": Sudoku(),
     "sudoku-multi": Sudoku(clues=(3, 4), is_unique=False),

@@ -12,19 +12,23 @@ OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 @dataclass(frozen=True, kw_only=True)
 class Countdown:
-    """Prompt "3 5 7 22"; a step "a op b c", meaning a op b = c, is a block of 4 tokens; the answer is both steps."""
+    """Prompt "3 5 7 22"; a step "a op b c", meaning a op b = c, is a block of 4 tokens; the answer is both steps.
+
+    Backwards the step that gives the target is written first: planned from its end.
+    """
 
     largest: int = 15
     largest_target: int = 60
     held_out: float = 0.08
+    is_backwards: bool = False
 
     def examples(self) -> Iterator[Example]:
         """Yield every solution of every solvable (numbers, target); sums and products with the larger number first."""
         for numbers in combinations_with_replacement(range(1, self.largest + 1), 3):
             found = {steps for steps in _solutions(numbers) if 0 < int(steps[-1].split()[-1]) <= self.largest_target}
             for steps in sorted(found):
-                target = steps[-1].split()[-1]
-                yield Example(prompt=f"{' '.join(map(str, numbers))} {target}", blocks=steps, answer=" ".join(steps))
+                target, blocks = steps[-1].split()[-1], steps[::-1] if self.is_backwards else steps
+                yield Example(prompt=f"{' '.join(map(str, numbers))} {target}", blocks=blocks, answer=" ".join(blocks))
 
     def answer(self, blocks: list[str]) -> str:
         """Both steps."""
@@ -36,8 +40,8 @@ class Countdown:
         there, words = Counter(numbers), answer.split()
         if len(words) != 4 * (len(numbers) - 1):
             return False
-        for i in range(0, len(words), 4):
-            a, operator, b, result = words[i : i + 4]
+        steps = [words[i : i + 4] for i in range(0, len(words), 4)]
+        for a, operator, b, result in reversed(steps) if self.is_backwards else steps:
             there.subtract([a, b])
             if operator not in OPERATORS or min(there.values()) < 0 or not result.lstrip("-").isdigit():
                 return False
