@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from redraft.cli.parsing import SamplingFlags, parse
+from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 from redraft.errors import unknown_name
 from redraft.language_model import LanguageModel, cut_text
 from redraft.sampling.canvas import Status
@@ -21,7 +21,7 @@ HELP = "/reset forgets the conversation, /set NAME VALUE changes a setting, /set
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(LoadingFlags):
     """Talk with a model; drafts are shown dim until they are decided."""
 
     model: tyro.conf.Positional[str]
@@ -30,10 +30,6 @@ class Arguments:
     """How to denoise."""
     system: str | None = None
     """System message, for models with a chat template."""
-    device: str | None = None
-    """cpu, cuda, ...; by default the best there is."""
-    quantization: str | None = None
-    """Hold the linear layers in int8, int4 or nf4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:

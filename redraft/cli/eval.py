@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from redraft.cli.parsing import SamplingFlags, parse
+from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task
 from redraft.loglikelihood import LikelihoodConfig
 
@@ -22,7 +22,7 @@ NO_SETTINGS = ("out", "device", "processes")  # what changes no result: the same
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(LoadingFlags):
     """Measure a model on tasks.
 
     Offline tasks: countdown, sudoku, arithmetic, logic, reasoning-gym:NAME, humaneval, infill-stdlib, perplexity:SOURCE
@@ -55,10 +55,6 @@ class Arguments:
     """Items worked on together (of each, --num-samples rows)."""
     processes: int = 1
     """Processes that share the items, on the GPUs of this machine or its processors."""
-    device: str | None = None
-    """cpu, cuda, ...; by default the best there is."""
-    quantization: str | None = None
-    """Hold the linear layers in int8, int4 or nf4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
-from redraft.cli.parsing import SamplingFlags, parse
+from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 
 if TYPE_CHECKING:
     from redraft.sampling.explain import Explanation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(LoadingFlags):
     """Generate one text, or fill the holes of one, and explain how it came about."""
 
     model: tyro.conf.Positional[str]
@@ -29,10 +29,6 @@ class Arguments:
     """The page: scrubber, heat map of entropy over steps and positions, alternatives of each token over time."""
     alternatives: int = 5
     """Alternatives kept for each open position at each step."""
-    device: str | None = None
-    """cpu, cuda, ...; by default the best there is."""
-    quantization: str | None = None
-    """Hold the linear layers in int8, int4 or nf4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:

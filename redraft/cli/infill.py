@@ -8,11 +8,11 @@ import tyro
 from rich.console import Console
 
 from redraft.cli.constraint import ConstraintArguments
-from redraft.cli.parsing import SamplingFlags, parse
+from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(LoadingFlags):
     """Fill the holes of texts: [MASK:12] is a hole of 12 tokens."""
 
     model: tyro.conf.Positional[str]
@@ -25,10 +25,6 @@ class Arguments:
     """What the text of the hole must be."""
     trace: Path | None = None
     """Write a page that replays the denoising (.html), or its data (.json)."""
-    device: str | None = None
-    """cpu, cuda, ...; by default the best there is."""
-    quantization: str | None = None
-    """Hold the linear layers in int8, int4 or nf4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:

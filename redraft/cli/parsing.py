@@ -28,6 +28,16 @@ def parse(kind: type[T] | Callable[..., T], arguments: list[str], *, command: st
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoadingFlags:
+    """How to hold the model of a command."""
+
+    device: str | None = None
+    """cpu, cuda, ...; by default the best there is."""
+    quantization: str | None = None
+    """Hold the linear layers in int8, int4 or nf4 (needs the extra `quant`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingFlags(SamplingConfig):
     """Settings of the sampler before a model is known, whose own settings decide what fits together."""
 

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from redraft.cli.constraint import ConstraintArguments
-from redraft.cli.parsing import SamplingFlags, parse
+from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 from redraft.sampling.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(LoadingFlags):
     """Generate text from prompts by denoising."""
 
     model: tyro.conf.Positional[str]
@@ -41,10 +41,6 @@ class Arguments:
     """Write a page that replays the denoising (.html), or its data (.json)."""
     json: bool = False
     """Print one JSON object per prompt."""
-    device: str | None = None
-    """cpu, cuda, ...; by default the best there is."""
-    quantization: str | None = None
-    """Hold the linear layers in int8, int4 or nf4 (needs the extra `quant`)."""
 
 
 def main(arguments: list[str]) -> int:

@@ -39,28 +39,27 @@ def quantization_config(
             f"quantization={name!r} reaches linear layers, and nearly all weights of {config.model_type} are fused "
             "experts. Load it without, in bfloat16."
         )
+    from transformers import utils
+
+    package = "bitsandbytes" if name == "nf4" else "torchao"
+    if not getattr(utils, f"is_{package}_available")():
+        raise ValueError(
+            f"quantization={name!r} needs {package}, which is not installed: pip install 'redraft[quant]'."
+        )
     if name == "nf4":
-        of_products = (config.dtype or torch.float32) if dtype == "auto" else dtype
-        return _nf4_config(getattr(torch, of_products) if isinstance(of_products, str) else of_products)
+        return _nf4_config(config.dtype if dtype == "auto" else dtype)
     return _torchao_config(name, device)
 
 
-def _nf4_config(dtype: torch.dtype) -> Any:
+def _nf4_config(dtype: str | torch.dtype | None) -> Any:
     from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
 
-    if not is_bitsandbytes_available():
-        raise ValueError("quantization='nf4' needs bitsandbytes, which is not installed: pip install 'redraft[quant]'.")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
 
 
 def _torchao_config(name: str, device: torch.device) -> Any:
-    from transformers.utils import is_torchao_available
-
-    if not is_torchao_available():
-        raise ValueError(f"quantization={name!r} needs torchao, which is not installed: pip install 'redraft[quant]'.")
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 

@@ -27,7 +27,8 @@ class Countdown:
         for numbers in combinations_with_replacement(range(1, self.largest + 1), 3):
             found = {steps for steps in _solutions(numbers) if 0 < int(steps[-1].split()[-1]) <= self.largest_target}
             for steps in sorted(found):
-                target, blocks = steps[-1].split()[-1], steps[::-1] if self.is_backwards else steps
+                target = steps[-1].split()[-1]
+                blocks = steps[::-1] if self.is_backwards else steps
                 yield Example(prompt=f"{' '.join(map(str, numbers))} {target}", blocks=blocks, answer=" ".join(blocks))
 
     def answer(self, blocks: list[str]) -> str:
