@@ -1,8 +1,8 @@
 # make demo and make test each start from a bare machine with Python 3.11.
 PYTHON ?= python3.11
 BIN := .venv/bin
-# One test process per core, each with one thread: threads that wait for each other would share the cores badly.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
+# One test process per core; tests/conftest.py gives each one thread.
+TEST := $(BIN)/python -m pytest -n $(shell nproc) --dist loadfile
 # A browser for the tests of the pages: Debian's where root may install it, else playwright's own download.
 CHROMIUM := { apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium; }
 export HF_HUB_OFFLINE := 1

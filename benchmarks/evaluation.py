@@ -39,7 +39,7 @@ def requests(lm: redraft.LanguageModel, context: int, length: int, num_items: in
     """Cut held-out functions to a context and a continuation."""
     found: list[Request] = []
     for item in make_task("infill-stdlib", TaskOptions()).items():
-        tokens = lm.encode_pair("", item.prompt + item.answer + item.suffix)[1]
+        tokens = lm.encode(item.prompt + item.answer + item.suffix)
         if len(tokens) >= context + length:
             row = tokens[: context + length]
             found.append(Request(context=row[:context], continuation=row[context:], key=len(found)))

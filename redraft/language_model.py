@@ -1,7 +1,5 @@
 """The public face: a loaded diffusion language model that generates, infills and streams."""
 
-import hashlib
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from redraft.errors import unknown_name
@@ -19,7 +17,7 @@ from redraft.models.denoiser import Denoiser
 from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
-from redraft.randomness import fold
+from redraft.prompts import Prompt, as_batch, encode, encode_pair, encode_with_holes, row_keys
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.completion import CompiledConstraint
 from redraft.sampling.constrain import Constrained
@@ -32,12 +30,8 @@ from redraft.sampling.presets import SamplingConfig, with_saved
 from redraft.sampling.token_bytes import leading_space, token_bytes
 from redraft.sampling.trace import Recorder, RowTrace
 
-HOLE = re.compile(r"\[MASK:(\d+)\]")
 _OF_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")
 """Saved settings that rest on the length of a new text, and say nothing of holes."""
-
-Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
-"""Text, token ids (list or 1-D tensor), or chat messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +215,12 @@ class LanguageModel:
         given = {name: None for name in _OF_A_LENGTH if name in self.saved_sampling} | settings
         size = given.get("block_size")  # blocks of holes lie on the grid: no length need be a multiple of them
         config = self.sampling_config(**given | {"block_size": None})
-        encoded = [self._encode_with_holes(prompt) for prompt in _as_batch(prompts) for _ in range(config.num_samples)]
+        mask_token_id = self.denoiser.settings.mask_token_id
+        encoded = [
+            encode_with_holes(self.tokenizer, prompt, mask_token_id=mask_token_id)
+            for prompt in as_batch(prompts)
+            for _ in range(config.num_samples)
+        ]
         rows, is_hole = [row for row, _ in encoded], [holes for _, holes in encoded]
         for row, holes in encoded:
             if not holes.any():
@@ -255,20 +254,13 @@ class LanguageModel:
         config = LikelihoodConfig(**settings)
         return loglikelihoods(self.denoiser, [Request(context=given, continuation=asked)], config)[0]
 
-    def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[Int[Tensor, "c"], Int[Tensor, "l"]]:
-        """Turn a context and its continuation into token ids as their text together is tokenized.
+    def encode(self, prompt: Prompt) -> Int[Tensor, "seq"]:
+        """Turn text or chat messages into token ids. Raises ValueError without a tokenizer or its chat template."""
+        return encode(self.tokenizer, prompt)
 
-        Spaces at the end of the context count to the continuation, as in the harness. Where a token would straddle the
-        boundary, the two are tokenized apart: the context stays what it is, and every character is scored once.
-        """
-        if not (isinstance(context, str) and isinstance(continuation, str)):
-            return self._encode(context), self._encode(continuation)
-        stripped = context.rstrip()
-        context, continuation = stripped, context[len(stripped) :] + continuation
-        given, whole = self._encode(context), self._encode(context + continuation)
-        if torch.equal(whole[: len(given)], given):
-            return given, whole[len(given) :]
-        return given, self._encode(continuation)
+    def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[Int[Tensor, "c"], Int[Tensor, "l"]]:
+        """Turn a context and its continuation into token ids as their text together is tokenized."""
+        return encode_pair(self.tokenizer, context, continuation)
 
     def decode(self, token_ids: Tensor | list[int]) -> str:
         """Turn token ids into text without special tokens. Raises ValueError without a tokenizer."""
@@ -277,7 +269,7 @@ class LanguageModel:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _encode_all(self, prompts: Prompt | Sequence[Prompt], config: SamplingConfig) -> list[Tensor]:
-        return [row for prompt in _as_batch(prompts) for row in [self._encode(prompt)] * config.num_samples]
+        return [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
 
     def _collect(
         self,
@@ -443,50 +435,6 @@ class LanguageModel:
                 "Shorten the prompt or lower max_new_tokens."
             )
 
-    def _encode(self, prompt: Prompt) -> Int[Tensor, "seq"]:
-        """Turn one prompt into token ids."""
-        if isinstance(prompt, Tensor):
-            return prompt.long().cpu()
-        if isinstance(prompt, str):
-            return self._encode_text(prompt)
-        if prompt and isinstance(prompt[0], dict):
-            return self._encode_chat(prompt)
-        return torch.tensor(list(prompt), dtype=torch.int64)
-
-    def _encode_text(self, text: str) -> Int[Tensor, "seq"]:
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer, so prompts must be token ids; got text.")
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-
-    def _encode_chat(self, messages: Any) -> Int[Tensor, "seq"]:
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer, so prompts must be token ids; got chat messages.")
-        if self.tokenizer.chat_template is None:
-            raise ValueError("this model has no chat template; give the prompt as text.")
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._encode_text(text)
-
-    def _encode_with_holes(self, prompt: Prompt) -> tuple[Int[Tensor, "seq"], Bool[Tensor, "seq"]]:
-        """Turn one prompt into token ids and where its holes are."""
-        if not isinstance(prompt, str):
-            row = self._encode(prompt)
-            return row, row == self.denoiser.settings.mask_token_id
-        pieces, is_hole = [torch.empty(0, dtype=torch.int64)], []
-        for i, piece in enumerate(HOLE.split(prompt)):  # text, size of a hole, text, ...
-            pieces.append(torch.zeros(int(piece), dtype=torch.int64) if i % 2 else self._encode_text(piece))
-            is_hole.append(torch.full((len(pieces[-1]),), bool(i % 2)))
-        return torch.cat(pieces), torch.cat(is_hole)
-
-
-def row_keys(rows: list[Tensor], *, seed: int) -> Int[Tensor, "batch"]:
-    """Seed rows by (seed, prompt, how many equal prompts stand before): the place in the batch plays no part."""
-    keys, seen = [], dict[bytes, int]()
-    for row in rows:
-        digest = hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest()
-        count = seen[digest] = seen.get(digest, -1) + 1
-        keys.append(fold(seed, int.from_bytes(digest, "little", signed=True), count))
-    return torch.stack(keys)
-
 
 def cut_text(text: str, stop: str | tuple[str, ...] | None) -> str:
     """End a text before the first of the strings that stop it."""
@@ -498,14 +446,3 @@ def _finished(step: Step) -> list[tuple[int, int]]:
     """Pair the places in the step's batch with the rows that ended there."""
     places = step.is_done.nonzero()[:, 0].tolist()  # sync: results leave the device here
     return [(place, int(step.rows[place])) for place in places]
-
-
-def _as_batch(prompts: Any) -> list[Any]:
-    """Tell one prompt from several."""
-    is_one = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1)
-    if not is_one and len(prompts) and isinstance(prompts[0], int | dict):
-        is_one = True
-    batch = [prompts] if is_one else list(prompts)
-    if not batch:
-        raise ValueError("there is no prompt; give at least one.")
-    return batch

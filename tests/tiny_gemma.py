@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-from redraft.language_model import row_keys
+from redraft.prompts import row_keys
 from redraft.randomness import uniform
 from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_TOKEN
 from redraft.sampling.propose import propose

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     args = parse(Arguments, arguments, command="explain")
 
     from redraft.cli.common import check_writable, load_quietly, read_prompts, say, text_of
-    from redraft.language_model import HOLE
+    from redraft.prompts import HOLE
     from redraft.sampling.explain import Watcher, explain
     from redraft.sampling.trace import to_page
     from redraft.sampling.trace_page import render_page

@@ -97,7 +97,7 @@ class RedraftLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokenize without special tokens."""
-        return self.lm.encode_pair("", string)[1].tolist()
+        return self.lm.encode(string).tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Lay messages out as the model was trained to read them. Raises ValueError for a model without a template."""
@@ -141,7 +141,7 @@ class RedraftLM(TemplateLM):
         window = min(self.lm.context_length or 1024, 1024)
         for i in self._progress(dict.fromkeys(originals), "loglikelihood_rolling", disable_tqdm):
             request = requests[i]
-            tokens = self.lm.encode_pair("", request.args[0])[1]
+            tokens = self.lm.encode(request.args[0])
             parts = rolling_requests(tokens, window=window, key=_key(request)) if len(tokens) else []
             found = self._timed_scores([[part] for part in parts], None)
             answers[i] = sum(result.nats for (result,) in found)
@@ -271,7 +271,7 @@ class RedraftLM(TemplateLM):
         until = kwargs.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         settings = self._sampling_of(kwargs, until, times_before=times_before)
-        rows = [self.lm.encode_pair("", request.args[0])[1] for request in requests]
+        rows = [self.lm.encode(request.args[0]) for request in requests]
         rows = [self._cut(row, room_for=settings["max_new_tokens"]) for row in rows]
         out = self.lm.generate(rows, **settings)
         assert out.texts is not None

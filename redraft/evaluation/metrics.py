@@ -61,7 +61,7 @@ def quality(texts: Sequence[str], judge: LanguageModel, *, samples: int = 32) ->
     if not kept:
         raise ValueError(f"there is no text to judge: all {len(texts)} are empty.")
     found = [judge.loglikelihood("", text, samples=samples) for text in kept]
-    tokens = [judge.encode_pair("", text)[1].tolist() for text in kept]
+    tokens = [judge.encode(text).tolist() for text in kept]
     return Quality(
         judge_nats_per_token=-sum(one.nats for one in found) / sum(one.num_tokens for one in found),
         unigram_entropy=fmean(unigram_entropy(row) for row in tokens),
@@ -88,7 +88,7 @@ def mauve(texts: Sequence[str], references: Sequence[str], judge: LanguageModel,
 @torch.no_grad()
 def _features(text: str, judge: LanguageModel) -> Tensor:
     """Average a text's hidden states (dim,)."""
-    tokens = judge.encode_pair("", text)[1][None].to(judge.denoiser.device)
+    tokens = judge.encode(text)[None].to(judge.denoiser.device)
     everywhere = torch.arange(tokens.numel(), device=tokens.device)
     return judge.denoiser.hidden_at(everywhere, tokens).float().mean(dim=0).cpu()
 

@@ -175,10 +175,10 @@ def _scores(task: Task, item: Item, outputs: Sequence[str], found: Sequence[dict
 
 def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
     mask = torch.tensor([lm.denoiser.settings.mask_token_id])
-    holes = [lm.encode_pair("", item.answer)[1] for item in items]
+    holes = [lm.encode(item.answer) for item in items]
     rows = []
     for item, hole in zip(items, holes, strict=True):
-        before, after = lm.encode_pair("", item.prompt)[1], lm.encode_pair("", item.suffix)[1]
+        before, after = lm.encode(item.prompt), lm.encode(item.suffix)
         rows.append(torch.cat([before, mask.expand(len(hole)), after]))
     out = lm.infill(rows, trace=True, **options.sampling)
     records = _scored(task, items, out, [lm.decode(tokens) for tokens in out.tokens])
@@ -228,7 +228,7 @@ def _perplexity(lm: LanguageModel, task: Task, items: Sequence[Item], options: R
     window = options.window or min(lm.context_length or 1024, 1024)
     records = []
     for item in items:
-        tokens = lm.encode_pair("", item.prompt)[1]
+        tokens = lm.encode(item.prompt)
         found = loglikelihoods(
             lm.denoiser, rolling_requests(tokens, window=window, key=_key(task, item)), options.likelihood
         )

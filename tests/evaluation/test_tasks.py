@@ -132,10 +132,10 @@ def test_perplexity_and_infilling_run_and_are_summed_up(text_lm, tmp_path):
     options = replace(OPTIONS, sampling={"steps": 1, "preset": "llada"})
     (record,) = run_task(text_lm, Holes(), Store(folder=tmp_path), options)
     assert record["tokens"] == 5
-    before, after = (text_lm.encode_pair("", text)[1] for text in ("def f(x):", "return x"))
+    before, after = (text_lm.encode(text) for text in ("def f(x):", "return x"))
     canvas = torch.cat([before, torch.full((5,), 2), after])
     p = text_lm.logits(canvas[None])[0, 9:14].softmax(1).index_fill(1, torch.tensor([2]), 0.0)
-    true = text_lm.encode_pair("", hole.answer)[1]
+    true = text_lm.encode(hole.answer)
     for place, (sure, is_right) in enumerate(record["confidence"]):
         assert sure == pytest.approx(p[place].max().item(), abs=1e-4)
         assert is_right == float(p[place].argmax() == true[place])

@@ -7,10 +7,10 @@ import torch
 from tiny_gemma import CANVAS, VOCAB, own_generate, tiny_gemma
 
 import redraft
-from redraft.language_model import row_keys
 from redraft.models.encoder_decoder import EncoderDecoder, SelfConditioning
 from redraft.models.families import find_family
 from redraft.models.settings import DiffusionSettings
+from redraft.prompts import row_keys
 from redraft.sampling.canvas import Status, build_canvas
 from redraft.sampling.loop import denoise
 from redraft.sampling.presets import SamplingConfig

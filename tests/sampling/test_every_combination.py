@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_lm
 
-from redraft.language_model import row_keys
+from redraft.prompts import row_keys
 from redraft.sampling import policies as p
 from redraft.sampling.budget import Budget
 from redraft.sampling.canvas import Status, build_canvas
