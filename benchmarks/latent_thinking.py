@@ -68,6 +68,8 @@ class Table:
 
     task: Task
     prompts: list[str]
+    wanted: str = ""
+    """A pattern: settings of thinking whose names it is not found in are left out."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     begun: float = field(default_factory=time.process_time)
     cpu_minutes: float = 0.0
@@ -113,6 +115,8 @@ class Table:
 
     def think(self, name: str, thinker: Thinker, *, read: str = "thoughts", **settings: Any) -> None:
         """Measure one setting of the dials; `read`: judge what the thoughts say, or the answer decoder."""
+        if not re.search(self.wanted, name):
+            return
         start = time.perf_counter()
         trains = thinker.think(self.prompts, **settings)
         seconds = time.perf_counter() - start
@@ -191,6 +195,9 @@ def turn_dials(args: argparse.Namespace, table: Table, thinker: Thinker, name: s
         table.think(f"{name}, {steps} steps", thinker, steps=steps, **settings)
     table.think(f"{name}, 16 steps, cfg 2", thinker, steps=16, cfg=2.0, **settings)
     table.think(f"{name}, 16 steps, cfg 2, noise 0.6", thinker, steps=16, cfg=2.0, init_noise=0.6, **settings)
+    table.think(f"{name}, 16 steps, noise 1.3", thinker, steps=16, init_noise=1.3, **settings)
+    for diversity in (0.5, 1.0):
+        table.think(f"{name}, 16 steps, diversity {diversity:g}", thinker, steps=16, diversity=diversity, **settings)
     table.think(f"{name}, 16 steps, dpm++2m", thinker, steps=16, samples=args.samples)
     controls(table, thinker, f"{name}, 16 steps", read="thoughts", samples=args.samples)
 
@@ -331,7 +338,8 @@ def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> l
     args.rollout_steps = STEPS[args.task]["rollout"] if group == "latent" else 0
     steps = f"{args.steps}+{args.rollout_steps}" if args.rollout_steps else args.steps
     muon = ["muon"] if args.optimizer == "muon" else []
-    settings = (args.task, steps, *muon, args.layers, args.samples, len(table.prompts), seed, group)
+    wanted = [table.wanted] if table.wanted else []
+    settings = (args.task, steps, *muon, args.layers, args.samples, len(table.prompts), seed, group, *wanted)
     key = " ".join(map(str, settings))
     if args.runs and args.runs.is_file():
         done = {run["key"]: run["rows"] for run in map(json.loads, args.runs.read_text().splitlines())}
@@ -431,6 +439,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--force", action="store_true", help="go on with an autoencoder that fails its gate")
     parser.add_argument("--models", nargs="+", default=None, help="only these, by the names that begin their rows")
+    parser.add_argument("--rows", default="", help="only settings of thinking whose names match this pattern")
     parser.add_argument("--plot", type=Path, default=None)
     parser.add_argument("--runs", type=Path, default=None, help=".jsonl that keeps finished models; they are not rerun")
     args = parser.parse_args()
@@ -444,7 +453,7 @@ def main() -> None:
     runs: dict[int, list[dict[str, Any]]] = {}
     for seed in args.seeds:
         chosen = [group for group in groups if group in (args.models or groups)]
-        found = [row for group in chosen for row in measured(args, Table(task, prompts), seed, group)]
+        found = [row for group in chosen for row in measured(args, Table(task, prompts, args.rows), seed, group)]
         runs[seed] = json.loads(json.dumps(found))  # as the file has it: keys are strings
     print(describe("latent_thinking.py", sys.argv[1:]))
     print(f"seeds {', '.join(map(str, args.seeds))}; {len(prompts)} held-out prompts; K = {args.samples}\n")
