@@ -335,7 +335,7 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
 def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> list[dict[str, Any]]:
     """Return the rows of a model and seed: from --runs where they are there, else by training it."""
     args.steps = args.max_steps or STEPS[args.task][group.split(",")[0]]
-    args.rollout_steps = STEPS[args.task]["rollout"] if group == "latent" else 0
+    args.rollout_steps = 0 if group != "latent" or args.no_rollout else STEPS[args.task]["rollout"]
     steps = f"{args.steps}+{args.rollout_steps}" if args.rollout_steps else args.steps
     muon = ["muon"] if args.optimizer == "muon" else []
     wanted = [table.wanted] if table.wanted else []
@@ -432,6 +432,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="countdown", choices=TASKS)
     parser.add_argument("--max-steps", type=int, help=f"of each model but the rollout; by default {STEPS}")
+    parser.add_argument("--no-rollout", action="store_true", help="and no answer decoder, which only rollout needs")
     parser.add_argument("--optimizer", default="muon", choices=("adamw", "muon"), help="of all but the autoencoder")
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
     parser.add_argument("--samples", type=int, default=10)
