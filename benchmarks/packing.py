@@ -18,7 +18,7 @@ from random import Random
 
 from machine import describe
 
-from redraft.data.collate import LengthGroupedSampler
+from redraft.data.collate import PassSampler
 from redraft.data.packing import CONVERSATIONS_PER_BUFFER, best_fit
 
 
@@ -69,7 +69,7 @@ def main() -> None:
         lengths = [min(length, seq_len) for length in drawn]
         order = list(range(len(lengths)))
         Random(1).shuffle(order)
-        grouped = list(LengthGroupedSampler(lengths, batch_size=args.batch_size, seed=0))
+        grouped = list(PassSampler(len(lengths), batch_size=args.batch_size, seed=0, lengths=lengths))
         start = time.perf_counter()
         useful, forwarded = packed(lengths, seq_len=seq_len)
         seconds = time.perf_counter() - start

@@ -100,29 +100,36 @@ def encode_conversations(
 ) -> list[Example | None]:
     """Encode conversations (JSON of their messages) with their targets; None for one that must be dropped as too long.
 
-    Plain text among them (`data.records.DOCUMENT`) comes last, in pieces of `seq_len` tokens, all of it to be learnt.
+    Plain text among them (`data.records.DOCUMENT`) comes in pieces of `seq_len` tokens, all of it to be learnt.
     Raises ValueError where the template or a text does not allow it.
     """
     eos_token_id = require_eos_token(tokenizer)
     special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     read = [json.loads(text) for text in conversations]
-    documents = [messages[0]["content"] for messages in read if messages[0]["role"] == DOCUMENT]
-    dialogues = [messages for messages in read if messages[0]["role"] != DOCUMENT]
+    is_document = [messages[0]["role"] == DOCUMENT for messages in read]
+    texts = [messages[0]["content"] for messages, is_text in zip(read, is_document, strict=True) if is_text]
+    dialogues = [messages for messages, is_text in zip(read, is_document, strict=True) if not is_text]
     _refuse_special_tokens(
         [message["content"] for messages in dialogues for message in messages], set(special.values())
     )
     rendered = [cut_at_turns(tokenizer, messages, loss_on=config.loss_on) for messages in dialogues]
-    examples: list[Example | None] = []
+    answered: list[Example | None] = []
     for pieces, tokens in zip(rendered, _encode_pieces(tokenizer, rendered), strict=True):
         example = _with_targets(pieces, tokens, ends=set(special), eos_token_id=eos_token_id, config=config)
         answer_tokens = len(example.input_ids) - sum(map(len, tokens[:-2]))
         fitting = _fit(example, answer_tokens=answer_tokens, seq_len=seq_len, config=config)
-        examples.append(fitting and _with_tail(fitting, eos_token_id, config=config))
-    for encoded in encode_documents(tokenizer, documents):
+        answered.append(fitting and _with_tail(fitting, eos_token_id, config=config))
+    documents = []
+    for encoded in encode_documents(tokenizer, texts):
         ids = np.asarray([*encoded, eos_token_id], np.int32)
-        for piece in np.split(ids, range(seq_len, len(ids), seq_len)):
-            example = Example(piece, np.ones(len(piece), bool))
-            examples.append(_with_tail(example, eos_token_id, config=config))
+        cut = np.split(ids, range(seq_len, len(ids), seq_len))
+        documents.append([Example(piece, np.ones(len(piece), bool)) for piece in cut])
+    examples: list[Example | None] = []
+    for is_text in is_document:  # in the order they came in: a mixture stays one
+        if is_text:
+            examples += [_with_tail(example, eos_token_id, config=config) for example in documents.pop(0)]
+        else:
+            examples.append(answered.pop(0))
     return examples
 
 
@@ -151,11 +158,9 @@ def cut_at_turns(tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: 
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, for_answer: bool = False) -> str:
-    from jinja2.exceptions import TemplateError
-
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=for_answer))
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it may fail in any way
         first = _excerpt(messages[0]["content"])
         raise ValueError(f"the chat template refuses the conversation that begins {first}: {error}.") from error
 

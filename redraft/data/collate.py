@@ -13,16 +13,19 @@ PADDING_SEGMENT = 0
 BATCHES_PER_GROUP = 50
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """A random order in which the rows of a batch are about equally long; the batches come in random order.
+class PassSampler(Sampler[int]):
+    """A random order of whole batches; given `lengths`, the rows of a batch are about equally long.
 
-    A pure function of the seed and the pass (`set_epoch`), so that a resumed run goes through the same batches.
+    A pure function of the seed and the pass (`set_epoch`), so that a resumed run goes through the same batches. What a
+    pass has beyond its last whole batch it leaves out, other rows in each: a batch is that of an optimizer step, and
+    in whatever pieces it is computed, every step has as many rows.
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
-        self.lengths = torch.tensor(lengths)
+    def __init__(self, num_rows: int, *, batch_size: int, seed: int, lengths: Sequence[int] | None = None) -> None:
+        self.num_rows = num_rows
         self.batch_size = batch_size
         self.seed = seed
+        self.lengths = None if lengths is None else torch.tensor(lengths)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -30,15 +33,17 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.num_rows // self.batch_size * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         chance = torch.Generator().manual_seed((self.seed << 16) + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=chance)
+        order = torch.randperm(self.num_rows, generator=chance)[: len(self)]
+        if self.lengths is None:
+            yield from order.tolist()
+            return
         groups = order.split(BATCHES_PER_GROUP * self.batch_size)
         batches = [b for g in groups for b in g[self.lengths[g].argsort(stable=True)].split(self.batch_size)]
-        is_short = [len(batch) < self.batch_size for batch in batches]  # the last batch of all may be
-        for index in sorted(torch.randperm(len(batches), generator=chance).tolist(), key=is_short.__getitem__):
+        for index in torch.randperm(len(batches), generator=chance).tolist():
             yield from batches[index].tolist()
 
 

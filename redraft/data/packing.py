@@ -4,6 +4,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from random import Random
 from typing import NamedTuple
 
 import numpy as np
@@ -169,7 +170,11 @@ def pack_stream(
 
 
 def best_fit(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
-    """Put items into few bins (best-fit decreasing: at most 11/9 of the fewest, Johnson 1974); bins by first item."""
+    """Put items into few bins (best-fit decreasing: at most 11/9 of the fewest, Johnson 1974).
+
+    The bins come in a random order, always the same: those of few long items would gather at one end, and a stream is
+    trained on as it comes.
+    """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (what is free, bin), sorted
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -181,7 +186,8 @@ def best_fit(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
             bins.append([])
         bins[chosen].append(item)
         insort(room, (free - lengths[item], chosen))
-    return sorted(sorted(items) for items in bins)
+    Random(0).shuffle(bins)
+    return [sorted(items) for items in bins]
 
 
 def pack_examples(

@@ -39,10 +39,11 @@ from redraft.data.tokenizer import (
     train_tokenizer,
 )
 
-FORMAT = 2  # of the cache: raise it where the same settings give other windows
+FORMAT = 3  # of the cache: raise it where the same settings give other windows
 SHUFFLE_BUFFER_DOCUMENTS = 1000
 SPLITS: tuple[Split, ...] = ("train", "validation")
 BUILT_SETTINGS = ("kind", "seq_len", "validation_fraction", "chat")
+BUILT_ORDER = ("max_documents", "shuffle_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +199,7 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
         )
     fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))
     tokenizer = _tokenizer(config, None, fingerprint)
-    built = {name: value for name, value in asdict(config).items() if name in BUILT_SETTINGS}
+    built = {name: value for name, value in asdict(config).items() if name in (*BUILT_SETTINGS, *BUILT_ORDER)}
     content = json.dumps({"key": _key(config, tokenizer, fingerprint), "source": config.source, "settings": built})
 
     def build(folder: Path) -> None:
@@ -222,6 +223,12 @@ def _open_built(config: DataConfig, tokenizer: Tokenizer | None) -> PreparedData
             raise ValueError(
                 f"{str(folder)!r} was built with {name}={built[name]!r}; got {wanted[name]!r}. Set data.{name} to it,"
                 " or build again."
+            )
+    for name in BUILT_ORDER:
+        if (value := getattr(config, name)) not in (DataConfig.__dataclass_fields__[name].default, built.get(name)):
+            raise ValueError(
+                f"{str(folder)!r} is built data, whose documents are chosen and ordered; got {name}={value!r}. Leave"
+                f" data.{name} out, or build again with it."
             )
     own = load_tokenizer(folder)
     if tokenizer is None and config.tokenizer:

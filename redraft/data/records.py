@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["text", "chat", "preference"]
 Message = dict[str, str]
-DOCUMENT = "document"
-"""Role of the one message that is no turn but plain text, beside conversations."""
+DOCUMENT = "\0document"
+"""Role of the one message that is no turn but plain text, beside conversations; a name that no template has."""
 
 CHAT_SCHEMAS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),

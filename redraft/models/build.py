@@ -47,6 +47,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"model.{name} must be at least 1; got {value}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is a probability in [0, 1); got {self.dropout}.")
         shape = self.shape
         if shape.hidden_size % shape.num_heads:
             raise ValueError(

@@ -32,7 +32,7 @@ def dream_sft() -> RunConfig:
         out="runs/dream-sft",
         data=_tulu(),
         model=ModelConfig(start="Dream-org/Dream-v0-Base-7B"),
-        objective=ObjectiveConfig(weighting="cart", cart_p=0.3),
+        objective=ObjectiveConfig(weighting="cart", cart_p=0.3, exclude_mask=False),
         train=_dllm(learning_rate=2e-5, batch_size=4, epochs=5),
     )
 
@@ -43,6 +43,7 @@ def a2d_mdlm() -> RunConfig:
         out="runs/a2d-mdlm",
         data=_mixture(1024, TULU, SMOLTALK),
         model=ModelConfig(start="models/qwen3-0.6b-a2d"),
+        objective=ObjectiveConfig(exclude_mask=False),
         train=_dllm(learning_rate=1e-4, batch_size=16, accumulation=2, epochs=10),
     )
 
@@ -53,7 +54,7 @@ def a2d_bd3lm() -> RunConfig:
         out="runs/a2d-bd3lm",
         data=_mixture(512, TULU, SMOLTALK, eos_block=32),
         model=ModelConfig(start="models/qwen3-0.6b-a2d"),
-        objective=ObjectiveConfig(kind="block", block_size=32),
+        objective=ObjectiveConfig(kind="block", block_size=32, exclude_mask=False),
         train=_dllm(learning_rate=1e-4, batch_size=16, accumulation=2, epochs=10),
     )
 
@@ -64,6 +65,7 @@ def bert_chat() -> RunConfig:
         out="runs/bert-chat",
         data=_mixture(1024, TULU, SMOLTALK),
         model=ModelConfig(start="models/modernbert-large"),
+        objective=ObjectiveConfig(exclude_mask=False),
         train=_dllm(learning_rate=1e-4, batch_size=48, epochs=10),
     )
 

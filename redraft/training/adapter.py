@@ -1,5 +1,6 @@
 """LoRA (arXiv 2106.09685): low-rank matrices beside frozen linear layers; QLoRA (2305.14314) if these are quantised."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"adapter.rank must not be negative; got {self.rank}. Use 0 to train all weights.")
-        if not self.alpha > 0:
-            raise ValueError(f"adapter.alpha must be positive; got {self.alpha}.")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"adapter.alpha must be positive, and finite; got {self.alpha}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout is a probability in [0, 1); got {self.dropout}.")
 

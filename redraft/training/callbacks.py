@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from redraft.training.checkpoint import write_whole
+from redraft.training.checkpoint import told_of_the_disk, write_whole
 from redraft.training.ema import WeightAverage
 
 LOG_FILE = "log.jsonl"
@@ -135,7 +135,7 @@ class LogFile(TrainerCallback):
         **_: Any,
     ) -> None:
         if logs and state.is_world_process_zero:
-            with self.path.open("a") as file:
+            with told_of_the_disk(self.path.name), self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step} | logs) + "\n")
 
 

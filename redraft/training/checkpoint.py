@@ -3,12 +3,27 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from safetensors import SafetensorError
 
 HASHES_FILE = "hashes.json"
+OBJECTIVE_FILE = "objective.json"  # what a checkpoint was trained with
 STAGING = ".saving"  # where checkpoints are written
+
+
+@contextmanager
+def told_of_the_disk(what: str) -> Iterator[None]:
+    """Raise ValueError in place of what a disk says that is full or gone; torch and safetensors wrap it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{what} could not be written: {error}. Earlier checkpoints are whole; make room, then --resume."
+        ) from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from redraft.data.prepare import DataConfig
 from redraft.errors import unknown_name
 from redraft.layouts import Layout
-from redraft.likelihood import Objective
+from redraft.likelihood import SMALLEST_T, Objective
 from redraft.models.build import ModelConfig
 from redraft.models.quantize import UNDER_ADAPTERS
 from redraft.models.settings import DiffusionSettings
@@ -47,7 +49,7 @@ class ObjectiveConfig:
     cart_p: float = 0.1
     """How fast a clean token's part in the cart weight falls with distance, in (0, 1]."""
     schedule: str = "linear"
-    """Noise schedule: linear, cosine, polynomial (power 2), geometric."""
+    """Noise schedule: linear, log-linear, cosine, polynomial (power 2), geometric."""
     t_min: float = 1e-3
     """Smallest time drawn in training. A larger one takes away the rows of few targets and huge weights."""
     t_max: float = 1.0
@@ -66,9 +68,10 @@ class ObjectiveConfig:
                 f"objective.t_min and t_max must satisfy 0 <= t_min < t_max <= 1; got {self.t_min}, {self.t_max}."
             )
 
-        if not self.beta > 0 or self.num_samples < 1:
+        if not 0 < self.beta < math.inf or self.num_samples < 1:
             raise ValueError(
-                f"objective.beta must be positive and num_samples at least 1; got {self.beta}, {self.num_samples}."
+                "objective.beta must be positive and finite, and num_samples at least 1; got "
+                f"{self.beta}, {self.num_samples}."
             )
         self._check_kind()
 
@@ -92,6 +95,12 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.complementary needs masked noise (kind masked or block) and the linear schedule; "
                 f"got {self.kind}, {self.schedule}."
+            )
+        is_even = self.t_min + self.t_max == 1 or (self.t_min <= SMALLEST_T and self.t_max == 1)
+        if self.complementary and not is_even:
+            raise ValueError(
+                "objective.complementary noises at t and at 1 - t, so t_min and t_max must lie evenly about 0.5; got "
+                f"{self.t_min}, {self.t_max}. Take t_max = 1 - t_min."
             )
         if self.weighting == "cart" and self.kind != "masked":
             raise ValueError(f"objective.weighting cart is for kind masked; got {self.kind}. Use bound.")
@@ -226,14 +235,18 @@ class TrainConfig:
             raise ValueError(f"train.max_skipped must not be negative; got {self.max_skipped}. Use 0 to allow none.")
         if self.eval_every < 0:
             raise ValueError(f"train.eval_every must not be negative; got {self.eval_every}. Use 0 for the end only.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"train.learning_rate must be positive; got {self.learning_rate}.")
+        for name in ("learning_rate", "max_minutes", "epochs"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"train.{name} must be positive, and finite; got {value}.")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"train.{name} must not be negative, and finite; got {getattr(self, name)}.")
+        if not 0 <= self.beta_2 < 1:
+            raise ValueError(f"train.beta_2 must lie in [0, 1); got {self.beta_2}. 0.98 is ours, 0.999 is usual.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed must lie in [0, 2**32); got {self.seed}.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"train.warmup is a fraction of the steps in [0, 1); got {self.warmup}.")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"train.max_minutes must be positive; got {self.max_minutes}.")
-        if self.epochs is not None and not self.epochs > 0:
-            raise ValueError(f"train.epochs must be positive; got {self.epochs}. Leave it out to count in max_steps.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"train.ema_decay must lie in (0, 1); got {self.ema_decay}. Leave it out for no average.")
 
@@ -274,6 +287,13 @@ class RunConfig(Recorded):
     """Optimisation, evaluation and bookkeeping."""
 
     def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("out must name the folder of the run; got ''.")
+        if (self.objective.block_size or 0) > self.data.seq_len:
+            raise ValueError(
+                f"objective.block_size must not exceed data.seq_len; got {self.objective.block_size} and "
+                f"{self.data.seq_len}. Lower it."
+            )
         if self.model.start is not None and self.data.tokenizer is not None:
             raise ValueError(
                 f"model.start brings its own tokenizer; got data.tokenizer={self.data.tokenizer!r} beside it. Leave "
@@ -310,16 +330,33 @@ def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
     if not isinstance(saved, dict):
         raise ValueError(f"{where} must hold an object of settings; got {type(saved).__name__}.")
     known = {f.name: f for f in dataclasses.fields(kind)}
+    types = get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, value in saved.items():
         if name not in known:
             raise unknown_name(f"setting in {where}", name, known)
-        nested = known[name].type
+        nested = types[name]
         if dataclasses.is_dataclass(nested):
             values[name] = from_dict(nested, value, where=f"{where}: {name}")
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value
+            continue
+        values[name] = tuple(value) if isinstance(value, list) else value
+        if not _fits(values[name], nested):
+            raise ValueError(f"{where}: {name} must be {getattr(nested, '__name__', nested)}; got {value!r}.")
     return kind(**values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON may stand for a field of this annotation."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def differences(old: Any, new: Any) -> list[str]:

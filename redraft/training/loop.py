@@ -1,5 +1,6 @@
 """What all runs share, whatever they train: numbered rows, skipped steps, whole checkpoints."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from itertools import islice
@@ -7,12 +8,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from redraft.training.checkpoint import STAGING, delete_checkpoint, tidy, write_hashes
+from redraft.data.collate import PassSampler
+from redraft.training.checkpoint import (
+    OBJECTIVE_FILE,
+    STAGING,
+    delete_checkpoint,
+    tidy,
+    told_of_the_disk,
+    write_hashes,
+    write_whole,
+)
 from redraft.training.ema import WeightAverage
 from redraft.training.guard import Guard
 from redraft.training.muon import MuonAdamW, layer_matrices
@@ -51,6 +61,8 @@ class KeyedTrainer(Trainer):
         self.useful_tokens: Tensor | int = 0
         """Tokens of this process that are not padding, and how many it has forwarded, since the last log."""
         self.forwarded_tokens = 0
+        self.objective: dict[str, Any] | None = None
+        """Settings of what is minimised: every checkpoint says what it was trained with."""
         self._checkpoint_parent: str | None = None
         self._global_rows = 0
         self._batches: list[Batch] = []
@@ -92,6 +104,17 @@ class KeyedTrainer(Trainer):
         self.tokens_seen += self.tokens_per_step
         return batches, num_items
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, IterableDataset):
+            return None
+        rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        return PassSampler(len(dataset), batch_size=rows, seed=self.args.seed, lengths=self._lengths())
+
+    def _lengths(self) -> list[int] | None:
+        """Tell the rows' lengths where they are to be grouped by them."""
+        return None
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Build AdamW, and Muon beside it where it is wanted."""
         optimizer: Any = super().create_optimizer(*args, **kwargs)
@@ -117,8 +140,8 @@ class KeyedTrainer(Trainer):
         """Log, with the number of steps skipped since the last loss. Raises ValueError where they are too many."""
         if "loss" in logs:
             self._tr_loss.zero_()  # transformers takes it from itself, and an infinite one would be NaN from then on
-            if skipped := self.guard.report():
-                logs["skipped_steps"] = skipped
+        if logs.keys() & {"loss", "train_loss"} and (skipped := self.guard.report()):  # and what came after the last
+            logs["skipped_steps"] = skipped
         super().log(logs, *args, **kwargs)
         self.guard.check()
 
@@ -136,20 +159,26 @@ class KeyedTrainer(Trainer):
         self._checkpoint_parent = str(staging)
         name = f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            if self.average and self.args.should_save:
-                self.average.save(staging / name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+            with told_of_the_disk(name):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self._describe(staging / name)
+        except ValueError:
             shutil.rmtree(staging, ignore_errors=True)
-            raise ValueError(
-                f"{name} could not be written: {error}. Earlier ones are whole; make room, then --resume."
-            ) from error
+            raise
         finally:
             self._checkpoint_parent = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_hashes(staging / name)
             delete_checkpoint(out / name)  # a damaged one that was passed over
             (staging / name).rename(out / name)
             tidy(out, step=self.state.global_step, keep=self.args.save_total_limit or 0)
         self.accelerator.wait_for_everyone()
+
+    def _describe(self, folder: Path) -> None:
+        """Write what a checkpoint of ours has beside weights and moments, the hashes last."""
+        if self.average:
+            self.average.save(folder)
+        if self.objective is not None:
+            write_whole(folder / OBJECTIVE_FILE, json.dumps(self.objective, indent=2) + "\n")
+        write_hashes(folder)

@@ -28,7 +28,7 @@ from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
 from redraft.training.adapter import enable_checkpointing, num_parameters
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
-from redraft.training.checkpoint import last_whole_checkpoint, step_of, tidy
+from redraft.training.checkpoint import OBJECTIVE_FILE, last_whole_checkpoint, step_of, tidy, told_of_the_disk
 from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
@@ -121,6 +121,9 @@ def drive(
     if minutes := config.train.max_minutes:
         config = config if checkpoint else fitted_to_minutes(config, trainer, console)
         trainer.add_callback(Clock(console, minutes=minutes))
+    trainer.objective = dataclasses.asdict(config.objective)
+    if checkpoint:
+        _check_objective(Path(checkpoint), trainer.objective)
     trainer.accelerator.wait_for_everyone()  # they have all looked at the folder before one of them writes to it
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,10 @@ def _with_precision(config: Config) -> Config:
 
 
 def _with_steps(config: RunConfig, data: PreparedData) -> RunConfig:
-    """Turn epochs into steps, rounded up. Raises ValueError for a stream, whose length is not known."""
+    """Turn epochs into steps, rounded up; a pass has as many as it fills whole.
+
+    Raises ValueError for a stream, whose length is not known.
+    """
     train = config.train
     if train.epochs is None:
         return config
@@ -164,7 +170,7 @@ def _with_steps(config: RunConfig, data: PreparedData) -> RunConfig:
             f"train.epochs needs the length of the data, which a stream does not tell; got {train.epochs}."
         )
     rows = train.batch_size * train.accumulation
-    steps = math.ceil(train.epochs * len(data.train) / rows)
+    steps = math.ceil(train.epochs * (len(data.train) // rows))
     return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
 
 
@@ -211,9 +217,20 @@ def _checkpoint_to_go_on_from(folder: Path, console: Console, state: PartialStat
 
 
 def _check_settings(checkpoint: Path, denoiser: Denoiser) -> None:
-    """Raise ValueError for a checkpoint of another objective: a recipe that was edited, a folder that was copied."""
+    """Raise ValueError for a checkpoint of another model: a recipe that was edited, a folder that was copied."""
     saved = json.loads((checkpoint / "config.json").read_text()).get("diffusion", {})
-    for name, value in dataclasses.asdict(denoiser.settings).items():
+    _require_same(checkpoint, saved, dataclasses.asdict(denoiser.settings))
+
+
+def _check_objective(checkpoint: Path, objective: dict[str, Any]) -> None:
+    """Raise ValueError for a checkpoint of another objective; one of an earlier version does not say."""
+    if (checkpoint / OBJECTIVE_FILE).exists():
+        saved = json.loads((checkpoint / OBJECTIVE_FILE).read_text())
+        _require_same(checkpoint, saved, json.loads(json.dumps(objective)))
+
+
+def _require_same(checkpoint: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
         if saved.get(name) != value:
             raise ValueError(
                 f"{checkpoint} was trained with {name} {saved.get(name)!r}, not {value!r} as {RECIPE_FILE} has it now. "
@@ -380,7 +397,7 @@ def _finish(
 def save_model(trainer: Any, folder: Path) -> None:
     """Write the model aside and move it, the weights last: a folder with weights is a finished one."""
     staging = folder / ".model"
-    with trainer.average.swapped_in() if trainer.average else nullcontext():
+    with told_of_the_disk("the model"), trainer.average.swapped_in() if trainer.average else nullcontext():
         trainer.save_model(str(staging))
     if trainer.is_world_process_zero():
         (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what recipe.json says

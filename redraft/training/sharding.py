@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -50,11 +50,18 @@ def whole_weights(model: Any, *, keep: bool) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: Any, folder: Path) -> None:
-    """Give every process its part of the weights of a checkpoint."""
-    parameters = dict(model.named_parameters())
-    for name, value in load_file(folder / "model.safetensors").items():
-        parameters[name].copy_(like(value, parameters[name]))
+def load_weights(model: Any, folder: str | Path) -> None:
+    """Give every process its part of the weights of a checkpoint. Raises ValueError where it lacks one.
+
+    The model's own class reads them: the names in a file need not be those of the model (experts are saved one by one).
+    """
+    kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    saved, report = kind.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    if missing := report["missing_keys"]:
+        raise ValueError(f"{folder} does not fit the model: it has no {', '.join(sorted(missing))}.")
+    weights = saved.state_dict()
+    for name, value in model.state_dict(keep_vars=True).items():
+        value.copy_(like(weights[name], value))
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from accelerate import DistributedType
 from torch import Tensor
 from transformers import TrainingArguments
 
-from redraft.data.collate import LengthGroupedSampler, collate, targets_of
+from redraft.data.collate import collate, targets_of
 from redraft.data.packing import WindowDataset
 from redraft.likelihood import CleanRows, Estimate, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
@@ -99,11 +99,9 @@ class DiffusionTrainer(KeyedTrainer):
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         return collate(rows, pad_token_id=self.pad_token_id)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not (self.groups_lengths and isinstance(dataset, WindowDataset)):
-            return super()._get_train_sampler(train_dataset)
-        return LengthGroupedSampler(dataset.lengths(), batch_size=self._train_batch_size, seed=self.args.seed)
+    def _lengths(self) -> list[int] | None:
+        dataset = self.train_dataset
+        return dataset.lengths() if self.groups_lengths and isinstance(dataset, WindowDataset) else None
 
     def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Count target tokens, real tokens, and positions."""
@@ -209,17 +207,8 @@ class DiffusionTrainer(KeyedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if has_adapter(self.model):
             read_adapter(self.model, resume_from_checkpoint)
-        elif self.is_sharded:
-            load_weights(self.model, Path(resume_from_checkpoint))
         else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Leave tied weights out: one of their names is saved, and loading it fills both."""
-        model: Any = self.model
-        tied = model.all_tied_weights_keys
-        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(load_result)
+            load_weights(self.model, resume_from_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model, whatever it is sharded over; all processes take part."""

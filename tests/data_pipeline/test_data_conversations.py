@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from redraft.data import (
     targets_of,
 )
 from redraft.data.chat import Example, encode_conversations
-from redraft.data.collate import LengthGroupedSampler
+from redraft.data.collate import PassSampler
 from redraft.data.packing import best_fit, pack_examples
 from redraft.data.records import as_conversation
 
@@ -99,7 +100,6 @@ def test_packing_keeps_every_conversation_whole_and_wastes_little(lengths):
     bins = best_fit(lengths, capacity=20)
     assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in items) <= 20 for items in bins)
-    assert [items[0] for items in bins] == sorted(items[0] for items in bins)
     assert len(bins) <= 11 / 9 * -(-sum(lengths) // 20) * 2
     examples = [Example(np.full(n, i + 1, np.int32), np.arange(n) % 2 == 0) for i, n in enumerate(lengths)]
     windows = pack_examples(examples, seq_len=20, pad_token_id=0)
@@ -150,13 +150,14 @@ def test_a_batch_is_padded_without_targets_and_text_has_all_tokens_as_targets(co
 def test_batches_of_like_lengths_waste_less_and_are_a_function_of_seed_and_pass():
     chance = random.Random(0)
     lengths = [int(chance.lognormvariate(4.5, 0.8)) + 1 for _ in range(1003)]
-    sampler = LengthGroupedSampler(lengths, batch_size=8, seed=3)
+    sampler = PassSampler(len(lengths), batch_size=8, seed=3, lengths=lengths)
     orders = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
     assert orders[0] == orders[2] != orders[1]
-    assert sorted(orders[0]) == list(range(1003))
+    assert len(set(orders[0])) == len(orders[0]) == len(sampler) == 1000  # whole batches
+    assert set(range(1003)) - set(orders[0]) != set(range(1003)) - set(orders[1])
 
     def efficiency(order):
         batches = [[lengths[i] for i in order[first : first + 8]] for first in range(0, 1000, 8)]
@@ -400,3 +401,33 @@ def test_of_pairs_the_last_answer_alone_is_learnt():
 
 def test_documents_are_still_encoded_as_text_only(chat_tokenizer):
     assert not {300, 301} & set(encode_documents(chat_tokenizer, ["<|im_start|>"])[0])
+
+
+def test_a_message_may_be_called_a_document_as_any_role(config, chat_tokenizer, tmp_path):
+    turns = [
+        {"role": "document", "content": "the sky is blue"},
+        {"role": "user", "content": "what is it?"},
+        {"role": "assistant", "content": "blue"},
+    ]
+    (tmp_path / "found.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(9)))
+    config = replace(config, source=str(tmp_path / "found.jsonl"), validation_fraction=0.0, seq_len=128)
+    row = prepare(config, tokenizer=chat_tokenizer).train[0]
+    first = row["segment_ids"] == 1
+    text = chat_tokenizer.decode(row["input_ids"][first])
+    assert all(message["content"] in text for message in turns)
+    assert "blue" in chat_tokenizer.decode(row["input_ids"][row["is_target"] & first])
+    assert "sky" not in chat_tokenizer.decode(row["input_ids"][row["is_target"] & first])
+
+
+def test_a_stream_of_conversations_and_texts_is_a_mixture_from_its_beginning(config, chat_tokenizer, tmp_path):
+    chance = random.Random(0)
+    chats = [{"prompt": f"what is {i}?", "response": "so " * chance.randint(1, 9)} for i in range(2000)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in chats))
+    source = f"{tmp_path / 'chats.jsonl'}:1,stdlib:1"
+    config = replace(config, source=source, streaming=True, seq_len=96, chat=ChatConfig())
+    rows = list(islice(prepare(config, tokenizer=chat_tokenizer).train, 2000))
+    is_text = [bool(row["is_target"][row["segment_ids"] > 0].all()) for row in rows]
+    share = sum(is_text) / len(rows)
+    for first in range(0, len(rows) - 99, 100):
+        assert 0 < sum(is_text[first : first + 100]) < 100
+        assert abs(sum(is_text[first : first + 100]) / 100 - share) < 0.2

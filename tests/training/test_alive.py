@@ -91,6 +91,43 @@ def test_too_many_of_them_end_the_run(config, monkeypatch):
     assert damage(Path(config.out) / "checkpoint-2") is None
 
 
+def test_those_after_the_last_log_line_are_counted_too(config, monkeypatch):
+    poison(monkeypatch, range(6))
+    train = replace(config.train, max_skipped=1, log_every=10)
+    with pytest.raises(ValueError, match=r"6 steps had a gradient that is not finite.*train.max_skipped=1"):
+        run(replace(config, train=train), console=QUIET)
+    assert not (Path(config.out) / "model.safetensors").exists()
+    assert (Path(config.out) / "skipped" / "step-0-process-0.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("hashes", "checkpoint-2"), ("log", "log.jsonl"), ("model", "the model")]
+)
+def test_a_disk_that_is_full_is_one_line_wherever_it_is_found(config, monkeypatch, what, message):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    save, opened = trainer_module.DiffusionTrainer.save_model, Path.open
+    replaced = {
+        "hashes": ("redraft.training.loop.write_hashes", full),
+        "log": (
+            "pathlib.Path.open",
+            lambda self, mode="r", **more: full() if mode == "a" else opened(self, mode, **more),
+        ),
+        "model": (
+            "redraft.training.trainer.DiffusionTrainer.save_model",
+            lambda self, folder, *rest, **more: (
+                full() if folder.endswith(".model") else save(self, folder, *rest, **more)
+            ),
+        ),
+    }
+    monkeypatch.setattr(*replaced[what])
+    with pytest.raises(
+        ValueError, match=f"{message} could not be written.*No space left on device.*make room, then --resume"
+    ):
+        run(config, console=QUIET)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(config):
     whole = run(config, console=QUIET).folder
     expected = load_file(whole / "model.safetensors")

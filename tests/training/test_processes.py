@@ -28,6 +28,8 @@ from test_trainer import (
     gradient_norms,
     launched,
     losses,
+    on_conversations,
+    over_passes,
     wait_for_log,
     weights,
     with_train,
@@ -88,6 +90,8 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
         name: replace(config, out=f"{config.out}-{name}", objective=objective) for name, objective in OBJECTIVES.items()
     }
     ones["preference"] = on_pairs(config)
+    ones["passes"] = over_passes(replace(config, out=f"{config.out}-passes"))
+    ones["grouped"] = on_conversations(replace(config, out=f"{config.out}-grouped"))
     if kind == "ddp":
         ones["muon"] = replace(with_train(config, optimizer="muon"), out=f"{config.out}-muon")
     for one in ones.values():

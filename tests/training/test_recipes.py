@@ -66,7 +66,7 @@ def test_epochs_become_steps_of_the_data(tmp_path):
     config = replace(config, train=replace(config.train, epochs=1.5, batch_size=4))
     outcome = run(config, console=QUIET)
     windows = sum(1 for _ in prepare(config.data).train)
-    assert outcome.steps == -(-3 * windows // 8)
+    assert outcome.steps == -(-3 * (windows // 4) // 2)
 
 
 def test_epochs_of_a_stream_are_refused(tmp_path):
@@ -104,9 +104,31 @@ def test_a_block_causal_start_is_not_trained_with_full_attention(tmp_path):
     assert load_start(RunConfig(data=data, model=start, objective=again)) is not None
 
 
-def test_the_published_numbers():
-    sft, pretraining, owt = (RECIPES[name]() for name in ("llada-sft", "llada-pretrain", "mdlm-owt"))
-    assert (sft.train.learning_rate, sft.train.epochs, sft.data.seq_len) == (2e-5, 5, 1024)
-    assert (pretraining.train.max_steps, pretraining.data.random_length) == (100_000, 0.01)
-    assert owt.train.batch_size * owt.train.accumulation == 512
+@pytest.mark.parametrize(
+    ("name", "rate", "rows", "seq_len", "length", "exclude_mask"),
+    [
+        ("llada-sft", 2e-5, 4, 1024, 5, False),
+        ("dream-sft", 2e-5, 4, 1024, 5, False),
+        ("a2d-mdlm", 1e-4, 32, 1024, 10, False),
+        ("a2d-bd3lm", 1e-4, 32, 512, 10, False),
+        ("bert-chat", 1e-4, 48, 1024, 10, False),
+        ("mdlm-owt", 3e-4, 512, 1024, 1_000_000, True),
+        ("bd3lm-owt", 3e-4, 512, 1024, 1_000_000, True),
+        ("llada-pretrain", 1e-4, 16, 1024, 100_000, False),
+    ],
+)
+def test_the_published_numbers(name, rate, rows, seq_len, length, exclude_mask):
+    recipe = RECIPES[name]()
+    train = recipe.train
+    found = (train.learning_rate, train.batch_size * train.accumulation, recipe.data.seq_len)
+    assert found == (rate, rows, seq_len)
+    assert (train.epochs or train.max_steps) == length
+    assert recipe.objective.exclude_mask == exclude_mask
+
+
+def test_the_published_numbers_of_one_recipe_alone():
+    dream, pretraining, owt = (RECIPES[name]() for name in ("dream-sft", "llada-pretrain", "mdlm-owt"))
+    assert (dream.objective.weighting, dream.objective.cart_p) == ("cart", 0.3)
+    assert RECIPES["a2d-bd3lm"]().objective.block_size == 32
+    assert pretraining.data.random_length == 0.01
     assert owt.train.warmup * owt.train.max_steps == 2500

@@ -1,6 +1,7 @@
 """Invariances of the training loop: how the global batch is split, where a run is killed, what is evaluated twice."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,12 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import redraft
-from redraft.data.prepare import DataConfig
+from redraft.data.chat import ChatConfig
+from redraft.data.prepare import DataConfig, prepare
 from redraft.models.build import ModelConfig
+from redraft.recipes import RECIPES
+from redraft.training.adapter import AdapterConfig
 from redraft.training.callbacks import read_log
+from redraft.training.checkpoint import write_hashes
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run
 from redraft.training.trainer import DiffusionTrainer
@@ -126,7 +131,25 @@ def wait_for_log(process, config, *, lines=1):
         time.sleep(0.002)
 
 
-def test_eight_rows_at_once_equal_one_row_eight_times(config):
+def over_passes(config):
+    """The same run on so few windows that it goes over them more than once, 28 to a pass."""
+    return replace(config, data=replace(config.data, max_documents=6, vocab_size=280))
+
+
+def on_conversations(config):
+    """The same run on conversations in batches of like length, a little over a pass."""
+    source = Path(config.out).with_suffix(".chat.jsonl")
+    rows = [{"prompt": f"{i}?", "response": "yes " * (1 + i * i % 7)} for i in range(50)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = ChatConfig(batching="grouped")
+    return replace(
+        config, data=replace(config.data, kind="chat", source=str(source), seq_len=64, vocab_size=270, chat=chat)
+    )
+
+
+@pytest.mark.parametrize("data", [None, over_passes, on_conversations])
+def test_eight_rows_at_once_equal_one_row_eight_times(config, data):
+    config = data(config) if data else config
     whole = run(config, console=QUIET)
     split = run(with_train(replace(config, out=config.out + "-split"), batch_size=1, accumulation=8), console=QUIET)
     assert losses(whole.folder) == pytest.approx(losses(split.folder), abs=1e-5)
@@ -136,7 +159,6 @@ def test_eight_rows_at_once_equal_one_row_eight_times(config):
 
 def built(config):
     """Build the model and the trainer of a run."""
-    from redraft.data.prepare import prepare
     from redraft.models.build import build_model
     from redraft.models.denoiser import Denoiser
     from redraft.training.run import _build_trainer
@@ -453,6 +475,23 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
     [
         (TrainConfig, {"max_steps": -5}, "train.max_steps must be at least 1; got -5"),
         (TrainConfig, {"learning_rate": 0.0}, "learning_rate must be positive"),
+        (TrainConfig, {"learning_rate": math.inf}, "learning_rate must be positive, and finite; got inf"),
+        (TrainConfig, {"max_minutes": math.inf}, "max_minutes must be positive, and finite; got inf"),
+        (TrainConfig, {"epochs": math.inf}, "epochs must be positive, and finite; got inf"),
+        (TrainConfig, {"weight_decay": -1.0}, "weight_decay must not be negative, and finite; got -1.0"),
+        (TrainConfig, {"max_grad_norm": math.nan}, "max_grad_norm must not be negative, and finite; got nan"),
+        (TrainConfig, {"beta_2": 1.5}, r"beta_2 must lie in \[0, 1\); got 1.5"),
+        (TrainConfig, {"seed": -1}, "seed must lie in .*; got -1"),
+        (ModelConfig, {"dropout": 1.5}, r"dropout is a probability in \[0, 1\); got 1.5"),
+        (AdapterConfig, {"alpha": math.inf}, "alpha must be positive, and finite; got inf"),
+        (ObjectiveConfig, {"beta": math.inf}, "beta must be positive and finite.*got inf"),
+        (ObjectiveConfig, {"complementary": True, "t_min": 0.5}, r"must lie evenly about 0.5; got 0.5, 1.0"),
+        (RunConfig, {"out": ""}, "out must name the folder of the run"),
+        (
+            RunConfig,
+            {"objective": ObjectiveConfig(kind="block", block_size=64), "data": DataConfig(seq_len=32)},
+            "block_size must not exceed data.seq_len; got 64 and 32",
+        ),
         (TrainConfig, {"warmup": 1.5}, "warmup is a fraction"),
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay must lie in"),
         (DataConfig, {"seq_len": 1}, "seq_len must be at least 2"),
@@ -493,3 +532,61 @@ def test_a_recipe_file_with_an_unknown_setting_is_told(tmp_path):
     (tmp_path / "recipe.json").write_text('{"train": {"learnin_rate": 1.0}}')
     with pytest.raises(ValueError, match="unknown setting .*'learnin_rate'.*Did you mean 'learning_rate'"):
         RunConfig.read(tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("data", "seq_len", "many"), ("train", "max_steps", 1.5), ("train", "warmup", True), ("train", "epochs", "2"),
+        ("train", "decay", "cos"), ("train", "report_to", [1]), ("data", "source", None),
+    ],
+)  # fmt: skip
+def test_a_recipe_file_with_a_value_of_another_type_is_told(tmp_path, section, name, value):
+    (tmp_path / "recipe.json").write_text(json.dumps({section: {name: value}}))
+    with pytest.raises(ValueError, match=f"recipe.json: {section}: {name} must be .*; got "):
+        RunConfig.read(tmp_path / "recipe.json")
+
+
+def test_every_recipe_is_read_back_as_it_was_written(tmp_path):
+    for make in RECIPES.values():
+        recipe = make()
+        recipe.save(tmp_path)
+        assert type(recipe).read(tmp_path / "recipe.json") == recipe
+
+
+def test_a_mixture_of_experts_resumes_bitwise_though_its_file_names_experts_one_by_one(config, tmp_path):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from redraft.models.settings import DiffusionSettings
+
+    tokenizer = prepare(config.data).tokenizer
+    shape = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, moe_intermediate_size=16, head_dim=16,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    shape.is_causal = False
+    DiffusionSettings(mask_token_id=tokenizer.mask_token_id).save_to(shape)
+    Qwen3MoeForCausalLM(shape).save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    config = replace(with_train(config, max_steps=4), model=ModelConfig(start=str(tmp_path / "start")))
+    whole = run(config, console=QUIET)
+    expected = weights(whole.folder)
+    assert any(".experts.3." in name for name in expected)
+    resumed = replace(config, out=str(tmp_path / "resumed"))
+    shutil.copytree(whole.folder, resumed.out)
+    (tmp_path / "resumed" / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    run(resumed, resume=True, console=QUIET)
+    assert_close(weights(resumed.out), expected, 0.0)
+
+
+def test_a_checkpoint_without_all_weights_is_refused(config):
+    out = run(with_train(config, max_steps=2), console=QUIET).folder
+    checkpoint = out / "checkpoint-2"
+    kept = weights(checkpoint)
+    kept.pop("model.norm.weight")
+    save_file(kept, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    write_hashes(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint-2 does not fit the model: it has no model.norm.weight"):
+        run(with_train(config, max_steps=2), resume=True, console=QUIET)
