@@ -280,6 +280,8 @@ def test_built_data_refuse_another_tokenizer_other_settings_and_damage(built, to
         prepare(replace(taken, seq_len=64))
     with pytest.raises(ValueError, match="was built with chat=.*'loss_on': 'last'.*got .*'loss_on': 'all'"):
         prepare(replace(taken, chat=ChatConfig(loss_on="all")))
+    with pytest.raises(ValueError, match="built data, whose documents are chosen.*got max_documents=5. Leave data.max"):
+        prepare(replace(taken, max_documents=5))
     with pytest.raises(ValueError, match="built data cannot be mixed; got .*built'"):
         prepare(replace(taken, source=f"{taken.source}:0.5,stdlib:0.5"))
     path = tmp_path / "built" / "train.input_ids.bin"
