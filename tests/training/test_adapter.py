@@ -221,7 +221,7 @@ def test_targets_that_match_nothing_are_told_with_the_candidates_before_anything
             "unknown model.quantization for training 'int4'; known are int8, nf4",
         ),
         (lambda: AdapterConfig(rank=-1), "adapter.rank must not be negative; got -1"),
-        (lambda: AdapterConfig(alpha=0), "adapter.alpha must be positive; got 0"),
+        (lambda: AdapterConfig(alpha=0), "adapter.alpha must be positive, and finite; got 0"),
         (lambda: AdapterConfig(dropout=1.0), r"adapter.dropout is a probability in \[0, 1\); got 1.0"),
     ],
 )

@@ -81,7 +81,7 @@ def test_epochs_of_a_stream_are_refused(tmp_path):
 
 @pytest.mark.parametrize("epochs", [0, -1])
 def test_epochs_must_be_positive(epochs):
-    with pytest.raises(ValueError, match=r"train\.epochs must be positive; got"):
+    with pytest.raises(ValueError, match=r"train\.epochs must be positive, and finite; got"):
         TrainConfig(epochs=epochs)
 
 
