@@ -119,17 +119,18 @@ def encode_conversations(
         answer_tokens = len(example.input_ids) - sum(map(len, tokens[:-2]))
         fitting = _fit(example, answer_tokens=answer_tokens, seq_len=seq_len, config=config)
         answered.append(fitting and _with_tail(fitting, eos_token_id, config=config))
-    documents = []
+    documents: list[list[Example]] = []
     for encoded in encode_documents(tokenizer, texts):
         ids = np.asarray([*encoded, eos_token_id], np.int32)
         cut = np.split(ids, range(seq_len, len(ids), seq_len))
         documents.append([Example(piece, np.ones(len(piece), bool)) for piece in cut])
     examples: list[Example | None] = []
+    next_document, next_answered = iter(documents), iter(answered)
     for is_text in is_document:  # in the order they came in: a mixture stays one
         if is_text:
-            examples += [_with_tail(example, eos_token_id, config=config) for example in documents.pop(0)]
+            examples += [_with_tail(example, eos_token_id, config=config) for example in next(next_document)]
         else:
-            examples.append(answered.pop(0))
+            examples.append(next(next_answered))
     return examples
 
 

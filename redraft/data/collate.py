@@ -17,7 +17,7 @@ class PassSampler(Sampler[int]):
     """A random order of whole batches; given `lengths`, the rows of a batch are about equally long.
 
     A pure function of the seed and the pass (`set_epoch`), so that a resumed run goes through the same batches. What a
-    pass has beyond its last whole batch it leaves out, other rows in each: a batch is that of an optimizer step, and
+    pass has beyond its last whole batch it leaves out, drawn anew in each: a batch is that of an optimizer step, and
     in whatever pieces it is computed, every step has as many rows.
     """
 

@@ -225,7 +225,10 @@ def _open_built(config: DataConfig, tokenizer: Tokenizer | None) -> PreparedData
                 " or build again."
             )
     for name in BUILT_ORDER:
-        if (value := getattr(config, name)) not in (DataConfig.__dataclass_fields__[name].default, built.get(name)):
+        if (value := getattr(config, name)) not in (
+            DataConfig.__dataclass_fields__[name].default,
+            built.get(name, value),
+        ):
             raise ValueError(
                 f"{str(folder)!r} is built data, whose documents are chosen and ordered; got {name}={value!r}. Leave"
                 f" data.{name} out, or build again with it."

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
@@ -20,6 +21,8 @@ def told_of_the_disk(what: str) -> Iterator[None]:
     """Raise ValueError in place of what a disk says that is full or gone; torch and safetensors wrap it."""
     try:
         yield
+    except (NotImplementedError, torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors, not the disk's
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{what} could not be written: {error}. Earlier checkpoints are whole; make room, then --resume."

@@ -289,7 +289,7 @@ class RunConfig(Recorded):
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("out must name the folder of the run; got ''.")
-        if (self.objective.block_size or 0) > self.data.seq_len:
+        if self.objective.kind == "block" and (self.objective.block_size or 0) > self.data.seq_len:
             raise ValueError(
                 f"objective.block_size must not exceed data.seq_len; got {self.objective.block_size} and "
                 f"{self.data.seq_len}. Lower it."
@@ -341,7 +341,11 @@ def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
             continue
         values[name] = tuple(value) if isinstance(value, list) else value
         if not _fits(values[name], nested):
-            raise ValueError(f"{where}: {name} must be {getattr(nested, '__name__', nested)}; got {value!r}.")
+            kinds = ", ".join(
+                repr(one) if isinstance(one, str) else getattr(one, "__name__", str(one))
+                for one in (get_args(nested) or (nested,))
+            )
+            raise ValueError(f"{where}: {name} must be one of {kinds}; got {value!r}. Mend the file.")
     return kind(**values)
 
 

@@ -64,6 +64,7 @@ class KeyedTrainer(Trainer):
         self.objective: dict[str, Any] | None = None
         """Settings of what is minimised: every checkpoint says what it was trained with."""
         self._checkpoint_parent: str | None = None
+        self._sampler: PassSampler | None = None
         self._global_rows = 0
         self._batches: list[Batch] = []
         folder = Path(args.output_dir or ".") / "skipped"
@@ -104,12 +105,25 @@ class KeyedTrainer(Trainer):
         self.tokens_seen += self.tokens_per_step
         return batches, num_items
 
+    def get_train_dataloader(self) -> Any:
+        """Build the loader, and tell it where its sampler is: with many processes it would not look deep enough.
+
+        (It has to reach the sampler to tell it the pass, through the batches of the processes and those that a resumed
+        run skips.)
+        """
+        self._sampler = None
+        loader: Any = super().get_train_dataloader()
+        if self._sampler is not None:
+            loader.set_sampler(self._sampler)
+        return loader
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, IterableDataset):
             return None
         rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return PassSampler(len(dataset), batch_size=rows, seed=self.args.seed, lengths=self._lengths())
+        self._sampler = PassSampler(len(dataset), batch_size=rows, seed=self.args.seed, lengths=self._lengths())
+        return self._sampler
 
     def _lengths(self) -> list[int] | None:
         """Tell the rows' lengths where they are to be grouped by them."""
@@ -170,15 +184,16 @@ class KeyedTrainer(Trainer):
             self._checkpoint_parent = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            with told_of_the_disk(name):
+                write_hashes(staging / name)  # of every process' files: all have written them
             delete_checkpoint(out / name)  # a damaged one that was passed over
             (staging / name).rename(out / name)
             tidy(out, step=self.state.global_step, keep=self.args.save_total_limit or 0)
         self.accelerator.wait_for_everyone()
 
     def _describe(self, folder: Path) -> None:
-        """Write what a checkpoint of ours has beside weights and moments, the hashes last."""
+        """Write what a checkpoint of ours has beside weights and moments."""
         if self.average:
             self.average.save(folder)
         if self.objective is not None:
             write_whole(folder / OBJECTIVE_FILE, json.dumps(self.objective, indent=2) + "\n")
-        write_hashes(folder)

@@ -97,7 +97,17 @@ def begin(config: Config, *, resume: bool, console: Console) -> tuple[Config, st
     check_division(config.train.batch_size, state.num_processes)
     check_folder(folder, resume=resume)
     be_quiet()
-    return config, _checkpoint_to_go_on_from(folder, console, state) if resume else None
+    checkpoint = _checkpoint_to_go_on_from(folder, console, state) if resume else None
+    if checkpoint:
+        _check_objective(Path(checkpoint), _minimised(config))
+    return config, checkpoint
+
+
+def _minimised(config: Config) -> dict[str, Any]:
+    """Say what a run minimises: what another run's checkpoint is told by."""
+    names = ("stage", "objective", "autoencoder", "rollout")
+    saved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: saved[name] for name in names if name in saved}
 
 
 def drive(
@@ -121,9 +131,7 @@ def drive(
     if minutes := config.train.max_minutes:
         config = config if checkpoint else fitted_to_minutes(config, trainer, console)
         trainer.add_callback(Clock(console, minutes=minutes))
-    trainer.objective = dataclasses.asdict(config.objective)
-    if checkpoint:
-        _check_objective(Path(checkpoint), trainer.objective)
+    trainer.objective = _minimised(config)
     trainer.accelerator.wait_for_everyone()  # they have all looked at the folder before one of them writes to it
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +234,10 @@ def _check_objective(checkpoint: Path, objective: dict[str, Any]) -> None:
     """Raise ValueError for a checkpoint of another objective; one of an earlier version does not say."""
     if (checkpoint / OBJECTIVE_FILE).exists():
         saved = json.loads((checkpoint / OBJECTIVE_FILE).read_text())
-        _require_same(checkpoint, saved, json.loads(json.dumps(objective)))
+        for section, wanted in objective.items():
+            if isinstance(wanted, dict):
+                known = {name: value for name, value in wanted.items() if name in saved[section]}
+                _require_same(checkpoint, saved[section], known)
 
 
 def _require_same(checkpoint: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -397,7 +408,8 @@ def _finish(
 def save_model(trainer: Any, folder: Path) -> None:
     """Write the model aside and move it, the weights last: a folder with weights is a finished one."""
     staging = folder / ".model"
-    with told_of_the_disk("the model"), trainer.average.swapped_in() if trainer.average else nullcontext():
+    swapped = trainer.average.swapped_in() if trainer.average else nullcontext()
+    with swapped, told_of_the_disk("the model"):
         trainer.save_model(str(staging))
     if trainer.is_world_process_zero():
         (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what recipe.json says

@@ -15,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from redraft.models.load import load_weights
+
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 
 
@@ -50,16 +52,13 @@ def whole_weights(model: Any, *, keep: bool) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: Any, folder: str | Path) -> None:
-    """Give every process its part of the weights of a checkpoint. Raises ValueError where it lacks one.
+def restore_weights(model: Any, folder: str | Path) -> None:
+    """Give every process its part of the weights of a checkpoint. Raises ValueError where they do not fit.
 
     The model's own class reads them: the names in a file need not be those of the model (experts are saved one by one).
     """
-    kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    saved, report = kind.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-    if missing := report["missing_keys"]:
-        raise ValueError(f"{folder} does not fit the model: it has no {', '.join(sorted(missing))}.")
-    weights = saved.state_dict()
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    weights = load_weights(kind, folder, config=model.config, dtype=model.dtype).state_dict()
     for name, value in model.state_dict(keep_vars=True).items():
         value.copy_(like(weights[name], value))
 

@@ -22,7 +22,7 @@ from redraft.training.sharding import (
     OPTIMIZER_FILE,
     SCHEDULER_FILE,
     load_moments,
-    load_weights,
+    restore_weights,
     shard_on_cpu,
     whole,
     whole_weights,
@@ -208,7 +208,7 @@ class DiffusionTrainer(KeyedTrainer):
         if has_adapter(self.model):
             read_adapter(self.model, resume_from_checkpoint)
         else:
-            load_weights(self.model, resume_from_checkpoint)
+            restore_weights(self.model, resume_from_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the whole model, whatever it is sharded over; all processes take part."""

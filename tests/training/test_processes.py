@@ -90,7 +90,8 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
         name: replace(config, out=f"{config.out}-{name}", objective=objective) for name, objective in OBJECTIVES.items()
     }
     ones["preference"] = on_pairs(config)
-    ones["passes"] = over_passes(replace(config, out=f"{config.out}-passes"))
+    ones["passes"] = with_train(over_passes(config), max_steps=6, accumulation=1)  # three steps to a pass
+    ones["passes"] = replace(ones["passes"], out=f"{config.out}-passes")
     ones["grouped"] = on_conversations(replace(config, out=f"{config.out}-grouped"))
     if kind == "ddp":
         ones["muon"] = replace(with_train(config, optimizer="muon"), out=f"{config.out}-muon")
@@ -99,9 +100,10 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
     masked = ones["masked"]
     twos = {name: replace(one, out=f"{one.out}-two") for name, one in ones.items()}
     in_two = stopped_at(masked, 2, out=f"{masked.out}-resumed")
+    later = stopped_at(ones["passes"], 4, out=f"{masked.out}-later-resumed")
     skips = replace(with_train(masked, save_every=1), out=f"{masked.out}-skips")
     coarse = replace(with_train(masked, precision="bfloat16"), out=f"{masked.out}-coarse")
-    launch_all(kind, [*twos.values(), in_two, skips, coarse])
+    launch_all(kind, [*twos.values(), in_two, later, skips, coarse])
     sharded = set(Path(twos["masked"].out, "sharded.txt").read_text().split())
     assert sharded == (set(weights(masked.out)) if kind == "fsdp2" else set())
     coarse_steps = {name: twos.pop(name) for name in ("muon",) if name in twos}  # Muon enlarges rounding
@@ -115,9 +117,9 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
         assert_close(weights(ones[name].out), weights(two.out), 1e-5)
     in_one = stopped_at(twos["masked"], 2, out=f"{masked.out}-back")
     run(in_one, resume=True, console=QUIET)
-    for resumed in (in_two, in_one):
-        assert losses(resumed.out) == pytest.approx(losses(masked.out), abs=1e-5)
-        assert_close(weights(masked.out), weights(resumed.out), 1e-5)
+    for resumed, whole in ((in_two, masked), (in_one, masked), (later, ones["passes"])):
+        assert losses(resumed.out) == pytest.approx(losses(whole.out), abs=1e-5)
+        assert_close(weights(whole.out), weights(resumed.out), 1e-5)
 
     a, b, c = (Path(skips.out, f"checkpoint-{step}") for step in (1, 2, 3))
     assert_close(weights(a), weights(b), 0)
