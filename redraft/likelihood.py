@@ -9,7 +9,7 @@ from torch import Tensor
 
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
-from redraft.models.head import RowLoss, chunked_loss, output_embeddings
+from redraft.models.head import RowLoss, chunked_loss, chunked_rows, output_embeddings
 from redraft.processes.noised import Noised, Process
 from redraft.randomness import uniform
 from redraft.schedules import stratified_times
@@ -126,11 +126,18 @@ def whole_canvas(process: Process, noised: Noised, rows: CleanRows) -> Problem:
 
 
 def solve(
-    denoiser: Denoiser, problem: Problem, *, num_rows: int, wrapped: Any = None, has_plain_head: bool = True
+    denoiser: Denoiser,
+    problem: Problem,
+    *,
+    num_rows: int,
+    wrapped: Any = None,
+    has_plain_head: bool = True,
+    needs_rows: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows"]]:
     """Score a model on a problem: the sum over all answers, with gradient, and that of each clean row; nats.
 
-    Where `has_plain_head` (see `models.head`) head and loss go chunk by chunk, and the rows' sums carry no gradient.
+    Where `has_plain_head` (see `models.head`) head and loss go chunk by chunk, and the rows' sums carry no gradient
+    unless it `needs_rows`.
     """
     ask = denoiser.hidden_at if has_plain_head else denoiser.logits_at
     answers = ask(
@@ -142,10 +149,11 @@ def solve(
         shift=problem.shift,
         wrapped=wrapped,
     )
-    if has_plain_head:
+    if has_plain_head and not needs_rows:
         total, nats = chunked_loss(output_embeddings(denoiser.model), answers, problem.nats)
     else:
-        nats = problem.nats(answers, slice(None))
+        head = output_embeddings(denoiser.model)
+        nats = chunked_rows(head, answers, problem.nats) if has_plain_head else problem.nats(answers, slice(None))
         total = nats.sum()
     return total, nats.new_zeros(num_rows).index_add(0, problem.row, nats)
 

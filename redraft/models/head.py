@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits (n, V), which of the rows they are) -> loss of each row (n,)."""
@@ -93,6 +94,25 @@ def chunked_loss(
     return _ChunkedLoss.apply(hidden, head, row_loss, *parameters)
 
 
+def chunked_rows(head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowLoss) -> Float[Tensor, "n"]:
+    """Return `row_loss` of each row, with its gradient, without ever holding the logits of all rows.
+
+    For losses that are no sum over rows. The backward pass computes each chunk's logits again: one product with the
+    head more than `chunked_loss`.
+    """
+
+    def loss_of(rows: slice) -> Tensor:
+        return row_loss(head(hidden[rows]), rows)
+
+    return torch.cat([checkpoint(loss_of, rows, use_reentrant=False) for rows in _chunks(head, len(hidden))])
+
+
+def _chunks(head: nn.Module, num_rows: int) -> list[slice]:
+    """Cut rows so that the logits of a chunk are few enough; no rows are one chunk, whose gradient is zero."""
+    size = max(1, LOGITS_PER_CHUNK // _num_outputs(head))
+    return [slice(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size)]
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -102,9 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
         losses: list[Tensor] = []
         hidden_grad = torch.empty_like(hidden) if wants_grad else None
         parameter_grads: list[Tensor] = []
-        chunk_size = max(1, LOGITS_PER_CHUNK // _num_outputs(head))
-        for start in range(0, hidden.shape[0], chunk_size):
-            rows = slice(start, min(start + chunk_size, hidden.shape[0]))
+        for rows in _chunks(head, hidden.shape[0]):
             with torch.set_grad_enabled(wants_grad):
                 chunk = hidden[rows].detach().requires_grad_(wants_grad)
                 loss = row_loss(head(chunk), rows)
@@ -118,9 +136,6 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch._foreach_add_(parameter_grads, list(grads[1:]))
             else:
                 parameter_grads = list(grads[1:])
-        if not losses:
-            losses = [hidden.new_zeros(0, dtype=torch.float32)]
-            parameter_grads = [torch.zeros_like(p) for p in parameters]
         if wants_grad:
             ctx.save_for_backward(hidden_grad, *parameter_grads)
         row_losses = torch.cat(losses)

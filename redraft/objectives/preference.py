@@ -31,13 +31,20 @@ def preference_loss(margins: Float[Tensor, "pairs"], *, beta: float) -> Float[Te
 
 
 def bounds(
-    denoiser: Denoiser, objective: Objective, rows: CleanRows, key: NoiseKey, *, num_samples: int, wrapped: Any = None
+    denoiser: Denoiser,
+    objective: Objective,
+    rows: CleanRows,
+    key: NoiseKey,
+    *,
+    num_samples: int,
+    wrapped: Any = None,
+    has_plain_head: bool = False,
 ) -> Float[Tensor, "rows"]:
     """Estimate the NELBO of each row by `num_samples` draws in one forward pass, in nats, with gradient.
 
     Each draw has a time and a mask of its own, which VRPO found to be the best use of a budget; times are strata of
     one partition over rows and draws. Equal keys draw equal noise: give policy and reference the same one (VRPO's
-    antithetic sampling).
+    antithetic sampling). `has_plain_head`: take head and loss in chunks (`models.head`).
     """
     count = len(rows.x_0)
     copies = replace(
@@ -49,5 +56,7 @@ def bounds(
     shifted = torch.cat([key.rows + sample * key.total_rows for sample in range(num_samples)])
     drawn = replace(key, rows=shifted, total_rows=num_samples * key.total_rows)
     problem = objective.problem(copies, drawn)
-    _, nats = solve(denoiser, problem, num_rows=num_samples * count, wrapped=wrapped, has_plain_head=False)
+    _, nats = solve(
+        denoiser, problem, num_rows=num_samples * count, wrapped=wrapped, has_plain_head=has_plain_head, needs_rows=True
+    )
     return nats.view(num_samples, count).mean(dim=0)

@@ -1,9 +1,11 @@
+import weakref
+
 import pytest
 import torch
 from tiny import tiny_lm
 
 from redraft.models import head
-from redraft.models.head import chunked_loss, head_at, head_is_plain, output_embeddings
+from redraft.models.head import chunked_loss, chunked_rows, head_at, head_is_plain, output_embeddings
 
 every_architecture = pytest.mark.parametrize("architecture", ["llama", "modernbert"])
 
@@ -42,6 +44,29 @@ def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(architecture, log
     ):
         assert torch.allclose(chunked, whole, atol=1e-12)
 
+    plain = row_loss(layer(hidden), slice(None))
+    each = chunked_rows(layer, hidden, row_loss)  # of a loss that is no sum over rows
+    assert torch.allclose(each, plain, atol=1e-12)
+    for chunked, whole in zip(
+        torch.autograd.grad(each.prod(), inputs), torch.autograd.grad(plain.prod(), inputs), strict=True
+    ):
+        assert torch.allclose(chunked, whole, rtol=1e-9)
+
+
+def test_the_logits_of_one_chunk_at_a_time_exist(monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 9 * 5)
+    layer, sizes = torch.nn.Linear(4, 9), []
+    alive = weakref.WeakSet()
+
+    def row_loss(logits, rows):
+        alive.add(logits)
+        sizes.append(sum(len(one) for one in alive))
+        return logits.square().sum(-1)
+
+    chunked_rows(layer, torch.randn(23, 4, requires_grad=True), row_loss).prod().backward()
+    assert len(sizes) == 2 * 5
+    assert max(sizes) <= 5 + 5  # the backward pass may hold one beside that which it makes
+
 
 def test_a_batch_without_targets_has_no_loss_and_zero_gradients():
     layer = torch.nn.Linear(4, 9)
@@ -50,6 +75,9 @@ def test_a_batch_without_targets_has_no_loss_and_zero_gradients():
     total.backward()
     assert total.item() == 0
     assert rows.shape == (0,)
+    assert not layer.weight.grad.any()
+    layer.zero_grad()
+    chunked_rows(layer, hidden, lambda logits, _: logits.sum(-1)).sum().backward()
     assert not layer.weight.grad.any()
 
 
