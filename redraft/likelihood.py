@@ -133,28 +133,35 @@ def solve(
     wrapped: Any = None,
     has_plain_head: bool = True,
     needs_rows: bool = False,
+    is_sharded: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows"]]:
     """Score a model on a problem: the sum over all answers, with gradient, and that of each clean row; nats.
 
     Where `has_plain_head` (see `models.head`) head and loss go chunk by chunk, and the rows' sums carry no gradient
-    unless it `needs_rows`.
+    unless it `needs_rows`; where weights are sharded, inside of the `wrapped` forward (a sum over rows only).
     """
-    ask = denoiser.hidden_at if has_plain_head else denoiser.logits_at
-    answers = ask(
-        problem.where,
-        problem.input_ids,
-        segment_ids=problem.segment_ids,
-        isolate_segments=problem.isolate_segments,
-        layout=problem.layout,
-        shift=problem.shift,
-        wrapped=wrapped,
-    )
-    if has_plain_head and not needs_rows:
-        total, nats = chunked_loss(output_embeddings(denoiser.model), answers, problem.nats)
-    else:
-        head = output_embeddings(denoiser.model)
-        nats = chunked_rows(head, answers, problem.nats) if has_plain_head else problem.nats(answers, slice(None))
+    forward: dict[str, Any] = {
+        "segment_ids": problem.segment_ids,
+        "isolate_segments": problem.isolate_segments,
+        "layout": problem.layout,
+        "shift": problem.shift,
+        "wrapped": wrapped,
+    }
+    if not has_plain_head:
+        nats = problem.nats(denoiser.logits_at(problem.where, problem.input_ids, **forward), slice(None))
         total = nats.sum()
+    elif is_sharded:
+        total, nats = denoiser.loss_at(problem.where, problem.nats, problem.input_ids, **forward)
+    else:
+        head, hidden = (
+            output_embeddings(denoiser.model),
+            denoiser.hidden_at(problem.where, problem.input_ids, **forward),
+        )
+        if needs_rows:
+            nats = chunked_rows(head, hidden, problem.nats)
+            total = nats.sum()
+        else:
+            total, nats = chunked_loss(head, hidden, problem.nats)
     return total, nats.new_zeros(num_rows).index_add(0, problem.row, nats)
 
 

@@ -13,7 +13,7 @@ from redraft.layouts import Layout, attention_mask, block_mask, segment_position
 from redraft.models.attention import Attention, flex_mask
 from redraft.models.cache import Slots, Spans
 from redraft.models.device import can_compile
-from redraft.models.head import head_at, head_skipped
+from redraft.models.head import RowLoss, head_at, head_skipped, loss_as_logits
 from redraft.models.masks import first_position, layer_masks, model_masks
 from redraft.models.settings import DiffusionSettings
 
@@ -175,6 +175,25 @@ class Denoiser:
             (self.model if wrapped is None else wrapped)(**inputs)
         assert captured.hidden is not None
         return captured.hidden
+
+    def loss_at(
+        self,
+        where: Int[Tensor, "n"],
+        row_loss: RowLoss,
+        input_ids: Int[Tensor, "batch seq"],
+        *,
+        segment_ids: Int[Tensor, "batch seq"] | None = None,
+        isolate_segments: bool = False,
+        layout: Layout | None = None,
+        shift: bool | None = None,
+        wrapped: Any,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
+        """Take `head.chunked_loss` at `where` inside of the `wrapped` forward, where sharded weights are whole."""
+        positions = self._positions(input_ids, segment_ids, isolate_segments, layout)
+        inputs = self.inputs(input_ids, segment_ids=segment_ids, isolate_segments=isolate_segments, layout=layout)
+        with loss_as_logits(self.model, self._rows(where, positions, layout, shift), row_loss) as losses:
+            total = wrapped(**inputs).logits.sum()
+        return total, losses[0]
 
     def inputs(
         self,

@@ -59,6 +59,28 @@ def head_skipped(model: nn.Module, rows: Int[Tensor, "n"]) -> Iterator[Captured]
         handle.remove()
 
 
+@contextmanager
+def loss_as_logits(model: nn.Module, rows: Int[Tensor, "n"], row_loss: RowLoss) -> Iterator[list[Tensor]]:
+    """Make the model return `chunked_loss` at these rows in the place of its logits: the sum, (1,).
+
+    So head and loss are taken inside of the forward, where sharded weights are whole, and the backward pass begins at
+    the model's output, as sharding expects. The list gets the detached loss of each row.
+    """
+    head, losses = output_embeddings(model), []
+    plain = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        total, found = chunked_loss(head, hidden.flatten(0, 1)[rows], row_loss, forward=plain)
+        losses.append(found)
+        return total[None]
+
+    head.forward = forward  # what shards the head hangs on its call
+    try:
+        yield losses
+    finally:
+        del head.forward
+
+
 def output_embeddings(model: Any) -> nn.Module:
     """Return the module that maps hidden states to logits. Raises ValueError for a model without one."""
     head = model.get_output_embeddings()
@@ -82,16 +104,21 @@ def head_is_plain(model: Any) -> bool:
 
 
 def chunked_loss(
-    head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowLoss
+    head: nn.Module,
+    hidden: Float[Tensor, "n dim"],
+    row_loss: RowLoss,
+    *,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
     """Sum `row_loss` over rows without ever holding the logits of all rows.
 
     Returns the sum, which carries the gradient, and the detached loss of each row. Each chunk's gradient is taken right
     after its forward, so one chunk's logits are the peak and nothing is computed twice. (The idea is Liger-Kernel's
     fused linear cross-entropy, arXiv 2410.10989; this one takes any head and any loss that is a sum over rows.)
+    `forward` computes the head, by default by its call.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
-    return _ChunkedLoss.apply(hidden, head, row_loss, *parameters)
+    return _ChunkedLoss.apply(hidden, forward or head, _chunks(head, len(hidden)), row_loss, *parameters)
 
 
 def chunked_rows(head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowLoss) -> Float[Tensor, "n"]:
@@ -116,13 +143,18 @@ def _chunks(head: nn.Module, num_rows: int) -> list[slice]:
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: nn.Module, row_loss: RowLoss, *parameters: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        head: Callable[[Tensor], Tensor],
+        chunks: list[slice],
+        row_loss: RowLoss,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         wants_grad = any(ctx.needs_input_grad)
         losses: list[Tensor] = []
         hidden_grad = torch.empty_like(hidden) if wants_grad else None
         parameter_grads: list[Tensor] = []
-        for rows in _chunks(head, hidden.shape[0]):
+        for rows in chunks:
             with torch.set_grad_enabled(wants_grad):
                 chunk = hidden[rows].detach().requires_grad_(wants_grad)
                 loss = row_loss(head(chunk), rows)
@@ -146,7 +178,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, total_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, *parameter_grads = ctx.saved_tensors
         scaled = [grad * total_grad.to(grad.dtype) for grad in parameter_grads]
-        return (hidden_grad * total_grad.to(hidden_grad.dtype), None, None, *scaled)
+        return (hidden_grad * total_grad.to(hidden_grad.dtype), None, None, None, *scaled)
 
 
 def _num_outputs(head: nn.Module) -> int:

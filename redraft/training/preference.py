@@ -68,7 +68,10 @@ class PreferenceTrainer(DiffusionTrainer):
         )
         key = NoiseKey(seed=seed, step=step, rows=torch.cat([2 * pair, 2 * pair + 1]), total_rows=2 * total)
         objective = self.training_objective.evaluation()
-        settings: dict[str, Any] = {"num_samples": self.num_samples, "has_plain_head": self._has_plain_head}
+        settings: dict[str, Any] = {
+            "num_samples": self.num_samples,
+            "has_plain_head": self._has_plain_head and not self.is_sharded,
+        }
         with self.accelerator.autocast():
             with torch.no_grad(), self._reference_mode() as reference:
                 fixed = bounds(reference, objective, rows, key, **settings)

@@ -73,8 +73,9 @@ class DiffusionTrainer(KeyedTrainer):
         self.token_byte_lengths = token_byte_lengths
         self.has_padding = has_padding
         self.isolate_segments = isolate_segments
-        # Sharded weights are whole inside of the wrapped forward alone, so there the head has to stay in it.
-        self._has_plain_head = self.accelerator.distributed_type in REPLICATED and head_is_plain(denoiser.model)
+        self._has_plain_head = self.accelerator.distributed_type is not DistributedType.DEEPSPEED and head_is_plain(
+            denoiser.model
+        )
         self.spikes = Spikes()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -141,6 +142,7 @@ class DiffusionTrainer(KeyedTrainer):
             num_rows=len(rows.x_0),
             wrapped=wrapped,
             has_plain_head=self._has_plain_head,
+            is_sharded=self.is_sharded,
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

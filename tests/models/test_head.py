@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_lm
 
 from redraft.models import head
-from redraft.models.head import chunked_loss, chunked_rows, head_at, head_is_plain, output_embeddings
+from redraft.models.head import chunked_loss, chunked_rows, head_at, head_is_plain, loss_as_logits, output_embeddings
 
 every_architecture = pytest.mark.parametrize("architecture", ["llama", "modernbert"])
 
@@ -51,6 +51,30 @@ def test_the_chunked_loss_and_its_gradients_are_the_plain_ones(architecture, log
         torch.autograd.grad(each.prod(), inputs), torch.autograd.grad(plain.prod(), inputs), strict=True
     ):
         assert torch.allclose(chunked, whole, rtol=1e-9)
+
+
+@every_architecture
+def test_inside_of_the_forward_the_chunked_loss_stands_in_the_place_of_the_logits(architecture, monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 40 * 4)
+    lm = tiny_lm(architecture=architecture, scale=1.0)
+    ids, rows, sizes = torch.randint(0, 40, (3, 7)), torch.tensor([0, 5, 6, 13, 20, 2]), []
+
+    def row_loss(logits, part):
+        sizes.append(len(logits))
+        return logits.logsumexp(-1) * (1 + rows[part])
+
+    with head_at(lm.model, rows):
+        plain = row_loss(lm.model(input_ids=ids).logits, slice(None))
+    expected = torch.autograd.grad(plain.sum(), list(lm.model.parameters()), allow_unused=True)
+    sizes.clear()
+    with loss_as_logits(lm.model, rows, row_loss) as losses:
+        total = lm.model(input_ids=ids).logits
+    assert torch.allclose(total.squeeze(), plain.sum(), atol=1e-12)
+    assert torch.allclose(losses[0], plain.detach(), atol=1e-12)
+    assert sizes == [4, 2]
+    found = torch.autograd.grad(total.sum(), list(lm.model.parameters()), allow_unused=True)
+    assert all(a is b is None or torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+    assert lm.model(input_ids=ids).logits.shape == (3, 7, 40)  # the head is back
 
 
 def test_the_logits_of_one_chunk_at_a_time_exist(monkeypatch):
