@@ -105,7 +105,7 @@ def begin(config: Config, *, resume: bool, console: Console) -> tuple[Config, st
 
 def _minimised(config: Config) -> dict[str, Any]:
     """Say what a run minimises: what another run's checkpoint is told by."""
-    names = ("stage", "objective", "autoencoder", "rollout")
+    names = ("objective", "autoencoder", "rollout")
     saved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: saved[name] for name in names if name in saved}
 
@@ -235,9 +235,8 @@ def _check_objective(checkpoint: Path, objective: dict[str, Any]) -> None:
     if (checkpoint / OBJECTIVE_FILE).exists():
         saved = json.loads((checkpoint / OBJECTIVE_FILE).read_text())
         for section, wanted in objective.items():
-            if isinstance(wanted, dict):
-                known = {name: value for name, value in wanted.items() if name in saved[section]}
-                _require_same(checkpoint, saved[section], known)
+            known = {name: value for name, value in wanted.items() if name in saved[section]}
+            _require_same(checkpoint, saved[section], known)
 
 
 def _require_same(checkpoint: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
