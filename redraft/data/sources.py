@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
@@ -58,7 +58,8 @@ def read_documents(
     `save_to_disk`, or a hub id, both with `@split` (default train), a hub id also with `:config`. A mixture of such
     sources: `SOURCE:WEIGHT,SOURCE:WEIGHT` (`data.mixture`).
     `kind="chat"` and `"preference"` read records as conversations and pairs; a document is their JSON (`data.records`);
-    `skip_bad` skips malformed ones. In a mixture of conversations `stdlib` and text files may take part, as plain text.
+    `skip_bad` skips malformed ones. In a mixture of conversations `stdlib`, text files and folders of such alone may
+    take part, as plain text.
     `streaming` does not download a hub dataset first; everything else is read lazily anyway.
 
     Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
@@ -84,7 +85,11 @@ def read_documents(
 
 
 def _is_plain_text(source: str) -> bool:
-    return source == STDLIB or Path(source).suffix in TEXT_SUFFIXES
+    path = Path(source).expanduser()
+    if exists(path) and path.is_dir():
+        suffixes = {file.suffix for file in _walk(path)} & {*SUFFIXES}
+        return bool(suffixes) and suffixes <= TEXT_SUFFIXES
+    return source == STDLIB or path.suffix in TEXT_SUFFIXES
 
 
 def _read_source(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
@@ -130,7 +135,7 @@ def _not_empty(documents: Iterable[str | None], source: str, kind: Kind) -> Iter
         raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
 
 
-def _walk(folder: Path, *, pruned: set[str]) -> list[Path]:
+def _walk(folder: Path, *, pruned: Collection[str] = ("__pycache__",)) -> list[Path]:
     files: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in pruned and not name.startswith(".")]
@@ -164,7 +169,7 @@ def _parsed(records: Iterable[Record], parse: Parse) -> Iterator[str | None]:
 
 def _read_folder(folder: Path, *, field: str | None, parse: Parse) -> Iterator[str | None]:
     suffixes = [suffix for suffix in SUFFIXES if field is not None or suffix not in TEXT_SUFFIXES]
-    files = [path for path in _walk(folder, pruned={"__pycache__"}) if path.suffix in suffixes]
+    files = [path for path in _walk(folder) if path.suffix in suffixes]
     if not files:
         raise ValueError(f"folder {str(folder)!r} holds no file to read. Known are {', '.join(suffixes)}.")
     for path in files:

@@ -62,12 +62,14 @@ def segments(dataset):
     return found
 
 
-@pytest.mark.parametrize("eos", ["train", "to-block-end"])
+@pytest.mark.parametrize(("eos", "is_folder"), [("train", False), ("to-block-end", False), ("train", True)])
 def test_plain_text_beside_conversations_is_learnt_whole(
-    config, conversations, chat_tokenizer, documents, eos, tmp_path
+    config, conversations, chat_tokenizer, documents, eos, is_folder, tmp_path
 ):
-    text = tmp_path / "book.txt"
-    text.write_text("\n\n".join(documents))
+    text = tmp_path / ("books" if is_folder else "book.txt")
+    text.mkdir() if is_folder else text.write_text("\n\n".join(documents))
+    for number, document in enumerate(documents if is_folder else []):
+        (text / f"{number}.md").write_text(document)
     chat = ChatConfig(eos=eos, block_size=16)
     alone = prepare(replace(config, chat=chat), tokenizer=chat_tokenizer)
     mixed = replace(config, chat=chat, source=f"{conversations}:0.2,{text}:0.8")
