@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from machine import describe
+from outcome import whole
 from rich.console import Console
 
 from redraft.data.prepare import DataConfig, prepare
@@ -71,9 +72,7 @@ def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, see
                 device="cpu", report_to=(),
             ),
         )  # fmt: skip
-        outcome = run(config, console=Console(quiet=True))
-        if outcome.signal:
-            sys.exit(128 + outcome.signal)  # a run cut short is not a finished one
+        whole(run(config, console=Console(quiet=True)))
         lines = [line for line in read_log(Path(config.out) / LOG_FILE) if "eval_nats_per_token" in line]
     return {line["step"]: (line["eval_nats_per_token"], line["eval_bits_per_byte"]) for line in lines}
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import describe
+from outcome import whole
 from prose import Prose
 from rich.console import Console
 from sacrebleu import corpus_bleu
@@ -70,9 +71,8 @@ def train_autoencoder(name: str, args: argparse.Namespace) -> Callable[[Path], A
     steps = args.thought_steps if SHAPES[name].kind == "thought" else args.chunk_steps
     train = replace(recipe.train, max_steps=steps, batch_size=256, precision="bfloat16", save_every=10**9)
     task = Prose(starts=tuple(range(2, 12, 2)))
-    return lambda folder: run_stage(
-        replace(recipe, out=str(folder), autoencoder=SHAPES[name], train=train), task=task, console=quiet()
-    )
+    config = replace(recipe, autoencoder=SHAPES[name], train=train)
+    return lambda folder: whole(run_stage(replace(config, out=str(folder)), task=task, console=quiet()))
 
 
 def train_denoiser(args: argparse.Namespace) -> Callable[[Path], Any]:
@@ -83,7 +83,7 @@ def train_denoiser(args: argparse.Namespace) -> Callable[[Path], Any]:
         recipe, start=start, force=True, train=model_training(recipe.train, args, ema_decay=0.99),
         objective=replace(recipe.objective, answer_weight=0.0),
     )  # fmt: skip
-    return lambda folder: run_stage(replace(config, out=str(folder)), task=Prose(), console=quiet())
+    return lambda folder: whole(run_stage(replace(config, out=str(folder)), task=Prose(), console=quiet()))
 
 
 def model_training(train: TrainConfig, args: argparse.Namespace, **settings: Any) -> TrainConfig:
@@ -143,7 +143,7 @@ def train_llama(train: Encoded, tokenizer: Any, args: argparse.Namespace) -> Cal
         )  # fmt: skip
         recipe = RECIPES["latent-denoiser"]()
         config = replace(recipe, out=str(folder), train=model_training(recipe.train, args, ema_decay=None))
-        drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=quiet())
+        whole(drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=quiet()))
         model.save_pretrained(folder)
 
     return run

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import describe
+from outcome import whole
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,7 +135,7 @@ def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinke
     first = replace(first, train=replace(first.train, seed=seed))
     if args.task == "composition":  # blocks of one token
         first = replace(first, autoencoder=replace(first.autoencoder, num_latents=1))
-    run_stage(replace(first, task=args.task, out=str(folder / "ae")), console=QUIET)
+    whole(run_stage(replace(first, task=args.task, out=str(folder / "ae")), console=QUIET))
     train = replace(
         recipes["denoiser"].train, seed=seed, max_minutes=None, max_steps=args.steps, optimizer=args.optimizer
     )  # fmt: skip
@@ -143,7 +144,7 @@ def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinke
     config = replace(config, denoiser=replace(config.denoiser, num_layers=args.layers))
     if not args.rollout_steps:
         config = replace(config, objective=replace(config.objective, answer_weight=0.0))
-    thinker = redraft.load_thinker(run_stage(config, console=QUIET).folder)
+    thinker = redraft.load_thinker(whole(run_stage(config, console=QUIET)).folder)
     size = sum(p.numel() for m in (thinker.denoiser, thinker.autoencoder) for p in m.parameters()) / 1e6
     print(f"latent: {size:.2f} M parameters with its autoencoder", file=sys.stderr)
     return thinker
@@ -179,7 +180,7 @@ def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> N
         recipe.train, seed=seed, max_minutes=None, max_steps=args.rollout_steps, optimizer=args.optimizer
     )  # fmt: skip
     recipe = replace(recipe, task=args.task, out=str(folder / "roll"), start=str(folder / "den"), train=train)
-    thinker = redraft.load_thinker(run_stage(recipe, console=QUIET).folder)
+    thinker = redraft.load_thinker(whole(run_stage(recipe, console=QUIET)).folder)
     table.trained()
     turn_dials(args, table, thinker, "latent + rollout")
     settings = {"steps": 16, "samples": args.samples, "solver": "ddim", "read": "answer"}
@@ -234,7 +235,7 @@ def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder)
     )  # fmt: skip
     stage = Stage(model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=tokenizer)
     config = replace(recipe, out=str(folder), train=train)
-    drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=QUIET)
+    whole(drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=QUIET))
     return model.eval()
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe
+from outcome import whole
 from rich.console import Console
 
 import redraft
@@ -108,10 +109,7 @@ def train(args: Any, method: str, examples: list[Example], *, rate: float, seed:
                 eval_every=0, save_every=steps, precision="float32", compile="off", device="cpu", report_to=(),
             ),
         )  # fmt: skip
-        outcome = run(config, console=Console(quiet=True))
-        if outcome.signal:
-            sys.exit(128 + outcome.signal)  # a run cut short is not a finished one
-        folder = outcome.folder
+        folder = whole(run(config, console=Console(quiet=True))).folder
         loss = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["train_loss"]
         return redraft.load(folder, device="cpu"), max(lengths[1]), loss
 
