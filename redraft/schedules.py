@@ -173,8 +173,10 @@ class GaussianSchedule:
             raise unknown_name("Gaussian schedule", self.curve, _CURVES)
         if self.path not in ("vp", "flow"):
             raise unknown_name("path", self.path, ("vp", "flow"))
-        if not self.shift > 0:
-            raise ValueError(f"shift must be positive; got {self.shift}. Use 1 for none, less for more noise.")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(
+                f"shift must be positive and finite; got {self.shift}. Use 1 for none, less for more noise."
+            )
 
     def log_snr(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return _CURVES[self.curve].log_snr(t) + 2 * math.log(self.shift)

@@ -28,9 +28,10 @@ def main(arguments: list[str]) -> int:
         raise unknown_name("action", args.action, ["check"])
 
     from redraft.cli.common import be_quiet
-    from redraft.data.tasks import encode, find_task
+    from redraft.data.tasks import find_task
     from redraft.latent.autoencoder import gate_failures, measure_gate
     from redraft.latent.checkpoint import load_autoencoder
+    from redraft.training.latent import encode_split
 
     be_quiet()
     autoencoder, tokenizer = load_autoencoder(args.model)
@@ -40,9 +41,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(
             "this autoencoder was trained on a task without a name. Give --task, a .jsonl of its examples."
         )
-    task = find_task(name)
-    held_out = encode(list(task.examples()), tokenizer, split="validation", held_out=task.held_out)
-    ids, mask = held_out.real_blocks()
+    ids, mask = encode_split(find_task(name), tokenizer, split="validation").real_blocks()
     if ids.shape[1] != autoencoder.config.block_tokens:
         raise ValueError(
             f"the autoencoder takes blocks of {autoencoder.config.block_tokens} tokens; got {ids.shape[1]}. "

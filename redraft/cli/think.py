@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from redraft.cli.parsing import parse
-from redraft.latent.thinking import ThinkingConfig, TrainOfThought, vote
+from redraft.latent.thinking import Estimate, ThinkingConfig, TrainOfThought, vote
 
 SHOWN_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
@@ -77,16 +77,21 @@ def lines(sample: TrainOfThought, *, show: bool) -> list[str]:
     return [*shown, f"  {sample.forwards} forwards, ended by: {sample.stop}"]
 
 
-def forming(steps: list[tuple[float, str]], final: str) -> list[tuple[float, str]]:
+def forming(steps: list[Estimate], final: str) -> list[tuple[float, str]]:
     """Pick the decoded estimate at the last step that is not past each shown time; the block itself at 0."""
-    at = {t: next((text for time, text in reversed(steps) if time >= t - 1e-9), "") for t in SHOWN_TIMES[:-1]}
+    first = steps[0].text if steps else ""  # of models that begin after t = 1
+    at = {t: next((step.text for step in reversed(steps) if step.t >= t - 1e-9), first) for t in SHOWN_TIMES[:-1]}
     return [*at.items(), (0.0, final)]
 
 
 def as_json(prompt: str, sample: TrainOfThought) -> dict[str, object]:
     """Lay one sample out as plain data, without its latents."""
     thoughts = [
-        {"text": thought.text, "steps": thought.steps, "instability": thought.instability}
+        {
+            "text": thought.text,
+            "steps": [(step.t, step.text) for step in thought.steps],
+            "instability": thought.instability,
+        }
         for thought in sample.thoughts
     ]
     return {

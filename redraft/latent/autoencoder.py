@@ -48,6 +48,7 @@ class AutoencoderConfig(PreTrainedConfig):
     latent_dim: int = 16
     hidden_size: int = 256
     num_layers: int = 2
+    pad_token_id: int = 0
     encoder: str | None = None
     encoder_config: dict | None = None
     free_nats: float = 0.1
@@ -69,6 +70,10 @@ class TextAutoencoder(PreTrainedModel):
             raise ValueError(f"a sentence vector is one latent; got num_latents={config.num_latents}. Use 1.")
         if config.num_layers < (0 if config.kind == "chunk" else 1):
             raise ValueError(f"{config.kind} has too few layers; got num_layers={config.num_layers}. Leave it out.")
+        heads = _num_heads(config.hidden_size)
+        unit = 4 if config.kind == "chunk" else 2 * heads
+        if config.hidden_size % unit:
+            raise ValueError(f"hidden_size must be a multiple of {unit} for {config.kind}; got {config.hidden_size}.")
         self.encoder: Any
         self.decoder: Any
         self.shift: Tensor
@@ -150,7 +155,7 @@ class TextAutoencoder(PreTrainedModel):
         `latent_noise` is in units of the latents' standard deviation over the batch; `is_dropped` tokens are hidden
         from the encoder only.
         """
-        mean, logvar = self.encode(torch.where(is_dropped, 0, ids), mask)
+        mean, logvar = self.encode(torch.where(is_dropped, self.config.pad_token_id, ids), mask)
         spread = mean.std(0, correction=0)  # with its gradient, or the means grow to drown the noise
         z = mean + (logvar / 2).exp() * posterior_noise + spread * latent_noise
         logits = self.logits(z, ids)
@@ -259,10 +264,10 @@ class _FrozenEncoder(nn.Module):
         if config.encoder_config is None and config.encoder is None:
             raise ValueError(f"a {config.kind} autoencoder needs encoder=, a folder or hub id of an encoder; got none.")
         if config.encoder_config is None:
-            self.frozen = AutoModel.from_pretrained(str(config.encoder))
+            self.frozen = AutoModel.from_pretrained(str(config.encoder), dtype=torch.float32)
             config.encoder_config = self.frozen.config.to_dict()
         else:
-            self.frozen = AutoModel.from_config(AutoConfig.for_model(**config.encoder_config))
+            self.frozen = AutoModel.from_config(AutoConfig.for_model(**config.encoder_config), dtype=torch.float32)
         self.frozen.requires_grad_(False)
         width = self.frozen.config.hidden_size
         self.queries = None
@@ -334,13 +339,17 @@ class _ThoughtDecoder(nn.Module):
         return ids[:, :-1]
 
 
+def _num_heads(width: int) -> int:
+    return max(1, width // 64)
+
+
 def _llama(config: AutoencoderConfig) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=4 * config.hidden_size,
         num_hidden_layers=config.num_layers,
-        num_attention_heads=max(1, config.hidden_size // 64),
+        num_attention_heads=_num_heads(config.hidden_size),
         max_position_embeddings=config.block_tokens + config.num_latents,
         tie_word_embeddings=False,  # transformers reties only a model's own head
         pad_token_id=None,
@@ -351,6 +360,6 @@ def _llama(config: AutoencoderConfig) -> LlamaConfig:
 
 def _decoder_layers(width: int, num_layers: int) -> nn.TransformerDecoder:
     layer = nn.TransformerDecoderLayer(
-        width, max(1, width // 64), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        width, _num_heads(width), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )
     return nn.TransformerDecoder(layer, num_layers, norm=nn.LayerNorm(width))

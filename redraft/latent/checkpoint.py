@@ -50,6 +50,11 @@ def require_stage(path: str | Path, *stages: str) -> str:
             f"no model at {path}: the folder does not exist. {makers} (with --smoke or without) makes one."
         )
     stage = read_raw_config(path).get("stage")
+    if stage in STAGES[1:] and not (Path(path) / AUTOENCODER_FOLDER).is_dir():
+        raise ValueError(
+            f"{path} has no folder {AUTOENCODER_FOLDER!r}: a checkpoint, not a finished model. Give the folder of the "
+            "run, once it has ended."
+        )
     if stage not in stages:
         found = f"of stage {stage!r}" if stage in STAGES else "not a latent model"
         raise ValueError(f"{path} must be of stage {' or '.join(stages)}; it is {found}. {makers} makes one.")

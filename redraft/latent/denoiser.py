@@ -24,7 +24,10 @@ ANSWERS = ("autoregressive", "masked")
 
 @no_type_check  # transformers gives it an __init__ that takes any entry, behind a signature that does not
 class LatentDenoiserConfig(PreTrainedConfig):
-    """Shape, process and limits of a denoiser; saved as its config.json."""
+    """Shape, process and limits of a denoiser; saved as its config.json.
+
+    `can_guide`, `can_revise`: whether its training left out prompts, and had steps in which all blocks see each other.
+    """
 
     model_type = "redraft-latent-denoiser"
 
@@ -46,7 +49,8 @@ class LatentDenoiserConfig(PreTrainedConfig):
     eos_token_id: int = 1
     mask_token_id: int = 2
     stage: str = "denoiser"
-    task: str | None = None
+    can_guide: bool = True
+    can_revise: bool = True
 
     @property
     def process(self) -> GaussianDiffusion:

@@ -203,8 +203,8 @@ def _two_copies(
     block = torch.arange(1, count + 1, device=batch.prompt.device).repeat(1 + copies)  # (M,)
     copy = torch.arange(1 + copies, device=block.device).repeat_interleave(count)
     t = objective.density()(draws.stratified(4, copies * count))  # (B, copies * count)
-    noise_t = objective.context_noise * draws.rows(5, 2).to(t)  # half of the rows: clean
-    clean_t = torch.where(draws.rows(6, 1) < 0.5, noise_t[:, :1], 0.0).to(t)
+    noise_t = objective.context_noise * draws.rows(5, 1).to(t)  # half of the rows: clean
+    clean_t = torch.where(draws.rows(6, 1) < 0.5, noise_t, 0.0).to(t)
     t = torch.cat([clean_t.expand(-1, count), t], dim=1).repeat_interleave(size, dim=1)
     x_0 = batch.blocks.repeat(1, 1 + copies, 1, 1).flatten(1, 2)
     noised = process.corrupt(x_0, t, eps=draws.normal(7, x_0.shape[1], dim))
@@ -278,7 +278,8 @@ def answer_loss(
     logits = model.token_logits(hidden).float().flatten(0, 1)
     if noised is None:
         targets = torch.where(batch.is_answer, batch.answer, IGNORED)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / part.num_answer
+        nats = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return nats / part.num_answer.clamp(min=1)  # no row of the step may have an answer
     where = noised.targets()
     nats = masked_process(model).loss(logits[where], noised.flatten()[where])
     return nats.sum() / (part.total_rows * batch.answer.shape[1])

@@ -74,7 +74,10 @@ class RolloutObjective:
         part: Part | None = None,
         known: Known | None = None,
     ) -> dict[str, Tensor]:
-        """Return {"own": flow loss, "rollout": nats per answer token, "loss": their weighted sum}."""
+        """Return {"own": flow loss, "rollout": nats of the answer, "loss": their weighted sum.
+
+        They are divided by the blocks and answer tokens of the rows drawn, not of the nearest ones that stand for them.
+        """
         part = part or Part.whole(batch)
         rows, count, size, dim = batch.blocks.shape
         index, places = part.rows[:, None], torch.arange(size * dim)
@@ -121,7 +124,7 @@ class RolloutObjective:
             estimates.append(_Estimate(output=output, z_t=z, t=t.to(z), x_0=x_0))
             return x_0.detach()
 
-        times = uniform_times(self.steps).to(z.device)
+        times = uniform_times(self.steps, start=process.start()).to(z.device)
         solve(SOLVERS["ddim"], process.schedule, estimate, z, times, noise=lambda _: z)
         return estimates  # the last x_0 is what DDIM's step to t = 0 returns
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -68,7 +68,17 @@ class ThinkingConfig:
             raise ValueError(
                 f"init_noise must be positive and revise_t in (0, 1]; got {self.init_noise} and {self.revise_t}."
             )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in [0, 2**63); got {self.seed}.")
         solver_from_name(self.solver)
+
+
+class Estimate(NamedTuple):
+    """What the denoiser took a block to be at one forward."""
+
+    t: float
+    text: str
+    latents: Float[Tensor, "latents dim"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +87,11 @@ class Thought:
 
     latents: Float[Tensor, "latents dim"]
     text: str
-    steps: list[tuple[float, str]]
-    """Time and decoded estimate at every forward; empty unless traced."""
+    steps: list[Estimate]
+    """The estimate at every forward; empty unless traced."""
     instability: float
-    """Root mean square change of the estimate at the last forward, in standard deviations of the latents."""
+    """Root mean square change of the estimate at the last forward (from 0, where it was the only one), in standard
+    deviations of the latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +139,12 @@ class Thinker:
             if name not in ThinkingConfig.__dataclass_fields__:
                 raise unknown_name("setting", name, ThinkingConfig.__dataclass_fields__)
         config = ThinkingConfig(**settings)
-        limit = self.denoiser.config.max_blocks
+        shape = self.denoiser.config
+        if config.cfg != 1 and not shape.can_guide:
+            raise ValueError(f"this model was never trained without a prompt, as guidance needs; got cfg {config.cfg}.")
+        if config.revise and not shape.can_revise:
+            raise ValueError(f"this model was trained without steps of revision; got revise {config.revise}.")
+        limit = shape.max_blocks
         if config.blocks is not None and config.blocks > limit:
             raise ValueError(f"blocks must be at most the {limit} the model was built for; got {config.blocks}.")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -176,9 +192,12 @@ class _Run:
         self.is_thinking = torch.ones(rows, dtype=torch.bool, device=model.device)
         self.forwards = torch.zeros(rows, dtype=torch.int64, device=model.device)
         self.blocks: list[Tensor] = []
+        self.committed: list[Tensor] = []
+        """What later blocks see: the blocks, or what `intervene` put in their place."""
+        self.selected: tuple[Tensor, Cache] | None = None
         self.was_thinking: list[Tensor] = []
         self.instability: list[Tensor] = []
-        self.steps: list[list[list[tuple[float, str]]]] = []
+        self.steps: list[list[list[Estimate]]] = []
         self._prefill()
 
     def _prefill(self) -> None:
@@ -204,42 +223,56 @@ class _Run:
         self.instability.append(instability)
 
     def _solve(
-        self, draw: int, z: Tensor, times: Tensor, is_active: Tensor, estimate: Callable[..., Tensor]
+        self,
+        draw: int,
+        z: Tensor,
+        times: Tensor,
+        is_active: Tensor,
+        estimate: Callable[..., Tensor],
+        *,
+        place: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Drive the solver; rows that leave early keep their last estimate. Returns latents and their instability."""
+        """Drive the solver; rows that leave early keep their last estimate. Returns latents and their instability.
+
+        `place`: the block that each row denoises, where it is not the same one.
+        """
         queries = solver_from_name(self.config.solver)(
             self.model.config.process.schedule, z, times.to(z.device), noise=lambda i: self._noise(draw, i + 1)
         )
         x_0 = torch.zeros_like(z)
         is_done, change = ~is_active, torch.zeros(len(z), device=z.device)
         unchanged, texts = torch.zeros_like(self.forwards), torch.full((len(z), 1), -1, device=z.device)
+        place = torch.zeros_like(self.forwards) if place is None else place
         question = next(queries)
-        while True:
-            active = (~is_done).nonzero()[:, 0]  # sync: rows that are done are not computed
+        active = (~is_done).nonzero()[:, 0]  # sync: rows that are done are not computed
+        while len(active):
             z_t, t = question
             previous, x_0 = x_0, x_0.clone()
-            if len(active):
-                x_0[active] = estimate(z_t[active], t, previous[active], active).to(x_0)
-                self.forwards[active] += 1
-                change[active] = (x_0 - previous)[active].square().mean((1, 2)).sqrt().to(change)
-                x_0 = self._repel(x_0, z_t, t, ~is_done)
+            x_0[active] = estimate(z_t[active], t, previous[active], active).to(x_0)
+            self.forwards[active] += 1
+            change[active] = (x_0 - previous)[active].square().mean((1, 2)).sqrt().to(change)
+            x_0 = self._repel(x_0, z_t, t, place.masked_fill(is_done, -1))
             if self.is_traced or self.config.early_exit:
                 written = self.thinker.autoencoder.decode(x_0)
                 if self.is_traced and draw <= len(self.steps):  # revisions are not shown
                     for row in active.tolist():
-                        self.steps[draw - 1][row].append((float(t), self._text(written[row])))
+                        self.steps[draw - 1][row].append(Estimate(float(t), self._text(written[row]), x_0[row]))
                 unchanged = torch.where((written == texts).all(1), unchanged + 1, 0)
                 texts = written
                 if self.config.early_exit:
                     is_done = is_done | (unchanged >= UNCHANGED)
+                    active = (~is_done).nonzero()[:, 0]  # sync
             try:
                 question = queries.send(x_0)
             except StopIteration as end:
                 return torch.where(is_done[:, None, None], x_0, end.value).to(self.model.dtype), change
+        return x_0.to(self.model.dtype), change
 
     def _estimate(self, block: int, z: Tensor, t: Tensor, x_0: Tensor, active: Tensor) -> Tensor:
         """Ask the denoiser for x_0 of a block given the cache, with guidance."""
-        hidden = self._forward(block, z, x_0, t, self.cache.rows(self._with_doubles(active)))
+        if self.selected is None or self.selected[0] is not active:  # anew where rows have left, and for each block
+            self.selected = (active, self.cache.rows(self._with_doubles(active)))
+        hidden = self._forward(block, z, x_0, t, self.selected[1])
         return self._guided(hidden.latents, z, t)
 
     def _guided(self, hidden: Tensor, z: Tensor, t: Tensor) -> Tensor:
@@ -266,6 +299,7 @@ class _Run:
         self.was_thinking.append(self.is_thinking)
         z = self.blocks[block - 1]
         kept = z if intervene is None else intervene(block, z)
+        self.committed.append(kept)
         hidden = self._forward(block, kept, kept, torch.zeros((), device=z.device), self.cache)
         is_kept = self.is_thinking.repeat(len(self.cache) // len(z))
         self.cache.add(hidden.keys_values, is_kept[:, None].expand(-1, z.shape[1]))
@@ -277,6 +311,7 @@ class _Run:
     def revise(self, index: int, *, intervene: Intervene | None) -> None:
         """Denoise each row's least stable block again, seeing all blocks; then commit them all anew."""
         whole, is_real = torch.stack(self.blocks, dim=1), torch.stack(self.was_thinking, dim=1)  # (R, B, n, d), (R, B)
+        seen = torch.stack(self.committed, dim=1)
         instability = torch.stack(self.instability, dim=1)
         chosen = instability.masked_fill(~is_real, -1).argmax(1)
         rows, count, size, _ = whole.shape
@@ -287,7 +322,7 @@ class _Run:
             index = self._with_doubles(active)
             copies, is_open = len(index) // len(active), is_chosen[active]
             z_t, guess = (
-                torch.where(is_open[..., None, None], piece[:, None], whole[active]).flatten(1, 2).repeat(copies, 1, 1)
+                torch.where(is_open[..., None, None], piece[:, None], seen[active]).flatten(1, 2).repeat(copies, 1, 1)
                 for piece in (z, x_0)
             )
             is_noisy, is_kept = (
@@ -305,31 +340,36 @@ class _Run:
         at = whole.new_full((rows, size), start)
         z = self.model.config.process.corrupt(before, at, eps=self._noise(draw, 0)).z_t
         times = uniform_times(max(1, round(self.config.steps * start)), start=start)
-        x_0, change = self._solve(draw, z, times, is_real[:, 0], estimate)
+        x_0, change = self._solve(draw, z, times, is_real[:, 0], estimate, place=chosen)
         self.blocks = list(torch.where(is_chosen[..., None, None], x_0[:, None], whole).unbind(1))
         self.instability = list(torch.where(is_chosen, change[:, None], instability).unbind(1))
-        turns, self.was_thinking = self.was_thinking, []
+        turns, is_cut = self.was_thinking, self.is_thinking
+        self.was_thinking, self.committed = [], []
         self._prefill()
         for block, self.is_thinking in enumerate(turns, start=1):
             self.commit(block, intervene=intervene)
+        self.is_thinking = is_cut  # the thoughts ended where they did, whatever the stop head says now
 
-    def _repel(self, x_0: Tensor, z_t: Tensor, t: Tensor, is_active: Tensor) -> Tensor:
+    def _repel(self, x_0: Tensor, z_t: Tensor, t: Tensor, place: Tensor) -> Tensor:
         """Push the samples of one prompt apart: the mean over the others j of 2 exp(-d^2 / s^2) (z_i - z_j).
 
-        s is the median distance between them; the push fades with t. LaDiR (arXiv 2510.04573) has a factor
-        1 - d^2 / s^2 beside it, which draws together whoever is farther apart than s, and does nothing for two samples.
+        The others are those at the same place; at a negative one a row neither pushes nor is pushed. s is the median
+        distance between them; the push fades with t. LaDiR (arXiv 2510.04573) has a factor 1 - d^2 / s^2 beside it,
+        which draws together whoever is farther apart than s, and does nothing for two samples.
         """
         samples = self.config.samples
         if not self.config.diversity or samples == 1:
             return x_0
         z = z_t.unflatten(0, (-1, samples)).flatten(2)  # (P, K, n d)
         apart = z[:, :, None] - z[:, None]  # (P, K, K, n d)
+        place = place.view(-1, samples)
+        is_pair = (place[:, :, None] == place[:, None]) & (place >= 0)[:, None]  # (P, K, K)
+        is_pair = is_pair & ~torch.eye(samples, dtype=torch.bool, device=z.device)
         squared = apart.square().sum(-1)
-        off = ~torch.eye(samples, dtype=torch.bool, device=z.device)
-        scale = squared[:, off].median(dim=1).values.clamp(min=1e-8)[:, None, None]
-        force = 2 * torch.exp(-squared / scale) / (samples - 1)
-        push = (force[..., None] * apart).sum(2).flatten(0, 1).view_as(x_0)
-        return torch.where(is_active[:, None, None], x_0 + self.config.diversity * t.to(z) * push, x_0)
+        scale = squared.masked_fill(~is_pair, torch.nan).flatten(1).nanmedian(dim=1).values.clamp(min=1e-8)
+        force = 2 * torch.exp(-squared / scale[:, None, None]) / is_pair.sum(-1, keepdim=True)
+        push = (force.where(is_pair, 0.0)[..., None] * apart).sum(2).flatten(0, 1).view_as(x_0)
+        return x_0 + self.config.diversity * t.to(z) * push
 
     def _noise(self, draw: int, step: int) -> Tensor:
         """Standard normal latents of every row, keyed by row, block and step."""

@@ -11,6 +11,7 @@ from redraft.errors import unknown_name
 from redraft.schedules import GaussianSchedule
 
 PARAMETRIZATIONS = ("x0", "eps", "v", "flow")
+LARGEST_WEIGHTED_T = 1 - 1e-6  # at 1 itself the ELBO's weight is infinity times 0
 WEIGHTINGS = ("unit", "x0", "eps", "v", "flow", "inverse-t", "min-snr", "sigmoid", "elbo")
 
 
@@ -36,9 +37,9 @@ class GaussianDiffusion:
     parametrization: str = "x0"
     weighting: str = "unit"
     """unit: the squared error of the network's own target. x0, eps, v, flow: the squared error of that quantity,
-    whatever is predicted. inverse-t: the x_0 error over the flow time. min-snr (gamma 5, arXiv 2303.09556), elbo
-    (arXiv 2107.00630). sigmoid: sigmoid(-1 - lambda) times the eps error, as arXiv 2410.19324 has it for times uniform
-    in the log-SNR lambda."""
+    whatever is predicted. inverse-t: the x_0 error over the flow time. min-snr: gamma 5 (arXiv 2303.09556). elbo: the
+    bound of arXiv 2107.00630 where times are uniform, but for `smallest_t`. sigmoid: sigmoid(-1 - lambda) times the eps
+    error, as arXiv 2410.19324 has it for times uniform in the log-SNR lambda."""
     smallest_t: float = 0.05
     """Weights are evaluated at flow times of at least this, as they grow without bound towards t = 0."""
 
@@ -86,7 +87,9 @@ class GaussianDiffusion:
 
     def start(self) -> float:
         """Return the time sampling begins at: 1, but an earlier one for eps, which says nothing of x_0 at alpha = 0."""
-        return 1.0 if self.parametrization != "eps" else float(self.schedule.inverse(torch.tensor(-2 * math.log(99.0))))
+        if self.parametrization != "eps":
+            return 1.0
+        return min(1.0, float(self.schedule.inverse(torch.tensor(-2 * math.log(99.0)))))
 
     def loss(self, output: Float[Tensor, "*shape dim"], noised: NoisedLatents) -> Float[Tensor, "*shape"]:
         """Weigh the squared error of each position, averaged over dimensions; float32."""
@@ -96,7 +99,7 @@ class GaussianDiffusion:
 
     def weight(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return the factor that turns the squared error of the network's own target into the chosen weighting."""
-        t = t.clamp(min=self._smallest())
+        t = t.clamp(min=self._smallest(), max=LARGEST_WEIGHTED_T)
         if self.weighting == "unit":
             return torch.ones_like(t)
         return self._on_x_0(self.weighting, t) / self._on_x_0(self.parametrization, t)
@@ -196,7 +199,9 @@ class AdaptiveTimes:
         return place.long().clamp(0, self.num_bins - 1).to(self.losses.device)
 
     def update(self, t: Float[Tensor, "*shape"], loss: Float[Tensor, "*shape"]) -> None:
-        """Move the mean loss of each bin that was drawn towards the loss seen there."""
+        """Move the mean loss of each bin that was drawn towards the loss seen there, where that is finite."""
+        is_finite = loss.detach().isfinite()
+        t, loss = t[is_finite], loss[is_finite]
         bin_ = self._bins(t)
         sums, counts = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
         sums.scatter_add_(0, bin_, loss.detach().double().flatten().to(self.losses.device))

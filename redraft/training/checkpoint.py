@@ -41,6 +41,12 @@ def write_hashes(folder: Path) -> None:
     (folder / HASHES_FILE).write_text(json.dumps(_hashes(folder), indent=2) + "\n")
 
 
+def hash_of(path: Path) -> str:
+    """Return the BLAKE2b hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
 def damage(folder: Path) -> str | None:
     """Say which file of a checkpoint is missing or altered; None for a whole one."""
     path = folder / HASHES_FILE
@@ -101,6 +107,5 @@ def _hashes(folder: Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != HASHES_FILE:
-            with path.open("rb") as file:
-                hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "blake2b").hexdigest()
+            hashes[str(path.relative_to(folder))] = hash_of(path)
     return hashes

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -12,13 +12,16 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from redraft.data.splits import Split
 from redraft.data.tasks import Encoded, ExampleFile, Task, encode, find_task, held_out_prompts, word_tokenizer
+from redraft.data.tokenizer import require_eos_token
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder, gate_failures, measure_gate
 from redraft.latent.checkpoint import AUTOENCODER_FOLDER, load_autoencoder, load_thinker, require_stage
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
 from redraft.latent.rollout import Known
 from redraft.latent.sequence import Part, ThoughtBatch
 from redraft.latent.thinking import Thinker
+from redraft.models.device import choose_device
 from redraft.models.load import load_tokenizer
 from redraft.randomness import normal, uniform
 from redraft.training.adapter import num_parameters
@@ -54,6 +57,8 @@ def _collate(batch: Any) -> Batch:
 
 class StageTrainer(KeyedTrainer):
     """Minimise `losses(wrapped_model, batch, step, part)["loss"]`; the other entries are logged beside it."""
+
+    timed_steps = 32  # chance decides whether a step has a second pass
 
     def __init__(self, model: Any, losses: LossFunction, **kwargs: Any) -> None:
         super().__init__(model, data_collator=_collate, **kwargs)
@@ -129,13 +134,18 @@ def run_stage(
 ) -> Outcome:
     """Train one stage and save it; `task` overrules the named one. Raises ValueError for mistakes, before it trains."""
     console = console or Console()
+    if task is not None:
+        config = replace(config, task=None)
     config, checkpoint = begin(config, resume=resume, console=console)
+    if task is None and config.task is None:
+        raise ValueError(
+            f"{config.out} was begun with a task of its own, which its recipe cannot name. Go on from Python: "
+            "run_stage(config, task=..., resume=True)."
+        )
     torch.manual_seed(config.train.seed)
     stage = {"autoencoder": _autoencoder, "denoiser": _denoiser, "rollout": _rollout}[config.stage](
-        config, task or find_task(config.task)
+        config, task or find_task(str(config.task))
     )
-    if task is not None and stage.autoencoder is None:
-        stage.model.config.task = None  # one of the user's own: `redraft latent check` must be told
     num_trained, _ = num_parameters(stage.model)
     check_disk(config, num_trained)
     console.print(f"{config.stage}: {num_trained / 1e6:.2f} M parameters, {len(stage.rows):,} rows")
@@ -179,19 +189,23 @@ def stage_trainer(config: LatentRunConfig, stage: Stage) -> StageTrainer:
 
 def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
     shape, examples = config.autoencoder, list(task.examples())
-    tokenizer = word_tokenizer(examples) if shape.encoder is None else load_tokenizer(shape.encoder)
-    train = encode(examples, tokenizer, split="train", held_out=task.held_out)
-    held_out = encode(examples, tokenizer, split="validation", held_out=task.held_out)
-    if not held_out.examples:
-        raise ValueError(
-            f"the gate needs held-out blocks; got none: none of the {len({e.prompt for e in examples})} prompts fell "
-            f"into the {100 * task.held_out:g} % held out. Give examples with more prompts."
-        )
-    saved = {f.name: getattr(shape, f.name) for f in fields(shape) if hasattr(AutoencoderConfig, f.name)}
-    if shape.num_layers is None:
-        saved["num_layers"] = 0 if shape.kind == "chunk" else 1
+    tokenizer = word_tokenizer(examples) if shape.encoder is None else _tokenizer_of(shape.encoder)
+    train = encode_split(task, tokenizer, split="train")
+    held_out = encode_split(task, tokenizer, split="validation")
+    num_layers = shape.num_layers
+    if num_layers is None:
+        num_layers = 0 if shape.kind == "chunk" else 1
     settings = AutoencoderConfig(
-        **saved, vocab_size=len(tokenizer), block_tokens=train.blocks.shape[2], task=config.task
+        kind=shape.kind,
+        vocab_size=len(tokenizer),
+        block_tokens=train.blocks.shape[2],
+        num_latents=shape.num_latents,
+        latent_dim=shape.latent_dim,
+        hidden_size=shape.hidden_size,
+        num_layers=num_layers,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        encoder=shape.encoder,
+        task=config.task,
     )
     model = TextAutoencoder(settings)
     blocks, is_token = train.real_blocks()
@@ -221,11 +235,36 @@ def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
     return Stage(model=model, rows=rows, losses=losses, tokenizer=tokenizer, finish=finish)
 
 
+def _tokenizer_of(encoder: str) -> Any:
+    """Load an encoder's tokenizer; BERT's separator ends its texts. Raises ValueError where none would."""
+    tokenizer = load_tokenizer(encoder)
+    require_eos_token(tokenizer)
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token
+    return tokenizer
+
+
+def encode_split(task: Task, tokenizer: Any, *, split: Split) -> Encoded:
+    """Encode one side of a split. Raises ValueError where it is empty, or has a word unknown to the tokenizer."""
+    examples = list(task.examples())
+    encoded = encode(examples, tokenizer, split=split, held_out=task.held_out)
+    if not encoded.examples:
+        side = "held-out blocks for the gate" if split == "validation" else "blocks to train on"
+        raise ValueError(
+            f"there are no {side}: of {len({e.prompt for e in examples})} prompts {100 * task.held_out:g} % are held "
+            "out, by the hash of their text. Give examples with more prompts."
+        )
+    if unknown := encoded.unknown_words(tokenizer):
+        raise ValueError(f"the tokenizer does not know {unknown[0]!r}. Give a task of the words it was made for.")
+    return encoded
+
+
 def _denoiser(config: LatentRunConfig, task: Task) -> Stage:
     assert config.start is not None
     require_stage(config.start, "autoencoder")
     autoencoder, tokenizer = load_autoencoder(config.start)
     check_gate(autoencoder, config.start, force=config.force)
+    torch.nn.Module.to(autoencoder, choose_device(config.train.device))
     examples = list(task.examples())
     train = encode(examples, tokenizer, split="train", held_out=task.held_out)
     check_fits(train, tokenizer, config.start, block_tokens=autoencoder.config.block_tokens)
@@ -239,8 +278,14 @@ def _denoiser(config: LatentRunConfig, task: Task) -> Stage:
         latent_dim=autoencoder.config.latent_dim,
         eos_token_id=tokenizer.eos_token_id,
         mask_token_id=tokenizer.mask_token_id,
-        task=config.task,
+        can_guide=config.objective.drop_prompt > 0,
+        can_revise=config.objective.joint > 0,
     )
+    if settings.answer == "masked" and settings.answer_tokens and tokenizer.mask_token_id is None:
+        raise ValueError(
+            "a masked answer needs a tokenizer with a mask token; this one has none. Use --denoiser.answer "
+            "autoregressive."
+        )
     thinker = Thinker(LatentDenoiser(settings), autoencoder, tokenizer)
     rows = thought_rows(autoencoder, train, with_answer=settings.answer_tokens > 0)
     return _thinking_stage(config, task, thinker, rows, config.objective)
@@ -249,7 +294,7 @@ def _denoiser(config: LatentRunConfig, task: Task) -> Stage:
 def _rollout(config: LatentRunConfig, task: Task) -> Stage:
     assert config.start is not None
     require_stage(config.start, "denoiser")
-    thinker = load_thinker(config.start)
+    thinker = load_thinker(config.start, device=config.train.device)
     if not thinker.denoiser.config.answer_tokens:
         raise ValueError(
             f"{config.start} has no answer decoder, whose loss rollout needs. Train it with an answer_weight."
@@ -290,7 +335,6 @@ def _thinking_stage(config: LatentRunConfig, task: Task, thinker: Thinker, rows:
         return objective(model, ThoughtBatch(**batch), seed=config.train.seed, step=step, part=part, wrapped=wrapped)
 
     def report(console: Console) -> None:
-        torch.nn.Module.to(thinker.autoencoder, model.device)
         held_out = held_out_prompts(task)
         if not held_out:
             console.print("the task holds out no prompt to measure this on")
@@ -346,14 +390,8 @@ def check_fits(
     found = [f"{n} {shapes[n]}, not {most} or fewer" for n, most in (at_most or {}).items() if shapes[n] > most]
     if encoded.blocks.shape[2] != block_tokens:
         found.append(f"blocks of {encoded.blocks.shape[2]} tokens, not {block_tokens}")
-    texts = (
-        (encoded.prompts, encoded.is_prompt),
-        (encoded.blocks, encoded.is_block_token),
-        (encoded.answers, encoded.is_answer),
-    )
-    unknown = tokenizer.unk_token_id  # none in some tokenizers; in others it is 0, as padding is
-    if unknown is not None and any((ids[is_token] == unknown).any() for ids, is_token in texts):
-        found.append("words that it does not know")
+    if unknown := encoded.unknown_words(tokenizer):
+        found.append(f"words that it does not know, {unknown[0]!r} the first")
     if found:
         raise ValueError(f"{path} was trained on another task; got {'; '.join(found)}. Give its own with --task.")
 

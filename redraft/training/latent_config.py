@@ -41,6 +41,10 @@ class AutoencoderShape:
             raise ValueError(f"autoencoder.num_layers must not be negative; got {self.num_layers}. 0 is a linear code.")
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f"autoencoder.token_dropout must be in [0, 1); got {self.token_dropout}. 0 hides nothing.")
+        if (self.encoder is None) == (self.kind in ("resampler", "sentence")):
+            raise ValueError(
+                f"autoencoder.encoder goes with kind resampler and sentence; got {self.encoder!r} with {self.kind}."
+            )
         for name in ("latent_noise", "kl_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"autoencoder.{name} must be a number and not negative; got {getattr(self, name)}.")
@@ -86,8 +90,9 @@ class LatentRunConfig(Recorded):
     """Folder of the run."""
     stage: Literal["autoencoder", "denoiser", "rollout"] = "autoencoder"
     """What is trained."""
-    task: str = "countdown"
-    """countdown, countdown-backwards, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks, answer."""
+    task: str | None = "countdown"
+    """countdown, countdown-backwards, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks, answer; none
+    for one that Python hands over."""
     start: str | None = None
     """Folder of the stage before: an autoencoder for the denoiser, a denoiser for the rollout."""
     force: bool = False
@@ -104,7 +109,11 @@ class LatentRunConfig(Recorded):
     """Optimisation and bookkeeping."""
 
     def __post_init__(self) -> None:
-        find_task(self.task)
+        if not self.out:
+            raise ValueError("out must name the folder of the run; got ''.")
+        if self.task is not None:
+            find_task(self.task)
+        self._check_unused()
         if self.train.epochs is not None:
             raise ValueError(f"train.epochs is not for latent thinking; got {self.train.epochs}. Use train.max_steps.")
         if self.train.gradient_checkpointing:
@@ -119,3 +128,24 @@ class LatentRunConfig(Recorded):
         if self.stage != "autoencoder" and self.start is None:
             before = "an autoencoder" if self.stage == "denoiser" else "a denoiser"
             raise ValueError(f"stage {self.stage} needs --start, the folder of {before}; got none.")
+
+    def _check_unused(self) -> None:
+        """Raise ValueError for settings that this stage does not read."""
+        users = {
+            "autoencoder": ("autoencoder",),
+            "denoiser": ("denoiser",),
+            "objective": ("denoiser", "rollout"),
+            "rollout": ("rollout",),
+        }
+        for section, stages in users.items():
+            own = getattr(self, section)
+            if self.stage not in stages and own != type(own)():
+                raise ValueError(
+                    f"settings of {section} are for stage {' and '.join(stages)}; this is stage {self.stage}. Leave "
+                    "them out."
+                )
+        if self.stage == "autoencoder" and self.start is not None:
+            raise ValueError(f"an autoencoder is the first stage; got start {self.start!r}. Leave it out.")
+        for name, plain in (("compile", ("auto", "off")), ("attention", ("auto", "mask"))):
+            if (value := getattr(self.train, name)) not in plain:
+                raise ValueError(f"train.{name} {value} is not for latent thinking. Leave it out.")

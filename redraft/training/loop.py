@@ -37,6 +37,9 @@ class KeyedTrainer(Trainer):
     and processes change nothing but the order of additions, and a resumed run draws what the stopped one would have.
     """
 
+    timed_steps = 8
+    """Steps that are timed before a run that must fit into its minutes."""
+
     # The loss is divided by counts over the whole global batch; the default would divide it once more.
     loss_is_scaled_for_ga = True
 

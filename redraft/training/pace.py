@@ -38,7 +38,8 @@ def fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) -
     spent = time.monotonic() - start
     evaluations = train.eval_every if trainer.eval_dataset is not None else 0
     evaluation = seconds / 3 * train.eval_windows / (train.batch_size * train.accumulation)
-    per_step = seconds * 1.03 + (evaluation / evaluations if evaluations else 0)
+    update = 1.1 if trainer.uses_muon else 1.03  # the optimizer's own part of a step, which is not timed
+    per_step = seconds * update + (evaluation / evaluations if evaluations else 0)
     steps = min(train.max_steps, max(1, int((60 * train.max_minutes - spent) / per_step)))
     (steps,) = broadcast_object_list([steps])
     console.print(f"{seconds:.2g} s per step: {steps} steps fit in {train.max_minutes:g} minutes")
@@ -47,7 +48,7 @@ def fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) -
 
 
 def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
-    """Time one optimizer step's forwards and backwards: eight, or what `at_most` seconds hold, but three at least.
+    """Time one optimizer step's forwards and backwards: several, or what `at_most` seconds hold, but three at least.
 
     Weights and data order stay as they were.
     """
@@ -55,7 +56,7 @@ def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
     model: Any = trainer.model
     rows = list(islice(cycle(dataset), trainer.args.per_device_train_batch_size))
     device, times = trainer.args.device, []
-    for step in range(8):
+    for step in range(trainer.timed_steps):
         start = time.monotonic()
         trainer.state.global_step = step  # some objectives make another pass in some steps
         (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, device)

@@ -1,7 +1,6 @@
 """One training run, from a resolved configuration to a folder that `redraft.load` reads."""
 
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -28,10 +27,11 @@ from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
 from redraft.training.adapter import enable_checkpointing, num_parameters
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
-from redraft.training.checkpoint import OBJECTIVE_FILE, last_whole_checkpoint, step_of, tidy, told_of_the_disk
+from redraft.training.checkpoint import last_whole_checkpoint, step_of, tidy, told_of_the_disk
 from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
+from redraft.training.identity import check_identity, check_settings, identity
 from redraft.training.launch import check_division
 from redraft.training.loop import KeyedTrainer
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
@@ -71,7 +71,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     torch.manual_seed(config.train.seed)
     denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
     if checkpoint:
-        _check_settings(Path(checkpoint), denoiser)
+        check_settings(Path(checkpoint), denoiser)
     num_trained, num_all = num_parameters(denoiser.model)
     check_disk(config, num_trained)
     of = f"trains {num_trained / 1e6:.2f} M of {num_all / 1e6:.2f} M parameters"
@@ -99,15 +99,8 @@ def begin(config: Config, *, resume: bool, console: Console) -> tuple[Config, st
     be_quiet()
     checkpoint = _checkpoint_to_go_on_from(folder, console, state) if resume else None
     if checkpoint:
-        _check_objective(Path(checkpoint), _minimised(config))
+        check_identity(Path(checkpoint), identity(config))
     return config, checkpoint
-
-
-def _minimised(config: Config) -> dict[str, Any]:
-    """Say what a run minimises: what another run's checkpoint is told by."""
-    names = ("objective", "autoencoder", "rollout")
-    saved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: saved[name] for name in names if name in saved}
 
 
 def drive(
@@ -131,7 +124,7 @@ def drive(
     if minutes := config.train.max_minutes:
         config = config if checkpoint else fitted_to_minutes(config, trainer, console)
         trainer.add_callback(Clock(console, minutes=minutes))
-    trainer.objective = _minimised(config)
+    trainer.objective = identity(config)
     trainer.accelerator.wait_for_everyone()  # they have all looked at the folder before one of them writes to it
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,30 +215,6 @@ def _checkpoint_to_go_on_from(folder: Path, console: Console, state: PartialStat
     quiet = console if state.is_main_process else Console(quiet=True)
     (chosen,) = broadcast_object_list([last_whole_checkpoint(folder, quiet)])
     return chosen
-
-
-def _check_settings(checkpoint: Path, denoiser: Denoiser) -> None:
-    """Raise ValueError for a checkpoint of another model: a recipe that was edited, a folder that was copied."""
-    saved = json.loads((checkpoint / "config.json").read_text()).get("diffusion", {})
-    _require_same(checkpoint, saved, dataclasses.asdict(denoiser.settings))
-
-
-def _check_objective(checkpoint: Path, objective: dict[str, Any]) -> None:
-    """Raise ValueError for a checkpoint of another objective; one of an earlier version does not say."""
-    if (checkpoint / OBJECTIVE_FILE).exists():
-        saved = json.loads((checkpoint / OBJECTIVE_FILE).read_text())
-        for section, wanted in objective.items():
-            known = {name: value for name, value in wanted.items() if name in saved[section]}
-            _require_same(checkpoint, saved[section], known)
-
-
-def _require_same(checkpoint: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"{checkpoint} was trained with {name} {saved.get(name)!r}, not {value!r} as {RECIPE_FILE} has it now. "
-                "Take the change back, or start a new run with another --out."
-            )
 
 
 def check_disk(config: Config, num_trained: int) -> None:

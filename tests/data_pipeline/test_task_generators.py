@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from redraft.data.splits import split_of
-from redraft.data.tasks import TASKS, ExampleFile, encode, find_task, word_tokenizer
+from redraft.data.tasks import TASKS, Example, ExampleFile, encode, find_task, word_tokenizer
 from redraft.data.tasks.composition import Composition
 from redraft.data.tasks.sudoku import Sudoku
 
@@ -106,6 +106,17 @@ def test_encoding_pads_at_the_end_and_decodes_to_the_words(tmp_path):
     (without,) = [e for e in examples if not e.answer]
     assert task.is_solved(without.prompt, task.answer(list(without.blocks)))
     assert not task.is_solved("nobody", "c d")
+
+
+def test_a_line_of_json_may_hold_any_line_separator_but_its_own(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "blocks": ["x\u2028y"], "answer": "\x85"}\n', encoding="utf-8")
+    assert list(ExampleFile(path=path).examples()) == [Example(prompt="a", blocks=("x\u2028y",), answer="\x85")]
+
+
+@pytest.mark.parametrize("answer", ["1 + 2 --8 4 + 4 8", "1 + 2 \u00b2 4 + 4 8", "1 + 2 \u0663 3 + 4 7"])
+def test_a_result_that_is_no_number_is_wrong_and_no_error(answer):
+    assert not TASKS["countdown"].is_solved("1 2 4 7", answer)
 
 
 @pytest.mark.parametrize(

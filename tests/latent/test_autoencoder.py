@@ -81,6 +81,19 @@ def test_padding_does_not_reach_the_latents(kind):
     assert torch.allclose(model.encode(ids, mask)[0], model.encode(other, mask)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["resampler", "sentence"])
+def test_a_frozen_encoder_kept_in_bfloat16_is_used_in_float32(kind, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    shape = BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
+    BertModel(shape).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = tiny(kind, encoder=str(tmp_path), encoder_config=None)
+    model.fit_normalizer(*blocks())
+    model.save_pretrained(tmp_path / "saved")
+    again = TextAutoencoder.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.encode_normalized(*blocks()), model.encode_normalized(*blocks()))
+
+
 def test_noise_on_latents_is_relative_to_their_spread():
     """Larger latents change nothing, so that they do not grow to drown the noise."""
     model, (ids, mask) = tiny("chunk").eval(), blocks()
@@ -146,6 +159,9 @@ def test_whether_there_is_a_normaliser_is_looked_up_once():
         (lambda: TextAutoencoder(AutoencoderConfig(kind="vae")), "unknown autoencoder 'vae'; known are chunk"),
         (lambda: tiny("sentence", num_latents=2), "a sentence vector is one latent; got num_latents=2"),
         (lambda: tiny("thought", num_layers=0), "thought has too few layers; got num_layers=0. Leave it out."),
+        (lambda: tiny("chunk", hidden_size=3), "hidden_size must be a multiple of 4 for chunk; got 3"),
+        (lambda: tiny("thought", hidden_size=130), "hidden_size must be a multiple of 4 for thought; got 130"),
+        (lambda: tiny("resampler", hidden_size=200), "hidden_size must be a multiple of 6 for resampler; got 200"),
         (lambda: TextAutoencoder(AutoencoderConfig(kind="resampler")), "needs encoder=, a folder or hub id"),
         (lambda: tiny("chunk").decode(torch.zeros(1, 2, 8)), "no normaliser; got scale 0"),
         (lambda: tiny("chunk").encode_normalized(*blocks()), "no normaliser"),

@@ -184,6 +184,23 @@ def test_rollout_teaches_every_step_of_its_own_trajectory():
     assert model.out.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("weighting", ["inverse-t", "elbo", "min-snr"])
+@pytest.mark.parametrize("parametrization", ["x0", "eps", "v", "flow"])
+def test_rollout_is_finite_whatever_is_predicted_and_however_it_is_weighed(parametrization, weighting):
+    thinker = tiny_thinker(parametrization=parametrization, weighting=weighting)
+    losses = RolloutObjective(steps=2)(thinker.denoiser, tiny_batch(thinker), seed=0, step=0)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_a_step_without_any_answer_has_a_loss():
+    thinker = tiny_thinker()
+    batch = tiny_batch(thinker)
+    batch = replace(batch, is_answer=torch.zeros_like(batch.is_answer))
+    losses = CERTAIN(thinker.denoiser, batch, seed=0, step=0)
+    assert losses["answer"] == 0
+    assert torch.isfinite(losses["loss"])
+
+
 def test_rollout_takes_the_nearest_known_train_of_thought_and_its_answer():
     batch = tiny_batch(tiny_thinker())
     rows = len(batch.prompt)

@@ -1,7 +1,9 @@
 """Stages of latent thinking run as any other run does: resumed, stopped, split, guarded."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from redraft.cli import _dispatch
 from redraft.data.tasks import find_task
@@ -24,8 +26,14 @@ from redraft.training import latent
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage
 from redraft.training.latent import run_stage
+from redraft.training.latent_config import LatentRunConfig
 
 QUIET = Console(quiet=True)
+SMALL = {
+    "autoencoder": {"hidden_size": 32, "latent_dim": 4},
+    "denoiser": {"hidden_size": 32, "num_layers": 1, "num_heads": 2},
+    "rollout": {"steps": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +56,7 @@ def configs(tmp_path_factory):
             task=str(task),
             start=before and str(folder / before),
             force=True,
-            autoencoder=replace(config.autoencoder, hidden_size=32, latent_dim=4),
-            denoiser=replace(config.denoiser, hidden_size=32, num_layers=1, num_heads=2),
-            rollout=replace(config.rollout, steps=2),
+            **{stage: replace(getattr(config, stage), **SMALL[stage])},
             train=replace(
                 config.train, batch_size=8, max_steps=6, max_minutes=None, log_every=1, save_every=2, ema_decay=0.9,
                 device="cpu", precision="float32", report_to=(), keep_checkpoints=10,
@@ -221,6 +227,78 @@ def test_bfloat16_trains_a_rollout_and_all_it_contains(configs, tmp_path):
 
 def test_resuming_with_other_settings_is_refused(configs, tmp_path):
     config = with_train(configs["denoiser"], tmp_path)
-    run_stage(config, console=QUIET, task=find_task(config.task))
+    run_stage(config, console=QUIET)
     with pytest.raises(ValueError, match=r"these settings differ: objective.copies: 1 -> 2"):
         run_stage(replace(config, objective=ThoughtObjective(copies=2)), resume=True, console=QUIET)
+
+
+@pytest.fixture
+def stopped(configs, tmp_path, monkeypatch):
+    """A denoiser stopped at step 3 of 6, from an autoencoder of its own."""
+    start = tmp_path / "ae"
+    shutil.copytree(configs["denoiser"].start, start)
+    config = replace(with_train(configs["denoiser"], tmp_path), start=str(start))
+    with monkeypatch.context() as patch:
+        patch.setattr(latent.StageTrainer, "compute_loss", until(3))
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(config, console=QUIET)
+    return config
+
+
+def until(step):
+    compute_loss = latent.StageTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    return interrupted
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "told"),
+    [
+        ("denoiser", {"parametrization": "v"}, "parametrization 'x0', not 'v' as recipe.json has it now"),
+        ("denoiser", {"schedule": "cosine"}, "schedule 'flow', not 'cosine'"),
+        ("objective", {"copies": 2}, "copies 1, not 2"),
+    ],
+)
+def test_an_edited_recipe_is_not_resumed(stopped, section, changes, told):
+    path = Path(stopped.out) / "recipe.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {section: saved[section] | changes}))
+    with pytest.raises(ValueError, match=told):
+        run_stage(LatentRunConfig.read(path), resume=True, console=QUIET)
+
+
+def test_a_stage_goes_on_from_the_autoencoder_it_was_begun_on_alone(stopped):
+    weights_file = Path(stopped.start) / "model.safetensors"
+    saved = load_file(weights_file)
+    metadata = {"format": "pt"}
+    save_file({name: tensor + 1 for name, tensor in saved.items()}, weights_file, metadata=metadata)
+    with pytest.raises(ValueError, match="from other weights than its start holds now"):
+        run_stage(stopped, resume=True, console=QUIET)
+    save_file(saved, weights_file, metadata=metadata)
+    assert run_stage(stopped, resume=True, console=QUIET).steps == 6
+
+
+def test_a_run_with_a_task_from_python_goes_on_in_python_alone(configs, tmp_path, monkeypatch, capsys):
+    config, task = with_train(configs["autoencoder"], tmp_path), find_task(configs["autoencoder"].task)
+    with monkeypatch.context() as patch:
+        patch.setattr(latent.StageTrainer, "compute_loss", until(3))
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(config, task=task, console=QUIET)
+    assert json.loads((Path(config.out) / "recipe.json").read_text())["task"] is None
+    assert _dispatch(["train", config.out, "--resume"]) == 2
+    assert "begun with a task of its own, which its recipe cannot name" in capsys.readouterr().err
+    assert run_stage(config, task=task, resume=True, console=QUIET).steps == 6
+    assert _dispatch(["latent", "check", config.out]) == 2
+    assert "a task without a name. Give --task" in capsys.readouterr().err
+
+
+def test_a_denoiser_that_predicts_noise_is_rolled_out(configs, tmp_path):
+    shape = replace(configs["denoiser"].denoiser, parametrization="eps", weighting="elbo")
+    before = run_stage(with_train(replace(configs["denoiser"], denoiser=shape), tmp_path, "den"), console=QUIET).folder
+    config = replace(with_train(configs["rollout"], tmp_path, "roll", max_skipped=0), start=str(before))
+    assert all(math.isfinite(loss) for loss in logged(run_stage(config, console=QUIET).folder, "own"))

@@ -5,30 +5,34 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import redraft
 from redraft.cli import _dispatch
-from redraft.data.tasks import Example, encode, word_tokenizer
+from redraft.data.splits import split_of
+from redraft.data.tasks import Example, encode, find_task, word_tokenizer
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.recipes import RECIPES
-from redraft.training.latent import check_fits, run_stage
+from redraft.training.latent import check_fits, encode_split, run_stage
 from redraft.training.latent_config import LatentRunConfig
 
 ROOT = Path(__file__).parents[2]
+SMALL = {
+    "autoencoder": {"hidden_size": 32, "latent_dim": 4},
+    "denoiser": {"hidden_size": 32, "num_layers": 1, "num_heads": 2},
+    "rollout": {"steps": 2},
+}
 
 
 def shrunk(config, **changes):
     """A recipe cut down to a few steps of a few dozen parameters."""
     return replace(
         config,
-        autoencoder=replace(config.autoencoder, hidden_size=32, latent_dim=4),
-        denoiser=replace(config.denoiser, hidden_size=32, num_layers=1, num_heads=2),
-        rollout=replace(config.rollout, steps=2),
+        **{config.stage: replace(getattr(config, config.stage), **SMALL[config.stage])},
         train=replace(
             config.train,
             batch_size=8,
@@ -114,6 +118,13 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
     alone = tmp_path / "alone.jsonl"
     alone.write_text('{"prompt": "a", "blocks": ["1"], "answer": "1"}\n' * 64)
     other = ["--out", str(tmp_path / "out"), "--task", "sudoku"]
+    strange, held = tmp_path / "strange.jsonl", tmp_path / "held.jsonl"
+    foreign = [{"prompt": f"{i % 8} {i // 8}", "blocks": ["foo bar baz"], "answer": ""} for i in range(40)]
+    strange.write_text("\n".join(map(json.dumps, foreign)))
+    prompt = next(str(i) for i in range(99) if split_of(str(i), validation_fraction=0.1) == "validation")
+    held.write_text(json.dumps({"prompt": prompt, "blocks": ["1"], "answer": "1"}))
+    checkpoint = runs["denoiser"] / "checkpoint-4"
+    from_autoencoder = ["train", "latent-denoiser", "--start", autoencoder, "--force"]
     from_denoiser = ["train", "latent-rollout", "--start", denoiser]
     for arguments, message in [
         (["think", denoiser, "3 4", "--blocks", "0"], "blocks must be at least 1; got 0"),
@@ -146,7 +157,7 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         ),
         (
             ["train", "latent-autoencoder", "--task", str(alone), *out[:2]],
-            "held-out blocks; got none: none of the 1 pro",
+            "no held-out blocks for the gate: of 1 prompts 10 % are held out",
         ),
         ([*from_denoiser, *other], "another task; got prompt_tokens 16, not 2 or fewer;.* words that it does not know"),
         (["train", "latent-denoiser", "--force", "--start", autoencoder, *other], "another task; got blocks of"),
@@ -167,9 +178,29 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         ),
         (["train", "latent-autoencoder", "--autoencoder.kl-weight", "-1", *out], "kl_weight must be .* got -1"),
         (["train", "latent-denoiser", "--denoiser.num-layers", "0", *out], "num_layers must be at least 1; got 0"),
-        (["train", "latent-denoiser", "--denoiser.shift", "0", *out], "shift must be positive; got 0"),
+        (["train", "latent-denoiser", "--denoiser.shift", "0", *out], "shift must be positive and finite; got 0"),
         (["train", "latent-autoencoder", "--task", "sums"], "unknown task 'sums'"),
-        (["train", "latent-autoencoder", "--denoiser.weighting", "x", *out], "unknown weighting 'x'"),
+        ([*from_autoencoder, *out, "--denoiser.weighting", "x"], "unknown weighting 'x'"),
+        ([*from_autoencoder, *out, "--autoencoder.latent-dim", "8"], "settings of autoencoder are for stage autoencod"),
+        (
+            [*from_autoencoder, *out, "--rollout.steps", "9"],
+            "settings of rollout are for stage rollout; this is stage d",
+        ),
+        ([*from_autoencoder, *out, "--train.compile", "on"], "train.compile on is not for latent thinking"),
+        (["train", "latent-autoencoder", *out, "--start", autoencoder], "an autoencoder is the first stage; got start"),
+        (
+            ["train", "latent-autoencoder", *out, "--autoencoder.encoder", "x"],
+            "encoder goes with kind resampler and se",
+        ),
+        (["train", "latent-autoencoder", "--task", task_file, "--out", ""], "out must name the folder"),
+        (["latent", "check", autoencoder, "--task", str(strange)], "the tokenizer does not know 'bar'"),
+        (["latent", "check", autoencoder, "--task", str(alone)], "there are no held-out blocks"),
+        (
+            ["train", "latent-autoencoder", "--task", str(held), *out[:2]],
+            "there are no blocks to train on: of 1 prompts",
+        ),
+        (["think", str(checkpoint), "3 4"], "checkpoint-4 has no folder 'autoencoder': a checkpoint, not a finished"),
+        (["latent", "check", str(checkpoint)], "a checkpoint, not a finished model. Give the folder of the run"),
     ]:
         assert _dispatch(arguments) == 2, arguments
         told = capsys.readouterr().err.strip().splitlines()
@@ -226,6 +257,37 @@ def test_the_own_task_of_the_page_trains_and_thinks(tmp_path, monkeypatch):
     assert len(names["samples"]) == 4
 
 
+def test_stages_over_an_encoder_whose_texts_end_with_a_separator(tmp_path):
+    """BERT's tokenizers have no end-of-text token."""
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder, words = tmp_path / "bert", [str(n) for n in range(8)]
+    vocabulary = {word: i for i, word in enumerate(["the", "[PAD]", "[UNK]", "[SEP]", "[MASK]", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", sep_token="[SEP]", mask_token="[MASK]"
+    ).save_pretrained(folder)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **size)).save_pretrained(folder)
+    task = tmp_path / "task.jsonl"
+    rows = [{"prompt": f"{a} {b}", "blocks": [f"{a}", f"{b} {a}"], "answer": f"{b}"} for a in words for b in words]
+    task.write_text("\n".join(map(json.dumps, rows)))
+    first = shrunk(RECIPES["latent-autoencoder"](), out=str(tmp_path / "ae"), task=str(task))
+    first = replace(first, autoencoder=replace(first.autoencoder, kind="resampler", encoder=str(folder)))
+    start = str(run_stage(first, console=Console(quiet=True)).folder)
+    for answer in ("autoregressive", "masked"):
+        config = shrunk(
+            RECIPES["latent-denoiser"](), out=str(tmp_path / answer), task=str(task), start=start, force=True
+        )
+        config = replace(config, denoiser=replace(config.denoiser, answer=answer))
+        thinker = redraft.load_thinker(run_stage(config, console=Console(quiet=True)).folder)
+        assert {*thinker.think("1 2", steps=2)[0][0].text.split()} <= {"the", *words}
+    ids, mask = encode_split(find_task(str(task)), thinker.tokenizer, split="train").real_blocks()
+    assert (ids[~mask] == vocabulary["[PAD]"]).all()
+    assert not mask.all()
+
+
 @pytest.mark.slow
 def test_the_recipes_autoencoder_passes_the_gate_on_countdown(tmp_path, capsys):
     assert _dispatch(["train", "latent-autoencoder", "--out", str(tmp_path / "ae"), "--train.report-to"]) == 0
@@ -238,6 +300,8 @@ def test_padding_is_no_unknown_word_whatever_the_tokenizer_calls_unknown(unknown
     examples = [Example(prompt="1 2 3", blocks=("1",), answer="1"), Example(prompt="1", blocks=("1 2",), answer="2 3")]
     tokenizer = word_tokenizer(examples)
     encoded = encode(examples, tokenizer, split="train", held_out=0.0)
-    check_fits(encoded, SimpleNamespace(unk_token_id=unknown), "runs/ae", block_tokens=2)
-    with pytest.raises(ValueError, match="words that it does not know"):
-        check_fits(encoded, SimpleNamespace(unk_token_id=int(encoded.prompts[0, 0])), "runs/ae", block_tokens=2)
+    tokenizer.unk_token_id = unknown
+    check_fits(encoded, tokenizer, "runs/ae", block_tokens=2)
+    tokenizer.unk_token_id = int(encoded.prompts[0, 0])
+    with pytest.raises(ValueError, match="words that it does not know, '1' the first"):
+        check_fits(encoded, tokenizer, "runs/ae", block_tokens=2)

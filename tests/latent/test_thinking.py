@@ -94,7 +94,9 @@ def test_the_stop_head_ends_the_thoughts():
 def test_the_trace_shows_every_step_and_early_exit_saves_some():
     thinker = tiny_thinker()
     ((full,),) = thinker.think("1 2", steps=12, trace=True, force_blocks=True)
-    assert [t for t, _ in full.thoughts[0].steps] == pytest.approx([1 - i / 12 for i in range(12)])
+    assert [estimate.t for estimate in full.thoughts[0].steps] == pytest.approx([1 - i / 12 for i in range(12)])
+    assert all(thought.steps[-1].text == thought.text for thought in full.thoughts)
+    assert torch.allclose(full.thoughts[2].steps[-1].latents, full.thoughts[2].latents)  # the last step goes to t = 0
     with torch.no_grad():
         thinker.autoencoder.encoder.embed.weight.zero_()  # now every estimate decodes to the same text
     ((early,),) = thinker.think("1 2", steps=12, trace=True, early_exit=True, force_blocks=True)
@@ -125,6 +127,22 @@ def test_repulsion_spreads_the_samples_of_a_prompt_and_leaves_other_prompts_alon
     assert all(same(a, b) for a, b in zip(alone, together, strict=True))
 
 
+def test_samples_that_have_stopped_or_are_elsewhere_repel_nobody():
+    thinker = tiny_thinker()
+    run = _Run(thinker, PROMPTS[:1], ThinkingConfig(samples=4, diversity=0.5), is_traced=False)
+    x_0, z = torch.randn(2, 4, 2, 4, dtype=torch.float64)
+    moved = z.clone()
+    moved[3] += 9.0
+    t, together = torch.tensor(0.7), torch.zeros(4, dtype=torch.int64)
+    assert not torch.allclose(run._repel(x_0, z, t, together)[:3], run._repel(x_0, moved, t, together)[:3])
+    for place in ([0, 0, 0, -1], [0, 0, 0, 2]):  # stopped; revising another block
+        found = [run._repel(x_0, each, t, torch.tensor(place)) for each in (z, moved)]
+        assert torch.equal(*found)
+        assert torch.equal(found[0][3], x_0[3])
+    three = _Run(thinker, PROMPTS[:1], ThinkingConfig(samples=3, diversity=0.5), is_traced=False)
+    assert torch.allclose(three._repel(x_0[:3], z[:3], t, together[:3]), found[0][:3])
+
+
 def test_noise_prediction_thinks_finite_thoughts():
     ((sample,),) = tiny_thinker(parametrization="eps").think("1 2", steps=4)
     assert all(torch.isfinite(thought.latents).all() for thought in sample.thoughts)
@@ -137,6 +155,33 @@ def test_revision_changes_the_least_stable_block_alone():
     least = max(range(3), key=lambda b: before.thoughts[b].instability)
     changed = [not torch.equal(before.thoughts[b].latents, after.thoughts[b].latents) for b in range(3)]
     assert changed == [b == least for b in range(3)]
+
+
+def test_a_revision_sees_what_was_committed_and_not_what_was_thought():
+    thinker, seen = tiny_thinker(), []
+
+    def watch(module, inputs):
+        latents = inputs[1]
+        seen.append(latents.z_t[latents.t == 0])
+
+    with torch.no_grad():
+        thinker.denoiser.register_forward_pre_hook(watch)
+        thinker.think("1 2", steps=3, force_blocks=True, revise=2, intervene=lambda block, z: torch.zeros_like(z))
+    assert not torch.cat(seen).any()
+
+
+def test_a_revision_does_not_change_why_the_thoughts_ended(monkeypatch):
+    thinker, ends = tiny_thinker(), iter([-1.0, 1.0, -1.0, -1.0])  # after the second block; never, once revised
+    monkeypatch.setattr(thinker.denoiser, "stop_logit", lambda hidden: torch.full((len(hidden),), next(ends)))
+    ((sample,),) = thinker.think("1 2", steps=2, revise=1)
+    assert (len(sample.thoughts), sample.stop) == (2, "stop head")
+
+
+def test_what_was_never_trained_for_is_refused():
+    with pytest.raises(ValueError, match=r"never trained without a prompt, as guidance needs; got cfg 2.0"):
+        tiny_thinker(can_guide=False).think("1", cfg=2.0)
+    with pytest.raises(ValueError, match=r"trained without steps of revision; got revise 1"):
+        tiny_thinker(can_revise=False).think("1", revise=1)
 
 
 def test_what_is_committed_can_be_intervened_in():
@@ -163,6 +208,7 @@ def test_a_vote_takes_the_commonest_answer_or_the_first_verified():
         ("1", {"steps": 0}, "steps must be at least 1; got 0"),
         ("1", {"samples": 0}, "samples must be at least 1"),
         ("1", {"blocks": 9}, "blocks must be at most the 3 the model was built for; got 9"),
+        ("1", {"seed": 2**70}, "seed must lie in"),
         ("1", {"solver": "euler"}, "unknown solver 'euler'"),
         ("1", {"step": 3}, "unknown setting 'step'.*Did you mean 'steps'"),
         ("1", {"cfg": -1.0}, "cfg must not be negative"),

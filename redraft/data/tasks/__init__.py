@@ -59,7 +59,9 @@ class ExampleFile:
 
     def examples(self) -> Iterator[Example]:
         """Read the file. Raises ValueError with the number of a line that does not fit, and for an empty file."""
-        lines = self.path.read_text().splitlines()
+        lines = self.path.read_text(encoding="utf-8").split("\n")  # U+2028 may stand within a line of JSON
+        if not lines[-1]:
+            lines.pop()
         if not lines:
             raise ValueError(f"{self.path} is empty. Write one example per line.")
         for number, line in enumerate(lines, start=1):
@@ -137,7 +139,7 @@ def word_tokenizer(examples: list[Example]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Examples as tensors, padded with id 0 at their ends."""
+    """Examples as tensors, padded at their ends with the tokenizer's padding (id 0 where it has none)."""
 
     prompts: Tensor
     is_prompt: Tensor
@@ -149,6 +151,15 @@ class Encoded:
     """With an end-of-text token; no column where no example has an answer."""
     is_answer: Tensor
     examples: list[Example]
+
+    def unknown_words(self, tokenizer: Any) -> list[str]:
+        """List words of these examples that the tokenizer has no token for."""
+        unknown = tokenizer.unk_token_id  # none in some tokenizers; in others it is 0, as padding is
+        texts = ((self.prompts, self.is_prompt), (self.blocks, self.is_block_token), (self.answers, self.is_answer))
+        if unknown is None or not any((ids[is_token] == unknown).any() for ids, is_token in texts):
+            return []
+        words = sorted({word for example in self.examples for text in example.texts() for word in text.split()})
+        return [word for word in words if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]
 
     def real_blocks(self) -> tuple[Tensor, Tensor]:
         """All blocks of all examples, (n, tokens), without repetition, and which of their tokens are real."""
@@ -164,15 +175,21 @@ def encode(examples: list[Example], tokenizer: Any, *, split: Split, held_out: f
         found = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return [*found, tokenizer.eos_token_id] if end and found else found
 
+    def padded(rows: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
+        table = torch.full((len(rows), width), tokenizer.pad_token_id or 0, dtype=torch.int64)
+        for row, tokens in zip(table, rows, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        return table, torch.arange(width) < torch.tensor([len(tokens) for tokens in rows])[:, None]
+
     chosen = [e for e in examples if split_of(e.prompt, validation_fraction=held_out) == split]
     prompt_width = max(len(ids(e.prompt)) for e in examples)
     block_width = max(len(ids(block)) for e in examples for block in e.blocks)
     answer_width = max(len(ids(e.answer, end=True)) for e in examples)
     count = max(len(e.blocks) for e in examples)
-    prompts, is_prompt = _pad([ids(e.prompt) for e in chosen], prompt_width)
-    answers, is_answer = _pad([ids(e.answer, end=True) for e in chosen], answer_width)
+    prompts, is_prompt = padded([ids(e.prompt) for e in chosen], prompt_width)
+    answers, is_answer = padded([ids(e.answer, end=True) for e in chosen], answer_width)
     flat = [ids(e.blocks[b]) if b < len(e.blocks) else [] for e in chosen for b in range(count)]
-    blocks, is_token = _pad(flat, block_width)
+    blocks, is_token = padded(flat, block_width)
     return Encoded(
         prompts=prompts,
         is_prompt=is_prompt,
@@ -183,10 +200,3 @@ def encode(examples: list[Example], tokenizer: Any, *, split: Split, held_out: f
         is_answer=is_answer,
         examples=chosen,
     )
-
-
-def _pad(rows: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    for row, tokens in zip(ids, rows, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-    return ids, torch.arange(width) < torch.tensor([len(tokens) for tokens in rows])[:, None]

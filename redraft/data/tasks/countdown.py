@@ -1,5 +1,6 @@
 """Countdown with three numbers: reach a target with +, - and *, each number used once (LaDiR, arXiv 2510.04573)."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Countdown:
         steps = [words[i : i + 4] for i in range(0, len(words), 4)]
         for a, operator, b, result in reversed(steps) if self.is_backwards else steps:
             there.subtract([a, b])
-            if operator not in OPERATORS or min(there.values()) < 0 or not result.lstrip("-").isdigit():
+            if operator not in OPERATORS or min(there.values()) < 0 or not re.fullmatch("-?[0-9]+", result):
                 return False
             if OPERATORS[operator](int(a), int(b)) != int(result):
                 return False

@@ -1,4 +1,4 @@
-"""Sudoku of 4 x 4 cells with one solution, or with several."""
+"""Sudoku of 4 x 4 cells with one solution, or with so few clues that nearly all have several."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
