@@ -5,7 +5,8 @@
     chunk      MLP over the embeddings of all tokens, MLP back (CALM, arXiv 2510.27688)
     resampler  learned queries attend to a frozen encoder (LD4LG, arXiv 2212.09462); a parallel transformer decodes
     sentence   the frozen encoder's mean over tokens as one vector; a parallel transformer decodes
-    thought    a language model reads the block and memory tokens; another writes it after them (LaDiR, 2510.04573)
+    thought    a language model reads the block and memory tokens; another writes it after them (LaDiR, 2510.04573);
+               both start from the one that `encoder` names, if any, and are trained
 
 The decoder is trained on noised latents: a denoiser's samples are never exact.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -81,7 +83,8 @@ class TextAutoencoder(PreTrainedModel):
         if config.kind == "chunk":
             self.encoder, self.decoder = _ChunkEncoder(config), _ChunkDecoder(config)
         elif config.kind == "thought":
-            self.encoder, self.decoder = _ThoughtEncoder(config), _ThoughtDecoder(config)
+            is_new = config.encoder_config is None  # the encoder fills it in
+            self.encoder, self.decoder = _ThoughtEncoder(config, is_new=is_new), _ThoughtDecoder(config, is_new=is_new)
         else:
             self.encoder, self.decoder = _FrozenEncoder(config), _ParallelDecoder(config)
         shape = (config.num_latents, config.latent_dim)
@@ -263,11 +266,7 @@ class _FrozenEncoder(nn.Module):
         super().__init__()
         if config.encoder_config is None and config.encoder is None:
             raise ValueError(f"a {config.kind} autoencoder needs encoder=, a folder or hub id of an encoder; got none.")
-        if config.encoder_config is None:
-            self.frozen = AutoModel.from_pretrained(str(config.encoder), dtype=torch.float32)
-            config.encoder_config = self.frozen.config.to_dict()
-        else:
-            self.frozen = AutoModel.from_config(AutoConfig.for_model(**config.encoder_config), dtype=torch.float32)
+        self.frozen = _pretrained(config, AutoModel, is_new=config.encoder_config is None)
         self.frozen.requires_grad_(False)
         width = self.frozen.config.hidden_size
         self.queries = None
@@ -305,15 +304,18 @@ class _ParallelDecoder(nn.Module):
 class _ThoughtEncoder(nn.Module):
     """A causal language model over [block | memory tokens]; what it says at the memory tokens are the latents."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, *, is_new: bool) -> None:
         super().__init__()
-        self.lm = LlamaModel(_llama(config))
-        self.memory = nn.Parameter(0.02 * torch.randn(config.num_latents, config.hidden_size))
-        self.out = nn.Linear(config.hidden_size, 2 * config.latent_dim)
+        self.lm: Any = (
+            LlamaModel(_llama(config)) if config.encoder is None else _pretrained(config, AutoModel, is_new=is_new)
+        )
+        width = self.lm.config.hidden_size
+        self.memory = nn.Parameter(0.02 * torch.randn(config.num_latents, width))
+        self.out = nn.Linear(width, 2 * config.latent_dim)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         memory = self.memory.expand(len(ids), -1, -1)
-        embedded = torch.cat([self.lm.embed_tokens(ids), memory], dim=1)
+        embedded = torch.cat([self.lm.get_input_embeddings()(ids), memory], dim=1)
         seen = torch.cat([mask, mask.new_ones(memory.shape[:2])], dim=1)
         hidden = self.lm(inputs_embeds=embedded, attention_mask=seen.long(), use_cache=False).last_hidden_state
         return self.out(hidden[:, -memory.shape[1] :])
@@ -322,14 +324,14 @@ class _ThoughtEncoder(nn.Module):
 class _ThoughtDecoder(nn.Module):
     """A causal language model with the latents as its prefix."""
 
-    def __init__(self, config: AutoencoderConfig) -> None:
+    def __init__(self, config: AutoencoderConfig, *, is_new: bool) -> None:
         super().__init__()
-        self.lm = LlamaForCausalLM(_llama(config))
-        self.into = nn.Linear(config.latent_dim, config.hidden_size)
+        self.lm: Any = LlamaForCausalLM(_llama(config)) if config.encoder is None else _writer(config, is_new=is_new)
+        self.into = nn.Linear(config.latent_dim, self.lm.config.hidden_size)
         self.block_tokens = config.block_tokens
 
     def forward(self, z: Tensor, ids: Tensor) -> Tensor:
-        embedded = torch.cat([self.into(z), self.lm.model.embed_tokens(ids[:, :-1])], dim=1)
+        embedded = torch.cat([self.into(z), self.lm.get_input_embeddings()(ids[:, :-1])], dim=1)
         return self.lm(inputs_embeds=embedded, use_cache=False).logits[:, z.shape[1] - 1 :]
 
     def write(self, z: Tensor) -> Tensor:
@@ -337,6 +339,24 @@ class _ThoughtDecoder(nn.Module):
         for _ in range(self.block_tokens):  # the last column is a place to be filled, which nothing before it sees
             ids = torch.cat([ids[:, :-1], self(z, ids)[:, -1:].argmax(-1), ids[:, -1:]], dim=1)
         return ids[:, :-1]
+
+
+def _pretrained(config: AutoencoderConfig, kind: Any, *, is_new: bool) -> Any:
+    """Load the model that `encoder` names; or make room for its weights, which a saved autoencoder holds."""
+    if not is_new:
+        assert config.encoder_config is not None
+        return kind.from_config(AutoConfig.for_model(**config.encoder_config), dtype=torch.float32)
+    model = kind.from_pretrained(str(config.encoder), dtype=torch.float32)
+    config.encoder_config = model.config.to_dict()
+    return model
+
+
+def _writer(config: AutoencoderConfig, *, is_new: bool) -> Any:
+    """Make a pretrained language model with a head of its own: transformers reties only a model's outermost head."""
+    model = _pretrained(config, AutoModelForCausalLM, is_new=is_new)
+    model.config.tie_word_embeddings = False
+    model.get_output_embeddings().weight = nn.Parameter(model.get_output_embeddings().weight.detach().clone())
+    return model
 
 
 def _num_heads(width: int) -> int:

@@ -27,7 +27,8 @@ class AutoencoderShape:
     num_layers: int | None = None
     """Layers of encoder and of decoder; by default none for chunk (a linear code) and one for the others."""
     encoder: str | None = None
-    """Folder or hub id of the frozen encoder, whose tokenizer is used."""
+    """Folder or hub id whose tokenizer is used: of the frozen encoder (resampler, sentence), or of the causal language
+    model that thought starts from, which is trained."""
     latent_noise: float = 0.5
     """Largest noise on the latents that the decoder is trained on, in standard deviations."""
     token_dropout: float = 0.0
@@ -41,10 +42,10 @@ class AutoencoderShape:
             raise ValueError(f"autoencoder.num_layers must not be negative; got {self.num_layers}. 0 is a linear code.")
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f"autoencoder.token_dropout must be in [0, 1); got {self.token_dropout}. 0 hides nothing.")
-        if (self.encoder is None) == (self.kind in ("resampler", "sentence")):
-            raise ValueError(
-                f"autoencoder.encoder goes with kind resampler and sentence; got {self.encoder!r} with {self.kind}."
-            )
+        if self.encoder is not None and self.kind == "chunk":
+            raise ValueError(f"autoencoder.encoder is not for kind chunk; got {self.encoder!r}. Leave it out.")
+        if self.encoder is None and self.kind in ("resampler", "sentence"):
+            raise ValueError(f"autoencoder.kind {self.kind} needs an encoder; got none. Set --autoencoder.encoder.")
         for name in ("latent_noise", "kl_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"autoencoder.{name} must be a number and not negative; got {getattr(self, name)}.")

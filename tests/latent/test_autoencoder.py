@@ -94,6 +94,29 @@ def test_a_frozen_encoder_kept_in_bfloat16_is_used_in_float32(kind, tmp_path):
     assert torch.equal(again.encode_normalized(*blocks()), model.encode_normalized(*blocks()))
 
 
+def test_a_thought_starts_from_a_pretrained_language_model_and_trains_it(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=14, tie_word_embeddings=True, **shape))
+    lm.save_pretrained(tmp_path)
+    model = tiny("thought", encoder=str(tmp_path)).eval()
+    lm_weights = lm.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(model.encoder.lm.layers[0].mlp.up_proj.weight, lm_weights)
+    assert torch.equal(model.decoder.lm.model.layers[0].mlp.up_proj.weight, lm_weights)
+    assert torch.equal(model.decoder.lm.lm_head.weight, lm.model.embed_tokens.weight)
+    ids, mask = blocks(8)
+    losses(model, ids, mask)[0].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.fit_normalizer(ids, mask)
+    model.save_pretrained(tmp_path / "saved")
+    again = TextAutoencoder.from_pretrained(tmp_path / "saved").eval()
+    latents = model.encode_normalized(ids, mask)
+    assert torch.equal(again.encode_normalized(ids, mask), latents)
+    assert torch.equal(again.decode(latents), model.decode(latents))
+
+
 def test_noise_on_latents_is_relative_to_their_spread():
     """Larger latents change nothing, so that they do not grow to drown the noise."""
     model, (ids, mask) = tiny("chunk").eval(), blocks()

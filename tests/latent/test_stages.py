@@ -190,7 +190,7 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         (["train", "latent-autoencoder", *out, "--start", autoencoder], "an autoencoder is the first stage; got start"),
         (
             ["train", "latent-autoencoder", *out, "--autoencoder.encoder", "x"],
-            "encoder goes with kind resampler and se",
+            "encoder is not for kind chunk; got 'x'",
         ),
         (["train", "latent-autoencoder", "--task", task_file, "--out", ""], "out must name the folder"),
         (["latent", "check", autoencoder, "--task", str(strange)], "the tokenizer does not know 'bar'"),
