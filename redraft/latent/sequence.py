@@ -62,7 +62,7 @@ class ThoughtBatch:
     answer: Int[Tensor, "batch answer"]
     is_answer: Bool[Tensor, "batch answer"]
     alike: Int[Tensor, "batch alike"] | None = None
-    """Rows of the training data with the same prompt, itself among them (repeated where there are fewer)."""
+    """Rows of the training data with the same prompt, itself the first (repeated where there are fewer)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -319,13 +319,20 @@ def _rollout(config: LatentRunConfig, task: Task) -> Stage:
     return _thinking_stage(config, task, thinker, rows, objective)
 
 
-def alike(prompts: list[str]) -> Tensor:
-    """For each row the rows with the same prompt, (rows, most of them), the first repeated where there are fewer."""
+def alike(prompts: list[str], *, at_most: int = 64) -> Tensor:
+    """For each row the rows with the same prompt, itself and those after it, round and round: (rows, most of them)."""
     found: dict[str, list[int]] = {}
+    places = []
     for row, prompt in enumerate(prompts):
-        found.setdefault(prompt, []).append(row)
-    most = max(map(len, found.values()))
-    return torch.tensor([found[p] + found[p][:1] * (most - len(found[p])) for p in prompts])
+        places.append(len(found.setdefault(prompt, [])))
+        found[prompt].append(row)
+    width = min(at_most, max(map(len, found.values())))
+    return torch.tensor(
+        [
+            [found[prompt][(place + step) % len(found[prompt])] for step in range(width)]
+            for place, prompt in zip(places, prompts, strict=True)
+        ]
+    )
 
 
 def _thinking_stage(config: LatentRunConfig, task: Task, thinker: Thinker, rows: Rows, objective: Any) -> Stage:
