@@ -152,18 +152,18 @@ def report_crossings(means: dict[str, dict[int, float]], steps_per_epoch: float)
 
 
 def draw(results: dict[str, list[Curve]], steps_per_epoch: float, path: Path) -> None:
-    """Plot every seed thin and the mean thick."""
+    """Plot the mean over seeds with its standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="epochs", ylabel="held-out NLL or NELBO, nats per token")
-    for number, (name, curves) in enumerate(results.items()):
+    for name, curves in results.items():
         epochs = [step / steps_per_epoch for step in curves[0]]
-        for curve in curves:
-            axes.plot(epochs, [nats for nats, _ in curve.values()], color=f"C{number}", linewidth=0.5)
-        axes.plot(epochs, list(mean_nats(curves).values()), "o-", color=f"C{number}", markersize=3, label=name)
+        nats = [[curve[step][0] for curve in curves] for step in curves[0]]
+        spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in nats]
+        axes.errorbar(epochs, list(mean_nats(curves).values()), spreads, fmt=".-", capsize=2, label=name)
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
