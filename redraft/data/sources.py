@@ -86,10 +86,10 @@ def read_documents(
 
 def _is_plain_text(source: str) -> bool:
     path = Path(source).expanduser()
-    if exists(path) and path.is_dir():
-        suffixes = {file.suffix for file in _walk(path)} & {*SUFFIXES}
-        return bool(suffixes) and suffixes <= TEXT_SUFFIXES
-    return source == STDLIB or path.suffix in TEXT_SUFFIXES
+    if source == STDLIB or not exists(path) or not path.is_dir():
+        return source == STDLIB or path.suffix in TEXT_SUFFIXES
+    suffixes = {file.suffix for file in _walk(path)} & {*SUFFIXES}
+    return bool(suffixes) and suffixes <= TEXT_SUFFIXES
 
 
 def _read_source(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
