@@ -80,7 +80,7 @@ def test_shift_covers_the_published_knobs(t, s):
     ("build", "message"),
     [
         (lambda: gaussian_schedule("cosin"), "unknown Gaussian schedule 'cosin'.*Did you mean 'cosine'"),
-        (lambda: gaussian_schedule("flow", shift=0.0), "shift must be positive; got 0"),
+        (lambda: gaussian_schedule("flow", shift=0.0), "shift must be positive and finite; got 0"),
         (lambda: GaussianSchedule(path="ve"), "unknown path 've'; known are vp, flow"),
     ],
 )
