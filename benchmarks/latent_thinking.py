@@ -129,7 +129,7 @@ class Table:
 
 
 def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinker:
-    """Train an autoencoder and a denoiser in their folders, with an answer decoder where rollout is to follow."""
+    """Train an autoencoder and a denoiser in their folders, with an answer decoder if wanted."""
     recipes = {name: RECIPES[f"latent-{name}"]() for name in ("autoencoder", "denoiser")}
     first = recipes["autoencoder"]
     first = replace(first, train=replace(first.train, seed=seed))
@@ -142,7 +142,7 @@ def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinke
     start, out = str(folder / "ae"), str(folder / "den")
     config = replace(recipes["denoiser"], task=args.task, out=out, start=start, train=train, force=args.force)
     config = replace(config, denoiser=replace(config.denoiser, num_layers=args.layers))
-    if not args.rollout_steps:
+    if not args.has_answer:
         config = replace(config, objective=replace(config.objective, answer_weight=0.0))
     thinker = redraft.load_thinker(whole(run_stage(config, console=QUIET)).folder)
     size = sum(p.numel() for m in (thinker.denoiser, thinker.autoencoder) for p in m.parameters()) / 1e6
@@ -172,17 +172,21 @@ def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> N
     for blocks in () if isinstance(table.task, Composition) else range(1, min(thinker.denoiser.config.max_blocks, 5)):
         name = f"latent, 16 steps, at most {blocks} blocks"
         table.think(name, thinker, steps=16, blocks=blocks, samples=args.samples, solver="ddim")
-    if not args.rollout_steps:
+    if not args.own_steps:
         return
     table.begun = time.process_time() - 60 * table.cpu_minutes
     recipe = RECIPES["latent-rollout"]()
     train = replace(
-        recipe.train, seed=seed, max_minutes=None, max_steps=args.rollout_steps, optimizer=args.optimizer
+        recipe.train, seed=seed, max_minutes=None, max_steps=args.own_steps, optimizer=args.optimizer
     )  # fmt: skip
     recipe = replace(recipe, task=args.task, out=str(folder / "roll"), start=str(folder / "den"), train=train)
+    if not args.has_answer:
+        recipe = replace(recipe, rollout=replace(recipe.rollout, weight=0.0))
     thinker = redraft.load_thinker(whole(run_stage(recipe, console=QUIET)).folder)
     table.trained()
     turn_dials(args, table, thinker, "latent + rollout")
+    if not args.has_answer:
+        return
     settings = {"steps": 16, "samples": args.samples, "solver": "ddim", "read": "answer"}
     table.think("latent + rollout, answer, 16 steps", thinker, **settings)
     table.think("latent + rollout, answer, 16 steps, cfg 2", thinker, cfg=2.0, **settings)
@@ -336,11 +340,15 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
 def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> list[dict[str, Any]]:
     """Return the rows of a model and seed: from --runs where they are there, else by training it."""
     args.steps = args.max_steps or STEPS[args.task][group.split(",")[0]]
-    args.rollout_steps = 0 if group != "latent" or args.no_rollout else STEPS[args.task]["rollout"]
-    steps = f"{args.steps}+{args.rollout_steps}" if args.rollout_steps else args.steps
+    args.own_steps = STEPS[args.task]["rollout"] if args.rollout_steps is None else args.rollout_steps
+    if group != "latent":
+        args.own_steps = 0
+    args.has_answer = args.own_steps > 0 and not args.no_answer  # only rollout needs one
+    steps = f"{args.steps}+{args.own_steps}" if args.own_steps else args.steps
+    mute = ["no-answer"] if args.own_steps and args.no_answer else []
     muon = ["muon"] if args.optimizer == "muon" else []
     wanted = [table.wanted] if table.wanted else []
-    settings = (args.task, steps, *muon, args.layers, args.samples, len(table.prompts), seed, group, *wanted)
+    settings = (args.task, steps, *mute, *muon, args.layers, args.samples, len(table.prompts), seed, group, *wanted)
     key = " ".join(map(str, settings))
     if args.runs and args.runs.is_file():
         done = {run["key"]: run["rows"] for run in map(json.loads, args.runs.read_text().splitlines())}
@@ -433,7 +441,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="countdown", choices=TASKS)
     parser.add_argument("--max-steps", type=int, help=f"of each model but the rollout; by default {STEPS}")
-    parser.add_argument("--no-rollout", action="store_true", help="and no answer decoder, which only rollout needs")
+    parser.add_argument("--rollout-steps", type=int, help="0 leaves rollout out; by default as above")
+    parser.add_argument("--no-answer", action="store_true", help="latent without an answer decoder: thoughts alone")
     parser.add_argument("--optimizer", default="muon", choices=("adamw", "muon"), help="of all but the autoencoder")
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
     parser.add_argument("--samples", type=int, default=10)

@@ -48,7 +48,7 @@ class RolloutObjective:
     steps: int = 5
     """Denoising steps for each block."""
     weight: float = 1.0
-    """Weight of the answer's cross-entropy, beside the teacher-forced losses."""
+    """Weight of the answer's cross-entropy, beside the teacher-forced losses; 0 without an answer decoder."""
     thought_weight: float = 1.0
     """Weight of the flow loss of the estimates at the model's own noisy latents."""
     answer_gradient: bool = False

@@ -295,18 +295,22 @@ def _rollout(config: LatentRunConfig, task: Task) -> Stage:
     assert config.start is not None
     require_stage(config.start, "denoiser")
     thinker = load_thinker(config.start, device=config.train.device)
-    if not thinker.denoiser.config.answer_tokens:
+    with_answer = thinker.denoiser.config.answer_tokens > 0
+    if config.rollout.weight and not with_answer:
         raise ValueError(
-            f"{config.start} has no answer decoder, whose loss rollout needs. Train it with an answer_weight."
+            f"{config.start} has no answer decoder, which rollout.weight {config.rollout.weight:g} is for. Train it "
+            "with an answer_weight, or --rollout.weight 0."
         )
     thinker.denoiser.config.stage = "rollout"
     train = encode(list(task.examples()), thinker.tokenizer, split="train", held_out=task.held_out)
     shape = thinker.denoiser.config
-    most = {"prompt_tokens": shape.prompt_tokens, "answer_tokens": shape.answer_tokens, "blocks": shape.max_blocks}
+    most = {"prompt_tokens": shape.prompt_tokens, "blocks": shape.max_blocks}
+    if with_answer:
+        most["answer_tokens"] = shape.answer_tokens
     check_fits(
         train, thinker.tokenizer, config.start, block_tokens=thinker.autoencoder.config.block_tokens, at_most=most
     )
-    rows = thought_rows(thinker.autoencoder, train)
+    rows = thought_rows(thinker.autoencoder, train, with_answer=with_answer)
     known = {f.name: rows.columns[f.name] for f in fields(Known)}
     known_on = cache(lambda device: Known(**{name: column.to(device) for name, column in known.items()}))
     rows.columns["alike"] = alike([example.prompt for example in train.examples])

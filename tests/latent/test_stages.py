@@ -237,15 +237,20 @@ def test_an_autoencoder_without_a_normaliser_is_refused_even_if_forced(runs, tas
     assert not (tmp_path / "out").exists()
 
 
-def test_rollout_needs_an_answer_decoder(runs, task_file, tmp_path):
+def test_rollout_without_an_answer_decoder_teaches_thoughts_alone(runs, task_file, tmp_path):
     config = shrunk(RECIPES["latent-denoiser"](), out=str(tmp_path / "mute"), task=task_file, force=True)
     mute = run_stage(
         replace(config, start=str(runs["autoencoder"]), objective=replace(config.objective, answer_weight=0.0)),
         console=Console(quiet=True),
     ).folder
     assert redraft.load_thinker(mute).think("1 2", steps=1)[0][0].answer == ""
-    with pytest.raises(ValueError, match="has no answer decoder, whose loss rollout needs"):
-        run_stage(shrunk(RECIPES["latent-rollout"](), out=str(tmp_path / "r"), task=task_file, start=str(mute)))
+    recipe = shrunk(RECIPES["latent-rollout"](), out=str(tmp_path / "r"), task=task_file, start=str(mute))
+    with pytest.raises(ValueError, match="has no answer decoder, which rollout.weight 1 is for"):
+        run_stage(recipe)
+    mute = replace(recipe, rollout=replace(recipe.rollout, weight=0.0))
+    thinker = redraft.load_thinker(run_stage(mute, console=Console(quiet=True)).folder)
+    assert thinker.denoiser.config.stage == "rollout"
+    assert thinker.think("1 2", steps=1)[0][0].answer == ""
 
 
 def test_the_own_task_of_the_page_trains_and_thinks(tmp_path, monkeypatch):
