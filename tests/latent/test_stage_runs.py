@@ -22,11 +22,11 @@ from redraft.data.tasks import find_task
 from redraft.latent.checkpoint import load_thinker
 from redraft.latent.objective import ThoughtObjective
 from redraft.recipes import RECIPES
-from redraft.training import latent
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage
 from redraft.training.latent import run_stage
 from redraft.training.latent_config import LatentRunConfig
+from redraft.training.stage import StageTrainer
 
 QUIET = Console(quiet=True)
 SMALL = {
@@ -103,7 +103,7 @@ def wait_for_log(process, folder, *, lines):
 def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(configs, tmp_path, stage, monkeypatch):
     whole = run_stage(with_train(configs[stage], tmp_path, "whole"), console=QUIET)
     config = with_train(configs[stage], tmp_path)
-    loss_of, losses = latent.StageTrainer.compute_loss, []
+    loss_of, losses = StageTrainer.compute_loss, []
 
     def interrupted(self, *args, **kwargs):
         if self.state.global_step == 5 and not losses:
@@ -111,7 +111,7 @@ def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(con
             raise KeyboardInterrupt
         return loss_of(self, *args, **kwargs)
 
-    monkeypatch.setattr(latent.StageTrainer, "compute_loss", interrupted)
+    monkeypatch.setattr(StageTrainer, "compute_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_stage(config, console=QUIET)
     assert not (tmp_path / "run/model.safetensors").exists()
@@ -169,12 +169,12 @@ def assert_split_equals_whole(config, tmp_path):
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_stage(configs, tmp_path, monkeypatch):
-    compute_loss = latent.StageTrainer.compute_loss
+    compute_loss = StageTrainer.compute_loss
 
     def poisoned(self, *args, **kwargs):
         return compute_loss(self, *args, **kwargs) * (torch.inf if self.state.global_step in (2, 3) else 1)
 
-    monkeypatch.setattr(latent.StageTrainer, "compute_loss", poisoned)
+    monkeypatch.setattr(StageTrainer, "compute_loss", poisoned)
     folder = run_stage(with_train(configs["denoiser"], tmp_path, save_every=1), console=QUIET).folder
     before, after = (load_file(folder / f"checkpoint-{n}" / "model.safetensors") for n in (2, 4))
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -213,7 +213,7 @@ def test_a_model_is_saved_before_it_is_measured_so_that_a_broken_verifier_costs_
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(latent, "solved", broken)
+    monkeypatch.setattr("redraft.training.latent.solved", broken)
     config = with_train(configs["denoiser"], tmp_path, max_steps=2)
     with pytest.raises(ZeroDivisionError):
         run_stage(config, console=QUIET)
@@ -239,14 +239,14 @@ def stopped(configs, tmp_path, monkeypatch):
     shutil.copytree(configs["denoiser"].start, start)
     config = replace(with_train(configs["denoiser"], tmp_path), start=str(start))
     with monkeypatch.context() as patch:
-        patch.setattr(latent.StageTrainer, "compute_loss", until(3))
+        patch.setattr(StageTrainer, "compute_loss", until(3))
         with pytest.raises(KeyboardInterrupt):
             run_stage(config, console=QUIET)
     return config
 
 
 def until(step):
-    compute_loss = latent.StageTrainer.compute_loss
+    compute_loss = StageTrainer.compute_loss
 
     def interrupted(self, *args, **kwargs):
         if self.state.global_step == step:
@@ -286,7 +286,7 @@ def test_a_stage_goes_on_from_the_autoencoder_it_was_begun_on_alone(stopped):
 def test_a_run_with_a_task_from_python_goes_on_in_python_alone(configs, tmp_path, monkeypatch, capsys):
     config, task = with_train(configs["autoencoder"], tmp_path), find_task(configs["autoencoder"].task)
     with monkeypatch.context() as patch:
-        patch.setattr(latent.StageTrainer, "compute_loss", until(3))
+        patch.setattr(StageTrainer, "compute_loss", until(3))
         with pytest.raises(KeyboardInterrupt):
             run_stage(config, task=task, console=QUIET)
     assert json.loads((Path(config.out) / "recipe.json").read_text())["task"] is None
