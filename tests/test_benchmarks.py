@@ -6,6 +6,8 @@ import sysconfig
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -17,6 +19,7 @@ def test_the_sampling_benchmark_runs_all_its_parts():
     assert "| vocabulary |" in printed
 
 
+@pytest.mark.slow
 def test_the_planning_benchmark_trains_and_asks_all_its_methods_once(tmp_path):
     runs = tmp_path / "runs.jsonl"
     task = ["--puzzles", "4", "--seeds", "0", "--runs", str(runs)]
@@ -29,6 +32,7 @@ def test_the_planning_benchmark_trains_and_asks_all_its_methods_once(tmp_path):
     assert len(runs.read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_the_data_limited_benchmark_tunes_compares_and_remembers(tmp_path):
     runs, plot = tmp_path / "runs.jsonl", tmp_path / "curves.svg"
     flags = "--methods AR MDLM --documents 6 --steps 4 --tuning-steps 2 --eval-every 2 --windows 4 --seeds 1"

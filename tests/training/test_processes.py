@@ -45,8 +45,6 @@ from redraft.training.launch import KINDS as LAUNCHES
 from redraft.training.launch import _verdict, check_division, config_file
 from redraft.training.run import run
 
-both = pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-
 
 def launch_all(kind, configs):
     """Run configs in two processes, one after the other; those whose folder ends on -resumed go on."""
@@ -82,7 +80,7 @@ def stopped_at(one, step, *, out):
     return replace(one, out=out)
 
 
-@both
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_checkpoints(config, kind):
     torch.set_num_threads(1)
     config = with_train(config, max_steps=4, accumulation=2, learning_rate=1e-3)
