@@ -17,6 +17,7 @@ from redraft.latent.answers import Cache, no_latents, no_tokens, write_autoregre
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.latent.denoiser import LatentDenoiser
 from redraft.latent.objective import joint_mask, prompt_tokens
+from redraft.latent.repulsion import push_apart
 from redraft.latent.sequence import Hidden, Latents
 from redraft.latent.solvers import solver_from_name, uniform_times
 from redraft.randomness import fold, normal
@@ -251,7 +252,9 @@ class _Run:
             x_0[active] = estimate(z_t[active], t, previous[active], active).to(x_0)
             self.forwards[active] += 1
             change[active] = (x_0 - previous)[active].square().mean((1, 2)).sqrt().to(change)
-            x_0 = self._repel(x_0, z_t, t, place.masked_fill(is_done, -1))
+            if self.config.diversity and self.config.samples > 1:
+                apart = push_apart(z_t, place.masked_fill(is_done, -1), samples=self.config.samples)
+                x_0 = x_0 + self.config.diversity * t.to(z_t) * apart
             if self.is_traced or self.config.early_exit:
                 written = self.thinker.autoencoder.decode(x_0)
                 if self.is_traced and draw <= len(self.steps):  # revisions are not shown
@@ -349,27 +352,6 @@ class _Run:
         for block, self.is_thinking in enumerate(turns, start=1):
             self.commit(block, intervene=intervene)
         self.is_thinking = is_cut  # the thoughts ended where they did, whatever the stop head says now
-
-    def _repel(self, x_0: Tensor, z_t: Tensor, t: Tensor, place: Tensor) -> Tensor:
-        """Push the samples of one prompt apart: the mean over the others j of 2 exp(-d^2 / s^2) (z_i - z_j).
-
-        The others are those at the same place; at a negative one a row neither pushes nor is pushed. s is the median
-        distance between them; the push fades with t. LaDiR (arXiv 2510.04573) has a factor 1 - d^2 / s^2 beside it,
-        which draws together whoever is farther apart than s, and does nothing for two samples.
-        """
-        samples = self.config.samples
-        if not self.config.diversity or samples == 1:
-            return x_0
-        z = z_t.unflatten(0, (-1, samples)).flatten(2)  # (P, K, n d)
-        apart = z[:, :, None] - z[:, None]  # (P, K, K, n d)
-        place = place.view(-1, samples)
-        is_pair = (place[:, :, None] == place[:, None]) & (place >= 0)[:, None]  # (P, K, K)
-        is_pair = is_pair & ~torch.eye(samples, dtype=torch.bool, device=z.device)
-        squared = apart.square().sum(-1)
-        scale = squared.masked_fill(~is_pair, torch.nan).flatten(1).nanmedian(dim=1).values.clamp(min=1e-8)
-        force = 2 * torch.exp(-squared / scale[:, None, None]) / is_pair.sum(-1, keepdim=True)
-        push = (force.where(is_pair, 0.0)[..., None] * apart).sum(2).flatten(0, 1).view_as(x_0)
-        return x_0 + self.config.diversity * t.to(z) * push
 
     def _noise(self, draw: int, step: int) -> Tensor:
         """Standard normal latents of every row, keyed by row, block and step."""

@@ -7,6 +7,7 @@ import torch
 from tiny_thinker import tiny_thinker
 
 from redraft.latent.objective import prompt_tokens
+from redraft.latent.repulsion import push_apart
 from redraft.latent.sequence import Latents
 from redraft.latent.solvers import solve, solver_from_name, uniform_times
 from redraft.latent.thinking import ThinkingConfig, Thought, TrainOfThought, _Run, vote
@@ -128,19 +129,15 @@ def test_repulsion_spreads_the_samples_of_a_prompt_and_leaves_other_prompts_alon
 
 
 def test_samples_that_have_stopped_or_are_elsewhere_repel_nobody():
-    thinker = tiny_thinker()
-    run = _Run(thinker, PROMPTS[:1], ThinkingConfig(samples=4, diversity=0.5), is_traced=False)
-    x_0, z = torch.randn(2, 4, 2, 4, dtype=torch.float64)
+    z, together = torch.randn(4, 2, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
     moved = z.clone()
     moved[3] += 9.0
-    t, together = torch.tensor(0.7), torch.zeros(4, dtype=torch.int64)
-    assert not torch.allclose(run._repel(x_0, z, t, together)[:3], run._repel(x_0, moved, t, together)[:3])
+    assert not torch.allclose(push_apart(z, together, samples=4)[:3], push_apart(moved, together, samples=4)[:3])
     for place in ([0, 0, 0, -1], [0, 0, 0, 2]):  # stopped; revising another block
-        found = [run._repel(x_0, each, t, torch.tensor(place)) for each in (z, moved)]
+        found = [push_apart(each, torch.tensor(place), samples=4) for each in (z, moved)]
         assert torch.equal(*found)
-        assert torch.equal(found[0][3], x_0[3])
-    three = _Run(thinker, PROMPTS[:1], ThinkingConfig(samples=3, diversity=0.5), is_traced=False)
-    assert torch.allclose(three._repel(x_0[:3], z[:3], t, together[:3]), found[0][:3])
+        assert not found[0][3].any()
+    assert torch.allclose(push_apart(z[:3], together[:3], samples=3), found[0][:3])
 
 
 def test_noise_prediction_thinks_finite_thoughts():
