@@ -348,7 +348,7 @@ def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> l
     steps = f"{args.steps}+{args.own_steps}" if args.own_steps else args.steps
     mute = ["no-answer"] if args.own_steps and args.no_answer else []
     muon = ["muon"] if args.optimizer == "muon" else []
-    wanted = [table.wanted] if table.wanted else []
+    wanted = [table.wanted] if table.wanted and group == "latent" else []
     settings = (args.task, steps, *mute, *muon, args.layers, args.samples, len(table.prompts), seed, group, *wanted)
     key = " ".join(map(str, settings))
     if args.runs and args.runs.is_file():
