@@ -283,6 +283,9 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
     answer = lambda e: [*encode(tokenizer, e.answer), eos]  # noqa: E731
     pauses = lambda e: [tokenizer.mask_token_id] * len(encode(tokenizer, " ".join(e.blocks)))  # noqa: E731
     written = {"AR, thoughts written": thoughts, "masked diffusion": thoughts}
+    if isinstance(task, Composition):  # each thought as far from its factor in every row, as in the latent model
+        filler = lambda e: [tokenizer.mask_token_id] * (task.longest - len(e.blocks))  # noqa: E731
+        written["AR, thoughts written behind a padded prompt"] = lambda e: filler(e) + thoughts(e)
     if any(task.answer(list(e.blocks)) != " ".join(e.blocks) for e in islice(task.examples(), 100)):
         return written | {"AR, answer at once": answer, "AR, pause tokens": lambda e: pauses(e) + answer(e)}
     return written | {"AR, pause tokens": lambda e: pauses(e) + thoughts(e)}
@@ -290,7 +293,7 @@ def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[
 
 def spoken(task: Task, name: str, text: str) -> str:
     """Return the answer that a token model's text gives."""
-    if isinstance(task, Composition) and name in ("AR, thoughts written", "masked diffusion"):
+    if isinstance(task, Composition) and ("written" in name or name == "masked diffusion"):
         return task.answer(text.split())  # blocks of one word each
     return text
 
