@@ -404,7 +404,7 @@ def draw(runs: dict[int, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4))
-    axes = figure.add_subplot(ylabel="solved by one sample, %", ylim=(0, 100))
+    axes = figure.add_subplot(ylabel="solved by one sample, %", ylim=(0, 103))
     found = _curves([row for rows in runs.values() for row in rows])
     for name, points in found.items():
         spreads = [stdev(values) if len(values) > 1 else 0.0 for values in points.values()]
