@@ -42,8 +42,8 @@ from redraft.recipes import RECIPES
 from redraft.training.config import TrainConfig
 from redraft.training.latent import run_stage, thought_rows
 from redraft.training.latent_config import AutoencoderShape
+from redraft.training.latent_stage import Rows, Stage, stage_trainer
 from redraft.training.run import drive
-from redraft.training.stage import Rows, Stage, stage_trainer
 
 SHAPES = {
     "chunk-4x32": AutoencoderShape(kind="chunk", num_latents=4, latent_dim=32, hidden_size=256),

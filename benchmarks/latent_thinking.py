@@ -44,8 +44,8 @@ from redraft.processes.masked import MaskedDiffusion
 from redraft.randomness import fold, uniform
 from redraft.recipes import RECIPES
 from redraft.training.latent import run_stage
+from redraft.training.latent_stage import Rows, Stage, stage_trainer
 from redraft.training.run import drive
-from redraft.training.stage import Rows, Stage, stage_trainer
 
 IGNORED = -100
 ON_COUNTDOWN = {"latent": 2500, "rollout": 500, "AR": 1500, "masked diffusion": 1500}

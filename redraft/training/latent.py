@@ -23,9 +23,9 @@ from redraft.models.load import load_tokenizer
 from redraft.randomness import normal, uniform
 from redraft.training.adapter import num_parameters
 from redraft.training.latent_config import LatentRunConfig
+from redraft.training.latent_stage import Losses, Rows, Stage, stage_trainer
 from redraft.training.loop import Batch
 from redraft.training.run import Outcome, begin, check_disk, drive, save_model
-from redraft.training.stage import Losses, Rows, Stage, stage_trainer
 
 
 def run_stage(

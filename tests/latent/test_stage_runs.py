@@ -26,7 +26,7 @@ from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage
 from redraft.training.latent import run_stage
 from redraft.training.latent_config import LatentRunConfig
-from redraft.training.stage import StageTrainer
+from redraft.training.latent_stage import StageTrainer
 
 QUIET = Console(quiet=True)
 SMALL = {
