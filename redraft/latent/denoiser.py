@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from redraft.errors import unknown_name
 from redraft.latent.sequence import Hidden, KeysValues, Latents, Tokens
-from redraft.processes.gaussian import GaussianDiffusion
+from redraft.processes.gaussian import AdaptiveTimes, GaussianDiffusion
 from redraft.schedules import gaussian_schedule
 
 ANSWERS = ("autoregressive", "masked")
@@ -27,6 +27,7 @@ class LatentDenoiserConfig(PreTrainedConfig):
     """Shape, process and limits of a denoiser; saved as its config.json.
 
     `can_guide`, `can_revise`: whether its training left out prompts, and had steps in which all blocks see each other.
+    `adapts_times`: whether it keeps the loss at each noise level, which its training draws times by.
     """
 
     model_type = "redraft-latent-denoiser"
@@ -51,6 +52,7 @@ class LatentDenoiserConfig(PreTrainedConfig):
     stage: str = "denoiser"
     can_guide: bool = True
     can_revise: bool = True
+    adapts_times: bool = False
 
     @property
     def process(self) -> GaussianDiffusion:
@@ -99,6 +101,7 @@ class LatentDenoiser(PreTrainedModel):
         self.norm = nn.RMSNorm(width)
         self.out = nn.Linear(width, config.latent_dim)
         self.stop = nn.Linear(width, 1)
+        self.times = AdaptiveTimes(config.process.schedule) if config.adapts_times else None
         self.post_init()
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from redraft.latent.sequence import Hidden, Latents, Part, ThoughtBatch, Tokens
 from redraft.layouts import two_copy_mask
-from redraft.processes.gaussian import GaussianDiffusion, LogitNormalTimes, UniformTimes
+from redraft.processes.gaussian import AdaptiveTimes, GaussianDiffusion, LogitNormalTimes, UniformTimes
 from redraft.processes.masked import MaskedDiffusion
 from redraft.randomness import normal, uniform
 from redraft.schedules import stratified_times
@@ -37,15 +37,15 @@ class ThoughtObjective:
     """Weight of the answer's cross-entropy, nats per token."""
     stop_weight: float = 0.1
     """Weight of the stop head's cross-entropy, nats per block."""
-    times: Literal["logit-normal", "uniform"] = "logit-normal"
-    """Density of the training times, stratified over the batch."""
+    times: Literal["logit-normal", "uniform", "adaptive"] = "logit-normal"
+    """Density of the training times, stratified over the batch; adaptive: by the loss of each log-SNR so far."""
     time_mean: float = 1.0
     """Mean of the logit of logit-normal times; positive is noise-heavy."""
     time_std: float = 1.0
     """Standard deviation of the logit of logit-normal times."""
 
     def __post_init__(self) -> None:
-        self.density()
+        LogitNormalTimes(mean=self.time_mean, std=self.time_std)
         if self.copies < 1:
             raise ValueError(f"copies must be at least 1; got {self.copies}.")
         for name in ("answer_weight", "stop_weight"):
@@ -55,9 +55,11 @@ class ThoughtObjective:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1]; got {getattr(self, name)}.")
 
-    def density(self) -> LogitNormalTimes | UniformTimes:
-        """Build the density of the times."""
-        return LogitNormalTimes(mean=self.time_mean, std=self.time_std) if self.times != "uniform" else UniformTimes()
+    def density(self, model: Any) -> LogitNormalTimes | UniformTimes | AdaptiveTimes:
+        """Build the density of the times, or return the one that the model learns."""
+        if self.times == "adaptive":
+            return model.times
+        return UniformTimes() if self.times == "uniform" else LogitNormalTimes(mean=self.time_mean, std=self.time_std)
 
     def __call__(
         self,
@@ -75,7 +77,9 @@ class ThoughtObjective:
         """
         part = part or Part.whole(batch)
         draws = _Draws(seed=seed, step=step, batch=batch, part=part)
-        process = model.config.process
+        process, density = model.config.process, self.density(model)
+        if isinstance(density, AdaptiveTimes):
+            density.begin(step)
         is_joint = draws.coin(0) < self.joint
         sequence, noised = (_joint if is_joint else _two_copies)(self, model, process, batch, draws)
         latents = sequence.latents
@@ -88,6 +92,9 @@ class ThoughtObjective:
         hidden = (wrapped or model)(sequence.tokens, latents, sequence.mask)
         is_counted = sequence.is_noisy & sequence.is_valid[:, -latents.t.shape[1] :]
         flow = process.loss(model.out(hidden.latents), noised)
+        if isinstance(density, AdaptiveTimes):
+            density.record(noised.t, flow, where=is_counted)
+            flow = flow * density.importance(noised.t)
         num_noisy = part.total_rows if is_joint else self.copies * part.num_blocks
         losses = {"flow": (flow * is_counted).sum() / (num_noisy * batch.blocks.shape[2])}
         if not is_joint:
@@ -202,7 +209,7 @@ def _two_copies(
     tokens, token_block, is_token, answer_noised = _prompt_and_answer(objective, model, batch, draws)
     block = torch.arange(1, count + 1, device=batch.prompt.device).repeat(1 + copies)  # (M,)
     copy = torch.arange(1 + copies, device=block.device).repeat_interleave(count)
-    t = objective.density()(draws.stratified(4, copies * count))  # (B, copies * count)
+    t = objective.density(model)(draws.stratified(4, copies * count))  # (B, copies * count)
     noise_t = objective.context_noise * draws.rows(5, 1).to(t)  # half of the rows: clean
     clean_t = torch.where(draws.rows(6, 1) < 0.5, noise_t, 0.0).to(t)
     t = torch.cat([clean_t.expand(-1, count), t], dim=1).repeat_interleave(size, dim=1)
@@ -238,7 +245,7 @@ def _joint(
     block = torch.arange(1, count + 1, device=batch.prompt.device)
     chosen = 1 + (draws.rows(8, 1) * batch.num_blocks[:, None]).long()  # (B, 1)
     is_noisy = (block == chosen).repeat_interleave(size, dim=1)
-    t = objective.density()(draws.stratified(4, 1)) * is_noisy
+    t = objective.density(model)(draws.stratified(4, 1)) * is_noisy
     noised = process.corrupt(batch.blocks.flatten(1, 2), t, eps=draws.normal(7, count * size, dim))
     latents = Latents(
         z_t=noised.z_t,

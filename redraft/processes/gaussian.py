@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from redraft.errors import unknown_name
 from redraft.schedules import GaussianSchedule
@@ -160,51 +160,73 @@ class UniformTimes:
         return u
 
 
-@dataclass(kw_only=True)
-class AdaptiveTimes:
+class AdaptiveTimes(nn.Module):
     """Draw times where the loss is: P(log-SNR bin) ~ the EMA of its loss (arXiv 2303.00848, Appendix F).
 
     Multiplied by `importance`, losses keep the mean that they have over times uniform in log-SNR, with less variance:
-    they are flat in u. For training loops of one's own; the recipes draw logit-normal times.
+    they are flat in u. What is recorded in a step counts from the next one on, however its batch is split. The state
+    is in buffers: a checkpoint carries it.
     """
 
-    schedule: GaussianSchedule
-    num_bins: int = 32
-    log_snr_range: tuple[float, float] = (-10.0, 10.0)
-    decay: float = 0.99
-    losses: Tensor = field(init=False)
+    losses: Tensor
+    sums: Tensor
+    counts: Tensor
 
-    def __post_init__(self) -> None:
-        if self.num_bins < 2 or not 0 < self.decay < 1:
-            raise ValueError(f"num_bins must be at least 2 and decay in (0, 1); got {self.num_bins} and {self.decay}.")
-        self.losses = torch.ones(self.num_bins, dtype=torch.float64)
+    def __init__(
+        self,
+        schedule: GaussianSchedule,
+        *,
+        num_bins: int = 32,
+        log_snr_range: tuple[float, float] = (-10.0, 10.0),
+        decay: float = 0.99,
+    ) -> None:
+        super().__init__()
+        if num_bins < 2 or not 0 < decay < 1:
+            raise ValueError(f"num_bins must be at least 2 and decay in (0, 1); got {num_bins} and {decay}.")
+        self.schedule, self.num_bins, self.decay = schedule, num_bins, decay
+        self.high, self.low = max(log_snr_range), min(log_snr_range)
+        self._step: int | None = None
+        self.register_buffer("losses", torch.ones(num_bins, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(num_bins, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_bins, dtype=torch.float64))
 
-    def __call__(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    def begin(self, step: int) -> None:
+        """Let what an earlier step recorded move the mean loss of each bin that was drawn."""
+        if step != self._step:
+            rate = (1 - self.decay) * (self.counts > 0)
+            self.losses += rate * (self.sums / self.counts.clamp(min=1) - self.losses)
+            self.sums.zero_()
+            self.counts.zero_()
+            self._step = step
+
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Map u ~ U(0, 1) through the inverse of the piecewise linear distribution function; 0 is the cleanest."""
-        high, low = max(self.log_snr_range), min(self.log_snr_range)
-        share = (self.losses / self.losses.sum()).to(u.device)
+        heights = self._heights()
+        share = heights / heights.sum()
         ends = share.cumsum(0)
-        bin_ = torch.searchsorted(ends, u.to(torch.float64).contiguous()).clamp(max=self.num_bins - 1)
+        bin_ = torch.searchsorted(ends, u.to(ends.dtype).contiguous()).clamp(max=self.num_bins - 1)
         within = 1 - (ends[bin_] - u) / share[bin_]
-        return self.schedule.inverse(high - (high - low) * (bin_ + within) / self.num_bins).to(u.dtype)
+        return self.schedule.inverse(self.high - (self.high - self.low) * (bin_ + within) / self.num_bins).to(u.dtype)
 
     def importance(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return the density of times uniform in log-SNR over that of these."""
-        bin_ = self._bins(t)
-        return ((self.losses.mean() / self.losses)[bin_]).view(t.shape).to(t)
+        heights = self._heights()
+        return (heights.mean() / heights)[self._bins(t)].to(t.dtype)
+
+    @torch.no_grad()
+    def record(
+        self, t: Float[Tensor, "*shape"], loss: Float[Tensor, "*shape"], *, where: Bool[Tensor, "*shape"]
+    ) -> None:
+        """Note the finite losses of the positions `where`, for the steps after this one."""
+        is_counted = (where & loss.isfinite()).flatten()
+        bin_ = self._bins(t).flatten()
+        self.sums.scatter_add_(0, bin_, torch.where(is_counted, loss.flatten(), 0).to(self.sums.dtype))
+        self.counts.scatter_add_(0, bin_, is_counted.to(self.counts.dtype))
+
+    def _heights(self) -> Tensor:
+        """The losses, but none so small that its bin is never seen again."""
+        return self.losses.clamp(min=1e-3 * self.losses.mean())
 
     def _bins(self, t: Tensor) -> Tensor:
-        high, low = max(self.log_snr_range), min(self.log_snr_range)
-        place = (high - self.schedule.log_snr(t.double().flatten())) / (high - low) * self.num_bins
-        return place.long().clamp(0, self.num_bins - 1).to(self.losses.device)
-
-    def update(self, t: Float[Tensor, "*shape"], loss: Float[Tensor, "*shape"]) -> None:
-        """Move the mean loss of each bin that was drawn towards the loss seen there, where that is finite."""
-        is_finite = loss.detach().isfinite()
-        t, loss = t[is_finite], loss[is_finite]
-        bin_ = self._bins(t)
-        sums, counts = torch.zeros_like(self.losses), torch.zeros_like(self.losses)
-        sums.scatter_add_(0, bin_, loss.detach().double().flatten().to(self.losses.device))
-        counts.scatter_add_(0, bin_, torch.ones_like(bin_, dtype=torch.float64))
-        rate = (1 - self.decay) * (counts > 0)
-        self.losses = self.losses + rate * (sums / counts.clamp(min=1) - self.losses)
+        place = (self.high - self.schedule.log_snr(t.double())) / (self.high - self.low) * self.num_bins
+        return place.clamp(0, self.num_bins - 1).long()

@@ -158,6 +158,7 @@ def _denoiser(config: LatentRunConfig, task: Task) -> Stage:
         mask_token_id=tokenizer.mask_token_id,
         can_guide=config.objective.drop_prompt > 0,
         can_revise=config.objective.joint > 0,
+        adapts_times=config.objective.times == "adaptive",
     )
     if settings.answer == "masked" and settings.answer_tokens and tokenizer.mask_token_id is None:
         raise ValueError(
@@ -178,6 +179,11 @@ def _rollout(config: LatentRunConfig, task: Task) -> Stage:
         raise ValueError(
             f"{config.start} has no answer decoder, which rollout.weight {config.rollout.weight:g} is for. Train it "
             "with an answer_weight, or --rollout.weight 0."
+        )
+    if config.objective.times == "adaptive" and not thinker.denoiser.config.adapts_times:
+        raise ValueError(
+            f"{config.start} was trained without adaptive times, which are learned from its first step on. Use "
+            "--objective.times logit-normal or uniform."
         )
     thinker.denoiser.config.stage = "rollout"
     train = encode(list(task.examples()), thinker.tokenizer, split="train", held_out=task.held_out)

@@ -50,12 +50,13 @@ def fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) -
 def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
     """Time one optimizer step's forwards and backwards: several, or what `at_most` seconds hold, but three at least.
 
-    Weights and data order stay as they were.
+    Weights, buffers and data order stay as they were.
     """
     dataset: Any = trainer.train_dataset
     model: Any = trainer.model
     rows = list(islice(cycle(dataset), trainer.args.per_device_train_batch_size))
     device, times = trainer.args.device, []
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for step in range(trainer.timed_steps):
         start = time.monotonic()
         trainer.state.global_step = step  # some objectives make another pass in some steps
@@ -68,6 +69,8 @@ def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
         times.append(time.monotonic() - start)
         if any_process(step >= 2 and sum(times) > at_most, device=device):
             break
+    for buffer, before in buffers:
+        buffer.copy_(before)
     trainer.state.global_step = 0
     trainer.forget_counts()
     return sum(times[2:]) / len(times[2:]) * trainer.args.gradient_accumulation_steps

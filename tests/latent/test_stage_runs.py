@@ -99,10 +99,16 @@ def wait_for_log(process, folder, *, lines):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "rollout"])
+ADAPTIVE = ThoughtObjective(times="adaptive", joint=0.4)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "adaptive denoiser", "rollout"])
 def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(configs, tmp_path, stage, monkeypatch):
-    whole = run_stage(with_train(configs[stage], tmp_path, "whole"), console=QUIET)
-    config = with_train(configs[stage], tmp_path)
+    config = configs[stage.split()[-1]]
+    if "adaptive" in stage:
+        config = replace(config, objective=ADAPTIVE)
+    whole = run_stage(with_train(config, tmp_path, "whole"), console=QUIET)
+    config = with_train(config, tmp_path)
     loss_of, losses = StageTrainer.compute_loss, []
 
     def interrupted(self, *args, **kwargs):
@@ -152,6 +158,18 @@ def test_eight_rows_at_once_equal_two_rows_four_times(configs, tmp_path, answer,
     assert_split_equals_whole(config, tmp_path)
 
 
+def test_adaptive_times_are_the_same_however_a_batch_is_split_and_go_on_in_the_rollout(configs, tmp_path):
+    config = replace(configs["denoiser"], objective=ADAPTIVE)
+    denoiser = assert_split_equals_whole(config, tmp_path)
+    losses = weights(denoiser)["times.losses"]
+    assert not torch.equal(losses, torch.ones_like(losses))
+    rollout = replace(configs["rollout"], objective=ADAPTIVE)
+    with pytest.raises(ValueError, match="trained without adaptive times.*--objective.times logit-normal"):
+        run_stage(with_train(rollout, tmp_path, "refused"), console=QUIET)
+    rolled = run_stage(replace(with_train(rollout, tmp_path, "rollout"), start=str(denoiser)), console=QUIET)
+    assert not torch.equal(weights(rolled.folder)["times.losses"], losses)
+
+
 def test_rollout_too_is_the_same_however_a_batch_is_split(configs, tmp_path):
     assert_split_equals_whole(configs["rollout"], tmp_path)
 
@@ -166,6 +184,7 @@ def assert_split_equals_whole(config, tmp_path):
         assert logged(whole, name) == pytest.approx(logged(split, name), abs=2e-4)
     expected, found = weights(whole), weights(split)
     assert max((expected[name] - found[name]).abs().max() for name in expected) < 1e-4
+    return whole
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_stage(configs, tmp_path, monkeypatch):
@@ -192,9 +211,11 @@ def test_minutes_lower_the_number_of_steps_so_that_the_learning_rate_reaches_its
     assert json.loads((outcome.folder / "recipe.json").read_text())["train"]["max_steps"] < 10_000
 
 
-def test_the_first_log_line_tells_of_steps_that_trained_and_not_of_those_that_were_timed(configs, tmp_path):
-    plain = run_stage(with_train(configs["denoiser"], tmp_path, "plain"), console=QUIET).folder
-    timed = run_stage(with_train(configs["denoiser"], tmp_path, "timed", max_minutes=5), console=QUIET).folder
+@pytest.mark.parametrize("objective", [ThoughtObjective(), ADAPTIVE], ids=["plain", "adaptive"])
+def test_the_first_log_line_tells_of_steps_that_trained_and_not_of_those_that_were_timed(configs, tmp_path, objective):
+    config = replace(configs["denoiser"], objective=objective)
+    plain = run_stage(with_train(config, tmp_path, "plain"), console=QUIET).folder
+    timed = run_stage(with_train(config, tmp_path, "timed", max_minutes=5), console=QUIET).folder
     for name in ("flow", "stop", "answer"):
         assert logged(plain, name) == logged(timed, name)
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,7 +107,7 @@ def test_time_densities_keep_their_shape():
 @given(heights=st.lists(st.floats(0.01, 10), min_size=4, max_size=4))
 def test_adaptive_times_draw_each_bin_in_proportion_to_its_loss(heights):
     schedule = gaussian_schedule("flow")
-    times = AdaptiveTimes(schedule=schedule, num_bins=4, log_snr_range=(-8.0, 8.0))
+    times = AdaptiveTimes(schedule, num_bins=4, log_snr_range=(-8.0, 8.0))
     times.losses = torch.tensor(heights, dtype=torch.float64)
     u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     t = times(u)
@@ -116,7 +118,7 @@ def test_adaptive_times_draw_each_bin_in_proportion_to_its_loss(heights):
 
 def test_importance_brings_adaptive_times_back_to_times_uniform_in_log_snr():
     schedule = gaussian_schedule("cosine")
-    times = AdaptiveTimes(schedule=schedule, num_bins=4, log_snr_range=(-8.0, 8.0))
+    times = AdaptiveTimes(schedule, num_bins=4, log_snr_range=(-8.0, 8.0))
     times.losses = torch.tensor([1.0, 4.0, 2.0, 9.0], dtype=torch.float64)
     u = (torch.arange(40000, dtype=torch.float64) + 0.5) / 40000
     t = times(u)
@@ -137,11 +139,29 @@ def test_sampling_starts_where_the_output_says_what_x_0_is(name):
 
 
 def test_adaptive_times_learn_where_the_loss_is():
-    times = AdaptiveTimes(schedule=gaussian_schedule("flow"), num_bins=4, log_snr_range=(-8.0, 8.0), decay=0.5)
-    t = gaussian_schedule("flow").inverse(torch.tensor([6.0, 2.0, -6.0]))
-    for _ in range(40):
-        times.update(t, torch.tensor([0.0, 3.0, 1.0]))
+    times = AdaptiveTimes(gaussian_schedule("flow"), num_bins=4, log_snr_range=(-8.0, 8.0), decay=0.5)
+    t = gaussian_schedule("flow").inverse(torch.tensor([6.0, 2.0, -6.0, -2.0, -2.0]))
+    where = torch.tensor([True, True, True, False, True])
+    for step in range(41):
+        times.begin(step)
+        times.record(t, torch.tensor([0.0, 3.0, 1.0, 9.0, math.inf]), where=where)
     assert torch.allclose(times.losses, torch.tensor([0.0, 3.0, 1.0, 1.0], dtype=torch.float64), atol=1e-6)
+    assert 0 < float(times(torch.tensor(1e-4))) < float(t[0])  # a bin without loss is still seen
+
+
+def test_adaptive_times_wait_for_the_end_of_a_step_and_carry_what_it_saw_in_their_buffers():
+    times, whole = (AdaptiveTimes(gaussian_schedule("flow"), num_bins=4, decay=0.5) for _ in range(2))
+    t, loss, where = torch.tensor([0.1, 0.1, 0.9]), torch.tensor([2.0, 4.0, 1.0]), torch.ones(3, dtype=torch.bool)
+    for part in (slice(0, 1), slice(1, 3)):
+        times.begin(0)
+        times.record(t[part], loss[part], where=where[part])
+    assert torch.equal(times.losses, torch.ones(4, dtype=torch.float64))
+    whole.record(t, loss, where=where)
+    resumed = AdaptiveTimes(gaussian_schedule("flow"), num_bins=4, decay=0.5)
+    resumed.load_state_dict(times.state_dict())
+    for each in (times, whole, resumed):
+        each.begin(1)
+        assert each.losses.tolist() == [1.0, 2.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +171,7 @@ def test_adaptive_times_learn_where_the_loss_is():
         (lambda: GaussianDiffusion(weighting="snr"), "unknown weighting 'snr'"),
         (lambda: GaussianDiffusion(smallest_t=0.0), "smallest_t must lie in"),
         (lambda: LogitNormalTimes(std=0.0), "a positive std; got 1.0 and 0"),
-        (lambda: AdaptiveTimes(schedule=gaussian_schedule("flow"), num_bins=1), "num_bins must be at least 2"),
+        (lambda: AdaptiveTimes(gaussian_schedule("flow"), num_bins=1), "num_bins must be at least 2"),
     ],
 )
 def test_mistakes_are_told(build, message):
