@@ -143,6 +143,7 @@ def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinke
     start, out = str(folder / "ae"), str(folder / "den")
     config = replace(recipes["denoiser"], task=args.task, out=out, start=start, train=train, force=args.force)
     config = replace(config, denoiser=replace(config.denoiser, num_layers=args.layers))
+    config = replace(config, objective=replace(config.objective, times=args.times))
     if not args.has_answer:
         config = replace(config, objective=replace(config.objective, answer_weight=0.0))
     thinker = redraft.load_thinker(whole(run_stage(config, console=QUIET)).folder)
@@ -181,6 +182,7 @@ def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> N
         recipe.train, seed=seed, max_minutes=None, max_steps=args.own_steps, optimizer=args.optimizer
     )  # fmt: skip
     recipe = replace(recipe, task=args.task, out=str(folder / "roll"), start=str(folder / "den"), train=train)
+    recipe = replace(recipe, objective=replace(recipe.objective, times=args.times))
     if not args.has_answer:
         recipe = replace(recipe, rollout=replace(recipe.rollout, weight=0.0))
     thinker = redraft.load_thinker(whole(run_stage(recipe, console=QUIET)).folder)
@@ -351,8 +353,10 @@ def measured(args: argparse.Namespace, table: Table, seed: int, group: str) -> l
     steps = f"{args.steps}+{args.own_steps}" if args.own_steps else args.steps
     mute = ["no-answer"] if args.own_steps and args.no_answer else []
     muon = ["muon"] if args.optimizer == "muon" else []
-    wanted = [table.wanted] if table.wanted and group == "latent" else []
-    settings = (args.task, steps, *mute, *muon, args.layers, args.samples, len(table.prompts), seed, group, *wanted)
+    own = []
+    if group == "latent":
+        own = [*([args.times] if args.times != "logit-normal" else []), *([table.wanted] if table.wanted else [])]
+    settings = (args.task, steps, *mute, *muon, args.layers, args.samples, len(table.prompts), seed, group, *own)
     key = " ".join(map(str, settings))
     if args.runs and args.runs.is_file():
         done = {run["key"]: run["rows"] for run in map(json.loads, args.runs.read_text().splitlines())}
@@ -447,6 +451,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, help=f"of each model but the rollout; by default {STEPS}")
     parser.add_argument("--rollout-steps", type=int, help="0 leaves rollout out; by default as above")
     parser.add_argument("--no-answer", action="store_true", help="latent without an answer decoder: thoughts alone")
+    parser.add_argument("--times", default="logit-normal", help="of the latent model: uniform, adaptive")
     parser.add_argument("--optimizer", default="muon", choices=("adamw", "muon"), help="of all but the autoencoder")
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
     parser.add_argument("--samples", type=int, default=10)
