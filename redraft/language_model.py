@@ -20,13 +20,13 @@ from redraft.models.masks import first_position
 from redraft.prompts import Prompt, as_batch, encode, encode_pair, encode_with_holes, row_keys
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.completion import CompiledConstraint
+from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.constrain import Constrained
 from redraft.sampling.constraints import Constraint
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.loop import Sampler, Step, denoise
 from redraft.sampling.policies import Blocks, GridBlocks
-from redraft.sampling.presets import SamplingConfig, with_saved
 from redraft.sampling.token_bytes import leading_space, token_bytes
 from redraft.sampling.trace import Recorder, RowTrace
 

@@ -13,9 +13,9 @@ from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 from redraft.errors import unknown_name
 from redraft.language_model import LanguageModel, cut_text
 from redraft.sampling.canvas import Status
+from redraft.sampling.config import SamplingConfig
 from redraft.sampling.forward import Session
 from redraft.sampling.loop import Step
-from redraft.sampling.presets import SamplingConfig
 
 HELP = "/reset forgets the conversation, /set NAME VALUE changes a setting, /settings lists them, /quit ends."
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from redraft.sampling.presets import SamplingConfig
+from redraft.sampling.config import SamplingConfig
 
 T = TypeVar("T")
 

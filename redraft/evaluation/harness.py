@@ -25,7 +25,7 @@ from redraft.evaluation.metrics import Interval, bootstrap
 from redraft.evaluation.run import Record, Store, Summary, join_processes, summarize
 from redraft.language_model import LanguageModel, load
 from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, rolling_requests, score_questions
-from redraft.sampling.presets import SamplingConfig
+from redraft.sampling.config import SamplingConfig
 
 logger = logging.getLogger(__name__)
 

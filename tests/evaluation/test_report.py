@@ -7,7 +7,7 @@ from redraft.evaluation.report import compare, plot_frontier, provenance, to_mar
 from redraft.evaluation.run import Store, summarize
 from redraft.evaluation.suites import SUITES, find_suite
 from redraft.loglikelihood import LikelihoodConfig
-from redraft.sampling.presets import SamplingConfig
+from redraft.sampling.config import SamplingConfig
 
 
 def write_run(folder, scores):

@@ -12,8 +12,8 @@ from redraft.models.families import find_family
 from redraft.models.settings import DiffusionSettings
 from redraft.prompts import row_keys
 from redraft.sampling.canvas import Status, build_canvas
+from redraft.sampling.config import SamplingConfig
 from redraft.sampling.loop import denoise
-from redraft.sampling.presets import SamplingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # their generate
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import redraft
 from redraft.cli.parsing import SamplingFlags, parse
 from redraft.models.families import FAMILIES
-from redraft.sampling.presets import SamplingConfig, with_saved
+from redraft.sampling.config import SamplingConfig, with_saved
 
 DATA = Path(__file__).parent.parent / "golden" / "data"
 PROMPT = [[3, 4, 5, 6]]
