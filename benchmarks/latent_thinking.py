@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from machine import describe
 from outcome import whole
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import redraft
 from redraft.data.splits import split_of
@@ -80,7 +80,7 @@ class Table:
         """Stop the clock of the training."""
         self.cpu_minutes = (time.process_time() - self.begun) / 60
 
-    def add(self, name: str, texts: list[list[str]], *, forwards: int, seconds: float) -> None:
+    def add(self, name: str, texts: list[list[str]], *, forwards: int, seconds: float, **more: float) -> None:
         """Judge the answers of each prompt's samples."""
         found = [
             [text if self.task.is_solved(prompt, text) else None for text in told]
@@ -98,6 +98,7 @@ class Table:
             "seconds": seconds / sum(hits) if any(hits) else None,
             "forwards": forwards / sum(hits) if any(hits) else None,
             "cpu_minutes": self.cpu_minutes,
+            **more,
         }
         lengths = [len(prompt.split()) for prompt in self.prompts]
         if isinstance(self.task, Composition):  # solved by number of permutations
@@ -115,18 +116,27 @@ class Table:
             return None
         return 100 * mean(pass_at_k(len(answers), h, k) for answers, h in zip(found, hits, strict=True))
 
-    def think(self, name: str, thinker: Thinker, *, read: str = "thoughts", **settings: Any) -> None:
-        """Measure one setting of the dials; `read`: judge what the thoughts say, or the answer decoder."""
+    def think(
+        self, name: str, thinker: Thinker, *, read: str = "thoughts", seen: list[int] | None = None, **settings: Any
+    ) -> None:
+        """Measure one setting of the dials; `read`: judge what the thoughts say, or the answer decoder.
+
+        Of answers is also measured how many say what the thoughts do that they were shown: the sample's own, or those
+        of the samples `seen`.
+        """
         if not re.search(self.wanted, name):
             return
         start = time.perf_counter()
         trains = thinker.think(self.prompts, **settings)
         seconds = time.perf_counter() - start
-        texts = [
-            [s.answer if read == "answer" else self.task.answer([t.text for t in s.thoughts]) for s in samples]
-            for samples in trains
-        ]
-        self.add(name, texts, forwards=sum(s.forwards for samples in trains for s in samples), seconds=seconds)
+        flat = [sample for samples in trains for sample in samples]
+        texts, more = [self.task.answer([thought.text for thought in sample.thoughts]) for sample in flat], {}
+        if read == "answer":
+            shown = texts if seen is None else [texts[i] for i in seen]
+            texts = [sample.answer for sample in flat]
+            more["follows"] = 100 * mean(a == b for a, b in zip(texts, shown, strict=True))
+        told = [texts[i : i + len(trains[0])] for i in range(0, len(texts), len(trains[0]))]
+        self.add(name, told, forwards=sum(s.forwards for s in flat), seconds=seconds, **more)
 
 
 def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinker:
@@ -154,16 +164,15 @@ def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinke
 
 def controls(table: Table, thinker: Thinker, prefix: str, *, read: str, samples: int) -> None:
     """Measure what is left where the committed thoughts are not one's own."""
-    swap = torch.arange(len(table.prompts) * samples).view(-1, samples)
-    swap = torch.cat([pair.flip(0) for pair in swap.split(2)]).flatten()
-    changes = {
-        "zeroed": lambda block, z: torch.zeros_like(z),
-        "shuffled": lambda block, z: z.roll(samples, 0),
-        "swapped in pairs": lambda block, z: z[swap],
-    }
+    rows = torch.arange(len(table.prompts) * samples).view(-1, samples)
+    sources = {"shuffled": rows.roll(1, 0), "swapped in pairs": torch.cat([pair.flip(0) for pair in rows.split(2)])}
     settings = {"steps": 16, "samples": samples, "solver": "ddim", "read": read}
-    for name, change in changes.items():
-        table.think(f"{prefix}, control: thoughts {name}", thinker, intervene=change, **settings)
+    zeroed = f"{prefix}, control: thoughts zeroed"
+    table.think(zeroed, thinker, intervene=lambda block, z: torch.zeros_like(z), **settings)
+    for name, source in sources.items():
+        of = source.flatten()
+        change = lambda block, z, of=of: z[of]  # noqa: E731
+        table.think(f"{prefix}, control: thoughts {name}", thinker, intervene=change, seen=of.tolist(), **settings)
 
 
 def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> None:
@@ -255,26 +264,47 @@ def visible(ids, *, pad, causal):
 @torch.no_grad()
 def decode(model, ids, first, *, pad, mask_token_id, temperature, seed, fills=None):
     """Fill columns first[row] ... of every row: left to right, or surest first, in `fills` forwards if given."""
-    ids, rows, is_causal = ids.clone(), torch.arange(len(ids)), mask_token_id is None
+    fill = partial(fill_masked, mask_token_id=mask_token_id, fills=fills) if mask_token_id is not None else write_rows
+
+    def draw(logits, row, step, position):
+        """Draw tokens (n,), each by numbers of its own."""
+        if not temperature:
+            return logits.argmax(-1)
+        u = uniform(fold(seed, row)[:, None], step, position[:, None], torch.arange(logits.shape[-1])).clamp(min=1e-12)
+        return (logits / temperature - (-u.log()).log().float()).argmax(-1)
+
+    return fill(model, ids.clone(), first, pad=pad, draw=draw)
+
+
+def write_rows(model, ids, first, *, pad, draw):
+    """Write from left to right, keys and values kept; the rows' prompts may end at different columns."""
+    rows, begin, width = torch.arange(len(ids)), int(first.min()), ids.shape[1]
+    cache, fed = DynamicCache(config=model.config), 0
+    for column in range(begin, width):
+        logits = model(input_ids=ids[:, fed:column], past_key_values=cache, use_cache=True).logits[:, -1].float()
+        logits[:, pad] = -torch.inf
+        fed = column
+        drawn = draw(logits, rows, (column - first)[:, None], torch.full_like(rows, column - 1))
+        ids[:, column] = torch.where(column < first, ids[:, column], drawn)
+    return ids, len(ids) * (width - begin)
+
+
+def fill_masked(model, ids, first, *, pad, mask_token_id, fills, draw):
+    """Decide the surest open places, as many in each forward."""
     longest = ids.shape[1] - int(first.min())
     forwards = min(fills or longest, longest)
     for step in range(forwards):
-        logits = model(input_ids=ids, attention_mask=visible(ids, pad=pad, causal=is_causal)).logits.float()
-        logits[..., pad if is_causal else mask_token_id] = -torch.inf
-        drawn = logits.argmax(-1)
-        if temperature:
-            keys = fold(seed, rows)[:, None, None], step, torch.arange(ids.shape[1])[:, None]
-            u = uniform(*keys, torch.arange(logits.shape[-1])).clamp(min=1e-12)
-            drawn = (logits / temperature - (-u.log()).log().float()).argmax(-1)
-        if is_causal:
-            at = (first + step).clamp(max=ids.shape[1] - 1)
-            ids[rows, at] = drawn[rows, at - 1]
-        else:
-            is_open = ids == mask_token_id
-            sure = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0].masked_fill(~is_open, -1)
-            quota = (is_open.sum(1) / (forwards - step)).round()
-            is_chosen = is_open & (sure.argsort(1, descending=True).argsort(1) < quota[:, None])
-            ids = torch.where(is_chosen, drawn, ids)
+        is_open = ids == mask_token_id
+        row, position = is_open.nonzero(as_tuple=True)
+        mask = visible(ids, pad=pad, causal=False)
+        logits = model(input_ids=ids, attention_mask=mask).logits[row, position].float()
+        logits[:, mask_token_id] = -torch.inf
+        drawn, sure = ids.clone(), torch.full(ids.shape, -1.0)
+        drawn[row, position] = found = draw(logits, row, step, position)
+        sure[row, position] = logits.softmax(-1).gather(-1, found[:, None])[:, 0]
+        quota = (is_open.sum(1) / (forwards - step)).round()
+        is_chosen = is_open & (sure.argsort(1, descending=True).argsort(1) < quota[:, None])
+        ids = torch.where(is_chosen, drawn, ids)
     return ids, len(ids) * forwards
 
 
@@ -320,6 +350,8 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
     labels = torch.tensor(
         [[IGNORED] * len(p) + t + [eos if is_masked else IGNORED] * (width - len(p) - len(t)) for p, t in pairs]
     )
+    if not is_masked:  # pauses are given, not written (2310.02226)
+        labels[ids == mask] = IGNORED
     model = train_baseline(args, seed, ids, labels, tokenizer, mask_token_id=hidden, folder=folder)
     table.trained()
     pauses = {e.prompt: write(e).count(mask) for e in everything}
@@ -394,6 +426,9 @@ def show(runs: dict[int, list[dict[str, Any]]]) -> None:
         print(f"| {name} | {' | '.join(cell(found, column, digits) for column, digits in columns.items())} |")
     trained = {found[0]["group"]: found for found in rows.values()}
     print("\nCPU minutes of training:", "; ".join(f"{name} {cell(f, 'cpu_minutes', 1)}" for name, f in trained.items()))
+    if answered := {name: found for name, found in rows.items() if "follows" in found[0]}:
+        print("\nAnswers that say what the thoughts do that they were shown, %:", end=" ")
+        print("; ".join(f"{name} {cell(found, 'follows', 1)}" for name, found in answered.items()))
     lengths = list(rows[names[0]][0].get("by_length", {}))
     if lengths:
         print(f"\nsolved, one sample, by number of permutations:\n\n| | {' | '.join(map(str, lengths))} |")

@@ -2,6 +2,9 @@
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
@@ -10,3 +13,32 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ValueError(f"unknown {what} {name!r}; known are {', '.join(names)}.{hint}")
+
+
+def check_types(settings: Any) -> None:
+    """Raise ValueError for a field of a dataclass whose value is not of the type it is annotated with."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not fits(value, kind):
+            raise ValueError(f"{name} must be {described(kind)}; got {value!r}.")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value may stand for a field of this annotation; a whole number may for a float."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(one, inner[0]) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
+
+
+def described(kind: Any) -> str:
+    """Name what an annotation allows."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType, Literal) else (kind,)
+    names = [repr(one) if isinstance(one, str) else getattr(one, "__name__", str(one)) for one in kinds]
+    return f"one of {', '.join(names)}" if len(names) > 1 else f"of type {names[0]}"

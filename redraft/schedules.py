@@ -193,6 +193,21 @@ class GaussianSchedule:
     def sigma(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return self._part(-self.log_snr(t))
 
+    def even_times(self, steps: int, *, start: float = 1.0) -> Float[Tensor, "steps_and_one"]:
+        """Lay times from `start` to 0, evenly spaced in the curve's flow time tau = sigma / (alpha + sigma); float64.
+
+        For the flow curve that is uniform t. In flow coordinates every curve's equation is the same, so a solver makes
+        the same error on all of them; uniform t would not suit those that fall steeply (sqrt). `shift` moves no times.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1; got {steps}.")
+        curve, first = _CURVES[self.curve], torch.tensor(start, dtype=torch.float64)
+        if self.curve == "flow":
+            return torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)
+        taus = torch.linspace(float((-curve.log_snr(first) / 2).sigmoid()), 0.0, steps + 1, dtype=torch.float64)
+        inner = curve.inverse(2 * torch.logit(1 - taus[1:-1]))
+        return torch.cat([first[None], inner, taus[-1:]])
+
     def _part(self, log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return (log_ratio / 2).sigmoid() if self.path == "flow" else log_ratio.sigmoid().sqrt()
 

@@ -30,7 +30,7 @@ class Arguments:
     trace: Path | None = None
     """Write a page of every step of every thought (.html), or its data (.json)."""
     json: bool = False
-    """Print one JSON object per sample."""
+    """Print one JSON object per sample; `is_vote` marks the one that a vote chooses."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
 
@@ -49,15 +49,15 @@ def main(arguments: list[str]) -> int:
     found = thinker.think(prompts, trace=args.show or args.trace is not None, **asdict(args.thinking))
     console = Console()
     for prompt, samples in zip(prompts, found, strict=True):
+        chosen = vote(samples)
         for sample in samples:
             if args.json:
-                print(json.dumps(as_json(prompt, sample)))
+                print(json.dumps(as_json(prompt, sample) | {"is_vote": sample is chosen}))
                 continue
             say(console, prompt, style="dim")
             for line in lines(sample, show=args.show):
                 say(console, line)
         if len(samples) > 1 and not args.json:
-            chosen = vote(samples)
             say(console, f"vote: {chosen.answer or chosen.text}", style="bold")
     if args.trace:
         rows = [as_json(prompt, s) for prompt, samples in zip(prompts, found, strict=True) for s in samples]

@@ -11,7 +11,7 @@ from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
 from redraft.latent.thinking import Thinker
 from redraft.models.device import choose_device
-from redraft.models.load import load_tokenizer, read_raw_config
+from redraft.models.load import load_tokenizer, load_weights, read_raw_config
 
 STAGES = ("autoencoder", "denoiser", "rollout")
 MADE_BY = {"autoencoder": "latent-autoencoder", "denoiser": "latent-denoiser", "rollout": "latent-rollout"}
@@ -23,23 +23,39 @@ for _config in (AutoencoderConfig, LatentDenoiserConfig):
 def load_thinker(path: str | Path, *, device: str | torch.device | None = None) -> Thinker:
     """Load what thinks: a denoiser (or its rollout), its autoencoder and tokenizer.
 
-    Raises ValueError where there is no such model or it is of another stage.
+    Raises ValueError where there is no such model, it is of another stage, or its files are damaged or do not fit.
     """
     require_stage(path, "denoiser", "rollout")
     target = choose_device(device)
-    autoencoder = TextAutoencoder.from_pretrained(Path(path) / AUTOENCODER_FOLDER)
+    autoencoder = _load(TextAutoencoder, Path(path) / AUTOENCODER_FOLDER)
     autoencoder.require_normalizer()
-    denoiser = LatentDenoiser.from_pretrained(path)
+    denoiser = _load(LatentDenoiser, path)
     for model in (denoiser, autoencoder):
         nn.Module.to(model, target).eval()
-    return Thinker(denoiser, autoencoder, load_tokenizer(path))
+    return Thinker(denoiser, autoencoder, _tokenizer(path))
 
 
 def load_autoencoder(path: str | Path) -> tuple[TextAutoencoder, Any]:
     """Load an autoencoder and its tokenizer, from its own folder or from that of a model trained on it."""
     stage = require_stage(path, *STAGES)
     folder = Path(path) if stage == "autoencoder" else Path(path) / AUTOENCODER_FOLDER
-    return TextAutoencoder.from_pretrained(folder).eval(), load_tokenizer(path)
+    return _load(TextAutoencoder, folder).eval(), _tokenizer(path)
+
+
+def _load(kind: Any, path: str | Path) -> Any:
+    try:
+        config = kind.config_class.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot read the model config of {path}: {reason}") from error
+    return load_weights(kind, path, config=config)
+
+
+def _tokenizer(path: str | Path) -> Any:
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer. Give the folder as its training saved it.")
+    return tokenizer
 
 
 def require_stage(path: str | Path, *stages: str) -> str:

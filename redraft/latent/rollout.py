@@ -10,7 +10,7 @@ from torch import Tensor
 
 from redraft.latent.objective import answer_input, answer_loss, prompt_tokens
 from redraft.latent.sequence import Hidden, Latents, Part, ThoughtBatch
-from redraft.latent.solvers import SOLVERS, solve, uniform_times
+from redraft.latent.solvers import SOLVERS, solve
 from redraft.layouts import two_copy_mask
 from redraft.processes.gaussian import GaussianDiffusion
 from redraft.randomness import normal, uniform
@@ -124,7 +124,7 @@ class RolloutObjective:
             estimates.append(_Estimate(output=output, z_t=z, t=t.to(z), x_0=x_0))
             return x_0.detach()
 
-        times = uniform_times(self.steps, start=process.start()).to(z.device)
+        times = process.schedule.even_times(self.steps, start=process.start()).to(z.device)
         solve(SOLVERS["ddim"], process.schedule, estimate, z, times, noise=lambda _: z)
         return estimates  # the last x_0 is what DDIM's step to t = 0 returns
 

@@ -5,6 +5,7 @@ the last time. Whoever drives it decides what answers: a network, guidance, an e
 by alpha, sigma and the inverse of the log-SNR, so it serves every schedule and every parametrisation.
 """
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -30,13 +31,6 @@ class Solver(Protocol):
     def __call__(
         self, path: GaussianPath, z: Float[Tensor, "*shape"], times: Float[Tensor, "steps_and_one"], *, noise: Noise
     ) -> Queries: ...
-
-
-def uniform_times(steps: int, *, start: float = 1.0) -> Float[Tensor, "steps_and_one"]:
-    """Lay a uniform grid from `start` to 0, float64."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}.")
-    return torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)
 
 
 def solve(
@@ -162,8 +156,8 @@ class Churn:
     gamma: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma must not be negative; got {self.gamma}. 0 is DDIM.")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma must be a number and not negative; got {self.gamma}. 0 is DDIM.")
 
     def __call__(self, path: GaussianPath, z: Tensor, times: Tensor, *, noise: Noise) -> Queries:
         _, taus = _flow_coordinates(path, times, z)
@@ -189,13 +183,22 @@ SOLVERS: dict[str, Solver] = {
     "dpm++2m": DpmSolver2M(),
     "churn": Churn(),
 }
+ESTIMATES = {"heun": 2, "midpoint": 2}
+"""Estimates of x_0 in a step, where there is not one."""
 
 
-def solver_from_name(name: str) -> Solver:
-    """Return a solver by its name. Raises ValueError that lists the names."""
+def solver_from_name(name: str, *, eta: float | None = None) -> Solver:
+    """Return a solver by its name; `eta` is ancestral's, or churn's gamma.
+
+    Raises ValueError that lists the names, or the solvers that have an eta.
+    """
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
-    return SOLVERS[name]
+    if eta is None:
+        return SOLVERS[name]
+    if name not in ("ancestral", "churn"):
+        raise ValueError(f"eta is the noise of ancestral and churn; got eta {eta} for {name}. Leave it out.")
+    return Ancestral(eta=eta) if name == "ancestral" else Churn(gamma=eta)
 
 
 def _coefficients(path: GaussianPath, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from redraft.errors import unknown_name
+from redraft.errors import check_types, unknown_name
 from redraft.latent.answers import Cache, no_latents, no_tokens, write_autoregressive, write_masked
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.latent.denoiser import LatentDenoiser
 from redraft.latent.objective import joint_mask, prompt_tokens
 from redraft.latent.repulsion import push_apart
 from redraft.latent.sequence import Hidden, Latents
-from redraft.latent.solvers import solver_from_name, uniform_times
+from redraft.latent.solvers import ESTIMATES, solver_from_name
 from redraft.randomness import fold, normal
 
 UNCHANGED = 2  # decodings in a row that must equal the one before for an early exit
@@ -40,6 +40,8 @@ class ThinkingConfig:
     """Trains of thought for each prompt."""
     solver: str = "dpm++2m"
     """ddim, ancestral, heun, midpoint (both: two forwards a step), dpm++2m or churn."""
+    eta: float | None = None
+    """Noise that ancestral adds, in [0, 1] (by default 1, DDPM's), or churn (its gamma, by default 0.5)."""
     cfg: float = 1.0
     """Classifier-free guidance: 1 is none, more follows the prompt more closely; doubles the work."""
     init_noise: float = 1.0
@@ -58,6 +60,7 @@ class ThinkingConfig:
     """Seed of the noise."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("blocks", "steps", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -65,13 +68,13 @@ class ThinkingConfig:
         for name in ("cfg", "diversity", "revise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, and finite; got {getattr(self, name)}.")
-        if not 0 < self.init_noise < math.inf or not 0 < self.revise_t <= 1:
-            raise ValueError(
-                f"init_noise must be positive and revise_t in (0, 1]; got {self.init_noise} and {self.revise_t}."
-            )
+        if not 0 < self.init_noise < math.inf:
+            raise ValueError(f"init_noise must be positive and finite; got {self.init_noise}. 1 is usual.")
+        if not 0 < self.revise_t <= 1:
+            raise ValueError(f"revise_t must be in (0, 1]; got {self.revise_t}. 0.5 is usual.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in [0, 2**63); got {self.seed}.")
-        solver_from_name(self.solver)
+        solver_from_name(self.solver, eta=self.eta)
 
 
 class Estimate(NamedTuple):
@@ -149,8 +152,8 @@ class Thinker:
         if config.blocks is not None and config.blocks > limit:
             raise ValueError(f"blocks must be at most the {limit} the model was built for; got {config.blocks}.")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts:
-            raise ValueError("there is no prompt; give at least one.")
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"a prompt is a text, and there must be one; got {texts[:1]!r}.")
         run = _Run(self, texts, config, is_traced=trace)
         for block in range(1, (config.blocks or limit) + 1):
             run.denoise_block(block)
@@ -165,7 +168,12 @@ class Thinker:
 def vote(
     samples: Sequence[TrainOfThought], *, verify: Callable[[TrainOfThought], bool] | None = None
 ) -> TrainOfThought:
-    """Choose among samples: the first that is verified, else the first of the commonest answer (text, without one)."""
+    """Choose among samples: the first that is verified, else the first of the commonest answer (text, without one).
+
+    Raises ValueError where there is none.
+    """
+    if not samples:
+        raise ValueError("there is no sample to choose from; got none.")
     verified = next((sample for sample in samples if verify and verify(sample)), None)
     if verified is not None:
         return verified
@@ -215,11 +223,9 @@ class _Run:
     def denoise_block(self, block: int) -> None:
         """Denoise the next block from noise, for the rows that still think."""
         self.steps.append([[] for _ in self.keys])
-        z, start = self.config.init_noise * self._noise(block, 0), self.model.config.process.start()
-        estimate = partial(self._estimate, block)
-        x_0, instability = self._solve(
-            block, z, uniform_times(self.config.steps, start=start), self.is_thinking, estimate
-        )
+        z, process = self.config.init_noise * self._noise(block, 0), self.model.config.process
+        times = process.schedule.even_times(self.config.steps, start=process.start())
+        x_0, instability = self._solve(block, z, times, self.is_thinking, partial(self._estimate, block))
         self.blocks.append(x_0)
         self.instability.append(instability)
 
@@ -237,14 +243,14 @@ class _Run:
 
         `place`: the block that each row denoises, where it is not the same one.
         """
-        queries = solver_from_name(self.config.solver)(
+        queries = solver_from_name(self.config.solver, eta=self.config.eta)(
             self.model.config.process.schedule, z, times.to(z.device), noise=lambda i: self._noise(draw, i + 1)
         )
         x_0 = torch.zeros_like(z)
         is_done, change = ~is_active, torch.zeros(len(z), device=z.device)
         unchanged, texts = torch.zeros_like(self.forwards), torch.full((len(z), 1), -1, device=z.device)
         place = torch.zeros_like(self.forwards) if place is None else place
-        question = next(queries)
+        question, asked = next(queries), 0
         active = (~is_done).nonzero()[:, 0]  # sync: rows that are done are not computed
         while len(active):
             z_t, t = question
@@ -260,11 +266,12 @@ class _Run:
                 if self.is_traced and draw <= len(self.steps):  # revisions are not shown
                     for row in active.tolist():
                         self.steps[draw - 1][row].append(Estimate(float(t), self._text(written[row]), x_0[row]))
-                unchanged = torch.where((written == texts).all(1), unchanged + 1, 0)
-                texts = written
-                if self.config.early_exit:
+                if self.config.early_exit and asked % ESTIMATES.get(self.config.solver, 1) == 0:  # once a step
+                    unchanged = torch.where((written == texts).all(1), unchanged + 1, 0)
+                    texts = written
                     is_done = is_done | (unchanged >= UNCHANGED)
                     active = (~is_done).nonzero()[:, 0]  # sync
+            asked += 1
             try:
                 question = queries.send(x_0)
             except StopIteration as end:
@@ -338,11 +345,12 @@ class _Run:
             return self._guided(hidden[is_noisy].view(len(index), size, -1), z, t)
 
         draw = 1000 + index  # apart from the noise of the blocks
-        start = min(self.config.revise_t, self.model.config.process.start())
+        process = self.model.config.process
+        start = min(self.config.revise_t, process.start())
         before = whole[torch.arange(rows, device=whole.device), chosen]
         at = whole.new_full((rows, size), start)
-        z = self.model.config.process.corrupt(before, at, eps=self._noise(draw, 0)).z_t
-        times = uniform_times(max(1, round(self.config.steps * start)), start=start)
+        z = process.corrupt(before, at, eps=self._noise(draw, 0)).z_t
+        times = process.schedule.even_times(max(1, round(self.config.steps * start)), start=start)
         x_0, change = self._solve(draw, z, times, is_real[:, 0], estimate, place=chosen)
         self.blocks = list(torch.where(is_chosen[..., None, None], x_0[:, None], whole).unbind(1))
         self.instability = list(torch.where(is_chosen, change[:, None], instability).unbind(1))

@@ -6,11 +6,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from redraft.data.prepare import DataConfig
-from redraft.errors import unknown_name
+from redraft.errors import described, fits, unknown_name
 from redraft.layouts import Layout
 from redraft.likelihood import SMALLEST_T, Objective
 from redraft.models.build import ModelConfig
@@ -340,27 +339,9 @@ def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
             values[name] = from_dict(nested, value, where=f"{where}: {name}")
             continue
         values[name] = tuple(value) if isinstance(value, list) else value
-        if not _fits(values[name], nested):
-            kinds = ", ".join(
-                repr(one) if isinstance(one, str) else getattr(one, "__name__", str(one))
-                for one in (get_args(nested) or (nested,))
-            )
-            raise ValueError(f"{where}: {name} must be one of {kinds}; got {value!r}. Mend the file.")
+        if not fits(values[name], nested):
+            raise ValueError(f"{where}: {name} must be {described(nested)}; got {value!r}. Mend the file.")
     return kind(**values)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON may stand for a field of this annotation."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def differences(old: Any, new: Any) -> list[str]:

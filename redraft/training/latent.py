@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from redraft.latent.rollout import Known
 from redraft.latent.sequence import Part, ThoughtBatch
 from redraft.latent.thinking import Thinker
 from redraft.models.device import choose_device
-from redraft.models.load import load_tokenizer
+from redraft.models.load import load_tokenizer, read_config, read_raw_config
 from redraft.randomness import normal, uniform
 from redraft.training.adapter import num_parameters
 from redraft.training.latent_config import LatentRunConfig
@@ -115,6 +115,7 @@ def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
 
 def _tokenizer_of(encoder: str) -> Any:
     """Load an encoder's tokenizer; BERT's separator ends its texts. Raises ValueError where none would."""
+    read_config(encoder, read_raw_config(encoder))
     tokenizer = load_tokenizer(encoder)
     require_eos_token(tokenizer)
     if tokenizer.eos_token is None:
@@ -257,6 +258,9 @@ def solved(thinker: Thinker, task: Task, prompts: list[str]) -> tuple[float, int
 
     Judged is what the decoded thoughts say; for a file, which does not tell how an answer follows, the decoded answer.
     """
+    if isinstance(task, ExampleFile):
+        ids, words = partial(thinker.tokenizer, add_special_tokens=False), thinker.tokenizer.decode
+        task = replace(task, read=lambda text: str(words(ids(text)["input_ids"], skip_special_tokens=True)))
     found = thinker.think(prompts, steps=FINAL_STEPS)
     hits = []
     for prompt, (sample,) in zip(prompts, found, strict=True):

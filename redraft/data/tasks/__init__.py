@@ -1,7 +1,7 @@
 """Tasks to think about: generators of worked examples, and verifiers that know nothing of the generators."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,10 +56,15 @@ class ExampleFile:
 
     path: Path
     held_out: float = 0.1
+    read: Callable[[str], str] = lambda text: " ".join(text.split())
+    """What a text is compared by; for a tokenizer that does not keep all of it, what it makes of the text."""
 
     def examples(self) -> Iterator[Example]:
         """Read the file. Raises ValueError with the number of a line that does not fit, and for an empty file."""
-        lines = self.path.read_text(encoding="utf-8").split("\n")  # U+2028 may stand within a line of JSON
+        try:
+            lines = self.path.read_text(encoding="utf-8").split("\n")  # U+2028 may stand within a line of JSON
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is not UTF-8: {error}. Save it as UTF-8.") from error
         if not lines[-1]:
             lines.pop()
         if not lines:
@@ -68,7 +73,7 @@ class ExampleFile:
             try:
                 row = json.loads(line)
                 prompt, blocks, answer = row["prompt"], row["blocks"], row.get("answer", "")
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 prompt = blocks = answer = None
             if not (isinstance(blocks, list) and all(isinstance(text, str) for text in (prompt, answer, *blocks))):
                 wanted = '{"prompt": str, "blocks": [str, ...], "answer": str}'
@@ -86,13 +91,14 @@ class ExampleFile:
 
     def is_solved(self, prompt: str, answer: str) -> bool:
         """Look the prompt up."""
-        return answer in self._answers.get(prompt, ())
+        return self.read(answer) in self._answers.get(prompt, ())
 
     @cached_property
     def _answers(self) -> dict[str, set[str]]:
         answers: dict[str, set[str]] = {}
         for example in self.examples():
-            answers.setdefault(example.prompt, set()).add(example.answer or self.answer(list(example.blocks)))
+            said = example.answer or self.answer(list(example.blocks))
+            answers.setdefault(example.prompt, set()).add(self.read(said))
         return answers
 
 
@@ -129,7 +135,10 @@ def word_tokenizer(examples: list[Example]) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = sorted({word for example in examples for text in example.texts() for word in text.split()})
-    vocabulary = {word: i for i, word in enumerate([PAD, EOS, MASK, UNKNOWN, *words])}
+    special = [PAD, EOS, MASK, UNKNOWN]
+    if taken := [word for word in special if word in words]:
+        raise ValueError(f"the word {taken[0]!r} is a special token of the tokenizer. Write another in its place.")
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
     backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
