@@ -152,8 +152,10 @@ class Thinker:
         if config.blocks is not None and config.blocks > limit:
             raise ValueError(f"blocks must be at most the {limit} the model was built for; got {config.blocks}.")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"a prompt is a text, and there must be one; got {texts[:1]!r}.")
+        if not texts:
+            raise ValueError("there is no prompt; give at least one.")
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"a prompt must be a text; got {wrong[0]!r}.")
         run = _Run(self, texts, config, is_traced=trace)
         for block in range(1, (config.blocks or limit) + 1):
             run.denoise_block(block)

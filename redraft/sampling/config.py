@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from redraft.errors import unknown_name
+from redraft.errors import check_types, unknown_name
 from redraft.layouts import Layout
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies
@@ -74,6 +74,9 @@ class SamplingConfig:
     """When a text ends early: eos, strings that end it, or None for never."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, list):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        check_types(self)
         if self.preset not in PRESETS:
             raise unknown_name("preset", self.preset, PRESETS)
         if self.max_new_tokens < 1:
@@ -211,8 +214,6 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
     if costs & set(given):
         saved = {name: value for name, value in saved.items() if name not in costs}
     chosen = saved | given
-    if isinstance(chosen.get("stop"), list):
-        chosen["stop"] = tuple(chosen["stop"])
     size, total = saved.get("block_size"), chosen.get("max_new_tokens", SamplingConfig.max_new_tokens)
     if size and "block_size" not in given and total > 0 and total % size:
         chosen["block_size"] = max(n for n in _divisors(total) if n <= size)

@@ -4,11 +4,13 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import redraft
@@ -102,7 +104,8 @@ def test_think_shows_thoughts_forming_and_writes_a_page(runs, tmp_path, capsys):
     assert page.count("<table>") == 2
     assert page.count("<tr>") == 10  # 4 steps and the block itself at t = 0
     assert _dispatch([*arguments[:3], "--json", "--samples", "2"]) == 0
-    assert len([json.loads(line) for line in capsys.readouterr().out.splitlines()]) == 2
+    samples = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(sample["is_vote"] for sample in samples) == [False, True]
 
 
 def test_check_prints_the_gate_and_fails_where_it_is_missed(runs, capsys):
@@ -131,7 +134,10 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         (["think", denoiser, "3 4", "--steps", "0"], "steps must be at least 1; got 0"),
         (["think", denoiser, "1 2 3 4 5 6 7"], "a prompt must have 1 to 2 tokens, as in training; got 7"),
         (["think", autoencoder, "3 4"], "must be of stage denoiser or rollout; it is of stage 'autoencoder'"),
-        (["sample", denoiser, "3 4"], f"of the latent stage 'denoiser'.*Use `redraft think {re.escape(denoiser)}`"),
+        (
+            ["sample", denoiser, "3 4"],
+            f"of the latent stage 'denoiser'.*Use redraft.load_thinker or `redraft think {re.escape(denoiser)}`",
+        ),
         (
             ["sample", autoencoder, "3 4"],
             f"of the latent stage 'autoencoder'.*`redraft latent check {re.escape(autoencoder)}`",
@@ -235,6 +241,80 @@ def test_an_autoencoder_without_a_normaliser_is_refused_even_if_forced(runs, tas
         (told,) = capsys.readouterr().err.strip().splitlines()
         assert "no normaliser; got scale 0" in told
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["", "autoencoder"])
+def test_damaged_files_are_one_line(runs, tmp_path, capsys, part):
+    """What transformers would fill with memory as it was, or end in a traceback."""
+    told = []
+    for number, (name, damage) in enumerate(
+        [
+            ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+            ("model.safetensors", Path.unlink),
+            ("model.safetensors", without_first_weight),
+            ("config.json", partial(edit, num_layers=3)),
+            ("config.json", partial(edit, hidden_size=64)),
+            ("tokenizer.json", Path.unlink),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        shutil.copytree(runs["denoiser"], folder)
+        if name == "tokenizer.json":
+            for file in folder.glob("*token*"):
+                file.unlink()
+        else:
+            damage(folder / part / name)
+        assert _dispatch(["think", str(folder), "3 4"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        told.append(line)
+    messages = ["Is a file cut short", "cannot read the weights", "1 missing weights", "missing weights", "mismatched"]
+    for line, message in zip(told, [*messages, "has no tokenizer"], strict=True):
+        assert message in line, line
+
+
+def without_first_weight(path):
+    tensors = load_file(path)
+    tensors.pop("scale" if "scale" in tensors else "out.weight")  # the normaliser's, where there is one
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "caf\xe9", "blocks": ["1"], "answer": "1"}', "is not UTF-8"),
+        (b"[" * 100_000, "line 1: want"),
+        (b'{"prompt": "1 <|mask|>", "blocks": ["1"], "answer": "1"}\n' * 64, "the word '<|mask|>' is a special token"),
+    ],
+)
+def test_files_of_examples_that_cannot_be_read_are_one_line(tmp_path, capsys, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    assert _dispatch(["train", "latent-autoencoder", "--task", str(path), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_an_answer_is_right_however_a_file_spaces_it_or_its_tokenizer_writes_it(tmp_path):
+    path = tmp_path / "spaced.jsonl"
+    path.write_text(
+        '{"prompt": "a", "blocks": ["1  + 1"], "answer": "Two  apples"}\n{"prompt": "b", "blocks": ["1  + 1"]}'
+    )
+    task = find_task(str(path))
+    assert task.is_solved("a", "Two apples")
+    assert task.is_solved("b", "1 + 1")
+    assert not task.is_solved("b", "1 + 2")
+    uncased = replace(task, read=str.lower)
+    assert uncased.is_solved("a", "two  apples")
+
+
+def test_an_encoder_that_is_a_latent_model_is_one_line(runs, task_file, tmp_path, capsys):
+    chosen = ["--autoencoder.kind", "resampler", "--autoencoder.encoder", str(runs["autoencoder"])]
+    assert _dispatch(["train", "latent-autoencoder", "--task", task_file, "--out", str(tmp_path / "o"), *chosen]) == 2
+    assert "which denoises no tokens" in capsys.readouterr().err
 
 
 def test_rollout_without_an_answer_decoder_teaches_thoughts_alone(runs, task_file, tmp_path):

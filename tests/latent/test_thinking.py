@@ -9,7 +9,7 @@ from tiny_thinker import tiny_thinker
 from redraft.latent.objective import prompt_tokens
 from redraft.latent.repulsion import push_apart
 from redraft.latent.sequence import Latents
-from redraft.latent.solvers import solve, solver_from_name, uniform_times
+from redraft.latent.solvers import solve, solver_from_name
 from redraft.latent.thinking import ThinkingConfig, Thought, TrainOfThought, _Run, vote
 from redraft.layouts import two_copy_mask
 
@@ -56,7 +56,7 @@ def test_cached_equals_uncached(solver):
 
         path = thinker.denoiser.config.process.schedule
         noise = lambda i, block=block: run._noise(block, i + 1)  # noqa: E731
-        z = solve(solver_from_name(solver), path, estimate, run._noise(block, 0), uniform_times(3), noise=noise)
+        z = solve(solver_from_name(solver), path, estimate, run._noise(block, 0), path.even_times(3), noise=noise)
         assert torch.allclose(z[0], thought.latents, atol=1e-9)
         done.append(thought.latents)
 
@@ -103,6 +103,28 @@ def test_the_trace_shows_every_step_and_early_exit_saves_some():
     ((early,),) = thinker.think("1 2", steps=12, trace=True, early_exit=True, force_blocks=True)
     assert [len(thought.steps) for thought in early.thoughts] == [3, 3, 3]
     assert full.forwards - early.forwards == 3 * 9
+
+
+@pytest.mark.parametrize(("solver", "asked"), [("ddim", 1), ("heun", 2), ("midpoint", 2), ("ancestral", 1)])
+def test_early_exit_compares_steps_and_not_estimates(solver, asked, monkeypatch):
+    thinker = tiny_thinker(max_blocks=1)
+    monkeypatch.setattr(type(thinker.autoencoder), "decode", lambda self, z: torch.zeros(len(z), 2).long())
+    ((sample,),) = thinker.think("1 2", steps=12, trace=True, early_exit=True, solver=solver)
+    assert len(sample.thoughts[0].steps) == 2 * asked + 1  # the start of the third step is the second like the first
+
+
+def test_eta_of_ancestral_leads_from_ddim_to_all_its_noise():
+    thinker = tiny_thinker()
+    settings = {"steps": 4, "force_blocks": True}
+
+    def latents(**more):
+        ((sample,),) = thinker.think("1 2", **settings, **more)
+        return sample.thoughts[0].latents
+
+    assert torch.equal(latents(solver="ancestral", eta=0.0), latents(solver="ddim"))
+    assert torch.equal(latents(solver="ancestral", eta=1), latents(solver="ancestral"))
+    assert not torch.equal(latents(solver="ancestral", eta=0.5), latents(solver="ancestral"))
+    assert torch.equal(latents(solver="churn", eta=0.5), latents(solver="churn"))
 
 
 def test_guidance_of_one_changes_nothing_and_of_two_does():
@@ -196,6 +218,8 @@ def test_a_vote_takes_the_commonest_answer_or_the_first_verified():
     assert vote(samples, verify=lambda sample: False).answer == "y"
     thought = Thought(latents=torch.zeros(1, 1), text="a", steps=[], instability=0.0)
     assert vote([replace(samples[0], answer="", thoughts=[thought])]).text == "a"
+    with pytest.raises(ValueError, match="there is no sample to choose from"):
+        vote([])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +233,10 @@ def test_a_vote_takes_the_commonest_answer_or_the_first_verified():
         ("1", {"solver": "euler"}, "unknown solver 'euler'"),
         ("1", {"step": 3}, "unknown setting 'step'.*Did you mean 'steps'"),
         ("1", {"cfg": -1.0}, "cfg must not be negative"),
-        ("1", {"init_noise": 0.0}, "init_noise must be positive"),
+        ("1", {"init_noise": 0.0}, "init_noise must be positive and finite; got 0.0. 1 is usual"),
+        ("1", {"revise_t": 0.0}, "revise_t must be in .0, 1.; got 0.0"),
+        ("1", {"eta": 0.5}, "eta is the noise of ancestral and churn; got eta 0.5 for dpm"),
+        ("1", {"eta": 1.5, "solver": "ancestral"}, "eta must be in .0, 1.; got 1.5"),
         ("1 2 3 4 5 6", {}, "a prompt must have 1 to 5 tokens, as in training; got 6"),
         ("1 zwei", {}, "'zwei' is no word of this model"),
         ([], {}, "there is no prompt"),

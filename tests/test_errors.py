@@ -1,0 +1,65 @@
+"""Settings of a wrong type are told by name."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from redraft.errors import check_types
+
+
+@dataclass
+class Settings:
+    count: int = 1
+    share: float = 0.5
+    most: int | None = None
+    is_on: bool = False
+    kind: Literal["a", "b"] = "a"
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_types(self)
+
+
+def test_a_whole_number_may_stand_for_a_float_and_nothing_for_what_may_be_absent():
+    Settings(share=1, most=3, is_on=True, kind="b", names=("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"count": 2.0}, "count must be of type int; got 2.0"),
+        ({"count": True}, "count must be of type int; got True"),
+        ({"share": "1"}, "share must be of type float; got '1'"),
+        ({"most": "2"}, "most must be one of int, NoneType; got '2'"),
+        ({"is_on": "no"}, "is_on must be of type bool; got 'no'"),
+        ({"kind": "c"}, "kind must be one of 'a', 'b'; got 'c'"),
+        ({"names": ("x", 1)}, "names must be of type"),
+    ],
+)
+def test_other_types_are_told(given, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**given)
+
+
+def test_settings_of_thinking_and_of_sampling_are_checked():
+    """In a process of their own: here every annotation of the package is checked already."""
+    code = """
+from redraft.latent.thinking import ThinkingConfig
+from redraft.sampling.config import SamplingConfig
+for kind, given in ((ThinkingConfig, {"steps": 2.5}), (ThinkingConfig, {"early_exit": "no"}),
+                    (SamplingConfig, {"steps": 2.5}), (SamplingConfig, {"max_new_tokens": "8"})):
+    try:
+        kind(**given)
+    except ValueError as error:
+        print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines() == [
+        "steps must be of type int; got 2.5.",
+        "early_exit must be of type bool; got 'no'.",
+        "steps must be one of int, NoneType; got 2.5.",
+        "max_new_tokens must be of type int; got '8'.",
+    ]
