@@ -117,12 +117,18 @@ class Table:
         return 100 * mean(pass_at_k(len(answers), h, k) for answers, h in zip(found, hits, strict=True))
 
     def think(
-        self, name: str, thinker: Thinker, *, read: str = "thoughts", seen: list[int] | None = None, **settings: Any
+        self,
+        name: str,
+        thinker: Thinker,
+        *,
+        read: str = "thoughts",
+        shown: Callable[[list[str]], list[str]] = lambda own: own,
+        **settings: Any,
     ) -> None:
         """Measure one setting of the dials; `read`: judge what the thoughts say, or the answer decoder.
 
-        Of answers is also measured how many say what the thoughts do that they were shown: the sample's own, or those
-        of the samples `seen`.
+        Of answers is also measured how many say what the thoughts do that they were `shown`, given what each sample's
+        own thoughts say.
         """
         if not re.search(self.wanted, name):
             return
@@ -132,9 +138,8 @@ class Table:
         flat = [sample for samples in trains for sample in samples]
         texts, more = [self.task.answer([thought.text for thought in sample.thoughts]) for sample in flat], {}
         if read == "answer":
-            shown = texts if seen is None else [texts[i] for i in seen]
-            texts = [sample.answer for sample in flat]
-            more["follows"] = 100 * mean(a == b for a, b in zip(texts, shown, strict=True))
+            seen, texts = shown(texts), [sample.answer for sample in flat]
+            more["follows"] = 100 * mean(a == b for a, b in zip(texts, seen, strict=True))
         told = [texts[i : i + len(trains[0])] for i in range(0, len(texts), len(trains[0]))]
         self.add(name, told, forwards=sum(s.forwards for s in flat), seconds=seconds, **more)
 
@@ -170,9 +175,28 @@ def controls(table: Table, thinker: Thinker, prefix: str, *, read: str, samples:
     zeroed = f"{prefix}, control: thoughts zeroed"
     table.think(zeroed, thinker, intervene=lambda block, z: torch.zeros_like(z), **settings)
     for name, source in sources.items():
-        of = source.flatten()
+        of = source.flatten().tolist()
         change = lambda block, z, of=of: z[of]  # noqa: E731
-        table.think(f"{prefix}, control: thoughts {name}", thinker, intervene=change, seen=of.tolist(), **settings)
+        shown = lambda own, of=of: [own[i] for i in of]  # noqa: E731
+        table.think(f"{prefix}, control: thoughts {name}", thinker, intervene=change, shown=shown, **settings)
+    if read == "answer":
+        swap_trains(table, thinker, f"{prefix}, control: whole trains swapped in pairs", of, settings)
+
+
+def swap_trains(table: Table, thinker: Thinker, name: str, of: list[int], settings: dict[str, Any]) -> None:
+    """Show each sample the thoughts of another, as they were when nobody intervened; its answer should say theirs."""
+    if not re.search(table.wanted, name):
+        return
+    alone = {key: value for key, value in settings.items() if key != "read"}
+    flat = [sample for samples in thinker.think(table.prompts, **alone) for sample in samples]
+    thoughts = [[thought.latents for thought in flat[i].thoughts] for i in of]
+    said = [table.task.answer([thought.text for thought in flat[i].thoughts]) for i in of]
+
+    def change(block: int, z: Any) -> Any:
+        pairs = zip(thoughts, z, strict=True)
+        return torch.stack([train[block - 1] if block <= len(train) else own for train, own in pairs])
+
+    table.think(name, thinker, intervene=change, shown=lambda _: said, **settings)
 
 
 def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> None:
