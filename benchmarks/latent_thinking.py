@@ -170,17 +170,17 @@ def trained_thinker(args: argparse.Namespace, folder: Path, seed: int) -> Thinke
 def controls(table: Table, thinker: Thinker, prefix: str, *, read: str, samples: int) -> None:
     """Measure what is left where the committed thoughts are not one's own."""
     rows = torch.arange(len(table.prompts) * samples).view(-1, samples)
-    sources = {"shuffled": rows.roll(1, 0), "swapped in pairs": torch.cat([pair.flip(0) for pair in rows.split(2)])}
+    swap = torch.cat([pair.flip(0) for pair in rows.split(2)]).flatten().tolist()
+    sources = {"shuffled": rows.roll(1, 0).flatten().tolist(), "swapped in pairs": swap}
     settings = {"steps": 16, "samples": samples, "solver": "ddim", "read": read}
     zeroed = f"{prefix}, control: thoughts zeroed"
     table.think(zeroed, thinker, intervene=lambda block, z: torch.zeros_like(z), **settings)
-    for name, source in sources.items():
-        of = source.flatten().tolist()
+    for name, of in sources.items():
         change = lambda block, z, of=of: z[of]  # noqa: E731
         shown = lambda own, of=of: [own[i] for i in of]  # noqa: E731
         table.think(f"{prefix}, control: thoughts {name}", thinker, intervene=change, shown=shown, **settings)
     if read == "answer":
-        swap_trains(table, thinker, f"{prefix}, control: whole trains swapped in pairs", of, settings)
+        swap_trains(table, thinker, f"{prefix}, control: whole trains swapped in pairs", swap, settings)
 
 
 def swap_trains(table: Table, thinker: Thinker, name: str, of: list[int], settings: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ def check_types(settings: Any) -> None:
     for name, kind in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         if not fits(value, kind):
-            raise ValueError(f"{name} must be {described(kind)}; got {value!r}.")
+            names = type_names(kind)
+            raise ValueError(f"{name} must be {'one of' if ', ' in names else 'of type'} {names}; got {value!r}.")
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -37,8 +38,7 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 
-def described(kind: Any) -> str:
-    """Name what an annotation allows."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType, Literal) else (kind,)
-    names = [repr(one) if isinstance(one, str) else getattr(one, "__name__", str(one)) for one in kinds]
-    return f"one of {', '.join(names)}" if len(names) > 1 else f"of type {names[0]}"
+def type_names(kind: Any) -> str:
+    """List what an annotation allows."""
+    kinds = (kind,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
+    return ", ".join(repr(one) if isinstance(one, str) else getattr(one, "__name__", str(one)) for one in kinds)

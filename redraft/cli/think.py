@@ -10,7 +10,8 @@ import tyro
 from rich.console import Console
 
 from redraft.cli.parsing import parse
-from redraft.latent.thinking import Estimate, ThinkingConfig, TrainOfThought, vote
+from redraft.latent.thinking import ThinkingConfig
+from redraft.latent.thought import Estimate, TrainOfThought, vote
 
 SHOWN_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
 

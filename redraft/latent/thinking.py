@@ -2,14 +2,12 @@
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from redraft.errors import check_types, unknown_name
@@ -20,6 +18,7 @@ from redraft.latent.objective import joint_mask, prompt_tokens
 from redraft.latent.repulsion import push_apart
 from redraft.latent.sequence import Hidden, Latents
 from redraft.latent.solvers import ESTIMATES, solver_from_name
+from redraft.latent.thought import Estimate, Thought, TrainOfThought
 from redraft.randomness import fold, normal
 
 UNCHANGED = 2  # decodings in a row that must equal the one before for an early exit
@@ -77,45 +76,6 @@ class ThinkingConfig:
         solver_from_name(self.solver, eta=self.eta)
 
 
-class Estimate(NamedTuple):
-    """What the denoiser took a block to be at one forward."""
-
-    t: float
-    text: str
-    latents: Float[Tensor, "latents dim"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Thought:
-    """One block of thought."""
-
-    latents: Float[Tensor, "latents dim"]
-    text: str
-    steps: list[Estimate]
-    """The estimate at every forward; empty unless traced."""
-    instability: float
-    """Root mean square change of the estimate at the last forward (from 0, where it was the only one), in standard
-    deviations of the latents."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOfThought:
-    """One sample: its thoughts, its answer, what it cost."""
-
-    thoughts: list[Thought]
-    answer: str
-    """Empty for a model without an answer decoder."""
-    forwards: int
-    """Passes of the denoiser this sample took part in: denoising, committing, answering."""
-    stop: str
-    """Why the thoughts ended: "stop head" or "blocks"."""
-
-    @property
-    def text(self) -> str:
-        """The thoughts as text, in order."""
-        return " ".join(thought.text for thought in self.thoughts)
-
-
 @dataclass(frozen=True)
 class Thinker:
     """A denoiser of thoughts with its autoencoder and tokenizer."""
@@ -165,22 +125,6 @@ class Thinker:
         for index in range(config.revise):
             run.revise(index, intervene=intervene)
         return run.results()
-
-
-def vote(
-    samples: Sequence[TrainOfThought], *, verify: Callable[[TrainOfThought], bool] | None = None
-) -> TrainOfThought:
-    """Choose among samples: the first that is verified, else the first of the commonest answer (text, without one).
-
-    Raises ValueError where there is none.
-    """
-    if not samples:
-        raise ValueError("there is no sample to choose from; got none.")
-    verified = next((sample for sample in samples if verify and verify(sample)), None)
-    if verified is not None:
-        return verified
-    counts = Counter(sample.answer or sample.text for sample in samples)
-    return max(samples, key=lambda sample: counts[sample.answer or sample.text])  # max keeps the first of equals
 
 
 class _Run:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from redraft.data.prepare import DataConfig
-from redraft.errors import described, fits, unknown_name
+from redraft.errors import fits, type_names, unknown_name
 from redraft.layouts import Layout
 from redraft.likelihood import SMALLEST_T, Objective
 from redraft.models.build import ModelConfig
@@ -340,7 +340,7 @@ def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
             continue
         values[name] = tuple(value) if isinstance(value, list) else value
         if not fits(values[name], nested):
-            raise ValueError(f"{where}: {name} must be {described(nested)}; got {value!r}. Mend the file.")
+            raise ValueError(f"{where}: {name} must be one of {type_names(nested)}; got {value!r}. Mend the file.")
     return kind(**values)
 
 

@@ -75,15 +75,12 @@ def test_flow_reaches_the_mixture(name, steps, bound):
     assert distance(SOLVERS[name], gaussian_schedule("flow"), steps=steps, count=count) <= bound
 
 
-@pytest.mark.parametrize("schedule", GAUSSIAN_SCHEDULES)
-@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
-@pytest.mark.parametrize(("name", "steps", "bound"), BOUNDS)
-def test_every_schedule_and_parametrization_reaches_it_as_well(schedule, parametrization, name, steps, bound):
+def through(schedule, parametrization):
+    """The path, where to start, and the exact estimate handed over in the network's own terms."""
     path = gaussian_schedule(schedule)
     process = GaussianDiffusion(schedule=path, parametrization=parametrization)
 
-    def through(path, z, t):
-        """Hand the exact estimate over in the network's own terms."""
+    def denoise(path, z, t):
         alpha, sigma = path.alpha(t), path.sigma(t)
         x_0 = exact_x_0(path, z, t)
         at = t.expand(z.shape)
@@ -92,8 +89,25 @@ def test_every_schedule_and_parametrization_reaches_it_as_well(schedule, paramet
         )[:, 0]
 
     start = 0.999 if parametrization == "eps" else 1.0  # at t = 1 eps says nothing of x_0
+    return {"path": path, "start": start, "denoise": denoise}
+
+
+@pytest.mark.parametrize("schedule", GAUSSIAN_SCHEDULES)
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize(("name", "steps", "bound"), BOUNDS)
+def test_every_schedule_and_parametrization_reaches_it_as_well(schedule, parametrization, name, steps, bound):
     count = 20_000 if name in RANDOM else 2000
-    assert distance(SOLVERS[name], path, steps=steps, start=start, count=count, denoise=through) <= bound
+    assert distance(SOLVERS[name], steps=steps, count=count, **through(schedule, parametrization)) <= bound
+
+
+@pytest.mark.parametrize("schedule", GAUSSIAN_SCHEDULES)
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_converges_for_every_schedule_and_parametrization(schedule, parametrization, name):
+    settings = {"count": 4000 if name in RANDOM else 400, **through(schedule, parametrization)}
+    fine, coarse = (distance(SOLVERS[name], steps=steps, **settings) for steps in (40, 4))
+    assert fine < 0.7 * coarse or fine < 0.02
+    assert fine < (0.06 if name in RANDOM else 0.03)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -174,6 +188,12 @@ def drive(scheduler, path, z, *, prediction, steps, **step_arguments):
     return z
 
 
+def follow(solver, path, *, steps, noise=normal):
+    """Run a solver of ours along a table, on the exact denoiser."""
+    estimate = partial(exact_x_0, path)
+    return solve(solver, path, estimate, normal(64), torch.arange(steps + 1.0), noise=noise)
+
+
 @pytest.fixture(params=[4, 20])
 def steps(request):
     return request.param
@@ -193,14 +213,7 @@ def test_ddim_and_ancestral_equal_diffusers(eta, steps):
         x_0 = exact_x_0(path, z, torch.tensor(i))
         noise = {"variance_noise": draws[i]} if eta else {}
         z = scheduler.step(x_0, timestep, z, eta=eta, **noise).prev_sample
-    ours = solve(
-        Ancestral(eta=eta),
-        path,
-        lambda z, t: exact_x_0(path, z, t),
-        normal(64),
-        torch.arange(steps + 1.0),
-        noise=lambda i: draws[i],
-    )
+    ours = follow(Ancestral(eta=eta), path, steps=steps, noise=lambda i: draws[i])
     assert (ours - z).abs().max() < 1e-5
 
 
@@ -216,14 +229,8 @@ def test_ancestral_equals_the_ddpm_of_diffusers(steps):
         x_0 = exact_x_0(path, z, torch.tensor(i))[:, None]
         z = scheduler.step(x_0, timestep, z[:, None], generator=generator).prev_sample[:, 0]
     generator.manual_seed(0)
-    ours = solve(
-        SOLVERS["ancestral"],
-        path,
-        lambda z, t: exact_x_0(path, z, t),
-        normal(64),
-        torch.arange(steps + 1.0),
-        noise=lambda _: torch.randn(64, dtype=torch.float64, generator=generator),
-    )
+    noise = lambda _: torch.randn(64, dtype=torch.float64, generator=generator)  # noqa: E731
+    ours = follow(SOLVERS["ancestral"], path, steps=steps, noise=noise)
     assert (ours - z).abs().max() < 1e-4
 
 
@@ -235,9 +242,7 @@ def test_euler_on_flow_equals_diffusers(steps):
     sigmas = scheduler.sigmas.double()
     path = Table(1 - sigmas, sigmas)
     theirs = drive(scheduler, path, normal(64), steps=steps, prediction=lambda i, z, x_0: (z - x_0) / sigmas[i])
-    ours = solve(
-        SOLVERS["ddim"], path, lambda z, t: exact_x_0(path, z, t), normal(64), torch.arange(steps + 1.0), noise=normal
-    )
+    ours = follow(SOLVERS["ddim"], path, steps=steps)
     assert (ours - theirs).abs().max() < 1e-5
 
 
@@ -252,7 +257,7 @@ def test_heun_on_flow_equals_diffusers(steps):
     for index, timestep in zip(order, scheduler.timesteps, strict=True):
         slope = (z - exact_x_0(path, z, torch.tensor(index))) / sigmas[index]
         z = scheduler.step(slope, timestep, z).prev_sample
-    ours = solve(Heun(), path, lambda z, t: exact_x_0(path, z, t), normal(64), torch.arange(steps + 1.0), noise=normal)
+    ours = follow(Heun(), path, steps=steps)
     assert (ours - z).abs().max() < 1e-5
 
 
@@ -273,14 +278,7 @@ def test_dpm_solver_2m_equals_diffusers(steps, kind):
         return (z - x_0) / sigmas[i] if kind == "flow" else x_0
 
     theirs = drive(scheduler, path, normal(64), steps=steps, prediction=predicted)
-    ours = solve(
-        SOLVERS["dpm++2m"],
-        path,
-        lambda z, t: exact_x_0(path, z, t),
-        normal(64),
-        torch.arange(steps + 1.0),
-        noise=normal,
-    )
+    ours = follow(SOLVERS["dpm++2m"], path, steps=steps)
     assert (ours - theirs).abs().max() < 1e-5
 
 

@@ -10,7 +10,8 @@ from redraft.latent.objective import prompt_tokens
 from redraft.latent.repulsion import push_apart
 from redraft.latent.sequence import Latents
 from redraft.latent.solvers import solve, solver_from_name
-from redraft.latent.thinking import ThinkingConfig, Thought, TrainOfThought, _Run, vote
+from redraft.latent.thinking import ThinkingConfig, _Run
+from redraft.latent.thought import Thought, TrainOfThought, vote
 from redraft.layouts import two_copy_mask
 
 PROMPTS = ["1 2 3", "4 5 6 7 8"]
