@@ -26,28 +26,23 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from machine import describe
 from outcome import whole
 from rich.console import Console
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import redraft
-from redraft.data.splits import split_of
-from redraft.data.tasks import TASKS, Example, Task, find_task, held_out_prompts, word_tokenizer
+from redraft.data.tasks import TASKS, Task, find_task, held_out_prompts
 from redraft.data.tasks.composition import Composition
+from redraft.data.thoughts import ThoughtConfig, WrittenTask
 from redraft.errors import unknown_name
 from redraft.evaluation.metrics import pass_at_k
 from redraft.latent.thinking import Thinker
-from redraft.layouts import Layout, attention_mask
-from redraft.processes.masked import MaskedDiffusion
 from redraft.randomness import fold, uniform
 from redraft.recipes import RECIPES
 from redraft.training.latent import run_stage
-from redraft.training.latent_stage import Rows, Stage, stage_trainer
-from redraft.training.run import drive
+from redraft.training.run import run
 
-IGNORED = -100
 ON_COUNTDOWN = {"latent": 2500, "rollout": 500, "AR": 1500, "masked diffusion": 1500}
 STEPS = {
     "countdown": ON_COUNTDOWN,
@@ -57,8 +52,6 @@ STEPS = {
     "sudoku-multi": {"latent": 1000, "rollout": 0, "AR": 1000, "masked diffusion": 1000},
 }
 """Training of the latent denoiser, of its rollout, of AR and of masked diffusion."""
-RATE = 2e-3
-"""Learning rate of the baselines."""
 FILLS = (1, 2, 4, 8)
 """Forwards of masked diffusion, beside one for each token."""
 QUIET = Console(quiet=True)
@@ -243,52 +236,9 @@ def turn_dials(args: argparse.Namespace, table: Table, thinker: Thinker, name: s
     controls(table, thinker, f"{name}, 16 steps", read="thoughts", samples=args.samples)
 
 
-def train_baseline(args, seed, ids, labels, tokenizer, *, mask_token_id, folder):
-    """Train a stock Llama on token rows: causal, or as masked diffusion where a mask token is given."""
-    torch.manual_seed(seed)
-    pad = tokenizer.pad_token_id
-    config = LlamaConfig(
-        vocab_size=int(ids.max()) + 1, hidden_size=128, intermediate_size=512, num_hidden_layers=args.layers,
-        num_attention_heads=4, tie_word_embeddings=True, max_position_embeddings=ids.shape[1], pad_token_id=None,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    if mask_token_id is not None:
-        config.is_causal = False
-
-    def losses(wrapped, batch, step, part):
-        ids, labels, mask = batch["ids"], batch["labels"], visible(batch["ids"], pad=pad, causal=mask_token_id is None)
-        if mask_token_id is None:
-            logits = wrapped(input_ids=ids, attention_mask=mask).logits[:, :-1]
-            return {"loss": F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)}
-        process, rows = MaskedDiffusion(mask_token_id=mask_token_id), part.rows[:, None]
-        t = uniform(seed, step, 0, rows)[:, 0].clamp(min=1e-3)
-        u = uniform(seed, step, 1, rows, torch.arange(ids.shape[1]))
-        noised = process.corrupt(ids, t, u=u, can_change=labels != IGNORED)
-        where = noised.targets()
-        logits = wrapped(input_ids=noised.x_t, attention_mask=mask).logits.flatten(0, 1)[where]
-        return {"loss": process.loss(logits, noised.flatten()[where]).sum() / (labels != IGNORED).sum()}
-
-    recipe = RECIPES["latent-denoiser"]()
-    train = replace(
-        recipe.train, seed=seed, max_minutes=None, max_steps=args.steps, learning_rate=RATE, optimizer=args.optimizer
-    )  # fmt: skip
-    stage = Stage(model=model, rows=Rows(ids=ids, labels=labels), losses=losses, tokenizer=tokenizer)
-    config = replace(recipe, out=str(folder), train=train)
-    whole(drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=QUIET))
-    return model.eval()
-
-
-def visible(ids, *, pad, causal):
-    """Mask of a row: no padding, and nothing that comes later where it is causal."""
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return attention_mask(Layout(block_size=1 if causal else None), positions, segment_ids=(ids != pad).long())
-
-
 @torch.no_grad()
-def decode(model, ids, first, *, pad, mask_token_id, temperature, seed, fills=None):
-    """Fill columns first[row] ... of every row: left to right, or surest first, in `fills` forwards if given."""
-    fill = partial(fill_masked, mask_token_id=mask_token_id, fills=fills) if mask_token_id is not None else write_rows
+def decode(lm, ids, first, *, temperature, seed, fills=None):
+    """Fill columns first[row] ... of every row: left to right, or surest first where it is no autoregressive model."""
 
     def draw(logits, row, step, position):
         """Draw tokens (n,), each by numbers of its own."""
@@ -297,11 +247,14 @@ def decode(model, ids, first, *, pad, mask_token_id, temperature, seed, fills=No
         u = uniform(fold(seed, row)[:, None], step, position[:, None], torch.arange(logits.shape[-1])).clamp(min=1e-12)
         return (logits / temperature - (-u.log()).log().float()).argmax(-1)
 
-    return fill(model, ids.clone(), first, pad=pad, draw=draw)
+    if lm.denoiser.settings.is_autoregressive:
+        return write_rows(lm, ids.clone(), first, draw=draw)
+    return fill_masked(lm, ids.clone(), first, fills=fills, draw=draw)
 
 
-def write_rows(model, ids, first, *, pad, draw):
+def write_rows(lm, ids, first, *, draw):
     """Write from left to right, keys and values kept; the rows' prompts may end at different columns."""
+    model, pad = lm.model, lm.tokenizer.pad_token_id
     rows, begin, width = torch.arange(len(ids)), int(first.min()), ids.shape[1]
     cache, fed = DynamicCache(config=model.config), 0
     for column in range(begin, width):
@@ -313,15 +266,15 @@ def write_rows(model, ids, first, *, pad, draw):
     return ids, len(ids) * (width - begin)
 
 
-def fill_masked(model, ids, first, *, pad, mask_token_id, fills, draw):
+def fill_masked(lm, ids, first, *, fills, draw):
     """Decide the surest open places, as many in each forward."""
+    mask_token_id = lm.denoiser.settings.mask_token_id
     longest = ids.shape[1] - int(first.min())
     forwards = min(fills or longest, longest)
     for step in range(forwards):
         is_open = ids == mask_token_id
         row, position = is_open.nonzero(as_tuple=True)
-        mask = visible(ids, pad=pad, causal=False)
-        logits = model(input_ids=ids, attention_mask=mask).logits[row, position].float()
+        logits = lm.denoiser.logits_at(is_open.flatten().nonzero()[:, 0], ids).float()
         logits[:, mask_token_id] = -torch.inf
         drawn, sure = ids.clone(), torch.full(ids.shape, -1.0)
         drawn[row, position] = found = draw(logits, row, step, position)
@@ -332,69 +285,47 @@ def fill_masked(model, ids, first, *, pad, mask_token_id, fills, draw):
     return ids, len(ids) * forwards
 
 
-def baselines(task: Task, tokenizer: Any) -> dict[str, Callable[[Example], list[int]]]:
-    """What each token model writes after the prompt."""
-    eos = tokenizer.eos_token_id
-    thoughts = lambda e: [*encode(tokenizer, " ".join(e.blocks)), eos]  # noqa: E731
-    answer = lambda e: [*encode(tokenizer, e.answer), eos]  # noqa: E731
-    pauses = lambda e: [tokenizer.mask_token_id] * len(encode(tokenizer, " ".join(e.blocks)))  # noqa: E731
-    written = {"AR, thoughts written": thoughts, "masked diffusion": thoughts}
+def baselines(task: Task) -> dict[str, tuple[str, ThoughtConfig]]:
+    """Say which token models a task is compared with: recipe, and how thoughts become tokens."""
+    found = {
+        "AR, thoughts written": ("thought-ar", ThoughtConfig()),
+        "AR, pause tokens": ("thought-ar", ThoughtConfig(form="pause")),
+        "masked diffusion": ("thought-masked", ThoughtConfig(fill=True)),
+    }
     if isinstance(task, Composition):  # each thought as far from its factor in every row, as in the latent model
-        filler = lambda e: [tokenizer.mask_token_id] * (task.longest - len(e.blocks))  # noqa: E731
-        written["AR, thoughts written behind a padded prompt"] = lambda e: filler(e) + thoughts(e)
-    if any(task.answer(list(e.blocks)) != " ".join(e.blocks) for e in islice(task.examples(), 100)):
-        return written | {"AR, answer at once": answer, "AR, pause tokens": lambda e: pauses(e) + answer(e)}
-    return written | {"AR, pause tokens": lambda e: pauses(e) + thoughts(e)}
-
-
-def spoken(task: Task, name: str, text: str) -> str:
-    """Return the answer that a token model's text gives."""
-    if isinstance(task, Composition) and ("written" in name or name == "masked diffusion"):
-        return task.answer(text.split())  # blocks of one word each
-    return text
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Encode words."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        found["AR, thoughts written behind a padded prompt"] = ("thought-ar", ThoughtConfig(pad_prompt=True))
+    if any(e.answer != " ".join(e.blocks) for e in islice(task.examples(), 100)):
+        found["AR, answer at once"] = ("thought-ar", ThoughtConfig(form="direct"))
+    return found
 
 
 def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *, name: str) -> None:
     """Train a token model, and measure it greedily and at temperature 1."""
-    task, everything = table.task, list(table.task.examples())
-    tokenizer = word_tokenizer(everything)
-    write = baselines(task, tokenizer)[name]
-    pad, eos, mask = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id
-    is_masked = name == "masked diffusion"
-    width = max(len(encode(tokenizer, e.prompt)) + len(write(e)) for e in everything)
-    examples = [e for e in everything if split_of(e.prompt, validation_fraction=task.held_out) == "train"]
-    pairs = [(encode(tokenizer, e.prompt), write(e)) for e in examples]
-    filler, hidden = (eos, mask) if is_masked else (pad, None)
-    ids = torch.tensor([p + t + [filler] * (width - len(p) - len(t)) for p, t in pairs])
-    labels = torch.tensor(
-        [[IGNORED] * len(p) + t + [eos if is_masked else IGNORED] * (width - len(p) - len(t)) for p, t in pairs]
-    )
-    if not is_masked:  # pauses are given, not written (2310.02226)
-        labels[ids == mask] = IGNORED
-    model = train_baseline(args, seed, ids, labels, tokenizer, mask_token_id=hidden, folder=folder)
+    recipe, thought = baselines(table.task)[name]
+    config = RECIPES[recipe]()
+    train = replace(
+        config.train, seed=seed, max_steps=args.steps, optimizer=args.optimizer, eval_every=0, final_eval_windows=1
+    )  # fmt: skip
+    data, model = replace(config.data, source=args.task, thought=thought), replace(config.model, num_layers=args.layers)
+    whole(run(replace(config, out=str(folder), data=data, model=model, train=train), console=QUIET))
     table.trained()
-    pauses = {e.prompt: write(e).count(mask) for e in everything}
+    lm, written = redraft.load(folder, device="cpu"), WrittenTask(task=table.task, config=thought)
+    eos, mask = lm.eos_token_id, lm.denoiser.settings.mask_token_id
+    starts = [lm.encode(written.given(prompt)).tolist() for prompt in table.prompts]
     dials = [(0.0, 1, None), (1.0, args.samples, None)]
-    if is_masked:
+    if thought.fill:
         dials = [(0.0, 1, fills) for fills in FILLS] + dials[:1] + [(1.0, args.samples, FILLS[-1])] + dials[1:]
     for temperature, samples, fills in dials:
         start = time.perf_counter()
-        starts = [encode(tokenizer, p) + [mask] * pauses[p] for p in table.prompts for _ in range(samples)]
-        first = torch.tensor([len(p) for p in starts])
-        blank = torch.tensor([p + [mask if is_masked else eos] * (width - len(p)) for p in starts])
-        done, forwards = decode(
-            model, blank, first, pad=pad, mask_token_id=hidden, temperature=temperature, seed=seed, fills=fills
-        )  # fmt: skip
+        rows = [ids for ids in starts for _ in range(samples)]
+        blank = [ids + [mask if thought.fill else eos] * (written.longest - len(ids)) for ids in rows]
+        first = torch.tensor([len(ids) for ids in rows])
+        done, forwards = decode(lm, torch.tensor(blank), first, temperature=temperature, seed=seed, fills=fills)
         seconds = time.perf_counter() - start
         texts = [row[f:].tolist() for row, f in zip(done, first.tolist(), strict=True)]
-        texts = [tokenizer.decode(t[: t.index(eos)] if eos in t else t, skip_special_tokens=True) for t in texts]
-        texts = [spoken(task, name, text) for text in texts]
-        told = [texts[i * samples : (i + 1) * samples] for i in range(len(table.prompts))]
+        texts = [lm.decode(torch.tensor(t[: t.index(eos)] if eos in t else t)) for t in texts]
+        answers = [written.answer(text) for text in texts]
+        told = [answers[i * samples : (i + 1) * samples] for i in range(len(table.prompts))]
         counted = f", {fills} forwards" if fills else ""
         table.add(f"{name}{counted}, T = {temperature:g}", told, forwards=forwards, seconds=seconds)
 
@@ -525,7 +456,7 @@ def main() -> None:
     task = find_task(args.task)
     held_out = held_out_prompts(task)
     prompts = held_out[:: max(1, len(held_out) // args.prompts)][: args.prompts]
-    groups = ["latent", *baselines(task, word_tokenizer(list(task.examples())))]
+    groups = ["latent", *baselines(task)]
     for name in args.models or []:
         if name not in groups:
             raise unknown_name("model", name, groups)

@@ -26,7 +26,9 @@ class Arguments(LoadingFlags):
     """Measure a model on tasks.
 
     Offline tasks: countdown, sudoku, arithmetic, logic, reasoning-gym:NAME, humaneval, infill-stdlib, perplexity:SOURCE
-    (stdlib, a file, a folder) and FILE.jsonl; any other name is a task of lm-evaluation-harness.
+    (stdlib, a file, a folder), thought:NAME (a task of latent thinking, for a model that writes its thoughts;
+    thought:NAME:pause and the like for another form than written) and FILE.jsonl; any other name is a task of
+    lm-evaluation-harness.
     """
 
     model: tyro.conf.Positional[str]

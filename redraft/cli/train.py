@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from redraft.cli.parsing import parse
+from redraft.data.prepare import DataConfig
 from redraft.errors import unknown_name
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
     outcome = run(config, resume=resume, console=console)
     if outcome.signal:
         return 128 + outcome.signal
-    for line in next_steps(str(outcome.folder), kind=config.data.kind):
+    for line in next_steps(str(outcome.folder), config.data):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -96,9 +97,12 @@ def _take(name: str, flags: list[str]) -> tuple[str | None, list[str]]:
     return None, flags
 
 
-def next_steps(folder: str, *, kind: str = "text") -> list[str]:
+def next_steps(folder: str, data: DataConfig) -> list[str]:
     """Name commands to try on a trained model."""
-    if kind != "text":
+    if data.kind == "thought":
+        task = data.thought.name_of(data.source)
+        return ["try next:", f"  redraft eval {folder} --tasks {task} --batch-size 100 --out {folder}/eval"]
+    if data.kind != "text":
         return ["try next:", f"  redraft chat {folder}"]
     drawing = "--preset llada-random --temperature 0.9"
     return [

@@ -29,6 +29,8 @@ from redraft.data.preferences import PreferenceDataset, prompt_of, read_preferen
 from redraft.data.sources import BUILT, exists, read_documents, source_fingerprint
 from redraft.data.splits import Split, split_of
 from redraft.data.store import Batch, open_windows, write_windows
+from redraft.data.tasks import find_task
+from redraft.data.thoughts import ThoughtConfig, WrittenTask
 from redraft.data.tokenizer import (
     SMALLEST_VOCAB_SIZE,
     Tokenizer,
@@ -44,6 +46,7 @@ SHUFFLE_BUFFER_DOCUMENTS = 1000
 SPLITS: tuple[Split, ...] = ("train", "validation")
 BUILT_SETTINGS = ("kind", "seq_len", "validation_fraction", "chat")
 BUILT_ORDER = ("max_documents", "shuffle_seed")
+THOUGHT_SETTINGS = ("kind", "source", "thought", "seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +56,20 @@ class DataConfig:
     source: str = "stdlib"
     """stdlib (Python's own library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a dataset of
     save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
-    SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents)."""
-    kind: Literal["text", "chat", "preference"] = "text"
+    SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents).
+    Of kind thought: countdown, countdown-backwards, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks,
+    answer."""
+    kind: Literal["text", "chat", "preference", "thought"] = "text"
     """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers;
     stdlib and text files mixed with them are learnt whole. preference: pairs (prompt, chosen, rejected) to learn the
-    better answer by (VRPO; objective.beta)."""
+    better answer by (VRPO; objective.beta). thought: tasks of latent thinking with their thoughts in words; split and
+    tokenizer are the task's own."""
     text_field: str = "text"
     """Field that holds the text of a record (kind text)."""
     chat: ChatConfig = field(default_factory=ChatConfig)
     """How conversations become tokens and targets (kind chat)."""
+    thought: ThoughtConfig = field(default_factory=ThoughtConfig)
+    """How thoughts become tokens (kind thought)."""
     seq_len: int = 256
     """Tokens per window."""
     validation_fraction: float = 0.05
@@ -97,8 +105,19 @@ class DataConfig:
             raise ValueError("source must not be empty; got ''. Give 'stdlib', a path or a hub id.")
         if not 0 <= self.random_length <= 1:
             raise ValueError(f"random_length is a probability in [0, 1]; got {self.random_length}. LLaDA's is 0.01.")
-        if self.kind != "text":
+        if self.kind == "thought":
+            self._check_thought()
+        elif self.thought != ThoughtConfig():
+            raise ValueError(f"settings of thought are for kind thought; this is kind {self.kind}. Leave them out.")
+        elif self.kind != "text":
             self._check_chat()
+
+    def _check_thought(self) -> None:
+        find_task(self.source)
+        plain = DataConfig()
+        for name, value in vars(self).items():
+            if name not in THOUGHT_SETTINGS and value != getattr(plain, name):
+                raise ValueError(f"{name} is not for kind thought; got {value!r}. Leave it out.")
 
     def _check_chat(self) -> None:
         if self.streaming and self.kind == "preference":
@@ -166,6 +185,8 @@ class PreparedData:
     train_report: PackingReport | PreferenceDataset | None
     """None for a stream: it is not read yet. Pairs speak for themselves."""
     validation_report: PackingReport | PreferenceDataset
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Settings of sampling that the checkpoint is to carry."""
 
 
 def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> PreparedData:
@@ -174,6 +195,8 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> Prepar
     `tokenizer` goes before `config.tokenizer`. The cache's key holds the hash of the documents' text, so it is never
     stale. Raises ValueError for a source that cannot be read and for a split without one whole window.
     """
+    if config.kind == "thought":
+        return _prepare_thoughts(config)
     if exists(Path(config.source).expanduser() / BUILT):
         return _open_built(config, tokenizer)
     if config.streaming:
@@ -193,10 +216,8 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
     The folder appears when it is whole; what a killed build left is begun again. Raises ValueError where `out` holds
     anything else.
     """
-    if config.kind == "preference":
-        raise ValueError(
-            "preference pairs are read as they are and not built; got kind preference. Train on the source."
-        )
+    if config.kind in ("preference", "thought"):
+        raise ValueError(f"data of kind {config.kind} are read as they are and not built. Train on the source.")
     fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))
     tokenizer = _tokenizer(config, None, fingerprint)
     built = {name: value for name, value in asdict(config).items() if name in (*BUILT_SETTINGS, *BUILT_ORDER)}
@@ -308,6 +329,20 @@ def _prepare_pairs(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
     validation = read(split="validation", validation_fraction=fraction) if fraction else empty
     return PreparedData(
         train=train, validation=validation, tokenizer=tokenizer, train_report=train, validation_report=validation
+    )
+
+
+def _prepare_thoughts(config: DataConfig) -> PreparedData:
+    """Write a task's examples out; they are made anew each time, and kept in memory."""
+    written = WrittenTask(task=find_task(config.source), config=config.thought)
+    (train, train_report), (held_out, report) = (written.windows(split, seq_len=config.seq_len) for split in SPLITS)
+    return PreparedData(
+        train=WindowDataset(windows=train, is_trimmed=True),
+        validation=WindowDataset(windows=held_out, is_trimmed=True),
+        tokenizer=written.tokenizer,
+        train_report=train_report,
+        validation_report=report,
+        generation={"max_new_tokens": written.longest_said},
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from redraft.data.sources import read_documents
 from redraft.data.splits import split_of
+from redraft.data.tasks import find_task, held_out_prompts
+from redraft.data.thoughts import FORMS, ThoughtConfig, WrittenTask
 from redraft.errors import unknown_name
 from redraft.evaluation.metrics import edit_similarity
 from redraft.evaluation.sandbox import Isolation, Limits, run_python
@@ -183,6 +185,24 @@ class HeldOutPerplexity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutThoughts:
+    """Held-out prompts of a task of latent thinking, for models that write thoughts in words; its verifier judges."""
+
+    name: str
+    written: WrittenTask
+
+    def items(self) -> Iterator[Item]:
+        for prompt in held_out_prompts(self.written.task):
+            yield Item(id=prompt, kind="generate", prompt=self.written.given(prompt), answer=prompt)
+
+    def score(self, item: Item, output: str) -> Scores:
+        return {"solved": float(self.written.task.is_solved(item.answer, self.written.answer(output)))}
+
+    def answer(self, item: Item, output: str) -> str:
+        return self.written.answer(output)
+
+
+@dataclass(frozen=True, kw_only=True)
 class JsonLines:
     """One's own items: objects with prompt and answer (exact match), or prompt, choices and answer (their index)."""
 
@@ -226,11 +246,13 @@ class JsonLines:
 
 def make_task(name: str, options: TaskOptions) -> Task:
     """Find a task by its name. Raises ValueError for an unknown one, and for code that may not run."""
+    kind, _, rest = name.partition(":")
+    if kind == "thought" and rest:
+        return _held_out_thoughts(name, rest)
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise ValueError(f"no file {name}; a custom task is a file of JSON lines.")
         return JsonLines(path=Path(name))
-    kind, _, rest = name.partition(":")
     if name == "humaneval" and not options.allow_code:
         raise ValueError("humaneval runs generated code. Allow it with --items.allow-code (it runs in a sandbox).")
     if kind == "reasoning-gym" and rest:
@@ -239,8 +261,21 @@ def make_task(name: str, options: TaskOptions) -> Task:
     if kind == "perplexity" and rest:
         return HeldOutPerplexity(name=name, source=rest, held_out=options.held_out)
     if name not in NAMED:
-        raise unknown_name("task", name, [*NAMED, "reasoning-gym:NAME", "perplexity:SOURCE", "FILE.jsonl"])
+        raise unknown_name("task", name, [*NAMED, *(f"{kind}:{what}" for kind, what in KINDS.items()), "FILE.jsonl"])
     return NAMED[name](options)
+
+
+def _held_out_thoughts(name: str, rest: str) -> HeldOutThoughts:
+    """Read NAME, NAME:FORM or NAME:FORM:padded. Raises ValueError for anything else."""
+    source, _, rest = rest.partition(":")
+    form: Any
+    form, _, padded = rest.partition(":")
+    if form not in ("", *FORMS):
+        raise unknown_name(f"form in {name}", form, FORMS)
+    if padded not in ("", "padded"):
+        raise unknown_name(f"word in {name}", padded, ["padded"])
+    config = ThoughtConfig(form=form or "written", pad_prompt=bool(padded))
+    return HeldOutThoughts(name=name, written=WrittenTask(task=find_task(source), config=config))
 
 
 def _tagged(output: str) -> str:
@@ -265,10 +300,13 @@ NAMED: dict[str, Callable[[TaskOptions], Task]] = {
     "infill-stdlib": lambda options: StdlibInfill(held_out=options.held_out),
 }
 
+KINDS = {"reasoning-gym": "NAME", "perplexity": "SOURCE", "thought": "NAME"}
+"""What begins the names of other tasks, and what follows it after a colon."""
+
 
 def is_offline_task(name: str) -> bool:
     """Tell whether a name is one of these tasks, and not the harness'."""
-    return name in NAMED or name.endswith(".jsonl") or name.startswith(("reasoning-gym:", "perplexity:"))
+    return name in NAMED or name.endswith(".jsonl") or name.partition(":")[0] in KINDS
 
 
 def take(task: Task, limit: int | None) -> list[Item]:

@@ -2,7 +2,13 @@
 
 from collections.abc import Callable
 
-from redraft.recipes.latent import latent_autoencoder, latent_denoiser, latent_rollout
+from redraft.recipes.latent import (
+    latent_autoencoder,
+    latent_denoiser,
+    latent_rollout,
+    thought_ar,
+    thought_masked,
+)
 from redraft.recipes.published import (
     a2d_bd3lm,
     a2d_mdlm,
@@ -32,4 +38,6 @@ RECIPES: dict[str, Callable[[], RunConfig | LatentRunConfig]] = {
     "latent-autoencoder": latent_autoencoder,
     "latent-denoiser": latent_denoiser,
     "latent-rollout": latent_rollout,
+    "thought-ar": thought_ar,
+    "thought-masked": thought_masked,
 }

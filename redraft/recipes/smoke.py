@@ -20,6 +20,8 @@ def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
         start = config.start and f"{config.start}-smoke"
         few = _few_steps(config.train)  # after which no autoencoder passes its gate: force
         return replace(config, out=f"{config.out}-smoke", start=start, force=True, train=few)
+    if config.data.kind == "thought":  # tiny as it is
+        return replace(config, out=f"{config.out}-smoke", train=_few_steps(config.train))
     data, chat = config.data, config.data.chat
     is_chat = data.kind == "chat"
     eos_block = SEQ_LEN if chat.block_size == data.seq_len else chat.block_size

@@ -70,6 +70,8 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     torch.manual_seed(config.train.seed)
     denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
+    if data.generation:
+        denoiser.model.config.generation = data.generation
     if checkpoint:
         check_settings(Path(checkpoint), denoiser)
     num_trained, num_all = num_parameters(denoiser.model)

@@ -1,0 +1,61 @@
+"""Token models of thoughts, from their recipe to their solve rate on held-out prompts."""
+
+import json
+
+import pytest
+
+from redraft.cli import _dispatch
+
+
+@pytest.fixture(scope="module")
+def swaps(tmp_path_factory):
+    """Swap two words, by way of naming them: what a tiny model learns in seconds."""
+    path = tmp_path_factory.mktemp("swaps") / "swaps.jsonl"
+    words = ["red", "blue", "green", "black", "white", "pink", "grey", "brown", "gold", "rose"]
+    rows = [
+        {"prompt": f"{a} {b}", "blocks": [f"last {b}", f"first {a}"], "answer": f"{b} {a}"}
+        for a in words
+        for b in words
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+PADDED = "--data.thought.form pause --data.thought.pad-prompt --train.max-steps 200"
+DIRECT = "--data.thought.form direct --train.max-steps 400"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "task"),
+    [
+        ("thought-ar", "--train.max-steps 150", "thought:{}"),
+        pytest.param("thought-ar", PADDED, "thought:{}:pause:padded", marks=pytest.mark.slow),
+        pytest.param("thought-masked", DIRECT, "thought:{}:direct", marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_learns_a_task_and_is_judged_on_held_out_prompts(swaps, tmp_path, capsys, recipe, flags, task):
+    out, task = tmp_path / "run", task.format(swaps)
+    size = "--model.hidden-size 64 --model.num-layers 2"
+    train = "--train.batch-size 32 --train.learning-rate 5e-3 --train.ema-decay 0.9 --train.eval-every 0"
+    train = f"--data.source {swaps} {size} {train}"
+    assert _dispatch(["train", recipe, "--out", str(out), *train.split(), *flags.split()]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    command = f"redraft eval {out} --tasks {task} --batch-size 100 --out {out}/eval"
+    assert "".join(command.split()) in said
+    assert _dispatch([*command.split()[1:], "--device", "cpu"]) == 0
+    results = json.loads((out / "eval/results.json").read_text())
+    assert results["tasks"][0]["scores"]["solved"]["mean"] >= 0.8
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("thought:countdow", "unknown task 'countdow'"),
+        ("thought:countdown:pauses", "known are written, direct, pause. Did you mean 'pause'?"),
+        ("thought:countdown:pause:pad", "known are padded. Did you mean 'padded'?"),
+        ("thought:gone.jsonl", "there is no file gone.jsonl"),
+    ],
+)
+def test_names_that_mean_no_task_are_one_line(task, message, tmp_path, capsys):
+    assert _dispatch(["eval", "nowhere", "--tasks", task, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
