@@ -19,6 +19,33 @@ def test_the_sampling_benchmark_runs_all_its_parts():
     assert "| vocabulary |" in printed
 
 
+def test_the_solver_benchmark_tells_every_solver_from_chance():
+    command = [sys.executable, str(SCRIPTS / "solvers.py"), "--schedule", "cosine", "--samples", "20000"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in printed.splitlines() if "| 0." in line}
+    assert len(rows) == 7
+    assert all(float(row[-1]) < 0.05 for row in rows.values())
+    assert all(float(rows[f"| {name}"][0]) > 0.1 for name in ("ddim", "ancestral", "churn"))
+
+
+@pytest.mark.slow
+def test_the_latent_benchmark_trains_its_baselines_and_remembers(tmp_path):
+    runs = tmp_path / "runs.jsonl"
+    flags = ["--task", "composition", "--layers", "1", "--samples", "2", "--prompts", "4", "--max-steps", "2"]
+    names = [
+        "AR, thoughts written behind a padded prompt",
+        "AR, pause tokens",
+        "AR, answer at once",
+        "masked diffusion",
+    ]
+    command = [sys.executable, str(SCRIPTS / "latent_thinking.py"), *flags, "--runs", str(runs), "--models", *names]
+    for _ in range(2):  # the second time from the file
+        table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert table.count("| AR") == 2 * 6
+        assert table.count("| masked diffusion") == 2 * 7
+    assert len(runs.read_text().splitlines()) == 4
+
+
 @pytest.mark.slow
 def test_the_planning_benchmark_trains_and_asks_all_its_methods_once(tmp_path):
     runs = tmp_path / "runs.jsonl"
