@@ -27,7 +27,8 @@ from pretrained_start import CASES
 from rich.console import Console
 
 import redraft
-from redraft.data.prepare import DataConfig, prepare
+from redraft.data.config import DataConfig
+from redraft.data.prepare import prepare
 from redraft.likelihood import CleanRows, NoiseKey, solve
 from redraft.models.build import ModelConfig
 from redraft.objectives.block import BlockDiffusion

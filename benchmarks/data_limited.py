@@ -24,7 +24,8 @@ from machine import describe
 from outcome import whole
 from rich.console import Console
 
-from redraft.data.prepare import DataConfig, prepare
+from redraft.data.config import DataConfig
+from redraft.data.prepare import prepare
 from redraft.data.sources import read_documents
 from redraft.models.build import ModelConfig
 from redraft.training.callbacks import LOG_FILE, read_log

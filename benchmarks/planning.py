@@ -26,7 +26,7 @@ from rich.console import Console
 
 import redraft
 from redraft.data.chat import ChatConfig
-from redraft.data.prepare import DataConfig
+from redraft.data.config import DataConfig
 from redraft.data.splits import split_of
 from redraft.data.tasks import Example, find_task, word_tokenizer
 from redraft.models.build import ModelConfig

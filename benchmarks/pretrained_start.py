@@ -29,7 +29,7 @@ from machine import describe
 from rich.console import Console
 
 import redraft
-from redraft.data.prepare import DataConfig
+from redraft.data.config import DataConfig
 from redraft.models.build import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run

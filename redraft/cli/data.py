@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.console import Console
 
 from redraft.cli.parsing import parse
-from redraft.data.prepare import DataConfig, build_data
+from redraft.data.config import DataConfig
+from redraft.data.prepare import build_data
 from redraft.errors import unknown_name
 
 USAGE = """usage: redraft data build SOURCE OUT [--NAME VALUE ...]

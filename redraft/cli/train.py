@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from redraft.cli.parsing import parse
-from redraft.data.prepare import DataConfig
+from redraft.data.config import DataConfig
 from redraft.errors import unknown_name
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES

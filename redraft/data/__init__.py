@@ -2,9 +2,10 @@
 
 from redraft.data.chat import ChatConfig
 from redraft.data.collate import collate, targets_of
+from redraft.data.config import DataConfig
 from redraft.data.packing import PackingReport, TargetWindows, WindowDataset, Windows, pack
 from redraft.data.preferences import collate_preferences, read_preferences
-from redraft.data.prepare import DataConfig, PreparedData, StreamedWindows, build_data, prepare
+from redraft.data.prepare import PreparedData, StreamedWindows, build_data, prepare
 from redraft.data.sources import read_documents, source_fingerprint
 from redraft.data.splits import split_of
 from redraft.data.tokenizer import (

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from redraft.data.prepare import DataConfig
+from redraft.data.config import DataConfig
 from redraft.data.thoughts import ThoughtConfig
 from redraft.models.build import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig

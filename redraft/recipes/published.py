@@ -8,7 +8,7 @@ docs/recipes.md.
 from typing import Any
 
 from redraft.data.chat import ChatConfig
-from redraft.data.prepare import DataConfig
+from redraft.data.config import DataConfig
 from redraft.models.build import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 

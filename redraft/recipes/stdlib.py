@@ -1,6 +1,6 @@
 """Masked diffusion from scratch on the running Python's standard library."""
 
-from redraft.data.prepare import DataConfig
+from redraft.data.config import DataConfig
 from redraft.models.build import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 

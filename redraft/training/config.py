@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from redraft.data.prepare import DataConfig
+from redraft.data.config import DataConfig
 from redraft.errors import fits, type_names, unknown_name
 from redraft.layouts import Layout
 from redraft.likelihood import SMALLEST_T, Objective

@@ -6,7 +6,8 @@ from itertools import islice
 
 import pytest
 
-from redraft.data.prepare import DataConfig, prepare
+from redraft.data.config import DataConfig
+from redraft.data.prepare import prepare
 from redraft.data.splits import split_of
 from redraft.data.tasks import TASKS, Example, ExampleFile, find_task
 from redraft.data.thoughts import FORMS, ThoughtConfig, WrittenTask

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from redraft.data.prepare import DataConfig
+from redraft.data.config import DataConfig
 from redraft.models.build import ModelConfig
 from redraft.training import trainer as trainer_module
 from redraft.training.callbacks import read_log

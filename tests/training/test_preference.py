@@ -14,7 +14,8 @@ from test_trainer import corpus as corpus
 
 import redraft
 from redraft.cli.train import main
-from redraft.data.prepare import DataConfig, build_data
+from redraft.data.config import DataConfig
+from redraft.data.prepare import build_data
 from redraft.models.build import ModelConfig
 from redraft.training.adapter import AdapterConfig
 from redraft.training.callbacks import read_log

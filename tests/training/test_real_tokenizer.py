@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from redraft.data.prepare import DataConfig, prepare
+from redraft.data.config import DataConfig
+from redraft.data.prepare import prepare
 from redraft.data.tokenizer import token_byte_lengths
 from redraft.models.build import ModelConfig
 from redraft.training.config import RunConfig, TrainConfig

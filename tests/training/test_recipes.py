@@ -8,7 +8,8 @@ from rich.console import Console
 
 import redraft
 from redraft.cli.train import main
-from redraft.data.prepare import DataConfig, prepare
+from redraft.data.config import DataConfig
+from redraft.data.prepare import prepare
 from redraft.data.sources import read_documents
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES

@@ -20,7 +20,7 @@ from transformers import (
 
 import redraft
 from redraft.cli import main
-from redraft.data.prepare import DataConfig
+from redraft.data.config import DataConfig
 from redraft.data.tokenizer import train_tokenizer
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import redraft
 from redraft.data.chat import ChatConfig
-from redraft.data.prepare import DataConfig, prepare
+from redraft.data.config import DataConfig
+from redraft.data.prepare import prepare
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.training.adapter import AdapterConfig
