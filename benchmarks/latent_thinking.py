@@ -269,12 +269,14 @@ def write_rows(lm, ids, first, *, draw):
 def fill_masked(lm, ids, first, *, fills, draw):
     """Decide the surest open places, as many in each forward."""
     mask_token_id = lm.denoiser.settings.mask_token_id
-    longest = ids.shape[1] - int(first.min())
+    is_behind = torch.arange(ids.shape[1]) >= first[:, None]
+    segments = (ids != lm.tokenizer.pad_token_id).long()
+    longest = int(segments.sum(1).sub(first).max())
     forwards = min(fills or longest, longest)
     for step in range(forwards):
-        is_open = ids == mask_token_id
+        is_open = (ids == mask_token_id) & is_behind
         row, position = is_open.nonzero(as_tuple=True)
-        logits = lm.denoiser.logits_at(is_open.flatten().nonzero()[:, 0], ids).float()
+        logits = lm.denoiser.logits_at(is_open.flatten().nonzero()[:, 0], ids, segment_ids=segments).float()
         logits[:, mask_token_id] = -torch.inf
         drawn, sure = ids.clone(), torch.full(ids.shape, -1.0)
         drawn[row, position] = found = draw(logits, row, step, position)
@@ -311,14 +313,15 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
     table.trained()
     lm, written = redraft.load(folder, device="cpu"), WrittenTask(task=table.task, config=thought)
     eos, mask = lm.eos_token_id, lm.denoiser.settings.mask_token_id
-    starts, width = [lm.encode(written.given(prompt)).tolist() for prompt in table.prompts], written.longest
+    starts = [lm.encode(written.given(prompt)).tolist() for prompt in table.prompts]
+    width, said, pad = written.longest, written.longest_said, lm.tokenizer.pad_token_id
     dials = [(0.0, 1, None), (1.0, args.samples, None)]
     if thought.fill:
         dials = [(0.0, 1, fills) for fills in FILLS] + dials[:1] + [(1.0, args.samples, FILLS[-1])] + dials[1:]
     for temperature, samples, fills in dials:
         start = time.perf_counter()
         rows = [ids for ids in starts for _ in range(samples)]
-        blank = [ids + [mask if thought.fill else eos] * (width - len(ids)) for ids in rows]
+        blank = [(ids + [mask] * said * thought.fill + [pad] * width)[:width] for ids in rows]
         first = torch.tensor([len(ids) for ids in rows])
         done, forwards = decode(lm, torch.tensor(blank), first, temperature=temperature, seed=seed, fills=fills)
         seconds = time.perf_counter() - start

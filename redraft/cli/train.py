@@ -1,6 +1,7 @@
 """`redraft train RECIPE`: one run from data to checkpoint."""
 
 import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def _take(name: str, flags: list[str]) -> tuple[str | None, list[str]]:
 def next_steps(folder: str, data: DataConfig) -> list[str]:
     """Name commands to try on a trained model."""
     if data.kind == "thought":
-        task = data.thought.name_of(data.source)
+        task = shlex.quote(data.thought.name_of(data.source))
         return ["try next:", f"  redraft eval {folder} --tasks {task} --batch-size 100 --out {folder}/eval"]
     if data.kind != "text":
         return ["try next:", f"  redraft chat {folder}"]

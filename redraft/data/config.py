@@ -75,11 +75,12 @@ class DataConfig:
             self._check_chat()
 
     def _check_thought(self) -> None:
-        find_task(self.source)
+        if not self.source.endswith(".jsonl"):  # a file is looked for when it is read
+            find_task(self.source)
         plain = DataConfig()
         for name, value in vars(self).items():
             if name not in THOUGHT_SETTINGS and value != getattr(plain, name):
-                raise ValueError(f"{name} is not for kind thought; got {value!r}. Leave it out.")
+                raise ValueError(f"{name} is not for kind thought; got {value!r}. Begin with the recipe thought-ar.")
 
     def _check_chat(self) -> None:
         if self.streaming and self.kind == "preference":

@@ -8,8 +8,8 @@ import numpy as np
 
 from redraft.data.chat import Example as Encoded
 from redraft.data.packing import PackingReport, TargetWindows, pack_examples
-from redraft.data.splits import Split, split_of
-from redraft.data.tasks import Example, Task, word_tokenizer
+from redraft.data.splits import Split
+from redraft.data.tasks import Example, Task, side_of, word_tokenizer
 from redraft.data.tokenizer import MASK, Tokenizer
 
 NEXT, ANSWER = "<|next|>", "<|answer|>"
@@ -23,11 +23,13 @@ class ThoughtConfig:
 
     form: Form = "written"
     """written: the thoughts, and after them the answer where they do not tell it. direct: the answer at once. pause:
-    the answer after as many pause tokens as its thoughts have words (arXiv 2310.02226); these are given, not learnt."""
+    the answer after as many pause tokens as the longest thoughts of its prompt have words (arXiv 2310.02226); these are
+    given, not learnt, when the model is judged too."""
     pad_prompt: bool = False
     """Mask tokens behind shorter prompts, up to the longest: each thought is as far from the prompt in every row."""
     fill: bool = False
-    """EOS up to the longest row, to be learnt: for masked diffusion, which begins with a canvas of one length."""
+    """EOS after every text up to the longest one, to be learnt: for masked and uniform diffusion, which begin with a
+    canvas of one length behind the prompt."""
 
     def name_of(self, source: str) -> str:
         """Name the task of `redraft eval` that gives prompts in this form: thought:SOURCE[:FORM[:padded]]."""
@@ -53,6 +55,8 @@ class WrittenTask:
     def tokenizer(self) -> Tokenizer:
         """One token for every word; the words that part thoughts and answer only where they are needed."""
         words = [word for word, is_used in ((NEXT, not self._block_words), (ANSWER, not self._tells)) if is_used]
+        if taken := [word for example in self.examples for text in example.texts() for word in words if word in text]:
+            raise ValueError(f"the word {taken[0]!r} parts thoughts from answers. Write another in its place.")
         marks = Example(prompt=" ".join(words), blocks=(), answer="")
         return word_tokenizer([*self.examples, marks] if words else self.examples)
 
@@ -73,7 +77,11 @@ class WrittenTask:
 
     @cached_property
     def _num_pauses(self) -> dict[str, int]:
-        return {e.prompt: sum(len(block.split()) for block in e.blocks) for e in self.examples}
+        found: dict[str, int] = {}
+        for example in self.examples:
+            count = sum(len(block.split()) for block in example.blocks)
+            found[example.prompt] = max(count, found.get(example.prompt, 0))
+        return found
 
     def given(self, prompt: str) -> str:
         """Return the text that stands before what is learnt: the prompt of an example, its padding, its pauses."""
@@ -83,10 +91,11 @@ class WrittenTask:
 
     def said(self, example: Example) -> str:
         """Return the text that is learnt."""
+        answer = example.answer or self.task.answer(list(example.blocks))
         if self.config.form != "written":
-            return example.answer or self.task.answer(list(example.blocks))
+            return answer
         thoughts = (" " if self._block_words else f" {NEXT} ").join(example.blocks)
-        return thoughts if self._tells else f"{thoughts} {ANSWER} {example.answer}"
+        return thoughts if self._tells else f"{thoughts} {ANSWER} {answer}"
 
     def answer(self, said: str) -> str:
         """Return the answer that a text says."""
@@ -112,7 +121,9 @@ class WrittenTask:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return max(len(before) + len(after) for before, after in self._rows)
+        return max(
+            len(before) + (self.longest_said if self.config.fill else len(after)) for before, after in self._rows
+        )
 
     @cached_property
     def longest_said(self) -> int:
@@ -131,8 +142,8 @@ class WrittenTask:
         eos, held_out = self.tokenizer.eos_token_id, self.task.held_out
         encoded = []
         for example, (before, after) in zip(self.examples, self._rows, strict=True):
-            if split_of(example.prompt, validation_fraction=held_out) == split:
-                filled = [*after, *[eos] * (self.longest - len(before) - len(after))] if self.config.fill else after
+            if side_of(example.prompt, held_out=held_out) == split:
+                filled = [*after, *[eos] * (self.longest_said - len(after))] if self.config.fill else after
                 is_target = np.arange(len(before) + len(filled)) >= len(before)
                 encoded.append(Encoded(np.array([*before, *filled], np.int32), is_target))
         if split == "train" and not encoded:

@@ -266,15 +266,11 @@ def make_task(name: str, options: TaskOptions) -> Task:
 
 
 def _held_out_thoughts(name: str, rest: str) -> HeldOutThoughts:
-    """Read NAME, NAME:FORM or NAME:FORM:padded. Raises ValueError for anything else."""
-    source, _, rest = rest.partition(":")
-    form: Any
-    form, _, padded = rest.partition(":")
-    if form not in ("", *FORMS):
-        raise unknown_name(f"form in {name}", form, FORMS)
-    if padded not in ("", "padded"):
-        raise unknown_name(f"word in {name}", padded, ["padded"])
-    config = ThoughtConfig(form=form or "written", pad_prompt=bool(padded))
+    """Read NAME, NAME:FORM or NAME:FORM:padded."""
+    source, is_padded = rest.removesuffix(":padded"), rest.endswith(":padded")
+    name_of, _, form = source.rpartition(":")
+    source, form = (name_of, form) if form in FORMS else (source, "written")
+    config = ThoughtConfig(form=form, pad_prompt=is_padded)
     return HeldOutThoughts(name=name, written=WrittenTask(task=find_task(source), config=config))
 
 

@@ -298,6 +298,8 @@ class RunConfig(Recorded):
                 f"model.start brings its own tokenizer; got data.tokenizer={self.data.tokenizer!r} beside it. Leave "
                 "out one or the other."
             )
+        if self.data.kind == "thought":
+            self._check_thought()
         self._check_adapter()
         if self.model.max_positions is not None and self.data.seq_len > self.model.max_positions:
             raise ValueError(
@@ -307,6 +309,18 @@ class RunConfig(Recorded):
         if self.objective.kind == "ar" and self.model.architecture == "modernbert":
             raise ValueError(
                 "objective.kind ar needs a decoder; got model.architecture modernbert, an encoder. Use llama."
+            )
+
+    def _check_thought(self) -> None:
+        if self.model.start is not None:
+            raise ValueError(
+                f"kind thought makes a tokenizer of the task's words; got model.start {self.model.start!r}, which "
+                "brings its own. Leave it out."
+            )
+        if self.objective.kind in ("masked", "uniform") and not self.data.thought.fill:
+            raise ValueError(
+                f"objective.kind {self.objective.kind} fills a canvas of one length; got data.thought.fill False, by "
+                "which the length of a row tells that of its answer. Add --data.thought.fill."
             )
 
     def _check_adapter(self) -> None:

@@ -8,10 +8,12 @@ import pytest
 
 from redraft.data.config import DataConfig
 from redraft.data.prepare import prepare
-from redraft.data.splits import split_of
-from redraft.data.tasks import TASKS, Example, ExampleFile, find_task
+from redraft.data.tasks import TASKS, Example, ExampleFile, encode, find_task, side_of
 from redraft.data.thoughts import FORMS, ThoughtConfig, WrittenTask
 from redraft.data.tokenizer import MASK
+from redraft.models.build import ModelConfig
+from redraft.recipes import RECIPES
+from redraft.training.config import ObjectiveConfig
 
 FEW = 200
 
@@ -119,12 +121,12 @@ def test_rows_learn_what_is_said_and_its_end_and_hold_prompts_out(own_file, conf
         for row in rows:
             ids, is_target = row["input_ids"], row["is_target"]
             example = by_text[tokenizer.decode(ids[~is_target])]
-            assert split_of(example.prompt, validation_fraction=0.1) == split
+            assert side_of(example.prompt, held_out=0.1) == split
             told = ids[is_target].tolist()
             end = told.index(tokenizer.eos_token_id)
             assert tokenizer.decode(told[:end]) == written.said(example)
             assert set(told[end:]) == {tokenizer.eos_token_id}
-            assert (len(ids) == written.longest) if config.fill else (end == len(told) - 1)
+            assert len(told) == (written.longest_said if config.fill else end + 1)
             assert is_target.tolist() == sorted(is_target.tolist())
             assert (row["segment_ids"] == 1).all()
             seen.add(example.prompt)
@@ -151,3 +153,50 @@ def test_rows_that_are_too_long_and_tasks_that_hold_all_out_are_refused(own_file
     everything = WrittenTask(task=Sums(held_out=1.0), config=ThoughtConfig())
     with pytest.raises(ValueError, match="holds out all of its 64 examples"):
         everything.windows("train", seq_len=64)
+
+
+def written_file(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(dict(zip(("prompt", "blocks", "answer"), row, strict=True))) for row in rows))
+    return WrittenTask(task=ExampleFile(path=path), config=ThoughtConfig())
+
+
+def test_a_file_with_some_answers_is_solved_by_what_its_rows_say(tmp_path):
+    written = written_file(tmp_path, [("a b", ["b", "a"], ""), ("c d", ["d", "c"], "none")])
+    assert all(written.task.is_solved(e.prompt, written.answer(written.said(e))) for e in written.examples)
+
+
+@pytest.mark.parametrize("word", ["<|answer|>", "x<|answer|>", "<|eos|>", "x<|mask|>"])
+def test_words_that_hold_a_mark_or_a_special_token_are_refused(tmp_path, word):
+    written = written_file(tmp_path, [("a", [word, "b c"], "none")])
+    with pytest.raises(ValueError, match="Write another in its place"):
+        written.tokenizer  # noqa: B018
+
+
+def test_pauses_are_those_of_the_longest_thoughts_whatever_the_order(tmp_path):
+    rows = [("a", ["b c d", "e"], "f"), ("a", ["g"], "f")]
+    for order in (rows, rows[::-1]):
+        written = replace(written_file(tmp_path, order), config=ThoughtConfig(form="pause"))
+        assert written.given("a") == " ".join(["a", *[MASK] * 4])
+
+
+def test_prompts_that_differ_in_spaces_are_on_one_side(tmp_path):
+    rows = [(f"{a}{space}b", ["c"], "d") for a in range(60) for space in (" ", "  ")]
+    written = written_file(tmp_path, rows)
+    sides = [side_of(e.prompt, held_out=0.1) for e in written.examples]
+    assert sides[::2] == sides[1::2]
+    assert set(sides) == {"train", "validation"}
+    held_out = encode(written.examples, written.tokenizer, split="validation", held_out=0.1).examples
+    assert len(held_out) == sides.count("validation")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelConfig(start="runs/other")}, "kind thought makes a tokenizer of the task's words"),
+        ({"objective": ObjectiveConfig()}, "kind masked fills a canvas of one length.*Add --data.thought.fill"),
+    ],
+)
+def test_runs_that_would_learn_something_else_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPES["thought-ar"](), **changes)

@@ -51,8 +51,7 @@ def test_a_model_learns_a_task_and_is_judged_on_held_out_prompts(swaps, tmp_path
     ("task", "message"),
     [
         ("thought:countdow", "unknown task 'countdow'"),
-        ("thought:countdown:pauses", "known are written, direct, pause. Did you mean 'pause'?"),
-        ("thought:countdown:pause:pad", "known are padded. Did you mean 'padded'?"),
+        ("thought:countdown:pauses", "unknown task 'countdown:pauses'"),
         ("thought:gone.jsonl", "there is no file gone.jsonl"),
     ],
 )

@@ -27,6 +27,7 @@ __all__ = [
     "encode",
     "find_task",
     "held_out_prompts",
+    "side_of",
     "word_tokenizer",
 ]
 
@@ -119,13 +120,18 @@ def find_task(name: str) -> Task:
         if not Path(name).is_file():
             raise ValueError(f"there is no file {name}. Give a .jsonl of examples, or one of {', '.join(TASKS)}.")
         return ExampleFile(path=Path(name))
-    raise unknown_name("task", name, TASKS)
+    raise unknown_name("task", name, [*TASKS, "FILE.jsonl"])
+
+
+def side_of(prompt: str, *, held_out: float) -> Split:
+    """Put a prompt on one side of a task's split by the hash of its words, whatever the spaces between them."""
+    return split_of(" ".join(prompt.split()), validation_fraction=held_out)
 
 
 def held_out_prompts(task: Task) -> list[str]:
     """Return the distinct prompts that training never sees, in the task's order."""
     prompts = dict.fromkeys(example.prompt for example in task.examples())
-    return [p for p in prompts if split_of(p, validation_fraction=task.held_out) == "validation"]
+    return [p for p in prompts if side_of(p, held_out=task.held_out) == "validation"]
 
 
 def word_tokenizer(examples: list[Example]) -> Any:
@@ -136,7 +142,7 @@ def word_tokenizer(examples: list[Example]) -> Any:
 
     words = sorted({word for example in examples for text in example.texts() for word in text.split()})
     special = [PAD, EOS, MASK, UNKNOWN]
-    if taken := [word for word in special if word in words]:
+    if taken := [token for token in special if any(token in word for word in words)]:
         raise ValueError(f"the word {taken[0]!r} is a special token of the tokenizer. Write another in its place.")
     vocabulary = {word: i for i, word in enumerate([*special, *words])}
     backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -190,7 +196,7 @@ def encode(examples: list[Example], tokenizer: Any, *, split: Split, held_out: f
             row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
         return table, torch.arange(width) < torch.tensor([len(tokens) for tokens in rows])[:, None]
 
-    chosen = [e for e in examples if split_of(e.prompt, validation_fraction=held_out) == split]
+    chosen = [e for e in examples if side_of(e.prompt, held_out=held_out) == split]
     prompt_width = max(len(ids(e.prompt)) for e in examples)
     block_width = max(len(ids(block)) for e in examples for block in e.blocks)
     answer_width = max(len(ids(e.answer, end=True)) for e in examples)
