@@ -120,7 +120,8 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
     anything else.
     """
     if config.kind in ("preference", "thought"):
-        raise ValueError(f"data of kind {config.kind} are read as they are and not built. Train on the source.")
+        what = "preference pairs" if config.kind == "preference" else "thoughts"
+        raise ValueError(f"{what} are read as they are and not built; got kind {config.kind}. Train on the source.")
     fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))
     tokenizer = _tokenizer(config, None, fingerprint)
     built = {name: value for name, value in asdict(config).items() if name in (*BUILT_SETTINGS, *BUILT_ORDER)}

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from redraft.data.config import DataConfig
-from redraft.data.prepare import prepare
+from redraft.data.prepare import build_data, prepare
 from redraft.data.tasks import TASKS, Example, ExampleFile, encode, find_task, side_of
 from redraft.data.thoughts import FORMS, ThoughtConfig, WrittenTask
 from redraft.data.tokenizer import MASK
@@ -153,6 +153,11 @@ def test_rows_that_are_too_long_and_tasks_that_hold_all_out_are_refused(own_file
     everything = WrittenTask(task=Sums(held_out=1.0), config=ThoughtConfig())
     with pytest.raises(ValueError, match="holds out all of its 64 examples"):
         everything.windows("train", seq_len=64)
+
+
+def test_thoughts_are_not_built(own_file, tmp_path):
+    with pytest.raises(ValueError, match="thoughts are read as they are and not built"):
+        build_data(DataConfig(kind="thought", source=str(own_file)), tmp_path / "built")
 
 
 def written_file(tmp_path, rows):
