@@ -12,10 +12,10 @@ from torch.utils.data import Dataset, default_collate
 
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.latent.sequence import Part
+from redraft.training.arguments import arguments_of
 from redraft.training.ema import WeightAverage
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.loop import Batch, KeyedTrainer
-from redraft.training.run import arguments_of
 
 Losses = dict[str, Tensor]
 LossFunction = Callable[[Any, Batch, int, Part], Losses]

@@ -8,7 +8,6 @@ import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from transformers import TrainingArguments
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, StreamedWindows, prepare
 from redraft.data.tokenizer import token_byte_lengths
-from redraft.errors import unknown_name
 from redraft.likelihood import Estimate
 from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
 from redraft.training.adapter import enable_checkpointing, num_parameters
+from redraft.training.arguments import arguments_of
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
 from redraft.training.checkpoint import last_whole_checkpoint, step_of, tidy, told_of_the_disk
-from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, differences
+from redraft.training.config import RECIPE_FILE, RunConfig, differences
 from redraft.training.curve import draw_curve
 from redraft.training.ema import WeightAverage
 from redraft.training.identity import check_identity, check_settings, identity
@@ -40,7 +38,6 @@ from redraft.training.preference import PreferenceTrainer
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
 
-LOGGERS = ("tensorboard", "wandb", "trackio")
 BYTES_PER_PARAMETER = {"checkpoint": 12, "model": 4}  # float32 weights with AdamW's two moments; the weights alone
 
 
@@ -254,38 +251,6 @@ def _nearest_existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def arguments_of(train: TrainConfig, *, out: str, **more: Any) -> TrainingArguments:
-    """Say in transformers' words how every run optimises, whatever it trains."""
-    arguments = TrainingArguments(
-        output_dir=out,
-        per_device_train_batch_size=train.batch_size // PartialState().num_processes,
-        gradient_accumulation_steps=train.accumulation,
-        max_steps=train.max_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.decay, train.decay),
-        warmup_steps=train.warmup,
-        weight_decay=train.weight_decay,
-        adam_beta2=train.beta_2,
-        max_grad_norm=train.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=train.precision == "bfloat16",
-        use_cpu=runs_on_cpu(train.device),
-        seed=train.seed,
-        logging_steps=train.log_every,
-        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
-        save_steps=train.save_every,
-        save_total_limit=train.keep_checkpoints,
-        dataloader_drop_last=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to=_installed(train.report_to),
-        **more,
-    )
-    # One process drives one device: transformers would replicate the model by threads over all that it sees.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
 def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) -> DiffusionTrainer:
     train = config.train
     arguments = arguments_of(
@@ -327,17 +292,6 @@ def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) ->
         max_skipped=train.max_skipped,
         uses_muon=train.optimizer == "muon",
     )
-
-
-def _installed(loggers: tuple[str, ...]) -> list[str]:
-    """Check the loggers. TensorBoard is left out where it is not installed: it is a default, not a wish."""
-    for name in loggers:
-        if name not in LOGGERS:
-            raise unknown_name("train.report_to", name, LOGGERS)
-    missing = [name for name in loggers if find_spec(name) is None]
-    if wished := [name for name in missing if name != "tensorboard"]:
-        raise ValueError(f"train.report_to names {', '.join(wished)}, which is not installed. Install or leave it out.")
-    return [name for name in loggers if name not in missing]
 
 
 def _evenly(dataset: Any, count: int) -> Any:
