@@ -314,14 +314,14 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
     lm, written = redraft.load(folder, device="cpu"), WrittenTask(task=table.task, config=thought)
     eos, mask = lm.eos_token_id, lm.denoiser.settings.mask_token_id
     starts = [lm.encode(written.given(prompt)).tolist() for prompt in table.prompts]
-    width, said, pad = written.longest, written.longest_said, lm.tokenizer.pad_token_id
+    width, hole = written.longest, [mask] * written.longest_said if thought.fill else []
     dials = [(0.0, 1, None), (1.0, args.samples, None)]
     if thought.fill:
         dials = [(0.0, 1, fills) for fills in FILLS] + dials[:1] + [(1.0, args.samples, FILLS[-1])] + dials[1:]
     for temperature, samples, fills in dials:
         start = time.perf_counter()
         rows = [ids for ids in starts for _ in range(samples)]
-        blank = [(ids + [mask] * said * thought.fill + [pad] * width)[:width] for ids in rows]
+        blank = [ids + hole + [lm.tokenizer.pad_token_id] * (width - len(ids) - len(hole)) for ids in rows]
         first = torch.tensor([len(ids) for ids in rows])
         done, forwards = decode(lm, torch.tensor(blank), first, temperature=temperature, seed=seed, fills=fills)
         seconds = time.perf_counter() - start

@@ -33,8 +33,18 @@ class ThoughtConfig:
 
     def name_of(self, source: str) -> str:
         """Name the task of `redraft eval` that gives prompts in this form: thought:SOURCE[:FORM[:padded]]."""
-        form = [self.form] if self.form != "written" or self.pad_prompt else []
-        return ":".join(["thought", source, *form, *["padded"][: self.pad_prompt]])
+        name = f"thought:{source}"
+        if self.form != "written" or self.pad_prompt:
+            name += f":{self.form}"
+        return f"{name}:padded" if self.pad_prompt else name
+
+    @classmethod
+    def from_name(cls, name: str) -> tuple[str, "ThoughtConfig"]:
+        """Read a name as `name_of` gives it: the source and the form of its prompts."""
+        rest, is_padded = name.removeprefix("thought:").removesuffix(":padded"), name.endswith(":padded")
+        before, _, form = rest.rpartition(":")
+        source, form = (before, form) if form in FORMS else (rest, "written")
+        return source, cls(form=form, pad_prompt=is_padded)
 
 
 @dataclass(frozen=True, kw_only=True)

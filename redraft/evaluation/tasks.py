@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from redraft.data.sources import read_documents
 from redraft.data.splits import split_of
 from redraft.data.tasks import find_task, held_out_prompts
-from redraft.data.thoughts import FORMS, ThoughtConfig, WrittenTask
+from redraft.data.thoughts import ThoughtConfig, WrittenTask
 from redraft.errors import unknown_name
 from redraft.evaluation.metrics import edit_similarity
 from redraft.evaluation.sandbox import Isolation, Limits, run_python
@@ -248,7 +248,8 @@ def make_task(name: str, options: TaskOptions) -> Task:
     """Find a task by its name. Raises ValueError for an unknown one, and for code that may not run."""
     kind, _, rest = name.partition(":")
     if kind == "thought" and rest:
-        return _held_out_thoughts(name, rest)
+        source, config = ThoughtConfig.from_name(name)
+        return HeldOutThoughts(name=name, written=WrittenTask(task=find_task(source), config=config))
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise ValueError(f"no file {name}; a custom task is a file of JSON lines.")
@@ -263,15 +264,6 @@ def make_task(name: str, options: TaskOptions) -> Task:
     if name not in NAMED:
         raise unknown_name("task", name, [*NAMED, *(f"{kind}:{what}" for kind, what in KINDS.items()), "FILE.jsonl"])
     return NAMED[name](options)
-
-
-def _held_out_thoughts(name: str, rest: str) -> HeldOutThoughts:
-    """Read NAME, NAME:FORM or NAME:FORM:padded."""
-    source, is_padded = rest.removesuffix(":padded"), rest.endswith(":padded")
-    name_of, _, form = source.rpartition(":")
-    source, form = (name_of, form) if form in FORMS else (source, "written")
-    config = ThoughtConfig(form=form, pad_prompt=is_padded)
-    return HeldOutThoughts(name=name, written=WrittenTask(task=find_task(source), config=config))
 
 
 def _tagged(output: str) -> str:

@@ -74,14 +74,7 @@ def thought_ar() -> RunConfig:
         data=DataConfig(kind="thought", source="countdown", seq_len=64),
         model=ModelConfig(size="1m", num_heads=4, intermediate_size=512),
         objective=ObjectiveConfig(kind="ar"),
-        train=replace(
-            latent_denoiser().train,
-            learning_rate=2e-3,
-            max_steps=1500,
-            max_minutes=None,
-            eval_every=500,
-            compile="off",
-        ),
+        train=replace(latent_denoiser().train, learning_rate=2e-3, max_steps=1500, max_minutes=None, compile="off"),
     )
 
 

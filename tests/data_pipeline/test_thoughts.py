@@ -160,6 +160,14 @@ def test_thoughts_are_not_built(own_file, tmp_path):
         build_data(DataConfig(kind="thought", source=str(own_file)), tmp_path / "built")
 
 
+@pytest.mark.parametrize("source", ["countdown", "mine.jsonl", "a:b.jsonl"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pad_prompt", [False, True])
+def test_the_name_of_a_form_is_read_back(source, form, pad_prompt):
+    config = ThoughtConfig(form=form, pad_prompt=pad_prompt)
+    assert ThoughtConfig.from_name(config.name_of(source)) == (source, config)
+
+
 def written_file(tmp_path, rows):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(dict(zip(("prompt", "blocks", "answer"), row, strict=True))) for row in rows))
