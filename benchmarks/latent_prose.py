@@ -1,24 +1,25 @@
 """Latent thinking on real prose: paragraphs of the standard library's docstrings, a block of thought for each piece.
 
-    python benchmarks/latent_prose.py --runs runs/prose --plot docs/latent-prose.svg
+    python benchmarks/latent_prose.py --seeds 0 1 2 --runs runs/prose --plot docs/latent-prose.svg
 
 1. Autoencoders of several shapes on held-out blocks: tokens right, blocks exact, BLEU, by relative noise on latents.
 2. A denoiser on the one named by --base: BLEU of its one-step estimate of x_0 against t, given the true blocks before
    (area under it: AuBLEU, arXiv 2306.02531), beside z_t decoded as it is, the best linear estimate
-   alpha z_t / (alpha^2 + sigma^2), and the denoiser given another row's prompt and blocks.
+   alpha z_t / (alpha^2 + sigma^2), and the denoiser given another row's prompt and blocks; and the squared errors.
 3. Generation beside a stock Llama of the same width and depth with a cache: tokens per CPU second and samples; the
    Llama's nats per token of either's texts.
 
-BLEU is sacrebleu's, of all blocks together. Finished models stay in --runs and are not trained again.
+BLEU is sacrebleu's, of all blocks together. Of several seeds the tables show mean and deviation, the samples are the
+first one's. Finished models stay in --runs and are not trained again.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from redraft.data.tasks import Encoded, encode
-from redraft.latent.autoencoder import NOISE_LEVELS, TextAutoencoder
+from redraft.latent.autoencoder import NOISE_LEVELS
 from redraft.latent.checkpoint import load_autoencoder, load_thinker
 from redraft.latent.objective import prompt_tokens
 from redraft.latent.sequence import Latents, ThoughtBatch
@@ -45,52 +46,103 @@ from redraft.training.latent_config import AutoencoderShape
 from redraft.training.latent_stage import Rows, Stage, stage_trainer
 from redraft.training.run import drive
 
+CHUNK = AutoencoderShape(kind="chunk", num_latents=8, latent_dim=32, hidden_size=256)
 SHAPES = {
-    "chunk-4x32": AutoencoderShape(kind="chunk", num_latents=4, latent_dim=32, hidden_size=256),
-    "chunk-8x32": AutoencoderShape(kind="chunk", num_latents=8, latent_dim=32, hidden_size=256),
-    "thought-8x32": AutoencoderShape(kind="thought", num_latents=8, latent_dim=32, hidden_size=128, num_layers=2),
+    "12-to-8x32": (12, CHUNK),
+    "12-to-4x64-local": (12, replace(CHUNK, num_latents=4, latent_dim=64, local=True)),
+    "4-to-2x48-local": (4, replace(CHUNK, num_latents=2, latent_dim=48, local=True)),
+    "12-to-8x32-thought": (12, replace(CHUNK, kind="thought", hidden_size=128, num_layers=2)),
 }
+"""Tokens of a block, and the autoencoder that makes so many vectors of it."""
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 IGNORED = -100
+Found = dict[str, list[float]]
+"""Rows of a table of one seed by name."""
 
 
-def trained(name: str, args: argparse.Namespace, train: Callable[[Path], Any]) -> Path:
-    """Train a model unless its folder is there; its cost is kept beside it."""
-    folder = args.runs / name.replace(" ", "-")
-    cost = folder / "cpu-minutes"
-    if not cost.exists():
-        start = time.process_time()
-        train(folder)
-        cost.write_text(f"{(time.process_time() - start) / 60:.1f}")
-    print(f"{name}: {cost.read_text()} CPU minutes of training", file=sys.stderr, flush=True)
-    return folder
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The models of one seed: trained unless their folders are there; their cost is kept beside them."""
 
+    args: argparse.Namespace
+    seed: int
 
-def train_autoencoder(name: str, args: argparse.Namespace) -> Callable[[Path], Any]:
-    """Train an autoencoder on every paragraph cut in several ways."""
-    recipe = RECIPES["latent-autoencoder"]()
-    steps = args.thought_steps if SHAPES[name].kind == "thought" else args.chunk_steps
-    train = replace(recipe.train, max_steps=steps, batch_size=256, precision="bfloat16", save_every=10**9)
-    task = Prose(starts=tuple(range(2, 12, 2)))
-    config = replace(recipe, autoencoder=SHAPES[name], train=train)
-    return lambda folder: whole(run_stage(replace(config, out=str(folder)), task=task, console=quiet()))
+    def trained(self, name: str, train: Callable[[Path], Any]) -> Path:
+        """Return the folder of a finished model."""
+        folder = self.args.runs / f"seed-{self.seed}" / name
+        cost = folder / "cpu-minutes"
+        if not cost.exists():
+            start = time.process_time()
+            train(folder)
+            cost.write_text(f"{(time.process_time() - start) / 60:.1f}")
+        print(f"{name}: {cost.read_text()} CPU minutes of training", file=sys.stderr, flush=True)
+        return folder
 
+    def autoencoder(self, name: str) -> Path:
+        """Train an autoencoder on every paragraph cut in several ways."""
+        block_tokens, shape = SHAPES[name]
+        recipe = RECIPES["latent-autoencoder"]()
+        steps = self.args.thought_steps if shape.kind == "thought" else self.args.chunk_steps
+        train = replace(
+            recipe.train, max_steps=steps, batch_size=256, precision="bfloat16", save_every=10**9, seed=self.seed
+        )
+        task = Prose(block_tokens=block_tokens, starts=tuple(range(1, block_tokens, max(block_tokens // 5, 1))))
+        config = replace(recipe, autoencoder=shape, train=train)
+        return self.trained(
+            name, lambda folder: whole(run_stage(replace(config, out=str(folder)), task=task, console=quiet()))
+        )
 
-def train_denoiser(args: argparse.Namespace) -> Callable[[Path], Any]:
-    """Train a denoiser without an answer decoder: the paragraph is its thoughts."""
-    recipe = RECIPES["latent-denoiser"]()
-    start = str(args.runs / args.base.replace(" ", "-"))
-    config = replace(
-        recipe, start=start, force=True, train=model_training(recipe.train, args, ema_decay=0.99),
-        objective=replace(recipe.objective, answer_weight=0.0),
-    )  # fmt: skip
-    return lambda folder: whole(run_stage(replace(config, out=str(folder)), task=Prose(), console=quiet()))
+    def denoiser(self, base: str, task: Prose) -> Path:
+        """Train a denoiser without an answer decoder: the paragraph is its thoughts."""
+        recipe = RECIPES["latent-denoiser"]()
+        config = replace(
+            recipe, start=str(self.autoencoder(base)), force=True,
+            train=self.training(recipe.train, steps=self.args.steps, ema_decay=0.99),
+            objective=replace(recipe.objective, answer_weight=0.0),
+        )  # fmt: skip
+        return self.trained(
+            f"denoiser-{base}",
+            lambda folder: whole(run_stage(replace(config, out=str(folder)), task=task, console=quiet())),
+        )
 
+    def llama(self, train: Encoded, tokenizer: Any) -> Path:
+        """Train a stock Llama of the denoiser's width and depth."""
+        ids, width = llama_rows(train, tokenizer.eos_token_id), train.prompts.shape[1]
 
-def model_training(train: TrainConfig, args: argparse.Namespace, **settings: Any) -> TrainConfig:
-    """Steps, rows and precision of both generators."""
-    common = {"batch_size": 64, "max_steps": args.steps, "max_minutes": None, "precision": "bfloat16"}
-    return replace(train, **common, **settings, save_every=10**9)
+        def run(folder: Path) -> None:
+            torch.manual_seed(self.seed)
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=128,
+                    intermediate_size=512,
+                    num_hidden_layers=4,
+                    num_attention_heads=4,
+                    max_position_embeddings=ids.shape[1],
+                    tie_word_embeddings=True,
+                    pad_token_id=None,
+                    bos_token_id=None,
+                    eos_token_id=None,
+                )
+            )
+            stage = Stage(
+                model=model, rows=Rows(ids=ids), tokenizer=tokenizer,
+                losses=lambda wrapped, batch, step, part: {"loss": nats(wrapped, batch["ids"], width)},
+            )  # fmt: skip
+            recipe = RECIPES["latent-denoiser"]()
+            settings = self.training(recipe.train, steps=self.args.llama_steps, ema_decay=None)
+            config = replace(recipe, out=str(folder), train=settings)
+            whole(drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=quiet()))
+            model.save_pretrained(folder)
+
+        return self.trained("llama", run)
+
+    def training(self, train: TrainConfig, *, steps: int, ema_decay: float | None) -> TrainConfig:
+        """Rows and precision of both generators."""
+        return replace(
+            train, batch_size=64, max_steps=steps, max_minutes=None, precision="bfloat16", ema_decay=ema_decay,
+            save_every=10**9, seed=self.seed,
+        )  # fmt: skip
 
 
 def quiet() -> Console:
@@ -118,38 +170,6 @@ def nats(model: Any, ids: Tensor, width: int) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
-def train_llama(train: Encoded, tokenizer: Any, args: argparse.Namespace) -> Callable[[Path], Any]:
-    """Train a stock Llama of the denoiser's width and depth."""
-    ids, width = llama_rows(train, tokenizer.eos_token_id), train.prompts.shape[1]
-
-    def run(folder: Path) -> None:
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=512,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                max_position_embeddings=ids.shape[1],
-                tie_word_embeddings=True,
-                pad_token_id=None,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
-        stage = Stage(
-            model=model, rows=Rows(ids=ids), tokenizer=tokenizer,
-            losses=lambda wrapped, batch, step, part: {"loss": nats(wrapped, batch["ids"], width)},
-        )  # fmt: skip
-        recipe = RECIPES["latent-denoiser"]()
-        config = replace(recipe, out=str(folder), train=model_training(recipe.train, args, ema_decay=None))
-        whole(drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=quiet()))
-        model.save_pretrained(folder)
-
-    return run
-
-
 def bleu(task: Prose, tokenizer: Any, ids: Tensor, truth: Tensor) -> float:
     """Return the corpus BLEU of blocks of token ids, their padding left out."""
     written, wanted = (
@@ -172,17 +192,28 @@ def first_rows(encoded: Encoded, count: int) -> Encoded:
     return Encoded(**{f.name: getattr(encoded, f.name)[:count] for f in fields(Encoded)})
 
 
-@torch.no_grad()
-def show_autoencoder(name: str, model: TextAutoencoder, task: Prose, tokenizer: Any, ids: Tensor, mask: Tensor) -> None:
-    """Print tokens right, blocks exact and BLEU at every level of noise."""
-    latents = model.encode_normalized(ids, mask)
+def reconstructed(name: str, models: Models) -> Found:
+    """Return tokens right, blocks exact and BLEU at every level of noise, of held-out blocks that are new."""
+    model, tokenizer = load_autoencoder(models.autoencoder(name))
+    task = Prose(block_tokens=SHAPES[name][0])
+    ids, mask = new_blocks(*encoded(task, tokenizer))
+    latents = model.encode_normalized(ids, mask).detach()
     size = sum(p.numel() for p in model.parameters()) / 1e6
+    rows = {}
     for level in NOISE_LEVELS:
         found = model.decode(latents + level * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)))
         right = 100 * float((found == ids)[mask].float().mean())
         exact = 100 * float((found == ids).all(1).float().mean())
-        score = bleu(task, tokenizer, found, ids)
-        print(f"| {name} ({size:.1f} M) | {level:g} | {right:.1f} | {exact:.1f} | {score:.1f} |", flush=True)
+        rows[f"{name} ({size:.1f} M), noise {level:g}"] = [right, exact, bleu(task, tokenizer, found, ids)]
+    return rows
+
+
+def encoded(task: Prose, tokenizer: Any) -> tuple[Encoded, Encoded]:
+    """Encode both sides of the split."""
+    train, held_out = (
+        encode(list(task.examples()), tokenizer, split=s, held_out=task.held_out) for s in ("train", "validation")
+    )
+    return train, held_out
 
 
 @torch.no_grad()
@@ -208,12 +239,13 @@ def one_step(thinker: Thinker, batch: ThoughtBatch, z_t: Tensor, t: float, *, sh
     return model.config.process.predict_x_0(out, noisy, torch.full(noisy.shape[:2], t)).view(z_t.shape)
 
 
-def denoising(thinker: Thinker, held_out: Encoded, task: Prose) -> dict[str, list[float]]:
-    """Return BLEU at every time of TIMES, by estimator."""
+def denoising(thinker: Thinker, held_out: Encoded, task: Prose) -> tuple[Found, Found]:
+    """Return BLEU at every time of TIMES with the area under it (its mean over t), and the squared errors."""
     rows = thought_rows(thinker.autoencoder, held_out, with_answer=False)
     batch = ThoughtBatch(**rows[list(range(len(rows)))])
     is_real = torch.arange(batch.blocks.shape[1]) < batch.num_blocks[:, None]
-    scores: dict[str, list[float]] = {}
+    scores: Found = {}
+    errors: Found = {}
     for t in TIMES:
         eps = torch.randn(batch.blocks.shape, generator=torch.Generator().manual_seed(0))
         z_t, alpha = (1 - t) * batch.blocks + t * eps, 1 - t  # the recipe's schedule is flow
@@ -226,24 +258,23 @@ def denoising(thinker: Thinker, held_out: Encoded, task: Prose) -> dict[str, lis
         for name, x_0 in estimates.items():
             ids = thinker.autoencoder.decode(x_0[is_real])
             scores.setdefault(name, []).append(bleu(task, thinker.tokenizer, ids, held_out.blocks[is_real]))
-    return scores
+            errors.setdefault(name, []).append(float((x_0 - batch.blocks)[is_real].square().mean()))
+    for found in scores.values():
+        found.append(float(torch.trapezoid(torch.tensor(found), torch.tensor(TIMES))) / (TIMES[-1] - TIMES[0]))
+    return scores, {name: found for name, found in errors.items() if name != "z_t as it is"}
 
 
-def show_denoising(scores: dict[str, list[float]], plot: Path | None) -> None:
-    """Print BLEU against t with the area under it (its mean over t), and draw it."""
-    print(f"| BLEU at t = | {' | '.join(map(str, TIMES))} | area |\n|---|{'---|' * (len(TIMES) + 1)}")
-    for name, found in scores.items():
-        area = float(torch.trapezoid(torch.tensor(found), torch.tensor(TIMES))) / (TIMES[-1] - TIMES[0])
-        print(f"| {name} | {' | '.join(f'{score:.1f}' for score in found)} | {area:.1f} |")
-    if plot:
-        from matplotlib.figure import Figure
+def draw(scores: list[Found], plot: Path) -> None:
+    """Draw the mean of BLEU over the seeds against t."""
+    from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="t", ylabel="BLEU of the decoded estimate", ylim=(0, 100))
-        for name, found in scores.items():
-            axes.plot(TIMES, found, "o-", markersize=3, label=name)
-        axes.legend()
-        figure.savefig(plot)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="t", ylabel="BLEU of the decoded estimate", ylim=(0, 100))
+    for name in scores[0]:
+        axes.plot(TIMES, [mean(column) for column in zip(*(s[name][:-1] for s in scores), strict=True)], "o-",
+                  markersize=3, label=name)  # fmt: skip
+    axes.legend()
+    figure.savefig(plot)
 
 
 @torch.no_grad()
@@ -257,12 +288,15 @@ def write(model: Any, prompts: Tensor, *, count: int, seed: int = 0) -> Tensor:
     return torch.cat(found, 1)
 
 
-def show_speed(thinker: Thinker, model: Any, held_out: Encoded, repeats: int) -> None:
-    """Print tokens per CPU second: medians of interleaved runs. Padding is no token; the Llama never stops early."""
+def speed(thinker: Thinker, model: Any, held_out: Encoded, repeats: int) -> Found:
+    """Return tokens per CPU second and their ratio to the Llama's: medians of interleaved runs.
+
+    Padding is no token; the Llama never stops early.
+    """
     left, texts = llama_rows(held_out, 1)[:, : held_out.prompts.shape[1]], [e.prompt for e in held_out.examples]
+    rows = {}
     count = held_out.blocks[0].numel()
     dials = {"force_blocks": True, "solver": "ddim"}
-    print("| batch | | tokens per CPU second | x Llama |\n|---|---|---|---|")
     for size in (1, 32):
 
         def think(steps: int, size: int = size) -> int:
@@ -282,11 +316,12 @@ def show_speed(thinker: Thinker, model: Any, held_out: Encoded, repeats: int) ->
                 rates[name].append(tokens / (time.process_time() - start))
         for name, found in rates.items():
             ratio = median(a / b for a, b in zip(found, rates["Llama"], strict=True))
-            print(f"| {size} | {name} | {median(found):.0f} | {ratio:.2f} |")
+            rows[f"{name}, batch {size}"] = [median(found), ratio]
+    return rows
 
 
-def show_samples(thinker: Thinker, model: Any, held_out: Encoded, task: Prose, shown: int) -> None:
-    """Print samples of both, and the Llama's nats per token of all of them and of the true paragraphs."""
+def samples(thinker: Thinker, model: Any, held_out: Encoded, task: Prose, shown: int) -> tuple[Found, list[str]]:
+    """Sample from both: the Llama's nats per token of their texts and of the true ones, and some to read."""
     width, eos, tokenizer = held_out.prompts.shape[1], thinker.tokenizer.eos_token_id, thinker.tokenizer
     truth = llama_rows(held_out, eos)
     prompts = [e.prompt for e in held_out.examples]
@@ -303,56 +338,85 @@ def show_samples(thinker: Thinker, model: Any, held_out: Encoded, task: Prose, s
         for r in write(model, truth[:, :width], count=truth.shape[1] - width).tolist()
     ]
     told = {"true": truth, "Llama, T = 1": rows(own)}
-    for steps in (4, 16):
-        found = [samples[0] for samples in thinker.think(prompts, steps=steps, solver="ddim")]
-        told[f"latent, {steps} steps"] = rows([tokenizer.convert_tokens_to_ids(f.text.split()) for f in found])
-    print("| | nats per token under the Llama | tokens | entropy of its tokens |\n|---|---|---|---|")
+    settings = {
+        "4 steps": {"steps": 4}, "16 steps": {"steps": 16}, "16 steps, noise 0.6": {"steps": 16, "init_noise": 0.6}
+    }  # fmt: skip
+    for name, dials in settings.items():
+        found = [own[0] for own in thinker.think(prompts, solver="ddim", **dials)]
+        told[f"latent, {name}"] = rows([tokenizer.convert_tokens_to_ids(f.text.split()) for f in found])
+    table = {}
     for name, ids in told.items():
         text = ids[:, width:][ids[:, width:] > eos]
         share = text.bincount() / len(text)
         with torch.no_grad():
-            print(f"| {name} | {nats(model, ids, width):.2f} | {len(text)} | {torch.special.entr(share).sum():.2f} |")
+            table[name] = [float(nats(model, ids, width)), len(text), float(torch.special.entr(share).sum())]
+    read = []
     for index in range(0, len(prompts), -(-len(prompts) // shown)):
-        print(f"\n{task.text(prompts[index])}\n")
+        read.append(f"\n{task.text(prompts[index])}\n")
         for name, ids in told.items():
             words = tokenizer.convert_ids_to_tokens(ids[index, width:].tolist(), skip_special_tokens=True)
-            print(f"- {name}: {task.text(' '.join(words))}")
+            read.append(f"- {name}: {task.text(' '.join(words))}")
+    return table, read
+
+
+def show(columns: list[str], seeds: list[Found], digits: int = 1) -> None:
+    """Print a table, of several seeds mean and deviation."""
+    print(f"\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for name in seeds[0]:
+        cells = list(zip(*(found[name] for found in seeds), strict=True))
+        spread = [f" ± {stdev(cell):.{digits}f}" if len(cell) > 1 else "" for cell in cells]
+        print(f"| {name} | {' | '.join(f'{mean(c):.{digits}f}{s}' for c, s in zip(cells, spread, strict=True))} |")
+    sys.stdout.flush()
 
 
 def main() -> None:
     """Train what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/prose"), help="folder of the models")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--base", default="chunk-8x32", choices=SHAPES, help="autoencoder of the denoiser")
-    parser.add_argument("--chunk-steps", type=int, default=1500)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--base", default="4-to-2x48-local", choices=SHAPES, help="autoencoder of the denoiser")
+    parser.add_argument("--chunk-steps", type=int, default=2000)
     parser.add_argument("--thought-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=400, help="of the denoiser and of the Llama")
+    parser.add_argument("--steps", type=int, default=3000, help="of the denoiser")
+    parser.add_argument("--llama-steps", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=256, help="held-out runs of blocks for the denoiser and the Llama")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    task = Prose()
     print(describe("latent_prose.py", sys.argv[1:]))
-    print("| autoencoder | noise | tokens right, % | blocks exact, % | BLEU |\n|---|---|---|---|---|", flush=True)
+    every = [Models(args=args, seed=seed) for seed in args.seeds]
     for name in args.shapes:
-        model, tokenizer = load_autoencoder(trained(name, args, train_autoencoder(name, args)))
-        train, held_out = (
-            encode(list(task.examples()), tokenizer, split=s, held_out=task.held_out) for s in ("train", "validation")
-        )
-        show_autoencoder(name, model, task, tokenizer, *new_blocks(train, held_out))
+        show(["tokens right, %", "blocks exact, %", "BLEU"], [reconstructed(name, models) for models in every])
+    task = Prose(block_tokens=SHAPES[args.base][0])
+    measured = [_generators(models, task) for models in every]
+    scores, errors, rates, texts, read = zip(*measured, strict=True)
+    show([f"BLEU at t = {TIMES[0]}", *map(str, TIMES[1:]), "area"], list(scores))
+    show([f"squared error at t = {TIMES[0]}", *map(str, TIMES[1:])], list(errors), digits=3)
+    if args.plot:
+        draw(list(scores), args.plot)
+    show(["tokens per CPU second", "x Llama"], list(rates), digits=2)
+    show(["nats per token under the Llama", "tokens", "entropy of its tokens"], list(texts), digits=2)
+    print("\n".join(read[0]))
+
+
+def _generators(models: Models, task: Prose) -> tuple[Found, Found, Found, Found, list[str]]:
+    """Measure one seed's denoiser and its Llama."""
+    args = models.args
+    thinker = load_thinker(models.denoiser(args.base, task))
+    train, held_out = encoded(task, thinker.tokenizer)
+    llama = LlamaForCausalLM.from_pretrained(models.llama(train, thinker.tokenizer)).eval()
     held_out = first_rows(held_out, args.rows)
-    thinker = load_thinker(trained(f"denoiser on {args.base}", args, train_denoiser(args)))
-    size = sum(p.numel() for p in thinker.denoiser.parameters()) / 1e6
-    print(f"\nheld out: {len(held_out.examples)} runs of blocks; denoiser: {size:.2f} M\n")
-    show_denoising(denoising(thinker, held_out, task), args.plot)
-    llama = LlamaForCausalLM.from_pretrained(trained("llama", args, train_llama(train, tokenizer, args))).eval()
-    print(f"\nLlama: {llama.num_parameters() / 1e6:.2f} M\n")
-    show_speed(thinker, llama, held_out, args.repeats)
-    print()
-    show_samples(thinker, llama, held_out, task, args.samples)
+    sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (thinker.denoiser, llama)]
+    print(
+        f"seed {models.seed}: denoiser of {sizes[0]:.2f} M parameters, Llama of {sizes[1]:.2f} M; "
+        f"{len(held_out.examples)} held-out runs of blocks"
+    )
+    scores, errors = denoising(thinker, held_out, task)
+    rates = speed(thinker, llama, held_out, args.repeats)
+    return scores, errors, rates, *samples(thinker, llama, held_out, task, args.samples)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from redraft.data.splits import split_of
 from redraft.data.tasks import Example
 from redraft.data.tokenizer import train_tokenizer
 
-PROMPT_TOKENS, LARGEST, FEWEST = 12, 5, 2
+PROMPT_TOKENS, MOST_TOKENS, FEWEST = 12, 60, 2
 NOT_PROSE = re.compile(
     r">>>|\.\.\. |[-=+*~^_]{3,}|->|::|[{}<>\\=|]|\S {2,}\S+ {2,}|^ *[-*:@] *\w|^ *\w+:$", re.MULTILINE
 )
@@ -109,7 +109,7 @@ class Prose:
         return str(self.bpe.convert_tokens_to_string(words.split())).strip()
 
     def examples(self) -> Iterator[Example]:
-        """Yield runs of 2 to 5 blocks of one paragraph."""
+        """Yield runs of blocks of one paragraph: at least two, and at most 60 tokens where all are full."""
         return iter(self._examples)
 
     @cached_property
@@ -119,12 +119,13 @@ class Prose:
     def _of(self, name: str) -> Iterator[Example]:
         words = re.sub(r"[\W_]+|(?<=[a-z])(?=[A-Z])", " ", name).lower()
         prompt = " ".join(self.pieces(words)[-PROMPT_TOKENS:])
+        largest = MOST_TOKENS // self.block_tokens
         starts = self.starts if split_of(prompt, validation_fraction=self.held_out) == "train" else ()
         for pieces in map(self.pieces, self.documents[name]):
             for first in (self.block_tokens, *starts):
                 blocks = cut(pieces, size=self.block_tokens, first=first)
-                for at in range(0, len(blocks), LARGEST):
-                    if len(run := tuple(blocks[at : at + LARGEST])) >= FEWEST:
+                for at in range(0, len(blocks), largest):
+                    if len(run := tuple(blocks[at : at + largest])) >= FEWEST:
                         yield Example(prompt=prompt, blocks=run, answer="")
 
     def answer(self, blocks: list[str]) -> str:

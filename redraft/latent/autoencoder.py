@@ -50,6 +50,7 @@ class AutoencoderConfig(PreTrainedConfig):
     latent_dim: int = 16
     hidden_size: int = 256
     num_layers: int = 2
+    local: bool = False
     pad_token_id: int = 0
     encoder: str | None = None
     encoder_config: dict | None = None
@@ -76,6 +77,8 @@ class TextAutoencoder(PreTrainedModel):
         unit = 4 if config.kind == "chunk" else 2 * heads
         if config.hidden_size % unit:
             raise ValueError(f"hidden_size must be a multiple of {unit} for {config.kind}; got {config.hidden_size}.")
+        if config.local:
+            _check_local(config)
         self.encoder: Any
         self.decoder: Any
         self.shift: Tensor
@@ -92,7 +95,7 @@ class TextAutoencoder(PreTrainedModel):
         self.register_buffer("scale", torch.zeros(shape))  # 0: not fitted
         self.post_init()
         if config.kind == "chunk":
-            _start_as_a_projection(self.encoder, self.decoder)
+            _start_as_a_projection(self.encoder, self.decoder, groups=config.num_latents if config.local else 1)
 
     def encode(
         self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
@@ -167,6 +170,17 @@ class TextAutoencoder(PreTrainedModel):
         return nats, kl.mean(0).clamp(min=self.config.free_nats).mean()
 
 
+def _check_local(config: AutoencoderConfig) -> None:
+    if config.kind != "chunk":
+        raise ValueError(f"local is for the kind chunk; got {config.kind}. Leave it out.")
+    for name in ("block_tokens", "hidden_size"):
+        if getattr(config, name) % config.num_latents:
+            raise ValueError(
+                f"local vectors need a {name} that num_latents divides; got {getattr(config, name)} and "
+                f"{config.num_latents}."
+            )
+
+
 @torch.no_grad()
 def reconstruction(
     model: TextAutoencoder,
@@ -229,16 +243,27 @@ class _ChunkDecoder(nn.Module):
 
 
 @torch.no_grad()
-def _start_as_a_projection(encoder: _ChunkEncoder, decoder: _ChunkDecoder) -> None:
-    """Encode by an orthogonal projection of the embeddings, decode by its transpose: nearly right untrained."""
+def _start_as_a_projection(encoder: _ChunkEncoder, decoder: _ChunkDecoder, *, groups: int) -> None:
+    """Encode by an orthogonal projection of the embeddings, decode by its transpose: nearly right untrained.
+
+    With one group for each vector, a vector starts with tokens of its own.
+    """
     nn.init.normal_(encoder.embed.weight)
-    nn.init.orthogonal_(encoder.mlp.into.weight)
-    means = nn.init.orthogonal_(torch.empty_like(decoder.mlp.into.weight))  # (hidden, latents * dim)
+    _start_orthogonal(encoder.mlp.into.weight, groups)
+    means = torch.empty_like(decoder.mlp.into.weight)  # (hidden, latents * dim)
+    _start_orthogonal(means, groups)
     encoder.out.weight.unflatten(0, (encoder.num_latents, 2, -1))[:, 0] = means.T.unflatten(
         0, (encoder.num_latents, -1)
     )
     decoder.mlp.into.weight.copy_(means)
     decoder.places.weight.copy_(encoder.mlp.into.weight.T)
+
+
+def _start_orthogonal(weight: Tensor, groups: int) -> None:
+    """Fill (outputs, inputs) with an orthogonal map of each of equal groups of inputs to as many groups of outputs."""
+    blocks = weight.zero_().unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
+    for group in range(groups):
+        nn.init.orthogonal_(blocks[group, :, group])
 
 
 class _Mlp(nn.Module):

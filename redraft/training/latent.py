@@ -81,6 +81,7 @@ def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
         latent_dim=shape.latent_dim,
         hidden_size=shape.hidden_size,
         num_layers=num_layers,
+        local=shape.local,
         pad_token_id=tokenizer.pad_token_id or 0,
         encoder=shape.encoder,
         task=config.task,
