@@ -82,7 +82,7 @@ class PackingReport:
             return f"{text} ({self.num_dropped_tokens} tail tokens dropped)"
         return (
             f"{text}, {100 * self.efficiency:.1f} % full, {self.num_target_tokens:,} tokens to learn;"
-            f" {self.num_cut} prompts cut on the left, {self.num_too_long} conversations too long and dropped"
+            f" {self.num_cut} prompts cut on the left, {self.num_too_long} examples too long and dropped"
         )
 
 

@@ -172,12 +172,12 @@ class TextAutoencoder(PreTrainedModel):
 
 def _check_local(config: AutoencoderConfig) -> None:
     if config.kind != "chunk":
-        raise ValueError(f"local is for the kind chunk; got {config.kind}. Leave it out.")
+        raise ValueError(f"local vectors are for kind chunk; got {config.kind!r}. Leave local out.")
     for name in ("block_tokens", "hidden_size"):
         if getattr(config, name) % config.num_latents:
             raise ValueError(
                 f"local vectors need a {name} that num_latents divides; got {getattr(config, name)} and "
-                f"{config.num_latents}."
+                f"{config.num_latents}. Change one of them, or leave local out."
             )
 
 

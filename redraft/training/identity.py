@@ -12,13 +12,24 @@ from redraft.training.config import RECIPE_FILE
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.pace import Config
 
+OTHERS = {
+    "stage": "another task, or from other weights than its start holds now",
+    "examples": "other examples than the file of its task holds now",
+}
+"""What a checkpoint was trained on where a part of its identity is not the run's."""
+
 
 def identity(config: Config) -> dict[str, Any]:
-    """Say what a run minimises, and a latent stage on what: what the checkpoint of another run is told by."""
+    """Say what a run minimises, and of thoughts on what: what the checkpoint of another run is told by."""
     saved: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     told = {name: saved[name] for name in ("objective", "autoencoder", "denoiser", "rollout") if name in saved}
     if isinstance(config, LatentRunConfig):
         told["stage"] = {"task": config.task, "start": _weights(config.start)}
+        task = config.task
+    else:
+        task = config.data.source if config.data.kind == "thought" else None
+    if task is not None and task.endswith(".jsonl"):
+        told["examples"] = {"hash": hash_of(Path(task))}
     return told
 
 
@@ -33,11 +44,11 @@ def check_identity(checkpoint: Path, wanted: dict[str, Any]) -> None:
     """Raise ValueError for a checkpoint of another `identity`; one of an earlier version does not say all of it."""
     if (checkpoint / OBJECTIVE_FILE).exists():
         saved = json.loads((checkpoint / OBJECTIVE_FILE).read_text())
-        if saved.get("stage", wanted.get("stage")) != wanted.get("stage"):
-            raise ValueError(
-                f"{checkpoint} was trained on another task, or from other weights than its start holds now. Put them "
-                "back, or start a new run with another --out."
-            )
+        for part, other in OTHERS.items():
+            if saved.get(part, wanted.get(part)) != wanted.get(part):
+                raise ValueError(
+                    f"{checkpoint} was trained on {other}. Put them back, or start a new run with another --out."
+                )
         for section, values in wanted.items():
             known = {name: value for name, value in values.items() if name in saved.get(section, {})}
             _require_same(checkpoint, saved.get(section, {}), known)

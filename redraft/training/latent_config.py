@@ -27,8 +27,7 @@ class AutoencoderShape:
     num_layers: int | None = None
     """Layers of encoder and of decoder; by default none for chunk (a linear code) and one for the others."""
     local: bool = False
-    """Start every vector with tokens of its own (chunk), as many for each: where a block is long, it is denoised far
-    better."""
+    """Start every vector with tokens of its own, equally many for each (chunk)."""
     encoder: str | None = None
     """Folder or hub id whose tokenizer is used: of the frozen encoder (resampler, sentence), or of the causal language
     model that thought starts from, which is trained."""
@@ -45,8 +44,6 @@ class AutoencoderShape:
             raise ValueError(f"autoencoder.num_layers must not be negative; got {self.num_layers}. 0 is a linear code.")
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f"autoencoder.token_dropout must be in [0, 1); got {self.token_dropout}. 0 hides nothing.")
-        if self.local and self.kind != "chunk":
-            raise ValueError(f"autoencoder.local is for kind chunk; got {self.kind!r}. Leave it out.")
         if self.encoder is not None and self.kind == "chunk":
             raise ValueError(f"autoencoder.encoder is not for kind chunk; got {self.encoder!r}. Leave it out.")
         if self.encoder is None and self.kind in ("resampler", "sentence"):

@@ -236,13 +236,13 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
         if report is None:  # a stream is not read yet
             continue
         console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}", soft_wrap=True)
-    rows, unit = config.train.batch_size * config.train.accumulation, "windows"
-    if config.data.kind == "preference":
-        unit = "pairs"
+    rows, shorter = config.train.batch_size * config.train.accumulation, " or --data.seq-len"
+    units = {"preference": ("pairs", shorter), "thought": ("rows", ", or give more examples")}
+    unit, remedy = units.get(config.data.kind, ("windows", shorter))
     if not isinstance(data.train, StreamedWindows) and len(data.train) < rows:
         raise ValueError(
             f"the corpus fills {len(data.train)} {unit}, fewer than the {rows} of one step "
-            "(batch_size x accumulation). Lower --train.batch-size or --data.seq-len."
+            f"(batch_size x accumulation). Lower --train.batch-size{remedy}."
         )
 
 

@@ -191,7 +191,7 @@ def test_conversations_that_do_not_fit_are_counted_and_all_of_them_is_an_error(c
     short = prepare(replace(config, seq_len=24), tokenizer=chat_tokenizer)
     assert short.train_report.num_cut > 0
     assert short.train_report.num_too_long > 0
-    assert f"{short.train_report.num_too_long} conversations too long" in short.train_report.describe(seq_len=24)
+    assert f"{short.train_report.num_too_long} examples too long" in short.train_report.describe(seq_len=24)
     with pytest.raises(ValueError, match=r"all \d+ conversations of the train split of .* longer than seq_len=2"):
         prepare(replace(config, seq_len=2), tokenizer=chat_tokenizer)
 

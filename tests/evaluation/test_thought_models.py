@@ -47,6 +47,25 @@ def test_a_model_learns_a_task_and_is_judged_on_held_out_prompts(swaps, tmp_path
     assert results["tasks"][0]["scores"]["solved"]["mean"] >= 0.8
 
 
+def test_a_run_goes_on_with_the_examples_it_was_begun_on_alone(swaps, tmp_path, capsys):
+    own, out = tmp_path / "own.jsonl", tmp_path / "run"
+    own.write_text(swaps.read_text())
+    size = "--model.hidden-size 64 --model.num-layers 1 --train.batch-size 32 --train.max-steps 2 --train.eval-every 0"
+    command = ["train", "thought-ar", "--out", str(out), "--data.source", str(own), *size.split()]
+    assert _dispatch(command) == 0
+    own.write_text(swaps.read_text().replace("pink", "plum"))
+    capsys.readouterr()
+    assert _dispatch([*command, "--resume"]) == 2
+    assert "on other examples than the file of its task holds now" in " ".join(capsys.readouterr().err.split())
+
+
+def test_too_few_rows_for_a_step_advise_a_smaller_batch_or_more_examples(swaps, tmp_path, capsys):
+    command = f"train thought-ar --out {tmp_path / 'run'} --data.source {swaps} --train.batch-size 200"
+    assert _dispatch(command.split()) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "rows, fewer than the 200 of one step (batch_size x accumulation). Lower --train.batch-size, or give" in told
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [

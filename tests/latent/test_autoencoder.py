@@ -130,14 +130,45 @@ def test_noise_on_latents_is_relative_to_their_spread():
     assert torch.allclose(seen[1], 100 * seen[0], rtol=1e-3, atol=1e-3)
 
 
-def test_an_untrained_linear_code_brings_blocks_back():
+@pytest.mark.parametrize("local", [False, True])
+def test_an_untrained_linear_code_brings_blocks_back(local):
     """Its decoder starts as the transpose of its encoder, and words as what tells them apart."""
     torch.manual_seed(0)
-    model = TextAutoencoder(AutoencoderConfig(vocab_size=200, block_tokens=4, latent_dim=32, num_layers=0)).eval()
+    shape = {"vocab_size": 200, "block_tokens": 4, "latent_dim": 32, "num_layers": 0, "local": local}
+    model = TextAutoencoder(AutoencoderConfig(**shape)).eval()
     ids = torch.randint(0, 200, (64, 4))
     model.fit_normalizer(ids, torch.ones_like(ids, dtype=torch.bool))
     generator = torch.Generator().manual_seed(0)
     assert reconstruction(model, ids, torch.ones_like(ids, dtype=torch.bool), noise=0.0, generator=generator) > 0.5
+
+
+@torch.no_grad()
+def test_a_local_vector_starts_with_tokens_of_its_own_and_learns_of_the_others():
+    model = tiny("chunk", block_tokens=4, num_latents=2, num_layers=0, local=True)
+    ids = torch.randint(1, 12, (8, 4), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[:, 2:] = (ids[:, 2:] + 1) % 12  # the second vector's
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    before, after = model.encode(ids, mask)[0], model.encode(other, mask)[0]
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert (before[:, 1] - after[:, 1]).norm(dim=-1).min() > 0.1
+    with torch.enable_grad():
+        losses(model, ids, mask)[0].backward()
+    across = model.encoder.mlp.into.weight.grad.unflatten(0, (2, -1)).unflatten(2, (2, -1))[0, :, 1]
+    assert across.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({}, "need a block_tokens that num_latents divides; got 3 and 2"),
+        ({"num_latents": 3}, "need a hidden_size that num_latents divides; got 32 and 3"),
+        ({"kind": "thought"}, "for kind chunk; got 'thought'"),
+    ],
+)
+def test_what_cannot_be_local_is_refused(settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        tiny(**{"kind": "chunk", "local": True, **settings})
 
 
 def test_the_gate_measures_exact_blocks_at_relative_noise():

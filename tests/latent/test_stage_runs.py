@@ -304,6 +304,18 @@ def test_a_stage_goes_on_from_the_autoencoder_it_was_begun_on_alone(stopped):
     assert run_stage(stopped, resume=True, console=QUIET).steps == 6
 
 
+def test_a_stage_goes_on_with_the_examples_it_was_begun_on_alone(stopped):
+    path = Path(stopped.task)
+    saved = path.read_text()
+    path.write_text(saved.replace("= 3", "= 4"))
+    try:
+        with pytest.raises(ValueError, match="on other examples than the file of its task holds now. Put them back"):
+            run_stage(stopped, resume=True, console=QUIET)
+    finally:
+        path.write_text(saved)
+    assert run_stage(stopped, resume=True, console=QUIET).steps == 6
+
+
 def test_a_run_with_a_task_from_python_goes_on_in_python_alone(configs, tmp_path, monkeypatch, capsys):
     config, task = with_train(configs["autoencoder"], tmp_path), find_task(configs["autoencoder"].task)
     with monkeypatch.context() as patch:
