@@ -1,5 +1,6 @@
 import json
-from itertools import islice, permutations
+from dataclasses import replace
+from itertools import islice, permutations, product
 
 import pytest
 import torch
@@ -61,13 +62,25 @@ def test_composition_verifies_only_the_product():
 
 
 def test_sudoku_examples_are_unique_where_they_say_so():
-    puzzle = next(iter(Sudoku(num_examples=50).examples()))
-    fits = 0
-    for rows in permutations(["1234", "2143", "3412", "4321"]):
-        fits += TASKS["sudoku"].is_solved(puzzle.prompt, " ".join("".join(rows)))
-    assert fits <= 1
+    lines = [*permutations("1234")]
+    grids = [grid for rows in product(lines, repeat=4) if is_grid(grid := [cell for row in rows for cell in row])]
+    assert len(grids) == 288
+
+    def num_solutions(puzzle):
+        clues = puzzle.prompt.split()
+        return sum(all(clue in ("_", cell) for clue, cell in zip(clues, grid, strict=True)) for grid in grids)
+
+    assert {num_solutions(puzzle) for puzzle in Sudoku(num_examples=100).examples()} == {1}
+    several = replace(TASKS["sudoku-multi"], num_examples=50)
+    assert sum(num_solutions(puzzle) > 1 for puzzle in several.examples()) > 40
     assert not TASKS["sudoku"].is_solved("1" + " _" * 15, " ".join("1234" * 4))
     assert not TASKS["sudoku"].is_solved("1" + " _" * 15, " ".join("2143341212344321"))  # the clue is gone
+
+
+def is_grid(cells):
+    """Rows are permutations already; columns and boxes hold four different cells."""
+    boxes = [[cells[4 * (r + i) + c + j] for i in (0, 1) for j in (0, 1)] for r in (0, 2) for c in (0, 2)]
+    return all(len(set(unit)) == 4 for unit in [*(cells[c::4] for c in range(4)), *boxes])
 
 
 def test_no_held_out_prompt_is_trained_on():

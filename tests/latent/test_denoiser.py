@@ -133,22 +133,73 @@ def test_every_gradient_reaches_what_it_should(answer):
     assert reached["answer"] == body
 
 
-def test_self_conditioning_carries_no_gradient_but_changes_the_output():
+def test_self_conditioning_feeds_the_estimate_of_a_first_pass_without_its_gradient():
     thinker = tiny_thinker()
-    batch = tiny_batch(thinker)
-    plain = CERTAIN(thinker.denoiser, batch, seed=0, step=0)
-    conditioned = replace(CERTAIN, self_conditioning=1.0)(thinker.denoiser, batch, seed=0, step=0)
+    batch, model = tiny_batch(thinker), thinker.denoiser
+    passes = []
+    model.register_forward_hook(lambda module, inputs, output: passes.append((inputs[1], output.latents)))
+    plain = CERTAIN(model, batch, seed=0, step=0)
+    conditioned = replace(CERTAIN, self_conditioning=1.0)(model, batch, seed=0, step=0)
+    (_, _), (first, estimate), (second, _) = passes
+    is_noisy = first.t > 0
+    guess = model.config.process.predict_x_0(model.out(estimate), first.z_t, first.t)
+    assert torch.equal(second.x_0[is_noisy], guess[is_noisy])
+    assert torch.equal(second.x_0[~is_noisy], first.x_0[~is_noisy])
+    assert not estimate.requires_grad
+    assert not second.x_0.requires_grad
     assert not torch.allclose(plain["flow"], conditioned["flow"])
     assert torch.allclose(plain["stop"], conditioned["stop"])  # clean blocks are told nothing
+
+
+def test_the_stop_loss_asks_of_every_real_block_whether_it_is_the_last():
+    thinker = tiny_thinker()
+    batch, size = tiny_batch(thinker), thinker.denoiser.config.num_latents
+    _, _, hidden = run(thinker, batch)
+    nats = []
+    for row, count in enumerate(batch.num_blocks.tolist()):
+        for block in range(1, count + 1):
+            states = hidden.latents[row : row + 1, (block - 1) * size : block * size]
+            share = thinker.denoiser.stop_logit(states).sigmoid()[0]
+            nats.append(-(share if block == count else 1 - share).log())
+    loss = CERTAIN(thinker.denoiser, batch, seed=0, step=0)["stop"]
+    assert torch.allclose(loss.double(), torch.stack(nats).mean(), rtol=1e-5)
+
+
+def test_the_clean_context_of_half_of_the_rows_is_noised_a_little_and_does_not_say_so():
+    thinker = tiny_thinker()
+    batch = tiny_batch(thinker, rows=200)
+    sequence, noised, _ = run(thinker, batch, replace(CERTAIN, context_noise=0.1))
+    clean, t = batch.blocks.flatten(1, 2), noised.t[:, : batch.blocks[0, :, :, 0].numel()]
+    assert (sequence.latents.t[:, : t.shape[1]] == 0).all()
+    given = sequence.latents.z_t[:, : t.shape[1]]
+    assert torch.equal(given, sequence.latents.x_0[:, : t.shape[1]])
+    moved = (given - clean).abs().amax((1, 2))
+    assert 70 < int((moved > 0).sum()) < 130
+    assert torch.equal(moved > 0, t[:, 0] > 0)
+    assert 0.08 < t.max() <= 0.1
+    eps = noised.eps[:, : t.shape[1]]
+    assert torch.allclose(given, (1 - t[..., None]) * clean + t[..., None] * eps)  # flow
+
+
+def test_the_times_of_every_block_are_spread_evenly_over_the_rows():
+    thinker = tiny_thinker()
+    batch, size = tiny_batch(thinker, rows=50), thinker.denoiser.config.num_latents
+    _, noised, _ = run(thinker, batch, replace(CERTAIN, times="uniform"))
+    t = noised.t[:, 3 * size :: size]  # of the noisy blocks
+    assert t.shape == (50, 3)
+    assert torch.allclose(t.sort(dim=0).values.diff(dim=0), torch.tensor(1 / 50).double(), atol=1e-5)
+    assert not torch.equal(t[:, 0].argsort(), t[:, 1].argsort())
 
 
 def test_rows_draw_the_same_noise_whatever_blocks_they_have():
     thinker = tiny_thinker()
     batch = tiny_batch(thinker)
-    one = CERTAIN(thinker.denoiser, batch, seed=0, step=3)
-    again = CERTAIN(thinker.denoiser, batch, seed=0, step=3)
-    other = CERTAIN(thinker.denoiser, batch, seed=0, step=4)
-    assert one["loss"] == again["loss"] != other["loss"]
+    other = replace(batch, blocks=batch.blocks + 1, num_blocks=4 - batch.num_blocks)
+    (_, one, _), (_, two, _) = run(thinker, batch), run(thinker, other)
+    assert torch.equal(one.eps, two.eps)
+    assert torch.equal(one.t, two.t)
+    first, again, later = (CERTAIN(thinker.denoiser, batch, seed=0, step=step)["loss"] for step in (3, 3, 4))
+    assert first == again != later
 
 
 @pytest.mark.parametrize("answer", ["autoregressive", "masked"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_thinker import tiny_thinker
 
-from redraft.latent.objective import prompt_tokens
+from redraft.latent.objective import answer_input, prompt_tokens
 from redraft.latent.repulsion import push_apart
 from redraft.latent.sequence import Latents
 from redraft.latent.solvers import solve, solver_from_name
@@ -23,43 +23,97 @@ def same(a, b):
     )
 
 
-def x_0_without_cache(thinker, prompt, blocks, z, guess, t):
-    """Estimate the block after `blocks` in one pass over [prompt | blocks | z]."""
+def forward_without_cache(thinker, prompt, clean, *, noisy=None, answer=None, is_withheld=False):
+    """One pass over [prompt | answer | clean blocks | noisy block], in the layout of training."""
     model = thinker.denoiser
     ids = torch.tensor([thinker.tokenizer(prompt)["input_ids"]])
-    tokens, _ = prompt_tokens(ids, torch.zeros(1, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
-    clean = torch.cat([z[:, :0], *(block[None] for block in blocks)], dim=1)
-    number = torch.arange(1, len(blocks) + 2)
-    times = torch.cat([torch.zeros(1, clean.shape[1]), t.expand(1, z.shape[1])], dim=1).double()
+    if is_withheld:  # a withheld prompt is as long as the longest, whatever it was
+        ids = torch.zeros(1, model.config.prompt_tokens, dtype=torch.int64)
+    tokens, _ = prompt_tokens(ids, torch.full((1,), is_withheld), torch.ones_like(ids, dtype=torch.bool))
+    order = torch.zeros_like(ids)
+    if answer is not None:
+        index = torch.arange(answer.shape[1])[None]
+        tokens = tokens.with_answer(answer, model.config.answer_position + index)
+        is_autoregressive = model.config.answer == "autoregressive"
+        order = torch.cat([order, model.config.max_blocks + 1 + (index if is_autoregressive else 0 * index)], dim=1)
+    z, guess, t = (clean[:, :0], clean[:, :0], clean[:, :0, 0]) if noisy is None else noisy
+    number = torch.arange(1, 1 + (clean.shape[1] + z.shape[1]) // 2)
     latents = Latents(
-        z_t=torch.cat([clean, z], 1), x_0=torch.cat([clean, guess], 1), t=times,
+        z_t=torch.cat([clean, z], 1), x_0=torch.cat([clean, guess], 1), t=torch.cat([0 * clean[..., 0], t], 1),
         positions=model.config.latent_positions(number).flatten()[None],
     )  # fmt: skip
-    block = torch.cat([torch.zeros_like(ids), number.repeat_interleave(z.shape[1])[None]], dim=1)
+    block = torch.cat([order, number.repeat_interleave(2)[None]], dim=1)
     mask = two_copy_mask(block, torch.zeros_like(block), is_valid=torch.ones_like(block, dtype=torch.bool))
-    hidden = model(tokens, latents, mask).latents[:, -z.shape[1] :]
-    return model.config.process.predict_x_0(model.out(hidden), z, t.double().expand(z.shape[:2]))
+    with torch.no_grad():
+        return model(tokens, latents, mask)
 
 
-@pytest.mark.parametrize("solver", ["ddim", "dpm++2m", "heun", "ancestral"])
-def test_cached_equals_uncached(solver):
+def x_0_without_cache(thinker, prompt, clean, z, guess, t, *, cfg):
+    """Estimate the block after the clean ones; guided: with and without the prompt, extrapolated."""
+    model, noisy = thinker.denoiser, (z, guess, t.double().expand(z.shape[:2]))
+    found = []
+    for is_withheld in (False, True):
+        hidden = forward_without_cache(thinker, prompt, clean, noisy=noisy, is_withheld=is_withheld)
+        found.append(model.config.process.predict_x_0(model.out(hidden.latents[:, -2:]), z, noisy[2]).detach())
+    with_prompt, without = found
+    return without + cfg * (with_prompt - without)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"solver": solver} for solver in ("ddim", "dpm++2m", "heun", "ancestral")] + [{"cfg": 2.0}, {"init_noise": 0.5}],
+)
+def test_cached_equals_uncached(settings):
     thinker = tiny_thinker()
-    ((sample,), _) = thinker.think(PROMPTS, steps=3, solver=solver, force_blocks=True)
+    ((sample,), _) = thinker.think(PROMPTS, steps=3, force_blocks=True, **settings)
     run = _Run(thinker, PROMPTS[:1], ThinkingConfig(steps=3), is_traced=False)  # for its noise
-    done = []
+    done = torch.zeros(1, 0, 4, dtype=torch.float64)
     for block, thought in enumerate(sample.thoughts, start=1):
         guess = [torch.zeros(1, 2, 4, dtype=torch.float64)]
 
-        def estimate(z, t, guess=guess):
-            with torch.no_grad():
-                guess.append(x_0_without_cache(thinker, PROMPTS[0], done, z, guess[-1], t))
+        def estimate(z, t, guess=guess, done=done):
+            cfg = settings.get("cfg", 1.0)
+            guess.append(x_0_without_cache(thinker, PROMPTS[0], done, z, guess[-1], t, cfg=cfg))
             return guess[-1]
 
-        path = thinker.denoiser.config.process.schedule
+        path, solver = thinker.denoiser.config.process.schedule, solver_from_name(settings.get("solver", "dpm++2m"))
         noise = lambda i, block=block: run._noise(block, i + 1)  # noqa: E731
-        z = solve(solver_from_name(solver), path, estimate, run._noise(block, 0), path.even_times(3), noise=noise)
+        start = settings.get("init_noise", 1.0) * run._noise(block, 0)
+        z = solve(solver, path, estimate, start, path.even_times(3), noise=noise)
         assert torch.allclose(z[0], thought.latents, atol=1e-9)
-        done.append(thought.latents)
+        done = torch.cat([done, thought.latents[None]], dim=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("answer", ["autoregressive", "masked"])
+def test_cached_answers_equal_uncached_ones_over_prompt_and_thoughts(answer, seed):
+    """Token by token, or the surest of the open places first."""
+    thinker = tiny_thinker(answer=answer, seed=seed)
+    config, count = thinker.denoiser.config, thinker.denoiser.config.answer_tokens
+    for prompt, (sample,) in zip(PROMPTS, thinker.think(PROMPTS, steps=3, force_blocks=True), strict=True):
+        clean = torch.cat([thought.latents[None] for thought in sample.thoughts], dim=1)
+
+        def logits(ids, prompt=prompt, clean=clean):
+            hidden = forward_without_cache(thinker, prompt, clean, answer=ids).tokens[:, -count:]
+            return thinker.denoiser.token_logits(hidden)[0]
+
+        if answer == "autoregressive":
+            written = []
+            for place in range(count):
+                told = torch.tensor([[*written, *[0] * (count - place)]])
+                ids, positions, _, _ = answer_input(thinker.denoiser, told[:, :count], u=torch.zeros(1, count + 1))
+                assert positions.tolist() == [[config.answer_position + place for place in range(count)]]
+                written.append(int(logits(ids)[place].argmax()))
+        else:
+            written = [config.mask_token_id] * count
+            for _ in range(count):
+                found = logits(torch.tensor([written]))
+                found[:, config.mask_token_id] = -torch.inf
+                sure, best = found.softmax(-1).max(-1)
+                place = max((p for p in range(count) if written[p] == config.mask_token_id), key=lambda p: sure[p])
+                written[place] = int(best[place])
+        end = written.index(config.eos_token_id) if config.eos_token_id in written else count
+        assert thinker.tokenizer.decode(written[:end], skip_special_tokens=True) == sample.answer
 
 
 @pytest.mark.parametrize(
