@@ -33,8 +33,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from redraft.data.tasks import Encoded, encode
-from redraft.latent.autoencoder import NOISE_LEVELS
 from redraft.latent.checkpoint import load_autoencoder, load_thinker
+from redraft.latent.gate import NOISE_LEVELS
 from redraft.latent.objective import prompt_tokens
 from redraft.latent.sequence import Latents, ThoughtBatch
 from redraft.latent.thinking import Thinker
@@ -42,7 +42,7 @@ from redraft.layouts import two_copy_mask
 from redraft.recipes import RECIPES
 from redraft.training.config import TrainConfig
 from redraft.training.latent import run_stage, thought_rows
-from redraft.training.latent_config import AutoencoderShape
+from redraft.training.latent_config import AutoencoderShape, LatentRunConfig
 from redraft.training.latent_stage import Rows, Stage, stage_trainer
 from redraft.training.run import drive
 
@@ -88,9 +88,7 @@ class Models:
         )
         task = Prose(block_tokens=block_tokens, starts=tuple(range(1, block_tokens, max(block_tokens // 5, 1))))
         config = replace(recipe, autoencoder=shape, train=train)
-        return self.trained(
-            name, lambda folder: whole(run_stage(replace(config, out=str(folder)), task=task, console=quiet()))
-        )
+        return self.stage(name, config, task)
 
     def denoiser(self, base: str, task: Prose) -> Path:
         """Train a denoiser without an answer decoder: the paragraph is its thoughts."""
@@ -100,9 +98,12 @@ class Models:
             train=self.training(recipe.train, steps=self.args.steps, ema_decay=0.99),
             objective=replace(recipe.objective, answer_weight=0.0),
         )  # fmt: skip
+        return self.stage(f"denoiser-{base}", config, task)
+
+    def stage(self, name: str, config: LatentRunConfig, task: Prose) -> Path:
+        """Train a latent stage."""
         return self.trained(
-            f"denoiser-{base}",
-            lambda folder: whole(run_stage(replace(config, out=str(folder)), task=task, console=quiet())),
+            name, lambda folder: whole(run_stage(replace(config, out=str(folder)), task=task, console=quiet()))
         )
 
     def llama(self, train: Encoded, tokenizer: Any) -> Path:
@@ -192,10 +193,9 @@ def first_rows(encoded: Encoded, count: int) -> Encoded:
     return Encoded(**{f.name: getattr(encoded, f.name)[:count] for f in fields(Encoded)})
 
 
-def reconstructed(name: str, models: Models) -> Found:
+def reconstructed(name: str, models: Models, task: Prose) -> Found:
     """Return tokens right, blocks exact and BLEU at every level of noise, of held-out blocks that are new."""
     model, tokenizer = load_autoencoder(models.autoencoder(name))
-    task = Prose(block_tokens=SHAPES[name][0])
     ids, mask = new_blocks(*encoded(task, tokenizer))
     latents = model.encode_normalized(ids, mask).detach()
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -389,7 +389,8 @@ def main() -> None:
     print(describe("latent_prose.py", sys.argv[1:]))
     every = [Models(args=args, seed=seed) for seed in args.seeds]
     for name in args.shapes:
-        show(["tokens right, %", "blocks exact, %", "BLEU"], [reconstructed(name, models) for models in every])
+        task = Prose(block_tokens=SHAPES[name][0])
+        show(["tokens right, %", "blocks exact, %", "BLEU"], [reconstructed(name, models, task) for models in every])
     task = Prose(block_tokens=SHAPES[args.base][0])
     measured = [_generators(models, task) for models in every]
     scores, errors, rates, texts, read = zip(*measured, strict=True)

@@ -29,8 +29,8 @@ def main(arguments: list[str]) -> int:
 
     from redraft.cli.common import be_quiet
     from redraft.data.tasks import find_task
-    from redraft.latent.autoencoder import gate_failures, measure_gate
     from redraft.latent.checkpoint import load_autoencoder
+    from redraft.latent.gate import gate_failures, measure_gate
     from redraft.training.latent import encode_split
 
     be_quiet()

@@ -12,9 +12,10 @@ from torch import Tensor
 from redraft.data.splits import Split
 from redraft.data.tasks import Encoded, ExampleFile, Task, encode, find_task, held_out_prompts, word_tokenizer
 from redraft.data.tokenizer import require_eos_token
-from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder, gate_failures, measure_gate
+from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
 from redraft.latent.checkpoint import AUTOENCODER_FOLDER, load_autoencoder, load_thinker, require_stage
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
+from redraft.latent.gate import gate_failures, measure_gate
 from redraft.latent.rollout import Known
 from redraft.latent.sequence import Part, ThoughtBatch
 from redraft.latent.thinking import Thinker

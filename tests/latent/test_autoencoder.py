@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder, gate_failures, measure_gate, reconstruction
+from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
+from redraft.latent.gate import gate_failures, measure_gate, reconstruction
 
 KINDS = {
     "chunk": {},
