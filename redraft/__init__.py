@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redraft.custom_generate import custom_generate
     from redraft.language_model import Generation, LanguageModel, load
     from redraft.latent.checkpoint import load_thinker
     from redraft.models.convert import convert
     from redraft.sampling.constraints import Choice, Contains, JsonSchema, Length, Regex, Spans
+    from redraft.transformers_generate import custom_generate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +31,7 @@ _HOME = {
     "load": "redraft.language_model",
     "load_thinker": "redraft.latent.checkpoint",
     "convert": "redraft.models.convert",
-    "custom_generate": "redraft.custom_generate",
+    "custom_generate": "redraft.transformers_generate",
     "LanguageModel": "redraft.language_model",
     "Generation": "redraft.language_model",
     **dict.fromkeys(("Choice", "Contains", "JsonSchema", "Length", "Regex", "Spans"), "redraft.sampling.constraints"),

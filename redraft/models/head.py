@@ -8,7 +8,9 @@ transformers is served, whatever it does to its logits afterwards (scaling, soft
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +21,18 @@ RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits (n, V), which of the rows they are) -> loss of each row (n,)."""
 
 LOGITS_PER_CHUNK = 2**24
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_MAKING_A_LOCK = Lock()
+
+
+@contextmanager
+def _alone_at(model: nn.Module) -> Iterator[nn.Module]:
+    """Give the head to one thread at a time: its hooks are shared, so another thread's forward would run them too."""
+    head = output_embeddings(model)
+    with _MAKING_A_LOCK:
+        lock = _LOCKS.setdefault(head, RLock())
+    with lock:
+        yield head
 
 
 @contextmanager
@@ -28,11 +42,12 @@ def head_at(model: nn.Module, rows: Int[Tensor, "n"]) -> Iterator[None]:
     def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return (args[0].flatten(0, 1)[rows],)
 
-    handle = output_embeddings(model).register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with _alone_at(model) as head:
+        handle = head.register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @dataclass
@@ -52,11 +67,12 @@ def head_skipped(model: nn.Module, rows: Int[Tensor, "n"]) -> Iterator[Captured]
         captured.hidden = flat[rows]
         return (flat[:0],)
 
-    handle = output_embeddings(model).register_forward_pre_hook(capture)
-    try:
-        yield captured
-    finally:
-        handle.remove()
+    with _alone_at(model) as head:
+        handle = head.register_forward_pre_hook(capture)
+        try:
+            yield captured
+        finally:
+            handle.remove()
 
 
 @contextmanager
@@ -66,19 +82,20 @@ def loss_as_logits(model: nn.Module, rows: Int[Tensor, "n"], row_loss: RowLoss) 
     So head and loss are taken inside of the forward, where sharded weights are whole, and the backward pass begins at
     the model's output, as sharding expects. The list gets the detached loss of each row.
     """
-    head, losses = output_embeddings(model), []
-    plain = head.forward
+    losses: list[Tensor] = []
+    with _alone_at(model) as head:
+        plain = head.forward
 
-    def forward(hidden: Tensor) -> Tensor:
-        total, found = chunked_loss(head, hidden.flatten(0, 1)[rows], row_loss, forward=plain)
-        losses.append(found)
-        return total[None]
+        def forward(hidden: Tensor) -> Tensor:
+            total, found = chunked_loss(head, hidden.flatten(0, 1)[rows], row_loss, forward=plain)
+            losses.append(found)
+            return total[None]
 
-    head.forward = forward  # what shards the head hangs on its call
-    try:
-        yield losses
-    finally:
-        del head.forward
+        head.forward = forward  # FSDP hooks __call__, so forward is replaced instead
+        try:
+            yield losses
+        finally:
+            del head.forward
 
 
 def output_embeddings(model: Any) -> nn.Module:

@@ -32,11 +32,40 @@ def guided(
     return without + (scale + 1) * (conditional - without)
 
 
+_ORDERLESS = (
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "MinPLogitsWarper",
+    "RepetitionPenaltyLogitsProcessor",
+    "SuppressTokensLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopHLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+)
+"""Processors of transformers that do not ask where in the text a token stands."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Processors:
-    """LogitsProcessors of transformers. Each open position is a row of scores; its `input_ids` are the whole canvas."""
+    """LogitsProcessors of transformers. Each open position is a row of scores; its `input_ids` are the whole canvas.
+
+    Raises ValueError for those of transformers that count the tokens before the next one.
+    """
 
     processors: tuple[Callable[[Any, Any], Any], ...]
+
+    def __post_init__(self) -> None:
+        for processor in self.processors:
+            name, home = type(processor).__name__, type(processor).__module__
+            if home == "transformers.generation.logits_process" and name not in _ORDERLESS:
+                raise ValueError(
+                    f"{name} counts the tokens before the next one, and a diffusion model writes in any order. "
+                    f"Leave it out, or use {', '.join(_ORDERLESS)}, a constraint, or a processor of your own."
+                )
 
     def __call__(
         self, logits: Float[Tensor, "n vocab"], canvas: Canvas, where: Int[Tensor, "n"]

@@ -8,7 +8,6 @@ import torch
 from tiny import tiny_lm
 from transformers import LogitsProcessor, LogitsProcessorList
 
-import redraft
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Reward
 from redraft.sampling.loop import denoise
@@ -95,31 +94,6 @@ def test_a_streamer_gets_the_prompt_and_then_every_token_once_in_reading_order(b
     assert all(len(draft) <= 10 for draft in listener.drafts)
     with pytest.raises(ValueError, match="a streamer follows one text; got 2 rows"):
         blocks.generate([PROMPT, PROMPT], max_new_tokens=4, streamer=listener)
-
-
-def test_the_generate_of_transformers_runs_our_loop(lm):
-    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    out = lm.model.generate(
-        ids, attention_mask=mask, custom_generate=redraft.custom_generate, max_new_tokens=8, do_sample=False,
-        eos_token_id=1, pad_token_id=1, steps=4,
-    )  # fmt: skip
-    expected = lm.generate([[5, 6], [7, 8, 9, 10]], max_new_tokens=8, steps=4).tokens
-    assert torch.equal(out[:, :4], ids)
-    for row, tokens in zip(out[:, 4:], expected, strict=True):
-        assert torch.equal(row[: len(tokens)], tokens)
-        assert (row[len(tokens) :] == 1).all()
-
-
-def test_the_generate_of_transformers_feeds_a_streamer_the_prompt_once(lm):
-    listener = Listener()
-    ids = torch.tensor([PROMPT])
-    out = lm.model.generate(
-        ids, custom_generate=redraft.custom_generate, max_new_tokens=8, do_sample=False, eos_token_id=1, pad_token_id=1,
-        streamer=listener,
-    )  # fmt: skip
-    put = [token for piece in listener.pieces for token in torch.tensor(piece).flatten().tolist()]
-    assert put == out[0].tolist()
 
 
 def test_guides_that_work_in_place_see_fresh_logits_in_every_step(lm):
