@@ -29,6 +29,14 @@ def test_the_solver_benchmark_tells_every_solver_from_chance():
 
 
 @pytest.mark.slow
+def test_a_checkout_differs_in_nothing_from_itself():
+    command = [sys.executable, str(SCRIPTS / "frozen.py"), str(SCRIPTS.parent), "--settings", "5", "--recipes"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.startswith("5 records")
+    assert "0 differ" in printed
+
+
+@pytest.mark.slow
 def test_the_latent_benchmark_trains_its_baselines_and_remembers(tmp_path):
     runs = tmp_path / "runs.jsonl"
     flags = ["--task", "composition", "--layers", "1", "--samples", "2", "--prompts", "4", "--max-steps", "2"]
