@@ -46,6 +46,16 @@ def test_every_position_has_its_own_time(name):
 
 
 @every_schedule
+def test_noise_recovered_from_z_t_is_the_noise_that_was_added(name):
+    process = GaussianDiffusion(schedule=gaussian_schedule(name))
+    x_0, eps, t = draw(5, 3, 4), draw(5, 3, 4, seed=1), 0.1 + 0.8 * torch.rand(5, 3, dtype=torch.float64)
+    noised = process.corrupt(x_0, t, eps=eps)
+    again = process.noised_from(x_0, t, z_t=noised.z_t)
+    assert torch.allclose(again.eps, eps)
+    assert torch.equal(again.z_t, noised.z_t)
+
+
+@every_schedule
 @pytest.mark.parametrize("path", ["vp", "flow"])
 @pytest.mark.parametrize("weighting", WEIGHTINGS[1:])
 def test_a_weighting_is_the_same_loss_under_every_parametrization(name, path, weighting):
@@ -147,6 +157,14 @@ def test_adaptive_times_learn_where_the_loss_is():
         times.record(t, torch.tensor([0.0, 3.0, 1.0, 9.0, math.inf]), where=where)
     assert torch.allclose(times.losses, torch.tensor([0.0, 3.0, 1.0, 1.0], dtype=torch.float64), atol=1e-6)
     assert 0 < float(times(torch.tensor(1e-4))) < float(t[0])  # a bin without loss is still seen
+
+
+def test_a_bin_moves_towards_its_mean_loss_by_one_minus_decay_and_an_undrawn_one_stays():
+    times = AdaptiveTimes(gaussian_schedule("cosine"), num_bins=2, log_snr_range=(-4.0, 4.0), decay=0.75)
+    clean = torch.full((2,), 0.05, dtype=torch.float64)  # both of the bin of high log-SNR
+    times.record(clean, torch.tensor([2.0, 4.0]), where=torch.tensor([True, True]))
+    times.begin(1)
+    assert times.losses.tolist() == pytest.approx([1 + 0.25 * (3.0 - 1), 1.0])
 
 
 def test_adaptive_times_wait_for_the_end_of_a_step_and_carry_what_it_saw_in_their_buffers():
