@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from redraft.layouts import Layout
+from redraft.models.adapter import adapter_config, merge_adapter, split_adapter
 from redraft.models.families import Family, find_family
 from redraft.models.load import (
-    adapter_config,
-    attach_adapter,
     check_tokenizer,
     load_denoiser,
     load_tokenizer,
@@ -21,7 +20,6 @@ from redraft.models.load import (
     read_config,
     read_raw_config,
     renaming_class,
-    split_adapter,
 )
 from redraft.models.probe import BIDIRECTIONAL, BLOCKS, ISOLATED, PADDING, POSITIONS, Check, check_model
 from redraft.models.settings import DiffusionSettings
@@ -88,7 +86,7 @@ def convert(
     read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype)
     model, notes = read.model, read.notes
     if adapter is not None:
-        model = attach_adapter(model, adapter).merge_and_unload()
+        model = merge_adapter(model, adapter)
         read = _as_trained(read, adapter)
         notes.append(f"merged the adapter {adapter}")
     settings = read.settings or _new_settings(read, mask_token_id)

@@ -1,9 +1,7 @@
 """Loading: a folder or a hub id becomes a denoiser and its tokenizer. No remote code is ever run."""
 
 import difflib
-import json
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 
 from redraft.errors import unknown_name
 from redraft.models import encoder_decoder
+from redraft.models.adapter import adapter_config, attach_adapter, split_adapter
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import choose_device
 from redraft.models.families import FAMILIES, Family, find_family, known_model_types
@@ -72,26 +71,6 @@ def load_denoiser(
         model = attach_adapter(model, adapter).get_base_model()
     kind = encoder_decoder.EncoderDecoder if config.model_type in encoder_decoder.MODEL_TYPES else Denoiser
     return kind(model.to(target).eval(), settings), tokenizer
-
-
-def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
-    """Tell the base and the adapter of a folder that holds an adapter; a whole model is its own base.
-
-    Raises ValueError where the adapter does not name its base.
-    """
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file():
-        return path, None
-    base = json.loads(file.read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"the adapter {path} does not name its base. Load the base, with adapter={str(path)!r}.")
-    return base, path
-
-
-def adapter_config(adapter: str | Path | None) -> Raw:
-    """Read the config.json that training saved beside an adapter; empty for adapters from elsewhere."""
-    file = Path(adapter or "") / "config.json"
-    return json.loads(file.read_text()) if adapter and file.is_file() else {}
 
 
 def read_raw_config(path: str | Path) -> Raw:
@@ -271,30 +250,3 @@ def renaming_class(model_class: Any, family: Family) -> Any:
     name = f"Redraft_{family.name}_{model_class.__name__}"
     register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     return type(name, (model_class,), {"__module__": __name__})
-
-
-def attach_adapter(model: Any, adapter: str | Path) -> Any:
-    """Lay a peft adapter over a model. Raises ValueError where it is not one or does not fit every weight."""
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    try:
-        settings = PeftConfig.from_pretrained(str(adapter))
-        weights = load_peft_weights(str(adapter), device="cpu")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot read an adapter from {adapter}: {reason}") from error
-    settings.inference_mode = True
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
-            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.* was renamed")  # that is its purpose
-            wrapped = get_peft_model(model, settings)
-        result: Any = set_peft_model_state_dict(wrapped, weights)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"the adapter {adapter} does not fit this model: {str(error).strip()[:300]}") from error
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        names = [*missing, *result.unexpected_keys]
-        raise ValueError(f"the adapter {adapter} does not fit this model: {len(names)} weights, first {names[0]}.")
-    return wrapped
