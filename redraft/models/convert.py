@@ -83,7 +83,7 @@ def convert(
     written_as = None if to is None else find_family({}, name=to)
     if adapter is None:
         source, adapter = split_adapter(source)
-    read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype)
+    read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype, block_size=block_size)
     model, notes = read.model, read.notes
     if adapter is not None:
         model = merge_adapter(model, adapter)
@@ -138,13 +138,20 @@ def require(source: str | Path, checks: list[Check], settings: DiffusionSettings
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(source: str | Path, *, mask_token_id: int | None, family: str | None, dtype: str | torch.dtype) -> _Source:
+def _read(
+    source: str | Path,
+    *,
+    mask_token_id: int | None,
+    family: str | None,
+    dtype: str | torch.dtype,
+    block_size: int | None,
+) -> _Source:
     if str(source).endswith(".gguf"):
         return _read_gguf(Path(source), dtype)
     raw = read_raw_config(source)
     if raw.get("diffusion") or find_family(raw, name=family, hub_id=str(source)) is not None:
         denoiser, tokenizer = load_denoiser(
-            source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family
+            source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family, block_size=block_size
         )
         settings = None if denoiser.settings.is_autoregressive else denoiser.settings
         return _Source(model=denoiser.model, tokenizer=tokenizer, settings=settings, notes=[])

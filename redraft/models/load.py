@@ -30,13 +30,14 @@ def load_denoiser(
     quantization: str | None = None,
     adapter: str | Path | None = None,
     family: str | None = None,
+    block_size: int | None = None,
 ) -> tuple[Denoiser, Any]:
     """Load a model and its tokenizer (None where the folder has none), in evaluation mode.
 
     `quantization` is int8, int4 or nf4 (`models.quantize`). `adapter` is a LoRA of peft, laid over the weights; `path`
     may be one itself, which names its base. Where an adapter was trained here, its settings win. `family` names the
     format of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`; see
-    docs/models.md).
+    docs/models.md); `block_size` tells the blocks of one that does not say them.
 
     Raises ValueError where there is no such model, its class is neither in transformers nor a family, it is
     autoregressive, weights are missing, extra, of another shape or cut short, no mask token is known or it lies outside
@@ -54,7 +55,11 @@ def load_denoiser(
     if mask_token_id is None and not raw.get("diffusion"):
         of_tokenizer = None if tokenizer is None else tokenizer.mask_token_id
         mask_token_id = raw.get("mask_token_id", of_tokenizer)
-    config, model_class = _config_and_class(path, raw, family=of_family, mask_token_id=mask_token_id)
+    if of_family is not None:
+        config = of_family.config(raw, mask_token_id=mask_token_id, block_size=block_size, path=path)
+        model_class = stock_class(of_family)
+    else:
+        config, model_class = _config_and_class(path, raw)
     config.diffusion = trained_for or getattr(config, "diffusion", None)
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
     check_tokenizer(path, tokenizer, config)
@@ -147,18 +152,14 @@ def read_config(path: str | Path, raw: Raw) -> Any:
         raise ValueError(f"cannot read the model config of {path}: {reason}") from error
 
 
-def _config_and_class(
-    path: str | Path, raw: Raw, *, family: Family | None, mask_token_id: int | None
-) -> tuple[Any, Any]:
-    """Find the config of a checkpoint and the stock class that computes it."""
+def _config_and_class(path: str | Path, raw: Raw) -> tuple[Any, Any]:
+    """Find the config of a checkpoint that is no family's, and the stock class that computes it."""
     import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    if family is not None:
-        return family.config(raw, mask_token_id=mask_token_id), stock_class(family)
     config = read_config(path, raw)
     architecture = (config.architectures or ["(none)"])[0]
     model_class = getattr(transformers, architecture, None)

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from redraft.errors import check_types
 from redraft.layouts import Layout
 
 
@@ -17,6 +18,11 @@ class DiffusionSettings:
     """Position i is predicted by the logits of position i - 1, as an autoregressive model was trained to."""
     block_size: int | None = None
     """Tokens in a block of block-causal attention; absent for full attention."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1 token; got {self.block_size}.")
 
     @property
     def is_autoregressive(self) -> bool:
