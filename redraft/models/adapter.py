@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from redraft.models.files import first_line, read_json, reading
+from redraft.models.finite import check_finite
 from redraft.models.probe import difference, is_equal, sequence
 from redraft.models.translations import Raw
 
@@ -23,6 +24,8 @@ def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
     base = read_json(file).get("base_model_name_or_path")
     if not base or not isinstance(base, str):
         raise ValueError(f"the adapter {path} does not name its base. Load the base, with adapter={str(path)!r}.")
+    if Path(base).absolute() == Path(path).absolute():
+        raise ValueError(f"the adapter {path} names itself as its base. Load the base, with adapter={str(path)!r}.")
     return base, path
 
 
@@ -40,6 +43,7 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
     with reading(f"an adapter from {adapter}"):
         settings = PeftConfig.from_pretrained(str(adapter))
         weights = load_peft_weights(str(adapter), device="cpu")
+    check_finite(adapter, weights.items())
     settings.inference_mode = True
     try:
         with warnings.catch_warnings():
@@ -47,7 +51,7 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
             wrapped = get_peft_model(model, settings)
         result: Any = set_peft_model_state_dict(wrapped, weights)
     except Exception as error:  # an adapter's settings may fail anywhere in peft
-        raise ValueError(f"the adapter {adapter} does not fit this model: {first_line(error)}") from error
+        raise ValueError(f"the adapter {adapter} does not fit this model: {first_line(error)}.") from error
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         names = [*missing, *result.unexpected_keys]
@@ -70,7 +74,7 @@ def merge_adapter(model: Any, adapter: str | Path) -> Any:
             merged = wrapped.merge_and_unload()
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"the adapter {adapter} cannot be merged: {first_line(error)} Load it on top of its base instead: "
+            f"the adapter {adapter} cannot be merged: {first_line(error)}. Load it on top of its base instead: "
             f"redraft.load(BASE, adapter={str(adapter)!r})."
         ) from error
     moved = difference(merged(input_ids=ids).logits, laid_over)

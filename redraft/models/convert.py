@@ -12,6 +12,7 @@ from torch import Tensor
 from redraft.layouts import Layout
 from redraft.models.adapter import adapter_config, merge_adapter, split_adapter
 from redraft.models.families import Family, find_family
+from redraft.models.finite import check_finite, floats_of
 from redraft.models.load import (
     check_tokenizer,
     load_denoiser,
@@ -85,6 +86,7 @@ def convert(
         source, adapter = split_adapter(source)
     read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype, block_size=block_size)
     model, notes = read.model, read.notes
+    check_finite(source, floats_of(model))
     if adapter is not None:
         model = merge_adapter(model, adapter)
         read = _as_trained(read, adapter)

@@ -13,6 +13,7 @@ from typing import Any
 
 from redraft.errors import unknown_name
 from redraft.models import translations
+from redraft.models.files import reading
 from redraft.models.settings import DiffusionSettings
 from redraft.models.translations import Raw
 
@@ -61,15 +62,17 @@ class Family:
         """Build the stock transformers config, bidirectional and with its diffusion settings where a mask is known."""
         from transformers import AutoConfig
 
-        fields = self.translate(raw)
+        with reading(f"config.json as one of {self.name}", passing=ValueError):
+            fields = self.translate(raw)
         fields |= {name: raw[name] for name in _CARRIED if raw.get(name) is not None}
         if fields.get("eos_token_id") is None and (self.eos_token_id or 0) < fields.get("vocab_size", 1):
             fields["eos_token_id"] = self.eos_token_id
-        config = AutoConfig.for_model(self.stock, **{k: v for k, v in fields.items() if k not in _OF_THE_FILE})
+        with reading(f"config.json as one of {self.name}"):
+            config = AutoConfig.for_model(self.stock, **{k: v for k, v in fields.items() if k not in _OF_THE_FILE})
         config.generation = raw.get("generation", dict(self.generation))
         mask = mask_token_id if mask_token_id is not None else raw.get("mask_token_id", self.mask_token_id)
         if saved := raw.get("diffusion"):
-            DiffusionSettings(**saved | ({} if mask is None else {"mask_token_id": mask})).save_to(config)
+            DiffusionSettings.from_saved(saved, mask_token_id=mask).save_to(config)
         elif mask is not None:
             self.settings(raw, mask_token_id=mask, block_size=block_size, path=path).save_to(config)
         return config

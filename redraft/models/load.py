@@ -1,5 +1,6 @@
 """Loading: a folder or a hub id becomes a denoiser and its tokenizer. No remote code is ever run."""
 
+import copy
 import difflib
 import os
 from collections.abc import Callable
@@ -14,8 +15,21 @@ from redraft.models.adapter import adapter_config, attach_adapter, split_adapter
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import choose_device
 from redraft.models.families import FAMILIES, Family, find_family, known_model_types
+from redraft.models.files import (
+    CUT_SHORT,
+    check_kinds,
+    check_layers,
+    check_numbers,
+    check_size,
+    first_line,
+    read_json,
+    reading,
+    weight_files,
+)
+from redraft.models.finite import check_finite, floats_of
 from redraft.models.quantize import keep_format, quantization_config
 from redraft.models.settings import DiffusionSettings
+from redraft.models.template import check_template
 from redraft.models.translations import Raw
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -49,6 +63,8 @@ def load_denoiser(
         path, adapter = split_adapter(path)
     raw = read_raw_config(path)
     of_family = find_family(raw, name=family, hub_id=str(path))
+    if of_family is None:
+        config, model_class = _config_and_class(path, raw)
     trained_for = adapter_config(adapter).get("diffusion")
     tokenizer = load_tokenizer(adapter) if adapter and trained_for else None
     tokenizer = tokenizer or load_tokenizer(path, family=of_family)
@@ -58,8 +74,6 @@ def load_denoiser(
     if of_family is not None:
         config = of_family.config(raw, mask_token_id=mask_token_id, block_size=block_size, path=path)
         model_class = stock_class(of_family)
-    else:
-        config, model_class = _config_and_class(path, raw)
     config.diffusion = trained_for or getattr(config, "diffusion", None)
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
     check_tokenizer(path, tokenizer, config)
@@ -75,7 +89,9 @@ def load_denoiser(
     if adapter is not None:
         model = attach_adapter(model, adapter).get_base_model()
     kind = encoder_decoder.EncoderDecoder if config.model_type in encoder_decoder.MODEL_TYPES else Denoiser
-    return kind(model.to(target).eval(), settings), tokenizer
+    model = model.to(target).eval()
+    check_finite(path, floats_of(model))
+    return kind(model, settings), tokenizer
 
 
 def read_raw_config(path: str | Path) -> Raw:
@@ -84,19 +100,28 @@ def read_raw_config(path: str | Path) -> Raw:
 
     folder = Path(path)
     is_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    if folder.suffix == ".gguf":
+        raise ValueError(f"{path} is a GGUF file. Convert it first: redraft convert {path} OUT.")
     if is_local and not folder.is_dir():
         raise ValueError(
             f"no model at {path}: {'it is not a folder' if folder.exists() else 'the folder does not exist'}."
         )
     if is_local and not (folder / "config.json").exists():
         raise ValueError(f"no model at {path}: the folder has no config.json (an unfinished run?).")
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        offline = " The hub is offline (HF_HUB_OFFLINE)." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise ValueError(f"cannot read a model config from {path}: {reason}{offline}") from error
+    if is_local:
+        raw = read_json(folder / "config.json")
+        if (folder / "generation_config.json").is_file():
+            read_json(folder / "generation_config.json")  # transformers reads it with the weights
+    else:
+        with reading(f"a model config from {path}", hint=_offline()):
+            raw, _ = PreTrainedConfig.get_config_dict(path)
+    check_kinds(raw)
+    check_numbers(raw)
     return dict(raw)
+
+
+def _offline() -> str:
+    return "The hub is offline (HF_HUB_OFFLINE)." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
 
 
 def load_tokenizer(path: str | Path, *, family: Family | None = None) -> Any:
@@ -112,13 +137,16 @@ def load_tokenizer(path: str | Path, *, family: Family | None = None) -> Any:
         classes = [family.tokenizer_class]
     else:
         classes = ["AutoTokenizer", "PreTrainedTokenizerFast"]  # the first may want a class from the checkpoint's code
-    reason = ""
+    reasons = []
     for name in classes:
         try:
-            return getattr(transformers, name).from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = reason or str(error).strip().splitlines()[0]
-    raise ValueError(f"cannot read the tokenizer of {path}: {reason}")
+            tokenizer = getattr(transformers, name).from_pretrained(path, trust_remote_code=False)
+        except Exception as error:  # as in `files.reading`
+            reasons.append(first_line(error))
+            continue
+        check_template(path, tokenizer.chat_template)
+        return tokenizer
+    raise ValueError(f"cannot read the tokenizer of {path}: {reasons[0]}.")
 
 
 def read_config(path: str | Path, raw: Raw) -> Any:
@@ -145,11 +173,8 @@ def read_config(path: str | Path, raw: Raw) -> Any:
             f"cannot read a model config from {path}: {error} `redraft convert` makes a diffusion model of any "
             "architecture of transformers."
         )
-    try:
+    with reading(f"the model config of {path}"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot read the model config of {path}: {reason}") from error
 
 
 def _config_and_class(path: str | Path, raw: Raw) -> tuple[Any, Any]:
@@ -162,16 +187,19 @@ def _config_and_class(path: str | Path, raw: Raw) -> tuple[Any, Any]:
 
     config = read_config(path, raw)
     architecture = (config.architectures or ["(none)"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(f"{path}: transformers {transformers.__version__} has no class {architecture}.")
     is_masked = architecture in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    model_class = getattr(transformers, architecture, None) if is_masked or is_causal else None
+    if model_class is None or not isinstance(config, model_class.config_class):
+        raise ValueError(
+            f"{path}: transformers {transformers.__version__} has no class {architecture} with a vocabulary head for "
+            f"model_type {config.model_type!r}."
+        )
     if not raw.get("diffusion") and raw.get("is_causal") is not False and not is_masked:
         by_name = ", ".join(family.name for family in FAMILIES if not family.model_types)
-        is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         raise ValueError(
-            f"{path} is {'autoregressive' if is_causal else 'not a language model'} ({architecture}; its config.json "
-            f"has no diffusion entry). Make it a diffusion model with `redraft convert {path} OUT` (--autoregressive "
+            f"{path} is autoregressive ({architecture}; its config.json has no diffusion entry). Make it a diffusion "
+            f"model with `redraft convert {path} OUT` (--autoregressive "
             f"keeps it as a baseline), or name its format by family=: {by_name}."
         )
     return config, model_class
@@ -211,22 +239,22 @@ def load_weights(
     Raises ValueError where a file is cut short, and where weights are missing, unexpected or of another shape, but for
     those that `may_differ("missing" | "unexpected", name)` lets pass (transformers initialises the missing ones).
     """
-    from safetensors import SafetensorError
     from transformers import GgufConfig
 
     loader = model_class if family is None else renaming_class(model_class, family)
     options = dict(quantizer or {})
     if gguf_file:
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    try:
+    else:
+        files = weight_files(path)
+        check_layers(path, config, files)
+        with reading(f"the model config of {path}"), torch.device("meta"):
+            skeleton = model_class(copy.deepcopy(config))
+        check_size(path, skeleton, files)
+    with reading(f"the weights of {path}", hint=CUT_SHORT):
         model, info = loader.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (SafetensorError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot read the weights of {path}: {reason}. Is a file cut short?") from error
-    except ImportError as error:  # weights that were saved quantised
-        raise ValueError(f"cannot read the weights of {path}: {str(error).strip().splitlines()[0]}") from error
     for what in ("missing", "unexpected", "mismatched"):
         found = (key if isinstance(key, str) else key[0] for key in info[f"{what}_keys"])
         names = sorted(name for name in found if what == "mismatched" or not may_differ(what, name))
