@@ -1,9 +1,9 @@
 """What a checkpoint says about its own diffusion: the `diffusion` entry of config.json."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from redraft.errors import check_types
+from redraft.errors import fits, type_names
 from redraft.layouts import Layout
 
 
@@ -20,7 +20,6 @@ class DiffusionSettings:
     """Tokens in a block of block-causal attention; absent for full attention."""
 
     def __post_init__(self) -> None:
-        check_types(self)
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size must be at least 1 token; got {self.block_size}.")
 
@@ -56,6 +55,11 @@ class DiffusionSettings:
             raise ValueError(
                 "this model names no mask token (config.json has no diffusion.mask_token_id). Pass mask_token_id=."
             )
+        for name, kind in get_type_hints(cls).items():
+            if name in chosen and not fits(chosen[name], kind):
+                raise ValueError(
+                    f"config.json: diffusion.{name} must be one of {type_names(kind)}; got {chosen[name]!r}."
+                )
         return cls(**chosen)
 
     @classmethod

@@ -21,8 +21,6 @@ CHATML = (
     "hostile",
     [
         "{% for a in range(9999) %}" * 4 + "{% endfor %}" * 4,
-        "{% set x = [1] * 9999 %}{% for a in x %}{% for b in x %}{% for c in x %}{% endfor %}{% endfor %}{% endfor %}",
-        "{{ 9**(9**9) }}",
         "{% generation %}{{ 9**(9**9) }}{% endgeneration %}",
         "{{ 'a' * 10000000000 }}",
         "{{ 'a'|center(9999999999) }}",
@@ -33,11 +31,13 @@ CHATML = (
 def test_a_template_that_does_not_end_or_fills_the_memory_is_refused(monkeypatch, hostile):
     monkeypatch.setattr(template, "SECONDS", 1)
     monkeypatch.setattr(template, "MEGABYTES", 512)
-    for given in (hostile, {"default": CHATML, "tools": hostile}):
-        if isinstance(given, dict) and "generation" not in hostile:
-            continue  # each costs a second
-        with pytest.raises(ValueError, match=r"^here: rendering a chat .* takes more than 1 s or 512 MB"):
-            check_template("here", given)
+    with pytest.raises(ValueError, match=r"^here: rendering a chat .* takes more than 1 s or 512 MB"):
+        check_template("here", {"default": CHATML, "tools": hostile})
+
+
+def test_a_template_by_itself_is_refused_too():
+    with pytest.raises(ValueError, match="takes more than 2 s or 1024 MB"):
+        check_template("here", "{{ 'a' * 10000000000 }}")
 
 
 @pytest.mark.parametrize(
