@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +16,7 @@ from redraft.loglikelihood.requests import LikelihoodConfig, LogLikelihood, Requ
 from redraft.loglikelihood.rows import Part, score_rows
 from redraft.loglikelihood.uniform_bound import uniform_bound
 from redraft.models.denoiser import Denoiser
+from redraft.models.finite import explain_nan
 
 FIRST_ROUND = 16  # samples after which the choices of a question are compared for the first time
 
@@ -62,7 +63,8 @@ def score_questions(
     config = config or LikelihoodConfig()
     settings = denoiser.settings
     if settings.process == "uniform":
-        return [[uniform_bound(denoiser, request, config) for request in choices] for choices in questions]
+        found = [[uniform_bound(denoiser, request, config) for request in choices] for choices in questions]
+        return _without_nan(denoiser, questions, found)
     running = [[_Running(request, _parts(request, denoiser)) for request in choices] for choices in questions]
     scales = [[[1.0] * len(choices), *([lengths[q]] if lengths else [])] for q, choices in enumerate(running)]
     has_choices = any(len(choices) > 1 for choices in questions)
@@ -71,7 +73,19 @@ def score_questions(
             _sample(denoiser, [choices], [scale], config, _block_scorer(denoiser, choices, config))
     else:
         _sample(denoiser, running, scales, config, lambda parts: score_rows(denoiser, parts, config))
-    return [[_finish(r, is_autoregressive=settings.is_autoregressive) for r in choices] for choices in running]
+    found = [[_finish(r, is_autoregressive=settings.is_autoregressive) for r in choices] for choices in running]
+    return _without_nan(denoiser, questions, found)
+
+
+def _without_nan(
+    denoiser: Denoiser, questions: Sequence[Sequence[Request]], found: list[list[LogLikelihood]]
+) -> list[list[LogLikelihood]]:
+    """Raise ValueError, which names the damage, where an estimate is NaN."""
+    for request, result in zip(chain(*questions), chain(*found), strict=True):
+        if math.isnan(result.nats):
+            tokens = torch.cat([request.context, request.continuation])[None]
+            raise explain_nan(denoiser, tokens.to(denoiser.device))
+    return found
 
 
 def sample_values(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from redraft.layouts import Layout
+from redraft.models.adapter import adapter_config, merge_adapter, split_adapter
 from redraft.models.families import Family, find_family
+from redraft.models.finite import check_finite, floats_of
 from redraft.models.load import (
-    adapter_config,
-    attach_adapter,
     check_tokenizer,
     load_denoiser,
     load_tokenizer,
@@ -21,7 +21,6 @@ from redraft.models.load import (
     read_config,
     read_raw_config,
     renaming_class,
-    split_adapter,
 )
 from redraft.models.probe import BIDIRECTIONAL, BLOCKS, ISOLATED, PADDING, POSITIONS, Check, check_model
 from redraft.models.settings import DiffusionSettings
@@ -85,10 +84,11 @@ def convert(
     written_as = None if to is None else find_family({}, name=to)
     if adapter is None:
         source, adapter = split_adapter(source)
-    read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype)
+    read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype, block_size=block_size)
     model, notes = read.model, read.notes
+    check_finite(source, floats_of(model))
     if adapter is not None:
-        model = attach_adapter(model, adapter).merge_and_unload()
+        model = merge_adapter(model, adapter)
         read = _as_trained(read, adapter)
         notes.append(f"merged the adapter {adapter}")
     settings = read.settings or _new_settings(read, mask_token_id)
@@ -140,13 +140,20 @@ def require(source: str | Path, checks: list[Check], settings: DiffusionSettings
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(source: str | Path, *, mask_token_id: int | None, family: str | None, dtype: str | torch.dtype) -> _Source:
+def _read(
+    source: str | Path,
+    *,
+    mask_token_id: int | None,
+    family: str | None,
+    dtype: str | torch.dtype,
+    block_size: int | None,
+) -> _Source:
     if str(source).endswith(".gguf"):
         return _read_gguf(Path(source), dtype)
     raw = read_raw_config(source)
     if raw.get("diffusion") or find_family(raw, name=family, hub_id=str(source)) is not None:
         denoiser, tokenizer = load_denoiser(
-            source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family
+            source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family, block_size=block_size
         )
         settings = None if denoiser.settings.is_autoregressive else denoiser.settings
         return _Source(model=denoiser.model, tokenizer=tokenizer, settings=settings, notes=[])

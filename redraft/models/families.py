@@ -5,12 +5,15 @@ inside transformers' own loader, tensor by tensor; no code of the checkpoint is 
 families with the sources of every number.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from redraft.errors import unknown_name
 from redraft.models import translations
+from redraft.models.files import reading
 from redraft.models.settings import DiffusionSettings
 from redraft.models.translations import Raw
 
@@ -39,6 +42,10 @@ class Family:
     """Where config.json does not say; None: the tokenizer's mask token."""
     eos_token_id: int | None = None
     block_size: int | None = None
+    """Where config.json does not say; None: full attention."""
+    published_blocks: dict[str, int | None] = field(default_factory=dict)
+    """Where checkpoints differ and config.json may not say: regular expressions of published names, and their blocks.
+    Nothing is guessed for other names."""
     shift_logits: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
     """Published settings of its sampler, by the names of `SamplingConfig`, which this layer does not know."""
@@ -49,31 +56,62 @@ class Family:
     original: Callable[[Raw], Raw] | None = None
     """Stock config -> the family's config.json (`redraft convert --to`); None where that is not offered."""
 
-    def config(self, raw: Raw, *, mask_token_id: int | None = None) -> Any:
+    def config(
+        self, raw: Raw, *, mask_token_id: int | None = None, block_size: int | None = None, path: str | Path = ""
+    ) -> Any:
         """Build the stock transformers config, bidirectional and with its diffusion settings where a mask is known."""
         from transformers import AutoConfig
 
-        fields = self.translate(raw)
+        with reading(f"config.json as one of {self.name}", passing=ValueError):
+            fields = self.translate(raw)
         fields |= {name: raw[name] for name in _CARRIED if raw.get(name) is not None}
         if fields.get("eos_token_id") is None and (self.eos_token_id or 0) < fields.get("vocab_size", 1):
             fields["eos_token_id"] = self.eos_token_id
-        config = AutoConfig.for_model(self.stock, **{k: v for k, v in fields.items() if k not in _OF_THE_FILE})
+        with reading(f"config.json as one of {self.name}"):
+            config = AutoConfig.for_model(self.stock, **{k: v for k, v in fields.items() if k not in _OF_THE_FILE})
         config.generation = raw.get("generation", dict(self.generation))
         mask = mask_token_id if mask_token_id is not None else raw.get("mask_token_id", self.mask_token_id)
         if saved := raw.get("diffusion"):
-            DiffusionSettings(**saved | ({} if mask is None else {"mask_token_id": mask})).save_to(config)
+            DiffusionSettings.from_saved(saved, mask_token_id=mask).save_to(config)
         elif mask is not None:
-            self.settings(raw, mask_token_id=mask).save_to(config)
+            self.settings(raw, mask_token_id=mask, block_size=block_size, path=path).save_to(config)
         return config
 
-    def settings(self, raw: Raw, *, mask_token_id: int) -> DiffusionSettings:
-        """Read what the family's config.json says about its diffusion; the family's defaults fill the gaps."""
-        sizes = (raw[name] for name in ("block_size", "bd_size", "canvas_length") if name in raw)
+    def settings(
+        self, raw: Raw, *, mask_token_id: int, block_size: int | None = None, path: str | Path = ""
+    ) -> DiffusionSettings:
+        """Read what the family's config.json says about its diffusion; the family's defaults fill the gaps.
+
+        `block_size` is what the user says. Raises ValueError where the blocks of a checkpoint cannot be known.
+        """
         return DiffusionSettings(
             mask_token_id=mask_token_id,
             process=self.process,
             shift_logits=self.shift_logits,
-            block_size=next(sizes, self.block_size) if self.block_size else None,
+            block_size=block_size or self._block_size(raw, path),
+        )
+
+    def _block_size(self, raw: Raw, path: str | Path) -> int | None:
+        saved = {name: raw[name] for name in ("block_size", "bd_size", "canvas_length") if raw.get(name) is not None}
+        for name, size in saved.items():
+            if self.block_size is None and not self.published_blocks:
+                raise ValueError(
+                    f"config.json: this checkpoint has {name}={size!r}, and {self.name} attends to everything: it is "
+                    "another model than those of this family."
+                )
+            return int(size)
+        may_be_full = None in self.published_blocks.values()
+        if not self.published_blocks or (may_be_full and "block_size" in raw):
+            return self.block_size
+        names = published_names(path, raw)
+        for pattern, size in self.published_blocks.items():
+            if any(re.search(pattern, name, re.IGNORECASE) for name in names):
+                return size
+        full = " (null for full attention)" if may_be_full else ""
+        raise ValueError(
+            f"checkpoints of {self.name} differ in their blocks, and neither config.json (block_size) nor the name "
+            f'{names[0]!r} tells how many tokens they have. Write "block_size": N into config.json{full}, or use '
+            "`redraft convert --block-size N`."
         )
 
     def original_config(self, config: Any) -> Raw:
@@ -97,6 +135,13 @@ class Family:
         generation = getattr(config, "generation", None) or {}
         own = {"mask_token_id": diffusion.get("mask_token_id"), "diffusion": diffusion, "generation": generation}
         return raw | own
+
+
+def published_names(path: str | Path, raw: Raw) -> list[str]:
+    """List what a checkpoint may be called: its folder or hub id, its name in the hub's cache, what it was saved as."""
+    parts = Path(path).absolute().parts
+    cached = [part.removeprefix("models--").replace("--", "/") for part in parts if part.startswith("models--")]
+    return [parts[-1], *cached[-1:], str(raw.get("_name_or_path", ""))]
 
 
 def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Family | None:
@@ -129,6 +174,9 @@ def known_model_types() -> list[str]:
 
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 _OF_THE_FILE = ("model_type", "architectures", "auto_map", "transformers_version", "diffusion", "generation")
+_SDAR_BLOCKS: dict[str, int | None] = {rf"sdar.*-b{size}$": size for size in (4, 8, 16, 32, 64)}
+_SDAR_BLOCKS |= {r"sdar-[\d.]+b(-a3b)?-(chat|sci)$": 4}
+_A2D_BLOCKS = {"mdlm": None, r"opdlm-[\d.]+b": 4, r"diffusion-bd3lm-v0\.1$": 32}
 
 FAMILIES = (
     Family(
@@ -203,7 +251,7 @@ FAMILIES = (
         translate=translations.plain,
         mask_token_id=151669,
         eos_token_id=151643,
-        block_size=4,
+        published_blocks=_SDAR_BLOCKS,
         generation={"preset": "sdar", "steps_per_block": 4, "temperature": 1.0},
     ),
     Family(
@@ -213,7 +261,7 @@ FAMILIES = (
         translate=translations.plain,
         mask_token_id=151669,
         eos_token_id=151643,
-        block_size=4,
+        published_blocks=_SDAR_BLOCKS,
         generation={"preset": "sdar", "steps_per_block": 4, "temperature": 1.0},
     ),
     Family(
@@ -237,10 +285,34 @@ FAMILIES = (
         shift_logits=True,
         generation={"preset": "dream-entropy", "temperature": 0.1, "max_new_tokens": 256},
     ),
-    Family(name="a2d-gpt2", stock="gpt2", model_types=("a2d-gpt2",), translate=translations.plain),
-    Family(name="a2d-llama", stock="llama", model_types=("a2d-llama",), translate=translations.plain),
-    Family(name="a2d-qwen2", stock="qwen2", model_types=("a2d-qwen2",), translate=translations.plain),
-    Family(name="a2d-qwen3", stock="qwen3", model_types=("a2d-qwen3",), translate=translations.plain),
+    Family(
+        name="a2d-gpt2",
+        stock="gpt2",
+        model_types=("a2d-gpt2",),
+        translate=translations.plain,
+        published_blocks=_A2D_BLOCKS,
+    ),
+    Family(
+        name="a2d-llama",
+        stock="llama",
+        model_types=("a2d-llama",),
+        translate=translations.plain,
+        published_blocks=_A2D_BLOCKS,
+    ),
+    Family(
+        name="a2d-qwen2",
+        stock="qwen2",
+        model_types=("a2d-qwen2",),
+        translate=translations.plain,
+        published_blocks=_A2D_BLOCKS,
+    ),
+    Family(
+        name="a2d-qwen3",
+        stock="qwen3",
+        model_types=("a2d-qwen3",),
+        translate=translations.plain,
+        published_blocks=_A2D_BLOCKS,
+    ),
     Family(
         name="diffusion-gemma",
         stock="diffusion_gemma",

@@ -1,9 +1,8 @@
 """Loading: a folder or a hub id becomes a denoiser and its tokenizer. No remote code is ever run."""
 
+import copy
 import difflib
-import json
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,25 @@ import torch
 
 from redraft.errors import unknown_name
 from redraft.models import encoder_decoder
+from redraft.models.adapter import adapter_config, attach_adapter, split_adapter
 from redraft.models.denoiser import Denoiser
 from redraft.models.device import choose_device
 from redraft.models.families import FAMILIES, Family, find_family, known_model_types
+from redraft.models.files import (
+    CUT_SHORT,
+    check_kinds,
+    check_layers,
+    check_numbers,
+    check_size,
+    first_line,
+    read_json,
+    reading,
+    weight_files,
+)
+from redraft.models.finite import check_finite, floats_of
 from redraft.models.quantize import keep_format, quantization_config
 from redraft.models.settings import DiffusionSettings
+from redraft.models.template import check_template
 from redraft.models.translations import Raw
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -31,13 +44,14 @@ def load_denoiser(
     quantization: str | None = None,
     adapter: str | Path | None = None,
     family: str | None = None,
+    block_size: int | None = None,
 ) -> tuple[Denoiser, Any]:
     """Load a model and its tokenizer (None where the folder has none), in evaluation mode.
 
     `quantization` is int8, int4 or nf4 (`models.quantize`). `adapter` is a LoRA of peft, laid over the weights; `path`
     may be one itself, which names its base. Where an adapter was trained here, its settings win. `family` names the
     format of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`; see
-    docs/models.md).
+    docs/models.md); `block_size` tells the blocks of one that does not say them.
 
     Raises ValueError where there is no such model, its class is neither in transformers nor a family, it is
     autoregressive, weights are missing, extra, of another shape or cut short, no mask token is known or it lies outside
@@ -49,13 +63,17 @@ def load_denoiser(
         path, adapter = split_adapter(path)
     raw = read_raw_config(path)
     of_family = find_family(raw, name=family, hub_id=str(path))
+    if of_family is None:
+        config, model_class = _config_and_class(path, raw)
     trained_for = adapter_config(adapter).get("diffusion")
     tokenizer = load_tokenizer(adapter) if adapter and trained_for else None
     tokenizer = tokenizer or load_tokenizer(path, family=of_family)
     if mask_token_id is None and not raw.get("diffusion"):
         of_tokenizer = None if tokenizer is None else tokenizer.mask_token_id
         mask_token_id = raw.get("mask_token_id", of_tokenizer)
-    config, model_class = _config_and_class(path, raw, family=of_family, mask_token_id=mask_token_id)
+    if of_family is not None:
+        config = of_family.config(raw, mask_token_id=mask_token_id, block_size=block_size, path=path)
+        model_class = stock_class(of_family)
     config.diffusion = trained_for or getattr(config, "diffusion", None)
     settings = DiffusionSettings.read_from(config, mask_token_id=mask_token_id)
     check_tokenizer(path, tokenizer, config)
@@ -71,27 +89,9 @@ def load_denoiser(
     if adapter is not None:
         model = attach_adapter(model, adapter).get_base_model()
     kind = encoder_decoder.EncoderDecoder if config.model_type in encoder_decoder.MODEL_TYPES else Denoiser
-    return kind(model.to(target).eval(), settings), tokenizer
-
-
-def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
-    """Tell the base and the adapter of a folder that holds an adapter; a whole model is its own base.
-
-    Raises ValueError where the adapter does not name its base.
-    """
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file():
-        return path, None
-    base = json.loads(file.read_text()).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"the adapter {path} does not name its base. Load the base, with adapter={str(path)!r}.")
-    return base, path
-
-
-def adapter_config(adapter: str | Path | None) -> Raw:
-    """Read the config.json that training saved beside an adapter; empty for adapters from elsewhere."""
-    file = Path(adapter or "") / "config.json"
-    return json.loads(file.read_text()) if adapter and file.is_file() else {}
+    model = model.to(target).eval()
+    check_finite(path, floats_of(model))
+    return kind(model, settings), tokenizer
 
 
 def read_raw_config(path: str | Path) -> Raw:
@@ -100,19 +100,28 @@ def read_raw_config(path: str | Path) -> Raw:
 
     folder = Path(path)
     is_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    if folder.suffix == ".gguf":
+        raise ValueError(f"{path} is a GGUF file. Convert it first: redraft convert {path} OUT.")
     if is_local and not folder.is_dir():
         raise ValueError(
             f"no model at {path}: {'it is not a folder' if folder.exists() else 'the folder does not exist'}."
         )
     if is_local and not (folder / "config.json").exists():
         raise ValueError(f"no model at {path}: the folder has no config.json (an unfinished run?).")
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        offline = " The hub is offline (HF_HUB_OFFLINE)." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise ValueError(f"cannot read a model config from {path}: {reason}{offline}") from error
+    if is_local:
+        raw = read_json(folder / "config.json")
+        if (folder / "generation_config.json").is_file():
+            read_json(folder / "generation_config.json")  # transformers reads it with the weights
+    else:
+        with reading(f"a model config from {path}", hint=_offline()):
+            raw, _ = PreTrainedConfig.get_config_dict(path)
+    check_kinds(raw)
+    check_numbers(raw)
     return dict(raw)
+
+
+def _offline() -> str:
+    return "The hub is offline (HF_HUB_OFFLINE)." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
 
 
 def load_tokenizer(path: str | Path, *, family: Family | None = None) -> Any:
@@ -128,13 +137,16 @@ def load_tokenizer(path: str | Path, *, family: Family | None = None) -> Any:
         classes = [family.tokenizer_class]
     else:
         classes = ["AutoTokenizer", "PreTrainedTokenizerFast"]  # the first may want a class from the checkpoint's code
-    reason = ""
+    reasons = []
     for name in classes:
         try:
-            return getattr(transformers, name).from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = reason or str(error).strip().splitlines()[0]
-    raise ValueError(f"cannot read the tokenizer of {path}: {reason}")
+            tokenizer = getattr(transformers, name).from_pretrained(path, trust_remote_code=False)
+        except Exception as error:  # as in `files.reading`
+            reasons.append(first_line(error))
+            continue
+        check_template(path, tokenizer.chat_template)
+        return tokenizer
+    raise ValueError(f"cannot read the tokenizer of {path}: {reasons[0]}.")
 
 
 def read_config(path: str | Path, raw: Raw) -> Any:
@@ -161,37 +173,33 @@ def read_config(path: str | Path, raw: Raw) -> Any:
             f"cannot read a model config from {path}: {error} `redraft convert` makes a diffusion model of any "
             "architecture of transformers."
         )
-    try:
+    with reading(f"the model config of {path}"):
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot read the model config of {path}: {reason}") from error
 
 
-def _config_and_class(
-    path: str | Path, raw: Raw, *, family: Family | None, mask_token_id: int | None
-) -> tuple[Any, Any]:
-    """Find the config of a checkpoint and the stock class that computes it."""
+def _config_and_class(path: str | Path, raw: Raw) -> tuple[Any, Any]:
+    """Find the config of a checkpoint that is no family's, and the stock class that computes it."""
     import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    if family is not None:
-        return family.config(raw, mask_token_id=mask_token_id), stock_class(family)
     config = read_config(path, raw)
     architecture = (config.architectures or ["(none)"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(f"{path}: transformers {transformers.__version__} has no class {architecture}.")
     is_masked = architecture in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    model_class = getattr(transformers, architecture, None) if is_masked or is_causal else None
+    if model_class is None or not isinstance(config, model_class.config_class):
+        raise ValueError(
+            f"{path}: transformers {transformers.__version__} has no class {architecture} with a vocabulary head for "
+            f"model_type {config.model_type!r}."
+        )
     if not raw.get("diffusion") and raw.get("is_causal") is not False and not is_masked:
         by_name = ", ".join(family.name for family in FAMILIES if not family.model_types)
-        is_causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         raise ValueError(
-            f"{path} is {'autoregressive' if is_causal else 'not a language model'} ({architecture}; its config.json "
-            f"has no diffusion entry). Make it a diffusion model with `redraft convert {path} OUT` (--autoregressive "
+            f"{path} is autoregressive ({architecture}; its config.json has no diffusion entry). Make it a diffusion "
+            f"model with `redraft convert {path} OUT` (--autoregressive "
             f"keeps it as a baseline), or name its format by family=: {by_name}."
         )
     return config, model_class
@@ -231,22 +239,22 @@ def load_weights(
     Raises ValueError where a file is cut short, and where weights are missing, unexpected or of another shape, but for
     those that `may_differ("missing" | "unexpected", name)` lets pass (transformers initialises the missing ones).
     """
-    from safetensors import SafetensorError
     from transformers import GgufConfig
 
     loader = model_class if family is None else renaming_class(model_class, family)
     options = dict(quantizer or {})
     if gguf_file:
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    try:
+    else:
+        files = weight_files(path)
+        check_layers(path, config, files)
+        with reading(f"the model config of {path}"), torch.device("meta"):
+            skeleton = model_class(copy.deepcopy(config))
+        check_size(path, skeleton, files)
+    with reading(f"the weights of {path}", hint=CUT_SHORT):
         model, info = loader.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (SafetensorError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot read the weights of {path}: {reason}. Is a file cut short?") from error
-    except ImportError as error:  # weights that were saved quantised
-        raise ValueError(f"cannot read the weights of {path}: {str(error).strip().splitlines()[0]}") from error
     for what in ("missing", "unexpected", "mismatched"):
         found = (key if isinstance(key, str) else key[0] for key in info[f"{what}_keys"])
         names = sorted(name for name in found if what == "mismatched" or not may_differ(what, name))
@@ -271,30 +279,3 @@ def renaming_class(model_class: Any, family: Family) -> Any:
     name = f"Redraft_{family.name}_{model_class.__name__}"
     register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
     return type(name, (model_class,), {"__module__": __name__})
-
-
-def attach_adapter(model: Any, adapter: str | Path) -> Any:
-    """Lay a peft adapter over a model. Raises ValueError where it is not one or does not fit every weight."""
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    try:
-        settings = PeftConfig.from_pretrained(str(adapter))
-        weights = load_peft_weights(str(adapter), device="cpu")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot read an adapter from {adapter}: {reason}") from error
-    settings.inference_mode = True
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft's
-            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.* was renamed")  # that is its purpose
-            wrapped = get_peft_model(model, settings)
-        result: Any = set_peft_model_state_dict(wrapped, weights)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"the adapter {adapter} does not fit this model: {str(error).strip()[:300]}") from error
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        names = [*missing, *result.unexpected_keys]
-        raise ValueError(f"the adapter {adapter} does not fit this model: {len(names)} weights, first {names[0]}.")
-    return wrapped

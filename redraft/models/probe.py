@@ -42,7 +42,7 @@ def check_model(model: Any, settings: DiffusionSettings, *, block_size: int = 4)
         raise ValueError(f"{model.config.model_type} is an encoder-decoder; it is neither checked nor converted.")
     denoiser = Denoiser(model.eval(), DiffusionSettings(mask_token_id=settings.mask_token_id))
     size = settings.block_size or block_size
-    ids = _sequence(model, length=3 * size)
+    ids = sequence(model, length=3 * size)
     checks = {
         BIDIRECTIONAL: lambda: _check_bidirectional(denoiser, ids),
         POSITIONS: lambda: _check_positions(denoiser, ids),
@@ -61,7 +61,7 @@ def check_model(model: Any, settings: DiffusionSettings, *, block_size: int = 4)
     return results
 
 
-def _sequence(model: Any, *, length: int) -> Int[Tensor, "1 seq"]:
+def sequence(model: Any, *, length: int) -> Int[Tensor, "1 seq"]:
     """Draw token ids, the same for every run."""
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
@@ -79,14 +79,14 @@ def _changed(ids: Tensor, position: int) -> Tensor:
     return other
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference, in units of the logits' own size."""
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return float("nan")
     return ((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-9)).item()
 
 
-def _is_equal(difference: float, model: Any) -> bool:
+def is_equal(difference: float, model: Any) -> bool:
     return difference <= (1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1)
 
 
@@ -96,7 +96,7 @@ def _check_bidirectional(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     The first position's must move too, unless windows shorter than the sequence keep the news from it.
     """
     changed, plain = denoiser.logits(_changed(ids, -1)), denoiser.logits(ids)
-    first, nearest = _difference(changed[:, 0], plain[:, 0]), _difference(changed[:, -2], plain[:, -2])
+    first, nearest = difference(changed[:, 0], plain[:, 0]), difference(changed[:, -2], plain[:, -2])
     causal = _causal_layers(denoiser, ids)
     if causal:
         return False, f"{len(causal)} layers do not look ahead: {', '.join(causal[:3])}"
@@ -177,8 +177,8 @@ def _check_positions(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     """Leave the positions out of the call: the model must count as we do."""
     inputs = denoiser.inputs(ids)
     del inputs["position_ids"]
-    moved = _difference(denoiser.logits(ids), denoiser.model(**inputs).logits)
-    return _is_equal(moved, denoiser.model), f"our positions move logits by {moved:.1e}"
+    moved = difference(denoiser.logits(ids), denoiser.model(**inputs).logits)
+    return is_equal(moved, denoiser.model), f"our positions move logits by {moved:.1e}"
 
 
 def _check_isolated(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
@@ -191,8 +191,8 @@ def _check_isolated(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
         return denoiser.logits_at(everywhere, row, segment_ids=alone, isolate_segments=True)
 
     others = torch.arange(ids.shape[1], device=ids.device) != where
-    leaked = _difference(logits(_changed(ids, where))[others], logits(ids)[others])
-    return _is_equal(leaked, denoiser.model), f"a masked token moves other positions by {leaked:.1e}"
+    leaked = difference(logits(_changed(ids, where))[others], logits(ids)[others])
+    return is_equal(leaked, denoiser.model), f"a masked token moves other positions by {leaked:.1e}"
 
 
 def _check_padding(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
@@ -200,25 +200,25 @@ def _check_padding(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     kept = ids.shape[1] * 2 // 3
     segments = (torch.arange(ids.shape[1], device=ids.device) < kept).long()[None]
     padded = denoiser.logits(ids, segment_ids=segments)[:, :kept]
-    moved = _difference(padded, denoiser.logits(ids[:, :kept]))
-    return _is_equal(moved, denoiser.model), f"padding moves logits by {moved:.1e}"
+    moved = difference(padded, denoiser.logits(ids[:, :kept]))
+    return is_equal(moved, denoiser.model), f"padding moves logits by {moved:.1e}"
 
 
 def _check_blocks(denoiser: Denoiser, ids: Tensor, size: int) -> tuple[bool, str]:
     """Change the last block: earlier blocks must not move; change a block's last token: its first must."""
     layout = Layout(block_size=size)
     plain = denoiser.logits(ids, layout=layout)
-    later = _difference(denoiser.logits(_changed(ids, -1), layout=layout)[:, :-size], plain[:, :-size])
-    within = _difference(denoiser.logits(_changed(ids, size - 1), layout=layout)[:, 0], plain[:, 0])
-    passed = _is_equal(later, denoiser.model) and (within > 1e-6 or size == 1)
+    later = difference(denoiser.logits(_changed(ids, -1), layout=layout)[:, :-size], plain[:, :-size])
+    within = difference(denoiser.logits(_changed(ids, size - 1), layout=layout)[:, 0], plain[:, 0])
+    passed = is_equal(later, denoiser.model) and (within > 1e-6 or size == 1)
     return passed, f"a later block moves logits by {later:.1e}, the same block by {within:.1e}"
 
 
 def _check_cached(denoiser: Denoiser, ids: Tensor, size: int) -> tuple[bool, str]:
     """Go block by block over a cache of keys and values: logits must be those of one block-causal forward."""
     whole = denoiser.logits(ids, layout=Layout(block_size=size))
-    difference = _difference(cached_logits(denoiser, ids, block_size=size), whole)
-    return _is_equal(difference, denoiser.model), f"cached and uncached logits differ by {difference:.1e}"
+    moved = difference(cached_logits(denoiser, ids, block_size=size), whole)
+    return is_equal(moved, denoiser.model), f"cached and uncached logits differ by {moved:.1e}"
 
 
 def cached_logits(

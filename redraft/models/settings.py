@@ -1,8 +1,9 @@
 """What a checkpoint says about its own diffusion: the `diffusion` entry of config.json."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
+from redraft.errors import fits, type_names
 from redraft.layouts import Layout
 
 
@@ -11,12 +12,16 @@ class DiffusionSettings:
     """The facts a denoiser and a sampler need to know about a model; saved with it, so that no command needs flags."""
 
     mask_token_id: int
-    process: str = "masked"
+    process: Literal["masked", "uniform", "autoregressive"] = "masked"
     schedule: str = "linear"
     shift_logits: bool = False
     """Position i is predicted by the logits of position i - 1, as an autoregressive model was trained to."""
     block_size: int | None = None
     """Tokens in a block of block-causal attention; absent for full attention."""
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1 token; got {self.block_size}.")
 
     @property
     def is_autoregressive(self) -> bool:
@@ -35,12 +40,11 @@ class DiffusionSettings:
             config.is_causal = self.is_autoregressive
 
     @classmethod
-    def read_from(cls, config: Any, **overrides: Any) -> "DiffusionSettings":
-        """Read the settings of a transformers config; overrides that are not None win.
+    def from_saved(cls, saved: dict[str, Any], **overrides: Any) -> "DiffusionSettings":
+        """Build the settings from the `diffusion` entry of a config.json; overrides that are not None win.
 
-        Raises ValueError where the config says nothing of a mask token, or says it lies outside the vocabulary.
+        Raises ValueError for entries that are unknown or of another type, and where nothing says the mask token.
         """
-        saved = getattr(config, "diffusion", None) or {}
         known = {field.name for field in fields(cls)}
         if unknown := set(saved) - known:
             raise ValueError(
@@ -51,7 +55,20 @@ class DiffusionSettings:
             raise ValueError(
                 "this model names no mask token (config.json has no diffusion.mask_token_id). Pass mask_token_id=."
             )
-        settings = cls(**chosen)
+        for name, kind in get_type_hints(cls).items():
+            if name in chosen and not fits(chosen[name], kind):
+                raise ValueError(
+                    f"config.json: diffusion.{name} must be one of {type_names(kind)}; got {chosen[name]!r}."
+                )
+        return cls(**chosen)
+
+    @classmethod
+    def read_from(cls, config: Any, **overrides: Any) -> "DiffusionSettings":
+        """Read the settings of a transformers config; overrides that are not None win.
+
+        Raises ValueError as `from_saved` does, and where the mask token lies outside the vocabulary.
+        """
+        settings = cls.from_saved(getattr(config, "diffusion", None) or {}, **overrides)
         vocab_size = config.get_text_config().vocab_size
         if not 0 <= settings.mask_token_id < vocab_size:
             raise ValueError(

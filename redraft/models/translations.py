@@ -159,7 +159,15 @@ _LLADA2_FIELDS = dict(zip(_LLADA2_SAME, _LLADA2_SAME, strict=True)) | {
     "n_shared_experts": "num_shared_experts",
     "attention_bias": "use_qkv_bias",
 }
-_LLADA2_FIXED = {"use_bias": False, "use_qk_norm": True, "score_function": "sigmoid", "norm_head": False}
+_LLADA2_FIXED = {
+    "use_bias": False,
+    "use_qk_norm": True,
+    "score_function": "sigmoid",
+    "norm_head": False,
+    "moe_router_enable_expert_bias": True,
+    "embedding_dropout": 0.0,
+    "output_dropout": 0.0,
+}
 
 
 def from_llada2(raw: Raw) -> Raw:
@@ -171,7 +179,9 @@ def from_llada2(raw: Raw) -> Raw:
 def to_llada2(config: Raw) -> Raw:
     """Write a GLM-4-MoE config as LLaDA2's."""
     raw = {theirs: config[ours] for ours, theirs in _LLADA2_FIELDS.items() if ours in config}
-    return raw | _LLADA2_FIXED | {"use_qkv_bias": False, "use_sliding_window": False}
+    rotary_dim = int(config["head_dim"] * config["partial_rotary_factor"])
+    raw |= _LLADA2_FIXED | {"use_qkv_bias": False, "use_sliding_window": False}
+    return raw | {"rotary_dim": rotary_dim, "router_dtype": "fp32"}  # which its readers assert on
 
 
 def llada2_weights() -> list[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
+from redraft.models.finite import explain_nan
 from redraft.randomness import uniform
 from redraft.sampling.budget import Budget, Meter
 from redraft.sampling.caching import ApproximatePlanner, ExactPlanner, Planner
@@ -165,10 +166,14 @@ def denoise(
     if sampler.noise == "uniform":
         rows.canvas = rows.canvas.reopen(rows.canvas.is_noise, noise.draw(rows, step=-1))
     is_done, index = sampler.stop(rows.canvas), 0
+    is_nan = torch.zeros_like(is_done)
     meter = Meter(sampler.budget)
 
     while True:
-        if is_done.any():  # sync: the one question per step
+        has_done, has_nan = torch.stack([is_done.any(), is_nan.any()]).tolist()  # sync: the one question per step
+        if has_nan:
+            raise explain_nan(denoiser, rows.canvas.tokens)
+        if has_done:
             kept = (~is_done).nonzero()[:, 0]
             if not len(kept):
                 return
@@ -195,6 +200,7 @@ def denoise(
             logits = logits / sampler.anneal(window)[draws.rows, None]
         forward.remember(logits, rows)
         proposal = _propose(logits, never, draws, sampler, rows.canvas, where)
+        is_nan = proposal.log_normaliser.isnan()
         candidates = Candidates(
             canvas=rows.canvas,
             window=window,

@@ -1,6 +1,7 @@
 """LoRA (arXiv 2106.09685): low-rank matrices beside frozen linear layers; QLoRA (2305.14314) if these are quantised."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
         target_modules=_targets(model, config.targets),
     )
     model.requires_grad_(False)
-    model.add_adapter(lora)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # they are untied when it is merged
+        model.add_adapter(lora)
     if Path(model.name_or_path).is_dir():
         lora.base_model_name_or_path = str(Path(model.name_or_path).resolve())
     for parameter in model.parameters():

@@ -7,9 +7,9 @@ import torch
 
 from redraft.data.tokenizer import require_mask_token
 from redraft.language_model import LanguageModel, load
+from redraft.models.adapter import split_adapter
 from redraft.models.build import build_model
 from redraft.models.denoiser import Denoiser
-from redraft.models.load import split_adapter
 from redraft.training.adapter import add_adapter
 from redraft.training.config import RunConfig
 

@@ -36,6 +36,17 @@ def test_the_config_says_again_what_it_said(tmp_path, folder, family):
     assert {name: back[name] for name in sizes} == {name: original[name] for name in sizes}
 
 
+@pytest.mark.parametrize(("folder", "family"), [("llada2", "llada2"), ("llada21", "llada2.1")])
+def test_what_readers_of_llada2_assert_on_is_written(tmp_path, folder, family):
+    convert(DATA / folder, tmp_path / "back", mask_token_id=255, to=family)
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    expected = {
+        "moe_router_enable_expert_bias": True, "embedding_dropout": 0.0, "router_dtype": "fp32", "rotary_dim": 8,
+        "score_function": "sigmoid", "use_qk_norm": True, "norm_topk_prob": True,
+    }  # fmt: skip
+    assert {name: back[name] for name in expected} == expected  # 16 dimensions a head, half of them rotated
+
+
 @pytest.mark.parametrize(("folder", "family"), ROUND_TRIPS.items())
 def test_what_is_written_back_loads_with_equal_logits(tmp_path, folder, family):
     convert(DATA / folder, tmp_path / "back", mask_token_id=255, to=family)

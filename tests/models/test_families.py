@@ -1,6 +1,7 @@
 """Families without golden values: their config.json, on a stock model's weights under the family's names."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,14 +49,19 @@ def checkpoint(folder, config, **changes):
 
 
 CASES = {
-    "sdar": (Qwen3Config(**SIZES, head_dim=8), {"model_type": "sdar", "architectures": ["SDARForCausalLM"]}, 4, False),
+    "SDAR-1.7B-Chat": (
+        Qwen3Config(**SIZES, head_dim=8),
+        {"model_type": "sdar", "architectures": ["SDARForCausalLM"]},
+        4,
+        False,
+    ),
     "sdar with its own block size": (
         Qwen3Config(**SIZES, head_dim=8),
         {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "block_size": 8, "mask_token_id": 60},
         8,
         False,
     ),
-    "sdar-moe": (Qwen3MoeConfig(**SIZES, **MOE, head_dim=8), {"model_type": "sdar_moe"}, 4, False),
+    "SDAR-30B-A3B-Chat-b16": (Qwen3MoeConfig(**SIZES, **MOE, head_dim=8), {"model_type": "sdar_moe"}, 16, False),
     "fast-dllm v2": (
         Qwen2Config(**SIZES),
         {"model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": 2},
@@ -68,8 +74,8 @@ CASES = {
         None,
         True,
     ),
-    "a2d-llama": (LlamaConfig(**SIZES), {"model_type": "a2d-llama"}, None, False),
-    "a2d-qwen2": (Qwen2Config(**SIZES), {"model_type": "a2d-qwen2"}, None, False),
+    "a2d-llama": (LlamaConfig(**SIZES), {"model_type": "a2d-llama", "block_size": None}, None, False),
+    "a2d-qwen2 of blocks": (Qwen2Config(**SIZES), {"model_type": "a2d-qwen2", "block_size": 4}, 4, False),
     "diffucoder": (
         Qwen2Config(**SIZES),
         {
@@ -83,10 +89,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("config", "changes", "block_size", "shift"), CASES.values(), ids=CASES)
-def test_a_family_is_its_stock_class_without_the_causal_mask(tmp_path, config, changes, block_size, shift):
-    stock = checkpoint(tmp_path, config, **changes)
-    lm = redraft.load(tmp_path, mask_token_id=60, device="cpu")
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_is_its_stock_class_without_the_causal_mask(tmp_path, name):
+    config, changes, block_size, shift = CASES[name]
+    stock = checkpoint(tmp_path / name, config, **changes)
+    lm = redraft.load(tmp_path / name, mask_token_id=60, device="cpu")
     assert type(lm.model) is type(stock)
     assert lm.denoiser.settings == DiffusionSettings(mask_token_id=60, shift_logits=shift, block_size=block_size)
     mask = attention_mask(Layout(block_size=block_size), torch.arange(12)[None])
@@ -116,7 +123,7 @@ def test_diffugpt_gets_its_trunk_and_embedding_back(tmp_path):
 
 
 def test_the_configs_mask_token_comes_before_the_tokenizers(tmp_path):
-    checkpoint(tmp_path, Qwen3Config(**SIZES, head_dim=8), model_type="sdar", mask_token_id=61)
+    checkpoint(tmp_path, Qwen3Config(**SIZES, head_dim=8), model_type="sdar", block_size=4, mask_token_id=61)
     vocabulary = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=vocabulary, mask_token="t9").save_pretrained(tmp_path)
     assert redraft.load(tmp_path, device="cpu").denoiser.settings.mask_token_id == 61
@@ -178,12 +185,92 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("name", "raw", "expected", "eos"), PUBLISHED.values(), ids=PUBLISHED)
 def test_the_published_config_gives_the_published_settings(name, raw, expected, eos):
-    config = find_family({}, name=name).config(raw)
+    config = find_family({}, name=name).config(raw, path="JetLM/SDAR-1.7B-Chat")
     settings = DiffusionSettings.read_from(config)
     assert {key: getattr(settings, key) for key in expected} == expected
     assert config.eos_token_id == eos
     assert config.is_causal is False
     assert config.rope_parameters["rope_theta"] == raw["rope_theta"]
+
+
+NAMES = {
+    "JetLM/SDAR-8B-Chat": ("sdar", 4),
+    "JetLM/SDAR-8B-Chat-b8": ("sdar", 8),
+    "downloads/SDAR-4B-Chat-b64": ("sdar", 64),
+    "hub/models--JetLM--SDAR-30B-A3B-Chat-b32/snapshots/0123abc": ("sdar-moe", 32),
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": ("a2d-qwen3", None),
+    "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": ("a2d-qwen3", 32),
+    "divelab/OPDLM-8B": ("a2d-qwen3", 4),
+}
+RAW = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+
+
+@pytest.mark.parametrize(("path", "family", "block_size"), [(path, *facts) for path, facts in NAMES.items()])
+def test_blocks_are_read_off_a_published_name(path, family, block_size):
+    config = find_family({}, name=family).config(RAW, mask_token_id=60, path=path)
+    assert config.diffusion["block_size"] == block_size
+
+
+def test_what_config_json_says_of_blocks_comes_before_the_name():
+    config = find_family({}, name="sdar").config(RAW | {"block_size": 8}, mask_token_id=60, path="SDAR-8B-Chat-b32")
+    assert config.diffusion["block_size"] == 8
+    config = find_family({}, name="a2d-qwen3").config(RAW | {"block_size": None}, mask_token_id=60, path="OPDLM-4B")
+    assert config.diffusion["block_size"] is None
+    config = find_family({}, name="sdar").config(
+        RAW | {"_name_or_path": "JetLM/SDAR-8B-Chat-b16"}, mask_token_id=60, path="mine"
+    )
+    assert config.diffusion["block_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("sdar", "my-model"),
+        ("sdar", "runs/sdar-tuned"),
+        ("sdar", "Gen-Verse/TraDo-8B-Instruct"),
+        ("a2d-qwen3", "models/Qwen3-0.6B-bd3lm"),
+        ("a2d-llama", "checkpoint-final"),
+    ],
+)
+def test_blocks_that_nothing_tells_are_asked_for(family, path):
+    with pytest.raises(ValueError, match=r'neither config.json .* tells .*"block_size": N .*--block-size N') as told:
+        find_family({}, name=family).config(RAW, mask_token_id=60, path=path)
+    assert Path(path).name in str(told.value)
+
+
+def test_asked_for_blocks_are_taken_from_the_conversion(tmp_path):
+    checkpoint(tmp_path / "mine", Qwen3Config(**SIZES, head_dim=8), model_type="sdar", mask_token_id=60)
+    with pytest.raises(ValueError, match="checkpoints of sdar differ in their blocks"):
+        redraft.convert(tmp_path / "mine", tmp_path / "out")
+    assert redraft.convert(tmp_path / "mine", tmp_path / "out", block_size=8).settings.block_size == 8
+
+
+def test_a_block_model_under_the_name_of_a_family_of_full_attention_is_refused():
+    with pytest.raises(ValueError, match="this checkpoint has block_size=32, and dream attends to everything"):
+        find_family({}, name="dream").config(RAW | {"block_size": 32}, mask_token_id=60)
+
+
+MASK_IDS = {
+    "llada": 126336, "llada-moe": 156895, "llada2": 156895, "llada2.1": 156895, "dream": 151666, "sdar": 151669,
+    "sdar-moe": 151669, "fast-dllm-v2": 151665, "rnd1": 151669, "diffusion-gemma": 0, "a2d-gpt2": None,
+    "a2d-llama": None, "a2d-qwen2": None, "a2d-qwen3": None, "diffullama": None, "diffugpt": None,
+    "open-dcoder": None,
+}  # fmt: skip
+EOS_IDS = {
+    "llada": 126081, "llada-moe": 156892, "llada2": 156892, "llada2.1": 156892, "dream": 151643, "sdar": 151643,
+    "sdar-moe": 151643, "fast-dllm-v2": 151645, "rnd1": 151645,
+}  # fmt: skip
+SHIFTED = {"dream", "fast-dllm-v2", "rnd1", "diffullama", "diffugpt", "open-dcoder"}
+BLOCKS = {"llada2": 32, "llada2.1": 32, "fast-dllm-v2": 32, "diffusion-gemma": 256}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_familys_ids_shift_and_blocks_are_the_published_ones(family):
+    assert family.mask_token_id == MASK_IDS[family.name]
+    assert family.eos_token_id == EOS_IDS.get(family.name)
+    assert family.shift_logits == (family.name in SHIFTED)
+    assert family.block_size == BLOCKS.get(family.name)
+    assert family.process == ("uniform" if family.name == "diffusion-gemma" else "masked")
 
 
 def test_every_family_rests_on_an_architecture_of_transformers():

@@ -99,6 +99,21 @@ def test_only_the_adapter_is_trained_and_saved_and_it_loads_by_itself_over_its_b
     assert torch.equal(logits(Path(config.out) / "checkpoint-4"), alone)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # peft keeps the head beside it
+def test_an_adapter_trained_on_a_tied_head_merges_to_its_own_logits(config, tmp_path):
+    torch.manual_seed(0)
+    shape = LlamaConfig(vocab_size=304, **SIZES, max_position_embeddings=64, eos_token_id=1, tie_word_embeddings=True)
+    LlamaForCausalLM(shape).save_pretrained(tmp_path / "source")
+    train_tokenizer(TEXTS, vocab_size=300).save_pretrained(tmp_path / "source")
+    redraft.convert(tmp_path / "source", tmp_path / "base")
+    adapter = replace(config.adapter, targets="q_proj,lm_head")
+    run(replace(config, model=ModelConfig(start=str(tmp_path / "base")), adapter=adapter), console=QUIET)
+    redraft.convert(config.out, tmp_path / "merged")
+    laid_over, plain = logits(config.out), logits(tmp_path / "base")
+    assert torch.allclose(logits(tmp_path / "merged"), laid_over, atol=1e-4)
+    assert not torch.allclose(plain, laid_over, atol=1e-2)
+
+
 def test_before_the_first_step_the_model_is_its_base(config, base):
     run(with_train(config, max_steps=1, learning_rate=1e-30), console=QUIET)
     assert torch.equal(logits(config.out), logits(base))

@@ -1,0 +1,99 @@
+"""Adapters of peft (LoRA and relatives): found, laid over a model, merged into its weights."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from redraft.models.files import first_line, read_json, reading
+from redraft.models.finite import check_finite
+from redraft.models.probe import difference, is_equal, sequence
+from redraft.models.translations import Raw
+
+
+def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
+    """Tell the base and the adapter of a folder that holds an adapter; a whole model is its own base.
+
+    Raises ValueError where the adapter does not name its base.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return path, None
+    base = read_json(file).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise ValueError(f"the adapter {path} does not name its base. Load the base, with adapter={str(path)!r}.")
+    if Path(base).absolute() == Path(path).absolute():
+        raise ValueError(f"the adapter {path} names itself as its base. Load the base, with adapter={str(path)!r}.")
+    return base, path
+
+
+def adapter_config(adapter: str | Path | None) -> Raw:
+    """Read the config.json that training saved beside an adapter; empty for adapters from elsewhere."""
+    file = Path(adapter or "") / "config.json"
+    return read_json(file) if adapter and file.is_file() else {}
+
+
+def attach_adapter(model: Any, adapter: str | Path) -> Any:
+    """Lay a peft adapter over a model. Raises ValueError where it is not one or does not fit every weight."""
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    with reading(f"an adapter from {adapter}"):
+        settings = PeftConfig.from_pretrained(str(adapter))
+        weights = load_peft_weights(str(adapter), device="cpu")
+    check_finite(adapter, weights.items())
+    settings.inference_mode = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's advice is for those who make adapters
+            wrapped = get_peft_model(model, settings)
+        result: Any = set_peft_model_state_dict(wrapped, weights)
+    except Exception as error:  # an adapter's settings may fail anywhere in peft
+        raise ValueError(f"the adapter {adapter} does not fit this model: {first_line(error)}.") from error
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        names = [*missing, *result.unexpected_keys]
+        raise ValueError(f"the adapter {adapter} does not fit this model: {len(names)} weights, first {names[0]}.")
+    return wrapped
+
+
+@torch.no_grad()
+def merge_adapter(model: Any, adapter: str | Path) -> Any:
+    """Add an adapter into the weights, and measure that the logits stay what they were with it laid over.
+
+    Raises ValueError where the weights have no place for it (biases of an architecture without them).
+    """
+    wrapped, ids = attach_adapter(model, adapter).eval(), sequence(model, length=12)
+    laid_over = wrapped(input_ids=ids).logits
+    untie(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # they are tied no more
+            merged = wrapped.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"the adapter {adapter} cannot be merged: {first_line(error)}. Load it on top of its base instead: "
+            f"redraft.load(BASE, adapter={str(adapter)!r})."
+        ) from error
+    moved = difference(merged(input_ids=ids).logits, laid_over)
+    if not is_equal(moved, model):
+        raise ValueError(f"the adapter {adapter} cannot be merged: logits with it merged are off by {moved:.1e}.")
+    return merged
+
+
+def untie(model: Any) -> None:
+    """Give each owner of tied weights its own where an adapter changes the embedding or the head."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if not model.config.tie_word_embeddings or not any(isinstance(end, BaseTunerLayer) for end in ends):
+        return
+    seen = set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in seen:
+                module.register_parameter(name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+            seen.add(parameter)
+    model.config.tie_word_embeddings = False
