@@ -39,9 +39,10 @@ def custom_generate(
         if type(criterion).__name__ not in UNDERSTOOD:
             raise ValueError(f"{type(criterion).__name__} does not carry over to diffusion; use lm.generate(stop=...).")
     eos = generation_config.eos_token_id
+    listed = [] if eos is None else eos if isinstance(eos, list) else [eos]
     lm = LanguageModel(
         denoiser=Denoiser(model, DiffusionSettings.read_from(model.config)),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        eos_token_ids=tuple(listed),
     )
     attention_mask = inputs.get("attention_mask")
     is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
