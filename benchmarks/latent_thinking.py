@@ -312,7 +312,7 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
     whole(run(replace(config, out=str(folder), data=data, model=model, train=train), console=QUIET))
     table.trained()
     lm, written = redraft.load(folder, device="cpu"), WrittenTask(task=table.task, config=thought)
-    eos, mask = lm.eos_token_id, lm.denoiser.settings.mask_token_id
+    eos, mask = lm.eos_token_ids[0], lm.denoiser.settings.mask_token_id
     starts = [lm.encode(written.given(prompt)).tolist() for prompt in table.prompts]
     width, hole = written.longest, [mask] * written.longest_said if thought.fill else []
     dials = [(0.0, 1, None), (1.0, args.samples, None)]

@@ -1,8 +1,9 @@
 """The public face: a loaded diffusion language model that generates, infills and streams."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,21 @@ from redraft.layouts import Layout
 from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, loglikelihoods
 from redraft.models.denoiser import Denoiser
 from redraft.models.encoder_decoder import EncoderDecoder
-from redraft.models.load import load_denoiser
+from redraft.models.load import adapter_config, load_denoiser, read_raw_config, split_adapter
 from redraft.models.masks import first_position
-from redraft.prompts import Prompt, as_batch, encode, encode_pair, encode_with_holes, row_keys
+from redraft.prompts import (
+    Prompt,
+    as_batch,
+    encode,
+    encode_pair,
+    encode_with_holes,
+    end_of_turn_id,
+    filled_text,
+    row_keys,
+    shown_and_raw,
+    text_after,
+    until_stop,
+)
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.completion import CompiledConstraint
 from redraft.sampling.config import SamplingConfig, with_saved
@@ -43,7 +56,8 @@ class Generation:
     sequences: list[Tensor]
     """Prompt and new tokens, or the whole infilled row, 1-D."""
     texts: list[str] | None
-    """Decoded `tokens` (`generate`) or `sequences` (`infill`), without special tokens; None without a tokenizer."""
+    """Without special tokens; None without a tokenizer. `generate`: what the new tokens add to the prompt's text, up
+    to a stop string. `infill`: the whole text, in which a text that was given stands as it was."""
     forwards: list[int]
     """Forward passes each row took part in."""
     seconds: float
@@ -55,7 +69,7 @@ def load(
     path: str | Path,
     *,
     mask_token_id: int | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     quantization: str | None = None,
@@ -65,7 +79,9 @@ def load(
 ) -> "LanguageModel":
     """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors.
 
-    `compile` is for long runs with equal shapes: see `Denoiser.compiled`.
+    A text ends at any of `eos_token_id`: by default the tokenizer's EOS, the token that ends an answer in its chat
+    template, and what config.json and generation_config.json list. `compile` is for long runs with equal shapes: see
+    `Denoiser.compiled`.
     """
     denoiser, tokenizer = load_denoiser(
         path,
@@ -76,20 +92,33 @@ def load(
         adapter=adapter,
         family=family,
     )
-    if eos_token_id is None:
-        eos_token_id = _end_token_id(denoiser.model.config, tokenizer)
+    listed = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+    if listed is None:
+        base, adapter = split_adapter(path) if adapter is None else (path, adapter)
+        listed = _end_token_ids(denoiser.model, tokenizer, raw=read_raw_config(base) | adapter_config(adapter))
     if compile:
         denoiser = denoiser.compiled()
-    return LanguageModel(denoiser=denoiser, tokenizer=tokenizer, eos_token_id=eos_token_id)
+    return LanguageModel(denoiser=denoiser, tokenizer=tokenizer, eos_token_ids=tuple(listed))
 
 
-def _end_token_id(config: Any, tokenizer: Any) -> int | None:
-    """Find what ends a text: the tokenizer's EOS, BERT's separator, or the config's first EOS."""
+def _end_token_ids(model: Any, tokenizer: Any, *, raw: dict[str, Any]) -> list[int]:
+    """List what ends a text: the tokenizer's EOS (BERT: separator) first, then the end of a turn, then what is listed.
+
+    Without a tokenizer, what the config has by default counts too.
+    """
+    ends: list[Any] = []
     if tokenizer is not None:
-        return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    ends = getattr(config, "eos_token_id", None)
-    ends = config.get_text_config().eos_token_id if ends is None else ends
-    return ends[0] if isinstance(ends, list) else ends
+        ends = [tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
+        ends.append(end_of_turn_id(tokenizer))
+    configs = [model.config, model.config.get_text_config()]
+    is_listed = "eos_token_id" in raw or "eos_token_id" in (raw.get("text_config") or {})
+    lists = [getattr(config, "eos_token_id", None) for config in configs if is_listed or tokenizer is None]
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and not generation._from_model_config:  # from a generation_config.json of its own
+        lists.append(generation.eos_token_id)
+    for listed in lists:
+        ends += listed if isinstance(listed, list | tuple) else [listed]
+    return list(dict.fromkeys(int(end) for end in ends if end is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +127,9 @@ class LanguageModel:
 
     denoiser: Denoiser
     tokenizer: Any = None
-    eos_token_id: int | None = None
-    _compiled: dict[tuple[str, bool], CompiledConstraint] = field(default_factory=dict, repr=False)
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text, any of them; the first is the one that a constraint ends with."""
+    _compiled: dict[tuple[str, bool, str], CompiledConstraint] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Any:
@@ -166,13 +196,20 @@ class LanguageModel:
         before the first forward, for a constraint that cannot be satisfied.
         """
         config = self.sampling_config(**settings)
-        sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config))
         rows = self._encode_all(prompts, config)
+        sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config, rows))
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
         steps = self._denoise(canvas, rows, config, sampler)
         if streamer is not None:
             steps = self._feed(streamer, rows, config, steps)
-        return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=False)
+
+        def text_of(i: int, new: Tensor, sequence: Tensor) -> str:
+            text = self.new_text(rows[i], new, config)
+            # A constraint speaks of the text behind the space that word pieces bring.
+            is_space_added = constraint is not None and leading_space(self.tokenizer) == "added"
+            return text.removeprefix(" ") if is_space_added else text
+
+        return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=False, text_of=text_of)
 
     def stream(
         self,
@@ -189,8 +226,8 @@ class LanguageModel:
         A `session` keeps the exact cache of one conversation from one call to the next.
         """
         config = self.sampling_config(**settings)
-        sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config))
         rows = self._encode_all(prompts, config)
+        sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config, rows))
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
         return self._denoise(canvas, rows, config, sampler, session)
 
@@ -216,12 +253,9 @@ class LanguageModel:
         size = given.get("block_size")  # blocks of holes lie on the grid: no length need be a multiple of them
         config = self.sampling_config(**given | {"block_size": None})
         mask_token_id = self.denoiser.settings.mask_token_id
-        encoded = [
-            encode_with_holes(self.tokenizer, prompt, mask_token_id=mask_token_id)
-            for prompt in as_batch(prompts)
-            for _ in range(config.num_samples)
-        ]
-        rows, is_hole = [row for row, _ in encoded], [holes for _, holes in encoded]
+        given_prompts = [prompt for prompt in as_batch(prompts) for _ in range(config.num_samples)]
+        encoded = [encode_with_holes(self.tokenizer, prompt, mask_token_id=mask_token_id) for prompt in given_prompts]
+        rows, is_hole = [self._in_vocabulary(row) for row, _ in encoded], [holes for _, holes in encoded]
         for row, holes in encoded:
             if not holes.any():
                 raise ValueError(
@@ -229,7 +263,8 @@ class LanguageModel:
                 )
             self._check_length(len(row))
         config = config.for_infilling(num_holes=max(int(holes.sum()) for holes in is_hole))
-        constrained = self._constrained(constraint, config, is_infilling=True)
+        befores = [row[: int(holes.long().argmax())] for row, holes in encoded]
+        constrained = self._constrained(constraint, config, befores, is_infilling=True)
         sampler = self._sampler(config, guides, logits_processor, constrained)
         if config.steps is None and config.forwards is None:
             sampler = replace(sampler, steps=None)  # as many as a row has holes, whatever stands beside it
@@ -239,7 +274,11 @@ class LanguageModel:
             sampler = replace(sampler, frontier=GridBlocks(size=sampler.frontier.size), is_grid_from_prompt=False)
         canvas = self._build_canvas(rows, is_hole)
         steps = self._denoise(canvas, rows, config, sampler)
-        return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=True)
+
+        def text_of(i: int, new: Tensor, sequence: Tensor) -> str:
+            return filled_text(self.tokenizer, given_prompts[i], sequence, is_hole[i])
+
+        return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=True, text_of=text_of)
 
     def loglikelihood(self, context: Prompt, continuation: Prompt, **settings: Any) -> LogLikelihood:
         """Bound log p(continuation | context), in nats with its standard error. Settings: `LikelihoodConfig`.
@@ -254,19 +293,43 @@ class LanguageModel:
         config = LikelihoodConfig(**settings)
         return loglikelihoods(self.denoiser, [Request(context=given, continuation=asked)], config)[0]
 
-    def encode(self, prompt: Prompt) -> Int[Tensor, "seq"]:
-        """Turn text or chat messages into token ids. Raises ValueError without a tokenizer or its chat template."""
-        return encode(self.tokenizer, prompt)
+    def encode(self, prompt: Prompt, *, is_inside: bool = False) -> Int[Tensor, "seq"]:
+        """Turn a prompt into token ids; a text that `is_inside` does not begin its row.
+
+        Raises ValueError without a tokenizer or its chat template, and for ids outside the vocabulary.
+        """
+        return self._in_vocabulary(encode(self.tokenizer, prompt, is_inside=is_inside))
 
     def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[Int[Tensor, "c"], Int[Tensor, "l"]]:
         """Turn a context and its continuation into token ids as their text together is tokenized."""
-        return encode_pair(self.tokenizer, context, continuation)
+        given, asked = encode_pair(self.tokenizer, context, continuation)
+        return self._in_vocabulary(given), self._in_vocabulary(asked)
 
-    def decode(self, token_ids: Tensor | list[int]) -> str:
-        """Turn token ids into text without special tokens. Raises ValueError without a tokenizer."""
+    def decode(self, token_ids: Tensor | list[int], *, after: Tensor | Sequence[int] = ()) -> str:
+        """Turn token ids into text without special tokens, as they stand after others.
+
+        Raises ValueError without a tokenizer.
+        """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer; use token ids.")
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return text_after(self.tokenizer, after, token_ids)
+
+    def new_text(self, before: Tensor, new: Tensor, config: SamplingConfig) -> str:
+        """Return what new tokens add to the text before them, up to a stop string; an end token adds nothing."""
+        if config.stop is not None and len(new) and int(new[-1]) in self.eos_token_ids:
+            new = new[:-1]
+        if isinstance(config.stop, tuple):
+            return until_stop(self.tokenizer, before, new, config.stop)[1]
+        return self.decode(new, after=before)
+
+    def _in_vocabulary(self, row: Int[Tensor, "seq"]) -> Int[Tensor, "seq"]:
+        vocab_size = self.model.config.get_text_config().vocab_size
+        if len(row) and int(row.max()) >= vocab_size:
+            raise ValueError(
+                f"token ids must be below the model's vocabulary of {vocab_size}; got {int(row.max())}."
+                " Are they of another model's tokenizer?"
+            )
+        return row
 
     def _encode_all(self, prompts: Prompt | Sequence[Prompt], config: SamplingConfig) -> list[Tensor]:
         return [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
@@ -280,6 +343,7 @@ class LanguageModel:
         *,
         trace: bool,
         is_infilling: bool,
+        text_of: Callable[[int, Tensor, Tensor], str],
     ) -> Generation:
         start = time.perf_counter()
         recorder = Recorder()
@@ -299,37 +363,50 @@ class LanguageModel:
         else:
             new = [self.new_tokens(tokens, status, config) for tokens, status in finals]
             sequences = [torch.cat([row, tokens]) for row, tokens in zip(rows, new, strict=True)]
-        shown = sequences if is_infilling else new
+        texts = None
+        if self.tokenizer is not None:
+            texts = [text_of(i, tokens, whole) for i, (tokens, whole) in enumerate(zip(new, sequences, strict=True))]
         return Generation(
             tokens=new,
             sequences=sequences,
-            texts=[cut_text(self.decode(tokens), config.stop) for tokens in shown]
-            if self.tokenizer is not None
-            else None,
+            texts=texts,
             forwards=forwards,
             seconds=time.perf_counter() - start,
             trace=recorder.traces() if trace else None,
         )
 
-    def compile(self, constraint: Constraint, *, is_infilling: bool = False) -> CompiledConstraint:
+    def compile(
+        self, constraint: Constraint, *, is_infilling: bool = False, is_start: bool = True
+    ) -> CompiledConstraint:
         """Prepare a constraint for this model's vocabulary, once. A hole has no end token: what fits fills it.
+
+        Where no text stands before (`is_start`), SentencePiece-like tokenizers drop a first space in decoding.
 
         Raises ValueError without a tokenizer, and for what can never be satisfied.
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so its tokens have no text to constrain; load one with it.")
-        key = (repr(constraint), is_infilling)
+        space = leading_space(self.tokenizer)
+        if (space == "added" and is_infilling) or (space == "stripped" and not is_start):
+            space = "text"
+        key = (repr(constraint), is_infilling, space)
         if key not in self._compiled:
-            self._compiled[key] = constraint.compile(
-                token_bytes(self.tokenizer),
-                eos_token_id=None if is_infilling else self.eos_token_id,
-                leading_space="text" if is_infilling else leading_space(self.tokenizer),
-            )
+            pieces = token_bytes(self.tokenizer)
+            for eos_token_id in self.eos_token_ids:  # none of them is text
+                pieces[eos_token_id : eos_token_id + 1] = [None] * len(pieces[eos_token_id : eos_token_id + 1])
+            end = None if is_infilling or not self.eos_token_ids else self.eos_token_ids[0]
+            self._compiled[key] = constraint.compile(pieces, eos_token_id=end, leading_space=space)
         return self._compiled[key]
 
     def _constrained(
-        self, constraint: Constraint | None, config: SamplingConfig, *, is_infilling: bool = False
+        self,
+        constraint: Constraint | None,
+        config: SamplingConfig,
+        befores: Sequence[Tensor],
+        *,
+        is_infilling: bool = False,
     ) -> Constrained | None:
+        """Prepare a constraint for rows that begin with these tokens."""
         if constraint is None:
             return None
         if isinstance(config.stop, tuple):
@@ -337,8 +414,16 @@ class LanguageModel:
                 f"a constraint holds for the whole text, which stop strings would cut; got stop={config.stop!r}."
                 " Leave them out, or put them into the constraint."
             )
-        compiled = self.compile(constraint, is_infilling=is_infilling)
-        return Constrained(compiled=compiled, num_tokens=None if is_infilling else config.max_new_tokens)
+        kinds = {
+            is_start: self.compile(constraint, is_infilling=is_infilling, is_start=is_start)
+            for is_start in {self.tokenizer is None or not self.decode(before) for before in befores}
+        }
+        return Constrained(
+            compiled=kinds[False] if False in kinds else kinds[True],
+            at_start=kinds.get(True),
+            silent=frozenset(self.tokenizer.all_special_ids),
+            num_tokens=None if is_infilling else config.max_new_tokens,
+        )
 
     def _sampler(
         self,
@@ -347,7 +432,8 @@ class LanguageModel:
         logits_processor: Sequence[Any],
         constraint: Constrained | None = None,
     ) -> Sampler:
-        sampler = config.sampler(self.denoiser.settings, eos_token_id=self.eos_token_id, decode=self.decode)
+        texts = None if self.tokenizer is None else partial(shown_and_raw, self.tokenizer)
+        sampler = config.sampler(self.denoiser.settings, eos_token_ids=self.eos_token_ids, decode=texts)
         if self.denoiser.settings.process == "uniform" and sampler.noise != "uniform":
             raise ValueError(
                 f"preset {config.preset!r} starts from mask tokens, and this model was trained on uniform noise. Use "
@@ -396,17 +482,16 @@ class LanguageModel:
     def new_tokens(
         self, tokens: Int[Tensor, "seq"], status: UInt8[Tensor, "seq"], config: SamplingConfig
     ) -> Int[Tensor, "new"]:
-        """Cut a finished row of a canvas to its new tokens, up to and with the EOS that ended it."""
-        new = tokens[(status != Status.PAD) & (status != Status.GIVEN)].cpu()[: config.max_new_tokens]
+        """Cut a finished row of a canvas to its new tokens, up to and with the end token or stop string."""
+        is_new = (status != Status.PAD) & (status != Status.GIVEN)
+        new = tokens[is_new].cpu()[: config.max_new_tokens]
         if isinstance(config.stop, tuple):
-            state = status[(status != Status.PAD) & (status != Status.GIVEN)].cpu()[: len(new)]
-            num_decided = int((state == Status.COMMITTED).long().cumprod(dim=0).sum())
-            lengths = range(1, num_decided + 1)
-            is_stop = (n for n in lengths if any(string in self.decode(new[:n]) for string in config.stop))
-            new = new[: next(is_stop, len(new))]
-        if config.stop is None or self.eos_token_id is None:
+            num_decided = int((status[is_new].cpu()[: len(new)] == Status.COMMITTED).long().cumprod(dim=0).sum())
+            count = until_stop(self.tokenizer, tokens[status == Status.GIVEN], new[:num_decided], config.stop)[0]
+            new = new[:count] if count < num_decided else new
+        if config.stop is None:
             return new
-        ends = (new == self.eos_token_id).nonzero()[:, 0]
+        ends = torch.isin(new, torch.tensor(self.eos_token_ids)).nonzero()[:, 0]
         return new[: int(ends[0]) + 1] if len(ends) else new
 
     def _canvas_after(self, rows: list[Tensor], max_new_tokens: int, sampler: Sampler) -> Canvas:
@@ -434,12 +519,6 @@ class LanguageModel:
                 f"prompt and new tokens must fit into the model's context of {limit} tokens; got {length}. "
                 "Shorten the prompt or lower max_new_tokens."
             )
-
-
-def cut_text(text: str, stop: str | tuple[str, ...] | None) -> str:
-    """End a text before the first of the strings that stop it."""
-    ends = [text.index(string) for string in stop if string in text] if isinstance(stop, tuple) else []
-    return text[: min(ends, default=len(text))]
 
 
 def _finished(step: Step) -> list[tuple[int, int]]:

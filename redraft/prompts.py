@@ -1,10 +1,11 @@
-"""Prompts as token ids: text, chat messages, ids themselves, holes to fill, and the seed of each row."""
+"""Prompts as token ids and tokens as text: what may be asked, holes to fill, what ends an answer, each row's seed."""
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -12,36 +13,202 @@ from torch import Tensor
 from redraft.randomness import fold
 
 HOLE = re.compile(r"\[MASK:(\d+)\]")
+HOLES = re.compile(r"(?:\[MASK:\d+\])+")
+PROBE = "\ue000answer\ue000"
+ANCHORS = ("\n", "a", "0", ".")
+"""Texts after which another text is encoded that does not begin its row."""
+CONTEXT_TOKENS = 16
 
-Prompt = str | Sequence[int] | Sequence[dict[str, str]] | Tensor
-"""Text, token ids (list or 1-D tensor), or chat messages."""
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Tensor | np.ndarray
+"""Text, token ids (list, array, 1-D tensor), chat messages or one message, or what a tokenizer returns."""
 
 
 def as_batch(prompts: Any) -> list[Any]:
-    """Tell one prompt from several. Raises ValueError where there is none."""
-    is_one = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1)
-    if not is_one and len(prompts) and isinstance(prompts[0], int | dict):
-        is_one = True
-    batch = [prompts] if is_one else list(prompts)
-    if not batch:
+    """Tell one prompt from several: each becomes a text, a list of messages or a 1-D tensor of token ids.
+
+    The rows of a 2-D array are prompts. What a tokenizer returns loses the padding that its attention_mask marks.
+    Raises ValueError where there is no prompt, and for what is none.
+    """
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        return _without_padding(prompts["input_ids"], prompts.get("attention_mask"))
+    if isinstance(prompts, Mapping) and "role" in prompts:
+        return [[prompts]]
+    if isinstance(prompts, Tensor) and prompts.ndim in (1, 2):
+        return [_token_ids(row) for row in (prompts[None] if prompts.ndim == 1 else prompts)]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        shown = f" with the keys {list(prompts)}" if isinstance(prompts, Mapping) else ""
+        raise ValueError(
+            "a prompt is a text, token ids, chat messages ({'role': ..., 'content': ...}) or what a tokenizer returns;"
+            f" got {type(prompts).__name__}{shown}."
+        )
+    if not len(prompts):
         raise ValueError("there is no prompt; give at least one.")
-    return batch
+    if any(_is_number(item) for item in prompts):
+        return [_token_ids(prompts)]
+    if all(isinstance(item, Mapping) and "role" in item for item in prompts):
+        return [list(prompts)]
+    return [_single(item) for item in prompts]
 
 
-def encode(tokenizer: Any, prompt: Prompt) -> Int[Tensor, "seq"]:
-    """Turn one prompt into token ids. Raises ValueError for text without a tokenizer, for chat without a template."""
-    if isinstance(prompt, Tensor):
-        return prompt.long().cpu()
-    if not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], dict)):
-        return torch.tensor(list(prompt), dtype=torch.int64)
+def _single(prompt: Any) -> Any:
+    """Read a prompt that is one; no ids at all are one too."""
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and not len(prompt):
+        return torch.empty(0, dtype=torch.int64)
+    batch = as_batch(prompt)
+    if len(batch) != 1:
+        raise ValueError(f"one prompt must stand here; got {len(batch)} of them.")
+    return batch[0]
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, int | float | np.generic) or (isinstance(item, Tensor) and item.ndim == 0)
+
+
+def _token_ids(values: Any) -> Int[Tensor, "seq"]:
+    """Take token ids as they are. Raises ValueError for what is no id."""
+    if not isinstance(values, Tensor):
+        numbers = [value.item() if isinstance(value, Tensor | np.generic) else value for value in values]
+        for value in numbers:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+                raise ValueError(f"token ids must be whole numbers from 0 on; got {value!r} ({type(value).__name__}).")
+        return torch.tensor(numbers, dtype=torch.int64)
+    if len(values) and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
+        raise ValueError(f"token ids must be whole numbers; got a tensor of {values.dtype}.")
+    ids = values.to("cpu", torch.int64)
+    if len(ids) and int(ids.min()) < 0:
+        raise ValueError(f"token ids must be whole numbers from 0 on; got {int(ids.min())}.")
+    return ids
+
+
+def _without_padding(input_ids: Any, attention_mask: Any) -> list[Int[Tensor, "seq"]]:
+    """Read what a tokenizer returned: the ids that its attention mask keeps."""
+    rows = as_batch(input_ids) if input_ids is None or len(input_ids) else [_single([])]
+    if any(not isinstance(row, Tensor) for row in rows):
+        raise ValueError(f"input_ids must be token ids; got {str(input_ids)[:80]}.")
+    if attention_mask is None:
+        return rows
+    is_one = not len(attention_mask) or _is_number(attention_mask[0])
+    masks = [torch.as_tensor(mask).bool().cpu() for mask in ([attention_mask] if is_one else attention_mask)]
+    if [len(mask) for mask in masks] != [len(row) for row in rows]:
+        sizes = [len(row) for row in rows], [len(mask) for mask in masks]
+        raise ValueError(f"attention_mask must fit input_ids; got rows of {sizes[0]} ids and of {sizes[1]} marks.")
+    return [row[mask] for row, mask in zip(rows, masks, strict=True)]
+
+
+def encode(tokenizer: Any, prompt: Prompt, *, is_inside: bool = False) -> Int[Tensor, "seq"]:
+    """Turn one prompt into token ids; a text that `is_inside` does not begin its row.
+
+    Raises ValueError for text without a tokenizer, for chat without a template, and for what is no prompt.
+    """
+    given = _single(prompt)
+    if isinstance(given, Tensor):
+        return given
     if tokenizer is None:
-        kind = "text" if isinstance(prompt, str) else "chat messages"
+        kind = "text" if isinstance(given, str) else "chat messages"
         raise ValueError(f"this model has no tokenizer, so prompts must be token ids; got {kind}.")
-    if not isinstance(prompt, str):
-        if tokenizer.chat_template is None:
-            raise ValueError("this model has no chat template; give the prompt as text.")
-        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    text = given if isinstance(given, str) else _rendered(tokenizer, given)
+    ids = _encode_inside(tokenizer, text) if is_inside else _encode_text(tokenizer, text)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _rendered(tokenizer: Any, messages: list[Any]) -> str:
+    if tokenizer.chat_template is None:
+        raise ValueError("this model has no chat template; give the prompt as text.")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise ValueError(f"the chat template refuses the messages {str(messages)[:80]}: {error}.") from error
+
+
+def _encode_text(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode_inside(tokenizer: Any, text: str) -> list[int]:
+    """Encode a text that stands after another: SentencePiece-like tokenizers put a space before what begins a row.
+
+    Encoded alone where that already decodes to the text behind an anchor, as every byte-level tokenizer does.
+    """
+    alone = _encode_text(tokenizer, text)
+    for anchor in ANCHORS:
+        before = _encode_text(tokenizer, anchor)
+        if text_after(tokenizer, [], before) != anchor:
+            continue  # this vocabulary has no token for it
+        if _indent(text_after(tokenizer, before, alone)) == _indent(text):
+            return alone
+        whole = _encode_text(tokenizer, anchor + text)
+        inside = whole[len(before) :]
+        if whole[: len(before)] == before and _indent(text_after(tokenizer, before, inside)) == _indent(text):
+            return inside
+    return alone
+
+
+def _indent(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
+
+
+def text_after(tokenizer: Any, before: Any, new: Any, *, with_special: bool = False) -> str:
+    """Decode new tokens as they stand after others: what they add to the text of those.
+
+    Decoded alone they would lose the space that the first one begins with (SentencePiece), or the one before it (BERT).
+    """
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=not with_special))
+
+    given, new = _as_list(before), _as_list(new)
+    tail = given[-CONTEXT_TOKENS:]
+    head = decode(tail)
+    if not head or "\ufffd" in head:  # special tokens alone, or a part of a character: all that stands before counts
+        tail, head = given, decode(given)
+    whole = decode(tail + new)
+    return whole[len(head) :] if whole.startswith(head) else decode(new)  # a character lies across the border
+
+
+def _as_list(ids: Any) -> list[int]:
+    return ids.tolist() if isinstance(ids, Tensor) else list(ids)
+
+
+def until_stop(tokenizer: Any, before: Any, new: Any, stop: Sequence[str]) -> tuple[int, str]:
+    """Count the new tokens up to and with the first stop string, and return their text before it.
+
+    A stop string may hold special tokens; the text does not.
+    """
+    before, new = _as_list(before), _as_list(new)
+
+    def texts(count: int) -> tuple[str, str]:
+        return shown_and_raw(tokenizer, before, new[:count])
+
+    def is_stopped(count: int) -> bool:
+        return any(string in text for text in texts(count) for string in stop)
+
+    # The last tokens may be a part of a character, and byte fallback then spoils the characters before it.
+    if not any(is_stopped(count) for count in range(len(new), max(0, len(new) - 4), -1)):
+        return len(new), texts(len(new))[0]
+    count = next(count for count in range(1, len(new) + 1) if is_stopped(count))
+    raw = texts(count)[1]
+    start = len(cut_text(raw, stop))
+    whole = next(n for n in reversed(range(count + 1)) if len(texts(n)[1]) <= start)  # tokens that end before it
+    text, before_stop = texts(whole)
+    if whole < count and new[whole] not in tokenizer.all_special_ids:
+        text += raw[len(before_stop) : start]
+    return count, cut_text(text, stop)
+
+
+def shown_and_raw(tokenizer: Any, before: Any, new: Any) -> tuple[str, str]:
+    """Decode new tokens after others without special tokens, and with them."""
+    return text_after(tokenizer, before, new), text_after(tokenizer, before, new, with_special=True)
+
+
+def cut_text(text: str, stop: Sequence[str]) -> str:
+    """End a text before the first of the strings that stop it."""
+    return text[: min((text.index(string) for string in stop if string in text), default=len(text))]
 
 
 def encode_pair(
@@ -52,14 +219,14 @@ def encode_pair(
     Spaces at the end of the context count to the continuation, as in the harness. Where a token would straddle the
     boundary, the two are tokenized apart: the context stays what it is, and every character is scored once.
     """
-    if not (isinstance(context, str) and isinstance(continuation, str)):
-        return encode(tokenizer, context), encode(tokenizer, continuation)
-    stripped = context.rstrip()
-    context, continuation = stripped, context[len(stripped) :] + continuation
-    given, whole = encode(tokenizer, context), encode(tokenizer, context + continuation)
-    if torch.equal(whole[: len(given)], given):
-        return given, whole[len(given) :]
-    return given, encode(tokenizer, continuation)
+    if isinstance(context, str) and isinstance(continuation, str):
+        stripped = context.rstrip()
+        context, continuation = stripped, context[len(stripped) :] + continuation
+        given, whole = encode(tokenizer, context), encode(tokenizer, context + continuation)
+        if torch.equal(whole[: len(given)], given):
+            return given, whole[len(given) :]
+    given = encode(tokenizer, context)
+    return given, encode(tokenizer, continuation, is_inside=len(given) > 0)
 
 
 def encode_with_holes(
@@ -71,9 +238,58 @@ def encode_with_holes(
         return row, row == mask_token_id
     pieces, is_hole = [torch.empty(0, dtype=torch.int64)], []
     for i, piece in enumerate(HOLE.split(prompt)):  # text, size of a hole, text, ...
-        pieces.append(torch.zeros(int(piece), dtype=torch.int64) if i % 2 else encode(tokenizer, piece))
+        pieces.append(
+            torch.zeros(int(piece), dtype=torch.int64) if i % 2 else encode(tokenizer, piece, is_inside=i > 0)
+        )
         is_hole.append(torch.full((len(pieces[-1]),), bool(i % 2)))
     return torch.cat(pieces), torch.cat(is_hole)
+
+
+def filled_text(tokenizer: Any, prompt: Prompt, tokens: Int[Tensor, "seq"], is_hole: Bool[Tensor, "seq"]) -> str:
+    """Return the text of a row whose holes are filled; what was given as text stands in it as it was."""
+    starts = (is_hole & ~torch.cat([is_hole.new_zeros(1), is_hole[:-1]])).nonzero()[:, 0].tolist()
+    given = HOLES.split(prompt) if isinstance(prompt, str) else []
+    if len(given) != len(starts) + 1:  # token ids; or no token stands between two holes
+        return text_after(tokenizer, [], tokens)
+    text = given[0]
+    for start, piece in zip(starts, given[1:], strict=True):
+        end = start + int(is_hole[start:].long().cumprod(dim=0).sum())
+        new = text_after(tokenizer, tokens[:start], tokens[start:end])
+        is_space_lost = text.endswith(" ") and not text_after(tokenizer, [], tokens[:start]).endswith(" ")
+        text += (new.removeprefix(" ") if is_space_lost else new) + piece  # a word piece brings the space before it
+    return text
+
+
+def text_behind_answer(render: Callable[[list[Any]], str], messages: Sequence[Any]) -> str:
+    """Return what a chat template writes after an answer to messages, found behind a text that is nowhere else."""
+    return render([*messages, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)[2]
+
+
+def special_token_ids(tokenizer: Any) -> set[int]:
+    """List the special tokens, of which the first behind an answer ends a turn."""
+    return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def turn_end(ids: Sequence[int], special: set[int]) -> int | None:
+    """Find the place of the token that ends a turn in what stands behind an answer: the first special one."""
+    return next((i for i, id in enumerate(ids) if id in special), None)
+
+
+def end_of_turn_id(tokenizer: Any) -> int | None:
+    """Return the token that training teaches as the end of an answer, where the chat template has one."""
+    if tokenizer.chat_template is None:
+        return None
+
+    def render(messages: list[Any]) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+    try:
+        behind = text_behind_answer(render, [{"role": "user", "content": "?"}])
+    except Exception:  # a template is a program: what is wrong with it is told when a chat is rendered
+        return None
+    ids = _encode_text(tokenizer, behind)
+    end = turn_end(ids, special_token_ids(tokenizer))
+    return None if end is None else ids[end]
 
 
 def row_keys(rows: list[Tensor], *, seed: int) -> Int[Tensor, "batch"]:

@@ -46,9 +46,10 @@ def custom_generate(
     """
     _check(generation_config, stopping_criteria, inputs)
     ends = generation_config.eos_token_id
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
     lm = LanguageModel(
         denoiser=Denoiser(model, DiffusionSettings.read_from(model.config)),
-        eos_token_id=ends[0] if isinstance(ends, list) else ends,
+        eos_token_ids=tuple(listed),
     )
     attention_mask = inputs.get("attention_mask")
     is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask

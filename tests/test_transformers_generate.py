@@ -76,6 +76,15 @@ def test_settings_made_for_text_that_grows_from_the_left_are_refused(lm, setting
         generate(lm, **setting)
 
 
+def test_a_text_ends_at_every_listed_end(lm):
+    whole = generate(lm, eos_token_id=[1])[0]
+    ends = [1, int(whole[3])]
+    new = generate(lm, eos_token_id=ends)[0].tolist()
+    first = next(i for i, token in enumerate(whole.tolist()) if token in ends)
+    assert new[: first + 1] == whole[: first + 1].tolist()
+    assert set(new[first + 1 :]) <= {1}  # padding
+
+
 def test_several_sequences_of_one_prompt_are_drawn_apart(lm):
     new = generate(lm, num_return_sequences=2, do_sample=True)
     assert len(new) == 4

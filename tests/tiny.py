@@ -38,4 +38,4 @@ def tiny_lm(
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(scale)
-    return LanguageModel(denoiser=Denoiser(model, settings), tokenizer=None, eos_token_id=1)
+    return LanguageModel(denoiser=Denoiser(model, settings), tokenizer=None, eos_token_ids=(1,))

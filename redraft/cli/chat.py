@@ -11,7 +11,7 @@ from rich.text import Text
 
 from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 from redraft.errors import unknown_name
-from redraft.language_model import LanguageModel, cut_text
+from redraft.language_model import LanguageModel
 from redraft.sampling.canvas import Status
 from redraft.sampling.config import SamplingConfig
 from redraft.sampling.forward import Session
@@ -105,8 +105,9 @@ class Conversation:
             last = step
             yield _shown(step, self.lm)
         assert last is not None
-        new = self.lm.new_tokens(last.canvas.tokens[0], last.canvas.status[0], self.sampling)
-        answer = cut_text(self.lm.decode(new), self.sampling.stop)
+        tokens, status = last.canvas.tokens[0], last.canvas.status[0]
+        new = self.lm.new_tokens(tokens, status, self.sampling)
+        answer = self.lm.new_text(tokens[status == Status.GIVEN], new, self.sampling)
         if self.has_template:
             self.messages = [*prompt, {"role": "assistant", "content": answer}]
         else:
@@ -147,7 +148,7 @@ def _shown(step: Step, lm: LanguageModel) -> Text:
     ):
         if state in (Status.GIVEN, Status.PAD):
             continue
-        if state == Status.COMMITTED and token == lm.eos_token_id:
+        if state == Status.COMMITTED and token in lm.eos_token_ids:
             break
         token_ids.append(token)
         styles.append("" if state == Status.COMMITTED else "dim italic" if has_proposal else NOISE_STYLE)

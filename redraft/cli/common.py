@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from redraft.language_model import LanguageModel, load
+from redraft.prompts import text_after
 from redraft.sampling.trace import RowTrace, to_page
 from redraft.sampling.trace_page import render_page
 
@@ -59,20 +60,27 @@ def write_trace(path: Path, traces: list[RowTrace], lm: LanguageModel, *, title:
 
 
 def styled(lm: LanguageModel, token_ids: list[int], styles: list[str]) -> Text:
-    """Decode runs of tokens of one style together: a character may take several tokens."""
-    shown = Text()
-    for style, run in groupby(zip(token_ids, styles, strict=True), key=lambda pair: pair[1]):
-        ids = [token_id for token_id, _ in run]
-        text = lm.tokenizer.decode(ids) if lm.tokenizer is not None else "".join(f" {i}" for i in ids)
-        shown.append("·" * len(ids) if style == NOISE_STYLE else text, style=style)
+    """Decode runs of tokens of one style together: a character may take several tokens, and a space lie between two."""
+    shown, start = Text(), 0
+    for style, run in groupby(styles):
+        end = start + len(list(run))
+        ids = token_ids[start:end]
+        if style == NOISE_STYLE:
+            text = "·" * len(ids)
+        elif lm.tokenizer is None:
+            text = "".join(f" {i}" for i in ids)
+        else:
+            text = text_after(lm.tokenizer, token_ids[:start], ids, with_special=True)
+        shown.append(text, style=style)
+        start = end
     return shown
 
 
 def text_of(lm: LanguageModel, token_id: int) -> str:
-    """Show one token: its text, or its number where there is none."""
+    """Show one token: its text behind another one, or its number where there is none."""
     if lm.tokenizer is None:
         return f" {token_id}"
-    return str(lm.tokenizer.decode([token_id]))
+    return text_after(lm.tokenizer, [token_id], [token_id], with_special=True)
 
 
 def say(console: Console, text: str, *, style: str | None = None, end: str = "\n") -> None:

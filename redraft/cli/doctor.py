@@ -70,7 +70,7 @@ def _try_tiny_model() -> str:
     tokenizer = train_tokenizer(["def f(x):\n    return x\n" * 20], vocab_size=260)
     settings = DiffusionSettings(mask_token_id=tokenizer.mask_token_id)
     model = build_model(ModelConfig(size="1m"), settings, tokenizer=tokenizer).eval()
-    lm = LanguageModel(denoiser=Denoiser(model, settings), tokenizer=tokenizer, eos_token_id=tokenizer.eos_token_id)
+    lm = LanguageModel(denoiser=Denoiser(model, settings), tokenizer=tokenizer, eos_token_ids=(tokenizer.eos_token_id,))
     start = time.perf_counter()
     out = lm.generate("def ", max_new_tokens=8, stop=None)
     return f"a tiny model runs: {out.forwards[0]} forwards in {1e3 * (time.perf_counter() - start):.0f} ms"

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,10 +14,10 @@ from jaxtyping import Bool, Integer
 
 from redraft.data.records import DOCUMENT, Message
 from redraft.data.tokenizer import Tokenizer, encode_documents, require_eos_token
+from redraft.prompts import text_behind_answer, turn_end
 
 logger = logging.getLogger(__name__)
 
-PROBE = "\ue000answer\ue000"
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'] | capitalize }}:\n{{ message['content'] | trim }}"
@@ -182,8 +183,8 @@ def _beginning(tokenizer: Tokenizer, messages: Sequence[Message], count: int, *,
 
 
 def _ending(tokenizer: Tokenizer, messages: Sequence[Message], turn: int) -> str:
-    """What the template writes after an answer, found behind a text that is nowhere else."""
-    return _render(tokenizer, [*messages[:turn], {"role": "assistant", "content": PROBE}]).rpartition(PROBE)[2]
+    """What the template writes after an answer."""
+    return text_behind_answer(partial(_render, tokenizer), messages[:turn])
 
 
 def _refuse_special_tokens(texts: Sequence[str], special: set[str]) -> None:
@@ -244,7 +245,7 @@ def _with_targets(
             input_ids += ids
             is_target += [piece.role == "answer"] * len(ids)
             continue
-        end = next((i for i, id in enumerate(ids) if id in ends), None)
+        end = turn_end(ids, ends)
         if number == len(pieces):
             ids = [*ids, eos_token_id] if end is None else ids[: end + 1]
             end = len(ids) - 1

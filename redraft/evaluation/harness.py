@@ -88,7 +88,7 @@ class RedraftLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text; no request begins with it."""
-        return -1 if self.lm.eos_token_id is None else self.lm.eos_token_id
+        return self.lm.eos_token_ids[0] if self.lm.eos_token_ids else -1
 
     @property
     def tokenizer_name(self) -> str:

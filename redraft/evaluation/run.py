@@ -102,8 +102,8 @@ def run_task(
     finished = store.records(task.name)
     mine = take(task, limit)[store.rank :: world_size]
     todo = [item for item in mine if item.id not in finished]
-    for kind in dict.fromkeys(item.kind for item in todo):
-        items = [item for item in todo if item.kind == kind]
+    for kind, stop in dict.fromkeys((item.kind, item.stop) for item in todo):
+        items = [item for item in todo if (item.kind, item.stop) == (kind, stop)]  # a batch stops by one rule
         for start in range(0, len(items), options.batch_size):
             batch = items[start : start + options.batch_size]
             began = time.perf_counter()
@@ -119,11 +119,8 @@ def _generate(lm: LanguageModel, task: Task, items: Sequence[Item], options: Run
     prompts: list[Any] = [item.prompt for item in items]
     if options.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    stops = {item.stop for item in items}
-    settings = options.sampling
-    if len(stops) == 1 and (strings := stops.pop()):
-        settings = {"stop": strings, **settings}
-    out = lm.generate(prompts, trace=True, **settings)
+    stop = {"stop": items[0].stop} if items[0].stop else {}
+    out = lm.generate(prompts, trace=True, **stop | options.sampling)
     if out.texts is None:
         raise ValueError(f"task {task.name} is made of text, and this model has no tokenizer.")
     return _scored(task, items, out, out.texts)
@@ -175,14 +172,17 @@ def _scores(task: Task, item: Item, outputs: Sequence[str], found: Sequence[dict
 
 def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
     mask = torch.tensor([lm.denoiser.settings.mask_token_id])
-    holes = [lm.encode(item.answer) for item in items]
+    befores = [lm.encode(item.prompt) for item in items]
+    holes = [lm.encode(item.answer, is_inside=len(before) > 0) for item, before in zip(items, befores, strict=True)]
     rows = []
-    for item, hole in zip(items, holes, strict=True):
-        before, after = lm.encode(item.prompt), lm.encode(item.suffix)
+    for item, before, hole in zip(items, befores, holes, strict=True):
+        after = lm.encode(item.suffix, is_inside=True)
         rows.append(torch.cat([before, mask.expand(len(hole)), after]))
     out = lm.infill(rows, trace=True, **options.sampling)
-    records = _scored(task, items, out, [lm.decode(tokens) for tokens in out.tokens])
-    sure, n = _confidence(out), len(out.tokens) // len(items)
+    n = len(out.tokens) // len(items)
+    texts = [lm.decode(tokens, after=befores[i // n]) for i, tokens in enumerate(out.tokens)]
+    records = _scored(task, items, out, texts)
+    sure = _confidence(out)
     for i, record in enumerate(records):  # the true tokens are known: each one's confidence can be judged
         judged = zip(sure[i * n : (i + 1) * n], out.tokens[i * n : (i + 1) * n], strict=True)
         record["confidence"] = [

@@ -1,6 +1,6 @@
 """The settings that Python, CLI and saved configs share, and the sampler they make."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -71,7 +71,7 @@ class SamplingConfig:
     seed: int = 0
     """Seed of the draws."""
     stop: str | tuple[str, ...] | None = "eos"
-    """When a text ends early: eos, strings that end it, or None for never."""
+    """When a text ends early: eos (any end token of the model), strings that end it, or None for never."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, list):
@@ -152,8 +152,8 @@ class SamplingConfig:
         self,
         settings: DiffusionSettings,
         *,
-        eos_token_id: int | None = None,
-        decode: Callable[[Any], str] | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+        decode: Callable[[Any, Any], Sequence[str]] | None = None,
     ) -> Sampler:
         """Build the combination of policies for a model."""
         config, preset = self.resolved(), PRESETS[self.preset]
@@ -169,7 +169,7 @@ class SamplingConfig:
             steps=self.steps if self.steps is not None else budget.forwards or self.max_new_tokens,
             steps_per_block=config.steps_per_block,
             frontier=self.frontier(settings),
-            stop=self._stop(eos_token_id, decode),
+            stop=self._stop(eos_token_ids, decode),
             cache=cache,
             refresh=self.refresh,
             layout=layout,
@@ -182,10 +182,12 @@ class SamplingConfig:
             **preset.build(config),
         )
 
-    def _stop(self, eos_token_id: int | None, decode: Callable[[Any], str] | None) -> policies.Stop:
+    def _stop(
+        self, eos_token_ids: tuple[int, ...], decode: Callable[[Any, Any], Sequence[str]] | None
+    ) -> policies.Stop:
         ends: policies.Stop = policies.Filled()
-        if self.stop is not None and eos_token_id is not None:
-            ends = policies.EndOfSequence(eos_token_id=eos_token_id)
+        if self.stop is not None and eos_token_ids:
+            ends = policies.EndOfSequence(eos_token_ids=eos_token_ids)
         if isinstance(self.stop, tuple) and decode is not None:
             ends = policies.StopStrings(strings=self.stop, decode=decode, otherwise=ends)
         return ends

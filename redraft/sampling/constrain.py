@@ -17,6 +17,10 @@ class Constrained:
 
     compiled: CompiledConstraint
     num_tokens: int | None = None
+    at_start: CompiledConstraint | None = None
+    """Where no text stands before the new one, if that makes a difference."""
+    silent: frozenset[int] = frozenset()
+    """Tokens without a text."""
 
     def check(self, canvas: Canvas) -> None:
         """Raise ValueError with the reason if a row cannot satisfy the constraint."""
@@ -24,7 +28,7 @@ class Constrained:
             text = self._text(canvas, row)
             if len(text) and int(text[-1] - text[0]) != len(text) - 1:  # sync: before the first step
                 raise ValueError(f"a constraint needs new text in one piece; got several in row {row}. Use one hole.")
-            self.compiled.check(canvas.tokens[row, text], canvas.is_noise[row, text])
+            self._compiled(canvas, row).check(canvas.tokens[row, text], canvas.is_noise[row, text])
 
     def __call__(
         self,
@@ -74,7 +78,7 @@ class Constrained:
             begin = row * seq_len + int(text[0])  # sync: the walk is on the CPU
             mine = ((where >= begin) & (where < begin + len(text)) & is_noise).nonzero()[:, 0]
             if len(mine):
-                x_0[mine] = self.compiled.complete(
+                x_0[mine] = self._compiled(canvas, row).complete(
                     canvas.tokens[row, text],
                     canvas.is_noise[row, text],
                     where[mine] - begin,
@@ -83,6 +87,13 @@ class Constrained:
                     u=None if u is None else u[mine],
                 )
         return x_0
+
+    def _compiled(self, canvas: Canvas, row: int) -> CompiledConstraint:
+        if self.at_start is None or self.at_start is self.compiled:
+            return self.compiled
+        text = self._text(canvas, row)
+        before = canvas.tokens[row, : int(text[0])].tolist() if len(text) else []  # sync: the walk is on the CPU
+        return self.at_start if self.silent.issuperset(before) else self.compiled
 
     def _text(self, canvas: Canvas, row: int) -> Int[Tensor, "new"]:
         status = canvas.status[row]

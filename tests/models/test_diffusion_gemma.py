@@ -153,7 +153,7 @@ def test_an_eos_ends_the_row_with_its_canvas(model):
     short = {"preset": "diffusion-gemma", "max_new_tokens": 18, "steps_per_block": 6}
     plain = language_model(model).generate(PROMPTS[0], stop=None, **short)
     eos = int(plain.tokens[0][CANVAS + 1])
-    lm = language_model(model, eos_token_id=eos)
+    lm = language_model(model, eos_token_ids=(eos,))
     out = lm.generate(PROMPTS[0], **short)
     theirs, steps = own_generate(model, PROMPTS[0], max_new_tokens=18, max_denoising_steps=6, eos_token_id=eos)
     new = out.tokens[0].tolist()
@@ -178,7 +178,7 @@ def test_a_saved_checkpoint_loads_as_its_family_and_needs_no_flags(tmp_path):
     assert type(lm.model) is type(model)
     assert lm.denoiser.settings == SETTINGS
     assert lm.saved_sampling == find_family({}, name="diffusion-gemma").generation
-    assert (lm.context_length, lm.eos_token_id) == (256, 1)
+    assert (lm.context_length, lm.eos_token_ids) == (256, (1,))
     row = draw(9 + CANVAS)
     assert torch.allclose(canvas_logits(lm.denoiser, [row])[0], own_logits(model, row), atol=1e-5)
     lm.model.save_pretrained(tmp_path / "again")

@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 from redraft.language_model import LanguageModel
 
 prompt, chosen = json.loads(sys.argv[1])
-lm = LanguageModel(denoiser=tiny_lm().denoiser.compiled(), eos_token_id=1)
+lm = LanguageModel(denoiser=tiny_lm().denoiser.compiled(), eos_token_ids=(1,))
 graphs = []
 for _ in range(2):
     for step in lm.stream([prompt], **chosen):
@@ -47,7 +47,7 @@ def test_static_forwards_equal_those_that_look_at_what_is_needed_alone():
     rows = [list(range(5, 15)), [7, 8, 9]]
     expected = [tokens.tolist() for tokens in lm.generate(rows, temperature=0.7, **CHOSEN).tokens]
     denoiser = denoiser_module.Denoiser(lm.model, lm.denoiser.settings, is_compiled=True)  # static, and run eagerly
-    static = LanguageModel(denoiser=denoiser, eos_token_id=1)
+    static = LanguageModel(denoiser=denoiser, eos_token_ids=(1,))
     assert [tokens.tolist() for tokens in static.generate(rows, temperature=0.7, **CHOSEN).tokens] == expected
     alone = [static.generate([row], temperature=0.7, **CHOSEN).tokens[0].tolist() for row in rows]
     assert alone == expected

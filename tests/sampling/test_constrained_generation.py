@@ -42,7 +42,7 @@ def tokenizer():
 @pytest.fixture(scope="module", params=["full", "block-causal"])
 def lm(request, tokenizer):
     lm = tiny_lm(vocab_size=275, block_size=4 if request.param == "block-causal" else None, dtype=torch.float32)
-    return replace(lm, tokenizer=tokenizer, eos_token_id=tokenizer.eos_token_id)
+    return replace(lm, tokenizer=tokenizer, eos_token_ids=(tokenizer.eos_token_id,))
 
 
 @few

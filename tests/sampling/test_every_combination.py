@@ -36,7 +36,7 @@ CHOICES = {
     "steps": st.integers(1, 14),
     "frontier": st.sampled_from(FRONTIERS),
     "score": st.sampled_from(SCORES),
-    "stop": st.sampled_from([p.Filled(), p.EndOfSequence(eos_token_id=1)]),
+    "stop": st.sampled_from([p.Filled(), p.EndOfSequence(eos_token_ids=(1,))]),
     "refresh": st.sampled_from([None, 2]),
     "temperature": st.sampled_from([0.0, 0.7]),
     "cfg_scale": st.sampled_from([0.0, 0.0, 1.5]),

@@ -157,13 +157,13 @@ def test_blocks_begin_at_each_rows_prompt_end():
 
 def test_a_row_ends_at_an_eos_with_everything_before_it_decided():
     built = canvas("pe..", "p.e.", "pp..", "pee")
-    assert EndOfSequence(eos_token_id=1)(built).tolist() == [True, False, False, True]
+    assert EndOfSequence(eos_token_ids=(1,))(built).tolist() == [True, False, False, True]
     assert Filled()(built).tolist() == [False, False, False, True]
 
 
 def test_an_eos_in_the_prompt_ends_nothing():
     built = build_canvas([torch.tensor([1, 5, 2])], [torch.tensor([False, False, True])], noise_token_id=2)
-    assert EndOfSequence(eos_token_id=1)(built).tolist() == [False]
+    assert EndOfSequence(eos_token_ids=(1,))(built).tolist() == [False]
 
 
 @pytest.mark.parametrize("build", [lambda: TopK(k=0), lambda: Blocks(size=0)])

@@ -1,6 +1,6 @@
 """Stopping: which rows are done."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -28,13 +28,15 @@ class Filled:
 
 @dataclass(frozen=True, kw_only=True)
 class EndOfSequence:
-    """A row is done when it is filled, or when a committed EOS has everything before it decided."""
+    """A row is done when it is filled, or when a committed end token has everything before it decided."""
 
-    eos_token_id: int
+    eos_token_ids: tuple[int, ...]
 
     def __call__(self, canvas: Canvas) -> Bool[Tensor, "batch"]:
-        is_eos = (canvas.tokens == self.eos_token_id) & (canvas.status == Status.COMMITTED)
-        return (is_eos & _has_all_before(canvas)).any(dim=1) | Filled()(canvas)
+        is_eos = torch.zeros_like(canvas.is_noise)
+        for eos_token_id in self.eos_token_ids:
+            is_eos |= canvas.tokens == eos_token_id
+        return (is_eos & (canvas.status == Status.COMMITTED) & _has_all_before(canvas)).any(dim=1) | Filled()(canvas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,17 @@ class StopStrings:
     """A row is done when the decided text from its first new token on holds one of the strings, or by another rule."""
 
     strings: tuple[str, ...]
-    decode: Callable[[Int[Tensor, "new"]], str]
+    decode: Callable[[Int[Tensor, "given"], Int[Tensor, "new"]], Sequence[str]]
+    """The texts of new tokens after those given: without special tokens, and with them."""
     otherwise: Stop
 
     def __call__(self, canvas: Canvas) -> Bool[Tensor, "batch"]:
         is_new = (canvas.status == Status.COMMITTED) & _has_all_before(canvas)
-        texts = [self.decode(tokens[new]) for tokens, new in zip(canvas.tokens, is_new, strict=True)]  # sync: text
-        found = [any(string in text for string in self.strings) for text in texts]
+        is_given = canvas.status == Status.GIVEN
+        found = []
+        for tokens, given, new in zip(canvas.tokens.cpu(), is_given.cpu(), is_new.cpu(), strict=True):  # sync: text
+            texts = self.decode(tokens[given], tokens[new])
+            found.append(any(string in text for text in texts for string in self.strings))
         return torch.tensor(found, device=canvas.tokens.device) | self.otherwise(canvas)
 
 
