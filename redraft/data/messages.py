@@ -57,7 +57,7 @@ def _message(message: Mapping[str, Any], *, number: int, where: str, unused: Cou
         if is_given(message.get("tool_calls")):
             read["tool_calls"] = _tool_calls(message["tool_calls"], here=here)
             read["content"] = read["content"] or ""
-        if not all([_is_learnt(message, name, here=here) for name in MASKS]):
+        if not all(_is_learnt(message, name, here=here) for name in MASKS):
             read["weight"] = 0
     if role == "tool":
         read |= {name: message[name] for name in ("name", "tool_call_id") if is_given(message.get(name))}

@@ -39,7 +39,7 @@ def record_parser(
     """Make the parser of one source: a record to the JSON of its messages (chat) or of two conversations (preference).
 
     The first record decides the schema. Raises ValueError at the first record that has another, and at a malformed one
-    unless `skip_bad`: then it gives None, and a warning for the first. Fields that are not used are counted in `unused`.
+    unless `skip_bad`: then it gives None, and a warning for the first. Counts fields that are not used in `unused`.
     """
     schemas = CHAT_SCHEMAS if kind == "chat" else PREFERENCE_SCHEMAS
     counts = Counter[str]() if unused is None else unused

@@ -136,8 +136,8 @@ def _not_empty(documents: Iterable[str | None], source: str, kind: Kind, unused:
                 yield document
     finally:
         if unused:
-            counts = ", ".join(f"{name} ({unused[name]:,} times)" for name in sorted(unused))
-            warn_once(f"Fields of {source} that are not used: {counts}.")
+            counts = ", ".join(f"{name} ({unused[name]:,})" for name in sorted(unused))
+            warn_once(f"Fields of {source} that are not used, and how often they occur: {counts}.")
     if is_empty:
         wanted = {"text": "text", "chat": "conversation with an answer", "preference": "pair of answers"}[kind]
         raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
@@ -145,14 +145,13 @@ def _not_empty(documents: Iterable[str | None], source: str, kind: Kind, unused:
 
 def _walk(folder: Path, *, pruned: Collection[str] = ("__pycache__",)) -> list[Path]:
     """List the files below a folder, sorted by path, without hidden ones; folders that are not read are told."""
-    paths: list[str] = []
+    files: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=_tell_unread):
         folders[:] = [name for name in folders if name not in pruned and not name.startswith(".")]
-        for path in (os.path.join(parent, name) for name in folders):
-            if os.path.islink(path):
-                warn_once(f"Skipped {path}: it is a link to a folder. Make that folder a source of its own.")
-        paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    return list(map(Path, sorted(paths)))
+        for link in (path for name in folders if (path := Path(parent, name)).is_symlink()):
+            warn_once(f"Skipped {link}: it is a link to a folder. Make that folder a source of its own.")
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(files, key=Path.as_posix)
 
 
 def _tell_unread(error: OSError) -> None:

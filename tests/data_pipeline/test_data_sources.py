@@ -139,7 +139,7 @@ BAD_FILES = {
     "lone.jsonl": (b'{"text": "a\\ud800"}', "lone.jsonl, line 1: field 'text' holds a lone surrogate"),
     "broken.csv": (
         b'text,id\na,1\nb,2,3,4\n"',
-        "broken.csv, line 3: 4 fields, but the header has 2 .text, id.. Put quotes",
+        "broken.csv, line 3: 4 fields, but the header has 2",
     ),
     "broken.parquet": (b"PAR1 no", "broken.parquet: not a parquet file"),
     "image.png": (b"\x89PNG", r"'.*image.png' is of no known kind \('.png'\). Known are .md, .py, .txt, .jsonl"),
