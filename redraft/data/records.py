@@ -58,6 +58,8 @@ def record_parser(
         try:
             _count_unused(record, schemas[schema], counts)
             return json.dumps(read(record, schemas[schema], where=where, unused=counts), ensure_ascii=False)
+        except RecursionError as error:
+            raise ValueError(f"{where}: a record nested too deeply. Mend or remove it.") from error
         except ValueError as error:
             if not skip_bad:
                 raise

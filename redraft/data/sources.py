@@ -19,6 +19,7 @@ from redraft.data.files import (
     Record,
     cut_at_blank_lines,
     listed,
+    one_line,
     read_records,
     read_text,
     rows_of_dataset,
@@ -216,14 +217,15 @@ def _load_saved(folder: Path, *, split: str) -> Any:
     import datasets
 
     try:
-        dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"dataset {str(folder)!r} is damaged ({error}). Save it again.") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if split not in dataset:
-            raise ValueError(f"{str(folder)!r} has no split {split!r}; it has {listed(split, dataset)}.")
-        dataset = dataset[split]
-    return dataset
+        loaded = datasets.load_from_disk(str(folder))
+        parts = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
+        if split in parts:  # a wrong offset in a mapped file would end the process
+            parts[split].data.table.validate(full=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"dataset {str(folder)!r} is damaged ({one_line(error)}). Save it again.") from error
+    if split not in parts:
+        raise ValueError(f"{str(folder)!r} has no split {split!r}; it has {listed(split, parts)}.")
+    return parts[split]
 
 
 def _read_hub(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
