@@ -260,9 +260,10 @@ def filled_text(tokenizer: Any, prompt: Prompt, tokens: Int[Tensor, "seq"], is_h
     return text
 
 
-def text_behind_answer(render: Callable[[list[Any]], str], messages: Sequence[Any]) -> str:
-    """Return what a chat template writes after an answer to messages, found behind a text that is nowhere else."""
-    return render([*messages, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)[2]
+def around_answer(render: Callable[[list[Any]], str], messages: Sequence[Any]) -> tuple[str, str]:
+    """Return what a chat template writes before and behind an answer, found by an answer that is nowhere else."""
+    before, _, behind = render([*messages, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)
+    return before, behind
 
 
 def special_token_ids(tokenizer: Any) -> set[int]:
@@ -284,7 +285,7 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
     try:
-        behind = text_behind_answer(render, [{"role": "user", "content": "?"}])
+        _, behind = around_answer(render, [{"role": "user", "content": "?"}])
     except Exception:  # a template is a program: what is wrong with it is told when a chat is rendered
         return None
     ids = _encode_text(tokenizer, behind)

@@ -3,20 +3,24 @@
 import copy
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from redraft.data.records import DOCUMENT, Message
+from redraft.data.messages import DOCUMENT, THOUGHTS, Message
 from redraft.data.tokenizer import Tokenizer, encode_documents, require_eos_token
-from redraft.prompts import text_behind_answer, turn_end
+from redraft.prompts import PROBE, around_answer, turn_end
 
 logger = logging.getLogger(__name__)
+
+Render = Callable[..., str]
+"""Messages, and whether the prompt for an answer follows -> their text."""
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
@@ -111,7 +115,7 @@ def encode_conversations(
     texts = [messages[0]["content"] for messages, is_text in zip(read, is_document, strict=True) if is_text]
     dialogues = [messages for messages, is_text in zip(read, is_document, strict=True) if not is_text]
     _refuse_special_tokens(
-        [message["content"] for messages in dialogues for message in messages], set(special.values())
+        [text for messages in dialogues for message in messages for text in _texts(message)], set(special.values())
     )
     rendered = [cut_at_turns(tokenizer, messages, loss_on=config.loss_on) for messages in dialogues]
     answered: list[Example | None] = []
@@ -138,41 +142,72 @@ def encode_conversations(
 def cut_at_turns(tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: Literal["last", "all"]) -> list[Piece]:
     """Render a conversation that ends with an answer, and cut it: given, answer, ending, given, answer, ending, ...
 
-    An answer begins where the generation prompt ends. Raises ValueError where the text rendered up to a turn is not the
-    beginning of the whole, or the answer is not in it as it was written.
+    An answer begins where the generation prompt ends; one that begins the conversation, where its words do. A turn of
+    weight 0 is given. Raises ValueError where the text rendered up to a turn is not the beginning of the whole, the
+    answer is not in it as it was written, or the template leaves something out.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    whole, position, pieces = _render(tokenizer, messages), 0, []
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
+    render = partial(_render, tokenizer, tools=messages[0].get("tools"))
+    whole, position, pieces = render(messages), 0, []
+    _refuse_left_out(str(tokenizer.chat_template), render, messages, whole=whole)
     for i in turns if loss_on == "all" else turns[-1:]:
-        start = len(_beginning(tokenizer, messages, i, whole=whole))
-        stop = len(_beginning(tokenizer, messages, i + 1, whole=whole))
-        end = stop - len(_ending(tokenizer, messages, i))
-        if messages[i]["content"].strip() not in whole[start:end]:
+        head, ending = around_answer(render, messages[:i])
+        start = len(_beginning(render, messages, i, whole=whole, for_answer=True, head=head))
+        stop = len(_beginning(render, messages, i + 1, whole=whole, for_answer=False, head=head))
+        end = stop - len(ending)
+        answer = whole[start:end]
+        if whole[end:stop] != ending or not all(text.strip() in answer for text in _words(messages[i])):
             raise ValueError(
                 f"the chat template changes the answer {_excerpt(messages[i]['content'])}, so its tokens cannot be"
                 " found. Use another chat.template."
             )
-        pieces.append(Piece(whole[position:start], "given"))
-        pieces.append(Piece(whole[start:end], "answer"))
-        pieces.append(Piece(whole[end:stop], "ending"))
+        pieces += [Piece(whole[position:start], "given"), Piece(answer, "answer"), Piece(ending, "ending")]
         position = stop
     return pieces
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, for_answer: bool = False) -> str:
+def _words(message: Message) -> list[str]:
+    """Return what the assistant wrote: the content, the thoughts, the names of the functions that it calls."""
+    calls = [call["function"]["name"] for call in message.get("tool_calls", [])]
+    return [message["content"], *(message[name] for name in THOUGHTS if name in message), *calls]
+
+
+def _render(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, for_answer: bool = False, tools: list[Any] | None = None
+) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=for_answer))
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=for_answer
+        )
     except Exception as error:  # a template is a program: it may fail in any way
         first = _excerpt(messages[0]["content"])
         raise ValueError(f"the chat template refuses the conversation that begins {first}: {error}.") from error
+    return str(text)
 
 
-def _beginning(tokenizer: Tokenizer, messages: Sequence[Message], count: int, *, whole: str) -> str:
-    """Render the first messages, with the prompt for an answer where one follows."""
-    if count == 0:
-        return ""
-    for_answer = count < len(messages) and messages[count]["role"] == "assistant"
-    text = _render(tokenizer, messages[:count], for_answer=for_answer)
+def _refuse_left_out(template: str, render: Render, messages: Sequence[Message], *, whole: str) -> None:
+    """Raise ValueError for fields that the template does not know, and for roles that it does not write."""
+    for name in ("tools", "tool_calls", *THOUGHTS):
+        if any(name in message for message in messages) and not re.search(rf"\b{name}\b", template):
+            raise ValueError(
+                f"the chat template does not write {name!r}, which the conversation that begins"
+                f" {_excerpt(messages[0]['content'])} has. Remove the field, or use another chat.template."
+            )
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" or message["content"].strip() in whole:
+            continue  # of earlier answers a template may leave out the thoughts
+        if render([*messages[:i], {**message, "content": PROBE}, *messages[i + 1 :]]) == whole:
+            raise ValueError(
+                f"the chat template leaves out messages of role {message['role']!r}, such as"
+                f" {_excerpt(message['content'])}. Use another role, or another chat.template."
+            )
+
+
+def _beginning(
+    render: Render, messages: Sequence[Message], count: int, *, whole: str, for_answer: bool, head: str
+) -> str:
+    """Render the first messages, with the prompt for an answer if one is to follow; before the first one, the head."""
+    text = render(messages[:count], for_answer=for_answer) if count else head
     if not whole.startswith(text):
         raise ValueError(
             f"the chat template rewrites earlier turns: its text of the first {count} messages is not the beginning of"
@@ -182,9 +217,10 @@ def _beginning(tokenizer: Tokenizer, messages: Sequence[Message], count: int, *,
     return text
 
 
-def _ending(tokenizer: Tokenizer, messages: Sequence[Message], turn: int) -> str:
-    """What the template writes after an answer."""
-    return text_behind_answer(partial(_render, tokenizer), messages[:turn])
+def _texts(message: Message) -> list[str]:
+    """Return what a template may write of a message."""
+    values = [value for name, value in message.items() if name not in ("role", "weight")]
+    return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
 
 
 def _refuse_special_tokens(texts: Sequence[str], special: set[str]) -> None:

@@ -1,7 +1,9 @@
 """Documents of one file, and what is wrong with it where it cannot be read."""
 
+import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from io import StringIO
@@ -33,14 +35,14 @@ def read_records(path: Path, *, field: str | None = None) -> Iterator[Record]:
 
 def cut_at_blank_lines(document: str, *, at_least: int) -> Iterator[str]:
     """Cut a long text at blank lines into parts of at least so many characters; joined they are the text again."""
-    part = ""
-    for paragraph in re.split(r"(?<=\n)(?=\s*\n)", document):
-        if len(part) >= at_least:
-            yield part
-            part = ""
-        part += paragraph
-    if part:
-        yield part
+    start = 0
+    for run in re.finditer(r"\s{2,}", document):  # linear in long runs too
+        for newline in re.finditer(r"\n", run[0][: max(run[0].rfind("\n"), 0)]):
+            if (border := run.start() + newline.end()) - start >= at_least:
+                yield document[start:border]
+                start = border
+    if start < len(document):
+        yield document[start:]
 
 
 def _read_jsonl(path: Path, _: str | None) -> Iterator[Record]:
@@ -59,19 +61,36 @@ def _read_json(path: Path, _: str | None) -> Iterator[Record]:
 
 
 def _read_csv(path: Path, field: str | None) -> Iterator[Record]:
-    import pandas
-
+    csv.field_size_limit(2**31 - 1)  # the default is less than a document
     content = _decode(path.read_bytes(), where=str(path))
-    if not content.strip():
-        return
+    reader = csv.reader(StringIO(content, newline=""), strict=True)
+    header: list[str] = []
+    begin = 1
     try:
-        for table in pandas.read_csv(StringIO(content), dtype=str, keep_default_na=False, chunksize=10_000):
-            if field is not None:
-                require_field(table.columns, field, where=str(path))
-            for row in table[[field] if field else list(table.columns)].to_dict("records"):
-                yield str(path), row
-    except pandas.errors.ParserError as error:
-        raise ValueError(f"{path}: not a CSV table ({str(error).strip()}). Quote such fields.") from error
+        for row in reader:
+            where, begin = f"{path}, line {begin}", reader.line_num + 1
+            if len(row) < 2 and not "".join(row).strip():  # an empty line
+                continue
+            if not header:
+                header = _header(row, field, where=where)
+            elif len(row) != len(header):
+                raise ValueError(
+                    f"{where}: {len(row)} fields, but the header has {len(header)} ({', '.join(header)[:60]})."
+                    " Put quotes around fields that hold commas, line ends or quotes."
+                )
+            else:
+                values = dict(zip(header, row, strict=True))
+                yield where, {field: values[field]} if field else values
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {begin}: not a CSV table ({error}). Quote such fields.") from error
+
+
+def _header(row: list[str], field: str | None, *, where: str) -> list[str]:
+    if twice := [name for name, count in Counter(row).items() if count > 1 and name]:
+        raise ValueError(f"{where}: the header has {twice[0]!r} twice. Rename one of them.")
+    if field is not None:
+        require_field(row, field, where=where)
+    return row
 
 
 def _read_parquet(path: Path, field: str | None) -> Iterator[Record]:
@@ -79,25 +98,35 @@ def _read_parquet(path: Path, field: str | None) -> Iterator[Record]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({str(error).strip()}). Write it again.") from error
-    if field is not None:
-        require_field(table.schema_arrow.names, field, where=str(path))
-    rows = (row for batch in table.iter_batches(columns=[field] if field else None) for row in batch.to_pylist())
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+        table = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        if field is not None:
+            require_field(table.schema_arrow.names, field, where=str(path))
+        number = 0
+        for batch in table.iter_batches(columns=[field] if field else None):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a parquet file, or damaged ({one_line(error)}). Write it again.") from error
 
 
 def rows_of_dataset(dataset: Any, *, where: str, field: str | None) -> Iterator[Record]:
     """Read the rows of a `datasets` dataset, in memory or streamed; only `field`, if it is given."""
+    import pyarrow
+
     number = 0
-    for batch in dataset.iter(batch_size=1000):
-        if field is not None:
-            require_field(batch, field, where=where)
-        columns = {field: batch[field]} if field is not None else dict(batch)
-        for row in zip(*columns.values(), strict=True):
-            number += 1
-            yield f"{where}, row {number}", dict(zip(columns, row, strict=True))
+    try:
+        for batch in dataset.iter(batch_size=1000):
+            if field is not None:
+                require_field(batch, field, where=where)
+            columns = {field: batch[field]} if field is not None else dict(batch)
+            for row in zip(*columns.values(), strict=True):
+                number += 1
+                yield f"{where}, row {number}", dict(zip(columns, row, strict=True))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{where}: nothing can be read after row {number} ({one_line(error)}). Save it again."
+        ) from error
 
 
 def why_not_text(content: bytes) -> str | None:
@@ -123,6 +152,13 @@ def _parse_json(content: str, *, where: str) -> Any:
     except json.JSONDecodeError as error:
         place = where if content.count("\n") <= 1 else f"{where}, line {error.lineno}"
         raise ValueError(f"{place}: not JSON ({error.msg}, column {error.colno}). Mend or remove it.") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of too many digits
+        raise ValueError(f"{where}: JSON that cannot be read ({one_line(error)}). Mend or remove it.") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one short line."""
+    return " ".join(str(error).split())[:200].rstrip(".")
 
 
 def text_of(record: Any, text_field: str, *, where: str) -> str | None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -41,7 +41,7 @@ from redraft.data.tokenizer import (
     train_tokenizer,
 )
 
-FORMAT = 3  # of the cache: raise it where the same settings give other windows
+FORMAT = 4  # of the cache: raise it where the same settings give other windows
 SHUFFLE_BUFFER_DOCUMENTS = 1000
 SPLITS: tuple[Split, ...] = ("train", "validation")
 BUILT_SETTINGS = ("kind", "seq_len", "validation_fraction", "chat")
@@ -275,9 +275,10 @@ def _trained_tokenizer(config: DataConfig, fingerprint: str) -> Tokenizer:
 
 
 def _write_tokenizer(folder: Path, *, config: DataConfig) -> None:
-    if next(_documents(config, "train"), None) is None:
+    documents = _documents(config, "train")
+    if (first := next(documents, None)) is None:
         _require_window(PackingReport(), config, "train")
-    documents = _with_progress(_documents(config, "train"), "train the tokenizer")
+    documents = _with_progress(chain(filter(None, [first]), documents), "train the tokenizer")
     texts = documents if config.kind == "text" else map(plain_text, documents)
     train_tokenizer(texts, vocab_size=config.vocab_size).save_pretrained(folder)
 

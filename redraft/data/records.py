@@ -2,17 +2,17 @@
 
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Literal
 
-from redraft.data.files import require_text
+from redraft.data.messages import DOCUMENT, Message, checked, is_given, with_tools
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["text", "chat", "preference"]
-Message = dict[str, str]
-DOCUMENT = "\0document"
-"""Role of the one message that is no turn but plain text, beside conversations; a name that no template has."""
 
 CHAT_SCHEMAS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -22,17 +22,27 @@ CHAT_SCHEMAS: dict[str, tuple[str, ...]] = {
 }
 PREFERENCE_SCHEMAS: dict[str, tuple[str, ...]] = {
     "prompt/chosen/rejected": ("prompt", "chosen", "rejected"),
+    "instruction/chosen/rejected": ("instruction", "chosen", "rejected"),
+    "question/chosen/rejected": ("question", "chosen", "rejected"),
     "chosen/rejected": ("chosen", "rejected"),
 }
+SYSTEM_FIELDS = ("system", "system_prompt")
+CONTEXT_FIELDS = (*SYSTEM_FIELDS, "history", "tools")
+"""Fields that a record of any schema may have: what goes before its messages."""
+DIALOGUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+"""Turns in a text, as in hh-rlhf."""
 
 
-def record_parser(kind: Kind, *, skip_bad: bool = False) -> Callable[[str, Any], str | None]:
+def record_parser(
+    kind: Kind, *, skip_bad: bool = False, unused: Counter[str] | None = None
+) -> Callable[[str, Any], str | None]:
     """Make the parser of one source: a record to the JSON of its messages (chat) or of two conversations (preference).
 
     The first record decides the schema. Raises ValueError at the first record that has another, and at a malformed one
-    unless `skip_bad`: then it gives None, and a warning for the first.
+    unless `skip_bad`: then it gives None, and a warning for the first. Counts fields that are not used in `unused`.
     """
     schemas = CHAT_SCHEMAS if kind == "chat" else PREFERENCE_SCHEMAS
+    counts = Counter[str]() if unused is None else unused
     first: tuple[str, str] | None = None
     is_warned = False
 
@@ -46,16 +56,25 @@ def record_parser(kind: Kind, *, skip_bad: bool = False) -> Callable[[str, Any],
             )
         read = _conversation if kind == "chat" else _pair
         try:
-            return json.dumps(read(record, schema, where=where), ensure_ascii=False)
+            _count_unused(record, schemas[schema], counts)
+            return json.dumps(read(record, schemas[schema], where=where, unused=counts), ensure_ascii=False)
+        except RecursionError as error:
+            raise ValueError(f"{where}: a record nested too deeply. Mend or remove it.") from error
         except ValueError as error:
             if not skip_bad:
                 raise
             if not is_warned:
-                logger.warning("Skipped a record, and skip others like it: %s", error)
+                warn_once(f"Skipped a record, and skip others like it: {error}")
             is_warned = True
             return None
 
     return parse
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, which further passes over the same data do not repeat."""
+    logger.warning("%s", message)
 
 
 def as_conversation(document: str) -> str:
@@ -74,20 +93,28 @@ def _schema_of(record: Any, schemas: Mapping[str, tuple[str, ...]], *, where: st
     )
 
 
-def _conversation(record: Mapping[str, Any], schema: str, *, where: str) -> list[Message]:
-    if schema == "messages":
-        return _checked(record["messages"], where=where)
-    question_field, answer_field = CHAT_SCHEMAS[schema]
-    question, answer = record[question_field], record[answer_field]
-    if schema == "instruction/output" and record.get("input"):
-        question = f"{question}\n\n{record['input']}"
-    return _checked([*_as_messages(question, "user"), *_as_messages(answer, "assistant")], where=where)
+def _count_unused(record: Mapping[str, Any], fields: tuple[str, ...], unused: Counter[str]) -> None:
+    used = {*fields, *CONTEXT_FIELDS, *(("input",) if "instruction" in fields else ())}
+    unused.update(str(name) for name, value in record.items() if name not in used and is_given(value))
 
 
-def _pair(record: Mapping[str, Any], schema: str, *, where: str) -> list[list[Message]]:
-    prompt = _as_messages(record["prompt"], "user") if schema.startswith("prompt") else []
-    answers = [_as_messages(record[name], "assistant") for name in ("chosen", "rejected")]
-    chosen, rejected = (_checked([*prompt, *answer], where=where) for answer in answers)
+def _conversation(
+    record: Mapping[str, Any], fields: tuple[str, ...], *, where: str, unused: Counter[str]
+) -> list[Message]:
+    messages = record[fields[0]]
+    if len(fields) == 2:
+        messages = _joined(_question(record, fields[0]), record[fields[1]], where=where)
+    return _with_context(record, messages, where=where, unused=unused)
+
+
+def _pair(
+    record: Mapping[str, Any], fields: tuple[str, ...], *, where: str, unused: Counter[str]
+) -> list[list[Message]]:
+    prompt = _question(record, fields[0]) if len(fields) == 3 else []
+    chosen, rejected = (
+        _with_context(record, _answered(prompt, record[name], where=where), where=where, unused=unused)
+        for name in ("chosen", "rejected")
+    )
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"{where}: chosen and rejected must answer the same prompt. Mend or remove it.")
     if chosen == rejected:
@@ -95,25 +122,90 @@ def _pair(record: Mapping[str, Any], schema: str, *, where: str) -> list[list[Me
     return [chosen, rejected]
 
 
-def _as_messages(value: Any, role: str) -> list[Any]:
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
+def _question(record: Mapping[str, Any], field: str) -> Any:
+    if field == "instruction" and record.get("input"):
+        return f"{record[field]}\n\n{record['input']}"
+    return record[field]
 
 
-def _checked(messages: Any, *, where: str) -> list[Message]:
-    """Return role and content of the messages up to the last assistant turn, after which nothing is learnt."""
-    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
-        raise ValueError(f'{where}: messages must be a list of {{"role": ..., "content": ...}}. Mend or remove it.')
-    for number, message in enumerate(messages, start=1):
-        content = message.get("content")
-        if not isinstance(content, str):
-            got = type(content).__name__
+def _answered(prompt: Any, answer: Any, *, where: str) -> list[Any]:
+    """Join a prompt and one of its two answers, which may be a text that holds the whole dialogue (hh-rlhf)."""
+    if isinstance(answer, str):
+        if isinstance(prompt, str) and _dialogue(prompt) and prompt.rstrip().endswith("Assistant:"):
+            answer, prompt = answer if answer.startswith(prompt) else prompt + answer, []
+        if len(turns := _dialogue(answer)) > 1:
+            answer = turns
+        elif not prompt:
             raise ValueError(
-                f"{where}: the content of message {number} must be a string; got {got}. Mend or remove it."
+                f"{where}: chosen and rejected are texts without a prompt. Give a field prompt, lists of messages, or"
+                " texts of 'Human:' and 'Assistant:' turns."
             )
-        require_text(content, "content", where=f"{where}, message {number}")
-        if message["role"] == "assistant" and not content.strip():
-            raise ValueError(f"{where}: message {number} is an empty assistant turn. Mend or remove it.")
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    if last is None:
-        raise ValueError(f"{where}: no assistant turn, so all of it would be left out of the loss. Mend or remove it.")
-    return [{"role": m["role"], "content": m["content"]} for m in messages[: last + 1]]
+    return _joined(prompt, answer, where=where)
+
+
+def _dialogue(text: str) -> list[Message]:
+    """Read a text that begins with `Human:` as turns; nothing for another."""
+    if not re.match(r"\s*Human:", text):
+        return []
+    _, *parts = DIALOGUE.split(text)
+    roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2])
+    return [{"role": role, "content": part.strip()} for role, part in zip(roles, parts[1::2], strict=True)]
+
+
+def _joined(prompt: Any, answer: Any, *, where: str) -> list[Any]:
+    """Put a prompt before an answer, each a text or messages.
+
+    An answer that is the whole conversation has the prompt already; a system message may stand in one of them alone.
+    Raises ValueError where such a conversation begins otherwise than the prompt says.
+    """
+    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    given, said = _turns(before), _turns(after)
+    if len(said) > len(given) and said[: len(given)] == given:
+        return _with_system(_systems(before), after, where=where)
+    if after and isinstance(after[0], Mapping) and after[0].get("role") in ("user", "system", "developer"):
+        raise ValueError(
+            f"{where}: the conversation of the answer begins otherwise than the prompt. Remove the prompt, or give the"
+            " answer alone."
+        )
+    return [*before, *after]
+
+
+def _systems(messages: list[Any]) -> list[Any]:
+    return [m for m in messages if isinstance(m, Mapping) and m.get("role") in ("system", "developer")]
+
+
+def _turns(messages: list[Any]) -> list[Any]:
+    """Return what may be compared of messages: roles and contents, without system messages."""
+    systems = _systems(messages)
+    return [
+        (m.get("role"), str(m.get("content")).strip()) if isinstance(m, Mapping) else m
+        for m in messages
+        if m not in systems
+    ]
+
+
+def _with_system(systems: list[Any], messages: list[Any], *, where: str) -> list[Any]:
+    """Put system messages before a conversation, which may have them already."""
+    own = _systems(messages)
+    if systems and own and [m.get("content") for m in own] != [m.get("content") for m in systems]:
+        raise ValueError(f"{where}: two system messages that differ. Leave one of them out.")
+    return messages if own else [*systems, *messages]
+
+
+def _with_context(record: Mapping[str, Any], messages: Any, *, where: str, unused: Counter[str]) -> list[Message]:
+    """Put a record's system message and history before its messages, check them, and give them its tools."""
+    if not isinstance(messages, list):
+        return checked(messages, where=where, unused=unused)  # which refuses it
+    if is_given(history := record.get("history")):
+        if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+            raise ValueError(f"{where}: history must be a list of [question, answer]; got {repr(history)[:60]}.")
+        roles = ("user", "assistant")
+        before = [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn, strict=True)]
+        systems = _systems(messages)
+        messages = [*systems, *before, *(m for m in messages if m not in systems)]
+    for name in SYSTEM_FIELDS:
+        if is_given(record.get(name)):
+            messages = _with_system([{"role": "system", "content": record[name]}], messages, where=where)
+    read = checked(messages, where=where, unused=unused)
+    return with_tools(read, record.get("tools") or [], where=where)

@@ -5,7 +5,8 @@ import logging
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
@@ -18,6 +19,7 @@ from redraft.data.files import (
     Record,
     cut_at_blank_lines,
     listed,
+    one_line,
     read_records,
     read_text,
     rows_of_dataset,
@@ -25,7 +27,7 @@ from redraft.data.files import (
     why_not_text,
 )
 from redraft.data.mixture import interleave, parse_mixture
-from redraft.data.records import Kind, as_conversation, record_parser
+from redraft.data.records import Kind, as_conversation, record_parser, warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +79,12 @@ def read_documents(
             for part, plain in zip(parts, is_plain, strict=True)
         ]
         return interleave([(islice(own, part.limit), part.weight) for own, part in zip(streams, parts, strict=True)])
+    unused = Counter[str]()
     if source == STDLIB and kind == "text":
-        return _not_empty(_read_stdlib(), source, kind)
+        return _not_empty(_read_stdlib(), source, kind, unused)
     field = text_field if kind == "text" else None
-    parse = _text_parser(text_field) if kind == "text" else record_parser(kind, skip_bad=skip_bad)
-    return _not_empty(_read_source(source, field=field, parse=parse, streaming=streaming), source, kind)
+    parse = _text_parser(text_field) if kind == "text" else record_parser(kind, skip_bad=skip_bad, unused=unused)
+    return _not_empty(_read_source(source, field=field, parse=parse, streaming=streaming), source, kind, unused)
 
 
 def _is_plain_text(source: str) -> bool:
@@ -124,23 +127,36 @@ def source_fingerprint(source: str, *, max_documents: int | None = None, **setti
     return digest.hexdigest()
 
 
-def _not_empty(documents: Iterable[str | None], source: str, kind: Kind) -> Iterator[str]:
+def _not_empty(documents: Iterable[str | None], source: str, kind: Kind, unused: Mapping[str, int]) -> Iterator[str]:
+    """Raise ValueError where there is no document. At the end, or where reading stops, tell the fields not used."""
     is_empty = True
-    for document in documents:
-        if document:
-            is_empty = False
-            yield document
+    try:
+        for document in documents:
+            if document:
+                is_empty = False
+                yield document
+    finally:
+        if unused:
+            counts = ", ".join(f"{name} ({unused[name]:,})" for name in sorted(unused))
+            warn_once(f"Fields of {source} that are not used, and how often they occur: {counts}.")
     if is_empty:
         wanted = {"text": "text", "chat": "conversation with an answer", "preference": "pair of answers"}[kind]
         raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
 
 
 def _walk(folder: Path, *, pruned: Collection[str] = ("__pycache__",)) -> list[Path]:
+    """List the files below a folder, sorted by path, without hidden ones; folders that are not read are told."""
     files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_tell_unread):
         folders[:] = [name for name in folders if name not in pruned and not name.startswith(".")]
+        for link in (path for name in folders if (path := Path(parent, name)).is_symlink()):
+            warn_once(f"Skipped {link}: it is a link to a folder. Make that folder a source of its own.")
         files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(files, key=Path.as_posix)
+
+
+def _tell_unread(error: OSError) -> None:
+    warn_once(f"Skipped {error.filename}: it cannot be read ({error.strerror}).")
 
 
 def _read_stdlib() -> Iterator[str]:
@@ -157,6 +173,8 @@ def _read_path(path: Path, *, split: str | None, field: str | None, parse: Parse
         raise ValueError(f"only a dataset has splits; {str(path)!r} is a folder of files. Leave @{split} out.")
     if path.is_dir():
         return _read_folder(path, field=field, parse=parse)
+    if reason := _why_unread(path):
+        raise ValueError(f"{str(path)!r} is no source: {reason}. Give a file or a folder.")
     if field is None or path.suffix not in TEXT_SUFFIXES:
         return _parsed(read_records(path, field=field), parse)
     # The text is the whole corpus: as one document it could not be split into training and validation.
@@ -173,26 +191,41 @@ def _read_folder(folder: Path, *, field: str | None, parse: Parse) -> Iterator[s
     if not files:
         raise ValueError(f"folder {str(folder)!r} holds no file to read. Known are {', '.join(suffixes)}.")
     for path in files:
-        if path.suffix not in TEXT_SUFFIXES:
+        if reason := _why_unread(path):
+            warn_once(f"Skipped {path}: {reason}.")
+        elif path.suffix not in TEXT_SUFFIXES:
             yield from _parsed(read_records(path, field=field), parse)
-        elif reason := why_not_text(path.read_bytes()):
-            logger.warning("Skipped %s: it %s.", path, reason)
+        elif reason := why_not_text(content := path.read_bytes()):
+            warn_once(f"Skipped {path}: it {reason}.")
         else:
-            yield read_text(path)
+            yield content.decode("utf-8-sig")
+
+
+def _why_unread(path: Path) -> str | None:
+    """Say why a path cannot be read as a file: opening a pipe would wait for a writer. None where it can."""
+    try:
+        if not path.is_file():
+            return "it is no regular file" if path.exists() else "it is a link to nothing"
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return None
 
 
 def _load_saved(folder: Path, *, split: str) -> Any:
     import datasets
 
     try:
-        dataset = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"dataset {str(folder)!r} is damaged ({error}). Save it again.") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if split not in dataset:
-            raise ValueError(f"{str(folder)!r} has no split {split!r}; it has {listed(split, dataset)}.")
-        dataset = dataset[split]
-    return dataset
+        loaded = datasets.load_from_disk(str(folder))
+        parts = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
+        if split in parts:  # a wrong offset in a mapped file would end the process
+            parts[split].data.table.validate(full=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"dataset {str(folder)!r} is damaged ({one_line(error)}). Save it again.") from error
+    if split not in parts:
+        raise ValueError(f"{str(folder)!r} has no split {split!r}; it has {listed(split, parts)}.")
+    return parts[split]
 
 
 def _read_hub(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:

@@ -134,10 +134,13 @@ BAD_FILES = {
         b'[{"text": "a"}, {"body": "b"}]',
         "field.json, record 2: no field 'text'; it has body. Set text_field",
     ),
-    "field.csv": (b"body,id\na,1\n", "field.csv: no field 'text'; it has body, id"),
+    "field.csv": (b"body,id\na,1\n", "field.csv, line 1: no field 'text'; it has body, id"),
     "type.jsonl": (b'{"text": ["a"]}', "type.jsonl, line 1: field 'text' must be a string; got list"),
     "lone.jsonl": (b'{"text": "a\\ud800"}', "lone.jsonl, line 1: field 'text' holds a lone surrogate"),
-    "broken.csv": (b'text,id\na,1\nb,2,3,4\n"', "broken.csv: not a CSV table"),
+    "broken.csv": (
+        b'text,id\na,1\nb,2,3,4\n"',
+        "broken.csv, line 3: 4 fields, but the header has 2",
+    ),
     "broken.parquet": (b"PAR1 no", "broken.parquet: not a parquet file"),
     "image.png": (b"\x89PNG", r"'.*image.png' is of no known kind \('.png'\). Known are .md, .py, .txt, .jsonl"),
 }

@@ -1,0 +1,134 @@
+"""Preference records of every public form: the same pair of conversations, the prompt once."""
+
+import json
+
+import pytest
+
+from redraft.data import read_documents, read_preferences
+
+S = {"role": "system", "content": "be brief"}
+Q = {"role": "user", "content": "ba?"}
+A, B = {"role": "assistant", "content": "lo"}, {"role": "assistant", "content": "mi"}
+MORE = [Q, {"role": "assistant", "content": "on"}, {"role": "user", "content": "and ru?"}]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture
+def read_one(tmp_path):
+    def read_it(record):
+        [pair] = read_documents(write(tmp_path / "a.jsonl", [record]), kind="preference")
+        return json.loads(pair)
+
+    return read_it
+
+
+FORMS = {
+    "texts": {"prompt": "ba?", "chosen": "lo", "rejected": "mi"},
+    "messages as answers": {"prompt": [Q], "chosen": [A], "rejected": [B]},
+    "a text and messages": {"prompt": "ba?", "chosen": [A], "rejected": "mi"},
+    "whole conversations": {"chosen": [Q, A], "rejected": [Q, B]},
+    "ultrafeedback_binarized": {"prompt": "ba?", "chosen": [Q, A], "rejected": [Q, B], "score_chosen": 1.5},
+    "with spaces around": {"prompt": " ba?\n", "chosen": [Q, A], "rejected": [Q, B]},
+    "messages and whole conversations": {"prompt": [Q], "chosen": [Q, A], "rejected": [Q, B]},
+    "one answer whole": {"prompt": [Q], "chosen": [Q, A], "rejected": [B]},
+    "hh-rlhf": {"chosen": "\n\nHuman: ba?\n\nAssistant: lo", "rejected": "\n\nHuman: ba?\n\nAssistant: mi"},
+    "hh-rlhf with a prompt": {"prompt": "\n\nHuman: ba?\n\nAssistant:", "chosen": " lo", "rejected": " mi"},
+    "hh-rlhf with a prompt and all": {
+        "prompt": "\n\nHuman: ba?\n\nAssistant:",
+        "chosen": "\n\nHuman: ba?\n\nAssistant: lo",
+        "rejected": "\n\nHuman: ba?\n\nAssistant: mi",
+    },
+    "hh-rlhf beside its question": {
+        "prompt": "ba?",
+        "chosen": "\n\nHuman: ba?\n\nAssistant: lo",
+        "rejected": "\n\nHuman: ba?\n\nAssistant: mi",
+    },
+    "instruction": {"instruction": "ba?", "input": "", "chosen": "lo", "rejected": "mi"},
+    "question": {"question": "ba?", "chosen": "lo", "rejected": "mi"},
+}
+SYSTEM_FORMS = {
+    "in a field": {"prompt": "ba?", "chosen": "lo", "rejected": "mi", "system": "be brief"},
+    "in a field beside conversations": {"prompt": "ba?", "chosen": [Q, A], "rejected": [Q, B], "system": "be brief"},
+    "in the prompt": {"prompt": [S, Q], "chosen": [A], "rejected": [B]},
+    "in the prompt alone": {"prompt": [S, Q], "chosen": [Q, A], "rejected": [Q, B]},
+    "in the prompt, and nothing else there": {"prompt": [S], "chosen": [Q, A], "rejected": [Q, B]},
+    "in the conversations alone": {"prompt": [Q], "chosen": [S, Q, A], "rejected": [S, Q, B]},
+    "in the conversations, the prompt a text": {"prompt": "ba?", "chosen": [S, Q, A], "rejected": [S, Q, B]},
+    "in both": {"prompt": [S, Q], "chosen": [S, Q, A], "rejected": [S, Q, B]},
+    "everywhere": {"prompt": [S, Q], "chosen": [S, Q, A], "rejected": [S, Q, B], "system": "be brief"},
+}
+TURNS_FORMS = {
+    "messages": {"prompt": MORE, "chosen": [A], "rejected": [B]},
+    "whole": {"prompt": MORE, "chosen": [*MORE, A], "rejected": [*MORE, B]},
+    "the first question as prompt": {"prompt": "ba?", "chosen": [*MORE, A], "rejected": [*MORE, B]},
+    "hh-rlhf": {
+        "chosen": "\n\nHuman: ba?\n\nAssistant: on\n\nHuman: and ru?\n\nAssistant: lo",
+        "rejected": "\n\nHuman: ba?\n\nAssistant: on\n\nHuman: and ru?\n\nAssistant: mi",
+    },
+    "history": {"instruction": "and ru?", "history": [["ba?", "on"]], "chosen": "lo", "rejected": "mi"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_prompt_once_and_one_answer_each(read_one, form):
+    assert read_one(FORMS[form]) == [[Q, A], [Q, B]]
+
+
+@pytest.mark.parametrize("form", SYSTEM_FORMS)
+def test_a_system_message_may_stand_in_one_place_alone_and_comes_once(read_one, form):
+    assert read_one(SYSTEM_FORMS[form]) == [[S, Q, A], [S, Q, B]]
+
+
+@pytest.mark.parametrize("form", TURNS_FORMS)
+def test_earlier_turns_belong_to_the_prompt(read_one, form):
+    assert read_one(TURNS_FORMS[form]) == [[*MORE, A], [*MORE, B]]
+
+
+OTHER = {"role": "user", "content": "other?"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "other?", "chosen": [Q, A], "rejected": [Q, B]}, "begins otherwise than the prompt"),
+        ({"prompt": [OTHER], "chosen": [S, Q, A], "rejected": [S, Q, B]}, "begins otherwise than the prompt"),
+        ({"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [*MORE, B]}, "begins otherwise than the prompt"),
+        (
+            {"prompt": "other?", "chosen": FORMS["hh-rlhf"]["chosen"], "rejected": FORMS["hh-rlhf"]["rejected"]},
+            "begins otherwise than the prompt",
+        ),
+        ({"prompt": [S, Q], "chosen": [{**S, "content": "lie"}, Q, A], "rejected": [Q, B]}, "two system messages"),
+        ({"chosen": [S, Q, A], "rejected": [Q, B]}, "chosen and rejected must answer the same prompt"),
+        ({"chosen": "lo", "rejected": "mi"}, "chosen and rejected are texts without a prompt"),
+        ({"prompt": None, "chosen": "lo", "rejected": "mi"}, "chosen and rejected are texts without a prompt"),
+        ({"prompt": "ba?", "chosen": [Q], "rejected": [Q]}, "begins otherwise than the prompt"),
+        ({"prompt": [Q], "chosen": ["lo"], "rejected": ["mi"]}, "messages must be a list of"),
+        ({"prompt": "ba?", "chosen": {"a": 1}, "rejected": "mi"}, "must be a string; got dict"),
+        ({"prompt": "ba?", "chosen": [], "rejected": "mi"}, "no assistant turn"),
+        ({"chosen": "Human: ba?\n\nAssistant:", "rejected": "Human: ba?\n\nAssistant: mi"}, "empty assistant turn"),
+    ],
+)
+def test_a_record_whose_parts_do_not_fit_is_refused(read_one, record, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_one(record)
+    assert "\n" not in str(error.value)
+
+
+def test_an_answer_that_speaks_of_humans_is_a_text(read_one):
+    pair = {"prompt": "Human: who?", "chosen": "Human: you", "rejected": "lo"}
+    assert [turns[-1]["content"] for turns in read_one(pair)] == ["Human: you", "lo"]
+    assert all(turns[0]["content"] == "Human: who?" for turns in read_one(pair))
+
+
+def test_every_form_gives_the_same_tokens_and_targets(tmp_path, chat_tokenizer):
+    for number, record in enumerate(FORMS.values()):
+        source = write(tmp_path / f"{number}.jsonl", [record])
+        [(chosen, rejected)] = read_preferences(source, tokenizer=chat_tokenizer, seq_len=99).pairs
+        texts = [chat_tokenizer.decode(side.input_ids) for side in (chosen, rejected)]
+        prompt = "<|im_start|>user\nba?<|im_end|>\n<|im_start|>assistant\n"
+        assert texts == [f"{prompt}lo<|im_end|>", f"{prompt}mi<|im_end|>"]
+        assert chat_tokenizer.decode(chosen.input_ids[chosen.is_target]) == "lo<|im_end|>"
