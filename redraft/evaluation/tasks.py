@@ -127,8 +127,14 @@ class HumanEval:
     def score(self, item: Item, output: str) -> Scores:
         for end in item.stop:
             output = output.partition(end)[0]
-        test = f"{item.answer['test']}\ncheck({item.answer['entry_point']})"
-        outcome = run_python(f"{item.prompt}{output}\n{test}", limits=self.limits, isolation=self.isolation)
+        name = item.answer["entry_point"]
+        outcome = run_python(
+            f"{item.prompt}{output}\n",
+            tests=f"{item.prompt}\n{name} = candidate\n{item.answer['test']}\ncheck({name})",  # prompts have helpers
+            function=name,
+            limits=self.limits,
+            isolation=self.isolation,
+        )
         return {"pass@1": float(outcome.status == "passed")}
 
     def answer(self, item: Item, output: str) -> None:
