@@ -31,6 +31,7 @@ SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_READ_ONLY = 442, -100, 0x8000, 1
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 JOIN_SESSION_KEYRING = 1
 NOBODY = 65534
+USERS = range(2**20, 2**21)
 HIDDEN = ("/home", "/root", "/run", "/var/tmp", "/tmp")
 WATCH_SECONDS = 0.02
 MEMORY = ("VmRSS:", "VmSwap:", "VmPTE:", "HugetlbPages:")
@@ -103,14 +104,15 @@ def main() -> None:
     os.set_inheritable(settings["report_fd"], False)
     signal.signal(signal.SIGTERM, _kill_all_and_exit)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    number = 2**20 + int.from_bytes(os.urandom(4)) % 2**20  # a user of its own, with its own count of processes
-    uid = number if os.geteuid() == 0 else None
-    if settings["isolation"] == "namespaces":
-        try:
-            _enter_namespaces()
-        except OSError as error:
-            _report(settings, {"reason": "no isolation", "error": str(error)})
-            return
+    uid = _other_user()
+    try:
+        if settings["isolation"] == "namespaces":
+            _enter_namespaces(is_root=uid is not None)
+        elif uid is None and os.geteuid() == 0:
+            raise OSError("this root cannot become another user")
+    except OSError as error:
+        _report(settings, {"reason": "no isolation", "error": str(error)})
+        return
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     libc.syscall(FORBIDDEN["keyctl"][_column()], JOIN_SESSION_KEYRING, None)
     pid = os.fork()
@@ -125,10 +127,19 @@ def _kill_all_and_exit(*_: object) -> None:
     os._exit(1)
 
 
-def _enter_namespaces() -> None:
+def _other_user() -> int | None:
+    """Draw a user of its own, with its own count of processes, if we are a root who knows other users."""
+    maps = [[int(number) for number in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    if os.geteuid() != 0 or not any(first <= USERS.start and first + size >= USERS.stop for first, _, size in maps):
+        return None
+    return USERS[int.from_bytes(os.urandom(4)) % len(USERS)]
+
+
+def _enter_namespaces(*, is_root: bool) -> None:
     """Leave the network, the processes and the mounts of the machine. Raises OSError where that is not permitted."""
     flags = NEW_NS | NEW_UTS | NEW_IPC | NEW_PID | NEW_NET
-    if os.geteuid() == 0 and libc.unshare(flags) == 0:
+    if is_root:
+        _check(libc.unshare(flags))
         return
     uid, gid = os.geteuid(), os.getegid()
     _check(libc.unshare(flags | NEW_USER))

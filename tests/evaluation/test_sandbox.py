@@ -47,7 +47,6 @@ def an_interpreter_that_other_users_reach(request, monkeypatch):
 def nothing_is_left_behind():
     yield
     wait_until(lambda: not processes_with("program.py"))  # other tests may have programs of their own
-    assert run_python("print(6 * 7)", limits=PATIENT).output == "42\n"  # the evaluation goes on
 
 
 @BOTH
@@ -213,7 +212,6 @@ def test_a_machine_without_namespaces_refuses_and_says_what_to_do(monkeypatch):
     monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b"", False))
     with pytest.raises(ValueError, match="does not permit what isolates.*--items.sandbox weak"):
         run_python("pass")
-    monkeypatch.undo()
 
 
 def test_the_weak_mode_refuses_an_interpreter_that_only_root_reaches(monkeypatch):
@@ -227,7 +225,6 @@ def test_a_machine_with_other_system_calls_is_refused(monkeypatch):
     monkeypatch.setattr(jail, "ARCHITECTURES", {"vax": (0, 0)})
     with pytest.raises(ValueError, match="Linux on vax; got linux on"):
         run_python("pass")
-    monkeypatch.undo()
 
 
 @BOTH
