@@ -32,17 +32,20 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SE
 JOIN_SESSION_KEYRING = 1
 NOBODY = 65534
 USERS = range(2**20, 2**21)
-HIDDEN = ("/home", "/root", "/run", "/var/tmp", "/tmp")
+HIDDEN = ("/home", "/root", "/run", "/var/tmp", "/tmp", "/dev")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 WATCH_SECONDS = 0.02
 MEMORY = ("VmRSS:", "VmSwap:", "VmPTE:", "HugetlbPages:")
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Machines whose system calls are known: the column below, and what seccomp calls them."""
 FORBIDDEN = {
-    # Memory of no process: System V IPC, files in memory, rings, pages lent to a pipe, large socket buffers.
+    # Memory of no process: System V IPC, files in memory, rings, pages lent to a pipe, large buffers of sockets, those
+    # of connections that nobody has accepted, rules. What is left is pairs of Unix sockets, and no network.
     "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "memfd_create": (319, 279),
     "memfd_secret": (447, 447), "io_setup": (206, 0), "io_uring_setup": (425, 425), "vmsplice": (278, 75),
-    "setsockopt": (54, 208),
+    "setsockopt": (54, 208), "socket": (41, 198), "bind": (49, 200), "listen": (50, 201),
+    "landlock_create_ruleset": (444, 444),
     # A file system in memory takes a namespace of its own (clone is in CHECKED).
     "unshare": (272, 97), "setns": (308, 268),
     # Keyrings are the user's; processes of the same user are the evaluator's.
@@ -54,7 +57,6 @@ FORBIDDEN = {
 CHECKED = (  # numbers, argument, bits that it may not have
     ((56, 220), 0, 0x7E020000),  # clone: no new namespaces
     ((9, 222), 3, 1),  # mmap: not shared, as its pages outlive a part that is unmapped
-    ((41, 198), 0, 0xFFFFFFFE),  # socket: of this machine alone (AF_UNIX is 1)
 )
 CLONE3 = 435  # its flags lie in memory, where no filter sees them; who is told that it is missing uses clone
 
@@ -77,7 +79,7 @@ def plain(value):
 
 def serve(path, function, calls, answers):
     pid, module = os.getpid(), type(sys)("__main__")
-    sys.modules["__main__"] = module
+    sys.argv, sys.modules["__main__"] = [path], module
     with open(path, "rb") as file:
         exec(compile(file.read(), path, "exec"), vars(module))
     sys.stdout.flush()
@@ -180,11 +182,15 @@ def _close_file_system(settings: dict) -> None:
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     paths = {Path(path).resolve() for path in (*HIDDEN, settings["home"]) if Path(path).is_dir()}
     hidden = sorted(str(path) for path in paths if not paths & set(path.parents))
-    kept = {p: os.open(p, os.O_PATH) for p in settings["kept"] if any(Path(p).is_relative_to(h) for h in hidden)}
+    kept = [path for path in (*settings["kept"], *DEVICES) if any(Path(path).is_relative_to(h) for h in hidden)]
+    handles = {path: os.open(path, os.O_PATH) for path in kept if Path(path).exists()}
     for path in hidden:
         _mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, f"size={settings['file_bytes']},nr_inodes=4096,mode=755")
-    for path, fd in kept.items():  # an interpreter that lives in a hidden folder is bound back
-        Path(path).mkdir(parents=True, exist_ok=True)
+    for path, fd in handles.items():  # devices, and an interpreter that lives in a hidden folder, are bound back
+        if Path(f"/proc/self/fd/{fd}").is_dir():
+            Path(path).mkdir(parents=True, exist_ok=True)
+        else:
+            Path(path).touch()
         _mount(f"/proc/self/fd/{fd}", path, None, MS_BIND | MS_REC)
         os.close(fd)
     _set_read_only("/", is_on=True)
@@ -280,7 +286,7 @@ def _watch(code: int, tests: int, settings: dict) -> str:
     """Wait for the tests; code that ends before them, or uses up its time or memory, does not pass."""
     deadline = time.monotonic() + settings["seconds"]
     while True:
-        if _memory_bytes(but=tests) > settings["memory_bytes"]:
+        if _memory_bytes() > settings["memory_bytes"]:
             return "memory"
         ended, status = os.waitpid(-1, os.WNOHANG)
         if ended == tests:
@@ -307,10 +313,10 @@ def _descendants(root: int) -> list[int]:
     return sorted(below - {root})
 
 
-def _memory_bytes(*, but: int) -> int:
-    """Sum the memory of all processes below, page tables included, but one's."""
+def _memory_bytes() -> int:
+    """Sum the memory of all processes below, page tables included."""
     kilobytes = 0
-    for pid in set(_descendants(os.getpid())) - {but}:
+    for pid in _descendants(os.getpid()):
         with contextlib.suppress(OSError):
             for thread in Path(f"/proc/{pid}/task").iterdir():  # the first one may have ended before the others
                 lines = [line.split() for line in (thread / "status").read_text().splitlines()]

@@ -28,7 +28,7 @@ class Limits:
     cpu_seconds: int = 10
     """Processor time of one process."""
     memory_mb: int = 512
-    """Memory of all its processes together; no one process may map more."""
+    """Memory of all its processes and its tests together; no one process may map more."""
     processes: int = 16
     """Processes and threads alive at once."""
     file_mb: int = 16

@@ -65,6 +65,12 @@ check(libc.vmsplice(os.pipe()[1], ctypes.byref(Part(page, 4096)), 1, 0))
 import socket
 socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MB)
 """,
+    "connections that nobody has accepted": """
+import socket
+a, b = socket.socketpair()
+check(libc.listen(b.fileno(), 4096))
+""",
+    "rules": "check(libc.syscall(444, (ctypes.c_uint64 * 2)(0, 3), 16, 0))",
     "rings": "check(libc.syscall(425, 8, ctypes.create_string_buffer(120)))",
 }
 """Each is refused; most would hold 160 MB if they were not."""

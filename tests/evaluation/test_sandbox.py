@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -251,6 +252,28 @@ def test_programs_may_fork_start_threads_and_talk_among_themselves(isolation):
     )
     outcome = run_python(program, isolation=isolation)
     assert (outcome.status, outcome.output.split()) == ("passed", ["thread", "2"])
+
+
+@BOTH
+@pytest.mark.parametrize("name", jail.FORBIDDEN)
+def test_a_forbidden_call_is_refused_before_its_arguments_are_read(name, isolation):
+    number = jail.FORBIDDEN[name][jail.ARCHITECTURES[os.uname().machine][0]]
+    program = f"{CALLS}\nprint(libc.syscall({number}, -1, -1, -1, -1, -1), ctypes.get_errno())"
+    assert run_python(program, limits=PATIENT, isolation=isolation).output == "-1 1\n"
+
+
+def test_system_calls_have_the_numbers_of_the_kernel_headers():
+    headers = ["/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h"]
+    for column, header in enumerate(map(Path, headers)):
+        for name, numbers in jail.FORBIDDEN.items() if header.exists() else ():
+            if found := re.search(rf"#define __NR_{name} (\d+)", header.read_text()):
+                assert int(found[1]) == numbers[column], name
+
+
+def test_a_program_runs_as_a_script_with_few_devices():
+    program = "import os, sys\nprint(__name__, sys.argv, sys.modules['__main__'].os is os, sorted(os.listdir('/dev')))"
+    expected = "__main__ ['program.py'] True ['full', 'null', 'random', 'urandom', 'zero']\n"
+    assert run_python(program, limits=PATIENT).output == expected
 
 
 @BOTH
