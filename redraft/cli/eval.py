@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
-from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task
+from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task, require
 from redraft.loglikelihood import LikelihoodConfig
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ def _task_manager(args: Arguments, names: list[str]) -> Any:
     """Read the harness' index of tasks, one's own first: its thousands take seconds. ValueError for an unknown name."""
     import difflib
 
+    require("lm-eval", f"{names[0]!r} is none of the tasks {', '.join(NAMED)}; one of lm-evaluation-harness")
     from lm_eval.tasks import TaskManager
 
     own = None if args.include_path is None else str(args.include_path)

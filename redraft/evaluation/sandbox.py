@@ -2,7 +2,7 @@
 
 import json
 import os
-import secrets
+import platform
 import selectors
 import signal
 import subprocess
@@ -28,7 +28,7 @@ class Limits:
     cpu_seconds: int = 10
     """Processor time of one process."""
     memory_mb: int = 512
-    """Memory of all its processes together; no one process may map more."""
+    """Memory of all its processes and its tests together; no one process may map more."""
     processes: int = 16
     """Processes and threads alive at once."""
     file_mb: int = 16
@@ -48,48 +48,49 @@ class Outcome:
     isolation: Isolation
 
 
-def run_python(program: str, *, limits: Limits | None = None, isolation: Isolation = "namespaces") -> Outcome:
-    """Run a program that must reach its own end: sys.exit(0), os._exit(0) or a swallowed error do not pass.
+def run_python(
+    program: str,
+    *,
+    tests: str = "",
+    function: str = "",
+    limits: Limits | None = None,
+    isolation: Isolation = "namespaces",
+) -> Outcome:
+    """Run a program to its end, then tests, which know one function of it as `candidate`.
+
+    sys.exit(0), os._exit(0) or a swallowed error do not pass. The tests run in another process than the program, so
+    that it can neither read nor change them. Arguments and results travel as text: results must be plain data (None,
+    bool, numbers, str, bytes, list, tuple, set, dict), and what the function does to its arguments is not seen.
 
     The program runs in processes of its own, without network, home or a place to write but a small /tmp, and everything
     it started is gone when this returns. Raises ValueError where the machine does not permit the namespaces that takes
     ("weak" does without: resource limits, and the killing of descendants at the end).
     """
-    if not sys.platform.startswith("linux"):
-        raise ValueError(f"generated code runs in a sandbox of Linux; got {sys.platform}. Evaluate it on Linux.")
+    if not sys.platform.startswith("linux") or os.uname().machine not in jail.ARCHITECTURES:
+        raise ValueError(
+            f"generated code runs in a sandbox of Linux on {' or '.join(jail.ARCHITECTURES)}; got {sys.platform} on"
+            f" {platform.machine()}. Evaluate it there."
+        )
     if isolation == "weak" and os.geteuid() == 0 and not _is_open_to_all(_python()):
         raise ValueError(
             f"the weak sandbox runs code as another user than root, who cannot reach {_python()}. Run as that user."
         )
     limits = limits or Limits()
-    token = secrets.token_hex(16)
-    source = f"{program}\n\nprint()\nprint({token!r}, flush=True)\n"
+    sources = json.dumps({"program": program, "tests": tests, "function": function})
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="redraft-sandbox-", ignore_cleanup_errors=True) as folder:
-        report, output, is_cut = _run_jail(source.encode(), limits, folder=folder, isolation=isolation)
+        report, output, is_cut = _run_jail(sources.encode(), limits, folder=folder, isolation=isolation)
     if report.get("reason") == "no isolation":
         raise ValueError(
-            f"this machine does not permit the namespaces that isolate generated code ({report['error']}). Run as root,"
-            " permit unprivileged user namespaces, or accept --sandbox weak."
+            f"this machine does not permit what isolates generated code ({report['error']}). Run as root, permit"
+            " unprivileged user namespaces, or accept --items.sandbox weak."
         )
-    text = output.decode(errors="replace")
-    body, reached_end, _ = text.rpartition(f"\n{token}")
     return Outcome(
-        status=_status(report, is_cut=is_cut, reached_end=bool(reached_end)),
-        output=body if reached_end else text,
+        status="output" if is_cut else report.get("reason", "timeout"),
+        output=output.decode(errors="replace"),
         seconds=time.monotonic() - start,
         isolation=isolation,
     )
-
-
-def _status(report: dict, *, is_cut: bool, reached_end: bool) -> Status:
-    if is_cut:
-        return "output"
-    if report.get("reason", "timeout") in ("timeout", "memory"):
-        return report.get("reason", "timeout")
-    if report["code"] == -signal.SIGXCPU:
-        return "timeout"
-    return "passed" if report["code"] == 0 and reached_end else "failed"
 
 
 def _settings(limits: Limits, *, folder: str, report_fd: int, isolation: Isolation) -> dict:
@@ -107,7 +108,7 @@ def _settings(limits: Limits, *, folder: str, report_fd: int, isolation: Isolati
         "rlimits": {
             "AS": limits.memory_mb * megabyte,
             "CPU": limits.cpu_seconds + 1,
-            "NPROC": limits.processes,
+            "NPROC": limits.processes + 1,  # the tests are one
             "FSIZE": limits.file_mb * megabyte,
             "NOFILE": 64,
             "CORE": 0,
@@ -124,8 +125,8 @@ def _is_open_to_all(path: str) -> bool:
     return all(folder.stat().st_mode & 0o001 for folder in (Path(path), *Path(path).parents))
 
 
-def _run_jail(source: bytes, limits: Limits, *, folder: str, isolation: Isolation) -> tuple[dict, bytes, bool]:
-    """Start the jail, feed it the program, collect output up to the cap; returns report, output, whether it was cut."""
+def _run_jail(sources: bytes, limits: Limits, *, folder: str, isolation: Isolation) -> tuple[dict, bytes, bool]:
+    """Start the jail, feed it, collect output up to the cap; returns report, output, whether it was cut."""
     read_fd, write_fd = os.pipe()
     settings = _settings(limits, folder=folder, report_fd=write_fd, isolation=isolation)
     process = subprocess.Popen(
@@ -137,15 +138,15 @@ def _run_jail(source: bytes, limits: Limits, *, folder: str, isolation: Isolatio
     try:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(source)
+        process.stdin.write(sources)
         process.stdin.close()
         output, is_cut = _collect(process.stdout.fileno(), most=limits.output_kb * 1024, seconds=limits.seconds + 5)
     finally:
         process.stdout.close() if process.stdout else None
         _end(process, isolation=isolation)
     with os.fdopen(read_fd, "rb") as pipe:
-        written = pipe.read()
-    return (json.loads(written) if written else {}), output, is_cut
+        first = pipe.readline()
+    return (json.loads(first) if first else {}), output, is_cut
 
 
 def _collect(fd: int, *, most: int, seconds: float) -> tuple[bytes, bool]:

