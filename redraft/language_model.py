@@ -28,6 +28,7 @@ from redraft.prompts import (
     filled_text,
     row_keys,
     shown_and_raw,
+    special_token_ids,
     text_after,
     until_stop,
 )
@@ -421,7 +422,7 @@ class LanguageModel:
         return Constrained(
             compiled=kinds[False] if False in kinds else kinds[True],
             at_start=kinds.get(True),
-            silent=frozenset(self.tokenizer.all_special_ids),
+            silent=frozenset(special_token_ids(self.tokenizer)),
             num_tokens=None if is_infilling else config.max_new_tokens,
         )
 
@@ -488,7 +489,7 @@ class LanguageModel:
         if isinstance(config.stop, tuple):
             num_decided = int((status[is_new].cpu()[: len(new)] == Status.COMMITTED).long().cumprod(dim=0).sum())
             count = until_stop(self.tokenizer, tokens[status == Status.GIVEN], new[:num_decided], config.stop)[0]
-            new = new[:count] if count < num_decided else new
+            new = new[:count]
         if config.stop is None:
             return new
         ends = torch.isin(new, torch.tensor(self.eos_token_ids)).nonzero()[:, 0]

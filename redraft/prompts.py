@@ -175,8 +175,8 @@ def _as_list(ids: Any) -> list[int]:
     return ids.tolist() if isinstance(ids, Tensor) else list(ids)
 
 
-def until_stop(tokenizer: Any, before: Any, new: Any, stop: Sequence[str]) -> tuple[int, str]:
-    """Count the new tokens up to and with the first stop string, and return their text before it.
+def until_stop(tokenizer: Any, before: Any, new: Any, stop: Sequence[str]) -> tuple[int | None, str]:
+    """Count the new tokens up to and with the first stop string (None without one), and return the text before it.
 
     A stop string may hold special tokens; the text does not.
     """
@@ -190,13 +190,13 @@ def until_stop(tokenizer: Any, before: Any, new: Any, stop: Sequence[str]) -> tu
 
     # The last tokens may be a part of a character, and byte fallback then spoils the characters before it.
     if not any(is_stopped(count) for count in range(len(new), max(0, len(new) - 4), -1)):
-        return len(new), texts(len(new))[0]
+        return None, texts(len(new))[0]
     count = next(count for count in range(1, len(new) + 1) if is_stopped(count))
     raw = texts(count)[1]
     start = len(cut_text(raw, stop))
     whole = next(n for n in reversed(range(count + 1)) if len(texts(n)[1]) <= start)  # tokens that end before it
     text, before_stop = texts(whole)
-    if whole < count and new[whole] not in tokenizer.all_special_ids:
+    if whole < count and new[whole] not in special_token_ids(tokenizer):
         text += raw[len(before_stop) : start]
     return count, cut_text(text, stop)
 

@@ -108,6 +108,7 @@ class Conversation:
         tokens, status = last.canvas.tokens[0], last.canvas.status[0]
         new = self.lm.new_tokens(tokens, status, self.sampling)
         answer = self.lm.new_text(tokens[status == Status.GIVEN], new, self.sampling)
+        yield Text(answer)
         if self.has_template:
             self.messages = [*prompt, {"role": "assistant", "content": answer}]
         else:

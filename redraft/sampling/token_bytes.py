@@ -23,6 +23,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     decoder = json.dumps(backend["decoder"])
     is_byte_level, is_word_piece = '"ByteLevel"' in decoder, '"WordPiece"' in decoder
+    has_bytes = '"ByteFallback"' in decoder  # without, decoding writes <0x0A> as six characters
     pieces: dict[str, int] = tokenizer.get_vocab()
     added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids)
@@ -31,7 +32,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
         if id in added:
             found[id] = None if added[id].special or id in special else added[id].content.encode()
         elif id not in special:
-            found[id] = _from_alphabet(piece) if is_byte_level else _from_text(piece, is_word_piece=is_word_piece)
+            found[id] = _from_alphabet(piece) if is_byte_level else _from_text(piece, is_word_piece, has_bytes)
     return found
 
 
@@ -49,8 +50,8 @@ def _from_alphabet(piece: str) -> bytes:
     return bytes(alphabet[char] for char in piece) if all(char in alphabet for char in piece) else piece.encode()
 
 
-def _from_text(piece: str, *, is_word_piece: bool) -> bytes:
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+def _from_text(piece: str, is_word_piece: bool, has_bytes: bool) -> bytes:
+    if has_bytes and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
     if is_word_piece:
         return piece.removeprefix("##").encode() if piece.startswith("##") else b" " + piece.encode()

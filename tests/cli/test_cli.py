@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sentence_pieces import Script, scripted, text_lm_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -195,3 +196,20 @@ def test_the_policy_of_the_sampling_page_runs(lm):
     order = [int(step.is_committed[0].nonzero()[0]) for step in names["steps"]]
     assert order == sorted(order)
     assert len(order) == 8
+
+
+@pytest.mark.parametrize("kind", ["llama2", "first", "bytes"])
+def test_a_reply_keeps_its_spaces_and_ends_before_a_stop_string(kind):
+    from redraft.cli.chat import Conversation
+    from redraft.cli.common import styled, text_of
+
+    lm = text_lm_of(kind)
+    space = "Ġ" if kind == "bytes" else "▁"
+    row = lm.tokenizer.convert_tokens_to_ids([space + "self", space + "yes", "<|im_end|>", "no"])
+    conversation = Conversation(scripted(lm, Script(row)), {"max_new_tokens": 6, "block_size": 1, "stop": "<|im_end|>"})
+    shown = list(conversation.reply("un"))
+    assert conversation.text == "un self yes\n"
+    assert shown[-1].plain == " self yes"
+    pieces = styled(lm, row[:2] * 2, ["", "bold", "bold", ""])
+    assert pieces.plain.strip() == "self yes self yes"
+    assert [text_of(lm, id) for id in row[:3]] == [" self", " yes", "<|im_end|>"]

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from sentence_pieces import KINDS, Script, scripted, text_lm_of
 
 TASKS = {
     "toy_choice": {
@@ -153,6 +154,22 @@ def test_texts_end_before_the_stop_strings_and_repeats_differ(adapter):
     assert first != second
     assert "e" not in first + second
     assert adapter.generate_until(requests, disable_tqdm=True) == [first, second]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_may_stop_at_a_special_token(kind):
+    from redraft.evaluation.harness import RedraftLM
+
+    lm = text_lm_of(kind)
+    row = lm.tokenizer.convert_tokens_to_ids(["self", "<|im_end|>", "yes"])
+    adapter = RedraftLM(lm=scripted(lm, Script(row)), block_size=1)
+    requests = [
+        instance("un", {"until": until, "max_gen_toks": 6}, i)
+        for i, until in enumerate([["<|im_end|>"], ["s<|im_end|>", "yes"], "never"])
+    ]
+    texts = adapter.generate_until(requests, disable_tqdm=True)
+    assert texts == ["self", "self", "selfyesyesyesyes"]
+    assert adapter.costs["tokens"] == 2 + 3 + 6
 
 
 def test_a_context_longer_than_the_model_is_cut_from_the_left_and_counted(adapter):

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sentence_pieces import KINDS, Script, scripted, text_lm_of
 
 from redraft.cli import main
-from redraft.evaluation.run import RunOptions, Store, run_task, summarize
+from redraft.evaluation.run import WORKERS, RunOptions, Store, run_task, summarize
 from redraft.evaluation.tasks import HumanEval, Item, JsonLines, TaskOptions, make_task, take
 from redraft.loglikelihood import LikelihoodConfig
 
@@ -86,6 +87,56 @@ def test_an_interrupted_run_goes_on_without_repeating_and_ends_as_one_never_stop
         assert record["scores"] == whole[key]["scores"]
         assert record.get("output") == whole[key].get("output")
         assert record.get("nats") == pytest.approx(whole[key].get("nats"), abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_stop_strings_act_per_item_whatever_the_batch(text_lm, tmp_path, batch_size):
+    sampling = {"max_new_tokens": 6, "block_size": 1}
+    prompts = ["say so", "do", "who is it", "what"]
+    whole = text_lm.generate(prompts, **sampling)
+    stops = [[whole.texts[0][2]], [], [whole.texts[2][3], "never"], [whole.texts[0][2]]]
+    task = write(
+        tmp_path / "stops.jsonl",
+        *({"prompt": p, "answer": "x", "stop": stop} for p, stop in zip(prompts, stops, strict=True)),
+    )
+    options = RunOptions(sampling=sampling, batch_size=batch_size)
+    records = {r["id"]: r for r in run_task(text_lm, task, opened(tmp_path / "out"), options)}
+    for i, (prompt, stop) in enumerate(zip(prompts, stops, strict=True), start=1):
+        alone = text_lm.generate(prompt, **sampling, **({"stop": tuple(stop)} if stop else {}))
+        record = records[str(i)]
+        assert (record["output"], record["forwards"]) == (alone.texts[0], alone.forwards[0])
+        assert record["tokens"] == len(alone.tokens[0])
+        assert record["output"] == min((whole.texts[i - 1].partition(end)[0] for end in stop), key=len, default=(
+            whole.texts[i - 1]
+        ))  # fmt: skip
+    assert records["1"]["forwards"] <= 3 < records["2"]["forwards"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hole_is_filled_and_scored_as_it_stands_in_the_text(kind, tmp_path):
+    lm, sampling = text_lm_of(kind), {"steps": 1}
+    seen = []
+
+    class Holes:
+        name = "holes"
+
+        def items(self):
+            texts = [("un", " self", "able"), ("", "Hello", " self"), ("no", "   ", "no")]
+            for i, (before, hole, after) in enumerate(texts):
+                yield Item(id=str(i), kind="infill", prompt=before, suffix=after, answer=hole)
+
+        def score(self, item, output):
+            seen.append(item.prompt + output + item.suffix)
+            return {"exact": float(output == item.answer)}
+
+        def answer(self, item, output):
+            return output
+
+    for item in take(Holes(), None):
+        script = Script(lm.encode(item.answer, is_inside=bool(item.prompt)).tolist())
+        (record,) = WORKERS["infill"](scripted(lm, script), Holes(), [item], RunOptions(sampling=sampling))
+        assert record["scores"] == {"exact": 1.0}
+    assert seen == ["un selfable", "Hello self", "no   no"]
 
 
 def test_two_processes_give_what_one_gives_and_a_crashed_one_loses_nothing(text_lm, mixed, tmp_path):
