@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from redraft.layouts import Layout
+from redraft.models import encoder_decoder
 from redraft.models.adapter import adapter_config, merge_adapter, split_adapter
 from redraft.models.families import Family, find_family
+from redraft.models.files import reading
 from redraft.models.finite import check_finite, floats_of
+from redraft.models.head import head_at
 from redraft.models.load import (
     check_tokenizer,
     load_denoiser,
@@ -22,7 +25,7 @@ from redraft.models.load import (
     read_raw_config,
     renaming_class,
 )
-from redraft.models.probe import BIDIRECTIONAL, BLOCKS, ISOLATED, PADDING, POSITIONS, Check, check_model
+from redraft.models.probe import BIDIRECTIONAL, BLOCKS, ISOLATED, PADDING, POSITIONS, Check, check_model, sequence
 from redraft.models.settings import DiffusionSettings
 
 MASK_TOKEN = "<|mask|>"
@@ -91,6 +94,7 @@ def convert(
         model = merge_adapter(model, adapter)
         read = _as_trained(read, adapter)
         notes.append(f"merged the adapter {adapter}")
+    require_head(source, model)
     settings = read.settings or _new_settings(read, mask_token_id)
     chosen: dict[str, Any] = {"shift_logits": shift_logits, "block_size": block_size}
     settings = replace(settings, **{name: value for name, value in chosen.items() if value is not None})
@@ -125,6 +129,21 @@ def _baseline(source: str | Path, read: _Source, settings: DiffusionSettings) ->
     if read.settings is not None or not type(read.model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         raise ValueError(f"{source} is not autoregressive ({type(read.model).__name__}); leave autoregressive out.")
     return replace(settings, process="autoregressive", shift_logits=True, block_size=1)
+
+
+@torch.no_grad()
+def require_head(source: str | Path, model: Any) -> None:
+    """Raise ValueError for a model whose logits are not the output embedding's, which is called where they are read."""
+    if model.config.model_type in encoder_decoder.MODEL_TYPES:
+        return  # refused by the checks
+    ids = sequence(model, length=3)
+    with head_at(model, torch.tensor([0], device=ids.device)):
+        num_rows = model(input_ids=ids).logits.flatten(0, -2).shape[0]
+    if num_rows != 1:
+        raise ValueError(
+            f"{source} cannot be converted: {model.config.model_type} computes its logits without calling its output "
+            "embedding, and so they cannot be had for some positions alone."
+        )
 
 
 def require(source: str | Path, checks: list[Check], settings: DiffusionSettings) -> None:
@@ -175,11 +194,9 @@ def _read_gguf(path: Path, dtype: str | torch.dtype) -> _Source:
 
     if not path.is_file():
         raise ValueError(f"no model at {path}: the file does not exist.")
-    try:
+    with reading(str(path)):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
-        raise ValueError(f"cannot read {path}: {str(error).strip().splitlines()[0]}") from error
     model_class = language_model_class(config)
     if (reason := refusal(config, model_class)) is not None:
         raise ValueError(f"{path} cannot be converted: {reason}.")

@@ -84,14 +84,14 @@ class Family:
 
         `block_size` is what the user says. Raises ValueError where the blocks of a checkpoint cannot be known.
         """
-        return DiffusionSettings(
-            mask_token_id=mask_token_id,
-            process=self.process,
-            shift_logits=self.shift_logits,
-            block_size=block_size or self._block_size(raw, path),
-        )
+        saved = {
+            "process": self.process,
+            "shift_logits": self.shift_logits,
+            "block_size": block_size or self._block_size(raw, path),
+        }
+        return DiffusionSettings.from_saved(saved, mask_token_id=mask_token_id)
 
-    def _block_size(self, raw: Raw, path: str | Path) -> int | None:
+    def _block_size(self, raw: Raw, path: str | Path) -> Any:
         saved = {name: raw[name] for name in ("block_size", "bd_size", "canvas_length") if raw.get(name) is not None}
         for name, size in saved.items():
             if self.block_size is None and not self.published_blocks:
@@ -99,7 +99,7 @@ class Family:
                     f"config.json: this checkpoint has {name}={size!r}, and {self.name} attends to everything: it is "
                     "another model than those of this family."
                 )
-            return int(size)
+            return size
         may_be_full = None in self.published_blocks.values()
         if not self.published_blocks or (may_be_full and "block_size" in raw):
             return self.block_size

@@ -61,6 +61,7 @@ _KINDS: dict[str, Any] = {
     "torch_dtype": str,
     "diffusion": dict,
     "generation": dict,
+    "mask_token_id": int,
 }
 
 
@@ -73,7 +74,7 @@ def check_kinds(raw: Raw) -> None:
             raise ValueError(f"config.json: {name} must be a JSON {_JSON[kind]}; got {value!r:.100}.")
 
 
-_JSON = {str: "text", list: "list of texts", dict: "object"}
+_JSON = {str: "text", list: "list of texts", dict: "object", int: "whole number"}
 
 
 def check_numbers(raw: Raw, *, where: str = "config.json") -> None:

@@ -27,6 +27,7 @@ from redraft.models.files import (
     weight_files,
 )
 from redraft.models.finite import check_finite, floats_of
+from redraft.models.probe import check_isolated
 from redraft.models.quantize import keep_format, quantization_config
 from redraft.models.settings import DiffusionSettings
 from redraft.models.template import check_template
@@ -91,6 +92,10 @@ def load_denoiser(
     kind = encoder_decoder.EncoderDecoder if config.model_type in encoder_decoder.MODEL_TYPES else Denoiser
     model = model.to(target).eval()
     check_finite(path, floats_of(model))
+    if of_family is None and not raw.get("diffusion"):  # an encoder as it stands, which no conversion has measured
+        check = check_isolated(model, settings.mask_token_id)
+        if not check.passed:
+            raise ValueError(f"{path} cannot be used: not true that {check.claim} ({check.measured}).")
     return kind(model, settings), tokenizer
 
 

@@ -1,6 +1,6 @@
 """Is a model what its settings say? Measured on a few forwards of a short random sequence, never read off its name."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,14 +51,22 @@ def check_model(model: Any, settings: DiffusionSettings, *, block_size: int = 4)
         BLOCKS: lambda: _check_blocks(denoiser, ids, size),
         CACHED: lambda: _check_cached(denoiser, ids, size),
     }
-    results = []
-    for claim, check in checks.items():
-        try:
-            passed, measured = check()
-        except Exception as error:  # any architecture of transformers may fail in any way: the failure is the result
-            passed, measured = False, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        results.append(Check(claim=claim, passed=passed, measured=measured))
-    return results
+    return [_measured(claim, check) for claim, check in checks.items()]
+
+
+@torch.no_grad()
+def check_isolated(model: Any, mask_token_id: int) -> Check:
+    """Measure whether a model obeys its mask, in three short forwards."""
+    denoiser = Denoiser(model, DiffusionSettings(mask_token_id=mask_token_id))
+    return _measured(ISOLATED, lambda: _check_isolated(denoiser, sequence(model, length=6)))
+
+
+def _measured(claim: str, check: Callable[[], tuple[bool, str]]) -> Check:
+    try:
+        passed, measured = check()
+    except Exception as error:  # any architecture of transformers may fail in any way: the failure is the result
+        passed, measured = False, f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return Check(claim=claim, passed=passed, measured=measured)
 
 
 def sequence(model: Any, *, length: int) -> Int[Tensor, "1 seq"]:

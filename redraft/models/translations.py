@@ -173,6 +173,8 @@ _LLADA2_FIXED = {
 def from_llada2(raw: Raw) -> Raw:
     """Translate the names of LLaDA2 into those of GLM-4-MoE."""
     _require(raw, "LLaDA2", **_LLADA2_FIXED, use_qkv_bias=False, use_sliding_window=False)
+    if raw["num_experts"] % raw.get("n_group", 1):
+        raise ValueError(f"config.json: n_group must divide {raw['num_experts']} experts; got {raw['n_group']}.")
     return _pick(raw, _LLADA2_FIELDS) | {"norm_topk_prob": raw.get("norm_topk_prob", True), "use_qk_norm": True}
 
 

@@ -21,6 +21,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MobileBertConfig,
+    MobileBertForMaskedLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -130,6 +132,28 @@ def test_a_mask_id_outside_the_vocabulary_is_told(source, tmp_path):
     with pytest.raises(ValueError, match="vocabulary of 40 tokens; got 40"):
         convert(source, tmp_path / "out", mask_token_id=40)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")  # its own
+@pytest.mark.parametrize("mask", [None, "t7"])
+def test_a_head_that_does_not_call_its_output_embedding_is_refused(tmp_path, mask):
+    config = MobileBertConfig(
+        vocab_size=40, **SIZES, embedding_size=32, true_hidden_size=32, intra_bottleneck_size=32
+    )  # fmt: skip
+    MobileBertForMaskedLM(config).save_pretrained(tmp_path / "source")
+    if mask is not None:
+        tokenizer(40, mask=mask).save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="mobilebert computes its logits without calling its output embedding"):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"x" * 99])
+def test_a_damaged_gguf_file_is_one_line(tmp_path, content):
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^cannot read .*model.gguf: ") as told:
+        convert(tmp_path / "model.gguf", tmp_path / "out")
+    assert "\n" not in str(told.value)
 
 
 def test_a_folder_in_use_is_not_overwritten(source):

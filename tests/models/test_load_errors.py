@@ -1,6 +1,7 @@
 """Every mistake at loading is one line: what, the value, what to do. Nothing is ever initialised at random."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,33 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    ConvBertConfig,
+    ConvBertForMaskedLM,
+    DebertaConfig,
+    DebertaForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    FNetConfig,
+    FNetForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import redraft
 from redraft.models.settings import DiffusionSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
 
+ENCODER = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 DATA = Path(__file__).parent.parent / "golden" / "data"
 
 
@@ -66,8 +87,6 @@ def test_a_checkpoint_that_wants_remote_code_is_refused_and_not_run(folder):
 
 
 def test_a_family_that_ships_code_loads_without_running_it(tmp_path):
-    import shutil
-
     shutil.copytree(DATA / "llada", tmp_path / "llada")
     (tmp_path / "llada" / "modeling_llada.py").write_text("raise SystemExit('remote code ran')")
     edit_config(tmp_path / "llada", auto_map={"AutoModel": "modeling_llada.LLaDAModelLM"})
@@ -109,8 +128,6 @@ def test_weights_of_another_shape_are_named(folder):
 
 @pytest.mark.parametrize("name", ["llada", "llada2"])
 def test_a_missing_weight_of_a_family_is_named(tmp_path, name):
-    import shutil
-
     shutil.copytree(DATA / name, tmp_path / name)
     weight = {
         "llada": "model.transformer.blocks.1.ff_proj.weight",
@@ -122,12 +139,64 @@ def test_a_missing_weight_of_a_family_is_named(tmp_path, name):
 
 
 def test_a_variant_that_the_stock_class_does_not_compute_is_refused(tmp_path):
-    import shutil
-
     shutil.copytree(DATA / "llada", tmp_path / "llada")
     edit_config(tmp_path / "llada", alibi=True)
     with pytest.raises(ValueError, match=r"this LLaDA checkpoint has alibi=True, and only False"):
         redraft.load(tmp_path / "llada")
+
+
+ENCODERS = {
+    "deberta": (
+        lambda: DebertaForMaskedLM(DebertaConfig(**ENCODER)),
+        r"not true that nothing leaks past the mask \(RuntimeError",
+    ),
+    "deberta-v2": (
+        lambda: DebertaV2ForMaskedLM(DebertaV2Config(**ENCODER)),
+        r"not true that nothing leaks past the mask \(RuntimeError",
+    ),
+    "fnet": (lambda: FNetForMaskedLM(FNetConfig(**ENCODER)), "a masked token moves other positions by"),
+    "convbert": (lambda: ConvBertForMaskedLM(ConvBertConfig(**ENCODER)), "a masked token moves other positions by"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), ENCODERS.values(), ids=ENCODERS)
+def test_an_encoder_that_does_not_obey_its_mask_is_refused_as_it_stands(tmp_path, make, reason):
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"cannot be used: .*{reason}") as told:
+        redraft.load(tmp_path, mask_token_id=2, device="cpu")
+    assert "\n" not in str(told.value)
+
+
+SPOILT = [
+    ("llada", {"n_heads": 0}, "cannot read config.json as one of llada"),
+    ("llada", {"n_heads": "2"}, "cannot read config.json as one of llada"),
+    ("llada", {"mlp_hidden_size": None, "mlp_ratio": None}, "cannot read config.json as one of llada"),
+    ("llada", {"n_layers": 10**9}, "n_layers must be at most 10000"),
+    ("llada", {"activation_type": "nonesuch"}, "cannot read the model config"),
+    ("llada", {"mask_token_id": "x"}, "mask_token_id must be a JSON whole number; got 'x'"),
+    ("llada2", {"num_experts": 10**8}, "num_experts must be at most 10000"),
+    ("llada2", {"n_group": 3}, "n_group must divide 8 experts; got 3"),
+    ("llada2", {"n_group": 0}, "cannot read config.json as one of llada2"),
+    ("llada2", {"partial_rotary_factor": "x"}, "cannot read the model config"),
+    ("llada_moe", {"moe_layer_freq": 5}, "cannot read config.json as one of llada-moe"),
+    ("dream", {"rope_theta": None}, "cannot read the model config"),
+    ("dream", {"layer_types": 3}, "cannot read config.json as one of dream"),
+    ("dream", {"vocab_size": -3}, "vocabulary of -3 tokens"),
+    ("a2d_qwen3", {"block_size": "x"}, "block_size must be one of int, NoneType; got 'x'"),
+    ("a2d_qwen3", {"block_size": 2.5}, "block_size must be one of int, NoneType; got 2.5"),
+    ("a2d_qwen3", {"block_size": 0}, "block_size must be at least 1 token; got 0"),
+    ("a2d_qwen3", {"num_key_value_heads": 3}, "mismatched weights"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), SPOILT)
+def test_a_spoilt_config_of_a_family_is_one_line(tmp_path, name, changes, message):
+    shutil.copytree(DATA / name, tmp_path / name)
+    edit_config(tmp_path / name, **changes)
+    with pytest.raises(ValueError, match=message) as told:
+        redraft.load(tmp_path / name, mask_token_id=None if "mask_token_id" in changes else 255, device="cpu")
+    assert "\n" not in str(told.value)
 
 
 def test_a_mask_id_outside_the_vocabulary_is_told(folder):

@@ -6,8 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import tiny_lm
+from tiny_gemma import CANVAS, tiny_gemma
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from redraft.models.encoder_decoder import EncoderDecoder
+from redraft.models.settings import DiffusionSettings
+from redraft.sampling.canvas import Status
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Reward
 from redraft.sampling.loop import denoise
@@ -210,13 +214,17 @@ def test_what_does_not_fit_is_told(lm, chosen, message):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_fills_every_position(name, blocks):
     if name == "diffusion-gemma":
-        return  # tests/models/test_diffusion_gemma.py
-    if name == "duo":
+        settings = DiffusionSettings(mask_token_id=0, process="uniform", block_size=CANVAS)
+        lm = redraft.LanguageModel(denoiser=EncoderDecoder(tiny_gemma(), settings))
+    elif name == "duo":
         lm = uniform_lm()
     else:
         lm = tiny_lm() if name.startswith("fast") else blocks
     config = lm.sampling_config(preset=name, max_new_tokens=8, stop=None)
     sampler = config.sampler(lm.denoiser.settings)
     canvas = lm._canvas_after([torch.tensor(PROMPT)], 8, sampler)
+    num_asked = int(canvas.is_noise.sum())
+    assert num_asked >= 8
     *_, last = denoise(lm.denoiser, canvas, sampler, row_keys=torch.tensor([0]))
     assert not (last.canvas.is_noise | last.canvas.is_draft).any()
+    assert int((last.canvas.status == Status.COMMITTED).sum()) == num_asked
