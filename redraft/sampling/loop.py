@@ -266,7 +266,7 @@ def _at_least(
 ) -> Bool[Tensor, "batch seq"]:
     """Commit more, the surest first, where the policy committed too few."""
     count = torch.maximum(least, is_committed.sum(dim=1))
-    return best(score.masked_fill(is_committed, torch.inf), candidates.is_open_noise, count)
+    return best(score.masked_fill(is_committed, torch.inf), candidates, count)
 
 
 def _draws(rows: Rows, where: Int[Tensor, "n"], index: int) -> Draws:

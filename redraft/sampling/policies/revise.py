@@ -159,21 +159,21 @@ class Rerank:
 
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         """Commit the noise that is among the surest."""
-        return self._kept(score, candidates) & candidates.is_open_noise
+        return self._kept(candidates) & candidates.is_open_noise
 
     def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
-        kept = self._kept(candidates.confidence, candidates)
+        kept = self._kept(candidates)
         is_last = candidates.window.is_last
         return Revision(may_close=is_last, reopen=candidates.is_open_draft & ~kept)
 
-    def _kept(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+    def _kept(self, candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open, is_draft = candidates.window.is_open, candidates.is_open_draft
         _, s = candidates.window.times
         count = (self.schedule.alpha(s) * is_open.sum(dim=1)).round(decimals=9).round().long().clamp(min=1)
         count = torch.where(candidates.window.is_last, is_open.sum(dim=1), count)
         placed = candidates.canvas.tokens.flatten()[candidates.where]
         now = candidates.spread(candidates.proposal.probability_of(placed))
-        return best(torch.where(is_draft, now, candidates.confidence), is_open, count)
+        return best(torch.where(is_draft, now, candidates.confidence), candidates, count, among=is_open)
 
 
 @dataclass(frozen=True, kw_only=True)
