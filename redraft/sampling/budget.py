@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass
 
+from redraft.errors import check_types
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -12,6 +14,7 @@ class Budget:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.forwards is not None and self.forwards < 1:
             raise ValueError(f"forwards must be at least 1; got {self.forwards}.")
         if self.seconds is not None and not self.seconds > 0:

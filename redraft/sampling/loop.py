@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.errors import check_types
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
 from redraft.randomness import uniform
@@ -77,6 +78,7 @@ class Sampler:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1; got {self.steps}.")
         if self.steps_per_block is not None and self.steps_per_block < 1:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.errors import check_types
 from redraft.processes.noised import PosteriorKind
 from redraft.processes.uniform import UniformDiffusion
 from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_REVISE, DRAW_UNMASK, Candidates
@@ -62,6 +63,7 @@ class TokenEdit:
     is_clocked: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"editing_threshold is a probability in [0, 1]; got {self.threshold}.")
         if self.max_post_steps < 0:
@@ -97,6 +99,7 @@ class Remasking:
     is_clocked: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.kind not in ("cap", "rescale", "conf", "loop"):
             raise ValueError(f"remasking must be cap, rescale, conf or loop; got {self.kind!r}.")
         if not 0 <= self.eta <= 1:
@@ -191,6 +194,9 @@ class Renoise:
     looks_at_drafts: bool = False
     is_clocked: bool = True
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         """Commit a whole block where it ends."""
         return candidates.is_open_noise & self._ends(candidates)[:, None]
@@ -227,6 +233,9 @@ class Posterior:
     has_greedy_tail: bool = True
     looks_at_drafts: bool = False
     is_clocked: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
         tokens, proposal, rows = candidates.canvas.tokens, candidates.proposal, candidates.draws.rows

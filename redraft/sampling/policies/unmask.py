@@ -1,15 +1,15 @@
 """Unmasking: which of the open noise to commit."""
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.errors import check_types
 from redraft.sampling.policies.candidates import DRAW_UNMASK, Candidates, Window
 from redraft.schedules import Linear, Schedule
-
 
 EQUAL_WITHIN = 1e-6
 """Relative difference up to which two scores are equal."""
@@ -58,6 +58,7 @@ class TopK:
     k: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.k < 1:
             raise ValueError(f"k must be at least 1; got {self.k}.")
 
@@ -72,6 +73,7 @@ class Sequential:
     k: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.k < 1:
             raise ValueError(f"k must be at least 1; got {self.k}.")
 
@@ -91,9 +93,10 @@ class Threshold:
     threshold: float
     strict: bool = False
     """Fast-dLLM commits at >= threshold, LLaDA2 at > threshold."""
-    at_least: str = "one"
+    at_least: Literal["one", "quota"] = "one"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is a probability in [0, 1]; got {self.threshold}.")
 
@@ -124,6 +127,7 @@ class Factor:
     factor: float
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.factor > 0:
             raise ValueError(f"factor must be positive; got {self.factor}.")
 
@@ -146,6 +150,7 @@ class EntropyBound:
     bound: float
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.bound < 0:
             raise ValueError(f"entropy_bound must not be negative; got {self.bound}. It is in nats.")
 
