@@ -7,6 +7,9 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+MOST = 2**20
+"""Largest number of tokens, steps or texts that is taken as meant."""
+
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     """Make the error for a name that is not among the known ones: lists them and suggests the nearest."""
@@ -14,6 +17,14 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ValueError(f"unknown {what} {name!r}; known are {', '.join(names)}.{hint}")
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Raise ValueError for a number of tokens, steps or texts below 1, or so large that it can only be a mistake."""
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}.")
+    if value is not None and value > MOST:
+        raise ValueError(f"{name} must be at most {MOST}; got {value}.")
 
 
 def check_types(settings: Any) -> None:

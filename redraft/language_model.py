@@ -45,7 +45,7 @@ class Generation:
     texts: list[str] | None
     """Decoded `tokens` (`generate`) or `sequences` (`infill`), without special tokens; None without a tokenizer."""
     forwards: list[int]
-    """Forward passes each row took part in."""
+    """Forward passes each row took part in; a step that asks the model nothing new is none."""
     seconds: float
     trace: list[RowTrace] | None = None
     """Every decision, where asked for."""
@@ -292,7 +292,7 @@ class LanguageModel:
                 recorder.add(step)
             for i, row in _finished(step):
                 finals[row] = (step.canvas.tokens[i], step.canvas.status[i])
-                forwards[row] = step.index + 1
+                forwards[row] = int(step.num_forwards[i])
         if is_infilling:
             sequences = [tokens[status != Status.PAD].cpu() for tokens, status in finals]
             new = [tokens[status == Status.COMMITTED].cpu() for tokens, status in finals]

@@ -1,6 +1,6 @@
 """Revision: what happens to tokens that are placed but not yet decided, and to noise that stays noise."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,10 +14,13 @@ from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_REVISE, DRAW_U
 from redraft.sampling.policies.unmask import EntropyBound, best
 from redraft.schedules import Linear, Schedule
 
+MOST_POST_STEPS = 1000
+"""Steps that a block may take after its last one without coming nearer to its end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Revision:
-    """What a step changes besides committing."""
+    """What a step changes besides committing: drafts are edited or reopened, noise is redrawn; the rest stays."""
 
     may_close: Bool[Tensor, "batch"]
     """Rows whose block ends here if it holds no noise."""
@@ -31,6 +34,16 @@ class Revision:
     """Other noise tokens for `redraw`, where a process says which."""
     tokens: Int[Tensor, "batch seq"] | None = None
     """What is placed instead of the proposals."""
+
+    def closing(self, rows: Bool[Tensor, "batch"]) -> "Revision":
+        """Let these rows close: nothing of theirs becomes or stays noise."""
+        is_free = ~rows[:, None]
+        return replace(
+            self,
+            may_close=self.may_close | rows,
+            reopen=None if self.reopen is None else self.reopen & is_free,
+            redraw=None if self.redraw is None else self.redraw & is_free,
+        )
 
 
 @runtime_checkable
@@ -66,8 +79,8 @@ class TokenEdit:
         check_types(self)
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"editing_threshold is a probability in [0, 1]; got {self.threshold}.")
-        if self.max_post_steps < 0:
-            raise ValueError(f"max_post_steps must not be negative; got {self.max_post_steps}.")
+        if not 0 <= self.max_post_steps <= MOST_POST_STEPS:
+            raise ValueError(f"max_post_steps must be in [0, {MOST_POST_STEPS}]; got {self.max_post_steps}.")
 
     def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
         differs = candidates.x_0 != candidates.canvas.tokens
