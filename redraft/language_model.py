@@ -60,7 +60,7 @@ class Generation:
     """Without special tokens; None without a tokenizer. `generate`: what the new tokens add to the prompt's text, up
     to a stop string. `infill`: the whole text, in which a text that was given stands as it was."""
     forwards: list[int]
-    """Forward passes each row took part in."""
+    """Forward passes each row took part in; a step that asks the model nothing new is none."""
     seconds: float
     trace: list[RowTrace] | None = None
     """Every decision, where asked for."""
@@ -357,7 +357,7 @@ class LanguageModel:
                 recorder.add(step)
             for i, row in _finished(step):
                 finals[row] = (step.canvas.tokens[i], step.canvas.status[i])
-                forwards[row] = step.index + 1
+                forwards[row] = int(step.num_forwards[i])
         if is_infilling:
             sequences = [tokens[status != Status.PAD].cpu() for tokens, status in finals]
             new = [tokens[status == Status.COMMITTED].cpu() for tokens, status in finals]

@@ -1,10 +1,12 @@
 """Settings of a wrong type are told by name."""
 
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from redraft.errors import check_types
@@ -16,7 +18,9 @@ class Settings:
     share: float = 0.5
     most: int | None = None
     is_on: bool = False
+    part: float | None = None
     kind: Literal["a", "b"] = "a"
+    other: Literal["a", "b"] | None = None
     names: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -36,6 +40,10 @@ def test_a_whole_number_may_stand_for_a_float_and_nothing_for_what_may_be_absent
         ({"most": "2"}, "most must be one of int, NoneType; got '2'"),
         ({"is_on": "no"}, "is_on must be of type bool; got 'no'"),
         ({"kind": "c"}, "kind must be one of 'a', 'b'; got 'c'"),
+        ({"other": "c"}, "other must be one of 'a', 'b', NoneType; got 'c'"),
+        ({"share": math.nan}, "share must be a finite number; got nan"),
+        ({"share": -math.inf}, "share must be a finite number; got -inf"),
+        ({"part": np.float32("inf")}, "part must be a finite number; got inf"),
         ({"names": ("x", 1)}, "names must be of type"),
     ],
 )
@@ -49,8 +57,12 @@ def test_settings_of_thinking_and_of_sampling_are_checked():
     code = """
 from redraft.latent.thinking import ThinkingConfig
 from redraft.sampling.config import SamplingConfig
+from redraft.sampling.loop import Sampler
+from redraft.sampling.policies import Posterior, Threshold
 for kind, given in ((ThinkingConfig, {"steps": 2.5}), (ThinkingConfig, {"early_exit": "no"}),
-                    (SamplingConfig, {"steps": 2.5}), (SamplingConfig, {"max_new_tokens": "8"})):
+                    (SamplingConfig, {"steps": 2.5}), (SamplingConfig, {"max_new_tokens": "8"}),
+                    (Sampler, {"noise": "gauss"}), (Sampler, {"cache": "full"}), (Posterior, {"kind": "x"}),
+                    (Threshold, {"threshold": 0.5, "at_least": "all"})):
     try:
         kind(**given)
     except ValueError as error:
@@ -62,4 +74,8 @@ for kind, given in ((ThinkingConfig, {"steps": 2.5}), (ThinkingConfig, {"early_e
         "early_exit must be of type bool; got 'no'.",
         "steps must be one of int, NoneType; got 2.5.",
         "max_new_tokens must be of type int; got '8'.",
+        "noise must be one of 'mask', 'uniform'; got 'gauss'.",
+        "cache must be one of 'none', 'exact', 'prefix', 'dual'; got 'full'.",
+        "kind must be one of 'plug_in', 'mixture'; got 'x'.",
+        "at_least must be one of 'one', 'quota'; got 'all'.",
     ]

@@ -3,6 +3,12 @@
 import time
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from redraft.errors import MOST, check_count, check_types
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -12,8 +18,8 @@ class Budget:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.forwards is not None and self.forwards < 1:
-            raise ValueError(f"forwards must be at least 1; got {self.forwards}.")
+        check_types(self)
+        check_count("forwards", self.forwards)
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds must be positive; got {self.seconds}.")
 
@@ -28,19 +34,24 @@ class Meter:
         self.per_forward: float | None = None
         self.num_forwards = 0
 
-    def count(self) -> None:
-        """Note that a forward has been made, and how long it took; the first one, with its prompt, tells little."""
+    def count(self, num_forwards: int) -> None:
+        """Note how many forwards were made so far, and how long the last one took.
+
+        The first, with its prompt, tells little. The time of a step without a forward counts to the next forward.
+        """
+        if num_forwards == self.num_forwards:
+            return
         now = time.perf_counter()
         took, self.last = now - self.last, now
         is_typical = self.per_forward is not None and self.num_forwards > 1
         self.per_forward = 0.5 * (self.per_forward + took) if is_typical and self.per_forward else took
-        self.num_forwards += 1
+        self.num_forwards = num_forwards
 
-    def forwards_left(self) -> int | None:
-        """Say how many forwards are left, this one included; None while nothing is known."""
+    def forwards_left(self, num_forwards: Int[Tensor, "batch"]) -> Int[Tensor, "batch"] | None:
+        """Say how many forwards rows have left that took part in so many, the next included; None while not known."""
         if self.budget.forwards is not None:
-            return max(1, self.budget.forwards - self.num_forwards)
+            return (self.budget.forwards - num_forwards).clamp(min=1)
         if self.budget.seconds is None or self.per_forward is None:
             return None
         rest = self.budget.seconds - (time.perf_counter() - self.begun)
-        return max(1, int(rest / self.per_forward))
+        return torch.full_like(num_forwards, max(1, int(min(rest / self.per_forward, MOST))))

@@ -1,10 +1,11 @@
 """The settings that Python, CLI and saved configs share, and the sampler they make."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from redraft.errors import check_types, unknown_name
+from redraft.errors import MOST, check_count, check_types, unknown_name
 from redraft.layouts import Layout
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies
@@ -79,11 +80,8 @@ class SamplingConfig:
         check_types(self)
         if self.preset not in PRESETS:
             raise unknown_name("preset", self.preset, PRESETS)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}.")
+        self._check_size()
         preset = PRESETS[self.preset]
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1; got {self.num_samples}.")
         self._check_cost()
         for name in _OF_SOME:
             if getattr(self, name) is not None and name not in preset.takes:
@@ -100,6 +98,17 @@ class SamplingConfig:
             raise ValueError(f"a string that stops a text must not be empty; got {self.stop!r}.")
         self.sampler(DiffusionSettings(mask_token_id=0))  # the checks of its policies
 
+    def _check_size(self) -> None:
+        for name in ("max_new_tokens", "num_samples", "block_size", "blocks_in_flight"):
+            check_count(name, getattr(self, name))
+        if self.num_samples * self.max_new_tokens > 4 * MOST:
+            raise ValueError(
+                f"num_samples times max_new_tokens must be at most {4 * MOST}; got {self.num_samples} and "
+                f"{self.max_new_tokens}. Ask several times, with other seeds."
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a 64-bit integer; got {self.seed}.")
+
     def _check_cost(self) -> None:
         said = [name for name in _COSTS if getattr(self, name) is not None]
         if len(said) > 1:
@@ -109,7 +118,7 @@ class SamplingConfig:
 
     def _check_blocks(self) -> None:
         size, total = self.block_size, self.max_new_tokens
-        if size is None or (size >= 1 and total % size == 0):
+        if size is None or total % size == 0:
             return
         near = sorted(_divisors(total), key=lambda n: abs(n - size))[:3]
         raise ValueError(
@@ -217,8 +226,8 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
         saved = {name: value for name, value in saved.items() if name not in costs}
     chosen = saved | given
     size, total = saved.get("block_size"), chosen.get("max_new_tokens", SamplingConfig.max_new_tokens)
-    if size and "block_size" not in given and total > 0 and total % size:
-        chosen["block_size"] = max(n for n in _divisors(total) if n <= size)
+    if size and "block_size" not in given and isinstance(total, int) and total > 0 and total % size:
+        chosen["block_size"] = max(n for n in range(1, size) if total % n == 0)
     return SamplingConfig(**chosen)
 
 
@@ -229,4 +238,5 @@ _OF_SOME = sorted({name for preset in PRESETS.values() for name in preset.takes}
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

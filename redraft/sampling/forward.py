@@ -52,7 +52,10 @@ class Forward:
             raise ValueError(f"this model has no unconditional branch; got cfg_scale={cfg_scale}. Use 0.")
         self.has_begun = False
         # What an approximate cache gives depends on when it was filled: there, every step is a forward.
-        self.is_repeatable = planner is None or isinstance(planner, ExactPlanner)
+        # What a self-conditioned model gives depends on the step before.
+        is_exact = planner is None or isinstance(planner, ExactPlanner)
+        self.is_repeatable = is_exact and not denoiser.is_self_conditioned
+        self.num_forwards = 0
 
     def remember(self, logits: Float[Tensor, "n vocab"], rows: Rows) -> None:
         """Keep what a self-conditioned model is told in the next step."""
@@ -76,7 +79,7 @@ class Forward:
         tokens = rows.canvas.tokens
         if self.denoiser.is_self_conditioned and rows.block.ne(rows.last_block).any():  # sync
             raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
-        if not self.is_repeatable or self.told is not None:
+        if not self.is_repeatable:
             return self._guided(rows, where)
         if not len(where):
             return tokens.new_zeros((0, self.denoiser.model.config.get_text_config().vocab_size), dtype=torch.float32)
@@ -87,6 +90,7 @@ class Forward:
         return logits
 
     def _guided(self, rows: Rows, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
+        self.num_forwards += 1
         tokens = rows.canvas.tokens
         if not self.cfg_scale:
             return self._logits(tokens, where, rows)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from redraft.errors import check_types
 from redraft.sampling.canvas import Canvas, Status
 
 
@@ -90,6 +91,7 @@ class Reward:
     top_k: int = 8
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.top_k < 1:
             raise ValueError(f"a reward needs at least 1 token to choose from; got top_k={self.top_k}.")
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.errors import check_count, check_types
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
 from redraft.models.finite import explain_nan
@@ -78,10 +79,9 @@ class Sampler:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1; got {self.steps}.")
-        if self.steps_per_block is not None and self.steps_per_block < 1:
-            raise ValueError(f"steps_per_block must be at least 1; got {self.steps_per_block}.")
+        check_types(self)
+        check_count("steps", self.steps)
+        check_count("steps_per_block", self.steps_per_block)
         if self.temperature < 0:
             raise ValueError(
                 f"temperature must not be negative; got {self.temperature}. Use 0 for the likeliest token."
@@ -134,6 +134,8 @@ class Step:
     """Drafts that became noise again."""
     is_done: Bool[Tensor, "batch"]
     """Rows that take no further step."""
+    num_forwards: Int[Tensor, "batch"]
+    """Forwards that each row took part in so far: steps whose input was not that of its forward before."""
 
 
 def denoise(
@@ -148,7 +150,8 @@ def denoise(
 
     `row_keys` seed the rows: equal keys and prompts give equal tokens, whatever else is in the batch. A `session` keeps
     the keys and values of one row for the next call, whose prompt goes on from there. Raises ValueError for a cache
-    that does not fit the model's attention, and for a constraint that a row cannot satisfy.
+    that does not fit the model's attention, for a constraint that a row cannot satisfy, and for a policy that makes no
+    progress: a step changes something once the clock of its block is at its end.
     """
     if sampler.constraint is not None:
         sampler.constraint.check(canvas)
@@ -166,32 +169,37 @@ def denoise(
     if sampler.noise == "uniform":
         rows.canvas = rows.canvas.reopen(rows.canvas.is_noise, noise.draw(rows, step=-1))
     is_done, index = sampler.stop(rows.canvas), 0
-    is_nan = torch.zeros_like(is_done)
+    is_nan = is_stuck = torch.zeros_like(is_done)
     meter = Meter(sampler.budget)
+    step: Step
 
     while True:
-        has_done, has_nan = torch.stack([is_done.any(), is_nan.any()]).tolist()  # sync: the one question per step
-        if has_nan:
+        flags = torch.stack([is_done.any(), is_nan.any(), is_stuck.any()])
+        some_done, some_nan, some_stuck = flags.tolist()  # sync: the one question per step
+        if some_nan:
             raise explain_nan(denoiser, rows.canvas.tokens)
-        if has_done:
+        if some_stuck:
+            raise _no_progress(rows, sampler, step, is_stuck)
+        if some_done:
             kept = (~is_done).nonzero()[:, 0]
             if not len(kept):
                 return
             forward.keep(kept, of=len(is_done))
             rows.keep(kept)
-        left = meter.forwards_left()
+        left = meter.forwards_left(rows.num_forwards)
         least = _least(rows, sampler, left)
         if sampler.budget.seconds is not None and left is not None and sampler.revise and sampler.revise.is_clocked:
             blocks = _count_blocks(rows.block_of, rows.canvas.is_noise | rows.canvas.is_draft).clamp(min=1)
             rows.num_steps = torch.minimum(rows.num_steps, rows.step + (left // blocks).clamp(min=1))
         window = open_window(rows, sampler.frontier.in_flight, least)
         if sampler.revise is None or not sampler.revise.looks_at_drafts:
-            asked = window.is_open & rows.canvas.is_noise
+            is_asked = window.is_open & rows.canvas.is_noise
         else:
-            asked = window.is_open
-        where = asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
+            is_asked = window.is_open
+        where = is_asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
         draws = _draws(rows, where, index)
         logits = forward(rows, where)
+        rows.count_forwards(is_asked, is_every_step=not forward.is_repeatable)
         if sampler.guides:
             logits = logits.clone()  # they may work in place, and the next step may ask for the same logits
         for guide in sampler.guides:
@@ -210,15 +218,16 @@ def denoise(
             draws=draws,
         )
         score = candidates.spread(sampler.score(candidates))
-        is_committed = sampler.unmask(score, candidates)
+        is_committed = sampler.unmask(score, candidates) & candidates.is_open_noise
         if least is not None:
             is_committed = _at_least(least, is_committed, score, candidates)
         revision = sampler.revise(is_committed, candidates) if sampler.revise else None
-        if revision is not None and left == 1:
-            revision = replace(revision, may_close=torch.ones_like(revision.may_close), reopen=None, redraw=None)
+        if revision is not None and left is not None:
+            revision = revision.closing(left == 1)
         step = _apply(rows, candidates, is_committed, revision, noise, index)
-        meter.count()
+        meter.count(forward.num_forwards)
         is_done = sampler.stop(rows.canvas)
+        is_stuck = rows.find_stuck(candidates.canvas, window) & ~is_done
         yield replace(step, is_done=is_done)
         index += 1
 
@@ -243,6 +252,10 @@ def _begin(canvas: Canvas, sampler: Sampler, row_keys: Int[Tensor, "batch"]) -> 
         num_steps=torch.full_like(index, sampler.steps_per_block) if sampler.steps_per_block else num_steps,
         since_filled=torch.zeros_like(index),
         previous=torch.full_like(canvas.tokens, -1),
+        fed=torch.full_like(canvas.tokens, NEVER),
+        num_forwards=torch.zeros_like(index),
+        least_left=torch.full_like(index, NEVER),
+        num_stalled=torch.zeros_like(index),
     )
 
 
@@ -254,13 +267,13 @@ def _count_blocks(block_of: Int[Tensor, "batch seq"], is_noise: Bool[Tensor, "ba
     return (is_new & (ordered != NEVER)).sum(dim=1)
 
 
-def _least(rows: Rows, sampler: Sampler, forwards_left: int | None) -> Int[Tensor, "batch"] | None:
+def _least(rows: Rows, sampler: Sampler, forwards_left: Int[Tensor, "batch"] | None) -> Int[Tensor, "batch"] | None:
     """Count what a step must commit at least for the budget to suffice; None where there is no budget."""
     if forwards_left is None:
         return None
     num_left = rows.canvas.is_noise.sum(dim=1)
     if sampler.revise is not None and sampler.revise.is_clocked:
-        return num_left if forwards_left == 1 else torch.zeros_like(num_left)
+        return torch.where(forwards_left == 1, num_left, 0)
     return -(-num_left // forwards_left)
 
 
@@ -272,7 +285,31 @@ def _at_least(
 ) -> Bool[Tensor, "batch seq"]:
     """Commit more, the surest first, where the policy committed too few."""
     count = torch.maximum(least, is_committed.sum(dim=1))
-    return best(score.masked_fill(is_committed, torch.inf), candidates.is_open_noise, count)
+    return best(score.masked_fill(is_committed, torch.inf), candidates, count)
+
+
+def _no_progress(rows: Rows, sampler: Sampler, step: Step, is_stuck: Bool[Tensor, "batch"]) -> ValueError:
+    """Say which policy keeps a row from its end."""
+    place = int(is_stuck.nonzero()[0])
+    is_noise, is_draft = rows.canvas.is_noise[place], rows.canvas.is_draft[place]
+    is_open = (is_noise | is_draft) & (rows.block_of[place] <= rows.last_block[place])
+    is_revised = sampler.revise is not None and bool(
+        not is_noise.any() or step.is_committed[place].any() or rows.num_stalled[place]
+    )
+    policy: object
+    if not (is_noise | is_draft).any():
+        policy, what = sampler.stop, "everything is decided, and it is not done. A Stop must end such a row"
+    elif not is_open.any():
+        policy, what = sampler.frontier, "no block is open. A Frontier must have at least one block in flight"
+    elif is_revised:
+        policy, what = sampler.revise, "a block stays open after its last step. A Revise must let it close then"
+    else:
+        policy, what = (
+            sampler.unmask,
+            "noise is left after a block's last step. An Unmask must commit some in each step",
+        )
+    name = getattr(policy, "__qualname__", type(policy).__name__)
+    return ValueError(f"{name} makes no progress in row {int(step.rows[place])}: {what}.")
 
 
 def _draws(rows: Rows, where: Int[Tensor, "n"], index: int) -> Draws:
@@ -321,9 +358,9 @@ def _apply(
     if revision is None:
         canvas = canvas.place(is_committed, x_0, confidence)
     else:
-        edit = nothing if revision.edit is None else revision.edit
-        reopen = nothing if revision.reopen is None else revision.reopen
-        redraw = nothing if revision.redraw is None else revision.redraw & ~is_committed
+        edit = nothing if revision.edit is None else revision.edit & canvas.is_draft
+        reopen = nothing if revision.reopen is None else revision.reopen & (canvas.is_draft | is_committed)
+        redraw = nothing if revision.redraw is None else revision.redraw & canvas.is_noise & ~is_committed
         canvas = canvas.place(is_committed | edit, placed, confidence, status=Status.DRAFT)
         if revision.reopen is not None or revision.redraw is not None:
             drawn = noise.draw(rows, step=index) if revision.noise is None else revision.noise
@@ -343,6 +380,7 @@ def _apply(
         is_edited=edit,
         is_reopened=reopen,
         is_done=nothing[:, 0],
+        num_forwards=rows.num_forwards,
     )
 
 

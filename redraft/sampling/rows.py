@@ -1,14 +1,15 @@
 """Where each row of a running generation stands."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from redraft.sampling.caching import Bounds
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.policies import Window
+from redraft.sampling.policies.revise import MOST_POST_STEPS
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -30,14 +31,43 @@ class Rows:
     num_steps: Int[Tensor, "batch"]
     since_filled: Int[Tensor, "batch"]
     previous: Int[Tensor, "batch seq"]
+    fed: Int[Tensor, "batch seq"]
+    """Input of the row's last forward: its tokens, of which those not asked for are negative (-1 - token)."""
+    num_forwards: Int[Tensor, "batch"]
+    """Forwards that the row took part in."""
+    least_left: Int[Tensor, "batch"]
+    """Fewest decisions that were left since the last step of the block's clock."""
+    num_stalled: Int[Tensor, "batch"]
+    """Steps since then in which that did not fall."""
 
     def keep(self, kept: Int[Tensor, "kept"]) -> None:
         """Drop the other rows, and the columns that only they needed."""
         self.canvas = self.canvas.rows(kept)
         length = self.canvas.tokens.shape[1]
-        self.block_of, self.previous = self.block_of[kept, :length], self.previous[kept, :length]
-        for name in ("index", "keys", "origin", "block", "last_block", "step", "num_steps", "since_filled"):
-            setattr(self, name, getattr(self, name)[kept])
+        for field in fields(self):
+            values = getattr(self, field.name)
+            if isinstance(values, Tensor):
+                setattr(self, field.name, values[kept] if values.ndim == 1 else values[kept, :length])
+
+    def count_forwards(self, is_asked: Bool[Tensor, "batch seq"], *, is_every_step: bool) -> None:
+        """Count a forward for each row whose input differs from that of its last one, whatever the batch runs."""
+        tokens = self.canvas.tokens
+        fed = torch.where(is_asked, tokens, -1 - tokens)
+        is_forward = is_asked.any(dim=1) & (fed != self.fed).any(dim=1) | is_every_step
+        self.fed = torch.where(is_forward[:, None], fed, self.fed)
+        self.num_forwards = self.num_forwards + is_forward.long()
+
+    def find_stuck(self, before: Canvas, window: Window) -> Bool[Tensor, "batch"]:
+        """Find the rows that may never end: those whose step changed nothing although their block's clock is at its
+        end or nothing is undecided, and those that have come no nearer to their end for very many steps since."""
+        canvas = self.canvas
+        is_same = ((canvas.tokens == before.tokens) & (canvas.status == before.status)).all(dim=1)
+        is_undecided = canvas.is_noise | canvas.is_draft
+        left = is_undecided.sum(dim=1) + canvas.is_noise.sum(dim=1)
+        is_stalled = window.is_last & (left >= self.least_left)
+        self.num_stalled = torch.where(is_stalled, self.num_stalled + 1, 0)
+        self.least_left = torch.where(is_stalled, self.least_left, left)
+        return is_same & (window.is_last | ~is_undecided.any(dim=1)) | (self.num_stalled > MOST_POST_STEPS)
 
 
 def open_window(rows: Rows, in_flight: int, least: Int[Tensor, "batch"] | None) -> Window:

@@ -1,7 +1,8 @@
 """What a caller can lay hands on: guides, streamers, transformers' own generate, sessions, samples, budgets."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,12 +10,16 @@ from tiny import tiny_lm
 from tiny_gemma import CANVAS, tiny_gemma
 from transformers import LogitsProcessor, LogitsProcessorList
 
+import redraft
 from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.settings import DiffusionSettings
+from redraft.sampling import policies as p
+from redraft.sampling.budget import Budget
 from redraft.sampling.canvas import Status
+from redraft.sampling.config import SamplingConfig
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Reward
-from redraft.sampling.loop import denoise
+from redraft.sampling.loop import Sampler, denoise
 from redraft.sampling.presets import PRESETS
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -209,6 +214,39 @@ def test_one_knob_goes_from_fast_to_careful(lm, chosen, forwards):
 def test_what_does_not_fit_is_told(lm, chosen, message):
     with pytest.raises(ValueError, match=message):
         lm.generate(PROMPT, max_new_tokens=8, **chosen)
+
+
+FLOATS = {
+    "temperature": "llada", "top_p": "llada", "cfg_scale": "llada", "alg_temperature": "llada", "budget": "llada",
+    "seconds": "llada", "threshold": "sdar", "factor": "fast-dllm", "entropy_bound": "eb", "eta": "remdm",
+    "editing_threshold": "llada2.1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_setting_may_be_infinite_or_nan(value):
+    for name, preset in FLOATS.items():
+        with pytest.raises(ValueError, match=f"{name} must be a finite number; got {value}"):
+            SamplingConfig(preset=preset, **{name: value})
+    assert set(FLOATS) == {f.name for f in fields(SamplingConfig) if float in (f.type, *get_args(f.type))}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda x: Sampler(temperature=x), lambda x: Sampler(cfg_scale=x), lambda x: Sampler(top_p=x),
+        lambda x: Budget(seconds=x), lambda x: p.LinearAnneal(start=x), lambda x: p.Factor(factor=x),
+        lambda x: p.EntropyBound(bound=x), lambda x: p.Perturbed(score=p.Random(), temperature=x),
+        lambda x: p.WithPositionPrior(score=p.Random(), weight=x), lambda x: p.Threshold(threshold=x),
+        lambda x: p.Remasking(loop_on=x), lambda x: p.TokenEdit(threshold=x),
+        lambda x: p.Renoise(accept=p.EntropyBound(bound=0.1), confident=x),
+        lambda x: Reward(reward=torch.ones_like, strength=x),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_setting_of_a_policy_may_be_infinite_or_nan(build, value):
+    with pytest.raises(ValueError, match=f"must be a finite number; got {value}"):
+        build(value)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -40,6 +40,16 @@ def test_a_rows_tokens_do_not_depend_on_its_batch(lm, prompts, chosen, order):
     assert tokens(lm, [prompts[distinct[0]], [7] * 30], **chosen)[0] == alone[distinct[0]]  # padded
 
 
+@pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize("preset", ["llada", "dream-margin", "dream-entropy", "eb", "fast-dllm", "p2", "llada2.1"])
+def test_an_empty_prompt_gets_the_same_tokens_beside_a_long_one(preset, block_size):
+    lm = tiny_lm(dtype=torch.float32, seed=3, vocab_size=500, block_size=block_size)
+    chosen = {"preset": preset, "temperature": 0.0, "max_new_tokens": 8, "stop": None}
+    alone = lm.generate([[]], **chosen).tokens[0]
+    for length in (5, 100):
+        assert torch.equal(lm.generate([[], [7] * length], **chosen).tokens[0], alone)
+
+
 @few
 @given(row=prompt, chosen=choices)
 def test_only_open_positions_change_and_every_step_commits(lm, row, chosen):

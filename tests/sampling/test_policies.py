@@ -14,6 +14,7 @@ from redraft.sampling.policies import (
     Filled,
     LinearAnneal,
     Quota,
+    Rerank,
     Sequential,
     Threshold,
     TokenEdit,
@@ -21,6 +22,7 @@ from redraft.sampling.policies import (
     WholeCanvas,
     Window,
 )
+from redraft.sampling.policies.unmask import best
 from redraft.sampling.propose import propose
 from redraft.schedules import SCHEDULES, schedule_from_name
 
@@ -96,6 +98,45 @@ def test_the_surest_are_committed_first_and_of_equals_the_leftmost():
     assert chosen(TopK(k=3), score) == [0, 1, 1, 1]
     assert chosen(TopK(k=1), score, status="NcgN") == [0, 0, 0, 1]
     assert chosen(Sequential(k=2), score, status="gNNN") == [0, 1, 1, 0]
+
+
+NEAR = 0.4 * (1 + 4e-7)  # equal to 0.4 but for rounding
+CLOSE = 0.4 * (1 + 4e-6)  # larger
+
+
+@pytest.mark.parametrize(
+    "unmask", [TopK(), Quota(), Threshold(threshold=0.9), Factor(factor=0.1), EntropyBound(bound=0.0), Rerank().unmask]
+)
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [([0.3, 0.4, NEAR], [0, 1, 0]), ([0.3, 0.4, CLOSE], [0, 0, 1]), ([NEAR, 0.4, NEAR, 0.3], [1, 0, 0, 0])],
+    ids=["equal", "larger", "several"],
+)
+def test_scores_within_a_millionth_are_equal_and_the_leftmost_wins(unmask, score, expected):
+    assert chosen(unmask, score, num_steps=len(score)) == expected
+
+
+@pytest.mark.parametrize(
+    ("score", "count", "expected"),
+    [
+        ([0.4, NEAR, 0.4, 0.9], 3, [1, 1, 0, 1]),
+        ([0.4 * (1 + 7e-7 * i) for i in range(6)], 1, [0, 0, 0, 0, 1, 0]),  # neighbours do not chain
+        ([0.2, torch.inf, 0.4, torch.inf], 2, [0, 1, 0, 1]),
+        ([0.2, torch.inf, 0.4, NEAR], 2, [0, 1, 1, 0]),
+        ([-torch.inf, 0.1, 0.2], 3, [1, 1, 1]),
+        ([0.2, 0.1], 0, [0, 0]),
+        ([0.2, 0.1], 10**6, [1, 1]),
+    ],
+)
+def test_exactly_as_many_are_picked_as_are_asked_for(score, count, expected):
+    at = candidates([0.4] * len(score))
+    assert best(torch.tensor([score]), at, torch.tensor([count]))[0].int().tolist() == expected
+
+
+def test_differences_near_zero_are_equal_within_a_millionth_of_the_probability():
+    at = candidates([0.4, 0.4])
+    assert best(torch.tensor([[1e-5, 1.03e-5]]), at, torch.tensor([1]))[0].tolist() == [True, False]
+    assert best(torch.tensor([[1e-5, 1.10e-5]]), at, torch.tensor([1]))[0].tolist() == [False, True]
 
 
 def test_a_threshold_takes_all_that_pass_it_and_at_least_one():

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from redraft.errors import check_types
 from redraft.sampling.policies.candidates import Window
 
 
@@ -28,6 +29,7 @@ class LinearAnneal:
     end: float = 0.4
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 < self.end <= self.start:
             raise ValueError(f"a temperature must fall and stay positive; got {self.start} to {self.end}.")
 

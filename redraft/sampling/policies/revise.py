@@ -1,22 +1,26 @@
 """Revision: what happens to tokens that are placed but not yet decided, and to noise that stays noise."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.errors import check_types
 from redraft.processes.noised import PosteriorKind
 from redraft.processes.uniform import UniformDiffusion
 from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_REVISE, DRAW_UNMASK, Candidates
 from redraft.sampling.policies.unmask import EntropyBound, best
 from redraft.schedules import Linear, Schedule
 
+MOST_POST_STEPS = 1000
+"""Steps that a block may take after its last one without coming nearer to its end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Revision:
-    """What a step changes besides committing."""
+    """What a step changes besides committing: drafts are edited or reopened, noise is redrawn; the rest stays."""
 
     may_close: Bool[Tensor, "batch"]
     """Rows whose block ends here if it holds no noise."""
@@ -30,6 +34,16 @@ class Revision:
     """Other noise tokens for `redraw`, where a process says which."""
     tokens: Int[Tensor, "batch seq"] | None = None
     """What is placed instead of the proposals."""
+
+    def closing(self, rows: Bool[Tensor, "batch"]) -> "Revision":
+        """Let these rows close: nothing of theirs becomes or stays noise."""
+        is_free = ~rows[:, None]
+        return replace(
+            self,
+            may_close=self.may_close | rows,
+            reopen=None if self.reopen is None else self.reopen & is_free,
+            redraw=None if self.redraw is None else self.redraw & is_free,
+        )
 
 
 @runtime_checkable
@@ -62,10 +76,11 @@ class TokenEdit:
     is_clocked: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"editing_threshold is a probability in [0, 1]; got {self.threshold}.")
-        if self.max_post_steps < 0:
-            raise ValueError(f"max_post_steps must not be negative; got {self.max_post_steps}.")
+        if not 0 <= self.max_post_steps <= MOST_POST_STEPS:
+            raise ValueError(f"max_post_steps must be in [0, {MOST_POST_STEPS}]; got {self.max_post_steps}.")
 
     def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
         differs = candidates.x_0 != candidates.canvas.tokens
@@ -97,6 +112,7 @@ class Remasking:
     is_clocked: bool = True
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.kind not in ("cap", "rescale", "conf", "loop"):
             raise ValueError(f"remasking must be cap, rescale, conf or loop; got {self.kind!r}.")
         if not 0 <= self.eta <= 1:
@@ -159,21 +175,21 @@ class Rerank:
 
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         """Commit the noise that is among the surest."""
-        return self._kept(score, candidates) & candidates.is_open_noise
+        return self._kept(candidates) & candidates.is_open_noise
 
     def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
-        kept = self._kept(candidates.confidence, candidates)
+        kept = self._kept(candidates)
         is_last = candidates.window.is_last
         return Revision(may_close=is_last, reopen=candidates.is_open_draft & ~kept)
 
-    def _kept(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+    def _kept(self, candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open, is_draft = candidates.window.is_open, candidates.is_open_draft
         _, s = candidates.window.times
         count = (self.schedule.alpha(s) * is_open.sum(dim=1)).round(decimals=9).round().long().clamp(min=1)
         count = torch.where(candidates.window.is_last, is_open.sum(dim=1), count)
         placed = candidates.canvas.tokens.flatten()[candidates.where]
         now = candidates.spread(candidates.proposal.probability_of(placed))
-        return best(torch.where(is_draft, now, candidates.confidence), is_open, count)
+        return best(torch.where(is_draft, now, candidates.confidence), candidates, count, among=is_open)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +206,9 @@ class Renoise:
     confident: float = 0.005
     looks_at_drafts: bool = False
     is_clocked: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         """Commit a whole block where it ends."""
@@ -227,6 +246,9 @@ class Posterior:
     has_greedy_tail: bool = True
     looks_at_drafts: bool = False
     is_clocked: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
         tokens, proposal, rows = candidates.canvas.tokens, candidates.proposal, candidates.draws.rows

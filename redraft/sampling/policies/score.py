@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from redraft.errors import check_types
 from redraft.sampling.policies.candidates import DRAW_ORDER, Candidates
 
 
@@ -64,6 +65,9 @@ class WithPositionPrior:
     score: Score
     weight: float = 0.01
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     def __call__(self, candidates: Candidates) -> Float[Tensor, "n"]:
         return self.score(candidates) + self.weight * LeftToRight()(candidates)
 
@@ -79,6 +83,7 @@ class Perturbed:
     temperature: float
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.temperature > 0:
             raise ValueError(f"alg_temperature must be positive; got {self.temperature}. Leave it out for none.")
 

@@ -1,14 +1,18 @@
 """Unmasking: which of the open noise to commit."""
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.errors import check_types
 from redraft.sampling.policies.candidates import DRAW_UNMASK, Candidates, Window
 from redraft.schedules import Linear, Schedule
+
+EQUAL_WITHIN = 1e-6
+"""Relative difference up to which two scores are equal."""
 
 
 @runtime_checkable
@@ -30,7 +34,7 @@ class Quota:
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open = candidates.is_open_noise
-        return best(score, is_open, quota(self.schedule, is_open.sum(dim=1), candidates.window))
+        return best(score, candidates, quota(self.schedule, is_open.sum(dim=1), candidates.window))
 
 
 def quota(schedule: Schedule, num_left: Int[Tensor, "batch"], window: Window) -> Int[Tensor, "batch"]:
@@ -54,11 +58,12 @@ class TopK:
     k: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.k < 1:
             raise ValueError(f"k must be at least 1; got {self.k}.")
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        return best(score, candidates.is_open_noise, torch.full_like(candidates.window.step, self.k))
+        return best(score, candidates, torch.full_like(candidates.window.step, self.k))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,7 @@ class Sequential:
     k: int = 1
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.k < 1:
             raise ValueError(f"k must be at least 1; got {self.k}.")
 
@@ -87,9 +93,10 @@ class Threshold:
     threshold: float
     strict: bool = False
     """Fast-dLLM commits at >= threshold, LLaDA2 at > threshold."""
-    at_least: str = "one"
+    at_least: Literal["one", "quota"] = "one"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold is a probability in [0, 1]; got {self.threshold}.")
 
@@ -100,7 +107,7 @@ class Threshold:
         if self.at_least == "quota":
             least = self._even_quota(candidates)
         enough = passes.sum(dim=1) >= least
-        return torch.where(enough[:, None], passes, best(score, is_open, least))
+        return torch.where(enough[:, None], passes, best(score, candidates, least))
 
     def _even_quota(self, candidates: Candidates) -> Int[Tensor, "batch"]:
         """Share the whole block evenly over its steps, the remainder first."""
@@ -120,6 +127,7 @@ class Factor:
     factor: float
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.factor > 0:
             raise ValueError(f"factor must be positive; got {self.factor}.")
 
@@ -129,7 +137,7 @@ class Factor:
         rank = torch.arange(1, ordered.shape[1] + 1, device=ordered.device)
         passes = (ordered >= 1 - self.factor / (rank + 1)) & (ordered >= 0)
         count = (passes * rank).amax(dim=1).clamp(min=1)
-        return best(score, is_open, count)
+        return best(score, candidates, count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +150,17 @@ class EntropyBound:
     bound: float
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.bound < 0:
             raise ValueError(f"entropy_bound must not be negative; got {self.bound}. It is in nats.")
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open = candidates.is_open_noise
         entropy = candidates.spread(candidates.proposal.entropy()).masked_fill(~is_open, torch.inf)
-        ordered, order = entropy.sort(dim=1, stable=True)
+        ordered = entropy.sort(dim=1).values
         before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered[:, :-1].cumsum(dim=1)], dim=1)
-        is_chosen = before <= self.bound  # ascending: the sum less its largest is the sum of those before
-        return torch.zeros_like(is_open).scatter(1, order, is_chosen) & is_open
+        count = (before <= self.bound).sum(dim=1)  # ascending: the sum less its largest is the sum of those before
+        return best(-entropy, candidates, count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +188,7 @@ class FirstHitting:
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         u = candidates.uniform(DRAW_UNMASK)
-        return best(u, candidates.is_open_noise, torch.ones_like(candidates.window.step))
+        return best(u, candidates, torch.ones_like(candidates.window.step))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +200,25 @@ class AtTheEnd:
 
 
 def best(
-    score: Float[Tensor, "batch seq"], is_open: Bool[Tensor, "batch seq"], count: Int[Tensor, "batch"]
+    score: Float[Tensor, "batch seq"],
+    candidates: Candidates,
+    count: Int[Tensor, "batch"],
+    *,
+    among: Bool[Tensor, "batch seq"] | None = None,
 ) -> Bool[Tensor, "batch seq"]:
-    """Pick each row's `count` best open positions; of equals the leftmost."""
-    order = score.masked_fill(~is_open, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    is_chosen = torch.arange(score.shape[1], device=score.device) < count[:, None]
-    return torch.zeros_like(is_open).scatter(1, order, is_chosen) & is_open
+    """Pick each row's `count` best open positions (by default noise); of those equal to the last of them the leftmost.
+
+    Equal means within 1e-6 of the score, or of the probability where that is larger: a margin or an entropy near 0 is a
+    difference of larger numbers. What is equal in mathematics comes out about 1e-7 apart, and how far depends on the
+    batch. Each score is compared with the last that is picked, not with its neighbour: neighbours would chain scores
+    that differ, and a grid would part equal scores at its lines.
+    """
+    among = candidates.is_open_noise if among is None else among
+    score = score.masked_fill(~among, -torch.inf)
+    place = (count - 1).clamp(min=0, max=score.shape[1] - 1)[:, None]
+    last = score.sort(dim=1, descending=True).values.gather(1, place)
+    tolerance = EQUAL_WITHIN * torch.maximum(last.abs(), candidates.confidence)
+    is_equal = (score == last) | ((score - last).abs() < tolerance)  # the first: infinities
+    is_better = (score > last) & ~is_equal
+    num_left = count[:, None] - is_better.sum(dim=1, keepdim=True)
+    return (is_better | (is_equal & ((is_equal & among).long().cumsum(dim=1) <= num_left))) & among
