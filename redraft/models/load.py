@@ -94,6 +94,16 @@ def adapter_config(adapter: str | Path | None) -> Raw:
     return json.loads(file.read_text()) if adapter and file.is_file() else {}
 
 
+def _how_to_go_on(run: Path) -> str:
+    """Say what may be done with the folder of a run that was stopped."""
+    if not (run / "recipe.json").exists():
+        return "."
+    names = [file.parent.name.removeprefix("checkpoint-") for file in run.glob("checkpoint-*/config.json")]
+    steps = [int(name) for name in names if name.isdigit()]
+    use = f", or use its last checkpoint: {run}/checkpoint-{max(steps)}" if steps else ""
+    return f", as its training has not ended. Go on with `redraft train {run} --resume`{use}."
+
+
 def read_raw_config(path: str | Path) -> Raw:
     """Read config.json of a folder or a hub id. Raises ValueError where there is none."""
     from transformers import PreTrainedConfig
@@ -105,7 +115,7 @@ def read_raw_config(path: str | Path) -> Raw:
             f"no model at {path}: {'it is not a folder' if folder.exists() else 'the folder does not exist'}."
         )
     if is_local and not (folder / "config.json").exists():
-        raise ValueError(f"no model at {path}: the folder has no config.json (an unfinished run?).")
+        raise ValueError(f"no model at {path}: the folder has no config.json{_how_to_go_on(folder)}")
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError, KeyError) as error:

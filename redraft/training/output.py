@@ -1,0 +1,60 @@
+"""Console output that ends no run: a reader that leaves, a terminal that closes, a disk that is full under the log."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+_PASSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk may have room again
+
+
+class Lasting:
+    """A text stream that drops what cannot be written, and writes in escapes what its encoding does not have."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError as error:
+            self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a signal came while a line was written
+            self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, RuntimeError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Let a stream that is gone for good lead nowhere, so that what is buffered does not fail again at the end."""
+        if isinstance(error, OSError) and error.errno not in _PASSES:
+            with suppress(OSError), Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Make standard output and error lasting for the time of the context."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and Lasting(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: no markup, which the name of a folder may look like, and no wrapping."""
+    console.print(text, markup=False, soft_wrap=True)
