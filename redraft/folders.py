@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 LOCK_FILE = ".lock"
@@ -24,24 +24,24 @@ def one_writer(folder: Path) -> Iterator[None]:
 
     Raises ValueError where another process holds the folder, and where it cannot be written.
     """
-    missing = []
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"out must be a folder; {folder} is a file. Choose another --out.")
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _lock(folder)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"out must be a folder; {folder} is a file. Choose another --out.")
+            missing = [path for path in (folder, *folder.parents) if not path.exists()]
+            stack.callback(_remove_empty, missing)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = _lock(folder)
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
+        stack.callback(_unlock, folder, file)
         yield
-    finally:
-        with suppress(OSError):  # a folder that was moved, a disk that went read-only
-            (folder / LOCK_FILE).unlink()  # before it is let go: who opened it meanwhile finds it gone, and opens anew
-        os.close(file)
-        with suppress(OSError):
-            for path in missing:
-                path.rmdir()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for path in folders:
+            path.rmdir()
 
 
 def _lock(folder: Path) -> int:
@@ -66,3 +66,9 @@ def _lock(folder: Path) -> int:
             os.close(file)
             raise
         os.close(file)
+
+
+def _unlock(folder: Path, file: int) -> None:
+    with suppress(OSError):  # the folder was moved, the disk is read-only now
+        (folder / LOCK_FILE).unlink()  # before it is let go: who has opened it meanwhile finds it gone
+    os.close(file)

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -44,7 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as exit_:
         if not isinstance(exit_.__context__, BrokenPipeError):  # at which rich ends the program
             code = exit_.code
-    sys.exit(code if flush_output() else code or EXIT_NO_READER)
+    if (problem := flush_output()) and not isinstance(problem, BrokenPipeError):
+        with suppress(OSError):
+            print(f"redraft: the output could not be written: {problem.strerror}", file=sys.stderr)
+        code = code or 1
+    sys.exit(code or (EXIT_NO_READER if problem else code))
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -17,14 +17,14 @@ def open_closed_output() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
-def flush_output() -> bool:
-    """Write what is buffered, and tell whether it could be; where not, the rest leads nowhere."""
-    is_written = True
+def flush_output() -> OSError | None:
+    """Write what is buffered, and return why it could not be; the rest leads nowhere then."""
+    problem = None
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:
-            is_written = False
+        except OSError as error:
+            problem = error
             with suppress(OSError), Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
-    return is_written
+    return problem

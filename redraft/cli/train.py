@@ -44,6 +44,13 @@ def main(arguments: list[str]) -> int:
     if kind_of_launch or processes:
         without = [name, *_take("--processes", _take("--launch", given)[1])[1]]
         return _launch(kind_of_launch, processes, config, without)
+    from redraft.training.output import lasting_output
+
+    with lasting_output():
+        return _train(config, resume=resume)
+
+
+def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
     console = Console()
     if isinstance(config, LatentRunConfig):
         from redraft.training.latent import run_stage

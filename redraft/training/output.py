@@ -28,31 +28,44 @@ class Lasting:
         except UnicodeEncodeError as error:
             self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a signal came while a line was written
-            self._give_up(error)
+            self._note(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except (OSError, RuntimeError, ValueError) as error:
-            self._give_up(error)
+            self._note(error)
 
-    def _give_up(self, error: Exception) -> None:
-        """Let a stream that is gone for good lead nowhere, so that what is buffered does not fail again at the end."""
+    def _note(self, error: Exception) -> None:
         if isinstance(error, OSError) and error.errno not in _PASSES:
-            with suppress(OSError), Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Let the stream lead nowhere, so that what is buffered does not fail again."""
+        with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def end(self) -> None:
+        """Flush a last time."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._give_up()
 
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Make standard output and error lasting for the time of the context."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and Lasting(stream) for stream in before)
+    lasting = [stream and Lasting(stream) for stream in before]
+    sys.stdout, sys.stderr = lasting
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        for stream in filter(None, lasting):
+            stream.end()
 
 
 def say(console: Console, text: str) -> None:

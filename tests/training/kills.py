@@ -105,7 +105,7 @@ def found(run):
     lines = read_log(run / "log.jsonl")
     return {
         "weights": load_file(run / "model.safetensors"),
-        "log": {(line["step"], name, line[name]) for line in lines for name in LOGGED if name in line},
+        "log": [(line["step"], name, line[name]) for line in lines for name in LOGGED if name in line],
         "files": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
         "damaged": [str(path) for path in run.glob("checkpoint-*") if damage(path)],
     }
