@@ -50,7 +50,7 @@ class Lasting:
         """Flush a last time."""
         try:
             self._stream.flush()
-        except (OSError, ValueError):
+        except (OSError, RuntimeError, ValueError):
             self._give_up()
 
 

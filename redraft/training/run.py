@@ -15,6 +15,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, StreamedWindows, prepare
@@ -139,7 +141,8 @@ def drive(
     norm_before = weight_norm(trainer.model)
     if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:  # stopped between its last step and its end
         trainer._load_from_checkpoint(checkpoint)
-        trainer.state.global_step = step_of(checkpoint)
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        trainer.state.global_step, trainer.state.epoch = saved.global_step, saved.epoch
         if trainer.is_world_process_zero():
             log.drop_final_evaluation(step=trainer.state.global_step)
     else:

@@ -1,5 +1,6 @@
 """Console output never ends a run, and a folder is written by one run at a time."""
 
+import io
 import json
 import os
 import signal
@@ -58,10 +59,9 @@ def test_a_line_that_cannot_be_written_is_dropped(error, monkeypatch):
 
 
 def test_what_an_encoding_lacks_is_written_in_escapes():
-    import io
-
     raw = io.BytesIO()
-    Lasting(io.TextIOWrapper(raw, encoding="latin-1", write_through=True)).write("3 ± 1, ━\n")
+    stream = io.TextIOWrapper(raw, encoding="latin-1", write_through=True)
+    Lasting(stream).write("3 ± 1, ━\n")
     assert raw.getvalue() == b"3 \xb1 1, \\u2501\n"
 
 

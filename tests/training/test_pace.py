@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from redraft.training import pace
+from redraft.training import callbacks, pace
 from redraft.training.config import RunConfig, TrainConfig
 from redraft.training.latent_stage import StageTrainer
 from redraft.training.loop import KeyedTrainer
+from redraft.training.trainer import DiffusionTrainer
 
 QUIET = Console(quiet=True)
 
@@ -22,7 +24,7 @@ class Clock:
         return self.now
 
 
-class Trainer:
+class Trainer(KeyedTrainer):
     """Stands in for a trainer whose n-th timed pass takes `seconds(n)`; it has a buffer that every pass changes."""
 
     def __init__(self, clock, seconds, *, accumulation=1, uses_muon=False, timed_steps=8, eval_dataset=None):
@@ -143,6 +145,17 @@ def test_compiling_is_for_runs_of_500_steps_or_more_than_two_minutes(monkeypatch
     monkeypatch.setattr(pace, "can_compile", lambda: can)
     compiled = []
     model = SimpleNamespace(base_model=SimpleNamespace(compile=lambda: compiled.append(1)))
-    trainer = SimpleNamespace(denoiser=SimpleNamespace(model=model), is_sharded=is_sharded)
+    trainer = object.__new__(DiffusionTrainer)
+    trainer.denoiser, trainer.is_sharded = SimpleNamespace(model=model), is_sharded
     pace.compile_if_it_pays(replace(TrainConfig(), **train), trainer, QUIET)
     assert bool(compiled) == is_compiled
+
+
+@pytest.mark.parametrize(("minutes", "step", "ends"), [(-1.0, 3, True), (-1.0, 10, False), (10**6, 3, False)])
+def test_the_clock_saves_and_ends_a_run_that_is_late_but_for_its_last_step(tmp_path, minutes, step, ends):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    clock, state, control = callbacks.Clock(QUIET, minutes=minutes), TrainerState(), TrainerControl()
+    state.global_step, state.max_steps = step, 10
+    clock.on_train_begin(arguments, state, control)
+    clock.on_step_end(arguments, state, control)
+    assert (control.should_save, control.should_training_stop) == (ends, ends)
