@@ -59,7 +59,7 @@ def main() -> None:
     print(f'\ngenerated:\n"""Utilities for{out.texts[0]}\n')
     write_trace(folder / "trace.html", out.trace, lm, title="redraft demo: generation", settings=sampling)
     print(f"watch it happen: {folder}/trace.html, {folder}/infill.html; the loss curve: {folder}/loss.png")
-    print("\n".join(next_steps(str(folder), config.data)))
+    print("try next:", *next_steps(config), sep="\n  ")
 
 
 if __name__ == "__main__":

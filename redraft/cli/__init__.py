@@ -2,8 +2,11 @@
 
 import logging
 import sys
+from contextlib import suppress
 from importlib import import_module
+from typing import Any
 
+from redraft.cli.output import flush_output, open_closed_output
 from redraft.errors import unknown_name
 
 COMMANDS = {
@@ -25,14 +28,28 @@ NOISY = ("torchao", "torch.utils._pytree")
 
 EXIT_USER_MISTAKE = 2
 EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141  # as of a program that SIGPIPE ends
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Run one command and exit: 0 done, 2 a user's mistake, 130 interrupted, 141 where its output's reader left."""
+    open_closed_output()
     arguments = sys.argv[1:] if arguments is None else arguments
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    sys.exit(_dispatch(arguments))
+    code: Any = EXIT_NO_READER
+    try:
+        code = _dispatch(arguments)
+    except BrokenPipeError:
+        pass
+    except SystemExit as exit_:
+        if not isinstance(exit_.__context__, BrokenPipeError):  # at which rich ends the program
+            code = exit_.code
+    if (problem := flush_output()) and not isinstance(problem, BrokenPipeError):
+        with suppress(OSError):
+            print(f"redraft: the output could not be written: {problem.strerror}", file=sys.stderr)
+        code = code or 1
+    sys.exit(code or (EXIT_NO_READER if problem else code))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -57,9 +74,6 @@ def _dispatch(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone: nobody is left to tell
-        return 0
 
 
 def _is_user_mistake(error: ValueError) -> bool:

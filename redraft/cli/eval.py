@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ import tyro
 
 from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task, require
+from redraft.folders import one_writer
 from redraft.loglikelihood import LikelihoodConfig
 
 if TYPE_CHECKING:
@@ -113,20 +115,23 @@ def _run(args: Arguments, sampling: dict[str, Any]) -> int:
     state = join_processes(args.device)
     device = args.device or (str(state.device) if state.num_processes > 1 else None)
     lm = load_quietly(args.model, device=device, quantization=args.quantization)
-    store = Store(folder=args.out, rank=state.process_index)
-    store.open({name: value for name, value in asdict(args).items() if name not in NO_SETTINGS})
-    _run_offline(args, sampling, lm, offline, store, world_size=state.num_processes)
-    state.wait_for_everyone()  # before the first process sums up what all of them wrote
     is_main = state.is_main_process
-    summaries = [summarize(t.name, list(store.records(t.name).values())) for t in offline] if is_main else []
-    notes = [suite.note] if suite else []
-    for task in asked:
-        summaries += _run_harness(args, sampling, lm, task, manager, store, chat=suite.chat if suite else args.chat)
-        if task.dllm is not None:
-            notes.append(f"{task.name}: published {task.official or '-'} (official), {task.dllm} (dLLM), in percent")
-    if state.process_index == 0:
-        seeds = {"sampling": args.sampling.seed, "masks": args.likelihood.seed, "items": args.items.seed}
-        write_report(args.out, summaries, provenance(seeds), notes=notes)
+    store = Store(folder=args.out, rank=state.process_index)
+    with one_writer(args.out) if is_main else nullcontext():
+        store.open({name: value for name, value in asdict(args).items() if name not in NO_SETTINGS})
+        _run_offline(args, sampling, lm, offline, store, world_size=state.num_processes)
+        state.wait_for_everyone()  # before the first process sums up what all of them wrote
+        summaries = [summarize(t.name, list(store.records(t.name).values())) for t in offline] if is_main else []
+        notes = [suite.note] if suite else []
+        for task in asked:
+            summaries += _run_harness(args, sampling, lm, task, manager, store, chat=suite.chat if suite else args.chat)
+            if task.dllm is not None:
+                published = f"published {task.official or '-'} (official), {task.dllm} (dLLM), in percent"
+                notes.append(f"{task.name}: {published}")
+        if is_main:
+            seeds = {"sampling": args.sampling.seed, "masks": args.likelihood.seed, "items": args.items.seed}
+            write_report(args.out, summaries, provenance(seeds), notes=notes)
+    if is_main:
         print((args.out / "report.md").read_text())
     return 0
 

@@ -10,12 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from redraft.cli.parsing import parse
-from redraft.data.config import DataConfig
 from redraft.errors import unknown_name
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
-from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig
+from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, read_recipe
 from redraft.training.latent_config import LatentRunConfig
 
 SMOKE = "--smoke runs it in seconds, offline: a tiny random model, tiny data, 3 steps; the objective as it is."
@@ -23,7 +22,7 @@ LAUNCH = "--launch ddp|fsdp2|deepspeed --processes N trains in N processes here,
 
 
 def main(arguments: list[str]) -> int:
-    """Resolve the recipe and its flags, train, and say what came out."""
+    """Resolve the recipe and its flags, train, and say what came out; 1 for a run that diverged."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0
@@ -45,19 +44,27 @@ def main(arguments: list[str]) -> int:
     if kind_of_launch or processes:
         without = [name, *_take("--processes", _take("--launch", given)[1])[1]]
         return _launch(kind_of_launch, processes, config, without)
+    from redraft.training.output import lasting_output
+
+    with lasting_output():
+        return _train(config, resume=resume)
+
+
+def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
     console = Console()
     if isinstance(config, LatentRunConfig):
         from redraft.training.latent import run_stage
 
-        signal = run_stage(config, resume=resume, console=console).signal
-        return 128 + signal if signal else 0
+        outcome = run_stage(config, resume=resume, console=console)
+    else:
+        from redraft.training.run import run  # heavy: transformers' trainer
 
-    from redraft.training.run import run  # heavy: transformers' trainer
-
-    outcome = run(config, resume=resume, console=console)
+        outcome = run(config, resume=resume, console=console)
     if outcome.signal:
         return 128 + outcome.signal
-    for line in next_steps(str(outcome.folder), config.data):
+    if outcome.diverged:
+        return 1
+    for line in ["try next:", *(f"  {step}" for step in next_steps(config))]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -98,20 +105,40 @@ def _take(name: str, flags: list[str]) -> tuple[str | None, list[str]]:
     return None, flags
 
 
-def next_steps(folder: str, data: DataConfig) -> list[str]:
-    """Name commands to try on a trained model."""
+def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
+    """Name commands to try on what was trained, that fit its data, its task and its process."""
+    folder = shlex.quote(config.out)
+    if isinstance(config, LatentRunConfig):
+        return _after_stage(config, folder)
+    data, kind = config.data, config.objective.kind
     if data.kind == "thought":
         task = shlex.quote(data.thought.name_of(data.source))
-        return ["try next:", f"  redraft eval {folder} --tasks {task} --batch-size 100 --out {folder}/eval"]
+        return [f"redraft eval {folder} --tasks {task} --batch-size 100 --out {folder}/eval"]
     if data.kind != "text":
-        return ["try next:", f"  redraft chat {folder}"]
-    drawing = "--preset llada-random --temperature 0.9"
-    return [
-        "try next:",
-        f"  redraft sample {folder} $'import os\\n\\ndef ' {drawing} --trace {folder}/trace.html",
-        f"  redraft infill {folder} $'def is_even(n):\\n    return [MASK:8]\\n'",
-        f"  redraft chat {folder}",
-    ]
+        return [f"redraft chat {folder}"]
+    drawing = " --preset llada-random --temperature 0.9" if kind == "masked" else ""
+    begun, holed = "'The beginning of a text like those of training'", "'A text with a [MASK:8] to fill.'"
+    if data.source == "stdlib":
+        begun, holed = r"$'import os\n\ndef '", r"$'def is_even(n):\n    return [MASK:8]\n'"
+    steps = [f"redraft sample {folder} {begun}{drawing} --trace {folder}/trace.html"]
+    if kind != "ar":  # it does not see what is behind the hole
+        steps.append(f"redraft infill {folder} {holed}")
+    if (Path(config.out) / "chat_template.jinja").exists():  # of model.start
+        steps.append(f"redraft chat {folder}")
+    return steps
+
+
+def _after_stage(config: LatentRunConfig, folder: str) -> list[str]:
+    task = shlex.quote(str(config.task))
+    if config.stage == "autoencoder":
+        return [f"redraft latent check {folder}", f"redraft train latent-denoiser --start {folder} --task {task}"]
+    from redraft.data.tasks import find_task
+
+    prompt = next(iter(find_task(str(config.task)).examples())).prompt
+    steps = [f"redraft think {folder} {shlex.quote(prompt)} --show"]
+    if config.stage == "denoiser":
+        steps.append(f"redraft train latent-rollout --start {folder} --task {task}")
+    return steps
 
 
 def default_doc(name: str) -> str:
@@ -135,8 +162,8 @@ def _find(name: str) -> RunConfig | LatentRunConfig:
 
 
 def _read(path: Path) -> RunConfig | LatentRunConfig:
-    is_stage = path.is_file() and '"stage"' in path.read_text()
-    return LatentRunConfig.read(path) if is_stage else RunConfig.read(path)
+    kind: type[Any] = LatentRunConfig if "stage" in read_recipe(path) else RunConfig
+    return kind.read(path)
 
 
 def _known() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redraft.folders import LOCK_FILE, one_writer
 from redraft.layouts import Layout
 from redraft.models import encoder_decoder
 from redraft.models.adapter import adapter_config, merge_adapter, split_adapter
@@ -81,8 +82,7 @@ def convert(
     Raises ValueError for a model that cannot be converted, with the reason, before anything is written.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; name a new one.")
+    _check_new(out)
     Layout(block_size=block_size)  # refuses a size that is none, before the weights are read
     written_as = None if to is None else find_family({}, name=to)
     if adapter is None:
@@ -103,10 +103,17 @@ def convert(
     settings.save_to(model.config)
     checks = check_model(model, settings)
     require(source, checks, settings)
-    _save(model, read.tokenizer, out, family=written_as)
+    with one_writer(out):
+        _check_new(out)  # another process may have written there meanwhile
+        _save(model, read.tokenizer, out, family=written_as)
     return Conversion(
         folder=out, architecture=type(model).__name__, settings=settings, notes=tuple(notes), checks=tuple(checks)
     )
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK_FILE for path in out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; name a new one.")
 
 
 def _as_trained(read: _Source, adapter: str | Path) -> _Source:

@@ -99,6 +99,16 @@ def load_denoiser(
     return kind(model, settings), tokenizer
 
 
+def _how_to_go_on(run: Path) -> str:
+    """Say what may be done with the folder of a run that was stopped."""
+    if not (run / "recipe.json").exists():
+        return "."
+    names = [file.parent.name.removeprefix("checkpoint-") for file in run.glob("checkpoint-*/config.json")]
+    steps = [int(name) for name in names if name.isdigit()]
+    use = f", or use its last checkpoint: {run}/checkpoint-{max(steps)}" if steps else ""
+    return f", as its training has not ended. Go on with `redraft train {run} --resume`{use}."
+
+
 def read_raw_config(path: str | Path) -> Raw:
     """Read config.json of a folder or a hub id. Raises ValueError where there is none."""
     from transformers import PreTrainedConfig
@@ -112,7 +122,7 @@ def read_raw_config(path: str | Path) -> Raw:
             f"no model at {path}: {'it is not a folder' if folder.exists() else 'the folder does not exist'}."
         )
     if is_local and not (folder / "config.json").exists():
-        raise ValueError(f"no model at {path}: the folder has no config.json (an unfinished run?).")
+        raise ValueError(f"no model at {path}: the folder has no config.json{_how_to_go_on(folder)}")
     if is_local:
         raw = read_json(folder / "config.json")
         if (folder / "generation_config.json").is_file():

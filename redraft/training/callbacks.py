@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from redraft.training.checkpoint import told_of_the_disk, write_whole
 from redraft.training.ema import WeightAverage
+from redraft.training.output import say
 
 LOG_FILE = "log.jsonl"
 
@@ -68,10 +70,10 @@ class Progressed(TrainerCallback):
         if not logs or not state.is_world_process_zero:
             return
         if "spike_step" in logs:
-            self.console.print(
+            say(
+                self.console,
                 f"step {state.global_step}: the loss jumped to {logs['loss']:.3f}, usually {logs['usual_loss']:.3f}; "
                 f"dearest was training window {logs['spike_window']}, in step {logs['spike_step']}",
-                soft_wrap=True,
             )
         if "loss" in logs:
             logs["tokens_per_second"] = round(self._tokens_per_second())
@@ -86,15 +88,16 @@ class Progressed(TrainerCallback):
             else:
                 tokens_left = (state.max_steps - state.global_step) * self.trainer.tokens_per_step
                 left = tokens_left / logs["tokens_per_second"]
-                self.console.print(f"step {state.global_step}/{state.max_steps}  {line}  {left / 60:.1f} min left")
+                say(self.console, f"step {state.global_step}/{state.max_steps}  {line}  {left / 60:.1f} min left")
         elif "eval_margin" in logs:
-            self.console.print(f"step {state.global_step}: held out, {preferences(logs)}")
+            say(self.console, f"step {state.global_step}: held out, {preferences(logs)}")
             self._last = (time.perf_counter(), self.trainer.tokens_seen)
         elif "eval_nats_per_token" in logs:
             bits = f", {logs['eval_bits_per_byte']:.3f} bits per byte" if "eval_bits_per_byte" in logs else ""
-            self.console.print(
+            say(
+                self.console,
                 f"step {state.global_step}: held-out {self.measure} {logs['eval_nats_per_token']:.4f} ± "
-                f"{logs['eval_standard_error']:.4f} nats per token{bits}"
+                f"{logs['eval_standard_error']:.4f} nats per token{bits}",
             )
             self._last = (time.perf_counter(), self.trainer.tokens_seen)
 
@@ -118,13 +121,32 @@ class Progressed(TrainerCallback):
 class LogFile(TrainerCallback):
     """Append every log to log.jsonl; a resumed run first drops the lines of steps it will take again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, console: Console) -> None:
         self.path = folder / LOG_FILE
+        self.console = console
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._keep([line for line in self._whole_lines() if line["step"] <= state.global_step])
+
+    def drop_final_evaluation(self, *, step: int) -> None:
+        """Drop what follows the summary of the training: a run that resumes after its last step evaluates again."""
+        lines = self._whole_lines() if self.path.exists() else []
+        ends = [i for i, line in enumerate(lines) if line["step"] == step and "train_runtime" in line]
+        if ends:
+            self._keep(lines[: ends[-1] + 1])
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        """Read the lines, and say where some are damaged; the last one may have been cut short by a kill."""
+        lines = list(_entries(self.path))
+        bad = [number for number, line in enumerate(lines, 1) if line is None]
+        if bad and bad[0] < len(lines):
+            say(self.console, f"{self.path}: {len(bad)} damaged lines are left out, line {bad[0]} the first")
+        return [line for line in lines if line is not None]
+
+    def _keep(self, lines: list[dict[str, Any]]) -> None:
+        with told_of_the_disk(self.path.name, self.path.parent):
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def on_log(
         self,
@@ -135,19 +157,27 @@ class LogFile(TrainerCallback):
         **_: Any,
     ) -> None:
         if logs and state.is_world_process_zero:
-            with told_of_the_disk(self.path.name), self.path.open("a") as file:
+            with told_of_the_disk(self.path.name, self.path.parent), self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step} | logs) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read log.jsonl; a last line cut short by a kill is left out."""
-    lines = []
-    for line in path.read_text().splitlines():
+    """Read log.jsonl; damaged lines, as a kill leaves them, are left out."""
+    return [line for line in _entries(path) if line is not None]
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Read log.jsonl line by line, a damaged one as None. Raises ValueError where the file cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}. Move it away to go on without it.") from error
+    for line in content.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        yield entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 def any_process(flag: bool, *, device: torch.device) -> bool:
@@ -160,7 +190,10 @@ def any_process(flag: bool, *, device: torch.device) -> bool:
 
 
 class StoppedBySignal(TrainerCallback):
-    """On the first SIGINT or SIGTERM finish the step, save a checkpoint and stop; the second one acts at once."""
+    """On the first SIGINT, SIGTERM or SIGHUP finish the step, save a checkpoint and stop; the second acts at once.
+
+    But not a second SIGHUP: a terminal that closes sends several. Where it is ignored (nohup) it stays so.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -168,8 +201,9 @@ class StoppedBySignal(TrainerCallback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if any_process(self.received is not None, device=args.device):
@@ -187,8 +221,12 @@ class StoppedBySignal(TrainerCallback):
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        hang_up = self._previous.pop(signal.SIGHUP, None)
         self.restore()
-        self.console.print(f"{self.received.name}: saving a checkpoint after this step (again to stop at once)")
+        if hang_up is not None:
+            self._previous[signal.SIGHUP] = hang_up  # until the end
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        say(self.console, f"{self.received.name}: saving a checkpoint after this step (again to stop at once)")
 
 
 class Clock(TrainerCallback):
@@ -205,7 +243,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         is_late = time.monotonic() - self._start > 60 * self.minutes and state.global_step < state.max_steps
         if any_process(is_late, device=args.device):
-            self.console.print(f"{self.minutes:g} minutes are up at step {state.global_step} of {state.max_steps}")
+            say(self.console, f"{self.minutes:g} minutes are up at step {state.global_step} of {state.max_steps}")
             control.should_save = True
             control.should_training_stop = True
 

@@ -11,22 +11,28 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from redraft.training.output import say
+
+RECIPE_FILE = "recipe.json"
 HASHES_FILE = "hashes.json"
 OBJECTIVE_FILE = "objective.json"  # what a checkpoint was trained with
 STAGING = ".saving"  # where checkpoints are written
 
 
 @contextmanager
-def told_of_the_disk(what: str) -> Iterator[None]:
+def told_of_the_disk(what: str, run: Path) -> Iterator[None]:
     """Raise ValueError in place of what a disk says that is full or gone; torch and safetensors wrap it."""
     try:
         yield
     except (NotImplementedError, torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors, not the disk's
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{what} could not be written: {error}. Earlier checkpoints are whole; make room, then --resume."
-        ) from error
+        advice = "Nothing is lost; make room, then start again"
+        if (run / RECIPE_FILE).exists():
+            advice = "There is no checkpoint yet; make room, then --resume starts from the first step"
+        if any((folder / HASHES_FILE).exists() for folder in _checkpoints(run)):
+            advice = "Earlier checkpoints are whole; make room, then --resume"
+        raise ValueError(f"{what} could not be written: {error}. {advice}.") from error
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -68,7 +74,7 @@ def last_whole_checkpoint(run: Path, console: Console) -> str | None:
         reason = damage(folder)
         if reason is None:
             return str(folder)
-        console.print(f"{folder} is damaged ({reason}): going on from the one before it", soft_wrap=True)
+        say(console, f"{folder} is damaged ({reason}): going on from the one before it")
     if folders:
         raise ValueError(f"no checkpoint of {run} is whole. Start a new run with another --out.")
     return None

@@ -23,10 +23,7 @@ from redraft.processes.noised import Process
 from redraft.processes.uniform import UniformDiffusion
 from redraft.schedules import schedule_from_name
 from redraft.training.adapter import AdapterConfig
-from redraft.training.checkpoint import write_whole
-
-RECIPE_FILE = "recipe.json"
-
+from redraft.training.checkpoint import RECIPE_FILE, write_whole
 
 KINDS = ("masked", "uniform", "block", "ar")
 
@@ -259,13 +256,35 @@ class Recorded:
         write_whole(folder / RECIPE_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, path: Path) -> Any:
-        """Read recipe.json. Raises ValueError that names the entry that does not fit."""
-        try:
-            saved = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is not a readable recipe: {error}") from error
+    def read(cls, path: Path, *, is_whole: bool = False) -> Any:
+        """Read recipe.json. Raises ValueError that names what does not fit, and where `is_whole` what is missing."""
+        saved = read_recipe(path)
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in saved]
+        if is_whole and missing:
+            raise ValueError(
+                f"{path} has no {missing[0]!r}, which it had when it was written: it was edited or damaged. Put it "
+                "back, or start a new run with another --out."
+            )
         return from_dict(cls, saved, where=str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read the settings in a recipe.json as they stand there. Raises ValueError for a file that holds none."""
+    try:
+        saved = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable recipe: {error}") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} must hold an object of settings; got {type(saved).__name__}.")
+    return saved
+
+
+def check_out(out: str) -> None:
+    """Raise ValueError for a folder that cannot be written: safetensors and tokenizers take UTF-8 names only."""
+    if not out:
+        raise ValueError("out must name the folder of the run; got ''.")
+    if "\0" in out or any(0xD800 <= ord(character) < 0xE000 for character in out):
+        raise ValueError(f"out must be a name in UTF-8; got {out!a}. Choose another --out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +305,7 @@ class RunConfig(Recorded):
     """Optimisation, evaluation and bookkeeping."""
 
     def __post_init__(self) -> None:
-        if not self.out:
-            raise ValueError("out must name the folder of the run; got ''.")
+        check_out(self.out)
         if self.objective.kind == "block" and (self.objective.block_size or 0) > self.data.seq_len:
             raise ValueError(
                 f"objective.block_size must not exceed data.seq_len; got {self.objective.block_size} and "

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from redraft.training.checkpoint import told_of_the_disk
+
 MOST_KEPT = 5  # batches kept for inspection, of every process
 
 
@@ -51,6 +53,7 @@ class Guard:
             )
 
     def _keep(self, step: int, batches: Sequence[dict[str, Tensor]]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i}.{name}": value.cpu().contiguous() for i, b in enumerate(batches) for name, value in b.items()}
-        save_file(tensors, self.folder / f"step-{step}-process-{self.rank}.safetensors")
+        with told_of_the_disk(f"the batch of step {step}", self.folder.parent):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, self.folder / f"step-{step}-process-{self.rank}.safetensors")

@@ -12,6 +12,8 @@ from redraft.training.config import RECIPE_FILE
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.pace import Config
 
+PLACES = ("start", "source", "tokenizer", "cache_dir")  # what a run reads may be moved
+
 OTHERS = {
     "stage": "another task, or from other weights than its start holds now",
     "examples": "other examples than the file of its task holds now",
@@ -23,6 +25,9 @@ def identity(config: Config) -> dict[str, Any]:
     """Say what a run minimises, and of thoughts on what: what the checkpoint of another run is told by."""
     saved: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     told = {name: saved[name] for name in ("objective", "autoencoder", "denoiser", "rollout") if name in saved}
+    for section in ("model", "data"):
+        plain = {name: value for name, value in saved.get(section, {}).items() if not isinstance(value, dict)}
+        told |= {section: {name: plain[name] for name in plain if name not in PLACES}} if plain else {}
     if isinstance(config, LatentRunConfig):
         told["stage"] = {"task": config.task, "start": _weights(config.start)}
         task = config.task

@@ -23,19 +23,26 @@ from redraft.models.device import choose_device
 from redraft.models.load import load_tokenizer, read_config, read_raw_config
 from redraft.randomness import normal, uniform
 from redraft.training.adapter import num_parameters
+from redraft.training.checkpoint import told_of_the_disk
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.latent_stage import Losses, Rows, Stage, stage_trainer
 from redraft.training.loop import Batch
-from redraft.training.run import Outcome, begin, check_disk, drive, save_model
+from redraft.training.output import say
+from redraft.training.run import alone, begin, check_disk, drive, save_model
+from redraft.training.verdict import Outcome, announce
 
 
 def run_stage(
     config: LatentRunConfig, *, resume: bool = False, console: Console | None = None, task: Task | None = None
 ) -> Outcome:
     """Train one stage and save it; `task` overrules the named one. Raises ValueError for mistakes, before it trains."""
-    console = console or Console()
     if task is not None:
         config = replace(config, task=None)
+    with alone(config):
+        return _run_stage(config, resume=resume, console=console or Console(), task=task)
+
+
+def _run_stage(config: LatentRunConfig, *, resume: bool, console: Console, task: Task | None) -> Outcome:
     config, checkpoint = begin(config, resume=resume, console=console)
     if task is None and config.task is None:
         raise ValueError(
@@ -48,7 +55,7 @@ def run_stage(
     )
     num_trained, _ = num_parameters(stage.model)
     check_disk(config, num_trained)
-    console.print(f"{config.stage}: {num_trained / 1e6:.2f} M parameters, {len(stage.rows):,} rows")
+    say(console, f"{config.stage}: {num_trained / 1e6:.2f} M parameters, {len(stage.rows):,} rows")
     trainer = stage_trainer(config, stage)
     outcome = drive(config, trainer, tokenizer=stage.tokenizer, checkpoint=checkpoint, console=console)
     if outcome.signal:
@@ -58,11 +65,12 @@ def run_stage(
     with averaged():
         stage.finish(console)
     if stage.autoencoder is not None:
-        stage.autoencoder.save_pretrained(outcome.folder / AUTOENCODER_FOLDER)
+        with told_of_the_disk("the autoencoder", outcome.folder):
+            stage.autoencoder.save_pretrained(outcome.folder / AUTOENCODER_FOLDER)
     save_model(trainer, outcome.folder)
     with averaged():
         stage.report(console)
-    console.print(f"saved to {outcome.folder}")
+    announce(outcome, console)
     return outcome
 
 
@@ -106,9 +114,9 @@ def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
         model.fit_normalizer(blocks.to(device), is_token.to(device))
         model.config.gate = measure_gate(model, *(part.to(device) for part in held_out.real_blocks()))
         for level, share in model.config.gate.items():
-            console.print(f"blocks exact at relative noise {level}: {100 * share:.1f} %")
+            say(console, f"blocks exact at relative noise {level}: {100 * share:.1f} %")
         for failure in gate_failures(model.config.gate):
-            console.print(f"the gate is missed: {failure}")
+            say(console, f"the gate is missed: {failure}")
 
     copies = -(-config.train.batch_size // len(blocks))  # few distinct blocks: an epoch is at least a batch
     rows = Rows(ids=blocks.repeat(copies, 1), mask=is_token.repeat(copies, 1))
@@ -235,11 +243,11 @@ def _thinking_stage(config: LatentRunConfig, task: Task, thinker: Thinker, rows:
     def report(console: Console) -> None:
         held_out = held_out_prompts(task)
         if not held_out:
-            console.print("the task holds out no prompt to measure this on")
+            say(console, "the task holds out no prompt to measure this on")
             return
         share, count = solved(thinker, task, held_out[:FINAL_PROMPTS])
-        console.print(
-            f"held out: {100 * share:.1f} % of {count} prompts solved, one sample, {FINAL_STEPS} steps a block"
+        say(
+            console, f"held out: {100 * share:.1f} % of {count} prompts solved, one sample, {FINAL_STEPS} steps a block"
         )
 
     return Stage(

@@ -9,7 +9,7 @@ from redraft.latent.objective import ThoughtObjective
 from redraft.latent.rollout import RolloutObjective
 from redraft.processes.gaussian import GaussianDiffusion
 from redraft.schedules import gaussian_schedule
-from redraft.training.config import Recorded, TrainConfig
+from redraft.training.config import Recorded, TrainConfig, check_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,7 @@ class LatentRunConfig(Recorded):
     """Optimisation and bookkeeping."""
 
     def __post_init__(self) -> None:
-        if not self.out:
-            raise ValueError("out must name the folder of the run; got ''.")
+        check_out(self.out)
         if self.task is not None:
             find_task(self.task)
         self._check_unused()

@@ -66,6 +66,8 @@ class KeyedTrainer(Trainer):
         self.forwarded_tokens = 0
         self.objective: dict[str, Any] | None = None
         """Settings of what is minimised: every checkpoint says what it was trained with."""
+        self.saved_tokenizer: Any = None
+        """Saved with every checkpoint, which can be loaded like a finished model."""
         self._checkpoint_parent: str | None = None
         self._sampler: PassSampler | None = None
         self._global_rows = 0
@@ -176,7 +178,7 @@ class KeyedTrainer(Trainer):
         self._checkpoint_parent = str(staging)
         name = f"checkpoint-{self.state.global_step}"
         try:
-            with told_of_the_disk(name):
+            with told_of_the_disk(name, out):
                 super()._save_checkpoint(model, trial)
                 if self.args.should_save:
                     self._describe(staging / name)
@@ -187,7 +189,7 @@ class KeyedTrainer(Trainer):
             self._checkpoint_parent = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            with told_of_the_disk(name):
+            with told_of_the_disk(name, out):
                 write_hashes(staging / name)  # of every process' files: all have written them
             delete_checkpoint(out / name)  # a damaged one that was passed over
             (staging / name).rename(out / name)
@@ -200,3 +202,5 @@ class KeyedTrainer(Trainer):
             self.average.save(folder)
         if self.objective is not None:
             write_whole(folder / OBJECTIVE_FILE, json.dumps(self.objective, indent=2) + "\n")
+        if self.saved_tokenizer is not None:
+            self.saved_tokenizer.save_pretrained(folder)

@@ -14,6 +14,7 @@ from redraft.training.callbacks import any_process
 from redraft.training.config import RunConfig, TrainConfig
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.loop import KeyedTrainer
+from redraft.training.output import say
 from redraft.training.trainer import DiffusionTrainer
 
 Config = TypeVar("Config", RunConfig, LatentRunConfig)
@@ -26,7 +27,7 @@ def compile_if_it_pays(train: TrainConfig, trainer: DiffusionTrainer, console: C
     if train.compile == "on" or (train.compile == "auto" and pays):
         trainer.denoiser.model.base_model.compile()
         if train.compile == "auto":
-            console.print("compiling the transformer (--train.compile off to do without)")
+            say(console, "compiling the transformer (--train.compile off to do without)")
 
 
 def fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) -> Config:
@@ -42,7 +43,7 @@ def fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) -
     per_step = seconds * update + (evaluation / evaluations if evaluations else 0)
     steps = min(train.max_steps, max(1, int((60 * train.max_minutes - spent) / per_step)))
     (steps,) = broadcast_object_list([steps])
-    console.print(f"{seconds:.2g} s per step: {steps} steps fit in {train.max_minutes:g} minutes")
+    say(console, f"{seconds:.2g} s per step: {steps} steps fit in {train.max_minutes:g} minutes")
     trainer.args.max_steps = steps
     return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
 

@@ -3,10 +3,10 @@
 import dataclasses
 import logging
 import math
+import shlex
 import shutil
-import tempfile
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, StreamedWindows, prepare
 from redraft.data.tokenizer import token_byte_lengths
+from redraft.folders import one_writer
 from redraft.likelihood import Estimate
 from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
@@ -27,38 +30,38 @@ from redraft.training.arguments import arguments_of
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
 from redraft.training.checkpoint import last_whole_checkpoint, step_of, tidy, told_of_the_disk
 from redraft.training.config import RECIPE_FILE, RunConfig, differences
-from redraft.training.curve import draw_curve
+from redraft.training.curve import CURVE_FILE, draw_curve
 from redraft.training.ema import WeightAverage
 from redraft.training.identity import check_identity, check_settings, identity
 from redraft.training.launch import check_division
 from redraft.training.loop import KeyedTrainer
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
+from redraft.training.output import lasting_output, say
 from redraft.training.pace import Config, compile_if_it_pays, fitted_to_minutes
 from redraft.training.preference import PreferenceTrainer
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
+from redraft.training.verdict import Outcome, announce, divergence, weight_norm, worse_than_chance
 
 BYTES_PER_PARAMETER = {"checkpoint": 12, "model": 4}  # float32 weights with AdamW's two moments; the weights alone
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run ended with."""
-
-    folder: Path
-    steps: int
-    held_out: Estimate | None = None
-    unigram_nats: float | None = None
-    """Entropy of the held-out tokens under their own frequencies, nats per token."""
-    gzip_bits_per_byte: float | None = None
-    """`gzip -9` on the held-out text."""
-    signal: int | None = None
-    """The signal that ended the run early."""
-
-
 def run(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Outcome:
     """Train, evaluate and save. Raises ValueError for every mistake that can be known before the first step."""
-    console = console or Console()
+    with alone(config):
+        return _run(config, resume=resume, console=console or Console())
+
+
+@contextmanager
+def alone(config: Config) -> Iterator[None]:
+    """Keep other runs out of the folder of this one, and keep its output from ending it."""
+    state = PartialState(cpu=runs_on_cpu(config.train.device))
+    lock = one_writer(Path(config.out)) if state.is_main_process else nullcontext()
+    with lasting_output(), lock:
+        yield
+
+
+def _run(config: RunConfig, *, resume: bool, console: Console) -> Outcome:
     config, checkpoint = begin(config, resume=resume, console=console)
     start = load_start(config)
     data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
@@ -74,7 +77,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     num_trained, num_all = num_parameters(denoiser.model)
     check_disk(config, num_trained)
     of = f"trains {num_trained / 1e6:.2f} M of {num_all / 1e6:.2f} M parameters"
-    console.print(f"model: {config.model.start or config.model.architecture}, {of}", soft_wrap=True)
+    say(console, f"model: {config.model.start or config.model.architecture}, {of}")
     trainer = _build_trainer(config, data, denoiser)
     compile_if_it_pays(config.train, trainer, console)
     outcome = drive(
@@ -89,7 +92,10 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
 
 def begin(config: Config, *, resume: bool, console: Console) -> tuple[Config, str | None]:
-    """Resolve what is to be run, and the checkpoint to go on from. Raises ValueError where the folder does not fit."""
+    """Resolve what is to be run, and the checkpoint to go on from. Raises ValueError where the folder does not fit.
+
+    The caller holds the folder (`alone`).
+    """
     folder = Path(config.out)
     state = PartialState(cpu=runs_on_cpu(config.train.device))
     config = _as_begun(config) if resume else _with_precision(config)
@@ -113,9 +119,9 @@ def drive(
 ) -> Outcome:
     """Run the loop from its start or a checkpoint, to its end or to a signal; the folder says how to go on."""
     folder = Path(config.out)
-    progress, stopped = Progressed(console, measure=measure), StoppedBySignal(console)
+    progress, log, stopped = Progressed(console, measure=measure), LogFile(folder, console), StoppedBySignal(console)
     progress.trainer = trainer
-    for callback in (progress, LogFile(folder), stopped):
+    for callback in (progress, log, stopped):
         trainer.add_callback(callback)
     if trainer.average:
         trainer.add_callback(Averaging(trainer.average))
@@ -123,17 +129,22 @@ def drive(
     if minutes := config.train.max_minutes:
         config = config if checkpoint else fitted_to_minutes(config, trainer, console)
         trainer.add_callback(Clock(console, minutes=minutes))
-    trainer.objective = identity(config)
+    trainer.objective, trainer.saved_tokenizer = identity(config), tokenizer
     trainer.accelerator.wait_for_everyone()  # they have all looked at the folder before one of them writes to it
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder)
-        tokenizer.save_pretrained(folder)
+        with told_of_the_disk(RECIPE_FILE, folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            config.save(folder)
+            tokenizer.save_pretrained(folder)
     if trainer.average and checkpoint:
         trainer.average.load(Path(checkpoint))
+    norm_before = weight_norm(trainer.model)
     if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:  # stopped between its last step and its end
         trainer._load_from_checkpoint(checkpoint)
-        trainer.state.global_step = step_of(checkpoint)
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        trainer.state.global_step, trainer.state.epoch = saved.global_step, saved.epoch
+        if trainer.is_world_process_zero():
+            log.drop_final_evaluation(step=trainer.state.global_step)
     else:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -142,10 +153,12 @@ def drive(
             stopped.restore()
     steps = trainer.state.global_step
     if stopped.received:
-        console.print(f"stopped at step {steps}. To go on: redraft train {folder} --resume")
+        say(console, f"stopped at step {steps}. To go on: redraft train {shlex.quote(str(folder))} --resume")
     elif trainer.is_world_process_zero():
         tidy(folder, step=steps, keep=config.train.keep_checkpoints)
-    return Outcome(folder=folder, steps=steps, signal=stopped.received)
+    norm = weight_norm(trainer.model)
+    diverged = divergence(folder, norm_before=norm_before, norm=norm) if trainer.is_world_process_zero() else None
+    return Outcome(folder=folder, steps=steps, diverged=diverged, signal=stopped.received)
 
 
 def _with_precision(config: Config) -> Config:
@@ -179,7 +192,7 @@ def _as_begun(config: Config) -> Config:
     path = Path(config.out) / RECIPE_FILE
     if not path.exists():
         raise ValueError(f"{config.out} holds no run to resume. Leave out --resume to start one.")
-    saved = type(config).read(path)
+    saved = type(config).read(path, is_whole=True)
     ignored = ["out:"]
     if config.train.max_minutes or config.train.epochs:
         ignored.append("train.max_steps:")  # they were fitted to the minutes or the data
@@ -195,18 +208,10 @@ def _as_begun(config: Config) -> Config:
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
-    """Raise ValueError where a run cannot be written to the folder."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out must be a folder; {folder} is a file. Choose another --out.")
+    """Raise ValueError where a new run would be written over another."""
     is_run = (folder / RECIPE_FILE).exists() or (folder / "config.json").exists()
     if is_run and not resume:
         raise ValueError(f"{folder} holds another run. Continue it with --resume, or choose another --out.")
-    existing = _nearest_existing(folder)
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to {existing}: {error.strerror}. Choose another --out.") from error
 
 
 def _checkpoint_to_go_on_from(folder: Path, console: Console, state: PartialState) -> str | None:
@@ -218,9 +223,8 @@ def _checkpoint_to_go_on_from(folder: Path, console: Console, state: PartialStat
 
 def check_disk(config: Config, num_trained: int) -> None:
     """Raise ValueError where the checkpoints of the run cannot fit."""
-    folder, keep = Path(config.out), config.train.keep_checkpoints
+    keep, existing = config.train.keep_checkpoints, _nearest_existing(Path(config.out))
     needed = num_trained * (BYTES_PER_PARAMETER["checkpoint"] * (keep + 1) + BYTES_PER_PARAMETER["model"])
-    existing = _nearest_existing(folder)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
@@ -229,13 +233,18 @@ def check_disk(config: Config, num_trained: int) -> None:
         )
 
 
+def _nearest_existing(folder: Path) -> Path:
+    """Find the folder itself, or the closest one above it that is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
 def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, is_main: bool) -> None:
     if not is_main:
         console.quiet = True
     for name, report in (("train", data.train_report), ("held out", data.validation_report)):
         if report is None:  # a stream is not read yet
             continue
-        console.print(f"{name}: {report.describe(seq_len=config.data.seq_len)}", soft_wrap=True)
+        say(console, f"{name}: {report.describe(seq_len=config.data.seq_len)}")
     rows, shorter = config.train.batch_size * config.train.accumulation, " or --data.seq-len"
     units = {"preference": ("pairs", shorter), "thought": ("rows", ", or give more examples")}
     unit, remedy = units.get(config.data.kind, ("windows", shorter))
@@ -244,11 +253,6 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
             f"the corpus fills {len(data.train)} {unit}, fewer than the {rows} of one step "
             f"(batch_size x accumulation). Lower --train.batch-size{remedy}."
         )
-
-
-def _nearest_existing(folder: Path) -> Path:
-    """Find the folder itself, or the closest one above it that is there."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _build_trainer(config: RunConfig, data: PreparedData, denoiser: Denoiser) -> DiffusionTrainer:
@@ -316,7 +320,9 @@ def _finish(
                 standard_error=metrics["eval_standard_error"],
                 bits_per_byte=metrics.get("eval_bits_per_byte"),
             )
-            outcome = dataclasses.replace(outcome, held_out=estimate)
+            measure, chance = config.objective.measure, math.log(len(data.tokenizer))
+            diverged = outcome.diverged or worse_than_chance(estimate, chance=chance, measure=measure)
+            outcome = dataclasses.replace(outcome, held_out=estimate, diverged=diverged)
             if config.data.kind == "text":  # of answers the prompts and the EOS that fills blocks up are no text
                 outcome = dataclasses.replace(
                     outcome,
@@ -324,8 +330,9 @@ def _finish(
                     gzip_bits_per_byte=gzip_bits_per_byte(held_out, data.tokenizer),
                 )
     if trainer.is_world_process_zero():
-        draw_curve(outcome.folder, console=console)
-        _announce(outcome, console, measure=config.objective.measure)
+        with told_of_the_disk(CURVE_FILE, outcome.folder):
+            draw_curve(outcome.folder, console=console)
+        announce(outcome, console, measure=config.objective.measure)
     return outcome
 
 
@@ -333,25 +340,14 @@ def save_model(trainer: Any, folder: Path) -> None:
     """Write the model aside and move it, the weights last: a folder with weights is a finished one."""
     staging = folder / ".model"
     swapped = trainer.average.swapped_in() if trainer.average else nullcontext()
-    with swapped, told_of_the_disk("the model"):
+    with swapped, told_of_the_disk("the model", folder):
         trainer.save_model(str(staging))
-    if trainer.is_world_process_zero():
-        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what recipe.json says
-        for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            path.replace(folder / path.name)
-        staging.rmdir()
+        if trainer.is_world_process_zero():
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what recipe.json says
+            for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+                path.replace(folder / path.name)
+            staging.rmdir()
     trainer.accelerator.wait_for_everyone()
-
-
-def _announce(outcome: Outcome, console: Console, *, measure: str) -> None:
-    if outcome.held_out:
-        console.print(f"{f'held-out {measure}:':<17} {outcome.held_out}")
-    if outcome.held_out and outcome.unigram_nats:
-        below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
-        compared = f"{abs(below):.1f} % {'below' if below > 0 else 'above'}"
-        console.print(f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token (the {measure} is {compared})")
-        console.print(f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
-    console.print(f"saved to {outcome.folder}")
 
 
 def be_quiet() -> None:

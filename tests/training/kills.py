@@ -1,8 +1,8 @@
 """Kill `redraft train` and go on with it, again and again: `python kills.py random|each RECIPE`, printing JSON.
 
 Importing takes longer than the training between two kills, so it is done once: each start is a fork of this process
-that runs the command line. `random` kills 20 times, at a random moment or as soon as a certain file appears. `each`
-kills at each change of a file, of a run that begins and of one that goes on, and then lets it end.
+that runs the command line. `random` kills 20 times, after a random number of steps or of changes of a file. `each`
+kills at each change of a file, of a run that begins and of one that goes on, and then lets it end. No clock is read.
 """
 
 import json
@@ -11,7 +11,6 @@ import random
 import shutil
 import signal
 import sys
-import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -23,22 +22,16 @@ import redraft.cli.train
 import redraft.training.run  # noqa: F401
 from redraft.cli import main
 from redraft.training.callbacks import read_log
-from redraft.training.checkpoint import HASHES_FILE, damage
+from redraft.training.checkpoint import damage
 from redraft.training.config import RECIPE_FILE, RunConfig
+from redraft.training.ema import WeightAverage
 
-NUM_KILLS = 20
-FILES = (
-    ".saving/checkpoint-*",
-    ".saving/checkpoint-*/model.safetensors",
-    ".saving/checkpoint-*/optimizer.pt",
-    ".saving/checkpoint-*/trainer_state.json",
-    f".saving/checkpoint-*/{HASHES_FILE}",
-)
+NUM_KILLS, MOST_STEPS, MOST_CHANGES = 20, 25, 60  # so that 20 of them do not come to the end
 LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss")
 CHANGES = ("os.mkdir", "os.rename", "os.rmdir", "os.remove")
 
 
-def start(recipe, run, *, die_at=None):
+def start(recipe, run, *, die_at=None, die_in_step=None):
     """Run the command line in a fork, resuming what there is; what it prints goes to a file."""
     pid = os.fork()
     if pid:
@@ -50,6 +43,8 @@ def start(recipe, run, *, die_at=None):
     torch.set_num_threads(1)
     if die_at is not None:
         die_at_change(run, die_at)
+    if die_in_step is not None:
+        die_before_average(die_in_step)
     try:
         main(["train", str(recipe), *(["--resume"] if (run / RECIPE_FILE).exists() else [])])
     except SystemExit as done:
@@ -78,17 +73,23 @@ def die_at_change(run, number):
     sys.addaudithook(count)
 
 
-def wait_for_the_moment(run, chance, *, longest):
-    """Wait for a random time, or for the n-th time that a file appears."""
+def die_before_average(number):
+    """Die in the n-th step, between the update of the weights and that of their average."""
+    update, steps = WeightAverage.update, []
+
+    def count(self):
+        steps.append(1)
+        if len(steps) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(self)
+
+    WeightAverage.update = count
+
+
+def random_moment(chance):
     if chance.random() < 0.5:
-        time.sleep(seconds := chance.uniform(0, longest))
-        return f"{seconds:.2f} s"
-    pattern, seen = chance.choice(FILES), set()
-    count, end = chance.randint(1, 3), time.monotonic() + 3  # a busy machine may never show it
-    while len(seen) < count and time.monotonic() < end:
-        with suppress(FileNotFoundError):  # it went while we looked
-            seen.update(run.glob(pattern))
-    return f"{count} x {pattern}"
+        return {"die_in_step": chance.randint(1, MOST_STEPS)}
+    return {"die_at": chance.randint(1, MOST_CHANGES)}
 
 
 def exit_code(pid):
@@ -105,7 +106,7 @@ def found(run):
     lines = read_log(run / "log.jsonl")
     return {
         "weights": load_file(run / "model.safetensors"),
-        "log": {(line["step"], name, line[name]) for line in lines for name in LOGGED if name in line},
+        "log": [(line["step"], name, line[name]) for line in lines for name in LOGGED if name in line],
         "files": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
         "damaged": [str(path) for path in run.glob("checkpoint-*") if damage(path)],
     }
@@ -128,14 +129,11 @@ def whole(recipe, run):
 
 
 def at_random_moments(recipe, run):
-    begin, chance, rounds = time.monotonic(), random.Random(0), []
+    chance, rounds = random.Random(0), []
     expected = whole(recipe, run)
-    longest = (time.monotonic() - begin) / 8  # so that 20 of them do not come to the end
     for _ in range(NUM_KILLS):
-        pid = start(recipe, run)
-        moment = wait_for_the_moment(run, chance, longest=longest)
-        os.kill(pid, signal.SIGKILL)
-        rounds.append({"moment": moment, "code": exit_code(pid), "step": newest(run)})
+        moment = random_moment(chance)
+        rounds.append({"moment": moment, "code": exit_code(start(recipe, run, **moment)), "step": newest(run)})
     code = exit_code(start(recipe, run))
     return {"rounds": rounds, "code": code, "differences": differences(run, expected)}
 

@@ -4,7 +4,9 @@ import io
 import json
 import math
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import redraft
 from redraft.data.config import DataConfig
 from redraft.models.build import ModelConfig
 from redraft.training import trainer as trainer_module
@@ -100,15 +103,31 @@ def test_those_after_the_last_log_line_are_counted_too(config, monkeypatch):
     assert (Path(config.out) / "skipped" / "step-0-process-0.safetensors").exists()
 
 
+NOTHING_YET = "There is no checkpoint yet; make room, then --resume starts from the first step"
+WHOLE = "Earlier checkpoints are whole; make room, then --resume"
+
+
 @pytest.mark.parametrize(
-    ("what", "message"), [("hashes", "checkpoint-2"), ("log", "log.jsonl"), ("model", "the model")]
+    ("what", "message", "advice"),
+    [
+        ("recipe", "recipe.json", "Nothing is lost; make room, then start again"),
+        ("hashes", "checkpoint-2", NOTHING_YET),
+        ("log", "log.jsonl", NOTHING_YET),
+        ("batch", "the batch of step 3", WHOLE),
+        ("model", "the model", WHOLE),
+        ("curve", "loss.png", WHOLE),
+    ],
 )
-def test_a_disk_that_is_full_is_one_line_wherever_it_is_found(config, monkeypatch, what, message):
+def test_a_full_disk_is_one_line_wherever_it_is_found_and_says_what_is_left(config, monkeypatch, what, message, advice):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     save, opened = trainer_module.DiffusionTrainer.save_model, Path.open
+    poison(monkeypatch, {3})
     replaced = {
+        "recipe": ("redraft.training.config.write_whole", full),
+        "batch": ("redraft.training.guard.save_file", full),
+        "curve": ("redraft.training.run.draw_curve", full),
         "hashes": ("redraft.training.loop.write_hashes", full),
         "log": (
             "pathlib.Path.open",
@@ -122,10 +141,92 @@ def test_a_disk_that_is_full_is_one_line_wherever_it_is_found(config, monkeypatc
         ),
     }
     monkeypatch.setattr(*replaced[what])
-    with pytest.raises(
-        ValueError, match=f"{message} could not be written.*No space left on device.*make room, then --resume"
-    ):
+    with pytest.raises(ValueError, match=f"{message} could not be written.*No space left on device. {advice}."):
         run(config, console=QUIET)
+    monkeypatch.undo()
+    run(config, resume=(Path(config.out) / "recipe.json").exists(), console=QUIET)  # as it was told
+
+
+DAMAGED = [b"{", b"null", b"[1, 2]", b'{"loss": 1.0}', b'{"step": "2"}', b"\xff\xfe\x00", b"[" * 100_000, b"\0" * 100]
+
+
+def test_damaged_lines_of_a_log_are_left_out_and_named_and_the_run_goes_on(config):
+    whole = run(config, console=QUIET).folder
+    log, expected = whole / "log.jsonl", read_log(whole / "log.jsonl")
+    first, *rest = log.read_bytes().splitlines()
+    for checkpoint in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(whole / checkpoint)
+    log.write_bytes(b"\n".join([first, *DAMAGED, *rest[:3], b'{"step": 2, "lo']))
+    console = Console(record=True, width=300, file=io.StringIO())
+    run(config, resume=True, console=console)
+    assert f"{log}: {len(DAMAGED) + 1} damaged lines are left out, line 2 the first" in console.export_text()
+    timed = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second", "train_loss"}
+    found = [
+        [{k: v for k, v in line.items() if k not in timed} for line in lines] for lines in (expected, read_log(log))
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_last_line_cut_short_by_a_kill_is_no_news(config):
+    out = run(config, console=QUIET).folder
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "eval')
+    console = Console(record=True, width=300, file=io.StringIO())
+    run(config, resume=True, console=console)
+    assert "damaged" not in console.export_text()
+
+
+def test_a_log_that_cannot_be_read_is_one_line(config):
+    out = run(config, console=QUIET).folder
+    (out / "log.jsonl").unlink()
+    (out / "log.jsonl").mkdir()
+    with pytest.raises(ValueError, match="log.jsonl cannot be read: Is a directory. Move it away"):
+        run(config, resume=True, console=QUIET)
+
+
+@pytest.mark.parametrize("eval_every", [0, 3])
+def test_a_run_that_is_resumed_after_its_end_logs_its_final_evaluation_once(config, eval_every):
+    config = replace(config, train=replace(config.train, eval_every=eval_every, eval_windows=3))
+    out = run(config, console=QUIET).folder
+    expected = read_log(out / "log.jsonl")
+    assert len([line for line in expected if "eval_loss" in line]) == (3 if eval_every else 1)
+    for _ in range(2):
+        run(config, resume=True, console=QUIET)
+        assert read_log(out / "log.jsonl") == expected
+    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in expected[:-1]))  # killed before it
+    run(config, resume=True, console=QUIET)
+    assert read_log(out / "log.jsonl") == expected
+
+
+def test_a_checkpoint_of_a_stopped_run_can_be_used_and_its_folder_says_so(config):
+    out = run(config, console=QUIET).folder
+    for name in ("config.json", "model.safetensors"):
+        (out / name).unlink()
+    advice = f"Go on with `redraft train {out} --resume`, or use its last checkpoint: {out}/checkpoint-6"
+    with pytest.raises(ValueError, match=f"no model at {out}: .*its training has not ended. {advice}"):
+        redraft.load(out)
+    assert redraft.load(out / "checkpoint-6").generate("def ", max_new_tokens=4, steps=2).texts is not None
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match=f"Go on with `redraft train {out} --resume`.$"):
+        redraft.load(out)
+
+
+@pytest.mark.parametrize("learning_rate", [1e6, 1e30])
+def test_a_run_whose_weights_explode_says_so_and_is_no_success(config, learning_rate):
+    console = Console(record=True, width=300, file=io.StringIO())
+    outcome = run(replace(config, train=replace(config.train, learning_rate=learning_rate)), console=console)
+    said = console.export_text()
+    assert re.match("the norm of its weights went from [0-9.]+ to ", outcome.diverged)
+    assert f"the run diverged: {outcome.diverged}. The model in {outcome.folder} is of no use. Start another" in said
+    assert "saved to" not in said
+
+
+def test_a_run_that_learns_has_not_diverged(config):
+    console = Console(record=True, width=300, file=io.StringIO())
+    outcome = run(config, console=console)
+    assert outcome.diverged is None
+    assert f"saved to {outcome.folder}" in console.export_text()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(config):

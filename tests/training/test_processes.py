@@ -57,7 +57,7 @@ def launch_all(kind, configs):
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", code, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -272,7 +272,7 @@ def test_the_slurm_template_trains_over_two_nodes_as_one_process_does_and_goes_o
         (tmp_path / name).chmod(0o755)
     path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "SLURM_JOB_NODELIST": "node[1-2]", "OMP_NUM_THREADS": "1"}
-    begin = partial(subprocess.run, ["bash", "-c", script], capture_output=True, text=True, timeout=200)
+    begin = partial(subprocess.run, ["bash", "-c", script], capture_output=True, text=True)
     done = begin(env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(out) == pytest.approx(losses(config.out), abs=1e-5)

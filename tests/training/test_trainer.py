@@ -1,5 +1,6 @@
 """Invariances of the training loop: how the global batch is split, where a run is killed, what is evaluated twice."""
 
+import itertools
 import json
 import math
 import os
@@ -11,11 +12,13 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 import redraft
 from redraft.data.chat import ChatConfig
@@ -100,13 +103,28 @@ def assert_close(a, b, tolerance):
         assert (a[name] - b[name]).abs().max() <= tolerance, name
 
 
+KILLED_IN_STEP_35 = """
+import os, signal, sys
+from redraft.cli import main
+from redraft.training.ema import WeightAverage
+update, steps = WeightAverage.update, []
+def update_or_die(self):
+    steps.append(1)
+    if len(steps) == 35:
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(self)
+WeightAverage.update = update_or_die
+main(sys.argv[1:])
+"""
+
+
 @contextmanager
-def launched(config, *, flags=()):
+def launched(config, *, flags=(), program=("-m", "redraft.cli")):
     """Start `redraft train` as a user does, on the saved recipe of a config; its output goes to `process.stdout`."""
     path = Path(config.out).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(config)))
-    command = [sys.executable, "-m", "redraft.cli", "train", str(path), *flags]
+    command = [sys.executable, *program, "train", str(path), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -119,7 +137,7 @@ def launched(config, *, flags=()):
 
 def finish(process, *, code=0):
     """Wait for the end and return what was printed."""
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == code, output
     return output
 
@@ -299,17 +317,15 @@ def test_an_objective_of_ones_own_is_one_file(config, tmp_path, monkeypatch):
     assert RunConfig.read(outcome.folder / "recipe.json").objective == own
 
 
-def test_a_run_killed_at_a_random_moment_and_resumed_ends_bitwise_as_one_never_stopped(config):
-    """And with its average of the weights. Many more kills: test_alive.py."""
+def test_a_run_killed_between_two_checkpoints_and_resumed_ends_bitwise_as_one_never_stopped(config):
+    """With its average of the weights, which is killed before it takes up a step. Many more kills: test_alive.py."""
     torch.set_num_threads(1)
     config = with_train(config, max_steps=60, eval_every=0, ema_decay=0.9)
     with launched(replace(config, out=config.out + "-whole")) as whole:
         finish(whole)
-    with launched(config) as killed:
-        wait_for_log(killed, config, lines=9)
-        time.sleep(0.05)
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
+    with launched(config, program=("-c", KILLED_IN_STEP_35)) as killed:
+        finish(killed, code=-signal.SIGKILL)
+    assert (Path(config.out) / "checkpoint-34").exists()
     assert not (Path(config.out) / "model.safetensors").exists()
     with launched(config, flags=["--resume"]) as resumed:
         finish(resumed)
@@ -392,18 +408,16 @@ def test_documents_can_be_kept_apart(config):
     assert outcome.steps == config.train.max_steps
 
 
-def test_minutes_lower_the_number_of_steps(config):
-    outcome = run(with_train(config, max_steps=10**6, max_minutes=0.05, eval_every=0, save_every=10**6), console=QUIET)
-    assert outcome.steps < 10**5
-    assert RunConfig.read(outcome.folder / "recipe.json").train.max_steps < 10**5
-
-
-@pytest.mark.parametrize(("minutes", "measured"), [(1e-5, 3), (10.0, 8)])
-def test_measuring_a_step_takes_a_twentieth_of_the_minutes_or_three_steps(config, minutes, measured, monkeypatch):
-    calls, compute_loss = [], DiffusionTrainer.compute_loss
+@pytest.mark.parametrize(("minutes", "measured", "steps"), [(0.25, 3, 7), (10.0, 8, 9)])
+def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measured, steps):
+    """A pass takes a second of this clock; test_pace.py has all of the arithmetic."""
+    calls, compute_loss, ticks = [], DiffusionTrainer.compute_loss, itertools.count()
     monkeypatch.setattr(DiffusionTrainer, "compute_loss", lambda *a, **k: calls.append(1) or compute_loss(*a, **k))
-    outcome = run(with_train(config, max_steps=5, max_minutes=minutes, eval_every=0), console=QUIET)
-    assert len(calls) == measured + outcome.steps
+    monkeypatch.setattr("redraft.training.pace.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr("redraft.training.run.Clock", lambda *_, **__: TrainerCallback())
+    outcome = run(with_train(config, max_steps=9, max_minutes=minutes, eval_every=0), console=QUIET)
+    assert outcome.steps == RunConfig.read(outcome.folder / "recipe.json").train.max_steps == steps
+    assert len(calls) == measured + steps
 
 
 def mistakes(config):

@@ -1,0 +1,74 @@
+"""One writer per folder: two processes that write into one leave the weights of one and the settings of the other."""
+
+import errno
+import fcntl
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+LOCK_FILE = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without flock answers
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into a folder, which is made where it is missing.
+
+    The kernel holds the lock (flock) and lets it go when the process ends, however it ends. Folders that were made and
+    stayed empty are removed. On a file system without flock a warning says that nothing is locked.
+
+    Raises ValueError where another process holds the folder, and where it cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"out must be a folder; {folder} is a file. Choose another --out.")
+            missing = [path for path in (folder, *folder.parents) if not path.exists()]
+            stack.callback(_remove_empty, missing)
+            folder.mkdir(parents=True, exist_ok=True)
+            file = _lock(folder)
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error.strerror}. Choose another --out.") from error
+        stack.callback(_unlock, folder, file)
+        yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for path in folders:
+            path.rmdir()
+
+
+def _lock(folder: Path) -> int:
+    """Open and lock the folder's lock file, and write who holds it; return its descriptor."""
+    path = folder / LOCK_FILE
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_nlink:  # not one that its holder has just removed
+                os.ftruncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+                return file
+        except BlockingIOError as error:
+            holder = os.read(file, 500).decode(errors="replace") or "another process"
+            os.close(file)
+            raise ValueError(f"{holder} is writing to {folder}. Wait for its end, or choose another --out.") from error
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                logger.warning("%s cannot be locked (%s): let no other command write there.", folder, error.strerror)
+                return file
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _unlock(folder: Path, file: int) -> None:
+    with suppress(OSError):  # the folder was moved, the disk is read-only now
+        (folder / LOCK_FILE).unlink()  # before it is let go: who has opened it meanwhile finds it gone
+    os.close(file)
