@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from redraft.cli.parsing import parse
 from redraft.data.config import DataConfig
 from redraft.errors import unknown_name
@@ -24,6 +22,8 @@ LAUNCH = "--launch ddp|fsdp2|deepspeed --processes N trains in N processes here,
 
 def main(arguments: list[str]) -> int:
     """Resolve the recipe and its flags, train, and say what came out."""
+    from redraft.cli.common import plain_console
+
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
     if kind_of_launch or processes:
         without = [name, *_take("--processes", _take("--launch", given)[1])[1]]
         return _launch(kind_of_launch, processes, config, without)
-    console = Console()
+    console = plain_console()
     if isinstance(config, LatentRunConfig):
         from redraft.training.latent import run_stage
 

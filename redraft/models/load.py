@@ -101,18 +101,31 @@ def read_raw_config(path: str | Path) -> Raw:
     folder = Path(path)
     is_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
     if is_local and not folder.is_dir():
-        raise ValueError(
-            f"no model at {path}: {'it is not a folder' if folder.exists() else 'the folder does not exist'}."
-        )
+        reason = "it is not a folder." if folder.exists() else f"the folder does not exist.{_near(folder)}"
+        raise ValueError(f"no model at {path}: {reason}")
     if is_local and not (folder / "config.json").exists():
         raise ValueError(f"no model at {path}: the folder has no config.json (an unfinished run?).")
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
+        if folder.parent != Path() and folder.parent.is_dir():  # runs/nope, not the hub's
+            raise ValueError(
+                f"no model at {path}: the folder does not exist, and the hub gave none.{_near(folder)}"
+            ) from error
         offline = " The hub is offline (HF_HUB_OFFLINE)." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise ValueError(f"cannot read a model config from {path}: {reason}{offline}") from error
+        raise ValueError(f"cannot read a model config from {path}: {reason}{offline}{_near(folder)}") from error
     return dict(raw)
+
+
+def _near(folder: Path) -> str:
+    """Name the folders beside one that does not exist: those of a similar name, or, below the working folder, all."""
+    parent = folder.parent
+    names = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, names, n=3)
+    if near:
+        return f" Did you mean {' or '.join(str(parent / name) for name in near)}?"
+    return f" {parent} holds {', '.join(names[:8])}." if names and parent not in (Path(), Path("/")) else ""
 
 
 def load_tokenizer(path: str | Path, *, family: Family | None = None) -> Any:

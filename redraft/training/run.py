@@ -38,6 +38,8 @@ from redraft.training.preference import PreferenceTrainer
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
 
+FROM_SCRATCH = {"preset": "llada-random", "temperature": 0.9}
+"""Sampler that a model of random weights is saved with: taking the surest first, a small one repeats one token."""
 BYTES_PER_PARAMETER = {"checkpoint": 12, "model": 4}  # float32 weights with AdamW's two moments; the weights alone
 
 
@@ -69,6 +71,8 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
     if data.generation:
         denoiser.model.config.generation = data.generation
+    elif start is None and config.objective.kind in ("masked", "block"):
+        denoiser.model.config.generation = dict(FROM_SCRATCH)
     if checkpoint:
         check_settings(Path(checkpoint), denoiser)
     num_trained, num_all = num_parameters(denoiser.model)
