@@ -2,12 +2,15 @@
 
 import os
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+hypothesis.settings.register_profile("any machine", deadline=None)  # an example may take long where others work too
+hypothesis.settings.load_profile("any machine")
 install_import_hook("redraft", "shape_checks.checked")
 
 

@@ -36,34 +36,36 @@ def main(arguments: list[str]) -> int:
     """Read, denoise, show, until the end of the input."""
     args = parse(Arguments, arguments, command="chat")
 
-    from redraft.cli.common import load_quietly
+    from redraft.cli.common import load_quietly, plain_console
 
-    console = Console()
+    console = plain_console()
     given = args.sampling.given(arguments)
     lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
     conversation = Conversation(lm, given, system=args.system)
     if not conversation.has_template:
         console.print("this model has no chat template: it continues your text as it stands", style="dim")
-    console.print(HELP, style="dim", markup=False, highlight=False)
+    console.print(HELP, style="dim")
     while True:
         try:
-            line = console.input("[bold]> [/bold]")
+            line = console.input("> ")
         except (EOFError, KeyboardInterrupt):
             console.print()
             return 0
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input must be UTF-8; got {error.object[error.start : error.end]!r}.") from error
         if line in ("/quit", "/exit"):
             return 0
         try:
             _take_turn(conversation, line, console)
         except ValueError as error:
-            console.print(str(error), style="red", markup=False)
+            console.print(str(error), style="red")
         except KeyboardInterrupt:
             console.print("stopped; the turn is forgotten", style="dim")
 
 
 def _take_turn(conversation: "Conversation", line: str, console: Console) -> None:
     if line.startswith("/"):
-        console.print(conversation.command(line), style="dim", markup=False, highlight=False)
+        console.print(conversation.command(line), style="dim")
         return
     if not line.strip():
         return
@@ -99,6 +101,8 @@ class Conversation:
         """Yield the reply as it forms, and remember the turn when it is whole."""
         if self.sampling.num_samples > 1:
             raise ValueError(f"a conversation has one reply at a time; got num_samples={self.sampling.num_samples}.")
+        from redraft.cli.common import warn_of_repetition
+
         prompt: Any = [*self.messages, {"role": "user", "content": line}] if self.has_template else self.text + line
         last: Step | None = None
         for step in self.lm.stream(prompt, session=self.session, **self.given):
@@ -107,6 +111,7 @@ class Conversation:
         assert last is not None
         tokens, status = last.canvas.tokens[0], last.canvas.status[0]
         new = self.lm.new_tokens(tokens, status, self.sampling)
+        warn_of_repetition(self.lm, [new], self.sampling)
         answer = self.lm.new_text(tokens[status == Status.GIVEN], new, self.sampling)
         yield Text(answer)
         if self.has_template:

@@ -17,15 +17,17 @@ class Arguments:
     second: tyro.conf.Positional[Path]
     """Folder of `redraft eval` (B)."""
     plot: Path | None = None
-    """Write a plot of scores against forward passes (.png)."""
+    """Write a plot of scores against forward passes (.png, .svg, .pdf)."""
 
 
 def main(arguments: list[str]) -> int:
     """Compare and print one line per score."""
     args = parse(Arguments, arguments, command="compare")
 
+    from redraft.cli.common import check_writable
     from redraft.evaluation.report import compare, plot_frontier, provenance
 
+    check_writable(args.plot, ".png", ".svg", ".pdf")
     for difference in compare(args.first, args.second):
         print(difference)
     if args.plot is not None:

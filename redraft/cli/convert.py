@@ -1,5 +1,6 @@
 """`redraft convert SOURCE OUT`: any model of transformers becomes a diffusion model."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ from rich.progress import track
 from redraft.cli.parsing import parse
 
 if TYPE_CHECKING:
+    from redraft.models.convert import Conversion
     from redraft.models.probe import Check
 
 
@@ -47,7 +49,10 @@ class ConvertFlags:
 def main(arguments: list[str]) -> int:
     """Convert, check, or print the table."""
     flags = parse(ConvertFlags, arguments or ["--help"], command="convert")
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    from redraft.cli.common import be_quiet, plain_console
+
+    console = plain_console()
+    be_quiet()
     if flags.matrix:
         return _matrix(console)
     if not flags.source:
@@ -82,8 +87,17 @@ def _convert(flags: ConvertFlags, console: Console) -> int:
         console.print(f"  {note}")
     if flags.check:
         _print_checks(made.checks, console)
-    console.print(f"try next:\n  redraft convert {made.folder} --check\n  redraft train --help")
+    console.print(f"try next:\n  redraft convert {made.folder} --check\n{_next_step(made)}")
     return 0
+
+
+def _next_step(made: "Conversion") -> str:
+    """Name the command to go on with: weights that have never seen their mask token have to be trained."""
+    folder = shlex.quote(str(made.folder))
+    is_untrained = any(note.startswith("mask token") for note in made.notes)
+    if made.settings.is_autoregressive or not is_untrained:
+        return f"  redraft sample {folder} 'Once upon a time'"
+    return f"  redraft train stdlib-small --model.start {folder} --data.source my_texts/ --out {folder}-trained"
 
 
 def _check(flags: ConvertFlags, console: Console) -> int:
@@ -104,11 +118,8 @@ def _print_checks(checks: "Sequence[Check]", console: Console) -> None:
 def _matrix(console: Console) -> int:
     import warnings
 
-    import transformers
-
     from redraft.models.matrix import architectures, measure, table
 
-    transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = architectures()

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from redraft.cli.parsing import parse
 from redraft.data.config import DataConfig
 from redraft.data.prepare import build_data
@@ -29,18 +27,20 @@ def main(arguments: list[str]) -> int:
     if len(rest) < 2 or rest[0].startswith("-") or rest[1].startswith("-"):
         raise ValueError("redraft data build needs SOURCE and OUT. See redraft data --help.")
     source, out, *flags = rest
+    from redraft.cli.common import plain_console
+
     config = parse(DataConfig, flags, command=f"data build {source} {out}", default=DataConfig(source=source))
     if config.streaming:
         raise ValueError("redraft data build writes the whole source; got --streaming. Leave it out.")
     data = build_data(config, Path(out).expanduser())
-    console = Console()
+    console = plain_console()
     for name, report in (("train", data.train_report), ("held out", data.validation_report)):
         if report is not None:
-            console.print(f"{name}: {report.describe(seq_len=config.seq_len)}", highlight=False, soft_wrap=True)
+            console.print(f"{name}: {report.describe(seq_len=config.seq_len)}")
     for name in ("seq_len", "validation_fraction"):  # a recipe may have others than the defaults here
         flag = f"--{name.replace('_', '-')}"
         if not any(each.split("=")[0] == flag for each in flags):
             flags += [flag, str(getattr(config, name))]
     same = " ".join(flag.replace("--", "--data.", 1) if flag.startswith("--") else flag for flag in flags)
-    console.print(f"saved to {out}. To train on it: redraft train RECIPE --data.source {out} {same}", soft_wrap=True)
+    console.print(f"saved to {out}. To train on it: redraft train RECIPE --data.source {out} {same}")
     return 0

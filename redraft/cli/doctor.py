@@ -1,19 +1,19 @@
 """`redraft doctor`: what is installed, what the machine can do, and whether a tiny model runs."""
 
+import http.client
 import importlib.metadata
 import os
 import platform
+import threading
 import time
+import urllib.request
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
+from redraft.cli import EXTRAS
 from redraft.cli.parsing import parse
 
 PACKAGES = ("redraft", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "peft", "tyro")
-EXTRAS = {"matplotlib": "plots", "tensorboard": "plots", "lm-eval": "eval", "fastapi": "serve"}
+HUB_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,27 +27,30 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
+    from redraft.cli.common import plain_console
     from redraft.models.device import can_compile, choose_device
     from redraft.training.machine import bfloat16_is_faster
 
-    console = Console()
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("python", platform.python_version())
-    table.add_row("system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors")
+    console = plain_console()
+
+    def row(name: str, value: str) -> None:
+        console.print(f"{name:<15}{value}")
+
+    row("python", platform.python_version())
+    row("system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors")
     for name in PACKAGES:
-        table.add_row(name, _version(name) or "missing")
+        row(name, _version(name) or "missing")
     for name, extra in EXTRAS.items():
-        table.add_row(name, _version(name) or escape(f"not installed (pip install 'redraft[{extra}]')"))
-    table.add_row("device", str(choose_device(None)))
-    table.add_row("threads", str(torch.get_num_threads()))
-    table.add_row("bfloat16", "faster than float32" if bfloat16_is_faster("auto") else "not faster than float32")
-    table.add_row("torch.compile", "a compiler is there" if can_compile() else "no compiler found")
-    table.add_row("hub", "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") == "1" else "online")
-    console.print(table)
+        row(name, _version(name) or f"not installed (pip install 'redraft[{extra}]')")
+    row("device", str(choose_device(None)))
+    row("threads", str(torch.get_num_threads()))
+    row("bfloat16", "faster than float32" if bfloat16_is_faster("auto") else "not faster than float32")
+    row("torch.compile", "a compiler is there" if can_compile() else "no compiler found")
+    row("hub", _hub())
     try:
         console.print(_try_tiny_model())
     except Exception as error:  # whatever it is, the report is about it
-        console.print(f"a tiny model does not run: {type(error).__name__}: {error}", style="red", markup=False)
+        console.print(f"a tiny model does not run: {type(error).__name__}: {error}", style="red")
         return 1
     return 0
 
@@ -57,6 +60,27 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _hub(seconds: float = HUB_SECONDS) -> str:
+    """Ask the hub for an answer, and tell what came of it. A name that no server resolves can take longer: a thread."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return "not asked: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    found = [f"{constants.ENDPOINT} did not answer in {seconds:g} s"]
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds):
+                found.append(f"{constants.ENDPOINT} answers")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            found.append(f"{constants.ENDPOINT} cannot be reached: {getattr(error, 'reason', error)}")
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return found[-1]
 
 
 def _try_tiny_model() -> str:

@@ -165,7 +165,7 @@ def _run_offline(
     options = RunOptions(sampling=sampling, likelihood=args.likelihood, batch_size=args.batch_size, chat=args.chat)
     for task in tasks:
         records = run_task(lm, task, store, options, limit=args.items.limit, world_size=world_size)
-        for _ in tqdm(records, desc=task.name, disable=store.rank != 0):
+        for _ in tqdm(records, desc=task.name, disable=None if store.rank == 0 else True):
             pass
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.console import Console
 
 from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 
@@ -20,7 +19,7 @@ class Arguments(LoadingFlags):
     model: tyro.conf.Positional[str]
     """Folder or hub id of a model."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """One prompt, or a text with holes such as [MASK:8]; a dash reads it from standard input."""
+    """One prompt, or a text with holes such as [MASK:8]; a dash reads it from standard input; '' is no prompt."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to denoise."""
     chat: bool = False
@@ -35,7 +34,15 @@ def main(arguments: list[str]) -> int:
     """Parse, generate, write the page, sum up."""
     args = parse(Arguments, arguments, command="explain")
 
-    from redraft.cli.common import check_writable, load_quietly, read_prompts, say, text_of
+    from redraft.cli.common import (
+        check_prompts,
+        check_writable,
+        load_quietly,
+        plain_console,
+        read_prompts,
+        say,
+        text_of,
+    )
     from redraft.prompts import HOLE
     from redraft.sampling.explain import Watcher, explain
     from redraft.sampling.trace import to_page
@@ -46,7 +53,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"one prompt at a time can be explained; got {len(prompts)}. Quote it, or choose one.")
     if args.alternatives < 1:
         raise ValueError(f"--alternatives must be at least 1; got {args.alternatives}.")
-    check_writable(args.out)
+    check_prompts(prompts, chat=args.chat)
+    check_writable(args.out, ".html")
     settings = args.sampling.given(arguments)
     if settings.get("num_samples", 1) > 1:
         raise ValueError(f"one sample at a time can be explained; got --num-samples {settings['num_samples']}.")
@@ -68,11 +76,11 @@ def main(arguments: list[str]) -> int:
     row = page["rows"][0]
     row["watched"] = watcher.page(num_positions=len(row["positions"]), text_of=text)
     args.out.write_text(render_page(page), encoding="utf-8")
-    console = Console()
+    console = plain_console()
     say(console, out.texts[0] if out.texts else " ".join(map(str, out.tokens[0].tolist())))
     for line in _lines(found, [text(token) for token in trace.token_ids], text):
-        say(console, line, style="dim")
-    say(console, f"page: {args.out}")
+        console.print(line, style="dim")
+    console.print(f"page: {args.out}")
     return 0
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from redraft.cli.constraint import ConstraintArguments
 from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
@@ -31,14 +30,22 @@ def main(arguments: list[str]) -> int:
     """Parse, fill, print with the filled parts highlighted."""
     args = parse(Arguments, arguments, command="infill")
 
-    from redraft.cli.common import check_writable, load_quietly, read_prompts, say, styled, write_trace
+    from redraft.cli.common import (
+        check_writable,
+        load_quietly,
+        plain_console,
+        read_prompts,
+        styled,
+        warn_of_repetition,
+        write_trace,
+    )
 
     texts = read_prompts(args.texts)
     constraint = args.constraint.constraint()
-    check_writable(args.trace)
+    check_writable(args.trace, ".html", ".json")
     settings = args.sampling.given(arguments)
     lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
-    console = Console()
+    console = plain_console()
     out = lm.infill(texts, trace=True, constraint=constraint, **settings)
     assert out.trace is not None
     for i, trace in enumerate(out.trace):
@@ -46,7 +53,9 @@ def main(arguments: list[str]) -> int:
             print(out.texts[i])
             continue
         styles = ["" if is_given else "bold green" for is_given in trace.is_given]
-        console.print(styled(lm, trace.token_ids, styles), soft_wrap=True)
+        console.print(styled(lm, trace.token_ids, styles))
+    if constraint is None:
+        warn_of_repetition(lm, out.tokens, lm.sampling_config(**settings))
     if args.trace:
         write_trace(
             args.trace,
@@ -55,5 +64,5 @@ def main(arguments: list[str]) -> int:
             title=f"redraft infill {args.model}",
             settings=asdict(lm.sampling_config(**settings)),
         )
-        say(console, f"trace: {args.trace}")
+        console.print(f"trace: {args.trace}")
     return 0

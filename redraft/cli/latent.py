@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import tyro
-from rich.console import Console
 
 from redraft.cli.parsing import parse
 from redraft.errors import unknown_name
@@ -27,7 +26,7 @@ def main(arguments: list[str]) -> int:
     if args.action != "check":
         raise unknown_name("action", args.action, ["check"])
 
-    from redraft.cli.common import be_quiet
+    from redraft.cli.common import be_quiet, plain_console
     from redraft.data.tasks import find_task
     from redraft.latent.checkpoint import load_autoencoder
     from redraft.latent.gate import gate_failures, measure_gate
@@ -48,7 +47,7 @@ def main(arguments: list[str]) -> int:
             "Give the task it was trained on."
         )
     gate = measure_gate(autoencoder, ids, mask)
-    console = Console()
+    console = plain_console()
     console.print(f"{len(ids)} distinct blocks of held-out prompts")
     for level, share in gate.items():
         console.print(f"relative noise {level:<4}  {100 * share:5.1f} % exact")

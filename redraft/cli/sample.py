@@ -24,7 +24,7 @@ class Arguments(LoadingFlags):
     model: tyro.conf.Positional[str]
     """Folder or hub id of a model."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Prompts; a dash reads one from standard input."""
+    """Prompts; a dash reads one from standard input. '' samples without a prompt, for models trained on documents."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to denoise."""
     constraint: Annotated[ConstraintArguments, tyro.conf.arg(name="")] = field(default_factory=ConstraintArguments)
@@ -50,17 +50,26 @@ def main(arguments: list[str]) -> int:
         return 0
     args = parse(Arguments, arguments, command="sample")
 
-    from redraft.cli.common import check_writable, load_quietly, read_prompts, say, write_trace
+    from redraft.cli.common import (
+        check_prompts,
+        check_writable,
+        load_quietly,
+        plain_console,
+        read_prompts,
+        warn_of_repetition,
+        write_trace,
+    )
 
     if args.plot and not args.sweep:
         raise ValueError(f"--plot draws what --sweep steps measures; got {args.plot} alone.")
     prompts = read_prompts(args.prompts)
     constraint = args.constraint.constraint()
-    for path in (args.trace, args.plot):
-        check_writable(path)
+    check_prompts(prompts, chat=args.chat)
+    check_writable(args.trace, ".html", ".json")
+    check_writable(args.plot, ".png", ".svg", ".pdf")
     settings = args.sampling.given(arguments)
     lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
-    console = Console()
+    console = plain_console()
     inputs = [[{"role": "user", "content": p}] for p in prompts] if args.chat else prompts
     if args.sweep:
         from redraft.cli.sweep import sweep_steps
@@ -71,14 +80,16 @@ def main(arguments: list[str]) -> int:
     per_prompt = len(out.tokens) // len(prompts)
     for i, prompt in enumerate(prompts):
         _print_samples(prompt, out, range(i * per_prompt, (i + 1) * per_prompt), args, console)
+    if constraint is None:
+        warn_of_repetition(lm, out.tokens, lm.sampling_config(**settings))
     if not args.json:
         num_new = sum(len(tokens) for tokens in out.tokens)
-        say(console, f"{num_new} tokens in {out.seconds:.2f} s, {max(out.forwards)} forwards", style="dim")
+        console.print(f"{num_new} tokens in {out.seconds:.2f} s, {max(out.forwards)} forwards", style="dim")
     if args.trace and out.trace:
         shown = asdict(lm.sampling_config(**settings))
         write_trace(args.trace, out.trace, lm, title=f"redraft sample {args.model}", settings=shown)
         if not args.json:
-            say(console, f"trace: {args.trace}")
+            console.print(f"trace: {args.trace}")
     return 0
 
 
@@ -106,11 +117,10 @@ def _print_samples(prompt: str, out: "Generation", rows: range, args: Arguments,
         say(console, prompt, style="dim", end="")
         say(console, text)
     if chosen is not None:
-        say(console, f"{texts.count(chosen)} of {len(texts)} samples agree", style="dim")
+        console.print(f"{texts.count(chosen)} of {len(texts)} samples agree", style="dim")
     if len(rows) > 1:
         tokens = [out.tokens[row].tolist() for row in rows]
-        say(
-            console,
+        console.print(
             f"distinct-1 {distinct_n(tokens, 1):.2f}, distinct-2 {distinct_n(tokens, 2):.2f}, "
             f"self-BLEU {self_bleu(tokens):.2f}",
             style="dim",

@@ -39,7 +39,7 @@ def sweep_steps(
             raise ValueError(f"--sweep chooses the steps; got --{name.replace('_', '-')}. Leave it out.")
     most = lm.sampling_config(**settings).max_new_tokens
     counts = sorted({max(1, most >> k) for k in range(NUM_POINTS)}, reverse=True)
-    console.print(f"{'steps':>6} {'forwards':>9} {'tokens/s':>9} {'nats/token':>11} {'entropy':>8}", highlight=False)
+    console.print(f"{'steps':>6} {'forwards':>9} {'tokens/s':>9} {'nats/token':>11} {'entropy':>8}")
     points = []
     for steps in counts:
         point = _measure(lm, prompts, settings | {"steps": steps}, constraint=constraint)
@@ -47,11 +47,10 @@ def sweep_steps(
         console.print(
             f"{point.steps:>6} {point.forwards:>9.1f} {point.tokens_per_second:>9.1f} {point.nats_per_token:>11.3f} "
             f"{point.entropy:>8.3f}",
-            highlight=False,
         )
     if plot is not None:
         _draw(points, plot)
-        console.print(f"plot: {plot}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"plot: {plot}")
     return points
 
 

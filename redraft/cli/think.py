@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
 from redraft.cli.parsing import parse
 from redraft.latent.thinking import ThinkingConfig
@@ -40,29 +39,33 @@ def main(arguments: list[str]) -> int:
     """Parse, think, print."""
     args = parse(Arguments, arguments, command="think")
 
-    from redraft.cli.common import be_quiet, check_writable, read_prompts, say
+    from redraft.cli.common import be_quiet, check_writable, plain_console, read_prompts
     from redraft.latent.checkpoint import load_thinker
 
     prompts = read_prompts(args.prompts)
-    check_writable(args.trace)
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("there is nothing to think about: a prompt is empty. Give a task as text.")
+    check_writable(args.trace, ".html", ".json")
     be_quiet()
     thinker = load_thinker(args.model, device=args.device)
     found = thinker.think(prompts, trace=args.show or args.trace is not None, **asdict(args.thinking))
-    console = Console()
+    console = plain_console()
     for prompt, samples in zip(prompts, found, strict=True):
         chosen = vote(samples)
         for sample in samples:
             if args.json:
                 print(json.dumps(as_json(prompt, sample) | {"is_vote": sample is chosen}))
                 continue
-            say(console, prompt, style="dim")
+            console.print(prompt, style="dim")
             for line in lines(sample, show=args.show):
-                say(console, line)
+                console.print(line)
         if len(samples) > 1 and not args.json:
-            say(console, f"vote: {chosen.answer or chosen.text}", style="bold")
+            console.print(f"vote: {chosen.answer or chosen.text}", style="bold")
     if args.trace:
         rows = [as_json(prompt, s) for prompt, samples in zip(prompts, found, strict=True) for s in samples]
-        args.trace.write_text(json.dumps(rows) if args.trace.suffix == ".json" else page(rows), encoding="utf-8")
+        args.trace.write_text(
+            json.dumps(rows) if args.trace.suffix.lower() == ".json" else page(rows), encoding="utf-8"
+        )
     return 0
 
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from redraft.cli.parsing import parse
 from redraft.errors import unknown_name
 from redraft.models.build import ModelConfig
@@ -51,7 +49,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
-    console = Console()
+    from redraft.cli.common import plain_console
+
+    console = plain_console()
     if isinstance(config, LatentRunConfig):
         from redraft.training.latent import run_stage
 

@@ -204,7 +204,7 @@ class RedraftLM(TemplateLM):
     def _progress(self, what: Any, name: str, is_quiet: bool) -> Any:
         from tqdm import tqdm
 
-        return tqdm(what, desc=f"redraft {name}", disable=is_quiet or self.rank != 0)
+        return tqdm(what, desc=f"redraft {name}", disable=True if is_quiet or self.rank else None)
 
     def _request(self, instance: Any) -> Request:
         context, continuation = self.lm.encode_pair(*instance.args)

@@ -118,17 +118,23 @@ def read_raw_config(path: str | Path) -> Raw:
     if folder.suffix == ".gguf":
         raise ValueError(f"{path} is a GGUF file. Convert it first: redraft convert {path} OUT.")
     if is_local and not folder.is_dir():
-        raise ValueError(
-            f"no model at {path}: {'it is not a folder' if folder.exists() else 'the folder does not exist'}."
-        )
+        reason = "it is not a folder." if folder.exists() else f"the folder does not exist.{_near(folder)}"
+        raise ValueError(f"no model at {path}: {reason}")
     if is_local and not (folder / "config.json").exists():
         raise ValueError(f"no model at {path}: the folder has no config.json{_how_to_go_on(folder)}")
     if is_local:
         raw = read_json(folder / "config.json")
         if (folder / "generation_config.json").is_file():
             read_json(folder / "generation_config.json")  # transformers reads it with the weights
+    elif folder.parent != Path() and folder.parent.is_dir():  # runs/nope: as it stands, but perhaps the hub's
+        try:
+            raw, _ = PreTrainedConfig.get_config_dict(path)
+        except Exception as error:  # whatever the hub says, a folder was meant
+            raise ValueError(
+                f"no model at {path}: the folder does not exist, and the hub gave none.{_near(folder)}"
+            ) from error
     else:
-        with reading(f"a model config from {path}", hint=_offline()):
+        with reading(f"a model config from {path}", hint=f"{_offline()}{_near(folder)}".strip()):
             raw, _ = PreTrainedConfig.get_config_dict(path)
     check_kinds(raw)
     check_numbers(raw)
@@ -137,6 +143,16 @@ def read_raw_config(path: str | Path) -> Raw:
 
 def _offline() -> str:
     return "The hub is offline (HF_HUB_OFFLINE)." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+
+
+def _near(folder: Path) -> str:
+    """Name the folders beside one that does not exist: those of a similar name, or, below the working folder, all."""
+    parent = folder.parent
+    names = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, names, n=3)
+    if near:
+        return f" Did you mean {' or '.join(str(parent / name) for name in near)}?"
+    return f" {parent} holds {', '.join(names[:8])}." if names and parent not in (Path(), Path("/")) else ""
 
 
 def load_tokenizer(path: str | Path, *, family: Family | None = None) -> Any:

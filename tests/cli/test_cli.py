@@ -15,10 +15,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def redraft(*arguments, stdin="", cwd=None):
-    return subprocess.run(
+    """Run a command; one that succeeds has nothing to say on standard error."""
+    done = subprocess.run(
         [sys.executable, "-m", "redraft.cli", *map(str, arguments)],
-        input=stdin, capture_output=True, text=True, cwd=cwd, timeout=240,
+        input=stdin, capture_output=True, text=True, cwd=cwd,
     )  # fmt: skip
+    assert done.returncode or done.stderr == "", done.stderr
+    return done
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +42,24 @@ def test_train_writes_all_that_belongs_to_a_run(model):
     names = {path.name for path in model.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "recipe.json", "log.jsonl", "loss.png"} <= names
     assert not names & {".saving"}
-    assert json.loads((model / "config.json").read_text())["diffusion"]["process"] == "masked"
+    config = json.loads((model / "config.json").read_text())
+    assert config["diffusion"]["process"] == "masked"
+    assert config["generation"] == {"preset": "llada-random", "temperature": 0.9}
+
+
+def test_commands_print_what_they_have_to_say_and_nothing_else(model, tmp_path):
+    """No progress bar off a terminal, no notice of a library: `redraft` asserts an empty standard error."""
+    short = ["--max-new-tokens", "8", "--steps", "4"]
+    redraft("explain", model, "x = ", *short, "--out", tmp_path / "page.html")
+    assert "try next" in redraft("convert", model, tmp_path / "converted").stdout
+    assert "yes  padding is inert" in redraft("convert", tmp_path / "converted", "--check").stdout
+    items = ["--tasks", "infill-stdlib", "--items.limit", "2", "--out", tmp_path / "eval"]
+    assert "infill-stdlib" in redraft("eval", model, *items).stdout
+    data = ["--max-documents", "12", "--seq-len", "64", "--vocab-size", "400", "--validation-fraction", "0.2"]
+    built = tmp_path / "built[/red]"
+    done = redraft("data", "build", "stdlib", "built[/red]", *data, "--cache-dir", tmp_path / "cache", cwd=tmp_path)
+    assert "saved to built[/red]. To train" in done.stdout
+    assert built.is_dir() or (tmp_path / "built[").is_dir()
 
 
 def test_a_run_can_be_run_again_from_its_recipe(model, tmp_path):
@@ -135,6 +155,12 @@ def test_every_command_has_help_with_defaults(command):
         (["train", "no/run.json"], "no/run.json is not a readable recipe"),
         (["sample", "nowhere", "x"], "cannot read a model config from nowhere"),
         (["sample", "./nowhere", "x"], "the folder does not exist"),
+        (["sample", "MODEL-2", "x"], "tiny-2: the folder does not exist. Did you mean .*tiny"),
+        (["sample", "MODEL", "x", "--trace", "out.pdf"], "cannot write out.pdf: its name must end in .html or .json"),
+        (["explain", "MODEL", "x", "--out", "out.json"], "cannot write out.json: its name must end in .html"),
+        (["sample", "MODEL"], "there is no prompt: standard input holds no text"),
+        (["sample", "MODEL", "", "--chat"], "a user's message must hold text"),
+        (["think", "MODEL", ""], "nothing to think about"),
         (["sample"], "model|MODEL|STR"),
         (["sample", "MODEL", "x", "--steps", "-1"], "steps must be at least 1; got -1"),
         (["sample", "MODEL", "x", "--block-size", "7"], "block_size must divide max_new_tokens; got 7 and 128"),
@@ -150,7 +176,7 @@ def test_every_command_has_help_with_defaults(command):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, model, tmp_path):
-    arguments = [str(model) if a == "MODEL" else a for a in arguments]
+    arguments = [a.replace("MODEL", str(model)) for a in arguments]
     if arguments[0] == "train":
         arguments += ["--out", str(tmp_path / "out")]
     done = redraft(*arguments)
@@ -185,6 +211,7 @@ def test_the_commands_and_code_of_the_readme_run(tmp_path):
             line, shell=True, cwd=tmp_path, input="import os\n/quit\n", capture_output=True, text=True, env=environment
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert done.stderr == "", f"{line}\n{done.stderr}"
     (python,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     subprocess.run([sys.executable, "-c", python], cwd=tmp_path, check=True)
 

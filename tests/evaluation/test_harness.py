@@ -51,7 +51,6 @@ def run(*arguments, cwd):
         text=True,
         cwd=cwd,
         env=environment,
-        timeout=240,
     )
 
 

@@ -34,9 +34,7 @@ def arguments(model, tasks, out, *more):
 def launch(*command):
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # for dying_eval
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": here}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=240
-    )
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
 
 
 def records(out, task="mixed"):

@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -79,24 +77,30 @@ def weights(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-@contextmanager
-def launched(*arguments):
-    command = [sys.executable, "-m", "redraft.cli", "train", *arguments]
+SIGNALLED = """
+import os, signal, sys
+from redraft.cli import main
+from redraft.training.latent_stage import StageTrainer
+
+name, step, *arguments = sys.argv[1:]
+loss_of, sent = StageTrainer.compute_loss, []
+
+def compute_loss(self, *args, **kwargs):
+    if self.state.global_step == int(step) and not sent:
+        sent.append(name)
+        os.kill(os.getpid(), signal.Signals[name])
+    return loss_of(self, *args, **kwargs)
+
+StageTrainer.compute_loss = compute_loss
+main(["train", *arguments])
+"""
+
+
+def signalled(name, step, *arguments):
+    """Train in a process of its own, which gets a signal at a step, however fast the machine is."""
+    command = [sys.executable, "-c", SIGNALLED, name, str(step), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for_log(process, folder, *, lines):
-    log = Path(folder) / "log.jsonl"
-    while not log.exists() or len(log.read_text().splitlines()) < lines:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.002)
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 ADAPTIVE = ThoughtObjective(times="adaptive", joint=0.4)
@@ -129,20 +133,15 @@ def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(con
 
 
 def test_a_stage_stopped_by_sigterm_and_then_killed_is_gone_on_with_by_the_command_line(configs, tmp_path):
-    config = with_train(configs["denoiser"], tmp_path, max_steps=80, save_every=4)
+    config = with_train(configs["denoiser"], tmp_path, max_steps=12, save_every=4)
     torch.set_num_threads(1)
     whole = run_stage(replace(config, out=str(tmp_path / "whole")), console=QUIET)
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(asdict(config)))
-    with launched(str(recipe)) as process:
-        wait_for_log(process, config.out, lines=6)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert f"redraft train {config.out} --resume" in output.replace("\n", "")
-    with launched(config.out, "--resume") as process:
-        wait_for_log(process, config.out, lines=30)
-        process.kill()
+    done = signalled("SIGTERM", 6, str(recipe))
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout
+    assert f"redraft train {config.out} --resume" in done.stdout.replace("\n", "")
+    assert signalled("SIGKILL", 9, config.out, "--resume").returncode == -signal.SIGKILL
     assert not (Path(config.out) / "model.safetensors").exists()
     assert _dispatch(["train", config.out, "--resume"]) == 0
     expected, found = weights(whole.folder), weights(config.out)

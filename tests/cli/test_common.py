@@ -1,0 +1,228 @@
+"""What the commands share: prompts, output to the character, files that can be written, a warning of repetition."""
+
+import io
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from socket import create_server
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import redraft
+from redraft.cli import common, doctor, main
+from redraft.cli.common import check_prompts, check_writable, plain_console, read_prompts, say, warn_of_repetition
+
+
+@pytest.mark.parametrize("text", ["x[a:cat:2] :100:", "[red]a[/red] [/b]", "1.5 'a' http://b", "y " * 90])
+def test_a_text_is_printed_as_it_is(text, capsys):
+    plain_console().print(text)
+    say(plain_console(), text)
+    assert capsys.readouterr().out == f"{text}\n" * 2
+
+
+def test_off_a_terminal_tabs_and_control_characters_stay(capsys):
+    say(plain_console(), "if x:\n\ty\x0c\r\n", end="")
+    assert capsys.readouterr().out == "if x:\n\ty\x0c\r\n"
+
+
+def piped(monkeypatch, raw):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+
+
+def test_prompts_are_arguments_or_one_text_from_a_pipe(monkeypatch):
+    assert read_prompts(("a", "b")) == ["a", "b"]
+    assert read_prompts(("",)) == [""]  # asked for: a sample without a prompt
+    for given in ((), ("-",)):
+        piped(monkeypatch, "naïve\n".encode())
+        assert read_prompts(given) == ["naïve\n"]
+
+
+@pytest.mark.parametrize("given", [(), ("-",)])
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "there is no prompt: standard input holds no text; got ''"),
+        (b" \n", "there is no prompt: standard input holds no text"),
+        (b"a\xff", r"standard input must be UTF-8; got b'\\xff'"),
+        (b"\xc3(", r"standard input must be UTF-8; got b'\\xc3'"),
+    ],
+)
+def test_a_pipe_without_text_is_refused(given, raw, message, monkeypatch):
+    piped(monkeypatch, raw)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(given)
+
+
+def test_without_standard_input_there_is_no_prompt(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="there is no prompt"):
+        read_prompts(())
+
+
+def test_an_empty_message_is_refused_and_an_empty_document_is_not():
+    check_prompts([""], chat=False)
+    with pytest.raises(ValueError, match="a user's message must hold text"):
+        check_prompts(["a", " "], chat=True)
+
+
+@pytest.mark.parametrize("name", ["out.pdf", "out", "out.html.gz", "/dev/null"])
+def test_a_page_of_another_format_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"its name must end in \.html or \.json"):
+        check_writable(Path(name), ".html", ".json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_leaves_no_file_and_takes_none_away(tmp_path):
+    new, empty, full = tmp_path / "new.HTML", tmp_path / "empty.html", tmp_path / "full.json"
+    empty.touch()
+    full.write_text("{}")
+    for path in (new, empty, full):
+        check_writable(path, ".html", ".json")
+    assert sorted(tmp_path.iterdir()) == [empty, full]
+    assert full.read_text() == "{}"
+
+
+def warning(lm, tokens, capsys, **settings):
+    warn_of_repetition(lm, [torch.tensor(tokens)], lm.sampling_config(**settings))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+def test_a_token_that_makes_up_most_of_a_text_is_warned_of_with_what_to_try(text_lm, capsys):
+    said = warning(text_lm, [35, *[66] * 9, *range(20, 27)], capsys)
+    assert said.startswith(f"warning: 9 of 17 tokens are {common.text_of(text_lm, 66)!r}.")
+    assert said.endswith("--preset llada-random --temperature 0.9, or train longer.\n")
+    assert said.count("\n") == 1
+    drawn = warning(text_lm, [66] * 9, capsys, preset="llada-random", temperature=0.9)
+    assert drawn.endswith("repeat their likeliest token: train longer.\n")
+    assert "try" not in drawn
+
+
+@pytest.mark.parametrize("tokens", [[], [66] * 7, [66] * 8 + [67] * 8, list(range(20, 60))])
+def test_a_text_of_different_tokens_and_a_short_one_are_not_warned_of(text_lm, tokens, capsys):
+    assert warning(text_lm, tokens, capsys) == ""
+
+
+def test_sample_infill_and_chat_warn_of_repetition(model_folder, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(
+        common, "warn_of_repetition", lambda lm, texts, sampling: told.append((len(texts[0]), sampling))
+    )
+    flags = ["--steps=2", "--temperature=0.5", "--stop=None"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n/quit\n"))
+    for command in (["sample", "a", "--max-new-tokens=16"], ["infill", "a[MASK:16]b"], ["chat", "--max-new-tokens=16"]):
+        with pytest.raises(SystemExit):
+            main([command[0], str(model_folder), *command[1:], *flags])
+    capsys.readouterr()
+    assert [(count, sampling.temperature) for count, sampling in told] == [(16, 0.5)] * 3
+
+
+def test_a_constraint_that_repeats_is_not_warned_of(model_folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", str(model_folder), "a", "--regex", "x{16}", "--max-new-tokens", "17"])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("a" + 16 * "x")
+    assert printed.err == ""
+
+
+@pytest.fixture
+def _runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/tiny", "runs/mine"):
+        Path(name).mkdir(parents=True)
+
+
+@pytest.mark.usefixtures("_runs")
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("runs/nope", r"no model at runs/nope: the folder does not exist, .*\. runs holds mine, tiny\.$"),
+        ("runs/tin", r"no model at runs/tin: the folder does not exist, .*\. Did you mean runs/tiny\?$"),
+        ("./runs/tin", r"no model at ./runs/tin: the folder does not exist\. Did you mean runs/tiny\?$"),
+        ("no/such-model", "cannot read a model config from no/such-model: .*offline"),
+        ("run", r"cannot read a model config from run: .*Did you mean runs\?$"),
+    ],
+)
+def test_a_folder_that_does_not_exist_is_said_to_with_the_names_beside_it(path, message):
+    with pytest.raises(ValueError, match=message) as error:
+        redraft.load(path)
+    assert ("hub" in str(error.value).replace("the hub gave none", "")) == (path in ("no/such-model", "run"))
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    from huggingface_hub import constants
+
+    def set_to(url, *, offline=False):
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+
+    return set_to
+
+
+def test_doctor_says_that_a_hub_answers_after_it_did(endpoint):
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.handle_request).start()
+        endpoint(f"http://127.0.0.1:{server.server_port}")
+        assert doctor._hub(seconds=600) == f"http://127.0.0.1:{server.server_port} answers"
+    assert len(asked) == 1
+
+
+def test_doctor_says_that_a_hub_cannot_be_reached_or_does_not_answer(endpoint):
+    with create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        endpoint(f"http://127.0.0.1:{port}")
+        assert doctor._hub(seconds=0.05).startswith(f"http://127.0.0.1:{port} ")
+        assert "answers" not in doctor._hub(seconds=0.05)
+    assert "cannot be reached: [Errno 111] Connection refused" in doctor._hub(seconds=600)
+
+
+def test_doctor_offline_does_not_ask(endpoint, monkeypatch):
+    monkeypatch.setattr(doctor.urllib.request, "urlopen", None)
+    endpoint("http://127.0.0.1:1", offline=True)
+    assert doctor._hub() == "not asked: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+
+
+def test_every_extra_that_a_message_names_exists():
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    offered = project["optional-dependencies"]
+    for module, extra in redraft.cli.EXTRAS.items():
+        assert any(line.replace("-", "_").startswith(module) for line in offered[extra]), (module, extra)
+
+
+def test_convert_names_the_command_that_its_model_is_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained("source")
+
+    def next_step(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main(["convert", *arguments])
+        assert exit_.value.code == 0
+        return capsys.readouterr().out.splitlines()[-1].strip()
+
+    new = "redraft train stdlib-small --model.start 'a b' --data.source my_texts/ --out 'a b'-trained"
+    assert next_step("source", "a b") == new
+    assert next_step("a b", "again") == "redraft sample again 'Once upon a time'"
+    assert next_step("source", "ar", "--autoregressive") == "redraft sample ar 'Once upon a time'"
