@@ -22,7 +22,7 @@ from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.completion import CompiledConstraint
 from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.constrain import Constrained
-from redraft.sampling.constraints import Constraint
+from redraft.sampling.constraints import Constraint, identity
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.loop import Sampler, Step, denoise
@@ -32,6 +32,8 @@ from redraft.sampling.trace import Recorder, RowTrace
 
 _OF_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")
 """Saved settings that rest on the length of a new text, and say nothing of holes."""
+MAX_COMPILED = 16
+"""The most constraints that a model keeps prepared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ class LanguageModel:
     denoiser: Denoiser
     tokenizer: Any = None
     eos_token_id: int | None = None
-    _compiled: dict[tuple[str, bool], CompiledConstraint] = field(default_factory=dict, repr=False)
+    _compiled: dict[Any, tuple[CompiledConstraint, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Any:
@@ -318,14 +320,21 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so its tokens have no text to constrain; load one with it.")
-        key = (repr(constraint), is_infilling)
+        if not isinstance(constraint, Constraint):
+            raise ValueError(f"a constraint must be a redraft.Regex, JsonSchema, Choice, ...; got {constraint!r:.200}.")
+        eos_token_id = None if is_infilling else self.eos_token_id
+        key = (identity(constraint), id(self.tokenizer), len(self.tokenizer), eos_token_id, is_infilling)
         if key not in self._compiled:
-            self._compiled[key] = constraint.compile(
+            compiled = constraint.compile(
                 token_bytes(self.tokenizer),
-                eos_token_id=None if is_infilling else self.eos_token_id,
+                eos_token_id=eos_token_id,
                 leading_space="text" if is_infilling else leading_space(self.tokenizer),
             )
-        return self._compiled[key]
+            while len(self._compiled) >= MAX_COMPILED:
+                self._compiled.pop(next(iter(self._compiled)))
+            # What a key names by its id is kept, so that no other object gets the id.
+            self._compiled[key] = compiled, (constraint, self.tokenizer)
+        return self._compiled[key][0]
 
     def _constrained(
         self, constraint: Constraint | None, config: SamplingConfig, *, is_infilling: bool = False

@@ -36,16 +36,19 @@ class ByteAutomaton:
         width = len(other.table)
         columns, column_of = _alike(np.concatenate([self.table, other.table]))
         ours, theirs = self.table[:, columns].astype(np.int64), other.table[:, columns]
-        codes, rows, frontier = np.zeros(0, np.int64), [], np.zeros(1, np.int64)
-        while len(frontier):
-            codes = np.concatenate([codes, frontier])
+        number, codes, rows = {0: 0}, [0], []
+        for code in codes:  # grows while it is walked
+            rows.append(ours[code // width] * width + theirs[code % width])
+            for following in set(rows[-1].tolist()) - number.keys():
+                number[following] = len(codes)
+                codes.append(following)
             if len(codes) > MAX_STATES:
                 raise too_large(f"{MAX_STATES} states")
-            rows.append(ours[frontier // width] * width + theirs[frontier % width])
-            frontier = np.setdiff1d(rows[-1], codes)
-        order = np.argsort(codes)
-        table = order[np.searchsorted(codes, np.concatenate(rows), sorter=order)]
-        return _minimal(table[:, column_of], self.is_final[codes // width] & other.is_final[codes % width])
+        pairs = np.array(codes)
+        order = np.argsort(pairs)
+        table = order[np.searchsorted(pairs, np.stack(rows), sorter=order)]
+        is_final = self.is_final[pairs // width] & other.is_final[pairs % width]
+        return _minimal(table[:, column_of], is_final)
 
 
 def after_space(automaton: ByteAutomaton, leading_space: LeadingSpace) -> ByteAutomaton:
@@ -290,7 +293,7 @@ def over_tokens(
 
 
 def _token_functions(automaton: ByteAutomaton, pieces: list[bytes]) -> tuple[Ints, Ints, Ints, Ints]:
-    """Find what each token does to each state: its row, -1 if it fits nowhere, and the rows as (row, state, next state).
+    """Find what tokens do to states: the row of each, -1 if it fits nowhere, and the rows as (row, state, next state).
 
     All tokens advance byte by byte together; those that act alike so far share one row.
     """

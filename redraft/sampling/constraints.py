@@ -29,7 +29,7 @@ class Constraint:
         return Limits()
 
     def __and__(self, other: "Constraint") -> "Constraint":
-        return All(parts=(self, other))
+        return All(parts=(*(self.parts if isinstance(self, All) else (self,)), other))
 
     def compile(
         self,
@@ -111,7 +111,9 @@ class Contains(Constraint):
         _check_texts("Contains", self.substrings)
 
     def automaton(self) -> ByteAutomaton:
-        parts = (from_pattern(("join", _ANYTHING, ("text", text), _ANYTHING)) for text in self.substrings)
+        parts = (
+            from_pattern(("join", _ANYTHING, ("text", text), _ANYTHING)) for text in dict.fromkeys(self.substrings)
+        )
         return reduce(and_, parts)
 
 
@@ -150,10 +152,9 @@ class Spans(Constraint):
         if not isinstance(self.spans, dict):
             raise ValueError(f"Spans needs a dict of lists of token ids by position; got {self.spans!r:.200}.")
         for start, ids in self.spans.items():
-            if not isinstance(ids, list | tuple) or not all(fits(number, int) and number >= 0 for number in (start, *ids)):
-                raise ValueError(
-                    f"a span is a position of the new text, from 0, and a list of token ids; got {start!r}: {ids!r:.200}."
-                )
+            numbers = [start, *ids] if isinstance(ids, list | tuple) else [None]
+            if not all(fits(number, int) and number >= 0 for number in numbers):
+                raise ValueError(f"a span is a position, from 0, and a list of token ids; got {start!r}: {ids!r:.200}.")
 
     def limits(self) -> Limits:
         return Limits(spans=_merged([{start + i: t for i, t in enumerate(ids)} for start, ids in self.spans.items()]))
@@ -166,7 +167,8 @@ class All(Constraint):
     parts: tuple[Constraint, ...]
 
     def __post_init__(self) -> None:
-        if not self.parts or not all(isinstance(part, Constraint) for part in self.parts):
+        is_list = isinstance(self.parts, list | tuple) and len(self.parts) > 0
+        if not is_list or not all(isinstance(part, Constraint) for part in self.parts):
             raise ValueError(f"All needs at least one part, each a constraint; got {self.parts!r:.200}.")
 
     def automaton(self) -> ByteAutomaton:

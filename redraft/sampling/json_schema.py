@@ -101,20 +101,16 @@ def _document(schema: Any) -> Any:
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
         if len(text) > MAX_CHARACTERS:
-            raise ValueError(f"it has {len(text)} characters, more than {MAX_CHARACTERS}")
+            raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
         document = json.loads(text)
         json.dumps(document, allow_nan=False)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"the JSON schema is not JSON: {error}; got {_shown(schema)}. Edit it.") from error
+        raise ValueError(f"the JSON schema is not JSON: {error}; got {schema!r:.200}. Edit it.") from error
     return document
 
 
-def _shown(value: Any) -> str:
-    return f"{value!r:.200}" if isinstance(value, str) else f"{repr(value):.200}"
-
-
 def _refuse(what: str, got: Any, remedy: str) -> ValueError:
-    return ValueError(f"the JSON schema cannot be a constraint: {what}; got {_shown(got)}. {remedy}")
+    return ValueError(f"the JSON schema cannot be a constraint: {what}; got {got!r:.200}. {remedy}")
 
 
 def _check(schema: Any) -> None:
@@ -133,22 +129,23 @@ def _check(schema: Any) -> None:
 
 def _fits(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
     expected = _EXPECTED[key]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if expected == _COUNT:
-        return is_number and value >= 0 and value == int(value)
+        return _is_number(value) and value >= 0 and value == int(value)
     if key.startswith("exclusive") and isinstance(value, bool):  # draft 4
         return not value or key.removeprefix("exclusive").lower() in schema
     if key in _BOUNDS:
-        return is_number
-    if key == "required":
-        return isinstance(value, list) and all(isinstance(name, str) for name in value)
-    if key == "type":
-        kinds = value if isinstance(value, list) else [value]
-        return bool(kinds) and all(isinstance(kind, str) for kind in kinds)
-    if expected == _SCHEMA:
-        return isinstance(value, bool | dict)
-    kinds = {_TEXT: str, _SOME: list, "a list": list, "an object": dict}
-    return isinstance(value, kinds[expected]) and (expected != _SOME or len(value) > 0)
+        return _is_number(value)
+    if key in ("required", "type"):
+        names = [value] if key == "type" and isinstance(value, str) else value
+        is_list = isinstance(names, list) and (key == "required" or len(names) > 0)
+        return is_list and all(isinstance(name, str) for name in names)
+    if expected == _SOME:
+        return isinstance(value, list) and len(value) > 0
+    return isinstance(value, {_TEXT: str, _SCHEMA: bool | dict, "an object": dict}.get(expected, list))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(kw_only=True)
@@ -305,7 +302,9 @@ class _Writer:
             for name in names:
                 found.setdefault(name, []).append(part)
                 if not name.startswith("#") and part is not self.root:
-                    raise _refuse("a $ref in a schema that has another schema with an $id inside", name, "Leave it out.")
+                    raise _refuse(
+                        "a $ref in a schema that has another schema with an $id inside", name, "Leave it out."
+                    )
         return found
 
     def _resolve(self, reference: Any) -> Any:
@@ -402,7 +401,9 @@ def _string(schema: Mapping[str, Any]) -> Pattern | None:
 def _searched(pattern: str) -> list[Pattern]:
     """Write a pattern that JSON schema would search for."""
     if re.search(r"\{,|\[\^?\]", pattern):
-        raise _refuse("a pattern that Python and JavaScript read differently", pattern, "Leave out '{,', '[]' and '[^]'.")
+        raise _refuse(
+            "a pattern that Python and JavaScript read differently", pattern, "Leave out '{,', '[]' and '[^]'."
+        )
     at_start, at_end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
     anything = ("repeat", 0, None, CHARACTER)
     inner = ("searched", pattern[at_start : len(pattern) - at_end])

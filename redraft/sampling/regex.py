@@ -26,7 +26,8 @@ _LEAF = -1
 _JSON_STRING = 1 << 20
 """A flag beside those of `re`: the pattern is JSON schema's, its characters stand inside a JSON string."""
 _ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
-_ESCAPED = ((0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\")), (0x7F, 0x7F))
+_ESCAPED = ((0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\")), (0x7F, 0x7F), (0xFEFF, 0xFEFF))
+"""What does not stand as it is in such a string; U+FEFF is a space in JavaScript only."""
 Ranges = tuple[tuple[int, int], ...]
 """Code points or bytes: disjoint closed intervals in order."""
 Pattern = str | tuple[Any, ...]
@@ -281,7 +282,9 @@ class _Nfa:
             (2, 0xE0, 0xE000, 0xFFFF),
             (3, 0xF0, 0x10000, _TOP),
         ):
-            edges += [(lead + a, lead + b, child) for a, b, child in self.split(_clipped(characters, least, largest), extra)]
+            edges += [
+                (lead + a, lead + b, child) for a, b, child in self.split(_clipped(characters, least, largest), extra)
+            ]
         return self.intern(edges)
 
     def intern(self, edges: Sequence[tuple[int, int, int]]) -> int:
@@ -306,7 +309,9 @@ class _Nfa:
                 parts[head + 1, last - 1] = [(0, size - 1)]
         joined: list[tuple[int, int, int]] = []
         for (a, b), within in sorted(parts.items()):
-            child = self.intern([(0x80 + low, 0x80 + high, node) for low, high, node in self.split(tuple(within), extra - 1)])
+            child = self.intern(
+                [(0x80 + low, 0x80 + high, node) for low, high, node in self.split(tuple(within), extra - 1)]
+            )
             if joined and joined[-1][2] == child and joined[-1][1] + 1 == a:
                 joined[-1] = (joined[-1][0], b, child)
             else:
