@@ -36,7 +36,7 @@ from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.completion import CompiledConstraint
 from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.constrain import Constrained
-from redraft.sampling.constraints import Constraint
+from redraft.sampling.constraints import Constraint, identity
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.loop import Sampler, Step, denoise
@@ -46,6 +46,8 @@ from redraft.sampling.trace import Recorder, RowTrace
 
 _OF_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")
 """Saved settings that rest on the length of a new text, and say nothing of holes."""
+MAX_COMPILED = 16
+"""The most constraints that a model keeps prepared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class LanguageModel:
     tokenizer: Any = None
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a text, any of them; the first is the one that a constraint ends with."""
-    _compiled: dict[tuple[str, bool, str], CompiledConstraint] = field(default_factory=dict, repr=False)
+    _compiled: dict[Any, tuple[CompiledConstraint, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Any:
@@ -387,17 +389,25 @@ class LanguageModel:
         """
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer, so its tokens have no text to constrain; load one with it.")
+        if not isinstance(constraint, Constraint):
+            raise ValueError(f"a constraint must be a redraft.Regex, JsonSchema, Choice, ...; got {constraint!r:.200}.")
         space = leading_space(self.tokenizer)
         if (space == "added" and is_infilling) or (space == "stripped" and not is_start):
             space = "text"
-        key = (repr(constraint), is_infilling, space)
-        if key not in self._compiled:
+        ends = self.eos_token_ids
+        key = (identity(constraint), id(self.tokenizer), len(self.tokenizer), ends, is_infilling, space)
+        found = self._compiled.get(key)
+        if found is None:
             pieces = token_bytes(self.tokenizer)
-            for eos_token_id in self.eos_token_ids:  # none of them is text
-                pieces[eos_token_id : eos_token_id + 1] = [None] * len(pieces[eos_token_id : eos_token_id + 1])
-            end = None if is_infilling or not self.eos_token_ids else self.eos_token_ids[0]
-            self._compiled[key] = constraint.compile(pieces, eos_token_id=end, leading_space=space)
-        return self._compiled[key]
+            for end in ends:  # none of them is text
+                pieces[end : end + 1] = [None] * len(pieces[end : end + 1])
+            last = None if is_infilling or not ends else ends[0]
+            compiled = constraint.compile(pieces, eos_token_id=last, leading_space=space)
+            while len(self._compiled) >= MAX_COMPILED:
+                self._compiled.pop(next(iter(self._compiled)), None)  # another thread may have been there
+            # What a key names by its id is kept, so that no other object gets the id.
+            found = self._compiled[key] = compiled, (constraint, self.tokenizer)
+        return found[0]
 
     def _constrained(
         self,

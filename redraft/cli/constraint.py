@@ -29,11 +29,15 @@ class ConstraintArguments:
 
 
 def _schema_text(given: str) -> str:
+    from redraft.sampling.json_schema import MAX_CHARACTERS
+
     if given.lstrip().startswith(("{", "true")):
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
-    except OSError as error:
+        with Path(given).open(encoding="utf-8") as file:
+            return file.read(MAX_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise ValueError(
-            f"json_schema must be a schema or a file that holds one; got {given!r}: {error.strerror}."
+            f"json_schema must be a schema or a file that holds one; got {given!r:.200}: {reason}."
         ) from error

@@ -22,6 +22,10 @@ _LANES = 8
 _LOWEST = -1e9  # for tokens that the model rules out: the constraint is harder than the model's zeros
 
 
+MAX_TAILS = 8
+"""The most lengths of a canvas for which a constraint keeps what can be filled."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Bounds on the number of tokens before the end, and tokens fixed at positions."""
@@ -29,6 +33,9 @@ class Limits:
     min_tokens: int = 0
     max_tokens: int | None = None
     spans: Mapping[int, int] = field(default_factory=dict)
+
+    def __contains__(self, num_tokens: int) -> bool:
+        return num_tokens >= self.min_tokens and (self.max_tokens is None or num_tokens <= self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +117,7 @@ class CompiledConstraint:
                 classes[i] = self._class(token if fixed is None else fixed) if agrees else none
         state, first = 0, 0
         while first < len(classes) and (known := classes[first]) is not None:
-            state, first = int(self.automaton.table[state, known]), first + 1
+            state, first = self.automaton.next(state, known), first + 1
         ends = [i for i, known in enumerate(classes) if known is not None] + places
         return _Row(classes=classes, first=first, state=state, end=max([first, *(i + 1 for i in ends)]))
 
@@ -121,8 +128,9 @@ class CompiledConstraint:
     def _allowed(self, boundary: int) -> Bools:
         """Tell the states in which `boundary` tokens may leave the text, given the bounds on its length."""
         automaton, limits = self.automaton, self.limits
-        is_end = np.arange(len(automaton.table)) == (automaton.dead - 1 if automaton.has_end else -1)
-        is_text = np.arange(len(automaton.table)) < automaton.dead - automaton.has_end
+        states = np.arange(automaton.num_states)
+        is_end = states == (automaton.dead - 1 if automaton.has_end else -1)
+        is_text = states < automaton.dead - automaton.has_end
         may_end = boundary > limits.min_tokens
         may_go_on = limits.max_tokens is None or boundary <= limits.max_tokens
         allowed: Bools = (is_end & may_end) | (is_text & may_go_on)
@@ -131,16 +139,18 @@ class CompiledConstraint:
     def _tail(self, length: int) -> Bools:
         """Tell for each boundary and state whether the rest of a canvas without decided tokens can be filled."""
         if length not in self._tails:
-            tail = np.zeros((length + 1, len(self.automaton.table)), np.bool_)
+            tail = np.zeros((length + 1, self.automaton.num_states), np.bool_)
             is_long_enough = length >= self.limits.min_tokens
             tail[length] = self.automaton.is_final & self._allowed(length) & is_long_enough
             edges = self.automaton.edges
             for i in reversed(range(length)):
                 if i in self.limits.spans:
-                    tail[i] = tail[i + 1][self.automaton.table[:, self._class(self.limits.spans[i])]]
+                    tail[i] = self.automaton.before(tail[i + 1], self._class(self.limits.spans[i]))
                 else:
                     tail[i, edges.from_states] = np.logical_or.reduceat(tail[i + 1][edges.to], edges.state_starts)
                 tail[i] &= self._allowed(i)
+            while len(self._tails) >= MAX_TAILS:
+                self._tails.pop(next(iter(self._tails)))
             self._tails[length] = tail
         return self._tails[length]
 
@@ -149,14 +159,14 @@ class CompiledConstraint:
 
         The weight is the log of the best completion's score, or of the sum over completions at a temperature.
         """
-        edges, table = self.automaton.edges, self.automaton.table
+        edges = self.automaton.edges
         beta = {row.end: np.where(self._tail(len(row.classes))[row.end], 0.0, -np.inf)}
         for i in reversed(range(row.first, row.end)):
             after, known = beta[i + 1], row.classes[i]
             if known is not None:
-                before = after[table[:, known]]
+                before = self.automaton.before(after, known)
             else:
-                before = np.full(len(table), -np.inf)
+                before = np.full(self.automaton.num_states, -np.inf)
                 ways = after[edges.to] + (labels[i][edges.label] if i in labels else 0.0)
                 reduce = _segment_logsumexp if temperature > 0 and i in labels else np.maximum.reduceat
                 before[edges.from_states] = reduce(ways, edges.state_starts)
@@ -173,10 +183,12 @@ class CompiledConstraint:
         for i in range(row.first, max(open_at, default=-1) + 1):
             known = row.classes[i]
             if known is None:
-                scores, draw = open_at.get(i, (0.0, None))
-                known, rest = _choose(scores + beta[i + 1][self.automaton.table[state, :-1]], draw)
+                classes, to = self.automaton.leaving(state)
+                scores, draw = open_at.get(i, (None, None))
+                chosen, rest = _choose(beta[i + 1][to] + (0.0 if scores is None else scores[classes]), draw)
+                known = int(classes[chosen])
                 walk[i] = (known, rest)
-            state = int(self.automaton.table[state, known])
+            state = self.automaton.next(state, known)
         return walk
 
     def _class_scores(self, logits: Float[Tensor, "n vocab"], temperature: float) -> Float[Tensor, "n classes"]:
@@ -237,14 +249,17 @@ class CompiledConstraint:
 
     def _why_not(self, length: int) -> str:
         """Say which lengths would do, for a canvas of which nothing is given."""
-        table, limits = self.automaton.table, self.limits
-        states, possible = np.zeros(1, np.int64), []
-        num_text_classes = self.automaton.num_classes - self.automaton.has_end
-        for n in range(length + len(table) + 1):
-            is_long_enough = n >= limits.min_tokens and (limits.max_tokens is None or n <= limits.max_tokens)
-            if is_long_enough and self.automaton.is_final[states].any():
+        automaton, limits, possible = self.automaton, self.limits, []
+        is_text = automaton.edges.to < automaton.dead - automaton.has_end
+        state, to = automaton.edges.state[is_text], automaton.edges.to[is_text]
+        is_here = np.arange(automaton.num_states) == 0
+        for n in range(length + automaton.num_states + 1):
+            if n in limits and automaton.is_final[is_here].any():
                 possible.append(n)
-            states = np.setdiff1d(table[states, :num_text_classes], self.automaton.dead)
+            if not is_here.any() or (len(possible) > 2 and possible[-3] > length):
+                break
+            is_here, before = np.zeros_like(is_here), is_here
+            is_here[to[before[state]]] = True
         bounds = (
             f" of {limits.min_tokens} to {limits.max_tokens or 'any number of'} tokens" if limits != Limits() else ""
         )

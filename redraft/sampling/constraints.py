@@ -1,15 +1,19 @@
 """Hard constraints on new text: what is asked for, as an automaton over bytes and limits on tokens."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import reduce
+from operator import and_
 from typing import Any
 
-from redraft.sampling.automaton import ByteAutomaton, after_space, from_regex, over_tokens
+from redraft.errors import check_types, fits
+from redraft.sampling.automaton import ByteAutomaton, after_space, from_pattern, over_tokens
 from redraft.sampling.completion import CompiledConstraint, Limits
-from redraft.sampling.json_schema import schema_regex
+from redraft.sampling.json_schema import schema_pattern
 from redraft.sampling.token_bytes import LeadingSpace
+
+_ANY = "(?s:.)"
+_ANYTHING = "(?s:.*)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +22,14 @@ class Constraint:
 
     def automaton(self) -> ByteAutomaton:
         """Return the automaton of the texts that are allowed."""
-        return _regex_automaton("(?s:.*)")
+        return from_pattern(_ANYTHING)
 
     def limits(self) -> Limits:
         """Return what is said about tokens rather than text."""
         return Limits()
 
     def __and__(self, other: "Constraint") -> "Constraint":
-        return All(parts=(self, other))
+        return All(parts=(*(self.parts if isinstance(self, All) else (self,)), other))
 
     def compile(
         self,
@@ -51,13 +55,16 @@ class Regex(Constraint):
 
     pattern: str
 
+    def __post_init__(self) -> None:
+        _check_texts("Regex", [self.pattern])
+
     def automaton(self) -> ByteAutomaton:
-        return _regex_automaton(self.pattern)
+        return from_pattern(self.pattern)
 
 
 @dataclass(frozen=True)
 class JsonSchema(Constraint):
-    """The text is JSON that fits a schema (`json_schema.schema_regex` says what is supported)."""
+    """The text is JSON that fits a schema (`json_schema.schema_pattern` says what is supported)."""
 
     schema: Mapping[str, Any] | bool | str
     """The schema, or its JSON text."""
@@ -66,8 +73,15 @@ class JsonSchema(Constraint):
     whitespace: str = " ?"
     """Regular expression of what may stand after a comma or a colon."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.schema, dict | bool | str):
+            raise ValueError(f"a JSON schema must be a dict, a boolean or a text; got {self.schema!r:.200}.")
+        if not fits(self.max_depth, int) or self.max_depth < 0:
+            raise ValueError(f"max_depth must be a whole number from 0; got {self.max_depth!r}.")
+        _check_texts("whitespace", [self.whitespace])
+
     def automaton(self) -> ByteAutomaton:
-        return _regex_automaton(schema_regex(self.schema, max_depth=self.max_depth, whitespace=self.whitespace))
+        return from_pattern(schema_pattern(self.schema, max_depth=self.max_depth, whitespace=self.whitespace))
 
 
 @dataclass(frozen=True)
@@ -77,11 +91,12 @@ class Choice(Constraint):
     options: Sequence[str]
 
     def __post_init__(self) -> None:
-        if isinstance(self.options, str) or not self.options:
-            raise ValueError(f"Choice needs a list of at least one option; got {self.options!r}.")
+        if not isinstance(self.options, list | tuple) or not self.options:
+            raise ValueError(f"Choice needs a list of at least one option; got {self.options!r:.200}.")
+        _check_texts("Choice", self.options)
 
     def automaton(self) -> ByteAutomaton:
-        return _regex_automaton("|".join(re.escape(option) for option in self.options))
+        return from_pattern(("either", *(("text", option) for option in self.options)))
 
 
 @dataclass(frozen=True)
@@ -91,11 +106,15 @@ class Contains(Constraint):
     substrings: Sequence[str]
 
     def __post_init__(self) -> None:
-        if isinstance(self.substrings, str) or not self.substrings:
-            raise ValueError(f"Contains needs a list of at least one substring; got {self.substrings!r}.")
+        if not isinstance(self.substrings, list | tuple) or not self.substrings:
+            raise ValueError(f"Contains needs a list of at least one substring; got {self.substrings!r:.200}.")
+        _check_texts("Contains", self.substrings)
 
     def automaton(self) -> ByteAutomaton:
-        return _intersection([_regex_automaton(f"(?s:.*){re.escape(text)}(?s:.*)") for text in self.substrings])
+        parts = (
+            from_pattern(("join", _ANYTHING, ("text", text), _ANYTHING)) for text in dict.fromkeys(self.substrings)
+        )
+        return reduce(and_, parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +127,7 @@ class Length(Constraint):
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         for unit, low, high in (
             ("chars", self.min_chars, self.max_chars),
             ("tokens", self.min_tokens, self.max_tokens),
@@ -116,8 +136,7 @@ class Length(Constraint):
                 raise ValueError(f"min_{unit} must be in 0 ... max_{unit}; got {low} and {high}.")
 
     def automaton(self) -> ByteAutomaton:
-        high = "" if self.max_chars is None else self.max_chars
-        return _regex_automaton(f"(?s:.{{{self.min_chars},{high}}})")
+        return from_pattern(("repeat", self.min_chars, self.max_chars, _ANY))
 
     def limits(self) -> Limits:
         return Limits(min_tokens=self.min_tokens, max_tokens=self.max_tokens)
@@ -129,6 +148,14 @@ class Spans(Constraint):
 
     spans: Mapping[int, Sequence[int]]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.spans, dict):
+            raise ValueError(f"Spans needs a dict of lists of token ids by position; got {self.spans!r:.200}.")
+        for start, ids in self.spans.items():
+            numbers = [start, *ids] if isinstance(ids, list | tuple) else [None]
+            if not all(fits(number, int) and number >= 0 for number in numbers):
+                raise ValueError(f"a span is a position, from 0, and a list of token ids; got {start!r}: {ids!r:.200}.")
+
     def limits(self) -> Limits:
         return Limits(spans=_merged([{start + i: t for i, t in enumerate(ids)} for start, ids in self.spans.items()]))
 
@@ -139,8 +166,13 @@ class All(Constraint):
 
     parts: tuple[Constraint, ...]
 
+    def __post_init__(self) -> None:
+        is_list = isinstance(self.parts, list | tuple) and len(self.parts) > 0
+        if not is_list or not all(isinstance(part, Constraint) for part in self.parts):
+            raise ValueError(f"All needs at least one part, each a constraint; got {self.parts!r:.200}.")
+
     def automaton(self) -> ByteAutomaton:
-        return _intersection([part.automaton() for part in self.parts])
+        return reduce(and_, (part.automaton() for part in self.parts))
 
     def limits(self) -> Limits:
         limits = [part.limits() for part in self.parts]
@@ -155,8 +187,6 @@ def _merged(spans: Sequence[Mapping[int, int]]) -> dict[int, int]:
     merged: dict[int, int] = {}
     for span in spans:
         for position, token in span.items():
-            if position < 0:
-                raise ValueError(f"a span must start at a position of the new text, from 0; got {position}.")
             if merged.setdefault(position, token) != token:
                 raise ValueError(
                     f"spans must agree; got tokens {merged[position]} and {token} for position {position}."
@@ -164,13 +194,16 @@ def _merged(spans: Sequence[Mapping[int, int]]) -> dict[int, int]:
     return merged
 
 
-@cache
-def _regex_automaton(pattern: str) -> ByteAutomaton:
-    return from_regex(pattern)
+def _check_texts(name: str, texts: Sequence[Any]) -> None:
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} takes text; got {text!r:.200}.")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{name} takes text that UTF-8 can write, without lone surrogates; got {text!r:.200}.")
 
 
-def _intersection(automata: Sequence[ByteAutomaton]) -> ByteAutomaton:
-    total = automata[0]
-    for automaton in automata[1:]:
-        total = total & automaton
-    return total
+def identity(constraint: Constraint) -> object:
+    """Return a key that equal constraints of this module share; one of a user's own class is equal to itself only."""
+    if isinstance(constraint, All):
+        return tuple(map(identity, constraint.parts))
+    return repr(constraint) if type(constraint).__module__ == __name__ else id(constraint)

@@ -1,4 +1,4 @@
-"""JSON schemas as regular expressions.
+"""JSON schemas as patterns.
 
 The language is a subset of what the schema accepts, so that every match is valid: properties in the schema's order, no
 other properties beside listed ones, numbers of at most 15 digits before the point, no needless escapes in strings.
@@ -8,16 +8,26 @@ What cannot be honoured is refused, never ignored.
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
 from itertools import combinations
 from typing import Any
+from urllib.parse import unquote
+
+from redraft.sampling.regex import Pattern, determinise
 
 CHARACTER = r'(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00[01][0-9a-f])'
 FREE_DEPTH = 2
 """The most containers inside each other where a schema allows any value: their automata grow fourfold with each."""
+MAX_STEPS = 50_000
+"""The most subschemas and pairs of alternatives that are looked at, a few microseconds each."""
+MAX_CHARACTERS = 1_000_000
+DIGITS = 15
+"""Significant digits of numbers with a fraction: different ones are different floats too."""
 _FRACTION, _EXPONENT = r"\.[0-9]{1,15}", r"(?:[eE][+-]?[0-9]{1,2})?"
-_DATE = r"[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
+_DATE = r"[1-9][0-9]{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:0[0-9]|1[0-2]):[0-5][0-9])"
 FORMATS = {
     "date": _DATE,
@@ -26,156 +36,248 @@ FORMATS = {
     "uuid": "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
 }
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
-_ANNOTATIONS |= {"$schema", "$id", "$comment", "$defs", "definitions"}
+_ANNOTATIONS |= {"$schema", "$id", "id", "$anchor", "$comment", "$defs", "definitions"}
+_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _KEYWORDS = {
-    "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
-    "array": {"items", "minItems", "maxItems"},
+    "object": {
+        "properties",
+        "required",
+        "additionalProperties",
+        "unevaluatedProperties",
+        "minProperties",
+        "maxProperties",
+    },
+    "array": {"items", "unevaluatedItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength", "pattern", "format"},
-    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
-    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"},
+    "integer": _BOUNDS,
+    "number": _BOUNDS,
     "boolean": set(),
     "null": set(),
 }
 _ALONE = ("$ref", "enum", "const", "anyOf", "oneOf", "allOf")
 _ALL_KEYWORDS = {"type", *_ALONE}.union(*_KEYWORDS.values())
+_TEXT, _SOME, _SCHEMA = "a text", "a list of at least one", "an object or a boolean"
+_COUNT, _NUMBER = "a whole number from 0", "a number"
+_EXPECTED = {
+    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _COUNT),
+    **dict.fromkeys(("minimum", "maximum"), _NUMBER),
+    **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), "a number, or a boolean beside minimum or maximum"),
+    **dict.fromkeys(("pattern", "format", "$ref"), _TEXT),
+    **dict.fromkeys(("anyOf", "oneOf", "allOf"), _SOME),
+    **dict.fromkeys(("items", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"), _SCHEMA),
+    "enum": "a list",
+    "required": "a list of names",
+    "properties": "an object",
+    "type": "a type or a list of types",
+}
+"""What the value of a keyword must be."""
+_QUOTE = ("text", '"')
 
 
-def schema_regex(schema: Mapping[str, Any] | bool | str, *, max_depth: int, whitespace: str) -> str:
-    """Return the regular expression of JSON texts that fit a schema, with at most `max_depth` nested containers.
+def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int, whitespace: str) -> Pattern:
+    """Return the pattern of JSON texts that fit a schema, with at most `max_depth` nested containers.
 
     Supported: type, enum, const, anyOf, oneOf of alternatives that exclude each other by type, constant or a common
     required property, $ref inside the schema (recursion up to the depth), and the keywords of `_KEYWORDS`.
-    Raises ValueError for any other keyword, and if no value fits within the depth.
+    Raises ValueError for any other keyword, for values that a keyword cannot have, and if no value fits within the
+    depth.
     """
-    if isinstance(schema, str):
-        schema = _parsed(schema)
-    pattern = _Writer(root=schema, whitespace=whitespace).value(schema, max_depth)
+    spaces = determinise(whitespace)[0]
+    others = [byte for byte in range(256) if chr(byte) not in " \t\n\r"]
+    if (spaces[:-1, others] < len(spaces) - 1).any():
+        raise ValueError(f"whitespace must match spaces, tabs and line ends only; got {whitespace!r}.")
+    try:
+        document = _document(schema)
+        pattern = _Writer(root=document, whitespace=whitespace).value(document, max_depth)
+    except RecursionError as error:
+        raise ValueError("the JSON schema is nested too deeply, or max_depth is too large. Flatten it.") from error
     if pattern is None:
-        raise ValueError(f"no value fits the schema with max_depth={max_depth}. Raise max_depth or mend the schema.")
+        raise ValueError(f"no value fits the schema with max_depth={max_depth}. Raise max_depth or edit the schema.")
     return pattern
 
 
-def _parsed(text: str) -> Any:
+def _document(schema: Any) -> Any:
+    """Read a schema as JSON; what Python holds beside JSON is refused."""
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"the JSON schema is not JSON: {error}; got {text[:200]!r}. Mend it.") from error
+        text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
+        document = json.loads(text)
+        json.dumps(document, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the JSON schema is not JSON: {error}; got {schema!r:.200}. Edit it.") from error
+    return document
 
 
 def _refuse(what: str, got: Any, remedy: str) -> ValueError:
-    return ValueError(f"the JSON schema cannot be a constraint: {what}; got {got!r}. {remedy}")
+    return ValueError(f"the JSON schema cannot be a constraint: {what}; got {got!r:.200}. {remedy}")
 
 
-@dataclass(frozen=True, kw_only=True)
+def _check(schema: Any) -> None:
+    """Raise ValueError for what is no schema, for keywords not supported and for values that a keyword cannot have."""
+    if not isinstance(schema, Mapping):
+        raise _refuse(f"a schema must be {_SCHEMA}", schema, "Edit it.")
+    for key in sorted(schema.keys() - _ANNOTATIONS):
+        value = schema[key]
+        if key == "uniqueItems" and value is False:
+            continue
+        if key not in _ALL_KEYWORDS:
+            raise _refuse("unsupported keyword", key, f"Supported are {', '.join(sorted(_ALL_KEYWORDS))}.")
+        if key in _EXPECTED and not _fits(key, value, schema):
+            raise _refuse(f"{key} must be {_EXPECTED[key]}", value, "Edit it.")
+
+
+def _fits(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
+    expected = _EXPECTED[key]
+    if expected == _COUNT:
+        return _is_number(value) and value >= 0 and value == int(value)
+    if key.startswith("exclusive") and isinstance(value, bool):  # draft 4
+        return not value or key.removeprefix("exclusive").lower() in schema
+    if key in _BOUNDS:
+        return _is_number(value)
+    if key in ("required", "type"):
+        names = [value] if key == "type" and isinstance(value, str) else value
+        is_list = isinstance(names, list) and (key == "required" or len(names) > 0)
+        return is_list and all(isinstance(name, str) for name in names)
+    if expected == _SOME:
+        return isinstance(value, list) and len(value) > 0
+    return isinstance(value, {_TEXT: str, _SCHEMA: bool | dict, "an object": dict}.get(expected, list))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(kw_only=True)
 class _Writer:
     """Writes a pattern for each schema; None where nothing fits within the depth."""
 
     root: Any
     whitespace: str
-    written: dict[tuple[str, int], str | None] = field(default_factory=dict)
+    written: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """By schema and depth, so that equal parts are one object."""
+    steps: int = 0
 
-    def value(self, schema: Any, depth: int) -> str | None:
-        if schema is True or schema == {}:
-            depth = min(depth, FREE_DEPTH)
-            return _either(
-                [self._of_type(kind, {}, depth) for kind in ("object", "array", "string", "number")] + _WORDS
-            )
+    @cached_property
+    def comma(self) -> Pattern:
+        return ("join", ("text", ","), self.whitespace)
+
+    def spend(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise _refuse("it is too large", f"more than {MAX_STEPS} subschemas and alternatives", "Make it smaller.")
+
+    def value(self, schema: Any, depth: int) -> Pattern | None:
+        self.spend(1)
+        if isinstance(schema, Mapping) and not schema.keys() - _ANNOTATIONS:
+            schema = True
+        depth = min(depth, FREE_DEPTH) if schema is True else depth
+        key = (id(schema), depth)
+        if key in self.written and self.written[key] is _PENDING:
+            raise _refuse("a $ref that leads only to itself", schema, "Put an object or an array between.")
+        if key not in self.written:
+            self.written[key] = _PENDING
+            self.written[key] = self._value(schema, depth)
+        pattern: Pattern | None = self.written[key]
+        return pattern
+
+    def _value(self, schema: Any, depth: int) -> Pattern | None:
         if schema is False:
             return None
-        if not isinstance(schema, Mapping):
-            raise _refuse("a schema is an object or a boolean", schema, "Mend it.")
+        if schema is True:
+            kinds = [kind for kind in _KEYWORDS if kind != "integer"]
+            return _either([self._of_type(kind, {}, depth) for kind in kinds])
+        _check(schema)
         used = schema.keys() - _ANNOTATIONS
-        unknown = sorted(key for key in used - _ALL_KEYWORDS if schema[key] is not False)
-        if unknown:
-            raise _refuse("unsupported keyword", unknown[0], f"Supported are {', '.join(sorted(_ALL_KEYWORDS))}.")
         alone = [key for key in _ALONE if key in used]
         if alone:
             beside = used - {alone[0], *(["type"] if alone[0] in ("enum", "const") else [])}
             if beside:
                 raise _refuse(f"{alone[0]} must stand alone", sorted(beside), "Write the combination out.")
             return self._combined(alone[0], schema, depth)
-        kinds = _kinds(schema)
-        return _either([self._of_type(kind, schema, depth) for kind in kinds])
+        return _either([self._of_type(kind, schema, depth) for kind in _kinds(schema)])
 
-    def _combined(self, key: str, schema: Mapping[str, Any], depth: int) -> str | None:
+    def _combined(self, key: str, schema: Mapping[str, Any], depth: int) -> Pattern | None:
         if key == "$ref":
-            return self._referred(schema["$ref"], depth)
+            return self.value(self._resolve(schema["$ref"]), depth)
         if key in ("enum", "const"):
             values = schema["enum"] if key == "enum" else [schema["const"]]
+            self.spend(len(values))
             kinds = _kinds(schema) if "type" in schema else None
-            return _either([_literal(value) for value in values if kinds is None or _kind_of(value) & set(kinds)])
+            return _either([_text(value) for value in values if kinds is None or _kind_of(value) & set(kinds)])
         options = schema[key]
         if key == "allOf" and len(options) > 1:
             raise _refuse("allOf of several schemas", options, "Merge them into one.")
+        patterns = [self.value(option, depth) for option in options]
         for a, b in combinations(options, 2) if key == "oneOf" else ():
             if not self._exclude(a, b):
                 raise _refuse("alternatives of oneOf may both fit", [a, b], "Use anyOf, or tell them apart by a const.")
-        return _either([self.value(option, depth) for option in options])
+        return _either(patterns)
 
-    def _referred(self, reference: str, depth: int) -> str | None:
-        """Write what a reference leads to; the containers on the way to itself are what bounds a recursion."""
-        key = (reference, depth)
-        if key in self.written and self.written[key] == _PENDING:
-            raise _refuse("a $ref that leads only to itself", reference, "Put an object or an array between.")
-        if key not in self.written:
-            self.written[key] = _PENDING
-            self.written[key] = self.value(_resolve(self.root, reference), depth)
-        return self.written[key]
+    def _of_type(self, kind: str, schema: Mapping[str, Any], depth: int) -> Pattern | None:
+        if kind in ("object", "array"):
+            write = self._object if kind == "object" else self._array
+            return write(schema, depth - 1) if depth > 0 else None
+        if kind == "string":
+            return _string(schema)
+        if kind in ("integer", "number"):
+            return _number(schema, is_integer=kind == "integer")
+        return "true|false" if kind == "boolean" else "null"
 
-    def _of_type(self, kind: str, schema: Mapping[str, Any], depth: int) -> str | None:
-        writers: dict[str, Callable[[], str | None]] = {
-            "object": lambda: self._object(schema, depth - 1) if depth > 0 else None,
-            "array": lambda: self._array(schema, depth - 1) if depth > 0 else None,
-            "string": lambda: _string(schema),
-            "integer": lambda: _number(schema, fraction=""),
-            "number": lambda: _number(schema, fraction=_FRACTION),
-            "boolean": lambda: "(?:true|false)",
-            "null": lambda: "null",
-        }
-        return writers[kind]()
-
-    def _object(self, schema: Mapping[str, Any], depth: int) -> str | None:
+    def _object(self, schema: Mapping[str, Any], depth: int) -> Pattern | None:
         properties = dict(schema.get("properties", {}))
-        others = schema.get("additionalProperties", True)
-        required = schema.get("required", [])
-        for name in required:
-            properties.setdefault(name, others)
+        others = schema.get("additionalProperties", schema.get("unevaluatedProperties", True))
+        required = set(schema.get("required", ()))
+        for name in sorted(required - properties.keys()):
+            properties[name] = others
+        least, most = schema.get("minProperties", 0), schema.get("maxProperties", math.inf)
         if not properties and others is not False:
-            return self._map(schema, others, depth)
-        if "minProperties" in schema or "maxProperties" in schema:
+            return self._map(least, most, others, depth)
+        if least > len(required) or most < len(properties):
             raise _refuse("minProperties and maxProperties with listed properties", sorted(schema), "Use required.")
-        members: list[tuple[str, bool]] = []
+        members = []
         for name, of_name in properties.items():
             value = self.value(of_name, depth)
             if value is not None:
-                members.append((f"{_literal(name)}:{self.whitespace}{value}", name in required))
+                members.append((("join", _text(name), ("text", ":"), self.whitespace, value), name in required))
             elif name in required:
                 return None
-        return rf"\{{{_members(members, ',' + self.whitespace)}\}}"
+        return ("join", ("text", "{"), ("members", self.comma, members), ("text", "}"))
 
-    def _map(self, schema: Mapping[str, Any], others: Any, depth: int) -> str | None:
-        least, most = schema.get("minProperties", 0), schema.get("maxProperties")
+    def _map(self, least: int, most: float, others: Any, depth: int) -> Pattern | None:
         if least > 1:
             raise _refuse("minProperties above 1 cannot tell equal names apart", least, "Name the properties.")
         value = self.value(others, depth)
-        member = None if value is None else f'"{CHARACTER}*":{self.whitespace}{value}'
-        inside = _repeated(member, least, most, "," + self.whitespace)
-        return None if inside is None else rf"\{{{inside}\}}"
+        name = ("join", _QUOTE, ("repeat", 0, None, CHARACTER), _QUOTE, ("text", ":"), self.whitespace)
+        return self._repeated("{}", None if value is None else ("join", name, value), least, most)
 
-    def _array(self, schema: Mapping[str, Any], depth: int) -> str | None:
-        item = self.value(schema.get("items", True), depth)
-        inside = _repeated(item, schema.get("minItems", 0), schema.get("maxItems"), "," + self.whitespace)
-        return None if inside is None else rf"\[{inside}\]"
+    def _array(self, schema: Mapping[str, Any], depth: int) -> Pattern | None:
+        item = self.value(schema.get("items", schema.get("unevaluatedItems", True)), depth)
+        return self._repeated("[]", item, schema.get("minItems", 0), schema.get("maxItems", math.inf))
+
+    def _repeated(self, brackets: str, item: Pattern | None, least: float, most: float) -> Pattern | None:
+        """Write `least` to `most` items with commas between."""
+        if most < least or (item is None and least > 0):
+            return None
+        inside: Pattern = ("text", "")
+        if item is not None and most > 0:
+            tail = _times(max(least - 1, 0), most - 1, ("join", self.comma, item))
+            inside = ("join", item, tail) if least else ("either", ("join", item, tail), inside)
+        return ("join", ("text", brackets[0]), inside, ("text", brackets[1]))
 
     def _exclude(self, a: Any, b: Any) -> bool:
         """Tell that no value fits both, on the safe side."""
+        self.spend(1)
         a, b = self._followed(a), self._followed(b)
-        if not isinstance(a, Mapping) or not isinstance(b, Mapping):
+        if isinstance(a, bool) or isinstance(b, bool):
             return False
+        _check(a)
+        _check(b)
         if not _possible_kinds(a) & _possible_kinds(b):
             return True
         constants = [s.get("enum", [s["const"]] if "const" in s else None) for s in (a, b)]
         if constants[0] is not None and constants[1] is not None:
+            self.spend(len(constants[0]) * len(constants[1]) // 10)
             return not any(x == y for x in constants[0] for y in constants[1])
         # Of values that are objects on both sides, a property that both require may decide.
         common = set(a.get("required", [])) & set(b.get("required", []))
@@ -187,45 +289,70 @@ class _Writer:
         for _ in range(20):
             if not isinstance(schema, Mapping) or "$ref" not in schema:
                 return schema
-            schema = _resolve(self.root, schema["$ref"])
+            schema = self._resolve(schema["$ref"])
         return schema
+
+    @cached_property
+    def anchors(self) -> dict[str, list[Any]]:
+        """The schemas that a name leads to."""
+        found: dict[str, list[Any]] = {}
+        for part in _objects(self.root):
+            names = [f"#{part['$anchor']}"] if isinstance(part.get("$anchor"), str) else []
+            names += [part[key] for key in ("$id", "id") if isinstance(part.get(key), str)]
+            for name in names:
+                found.setdefault(name, []).append(part)
+                if not name.startswith("#") and part is not self.root:
+                    raise _refuse(
+                        "a $ref in a schema that has another schema with an $id inside", name, "Leave it out."
+                    )
+        return found
+
+    def _resolve(self, reference: Any) -> Any:
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            raise _refuse("a $ref must point into the schema itself", reference, "Copy what it names under $defs.")
+        anchors, path = self.anchors, unquote(reference)
+        if not path.startswith("#/") and path != "#":
+            found = anchors.get(path, [])
+            if len(found) != 1:
+                raise _refuse("a $ref to an $anchor must lead to one schema", reference, f"It leads to {len(found)}.")
+            return found[0]
+        at = self.root
+        for part in path.split("/")[1:]:
+            name = part.replace("~1", "/").replace("~0", "~")
+            at = dict(enumerate(at)) if isinstance(at, list) else at
+            key = int(name) if isinstance(at, dict) and name.isdecimal() and name not in at else name
+            if not isinstance(at, dict) or key not in at:
+                raise _refuse("a $ref that leads nowhere", reference, "Define it under $defs.")
+            at = at[key]
+        return at
 
 
 _PENDING = "pending"
-_WORDS: list[str | None] = ["true", "false", "null"]
 
 
-def _either(options: list[str | None]) -> str | None:
+def _objects(root: Any) -> Iterator[Any]:
+    stack = [root]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, dict):
+            yield part
+        stack += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def _either(options: list[Pattern | None]) -> Pattern | None:
     possible = [option for option in options if option is not None]
-    return f"(?:{'|'.join(possible)})" if possible else None
+    return ("either", *possible) if possible else None
 
 
-def _repeated(item: str | None, least: int, most: int | None, comma: str) -> str | None:
-    """Write `least` to `most` items with commas between."""
-    if most is not None and most < least:
-        return None
-    if item is None or most == 0:
-        return "" if least == 0 else None
-    tail = f"(?:{comma}{item}){{{max(least - 1, 0)},{'' if most is None else most - 1}}}"
-    return f"{item}{tail}" if least else f"(?:{item}{tail})?"
+def _times(least: float, most: float, pattern: Pattern) -> Pattern:
+    return ("repeat", int(least), None if most == math.inf else int(most), pattern)
 
 
-def _members(members: list[tuple[str, bool]], comma: str) -> str:
-    """Write members in order, the optional ones left out at will, with commas between those that stand."""
-    first = next((i for i, (_, is_required) in enumerate(members) if is_required), None)
-    if first is not None:
-        before = "".join(f"(?:{text}{comma})?" for text, _ in members[:first])
-        return before + members[first][0] + _followers(members[first + 1 :], comma)
-    starts = [text + _followers(members[i + 1 :], comma) for i, (text, _) in enumerate(members)]
-    return f"(?:{'|'.join(starts)})?" if starts else ""
-
-
-def _followers(members: list[tuple[str, bool]], comma: str) -> str:
-    return "".join(f"(?:{comma}{text})" + ("" if is_required else "?") for text, is_required in members)
-
-
-def _literal(value: Any) -> str:
-    return re.escape(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+def _text(value: Any) -> Pattern:
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise _refuse("a text that UTF-8 cannot write", value, "Leave out lone surrogates.")
+    return ("text", text)
 
 
 def _kinds(schema: Mapping[str, Any]) -> list[str]:
@@ -243,7 +370,7 @@ def _kinds(schema: Mapping[str, Any]) -> list[str]:
 
 def _kind_of(value: Any) -> set[str]:
     if isinstance(value, float):
-        return {"number"}
+        return {"number", "integer"} if value.is_integer() else {"number"}
     kinds = {bool: {"boolean"}, int: {"integer", "number"}, str: {"string"}, list: {"array"}, dict: {"object"}}
     return kinds.get(type(value), {"null"})
 
@@ -258,68 +385,91 @@ def _possible_kinds(schema: Mapping[str, Any]) -> set[str]:
     return {"number" if kind == "integer" else kind for kind in kinds}
 
 
-def _resolve(root: Any, reference: str) -> Any:
-    if not reference.startswith("#"):
-        raise _refuse("a $ref must point into the schema itself", reference, "Copy what it names under $defs.")
-    found = root
-    for part in reference[1:].split("/")[1:]:
-        name = part.replace("~1", "/").replace("~0", "~")
-        if not isinstance(found, Mapping) or name not in found:
-            raise _refuse("a $ref that leads nowhere", reference, "Define it under $defs.")
-        found = found[name]
-    return found
-
-
-def _string(schema: Mapping[str, Any]) -> str | None:
-    least, most = schema.get("minLength", 0), schema.get("maxLength")
+def _string(schema: Mapping[str, Any]) -> Pattern | None:
+    least, most = schema.get("minLength", 0), schema.get("maxLength", math.inf)
     if "pattern" not in schema and "format" not in schema:
-        if most is not None and most < least:
-            return None
-        return f'"{CHARACTER}{{{least},{"" if most is None else most}}}"'
+        return ("join", _QUOTE, _times(least, most, CHARACTER), _QUOTE) if least <= most else None
     if len({"pattern", "format", "minLength", "maxLength"} & schema.keys()) > 1:
         raise _refuse("pattern, format and bounds on the length of one string", dict(schema), "Keep one of them.")
     if "pattern" in schema:
-        return f'"{_searched(schema["pattern"])}"'
+        return ("join", _QUOTE, *_searched(schema["pattern"]), _QUOTE)
     if schema["format"] not in FORMATS:
         raise _refuse("unsupported format", schema["format"], f"Supported are {', '.join(FORMATS)}; or give a pattern.")
-    return f'"{FORMATS[schema["format"]]}"'
+    return ("join", _QUOTE, FORMATS[schema["format"]], _QUOTE)
 
 
-def _searched(pattern: str) -> str:
-    """Write a pattern that JSON schema would search for; it must not match what JSON strings escape."""
-    from redraft.sampling.automaton import from_regex
-
+def _searched(pattern: str) -> list[Pattern]:
+    """Write a pattern that JSON schema would search for."""
+    if re.search(r"\{,|\[\^?\]", pattern):
+        raise _refuse(
+            "a pattern that Python and JavaScript read differently", pattern, "Leave out '{,', '[]' and '[^]'."
+        )
     at_start, at_end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
-    inner = pattern[at_start : len(pattern) - at_end]
-    table = from_regex(inner).table
-    escaped = [*range(0x20), ord('"'), ord("\\"), 0x7F]
-    if (table[:-1, escaped] != len(table) - 1).any():
-        remedy = "Use classes such as [a-z ] instead of . and [^...]."
-        raise _refuse("a pattern that matches quotes, backslashes or control characters", pattern, remedy)
-    anything = f"{CHARACTER}*"
-    return f"{'' if at_start else anything}(?:{inner}){'' if at_end else anything}"
+    anything = ("repeat", 0, None, CHARACTER)
+    inner = ("searched", pattern[at_start : len(pattern) - at_end])
+    return [*([] if at_start else [anything]), inner, *([] if at_end else [anything])]
 
 
-def _number(schema: Mapping[str, Any], *, fraction: str) -> str | None:
-    """Write numbers within bounds; at bounds that are no integers, and past 10^15, somewhat fewer than allowed."""
-    low = max([-math.inf, *(math.ceil(schema[key]) for key in ("minimum",) if key in schema)])
-    high = min([math.inf, *(math.floor(schema[key]) for key in ("maximum",) if key in schema)])
-    if "exclusiveMinimum" in schema:
-        low = max(low, math.floor(schema["exclusiveMinimum"]) + 1)
-    if "exclusiveMaximum" in schema:
-        high = min(high, math.ceil(schema["exclusiveMaximum"]) - 1)
-    if low == -math.inf and high == math.inf:
-        return rf"-?(?:0|[1-9][0-9]{{0,14}})(?:{fraction})?{_EXPONENT}" if fraction else r"(?:0|-?[1-9][0-9]{0,14})"
-    low, high = int(max(low, 1 - 10**15)), int(min(high, 10**15 - 1))
-    parts = []
-    for sign, a, b in (("", max(low, 0), high), ("-", max(-high, 0), -low)):
-        # With a fraction the integer part stays one below the bound that the fraction leads away to.
-        if a <= b:
-            whole = _between(a, b)
-            parts += [f"{sign}{whole}"] if not fraction else [f"{sign}{_between(b, b)}"]
-            if fraction and a < b:
-                parts.append(f"{sign}{_between(a, b - 1)}(?:{fraction})?")
-    return _either(list(parts))
+def _bounds(schema: Mapping[str, Any], scale: int) -> tuple[float, float]:
+    """Return the least and the largest whole number that fits when it is divided by a scale."""
+    ends: list[float] = []
+    for key, exclusive_key, sign in (("minimum", "exclusiveMinimum", 1), ("maximum", "exclusiveMaximum", -1)):
+        inclusive, exclusive = schema.get(key), schema.get(exclusive_key)
+        if isinstance(exclusive, bool):  # draft 4: it says of which kind the other is
+            inclusive, exclusive = (None, inclusive) if exclusive else (inclusive, None)
+        least = -math.inf
+        for value, is_open in ((inclusive, False), (exclusive, True)):
+            # The decimal that was written and the float that a validator compares with: the stricter counts.
+            for exact in set() if value is None else {Fraction(value), Fraction(repr(value))}:
+                scaled = sign * exact * scale
+                least = max(least, math.floor(scaled) + 1 if is_open else math.ceil(scaled))
+        ends.append(sign * least)
+    return ends[0], ends[1]
+
+
+def _number(schema: Mapping[str, Any], *, is_integer: bool) -> Pattern | None:
+    """Write numbers within bounds, with as many decimals as leave them distinct floats."""
+    finite = [abs(int(end)) for end in _bounds(schema, 1) if abs(end) < math.inf]
+    if not finite:
+        integer = "[1-9][0-9]{0,14}"
+        return f"0|-?{integer}" if is_integer else rf"-?(?:0|{integer})(?:{_FRACTION})?{_EXPONENT}"
+    decimals = 0 if is_integer else max(DIGITS - len(str(max(finite))), 0)
+    low, high = _bounds(schema, 10**decimals)
+    largest = 10 * max(10 ** (DIGITS - 1), *finite) * 10**decimals - 1
+    low, high = int(max(low, -largest)), int(min(high, largest))
+    signs = (("", max(low, 0), high), ("-", max(-high, 1), -low))
+    return _either([sign + _decimals_between(a, b, decimals) for sign, a, b in signs if a <= b])
+
+
+def _decimals_between(low: int, high: int, decimals: int) -> str:
+    """Write the numbers of at most so many decimals from low to high, both scaled to whole numbers."""
+    (a, after_a), (b, after_b) = divmod(low, 10**decimals), divmod(high, 10**decimals)
+    if not decimals:
+        return _between(a, b)
+    if a == b:
+        return f"{a}{_point(after_a, after_b, decimals)}"
+    last = 10**decimals - 1
+    parts = [f"{a}{_point(after_a, last, decimals)}", f"{b}{_point(0, after_b, decimals)}"]
+    parts += [f"{_between(a + 1, b - 1)}{_point(0, last, decimals)}"] if b - a > 1 else []
+    return f"(?:{'|'.join(parts)})"
+
+
+def _point(low: int, high: int, decimals: int) -> str:
+    fraction = rf"(?:\.{_padded(f'{low:0{decimals}}', f'{high:0{decimals}}')})"
+    return fraction if low else f"{fraction}?"
+
+
+def _padded(a: str, b: str) -> str:
+    """Write the strings of 1 to as many digits that lie between a and b when zeros fill them up."""
+    rest = len(a) - 1
+    if not a.strip("0") and not b.strip("9"):
+        return f"(?:[0-9]{{1,{len(a)}}})"
+    options = []
+    for digit in range(int(a[0]), int(b[0]) + 1):
+        low = a[1:] if digit == int(a[0]) else "0" * rest
+        high = b[1:] if digit == int(b[0]) else "9" * rest
+        options.append(f"{digit}" + (_padded(low, high) + ("" if low.strip("0") else "?") if rest else ""))
+    return f"(?:{'|'.join(options)})"
 
 
 def _between(low: int, high: int) -> str:

@@ -1,12 +1,14 @@
-"""Regular expressions to automata over the bytes of UTF-8.
+r"""Patterns to automata over the bytes of UTF-8.
 
-Python's own parser reads the pattern, so that what is generated is what `re.fullmatch` accepts. outlines-core 0.2.14
-was tried first: its automata drop what follows a match without completing another, it determinises the unanchored
-pattern too, which takes exponential time for bounded repetitions such as [0-9]{0,14} twice, and nothing limits it.
+Python's own parser reads regular expressions, so that what is generated is what `re.fullmatch` accepts. outlines-core
+0.2.14 was tried first: its automata drop what follows a match without completing another, it determinises the
+unanchored pattern too, which takes exponential time for bounded repetitions such as [0-9]{0,14} twice, and nothing
+limits it.
 """
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -15,30 +17,41 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_STATES = 20_000
+MAX_STATES = 40_000
+MAX_WORK = 300_000
+"""Steps of the construction, a microsecond or two each: patterns that need more are refused."""
+MAX_LENGTH = 200_000
 _TOP = 0x10FFFF
 _LEAF = -1
+_JSON_STRING = 1 << 20
+"""A flag beside those of `re`: the pattern is JSON schema's, its characters stand inside a JSON string."""
+_ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
+_ESCAPED = ((0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\")), (0x7F, 0x7F), (0xFEFF, 0xFEFF))
+"""What does not stand as it is in such a string; U+FEFF is a space in JavaScript only."""
 Ranges = tuple[tuple[int, int], ...]
 """Code points or bytes: disjoint closed intervals in order."""
+Pattern = str | tuple[Any, ...]
+"""A regular expression, or ("text", text), ("searched", regular expression of a JSON schema inside a string),
+("join", *patterns), ("either", *patterns), ("repeat", least, most or None, pattern), or ("members", comma,
+((pattern, is_required), ...)): in order, those not required left out at will, a comma between those that stand. Parts
+that are one object are built once."""
 _sre: Any = import_module("re._parser")
-_REPEATS = ("MAX_REPEAT", "MIN_REPEAT")
 
 
-def determinise(pattern: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def determinise(pattern: Pattern) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Return a table (states, 256) of next states and which are final; state 0 is the start, the last one is dead.
 
     Raises ValueError for what automata cannot do (anchors, look-arounds, back references) or would do too largely.
     """
+    nfa = _Nfa()
+    end = nfa.state(())
     try:
-        parsed = _sre.parse(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise _refused(pattern, str(error)) from error
-    nfa = _Nfa(pattern=pattern)
-    start = nfa.state()
-    end = nfa.sequence(parsed, start, parsed.state.flags)
-    number, sets, rows = {frozenset(nfa.closure(start)): 0}, [frozenset(nfa.closure(start))], []
+        start = nfa.closure(nfa.build(pattern, end))
+    except RecursionError as error:
+        raise ValueError("the constraint is nested too deeply to be an automaton. Flatten it.") from error
+    number, sets, rows = {start: 0}, [start], []
     for items in sets:  # grows while it is walked
-        row = np.full(256, -1, np.int64)
+        row = np.full(256, -1, np.int32)
         for low, high, following in _moves(items, nfa):
             if following not in number:
                 number[following] = len(sets)
@@ -46,10 +59,17 @@ def determinise(pattern: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
             row[low : high + 1] = number[following]
         rows.append(row)
         if len(sets) > MAX_STATES:
-            raise _refused(pattern, f"it takes more than {MAX_STATES} states; use smaller bounds on repetitions")
-    table = np.stack([*rows, np.full(256, -1)])
+            raise too_large(f"{MAX_STATES} states")
+    table = np.stack([*rows, np.full(256, -1, np.int32)])
     table[table == -1] = len(sets)
     return table, np.array([(_LEAF, end) in items for items in sets] + [False])
+
+
+def too_large(limit: str) -> ValueError:
+    return ValueError(
+        f"the constraint is too large: its automaton takes more than {limit}. Use smaller bounds on repetitions and"
+        " lengths, fewer options or fewer parts."
+    )
 
 
 def _refused(pattern: str, reason: str) -> ValueError:
@@ -60,8 +80,19 @@ def _refused(pattern: str, reason: str) -> ValueError:
     )
 
 
+def _parsed(pattern: str) -> Any:
+    if len(pattern) > MAX_LENGTH:
+        raise _refused(pattern, f"it has {len(pattern)} characters, more than {MAX_LENGTH}")
+    try:
+        with warnings.catch_warnings():  # about what a later syntax may mean
+            warnings.simplefilter("ignore")
+            return _sre.parse(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise _refused(pattern, str(error)) from error
+
+
 Item = tuple[int, int]
-"""(node of a character's trie, state behind the character), or (leaf, state) for a state that reads nothing."""
+"""(node of a character's trie, state behind the character), or (leaf, state) for the end."""
 
 
 def _moves(items: frozenset[Item], nfa: "_Nfa") -> list[tuple[int, int, frozenset[Item]]]:
@@ -70,7 +101,7 @@ def _moves(items: frozenset[Item], nfa: "_Nfa") -> list[tuple[int, int, frozense
         (low, high, frozenset([(child, target)]) if child != _LEAF else nfa.closure(target))
         for node, target in items
         if node != _LEAF
-        for low, high, child in _trie_node(node)
+        for low, high, child in nfa.nodes[node]
     ]
     cuts = sorted({edge for low, high, _ in moves for edge in (low, high + 1)})
     place = {cut: i for i, cut in enumerate(cuts)}
@@ -78,94 +109,151 @@ def _moves(items: frozenset[Item], nfa: "_Nfa") -> list[tuple[int, int, frozense
     for low, high, reached in moves:
         for i in range(place[low], place[high + 1]):
             following[i] |= reached
+    nfa.spend(1 + sum(map(len, following)))
     return [(cuts[i], cuts[i + 1] - 1, frozenset(reached)) for i, reached in enumerate(following) if reached]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Nfa:
-    """Thompson's construction; a state reads one character, or leads on without reading."""
+    """Thompson's construction from the end to the start, so that equal ways to the end share their states."""
 
-    pattern: str
-    free: list[list[int]] = field(default_factory=list)
-    reads: list[Item | None] = field(default_factory=list)
+    states: list[Any] = field(default_factory=list)
+    """(trie node, state behind it) for a state that reads, a frozenset of states for a fork, () for the end."""
+    number: dict[Any, int] = field(default_factory=dict)
+    nodes: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
+    """Nodes of tries: (first byte, last byte, child), equal ones are one."""
+    node_of: dict[tuple[tuple[int, int, int], ...], int] = field(default_factory=dict)
+    built: dict[tuple[int, int], int] = field(default_factory=dict)
+    parsed: dict[str, Any] = field(default_factory=dict)
+    tries: dict[Ranges, int] = field(default_factory=dict)
     closures: dict[int, frozenset[Item]] = field(default_factory=dict)
+    work: int = 0
 
-    def state(self) -> int:
-        if len(self.free) > 20 * MAX_STATES:
-            raise _refused(self.pattern, "its repetitions are too many")
-        self.free.append([])
-        self.reads.append(None)
-        return len(self.free) - 1
+    def spend(self, steps: int) -> None:
+        self.work += steps
+        if self.work > MAX_WORK:
+            raise too_large(f"{MAX_WORK} steps to build")
+
+    def state(self, content: Any) -> int:
+        self.spend(1)
+        if content not in self.number:
+            self.number[content] = len(self.states)
+            self.states.append(content)
+        return self.number[content]
+
+    def fork(self, states: Iterable[int]) -> int:
+        following = frozenset(states)
+        return next(iter(following)) if len(following) == 1 else self.state(following)
 
     def closure(self, state: int) -> frozenset[Item]:
         """Follow what reads nothing."""
         if state not in self.closures:
-            seen, stack = {state}, [state]
+            seen, stack, items = {state}, [state], set()
             while stack:
-                for to in self.free[stack.pop()]:
-                    if to not in seen:
-                        seen.add(to)
-                        stack.append(to)
-            items = [self.reads[s] or (_LEAF, s) for s in seen if self.reads[s] or not self.free[s]]
+                content = self.states[at := stack.pop()]
+                if isinstance(content, frozenset):
+                    stack += content - seen
+                    seen |= content
+                else:
+                    items.add(content or (_LEAF, at))
+            self.spend(len(seen))
             self.closures[state] = frozenset(items)
         return self.closures[state]
 
-    def sequence(self, parsed: Any, start: int, flags: int) -> int:
-        """Add a parsed pattern behind a state; return the state behind it."""
-        for op, argument in parsed:
-            start = self.element(str(op), argument, start, flags)
-        return start
+    def build(self, pattern: Pattern, end: int) -> int:
+        """Return the state from which a pattern leads to `end`."""
+        key = (id(pattern), end)
+        if key not in self.built:
+            self.built[key] = self._build(pattern, end)
+        return self.built[key]
 
-    def element(self, op: str, argument: Any, start: int, flags: int) -> int:
+    def _build(self, pattern: Pattern, end: int) -> int:
+        if isinstance(pattern, str):
+            return self.regex(pattern, end, 0)
+        kind, *parts = pattern
+        if kind == "searched":
+            return self.regex(parts[0], end, _JSON_STRING)
+        if kind == "repeat":
+            return self.repeat(parts[0], parts[1], lambda state: self.build(parts[2], state), end)
+        if kind == "either":
+            return self.fork([self.build(part, end) for part in parts])
+        if kind == "members":
+            return self.members(parts[0], parts[1], end)
+        for part in reversed(parts[0] if kind == "text" else parts):
+            end = self.read(((ord(part), ord(part)),), end) if kind == "text" else self.build(part, end)
+        return end
+
+    def members(self, comma: Pattern, members: Sequence[tuple[Pattern, bool]], end: int) -> int:
+        """From the last member on: `rest` must read one of those so far, `after` stands behind an earlier one."""
+        rest, after, may_end = self.fork(()), end, [end]
+        for member, is_required in reversed(members):
+            here = self.build(member, after)
+            rest = here if is_required else self.fork((here, rest))
+            may_end = [] if is_required else may_end
+            after = self.fork((self.build(comma, rest), *may_end))
+        return self.fork((rest, *may_end))
+
+    def regex(self, pattern: str, end: int, flags: int) -> int:
+        if pattern not in self.parsed:
+            self.parsed[pattern] = _parsed(pattern)
+        parsed = self.parsed[pattern]
+        flags |= parsed.state.flags
+        try:
+            return self.sequence(parsed, end, flags)
+        except NotImplementedError as error:
+            raise _refused(pattern, str(error)) from error
+
+    def sequence(self, parsed: Any, end: int, flags: int) -> int:
+        for op, argument in reversed(list(parsed)):
+            end = self.element(str(op), argument, end, flags)
+        return end
+
+    def element(self, op: str, argument: Any, end: int, flags: int) -> int:
+        self.spend(1)
         if op == "SUBPATTERN":
             _, added, removed, inner = argument
-            return self.sequence(inner, start, (flags | added) & ~removed)
+            return self.sequence(inner, end, (flags | added) & ~removed)
         if op == "BRANCH":
-            end = self.state()
-            for option in argument[1]:
-                begin = self.state()
-                self.free[start].append(begin)
-                self.free[self.sequence(option, begin, flags)].append(end)
-            return end
-        if op in _REPEATS:
+            return self.fork([self.sequence(option, end, flags) for option in argument[1]])
+        if op in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, inner = argument
-            return self.repeat(least, most, inner, start, flags)
+            most = None if most is _sre.MAXREPEAT else most
+            return self.repeat(least, most, lambda state: self.sequence(inner, state, flags), end)
         characters = self.characters(op, argument, flags)
-        end = self.state()
-        if self.reads[start] is not None or self.free[start]:
-            begin = self.state()
-            self.free[start].append(begin)
-            start = begin
-        if characters:
-            self.reads[start] = (_trie(characters), end)
-        else:
-            self.reads[start] = (_intern(()), end)
-        return end
+        if not flags & _JSON_STRING:
+            return self.read(characters, end)
+        escapes = [_ESCAPES[c] for c in _ESCAPES if any(low <= ord(c) <= high for low, high in characters)]
+        raw = _without(_union([*_without(characters), *_ESCAPED]))
+        return self.fork([self.read(raw, end), *(self.build(("text", "\\" + letter), end) for letter in escapes)])
 
-    def repeat(self, least: int, most: Any, inner: Any, start: int, flags: int) -> int:
-        for _ in range(least):
-            start = self.sequence(inner, start, flags)
-        if most is _sre.MAXREPEAT:
-            loop, end = self.state(), self.state()
-            self.free[start].append(loop)
-            begin = self.state()
-            self.free[loop] += [begin, end]
-            self.free[self.sequence(inner, begin, flags)].append(loop)
-            return end
-        end = self.state()
-        for _ in range(most - least):
-            begin = self.state()
-            self.free[start] += [begin, end]
-            start = self.sequence(inner, begin, flags)
-        self.free[start].append(end)
-        return end
+    def repeat(self, least: int, most: int | None, inner: Callable[[int], int], end: int) -> int:
+        start = end
+        if most is None:
+            start = len(self.states)  # a loop is like no other state
+            self.states.append(None)
+            self.states[start] = frozenset((inner(start), end))
+        for count, is_optional in ((0 if most is None else most - least, True), (least, False)):
+            for _ in range(count):
+                self.spend(1)
+                before = self.fork((inner(start), end)) if is_optional else inner(start)
+                if before == start:
+                    break  # it reads nothing, so that more of it does not either
+                start = before
+        return start
 
-    def characters(self, op: str, argument: Any, flags: int) -> Ranges:
+    def read(self, characters: Ranges, end: int) -> int:
+        if characters not in self.tries:
+            self.spend(4 * len(characters))
+            self.tries[characters] = self.trie(characters)
+        return self.state((self.tries[characters], end))
+
+    def characters(self, op: str, argument: Any, flags: int, *, is_negated: bool = False) -> Ranges:
         """Return the code points that an element stands for."""
         if flags & (re.IGNORECASE | re.ASCII | re.LOCALE):
-            raise _refused(self.pattern, "the flags i, a and L are not supported")
+            raise NotImplementedError("the flags i, a and L are not supported")
         if op == "ANY":
-            return _without(((10, 10),)) if not flags & re.DOTALL else _without(())
+            ends = ((10, 10), (13, 13), (0x2028, 0x2029)) if flags & _JSON_STRING else ((10, 10),)
+            return _without(() if flags & re.DOTALL else ends)
         if op == "LITERAL":
             return ((argument, argument),)
         if op == "NOT_LITERAL":
@@ -173,15 +261,65 @@ class _Nfa:
         if op == "RANGE":
             return (argument,)
         if op == "CATEGORY":
-            return _category(str(argument))
+            # JSON schema means ASCII by \d and \w, validators in Python do not: write what fits both.
+            is_ascii = flags & _JSON_STRING and not is_negated and "NOT" not in str(argument)
+            return _clipped(_category(str(argument)), 0, 0x7F if is_ascii else _TOP)
         if op == "IN":
-            members = [self.characters(str(o), a, flags) for o, a in argument if str(o) != "NEGATE"]
+            is_negated = str(argument[0][0]) == "NEGATE"
+            members = [self.characters(str(o), a, flags, is_negated=is_negated) for o, a in argument[is_negated:]]
+            self.spend(sum(map(len, members)) // 8)
             union = _union([interval for member in members for interval in member])
-            return _without(union) if str(argument[0][0]) == "NEGATE" else union
-        raise _refused(self.pattern, f"it uses {op.lower()}")
+            return _without(union) if is_negated else union
+        raise NotImplementedError(f"it uses {op.lower()}")
+
+    def trie(self, characters: Ranges) -> int:
+        """Return the trie of the UTF-8 encodings of code points; surrogates have none."""
+        # Plain ASCII; then by number of bytes: what the first byte adds, the least and the largest code point.
+        edges = [(low, high, _LEAF) for low, high in _clipped(characters, 0, 0x7F)]
+        for extra, lead, least, largest in (
+            (1, 0xC0, 0x80, 0x7FF),
+            (2, 0xE0, 0x800, 0xD7FF),
+            (2, 0xE0, 0xE000, 0xFFFF),
+            (3, 0xF0, 0x10000, _TOP),
+        ):
+            edges += [
+                (lead + a, lead + b, child) for a, b, child in self.split(_clipped(characters, least, largest), extra)
+            ]
+        return self.intern(edges)
+
+    def intern(self, edges: Sequence[tuple[int, int, int]]) -> int:
+        node = tuple(edges)
+        if node not in self.node_of:
+            self.node_of[node] = len(self.nodes)
+            self.nodes.append(node)
+        return self.node_of[node]
+
+    def split(self, ranges: Ranges, extra: int) -> list[tuple[int, int, int]]:
+        """Split numbers of `extra` further bytes (6 bits each) by their leading part."""
+        if extra == 0:
+            return [(a, b, _LEAF) for a, b in ranges]
+        size = 64**extra
+        parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for a, b in ranges:
+            head, last = a // size, b // size
+            for first in {head, last}:
+                inside = (max(a, first * size) - first * size, min(b, first * size + size - 1) - first * size)
+                parts.setdefault((first, first), []).append(inside)
+            if last - head > 1:
+                parts[head + 1, last - 1] = [(0, size - 1)]
+        joined: list[tuple[int, int, int]] = []
+        for (a, b), within in sorted(parts.items()):
+            child = self.intern(
+                [(0x80 + low, 0x80 + high, node) for low, high, node in self.split(tuple(within), extra - 1)]
+            )
+            if joined and joined[-1][2] == child and joined[-1][1] + 1 == a:
+                joined[-1] = (joined[-1][0], b, child)
+            else:
+                joined.append((a, b, child))
+        return joined
 
 
-def _union(intervals: Sequence[tuple[int, int]]) -> Ranges:
+def _union(intervals: Iterable[tuple[int, int]]) -> Ranges:
     merged: list[tuple[int, int]] = []
     for low, high in sorted(intervals):
         if merged and low <= merged[-1][1] + 1:
@@ -196,6 +334,10 @@ def _without(ranges: Ranges) -> Ranges:
     return tuple((a + 1, b - 1) for a, b in zip(edges[::2], edges[1::2], strict=True) if a + 1 <= b - 1)
 
 
+def _clipped(ranges: Ranges, low: int, high: int) -> Ranges:
+    return tuple((max(a, low), min(b, high)) for a, b in ranges if a <= high and b >= low)
+
+
 @cache
 def _category(name: str) -> Ranges:
     r"""Ask the regular expression engine itself what \d, \s and \w are."""
@@ -204,68 +346,3 @@ def _category(name: str) -> Ranges:
     every = "".join(map(chr, range(_TOP + 1)))
     inside = _union([(m.start(), m.end() - 1) for m in re.finditer(rf"\{symbol}+", every)])
     return _without(inside) if letter.startswith("NOT_") else inside
-
-
-_NODES: list[tuple[tuple[int, int, int], ...]] = []
-_NODE_OF: dict[tuple[tuple[int, int, int], ...], int] = {}
-
-
-def _intern(node: tuple[tuple[int, int, int], ...]) -> int:
-    """Number a trie node (first byte, last byte, child); equal ones are one."""
-    if node not in _NODE_OF:
-        _NODE_OF[node] = len(_NODES)
-        _NODES.append(node)
-    return _NODE_OF[node]
-
-
-def _trie_node(number: int) -> tuple[tuple[int, int, int], ...]:
-    return _NODES[number]
-
-
-@cache
-def _trie(characters: Ranges) -> int:
-    """Return the trie of the UTF-8 encodings of code points; surrogates have none."""
-    edges: list[tuple[int, int, int]] = []
-    # Plain ASCII; then by number of bytes: what the first byte adds, the least and the largest code point.
-    edges += [(low, high, _LEAF) for low, high in _clipped(characters, 0, 0x7F)]
-    for extra, lead, least, largest in ((1, 0xC0, 0x80, 0x7FF), (2, 0xE0, 0x800, 0xFFFF), (3, 0xF0, 0x10000, _TOP)):
-        inside = [
-            r for a, b in ((0, 0xD7FF), (0xE000, _TOP)) for r in _clipped(_clipped(characters, a, b), least, largest)
-        ]
-        edges += [(lead + a, lead + b, child) for a, b, child in _split(tuple(inside), extra)]
-    return _intern(tuple(edges))
-
-
-def _clipped(ranges: Ranges, low: int, high: int) -> Ranges:
-    return tuple((max(a, low), min(b, high)) for a, b in ranges if a <= high and b >= low)
-
-
-def _split(ranges: Ranges, extra: int) -> list[tuple[int, int, int]]:
-    """Split numbers of `extra` further bytes (6 bits each) by their leading part."""
-    if extra == 0:
-        return [(a, b, _LEAF) for a, b in ranges]
-    size = 64**extra
-    below: dict[int, list[tuple[int, int]]] = {}
-    whole: list[tuple[int, int]] = []
-    for a, b in ranges:
-        for head in {a // size, b // size}:
-            below.setdefault(head, []).append(
-                (max(a, head * size) - head * size, min(b, head * size + size - 1) - head * size)
-            )
-        if b // size - a // size > 1:
-            whole.append((a // size + 1, b // size - 1))
-    parts = [(head, head, tuple(sorted(inside))) for head, inside in below.items()]
-    parts += [(a, b, ((0, size - 1),)) for a, b in whole]
-    edges = [(a, b, _continuation(inside, extra - 1)) for a, b, inside in sorted(parts)]
-    joined: list[tuple[int, int, int]] = []
-    for a, b, child in edges:
-        if joined and joined[-1][2] == child and joined[-1][1] + 1 == a:
-            joined[-1] = (joined[-1][0], b, child)
-        else:
-            joined.append((a, b, child))
-    return joined
-
-
-@cache
-def _continuation(ranges: Ranges, extra: int) -> int:
-    return _intern(tuple((0x80 + a, 0x80 + b, child) for a, b, child in _split(ranges, extra)))
