@@ -85,10 +85,12 @@ def run_python(
             f"this machine does not permit what isolates generated code ({report['error']}). Run as root, permit"
             " unprivileged user namespaces, or accept --items.sandbox weak."
         )
+    seconds = time.monotonic() - start
+    unreported = "timeout" if seconds >= limits.seconds else "failed"  # the jail itself was killed
     return Outcome(
-        status="output" if is_cut else report.get("reason", "timeout"),
+        status="output" if is_cut else report.get("reason", unreported),
         output=output.decode(errors="replace"),
-        seconds=time.monotonic() - start,
+        seconds=seconds,
         isolation=isolation,
     )
 
@@ -129,23 +131,26 @@ def _run_jail(sources: bytes, limits: Limits, *, folder: str, isolation: Isolati
     """Start the jail, feed it, collect output up to the cap; returns report, output, whether it was cut."""
     read_fd, write_fd = os.pipe()
     settings = _settings(limits, folder=folder, report_fd=write_fd, isolation=isolation)
-    process = subprocess.Popen(
-        [_python(), "-I", "-S", jail.__file__, json.dumps(settings)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        pass_fds=(write_fd,), start_new_session=True, env={}, cwd="/",
-    )  # fmt: skip
+    with tempfile.TemporaryFile() as stdin:  # a pipe would break if the interpreter did not start
+        stdin.write(sources)
+        stdin.seek(0)
+        process = subprocess.Popen(
+            [_python(), "-I", "-S", jail.__file__, json.dumps(settings)],
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            pass_fds=(write_fd,), start_new_session=True, env={}, cwd="/",
+        )  # fmt: skip
     os.close(write_fd)
     try:
-        assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(sources)
-        process.stdin.close()
         output, is_cut = _collect(process.stdout.fileno(), most=limits.output_kb * 1024, seconds=limits.seconds + 5)
     finally:
         process.stdout.close() if process.stdout else None
         _end(process, isolation=isolation)
     with os.fdopen(read_fd, "rb") as pipe:
         first = pipe.readline()
+    if process.returncode > 0:
+        last = output.decode(errors="replace").strip().rpartition("\n")[2] or f"exit status {process.returncode}"
+        raise ValueError(f"the sandbox did not start with {_python()}: {last}. Repair this Python.")
     return (json.loads(first) if first else {}), output, is_cut
 
 
