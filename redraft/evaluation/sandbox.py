@@ -17,6 +17,7 @@ from redraft.evaluation import jail
 
 Status = Literal["passed", "failed", "timeout", "memory", "output"]
 Isolation = Literal["namespaces", "weak"]
+START_SECONDS = 60  # what a busy machine may take to start the jail, which then counts the time itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +67,7 @@ def run_python(
     it started is gone when this returns. Raises ValueError where the machine does not permit the namespaces that takes
     ("weak" does without: resource limits, and the killing of descendants at the end).
     """
-    if not sys.platform.startswith("linux") or os.uname().machine not in jail.ARCHITECTURES:
-        raise ValueError(
-            f"generated code runs in a sandbox of Linux on {' or '.join(jail.ARCHITECTURES)}; got {sys.platform} on"
-            f" {platform.machine()}. Evaluate it there."
-        )
-    if isolation == "weak" and os.geteuid() == 0 and not _is_open_to_all(_python()):
-        raise ValueError(
-            f"the weak sandbox runs code as another user than root, who cannot reach {_python()}. Run as that user."
-        )
+    _check_machine(isolation)
     limits = limits or Limits()
     sources = json.dumps({"program": program, "tests": tests, "function": function})
     start = time.monotonic()
@@ -93,6 +86,18 @@ def run_python(
         seconds=seconds,
         isolation=isolation,
     )
+
+
+def _check_machine(isolation: Isolation) -> None:
+    if not sys.platform.startswith("linux") or os.uname().machine not in jail.ARCHITECTURES:
+        raise ValueError(
+            f"generated code runs in a sandbox of Linux on {' or '.join(jail.ARCHITECTURES)}; got {sys.platform} on"
+            f" {platform.machine()}. Evaluate it there."
+        )
+    if isolation == "weak" and os.geteuid() == 0 and not _is_open_to_all(_python()):
+        raise ValueError(
+            f"the weak sandbox runs code as another user than root, who cannot reach {_python()}. Run as that user."
+        )
 
 
 def _settings(limits: Limits, *, folder: str, report_fd: int, isolation: Isolation) -> dict:
@@ -142,7 +147,9 @@ def _run_jail(sources: bytes, limits: Limits, *, folder: str, isolation: Isolati
     os.close(write_fd)
     try:
         assert process.stdout is not None
-        output, is_cut = _collect(process.stdout.fileno(), most=limits.output_kb * 1024, seconds=limits.seconds + 5)
+        output, is_cut = _collect(
+            process.stdout.fileno(), most=limits.output_kb * 1024, seconds=limits.seconds + START_SECONDS
+        )
     finally:
         process.stdout.close() if process.stdout else None
         _end(process, isolation=isolation)
