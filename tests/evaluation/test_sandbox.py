@@ -12,6 +12,7 @@ from hostile import CALLS, CHEATS, CROWDS, HOARDS, TESTS
 
 from redraft.evaluation import jail, sandbox
 from redraft.evaluation.sandbox import Limits, run_python
+from redraft.evaluation.tasks import TaskOptions, make_task
 
 QUICK = Limits(seconds=1.5, memory_mb=256, output_kb=16)
 PATIENT = Limits(seconds=120, memory_mb=256, output_kb=16)
@@ -213,6 +214,25 @@ def test_a_machine_without_namespaces_refuses_and_says_what_to_do(monkeypatch):
     monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b"", False))
     with pytest.raises(ValueError, match="does not permit what isolates.*--items.sandbox weak"):
         run_python("pass")
+
+
+def test_a_task_that_runs_code_is_refused_before_a_model_is_loaded(monkeypatch):
+    report = {"reason": "no isolation", "error": "Operation not permitted"}
+    monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b"", False))
+    with pytest.raises(ValueError, match="does not permit what isolates"):
+        make_task("humaneval", TaskOptions(allow_code=True))
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("exit 1", "exit status 1"), ("echo no ctypes; exit 2", "no ctypes")],
+)
+def test_a_sandbox_that_does_not_start_is_an_error_and_no_score(script, reason, monkeypatch, tmp_path):
+    (stand_in := tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sandbox, "_python", lambda: str(stand_in))
+    with pytest.raises(ValueError, match=f"did not start with {stand_in}: {reason}. Repair"):
+        run_python("pass" + " " * 10**6)
 
 
 def test_the_weak_mode_refuses_an_interpreter_that_only_root_reaches(monkeypatch):
