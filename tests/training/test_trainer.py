@@ -386,12 +386,6 @@ def test_training_lowers_the_loss_and_averaged_weights_are_saved(config):
     assert any(not torch.equal(saved[name], raw[name]) for name in averaged)
 
 
-def test_documents_can_be_kept_apart(config):
-    apart = replace(config, data=replace(config.data, isolate_documents=True))
-    outcome = run(apart, console=QUIET)
-    assert outcome.steps == config.train.max_steps
-
-
 def test_minutes_lower_the_number_of_steps(config):
     outcome = run(with_train(config, max_steps=10**6, max_minutes=0.05, eval_every=0, save_every=10**6), console=QUIET)
     assert outcome.steps < 10**5
