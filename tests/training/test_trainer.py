@@ -402,12 +402,6 @@ def test_training_lowers_the_loss_and_averaged_weights_are_saved(config):
     assert any(not torch.equal(saved[name], raw[name]) for name in averaged)
 
 
-def test_documents_can_be_kept_apart(config):
-    apart = replace(config, data=replace(config.data, isolate_documents=True))
-    outcome = run(apart, console=QUIET)
-    assert outcome.steps == config.train.max_steps
-
-
 @pytest.mark.parametrize(("minutes", "measured", "steps"), [(0.25, 3, 7), (10.0, 8, 9)])
 def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measured, steps):
     """A pass takes a second of this clock; test_pace.py has all of the arithmetic."""

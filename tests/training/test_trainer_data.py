@@ -91,6 +91,24 @@ def test_packed_conversations_are_blind_to_each_other(config, objective):
     assert loss_of(trainer, batch, is_target=alone, input_ids=changed) != before
 
 
+@every_kind
+def test_documents_of_a_window_see_each_other_unless_they_are_kept_apart(config, objective, tmp_path):
+    texts = [{"text": f"{i} ba lo mi"} for i in range(80)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    data = replace(config.data, source=str(tmp_path / "text.jsonl"), kind="text", vocab_size=262)
+    for is_apart in (True, False):
+        trainer = build(replace(config, objective=objective, data=replace(data, isolate_documents=is_apart)))
+        [batch], _ = first_batch(trainer)
+        second = batch["segment_ids"] == 2
+        assert second.any()
+        before = loss_of(trainer, batch, is_target=second)
+        changed = batch["input_ids"].where(batch["segment_ids"] != 1, (batch["input_ids"] + 1) % 262)
+        assert (loss_of(trainer, batch, is_target=second, input_ids=changed) == before) == is_apart
+        if is_apart:  # positions begin anew in each
+            alone = torch.where(second, batch["segment_ids"], 0)
+            assert torch.isclose(loss_of(trainer, batch, is_target=second, segment_ids=alone), before, rtol=1e-5)
+
+
 def resumed_equals_whole(config, *, at):
     """Run whole; then again from the checkpoint of step `at`, as if killed right after it."""
     torch.set_num_threads(1)
