@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from redraft.randomness import fold
 HOLE = re.compile(r"\[MASK:(\d+)\]")
 HOLES = re.compile(r"(?:\[MASK:\d+\])+")
 PROBE = "\ue000answer\ue000"
+"""An answer that is nowhere else in a text: what a chat template writes behind it ends a turn."""
 ANCHORS = ("\n", "a", "0", ".")
 """Texts after which another text is encoded that does not begin its row."""
 CONTEXT_TOKENS = 16
@@ -260,11 +261,6 @@ def filled_text(tokenizer: Any, prompt: Prompt, tokens: Int[Tensor, "seq"], is_h
     return text
 
 
-def text_behind_answer(render: Callable[[list[Any]], str], messages: Sequence[Any]) -> str:
-    """Return what a chat template writes after an answer to messages, found behind a text that is nowhere else."""
-    return render([*messages, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)[2]
-
-
 def special_token_ids(tokenizer: Any) -> set[int]:
     """List the special tokens, of which the first behind an answer ends a turn."""
     return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -279,15 +275,14 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     """Return the token that training teaches as the end of an answer, where the chat template has one."""
     if tokenizer.chat_template is None:
         return None
-
-    def render(messages: list[Any]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
+    answered = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
-        behind = text_behind_answer(render, [{"role": "user", "content": "?"}])
+        text = str(tokenizer.apply_chat_template(answered, tokenize=False))
     except Exception:  # a template is a program: what is wrong with it is told when a chat is rendered
         return None
-    ids = _encode_text(tokenizer, behind)
+    if PROBE not in text:
+        return None
+    ids = _encode_text(tokenizer, text.rpartition(PROBE)[2])
     end = turn_end(ids, special_token_ids(tokenizer))
     return None if end is None else ids[end]
 

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Integer
 
 from redraft.data.records import DOCUMENT, Message
 from redraft.data.tokenizer import Tokenizer, encode_documents, require_eos_token
-from redraft.prompts import text_behind_answer, turn_end
+from redraft.prompts import PROBE, encode, turn_end
 
 logger = logging.getLogger(__name__)
 
@@ -183,8 +182,8 @@ def _beginning(tokenizer: Tokenizer, messages: Sequence[Message], count: int, *,
 
 
 def _ending(tokenizer: Tokenizer, messages: Sequence[Message], turn: int) -> str:
-    """What the template writes after an answer."""
-    return text_behind_answer(partial(_render, tokenizer), messages[:turn])
+    """What the template writes after an answer, found behind a text that is nowhere else."""
+    return _render(tokenizer, [*messages[:turn], {"role": "assistant", "content": PROBE}]).rpartition(PROBE)[2]
 
 
 def _refuse_special_tokens(texts: Sequence[str], special: set[str]) -> None:
@@ -215,7 +214,8 @@ def _encode_pieces(tokenizer: Tokenizer, rendered: Sequence[Sequence[Piece]]) ->
         for piece in pieces:
             ids = next(encoded)
             is_clean = ids[: len(before)] == before
-            tokens[-1].append(ids[len(before) :] if is_clean else _encode(tokenizer, [piece.text])[0])
+            alone = None if is_clean else encode(tokenizer, piece.text, is_inside=True).tolist()
+            tokens[-1].append(ids[len(before) :] if alone is None else alone)
             before = before + tokens[-1][-1]
     return tokens
 
