@@ -287,6 +287,26 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     return None if end is None else ids[end]
 
 
+def end_token_ids(model: Any, tokenizer: Any, *, raw: dict[str, Any]) -> list[int]:
+    """List what ends a text: the tokenizer's EOS (BERT: separator) first, then the end of a turn, then what is listed.
+
+    Without a tokenizer, what the config has by default counts too.
+    """
+    ends: list[Any] = []
+    if tokenizer is not None:
+        ends = [tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
+        ends.append(end_of_turn_id(tokenizer))
+    configs = [model.config, model.config.get_text_config()]
+    is_listed = "eos_token_id" in raw or "eos_token_id" in (raw.get("text_config") or {})
+    lists = [getattr(config, "eos_token_id", None) for config in configs if is_listed or tokenizer is None]
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and not generation._from_model_config:  # from a generation_config.json of its own
+        lists.append(generation.eos_token_id)
+    for listed in lists:
+        ends += listed if isinstance(listed, list | tuple) else [listed]
+    return list(dict.fromkeys(int(end) for end in ends if end is not None))
+
+
 def row_keys(rows: list[Tensor], *, seed: int) -> Int[Tensor, "batch"]:
     """Seed rows by (seed, prompt, how many equal prompts stand before): the place in the batch plays no part."""
     keys, seen = [], dict[bytes, int]()

@@ -204,7 +204,7 @@ def test_infilling_keeps_the_text_around_a_hole_and_the_spaces_in_it(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prompt", ["", "un", "un self."])
+@pytest.mark.parametrize("prompt", ["", " ", "un", "un self."])
 @pytest.mark.parametrize("options", [["yes", "no"], [" yes", " no"], ["    no"]])
 def test_a_constraint_holds_for_what_stands_after_the_prompt(kind, prompt, options):
     lm = text_lm_of(kind)
