@@ -24,7 +24,7 @@ from redraft.prompts import (
     encode,
     encode_pair,
     encode_with_holes,
-    end_of_turn_id,
+    end_token_ids,
     filled_text,
     row_keys,
     shown_and_raw,
@@ -98,30 +98,10 @@ def load(
     listed = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
     if listed is None:
         base, adapter = split_adapter(path) if adapter is None else (path, adapter)
-        listed = _end_token_ids(denoiser.model, tokenizer, raw=read_raw_config(base) | adapter_config(adapter))
+        listed = end_token_ids(denoiser.model, tokenizer, raw=read_raw_config(base) | adapter_config(adapter))
     if compile:
         denoiser = denoiser.compiled()
     return LanguageModel(denoiser=denoiser, tokenizer=tokenizer, eos_token_ids=tuple(listed))
-
-
-def _end_token_ids(model: Any, tokenizer: Any, *, raw: dict[str, Any]) -> list[int]:
-    """List what ends a text: the tokenizer's EOS (BERT: separator) first, then the end of a turn, then what is listed.
-
-    Without a tokenizer, what the config has by default counts too.
-    """
-    ends: list[Any] = []
-    if tokenizer is not None:
-        ends = [tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
-        ends.append(end_of_turn_id(tokenizer))
-    configs = [model.config, model.config.get_text_config()]
-    is_listed = "eos_token_id" in raw or "eos_token_id" in (raw.get("text_config") or {})
-    lists = [getattr(config, "eos_token_id", None) for config in configs if is_listed or tokenizer is None]
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and not generation._from_model_config:  # from a generation_config.json of its own
-        lists.append(generation.eos_token_id)
-    for listed in lists:
-        ends += listed if isinstance(listed, list | tuple) else [listed]
-    return list(dict.fromkeys(int(end) for end in ends if end is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,14 +405,15 @@ class LanguageModel:
                 f"a constraint holds for the whole text, which stop strings would cut; got stop={config.stop!r}."
                 " Leave them out, or put them into the constraint."
             )
+        silent = frozenset(() if self.tokenizer is None else special_token_ids(self.tokenizer))
         kinds = {
             is_start: self.compile(constraint, is_infilling=is_infilling, is_start=is_start)
-            for is_start in {self.tokenizer is None or not self.decode(before) for before in befores}
+            for is_start in {silent.issuperset(before.tolist()) for before in befores}
         }
         return Constrained(
             compiled=kinds[False] if False in kinds else kinds[True],
             at_start=kinds.get(True),
-            silent=frozenset(special_token_ids(self.tokenizer)),
+            silent=silent,
             num_tokens=None if is_infilling else config.max_new_tokens,
         )
 

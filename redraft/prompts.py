@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from redraft.randomness import fold
 HOLE = re.compile(r"\[MASK:(\d+)\]")
 HOLES = re.compile(r"(?:\[MASK:\d+\])+")
 PROBE = "\ue000answer\ue000"
+"""An answer that is nowhere else in a text: what a chat template writes behind it ends a turn."""
 ANCHORS = ("\n", "a", "0", ".")
 """Texts after which another text is encoded that does not begin its row."""
 CONTEXT_TOKENS = 16
@@ -260,12 +261,6 @@ def filled_text(tokenizer: Any, prompt: Prompt, tokens: Int[Tensor, "seq"], is_h
     return text
 
 
-def around_answer(render: Callable[[list[Any]], str], messages: Sequence[Any]) -> tuple[str, str]:
-    """Return what a chat template writes before and behind an answer, found by an answer that is nowhere else."""
-    before, _, behind = render([*messages, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)
-    return before, behind
-
-
 def special_token_ids(tokenizer: Any) -> set[int]:
     """List the special tokens, of which the first behind an answer ends a turn."""
     return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -280,17 +275,36 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     """Return the token that training teaches as the end of an answer, where the chat template has one."""
     if tokenizer.chat_template is None:
         return None
-
-    def render(messages: list[Any]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-
+    answered = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
-        _, behind = around_answer(render, [{"role": "user", "content": "?"}])
+        text = str(tokenizer.apply_chat_template(answered, tokenize=False))
     except Exception:  # a template is a program: what is wrong with it is told when a chat is rendered
         return None
-    ids = _encode_text(tokenizer, behind)
+    if PROBE not in text:
+        return None
+    ids = _encode_text(tokenizer, text.rpartition(PROBE)[2])
     end = turn_end(ids, special_token_ids(tokenizer))
     return None if end is None else ids[end]
+
+
+def end_token_ids(model: Any, tokenizer: Any, *, raw: dict[str, Any]) -> list[int]:
+    """List what ends a text: the tokenizer's EOS (BERT: separator) first, then the end of a turn, then what is listed.
+
+    Without a tokenizer, what the config has by default counts too.
+    """
+    ends: list[Any] = []
+    if tokenizer is not None:
+        ends = [tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id]
+        ends.append(end_of_turn_id(tokenizer))
+    configs = [model.config, model.config.get_text_config()]
+    is_listed = "eos_token_id" in raw or "eos_token_id" in (raw.get("text_config") or {})
+    lists = [getattr(config, "eos_token_id", None) for config in configs if is_listed or tokenizer is None]
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and not generation._from_model_config:  # from a generation_config.json of its own
+        lists.append(generation.eos_token_id)
+    for listed in lists:
+        ends += listed if isinstance(listed, list | tuple) else [listed]
+    return list(dict.fromkeys(int(end) for end in ends if end is not None))
 
 
 def row_keys(rows: list[Tensor], *, seed: int) -> Int[Tensor, "batch"]:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Integer
 
 from redraft.data.messages import DOCUMENT, THOUGHTS, Message
 from redraft.data.tokenizer import Tokenizer, encode_documents, require_eos_token
-from redraft.prompts import PROBE, around_answer, turn_end
+from redraft.prompts import PROBE, encode, turn_end
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def cut_at_turns(tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: 
     whole, position, pieces = render(messages), 0, []
     _refuse_left_out(str(tokenizer.chat_template), render, messages, whole=whole)
     for i in turns if loss_on == "all" else turns[-1:]:
-        head, ending = around_answer(render, messages[:i])
+        head, _, ending = render([*messages[:i], {"role": "assistant", "content": PROBE}]).rpartition(PROBE)
         start = len(_beginning(render, messages, i, whole=whole, for_answer=True, head=head))
         stop = len(_beginning(render, messages, i + 1, whole=whole, for_answer=False, head=head))
         end = stop - len(ending)
@@ -251,7 +251,8 @@ def _encode_pieces(tokenizer: Tokenizer, rendered: Sequence[Sequence[Piece]]) ->
         for piece in pieces:
             ids = next(encoded)
             is_clean = ids[: len(before)] == before
-            tokens[-1].append(ids[len(before) :] if is_clean else _encode(tokenizer, [piece.text])[0])
+            alone = None if is_clean else encode(tokenizer, piece.text, is_inside=True).tolist()
+            tokens[-1].append(ids[len(before) :] if alone is None else alone)
             before = before + tokens[-1][-1]
     return tokens
 

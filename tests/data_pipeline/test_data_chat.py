@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_pieces import tokenizer_of
 from tokenizers import normalizers
 
 from redraft.data import train_tokenizer
 from redraft.data.chat import DEFAULT_TEMPLATE, ChatConfig, cut_at_turns, encode_conversations, with_chat_template
+from redraft.prompts import text_after
 
 TURNS = [
     {"role": "system", "content": "be brief"},
@@ -80,6 +82,19 @@ def test_a_merge_across_the_border_is_undone(documents):
     example = encode(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "b"}])
     assert example.input_ids.tolist() == [*tokenizer.encode("xa"), *tokenizer.encode("b"), 1]
     assert example.is_target.tolist() == [False, False, True, True]
+
+
+def test_a_piece_behind_an_undone_merge_gets_no_space_of_its_own():
+    tokenizer = copy.deepcopy(tokenizer_of("llama2"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}sel{{ m['content'] }}</s>{% else %}"
+        "{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}sel{% endif %}"
+    )
+    for answer in ("f.able", "f self"):
+        example = encode(tokenizer, [{"role": "user", "content": "un"}, {"role": "assistant", "content": answer}])
+        assert tokenizer.decode(example.input_ids.tolist()) == f"unsel{answer}</s>"
+        learnt_ids = example.input_ids[example.is_target].tolist()
+        assert text_after(tokenizer, [5], learnt_ids, with_special=True) == f"{answer}</s>"
 
 
 def test_the_eos_policy_decides_what_of_the_end_is_learnt(chat_tokenizer):

@@ -182,7 +182,9 @@ def test_a_saved_checkpoint_loads_as_its_family_and_needs_no_flags(tmp_path):
     row = draw(9 + CANVAS)
     assert torch.allclose(canvas_logits(lm.denoiser, [row])[0], own_logits(model, row), atol=1e-5)
     lm.model.save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "generation_config.json").write_text('{"eos_token_id": [1, 106, 50]}')
     again = redraft.load(tmp_path / "again", device="cpu")
+    assert again.eos_token_ids == (1, 106, 50)
     assert again.denoiser.settings == SETTINGS
     prompt, short = [5, 6, 7], {"max_new_tokens": CANVAS, "steps_per_block": 3}
     assert torch.equal(again.generate(prompt, **short).tokens[0], lm.generate(prompt, **short).tokens[0])

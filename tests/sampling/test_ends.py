@@ -102,8 +102,11 @@ def test_the_ends_that_are_given_replace_all_others(tmp_path):
     assert redraft.load(tmp_path, eos_token_id=[9, 10]).eos_token_ids == (9, 10)
 
 
-def test_a_template_that_fails_leaves_the_end_to_the_tokenizer(tmp_path):
-    assert saved(tmp_path, tokenizer=with_template("{{ raise_exception('no') }}")).eos_token_ids == (1,)
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "<|im_end|>{{ messages[0]['content'] }}<|im_end|>"]
+)
+def test_a_template_that_writes_no_answer_leaves_the_end_to_the_tokenizer(template, tmp_path):
+    assert saved(tmp_path, tokenizer=with_template(template)).eos_token_ids == (1,)
 
 
 def test_an_end_among_several_ends_a_row_only_where_everything_before_it_is_decided():
@@ -201,7 +204,7 @@ def test_infilling_keeps_the_text_around_a_hole_and_the_spaces_in_it(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prompt", ["", "un", "un self."])
+@pytest.mark.parametrize("prompt", ["", " ", "un", "un self."])
 @pytest.mark.parametrize("options", [["yes", "no"], [" yes", " no"], ["    no"]])
 def test_a_constraint_holds_for_what_stands_after_the_prompt(kind, prompt, options):
     lm = text_lm_of(kind)
