@@ -219,6 +219,29 @@ def test_one_knob_goes_from_fast_to_careful(lm, chosen, forwards):
     assert lm.generate(PROMPT, max_new_tokens=12, stop=None, **chosen).forwards == [forwards]
 
 
+def test_a_step_whose_input_is_the_last_ones_is_no_forward(lm):
+    chosen = {"preset": "mdlm", "steps": 60, "max_new_tokens": 4, "stop": None}
+    steps = list(lm.stream(PROMPT, **chosen))
+    assert len(steps) > 10
+    num_changes = sum(bool(step.is_committed.any()) for step in steps)
+    assert lm.generate(PROMPT, **chosen).forwards == [num_changes]  # the last commit is not looked at again
+
+
+def test_neighbours_change_no_rows_forwards(lm):
+    chosen = {"preset": "mdlm", "steps": 40, "max_new_tokens": 4, "stop": None}
+    rows = [PROMPT, [3], [4, 4], [11] * 9]
+    alone = [lm.generate(row, **chosen).forwards[0] for row in rows]
+    assert lm.generate(rows, **chosen).forwards == alone
+    assert max(alone) <= 4
+
+
+def test_a_budget_of_forwards_is_spent_on_forwards_alone(lm):
+    canvas = lm._canvas_after([torch.tensor(PROMPT)], 6, Sampler())
+    lazy = Sampler(steps=12, unmask=p.AtTheEnd(), revise=p.Remasking(), budget=Budget(forwards=3))
+    *_, last = denoise(lm.denoiser, canvas, lazy, row_keys=torch.tensor([0]))
+    assert (last.index, last.num_forwards.tolist()) == (2, [1])  # the clock has three steps with one input
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
