@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import redraft
 from redraft.sampling import policies as p
 from redraft.sampling.budget import Budget
-from redraft.sampling.config import SamplingConfig
+from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Reward
 from redraft.sampling.loop import Sampler, denoise
@@ -265,6 +265,44 @@ FLOATS = {
     "seconds": "llada", "threshold": "sdar", "factor": "fast-dllm", "entropy_bound": "eb", "eta": "remdm",
     "editing_threshold": "llada2.1",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        *((name, "llada") for name in ("max_new_tokens", "steps", "forwards", "num_samples", "block_size")),
+        ("steps_per_block", "mdlm"), ("blocks_in_flight", "sdar"), ("block_size", "sdar"),
+        ("max_post_steps", "llada2.1"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [10**9, 10**18, 10**30])
+def test_counts_that_can_only_be_mistakes_are_refused_at_once(lm, name, preset, value, monkeypatch):
+    monkeypatch.setattr(type(lm), "encode", None)  # refused before a prompt is looked at
+    with pytest.raises(ValueError, match=rf"{name} must be .*; got {value}\."):
+        lm.generate(PROMPT, preset=preset, **{name: value})
+
+
+def test_many_long_texts_at_once_are_refused():
+    with pytest.raises(
+        ValueError, match="num_samples times max_new_tokens must be at most 4194304; got 100000 and 128"
+    ):
+        SamplingConfig(num_samples=100_000)
+    assert SamplingConfig(num_samples=32, max_new_tokens=2**17).block_size is None
+
+
+def test_a_saved_block_size_makes_way_for_a_length_without_trying_all_its_divisors():
+    saved = {"preset": "sdar", "block_size": 32}
+    assert with_saved(saved, {"max_new_tokens": 999_983}).block_size == 1  # a prime
+    assert with_saved(saved, {"max_new_tokens": 40}).block_size == 20
+    with pytest.raises(ValueError, match="max_new_tokens must be at most 1048576"):
+        with_saved(saved, {"max_new_tokens": 10**18 + 1})
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
+def test_a_seed_has_64_bits(seed):
+    with pytest.raises(ValueError, match="seed must be a 64-bit integer"):
+        SamplingConfig(seed=seed)
+    assert SamplingConfig(seed=2**63 - 1).seed == 2**63 - 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
