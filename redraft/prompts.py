@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from redraft.errors import MOST
 from redraft.randomness import fold
 
-HOLE = re.compile(r"\[MASK:(\d+)\]")
-HOLES = re.compile(r"(?:\[MASK:\d+\])+")
+HOLE = re.compile(r"\[MASK:0*([0-9]+)\]")
+HOLES = re.compile(r"(?:\[MASK:[0-9]+\])+")
 PROBE = "\ue000answer\ue000"
 """An answer that is nowhere else in a text: what a chat template writes behind it ends a turn."""
 ANCHORS = ("\n", "a", "0", ".")
@@ -238,12 +239,22 @@ def encode_with_holes(
         row = encode(tokenizer, prompt)
         return row, row == mask_token_id
     pieces, is_hole = [torch.empty(0, dtype=torch.int64)], []
-    for i, piece in enumerate(HOLE.split(prompt)):  # text, size of a hole, text, ...
-        pieces.append(
-            torch.zeros(int(piece), dtype=torch.int64) if i % 2 else encode(tokenizer, piece, is_inside=i > 0)
-        )
+    parts = HOLE.split(prompt)  # text, size of a hole, text, ...
+    _check_holes(parts[1::2])
+    for i, piece in enumerate(parts):
+        tokens = torch.zeros(int(piece), dtype=torch.int64) if i % 2 else encode(tokenizer, piece, is_inside=i > 0)
+        pieces.append(tokens)
         is_hole.append(torch.full((len(pieces[-1]),), bool(i % 2)))
     return torch.cat(pieces), torch.cat(is_hole)
+
+
+def _check_holes(sizes: list[str]) -> None:
+    """Raise ValueError for a hole of no token, and for more tokens than can be meant."""
+    if "0" in sizes:
+        raise ValueError("a hole takes at least 1 token; got [MASK:0]. Leave it out.")
+    if sum(int(size[:20]) for size in sizes) > MOST:  # Python reads no number of thousands of digits
+        most = max(sizes, key=len)
+        raise ValueError(f"the holes of a text take at most {MOST} tokens together; got [MASK:{most[:20]}].")
 
 
 def filled_text(tokenizer: Any, prompt: Prompt, tokens: Int[Tensor, "seq"], is_hole: Bool[Tensor, "seq"]) -> str:

@@ -22,6 +22,7 @@ from redraft.loglikelihood import (
     score_questions,
 )
 from redraft.loglikelihood.control import _features
+from redraft.loglikelihood.decide import undecided
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 from redraft.processes.noised import Noised
@@ -262,6 +263,22 @@ def test_deciding_early_saves_half_the_forwards_at_the_same_accuracy():
     print("right of", len(questions), ":", right, "forwards:", work)
     assert right[1] >= right[0]
     assert work[0] >= 2 * work[1]
+
+
+@pytest.mark.parametrize(
+    ("errors", "rivals", "looks", "is_decided"),
+    [
+        # normal quantiles: 0.05 -> 1.64, 0.05 / 3 -> 2.13, 0.05 / 4 -> 2.24, 0.05 / 12 -> 2.64
+        (1.5, 1, 1, False), (1.9, 1, 1, True), (1.9, 3, 1, False), (1.9, 1, 4, False),
+        (2.4, 3, 1, True), (2.4, 1, 4, True), (2.4, 3, 4, False), (2.9, 3, 4, True),
+    ],
+)  # fmt: skip
+def test_doubt_is_shared_among_rivals_and_looks(errors, rivals, looks, is_decided):
+    """The paired difference is `errors` standard errors: units of +10 and -10 in turn have a mean of variance 1."""
+    units = torch.tensor([10.0, -10.0]).repeat(100).double()
+    rounds = {0: [units + errors], 1: [torch.zeros(200).double()]}
+    left = undecided(rounds, [[1.0, 1.0]], confidence=0.95, looks=looks, rivals=rivals)
+    assert left == (set() if is_decided else {0, 1})
 
 
 def test_both_rankings_must_be_decided_before_sampling_stops():

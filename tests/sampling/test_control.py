@@ -16,7 +16,7 @@ from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies as p
 from redraft.sampling.budget import Budget
 from redraft.sampling.canvas import Status
-from redraft.sampling.config import SamplingConfig
+from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Reward
 from redraft.sampling.loop import Sampler, denoise
@@ -198,6 +198,29 @@ def test_one_knob_goes_from_fast_to_careful(lm, chosen, forwards):
     assert lm.generate(PROMPT, max_new_tokens=12, stop=None, **chosen).forwards == [forwards]
 
 
+def test_a_step_whose_input_is_the_last_ones_is_no_forward(lm):
+    chosen = {"preset": "mdlm", "steps": 60, "max_new_tokens": 4, "stop": None}
+    steps = list(lm.stream(PROMPT, **chosen))
+    assert len(steps) > 10
+    num_changes = sum(bool(step.is_committed.any()) for step in steps)
+    assert lm.generate(PROMPT, **chosen).forwards == [num_changes]  # the last commit is not looked at again
+
+
+def test_neighbours_change_no_rows_forwards(lm):
+    chosen = {"preset": "mdlm", "steps": 40, "max_new_tokens": 4, "stop": None}
+    rows = [PROMPT, [3], [4, 4], [11] * 9]
+    alone = [lm.generate(row, **chosen).forwards[0] for row in rows]
+    assert lm.generate(rows, **chosen).forwards == alone
+    assert max(alone) <= 4
+
+
+def test_a_budget_of_forwards_is_spent_on_forwards_alone(lm):
+    canvas = lm._canvas_after([torch.tensor(PROMPT)], 6, Sampler())
+    lazy = Sampler(steps=12, unmask=p.AtTheEnd(), revise=p.Remasking(), budget=Budget(forwards=3))
+    *_, last = denoise(lm.denoiser, canvas, lazy, row_keys=torch.tensor([0]))
+    assert (last.index, last.num_forwards.tolist()) == (2, [1])  # the clock has three steps with one input
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
@@ -221,6 +244,44 @@ FLOATS = {
     "seconds": "llada", "threshold": "sdar", "factor": "fast-dllm", "entropy_bound": "eb", "eta": "remdm",
     "editing_threshold": "llada2.1",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        *((name, "llada") for name in ("max_new_tokens", "steps", "forwards", "num_samples", "block_size")),
+        ("steps_per_block", "mdlm"), ("blocks_in_flight", "sdar"), ("block_size", "sdar"),
+        ("max_post_steps", "llada2.1"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [10**9, 10**18, 10**30])
+def test_counts_that_can_only_be_mistakes_are_refused_at_once(lm, name, preset, value, monkeypatch):
+    monkeypatch.setattr(type(lm), "encode", None)  # refused before a prompt is looked at
+    with pytest.raises(ValueError, match=rf"{name} must be .*; got {value}\."):
+        lm.generate(PROMPT, preset=preset, **{name: value})
+
+
+def test_many_long_texts_at_once_are_refused():
+    with pytest.raises(
+        ValueError, match="num_samples times max_new_tokens must be at most 4194304; got 100000 and 128"
+    ):
+        SamplingConfig(num_samples=100_000)
+    assert SamplingConfig(num_samples=32, max_new_tokens=2**17).block_size is None
+
+
+def test_a_saved_block_size_makes_way_for_a_length_without_trying_all_its_divisors():
+    saved = {"preset": "sdar", "block_size": 32}
+    assert with_saved(saved, {"max_new_tokens": 999_983}).block_size == 1  # a prime
+    assert with_saved(saved, {"max_new_tokens": 40}).block_size == 20
+    with pytest.raises(ValueError, match="max_new_tokens must be at most 1048576"):
+        with_saved(saved, {"max_new_tokens": 10**18 + 1})
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
+def test_a_seed_has_64_bits(seed):
+    with pytest.raises(ValueError, match="seed must be a 64-bit integer"):
+        SamplingConfig(seed=seed)
+    assert SamplingConfig(seed=2**63 - 1).seed == 2**63 - 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

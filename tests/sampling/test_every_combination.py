@@ -65,14 +65,14 @@ def start(prompts):
 
 
 def run(lm, sampler, prompts):
-    """Return the final tokens and statuses of every row, and its number of steps."""
+    """Return the final tokens and statuses of every row, and its number of forwards."""
     canvas, keys = start(prompts)
     finals, forwards = {}, {}
     for step in denoise(lm.denoiser, canvas, sampler, row_keys=keys):
         for place, row in enumerate(step.rows.tolist()):
             length = len(prompts[row]) + NEW
             finals[row] = (step.canvas.tokens[place, :length].tolist(), step.canvas.status[place, :length].tolist())
-            forwards[row] = step.index + 1
+            forwards[row] = int(step.num_forwards[place])
     return [finals[row] for row in range(len(prompts))], [forwards[row] for row in range(len(prompts))]
 
 
@@ -115,6 +115,17 @@ def test_a_row_is_as_it_is_alone(lm, chosen, prompts, order):
     finals, forwards = run(lm, sampler, [prompts[i] for i in shuffled])
     assert finals == [alone[i][0][0] for i in shuffled]
     assert forwards == [alone[i][1][0] for i in shuffled]
+
+
+@few
+@given(chosen=choices, row=prompt, budget=st.sampled_from([None, 7]))
+def test_forwards_are_those_that_the_model_ran(lm, chosen, row, budget):
+    calls = []
+    handle = lm.model.register_forward_pre_hook(lambda *_: calls.append(None))
+    sampler = replace(sampler_of(lm, **chosen), budget=Budget(forwards=budget))
+    _, forwards = run(lm, sampler, [row])
+    handle.remove()
+    assert forwards == [len(calls)]
 
 
 @few

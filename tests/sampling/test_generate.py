@@ -1,5 +1,7 @@
 """The loop as users meet it: rows are independent, only open positions change, nothing stays undecided."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_lm
 
 from redraft.sampling.canvas import Status
+from redraft.sampling.loop import denoise
 
 few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 prompt = st.lists(st.integers(0, 39), min_size=0, max_size=9)
@@ -105,13 +108,33 @@ def test_infilling_changes_the_holes_alone(lm):
     assert [len(new) for new in out.tokens] == [3, 1]
 
 
+def eos_third(logits, canvas, where):
+    """Make EOS certain at the third new position of a prompt of one token, and impossible elsewhere."""
+    logits[:, 1] = torch.where(where % canvas.tokens.shape[1] == 3, 1e4, -1e4).to(logits.dtype)
+    return logits
+
+
 def test_generation_ends_at_eos_and_not_without_being_asked(lm):
-    with torch.no_grad():
-        biased = tiny_lm()
-        biased.model.model.norm.weight.zero_()
-    out = biased.generate([[5]], max_new_tokens=6, stop="eos")
-    assert len(out.tokens[0]) == 6 or out.tokens[0][-1] == 1
-    assert len(biased.generate([[5]], max_new_tokens=6, stop=None).tokens[0]) == 6
+    chosen = {"max_new_tokens": 8, "block_size": 1, "guides": [eos_third]}
+    ended, whole = lm.generate([[5]], stop="eos", **chosen), lm.generate([[5]], stop=None, **chosen)
+    assert (ended.forwards, whole.forwards) == ([3], [8])  # it is ended there, and not only cut
+    assert (len(ended.tokens[0]), len(whole.tokens[0])) == (3, 8)
+    assert ended.tokens[0].tolist() == whole.tokens[0][:3].tolist()
+    assert (whole.tokens[0] == 1).nonzero()[:, 0].tolist() == [2]
+
+
+def test_an_eos_that_is_decided_before_its_left_neighbours_ends_nothing_until_they_are(lm):
+    order = torch.tensor([0, 7, 6, 8, 5, 4, 3, 2, 1])  # EOS first, then from left to right
+
+    class Order:
+        def __call__(self, candidates):
+            return order[candidates.draws.positions].to(candidates.proposal.confidence.dtype)
+
+    sampler = replace(lm.sampling_config(max_new_tokens=8).sampler(lm.denoiser.settings, eos_token_id=1), score=Order())
+    canvas = lm._canvas_after([torch.tensor([5])], 8, sampler)
+    sampler = replace(sampler, guides=(eos_third,))
+    steps = list(denoise(lm.denoiser, canvas, sampler, row_keys=torch.tensor([0])))
+    assert [step.is_done.tolist() for step in steps] == [[False], [False], [True]]
 
 
 def test_a_row_that_has_ended_is_cut_behind_its_eos():

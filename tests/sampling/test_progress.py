@@ -1,0 +1,136 @@
+"""Every generation ends: a policy that makes no progress is named."""
+
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import pytest
+import torch
+from tiny import tiny_lm
+
+from redraft.sampling import policies as p
+from redraft.sampling.canvas import Status, build_canvas
+from redraft.sampling.loop import Sampler, denoise
+
+LENGTH, MASK = 8, 2
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm()
+
+
+def steps_of(lm, sampler, prompts=((5, 6), (7,))):
+    """Denoise eight tokens behind each prompt."""
+    rows = [torch.tensor([*prompt] + [0] * LENGTH) for prompt in prompts]
+    is_noise = [torch.arange(len(row)) >= len(row) - LENGTH for row in rows]
+    canvas = build_canvas(rows, is_noise, noise_token_id=MASK)
+    return denoise(lm.denoiser, canvas, sampler, row_keys=torch.arange(len(rows)))
+
+
+def nothing(canvas):
+    return torch.zeros_like(canvas.is_noise)
+
+
+class Never:
+    """A stop, an unmask or a revise that never says yes."""
+
+    looks_at_drafts = False
+    is_clocked = False
+
+    def __call__(self, *args):
+        if len(args) == 1:
+            return nothing(args[0])[:, 0]
+        score_or_committed, candidates = args
+        if score_or_committed.dtype == torch.bool:
+            return p.Revision(may_close=nothing(candidates.canvas)[:, 0])
+        return nothing(candidates.canvas)
+
+
+@dataclass(frozen=True)
+class ClosesNothing(Never):
+    in_flight: int = 0
+
+    def blocks(self, canvas):
+        return torch.zeros_like(canvas.tokens)
+
+
+class OnlyTheFirstRow(Never):
+    def __call__(self, score, candidates):
+        return candidates.is_open_noise & (candidates.draws.row_keys == 0)[:, None]
+
+
+class Closed:
+    """Commits what is not open."""
+
+    def __call__(self, score, candidates):
+        return ~candidates.is_open_noise
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [
+        ({"stop": Never()}, "Never makes no progress in row 0: everything is decided, and it is not done"),
+        ({"unmask": Never()}, "Never makes no progress in row 0: noise is left after a block's last step"),
+        ({"unmask": OnlyTheFirstRow()}, "OnlyTheFirstRow makes no progress in row 1: noise is left"),
+        ({"unmask": Closed()}, "Closed makes no progress in row 0: noise is left"),
+        ({"unmask": lambda score, candidates: score < 0}, "<lambda> makes no progress in row 0: noise is left"),
+        ({"revise": Never()}, "Never makes no progress in row 0: a block stays open after its last step"),
+        ({"frontier": ClosesNothing()}, "ClosesNothing makes no progress in row 0: no block is open"),
+        ({"unmask": Never(), "frontier": p.Blocks(size=4), "steps_per_block": 3}, "Never makes no progress"),
+    ],
+)
+def test_a_policy_that_makes_no_progress_is_named(lm, policies, message):
+    with pytest.raises(ValueError, match=message):
+        list(islice(steps_of(lm, Sampler(**{"steps": 4} | policies)), 20))
+
+
+@dataclass(frozen=True)
+class Reopens:
+    """Makes noise of everything that was placed."""
+
+    of: str
+    looks_at_drafts: bool = True
+    is_clocked: bool = False
+
+    def __call__(self, is_committed, candidates):
+        where = is_committed if self.of == "committed" else candidates.is_open_draft
+        return p.Revision(may_close=nothing(candidates.canvas)[:, 0], reopen=where)
+
+
+@dataclass(frozen=True)
+class EditsForEver(Reopens):
+    def __call__(self, is_committed, candidates):
+        revision = super().__call__(is_committed, candidates)
+        flipped = torch.where(candidates.canvas.tokens == 5, 6, 5)
+        return replace(revision, reopen=None, edit=candidates.is_open_draft, tokens=flipped)
+
+
+@pytest.mark.parametrize(
+    "revise", [Reopens("committed"), Reopens("drafts"), EditsForEver("drafts")], ids=["at once", "later", "edits"]
+)
+def test_revisions_that_never_end_are_ended(lm, revise, monkeypatch):
+    monkeypatch.setattr("redraft.sampling.rows.MOST_POST_STEPS", 30)
+    sampler = Sampler(steps=2, unmask=p.TopK(k=3), revise=revise)
+    with pytest.raises(ValueError, match=f"{type(revise).__name__} makes no progress in row 0: a block stays open"):
+        list(islice(steps_of(lm, sampler), 50))
+
+
+def test_what_is_decided_stays_decided_whatever_a_revision_asks(lm):
+    @dataclass(frozen=True)
+    class ReopensAll:
+        looks_at_drafts: bool = False
+        is_clocked: bool = False
+
+        def __call__(self, is_committed, candidates):
+            everything = torch.ones_like(is_committed)
+            is_fixed = ~candidates.is_open_draft & ~is_committed
+            return p.Revision(may_close=everything[:, 0], edit=is_fixed, reopen=is_fixed, redraw=is_fixed)
+
+    *_, last = steps_of(lm, Sampler(steps=4, frontier=p.Blocks(size=4), revise=ReopensAll()), prompts=[(5, 6)])
+    assert last.canvas.tokens[0, :2].tolist() == [5, 6]
+    assert last.canvas.status[0].tolist() == [Status.GIVEN] * 2 + [Status.COMMITTED] * LENGTH
+
+
+def test_steps_that_change_nothing_are_allowed_while_the_clock_runs(lm):
+    index = [step.index for step in steps_of(lm, Sampler(steps=40, unmask=p.AtTheEnd()))]
+    assert index == list(range(40))
