@@ -11,6 +11,8 @@ from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
 from redraft.latent.thinking import Thinker
 from redraft.models.device import choose_device
+from redraft.models.files import reading
+from redraft.models.finite import check_finite, floats_of
 from redraft.models.load import load_tokenizer, load_weights, read_raw_config
 
 STAGES = ("autoencoder", "denoiser", "rollout")
@@ -43,12 +45,11 @@ def load_autoencoder(path: str | Path) -> tuple[TextAutoencoder, Any]:
 
 
 def _load(kind: Any, path: str | Path) -> Any:
-    try:
+    with reading(f"the model config of {path}"):
         config = kind.config_class.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot read the model config of {path}: {reason}") from error
-    return load_weights(kind, path, config=config)
+    model = load_weights(kind, path, config=config)
+    check_finite(path, floats_of(model))
+    return model
 
 
 def _tokenizer(path: str | Path) -> Any:

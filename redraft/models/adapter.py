@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from redraft.models.files import first_line, read_json, reading
+from redraft.models.files import check_kinds, first_line, read_json, reading
 from redraft.models.finite import check_finite
 from redraft.models.probe import difference, is_equal, sequence
 from redraft.models.translations import Raw
@@ -32,7 +32,9 @@ def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
 def adapter_config(adapter: str | Path | None) -> Raw:
     """Read the config.json that training saved beside an adapter; empty for adapters from elsewhere."""
     file = Path(adapter or "") / "config.json"
-    return read_json(file) if adapter and file.is_file() else {}
+    raw = read_json(file) if adapter and file.is_file() else {}
+    check_kinds(raw)
+    return raw
 
 
 def attach_adapter(model: Any, adapter: str | Path) -> Any:
@@ -44,6 +46,10 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
         settings = PeftConfig.from_pretrained(str(adapter))
         weights = load_peft_weights(str(adapter), device="cpu")
     check_finite(adapter, weights.items())
+    widest = max((max(weight.shape, default=0) for weight in weights.values()), default=0)
+    for rank in (getattr(settings, "r", 0), *getattr(settings, "rank_pattern", {}).values()):
+        if isinstance(rank, int) and rank > widest:  # before memory is taken
+            raise ValueError(f"the adapter {adapter} has rank {rank}, and its weights have {widest} rows at most.")
     settings.inference_mode = True
     try:
         with warnings.catch_warnings():

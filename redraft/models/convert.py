@@ -121,7 +121,9 @@ def _as_trained(read: _Source, adapter: str | Path) -> _Source:
     saved = adapter_config(adapter).get("diffusion")
     if not saved:
         return read
-    return replace(read, settings=DiffusionSettings(**saved), tokenizer=load_tokenizer(adapter) or read.tokenizer)
+    return replace(
+        read, settings=DiffusionSettings.from_saved(saved), tokenizer=load_tokenizer(adapter) or read.tokenizer
+    )
 
 
 def _new_settings(read: _Source, mask_token_id: int | None) -> DiffusionSettings:

@@ -1,10 +1,12 @@
 """What a checkpoint says about its own diffusion: the `diffusion` entry of config.json."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
-from redraft.errors import fits, type_names
+from redraft.errors import fits, type_names, unknown_name
 from redraft.layouts import Layout
+
+PROCESSES = ("masked", "uniform", "autoregressive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +14,7 @@ class DiffusionSettings:
     """The facts a denoiser and a sampler need to know about a model; saved with it, so that no command needs flags."""
 
     mask_token_id: int
-    process: Literal["masked", "uniform", "autoregressive"] = "masked"
+    process: str = "masked"
     schedule: str = "linear"
     shift_logits: bool = False
     """Position i is predicted by the logits of position i - 1, as an autoregressive model was trained to."""
@@ -60,6 +62,8 @@ class DiffusionSettings:
                 raise ValueError(
                     f"config.json: diffusion.{name} must be one of {type_names(kind)}; got {chosen[name]!r}."
                 )
+        if chosen.get("process", cls.process) not in PROCESSES:
+            raise unknown_name("diffusion.process in config.json", chosen["process"], PROCESSES)
         return cls(**chosen)
 
     @classmethod

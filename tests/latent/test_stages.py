@@ -254,6 +254,8 @@ def test_damaged_files_are_one_line(runs, tmp_path, capsys, part):
             ("model.safetensors", without_first_weight),
             ("config.json", partial(edit, num_layers=3)),
             ("config.json", partial(edit, hidden_size=64)),
+            ("model.safetensors", with_nan),
+            ("config.json", lambda path: path.write_text("[" * 100_000)),
             ("tokenizer.json", Path.unlink),
         ]
     ):
@@ -268,13 +270,20 @@ def test_damaged_files_are_one_line(runs, tmp_path, capsys, part):
         (line,) = capsys.readouterr().err.strip().splitlines()
         told.append(line)
     messages = ["Is a file cut short", "cannot read the weights", "1 missing weights", "missing weights", "mismatched"]
-    for line, message in zip(told, [*messages, "has no tokenizer"], strict=True):
+    messages += ["holds NaN or infinity", "maximum recursion depth exceeded", "has no tokenizer"]
+    for line, message in zip(told, messages, strict=True):
         assert message in line, line
 
 
 def without_first_weight(path):
     tensors = load_file(path)
     tensors.pop("scale" if "scale" in tensors else "out.weight")  # the normaliser's, where there is one
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def with_nan(path):
+    tensors = load_file(path)
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point()).fill_(float("nan"))
     save_file(tensors, path, metadata={"format": "pt"})
 
 

@@ -1,6 +1,7 @@
 """Every mistake at loading is one line: what, the value, what to do. Nothing is ever initialised at random."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -252,3 +253,62 @@ def test_an_adapter_of_another_model_is_refused(folder, adapter, tmp_path):
         redraft.load(folder, adapter=adapter)
     with pytest.raises(ValueError, match=r"cannot read an adapter"):
         redraft.load(folder, adapter=tmp_path / "nothing")
+
+
+def edit_adapter(**changes):
+    def damage(adapter):
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return damage
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("pickle-ran",))
+
+
+def as_evil_bin(adapter):
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"evil": Evil()}, adapter / "adapter_model.bin")
+
+
+SPOILT_ADAPTERS = {
+    "config empty": lambda a: (a / "adapter_config.json").write_text(""),
+    "config not UTF-8": lambda a: (a / "adapter_config.json").write_bytes(b"\xff"),
+    "config deep": lambda a: (a / "adapter_config.json").write_text("[" * 100_000),
+    "config a list": lambda a: (a / "adapter_config.json").write_text("[]"),
+    "kind unknown": edit_adapter(peft_type="NONESUCH"),
+    "kind absent": edit_adapter(peft_type=None),
+    "rank 0": edit_adapter(r=0),
+    "rank text": edit_adapter(r="two"),
+    "rank another": edit_adapter(r=3),
+    "rank huge": edit_adapter(r=10**8),
+    "rank huge of a module": edit_adapter(rank_pattern={"q_proj": 10**8}),
+    "targets unknown": edit_adapter(target_modules=["nonesuch"]),
+    "targets a broken expression": edit_adapter(target_modules="(["),
+    "targets fewer": edit_adapter(target_modules=["q_proj"]),
+    "targets more": edit_adapter(target_modules=["q_proj", "v_proj", "k_proj"]),
+    "alpha text": edit_adapter(lora_alpha="large"),
+    "weights cut": lambda a: (a / "adapter_model.safetensors").write_bytes(b"1234567"),
+    "weights absent": lambda a: (a / "adapter_model.safetensors").unlink(),
+    "weights pickled code": as_evil_bin,
+    "settings beside it a list": lambda a: (a / "config.json").write_text("[]"),
+    "settings beside it of a text": lambda a: (a / "config.json").write_text('{"diffusion": "masked"}'),
+    "settings beside it unknown": lambda a: (a / "config.json").write_text('{"diffusion": {"mask": 3}}'),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT_ADAPTERS)
+def test_a_spoilt_adapter_is_one_line(folder, adapter, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    SPOILT_ADAPTERS[name](adapter)
+    with pytest.raises(ValueError, match="adapter|config.json") as told:
+        redraft.load(folder, adapter=adapter, device="cpu")
+    assert type(told.value) is ValueError
+    assert "\n" not in str(told.value)
+    assert "weights_only" not in str(told.value)
+    assert not (tmp_path / "pickle-ran").exists()
+    with pytest.raises(ValueError, match="adapter|config.json"):
+        redraft.convert(folder, tmp_path / "out", adapter=adapter)
+    assert not (tmp_path / "out").exists()
