@@ -49,7 +49,15 @@ class Failing:
         raise OSError("no file")
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "gone"), OSError(28, "full"), RuntimeError("reentrant call")])
+ERRORS = [
+    BrokenPipeError(32, "gone"),
+    OSError(28, "full"),
+    BlockingIOError(11, "later"),
+    RuntimeError("reentrant call"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_a_line_that_cannot_be_written_is_dropped(error, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Failing(error))
     with lasting_output():
