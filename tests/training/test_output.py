@@ -27,7 +27,8 @@ def test_no_failing_output_ends_a_run_and_a_terminal_that_closes_leaves_a_checkp
     recipe = Path(config.out).with_suffix(".json")
     recipe.write_text(json.dumps(asdict(config)))
     command = [sys.executable, str(Path(__file__).with_name("outlive.py")), str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, capture_output=True, text=True, env=buffered | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["runs"].values()) == {0}, found
