@@ -68,6 +68,30 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_no_lock(tmp_path, monk
             one_writer(tmp_path).__enter__()
 
 
+def test_a_conversion_writes_into_no_folder_that_another_process_holds_or_has_filled(tmp_path, model_folder):
+    import redraft
+
+    with one_writer(tmp_path / "out"), pytest.raises(ValueError, match="is writing to .*out. Wait for its end"):
+        redraft.convert(model_folder, tmp_path / "out")
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / LOCK_FILE).touch()  # by a conversion that was killed
+    redraft.convert(model_folder, tmp_path / "left")
+    assert not (tmp_path / "left" / LOCK_FILE).exists()
+    with pytest.raises(ValueError, match="left exists and is not an empty folder; name a new one"):
+        redraft.convert(model_folder, tmp_path / "left")
+
+
+def test_an_evaluation_writes_into_no_folder_that_another_process_holds(tmp_path, model_folder, capsys):
+    from redraft.cli import main
+
+    out = tmp_path / "out"
+    with one_writer(out), pytest.raises(SystemExit) as done:
+        main(["eval", str(model_folder), "--tasks", "arithmetic", "--out", str(out)])
+    assert done.value.code == 2
+    assert f"process {os.getpid()} on" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog, number):
     def refuse(*_):

@@ -104,7 +104,8 @@ def _how_to_go_on(run: Path) -> str:
     if not (run / "recipe.json").exists():
         return "."
     names = [file.parent.name.removeprefix("checkpoint-") for file in run.glob("checkpoint-*/config.json")]
-    steps = [int(name) for name in names if name.isdigit()]
+    is_latent = '"stage"' in (run / "recipe.json").read_text(errors="replace")  # whose checkpoints are no whole models
+    steps = [int(name) for name in names if name.isdigit() and not is_latent]
     use = f", or use its last checkpoint: {run}/checkpoint-{max(steps)}" if steps else ""
     return f", as its training has not ended. Go on with `redraft train {run} --resume`{use}."
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-_PASSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk may have room again
+_PASSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN)  # a full disk or pipe may have room again
 
 
 class Lasting:

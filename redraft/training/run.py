@@ -33,6 +33,7 @@ from redraft.training.config import RECIPE_FILE, RunConfig, differences
 from redraft.training.curve import CURVE_FILE, draw_curve
 from redraft.training.ema import WeightAverage
 from redraft.training.identity import check_identity, check_settings, identity
+from redraft.training.latent_config import LatentRunConfig
 from redraft.training.launch import check_division
 from redraft.training.loop import KeyedTrainer
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
@@ -157,12 +158,18 @@ def drive(
             stopped.restore()
     steps = trainer.state.global_step
     if stopped.received:
-        say(console, f"stopped at step {steps}. To go on: redraft train {shlex.quote(str(folder))} --resume")
+        say(console, f"stopped at step {steps}. To go on: {_how_to_go_on(config)}")
     elif trainer.is_world_process_zero():
         tidy(folder, step=steps, keep=config.train.keep_checkpoints)
     norm = weight_norm(trainer.model)
     diverged = divergence(folder, norm_before=norm_before, norm=norm) if trainer.is_world_process_zero() else None
     return Outcome(folder=folder, steps=steps, diverged=diverged, signal=stopped.received)
+
+
+def _how_to_go_on(config: Config) -> str:
+    if isinstance(config, LatentRunConfig) and config.task is None:  # a task of one's own, which no command can name
+        return "run_stage(config, task=..., resume=True)"
+    return f"redraft train {shlex.quote(config.out)} --resume"
 
 
 def _with_precision(config: Config) -> Config:

@@ -23,7 +23,8 @@ PRINTS = {
 
 
 def run(body, **streams):
-    return subprocess.run([sys.executable, "-c", COMMAND.format(body)], text=True, **streams)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, "-c", COMMAND.format(body)], text=True, env=buffered, **streams)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from redraft.training import trainer as trainer_module
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage, last_whole_checkpoint, tidy
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
+from redraft.training.latent_config import LatentRunConfig
 from redraft.training.run import run
 from redraft.training.spikes import Spikes
 
@@ -210,6 +211,34 @@ def test_a_checkpoint_of_a_stopped_run_can_be_used_and_its_folder_says_so(config
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match=f"Go on with `redraft train {out} --resume`.$"):
         redraft.load(out)
+    LatentRunConfig(out=str(out)).save(out)
+    (out / "checkpoint-5").mkdir()
+    (out / "checkpoint-5" / "config.json").touch()  # of a latent stage, which is no whole model
+    with pytest.raises(ValueError, match=f"Go on with `redraft train {out} --resume`.$"):
+        redraft.load(out)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [("data", "seq_len", 16), ("data", "vocab_size", 270), ("model", "hidden_size", 64)]
+)
+def test_a_checkpoint_of_another_model_or_cut_of_the_data_is_not_gone_on_with(config, section, name, value):
+    config = replace(config, train=replace(config.train, max_steps=2))
+    run(config, console=QUIET)
+    part = getattr(config, section)
+    edited = replace(config, **{section: replace(part, **{name: value})})
+    edited.save(Path(config.out))  # as by hand
+    told = f"checkpoint-2 was trained with {name} {getattr(part, name)}, not {value} as recipe.json has it now"
+    with pytest.raises(ValueError, match=told):
+        run(edited, resume=True, console=QUIET)
+
+
+def test_a_run_goes_on_after_its_data_were_moved(config):
+    config = replace(config, train=replace(config.train, max_steps=2))
+    run(config, console=QUIET)
+    moved = shutil.move(config.data.source, config.data.source + "-moved")
+    config = replace(config, data=replace(config.data, source=moved))
+    config.save(Path(config.out))
+    assert run(config, resume=True, console=QUIET).steps == 2
 
 
 @pytest.mark.parametrize("learning_rate", [1e6, 1e30])

@@ -17,15 +17,18 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from redraft.folders import one_writer
 from redraft.training.callbacks import StoppedBySignal
+from redraft.training.config import RunConfig
+from redraft.training.latent_config import LatentRunConfig
 from redraft.training.output import Lasting, lasting_output, say
-from redraft.training.run import run
+from redraft.training.run import _how_to_go_on, run
 
 
 def test_no_failing_output_ends_a_run_and_a_terminal_that_closes_leaves_a_checkpoint(config):
     recipe = Path(config.out).with_suffix(".json")
     recipe.write_text(json.dumps(asdict(config)))
     command = [sys.executable, str(Path(__file__).with_name("outlive.py")), str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, capture_output=True, text=True, env=buffered | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["runs"].values()) == {0}, found
@@ -49,7 +52,15 @@ class Failing:
         raise OSError("no file")
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(32, "gone"), OSError(28, "full"), RuntimeError("reentrant call")])
+ERRORS = [
+    BrokenPipeError(32, "gone"),
+    OSError(28, "full"),
+    BlockingIOError(11, "later"),
+    RuntimeError("reentrant call"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_a_line_that_cannot_be_written_is_dropped(error, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Failing(error))
     with lasting_output():
@@ -68,6 +79,12 @@ def test_what_an_encoding_lacks_is_written_in_escapes():
 def test_what_looks_like_markup_is_printed_as_it_is(capsys):
     say(Console(), "saved to runs/x[/red] and [bold]")
     assert capsys.readouterr().out == "saved to runs/x[/red] and [bold]\n"
+
+
+def test_a_stopped_run_says_how_it_can_go_on():
+    assert _how_to_go_on(RunConfig(out="runs/a b")) == "redraft train 'runs/a b' --resume"
+    assert _how_to_go_on(LatentRunConfig(task="countdown", out="r")) == "redraft train r --resume"
+    assert _how_to_go_on(LatentRunConfig(task=None)) == "run_stage(config, task=..., resume=True)"
 
 
 def stopping(tmp_path):
