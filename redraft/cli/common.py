@@ -97,17 +97,24 @@ def warn_of_repetition(lm: LanguageModel, texts: list[Tensor], sampling: Samplin
     """Tell on standard error of the first text of which one token makes up more than half, and what to try."""
     for token_ids in texts:
         (token_id, count), *_ = Counter(token_ids.tolist()).most_common(1) or [(0, 0)]
-        if count < REPEATED or 2 * count <= len(token_ids):
-            continue
-        told = "train longer"
-        if not sampling.resolved().temperature or sampling.preset != "llada-random":
-            told = f"--preset llada-random --temperature 0.9, or {told}"
-        print(
-            f"warning: {count} of {len(token_ids)} tokens are {text_of(lm, token_id)!r}. Models that are small or "
-            f"trained little repeat their likeliest token: {told}.",
-            file=sys.stderr,
-        )
-        return
+        if count >= REPEATED and 2 * count > len(token_ids):
+            print(
+                f"warning: {count} of {len(token_ids)} tokens are {text_of(lm, token_id)!r}. Models that are small or "
+                f"trained little repeat their likeliest token. Try {_remedy(lm, sampling)}longer training.",
+                file=sys.stderr,
+            )
+            return
+
+
+def _remedy(lm: LanguageModel, sampling: SamplingConfig) -> str:
+    """Name the flags that draw tokens in place of the likeliest, in an order that does not favour them."""
+    is_drawn = bool(sampling.resolved().temperature)
+    match lm.denoiser.settings.process:
+        case "masked" if not is_drawn or sampling.preset != "llada-random":
+            return "--preset llada-random --temperature 0.9, or "
+        case "autoregressive" if not is_drawn:
+            return "--temperature 0.9, or "
+    return ""
 
 
 def write_trace(path: Path, traces: list[RowTrace], lm: LanguageModel, *, title: str, settings: dict[str, Any]) -> None:

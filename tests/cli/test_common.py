@@ -3,6 +3,7 @@
 import io
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from socket import create_server
@@ -96,11 +97,20 @@ def warning(lm, tokens, capsys, **settings):
 def test_a_token_that_makes_up_most_of_a_text_is_warned_of_with_what_to_try(text_lm, capsys):
     said = warning(text_lm, [35, *[66] * 9, *range(20, 27)], capsys)
     assert said.startswith(f"warning: 9 of 17 tokens are {common.text_of(text_lm, 66)!r}.")
-    assert said.endswith("--preset llada-random --temperature 0.9, or train longer.\n")
+    assert said.endswith("Try --preset llada-random --temperature 0.9, or longer training.\n")
     assert said.count("\n") == 1
     drawn = warning(text_lm, [66] * 9, capsys, preset="llada-random", temperature=0.9)
-    assert drawn.endswith("repeat their likeliest token: train longer.\n")
-    assert "try" not in drawn
+    assert drawn.endswith("repeat their likeliest token. Try longer training.\n")
+
+
+@pytest.mark.parametrize(
+    ("process", "advice"),
+    [("uniform", "Try longer training."), ("autoregressive", "Try --temperature 0.9, or longer training.")],
+)
+def test_what_to_try_suits_the_process(text_lm, process, advice, capsys):
+    settings = replace(text_lm.denoiser.settings, process=process)
+    lm = replace(text_lm, denoiser=replace(text_lm.denoiser, settings=settings))
+    assert warning(lm, [66] * 9, capsys).strip().endswith(advice)
 
 
 @pytest.mark.parametrize("tokens", [[], [66] * 7, [66] * 8 + [67] * 8, list(range(20, 60))])

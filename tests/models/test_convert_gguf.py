@@ -1,6 +1,8 @@
 """A GGUF file is a source like any other: unpacked, converted, equal to the model it was made from."""
 
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -127,3 +129,10 @@ def test_a_file_that_is_not_there_or_not_gguf_is_told(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
     with pytest.raises(ValueError, match=r"cannot read .*bad.gguf"):
         convert(tmp_path / "bad.gguf", tmp_path / "out")
+
+
+def test_the_command_prints_no_line_per_tensor(gguf, tmp_path):
+    command = [sys.executable, "-m", "redraft.cli", "convert", str(gguf), str(tmp_path / "out"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "unpacked the GGUF blocks" in done.stdout

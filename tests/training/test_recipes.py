@@ -1,5 +1,6 @@
 """Recipes: what is published stands in them, and each runs at a tiny scale without a network."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,8 +38,21 @@ def test_every_recipe_runs_as_a_smoke_test_with_its_own_objective(name):
     assert (saved.train.decay, saved.train.ema_decay) == (recipe.train.decay, recipe.train.ema_decay)
     assert (saved.data.chat.eos, saved.data.chat.batching) == (recipe.data.chat.eos, recipe.data.chat.batching)
     assert saved.data.random_length == recipe.data.random_length
-    settings = redraft.load(saved.out, device="cpu").denoiser.settings
-    assert settings.block_size == (1 if recipe.objective.kind == "ar" else recipe.objective.block_size)
+    lm = redraft.load(saved.out, device="cpu")
+    assert lm.denoiser.settings.block_size == (1 if recipe.objective.kind == "ar" else recipe.objective.block_size)
+    if recipe.data.kind != "thought":
+        assert lm.saved_sampling == {"preset": "llada-random", "temperature": 0.9}
+        assert (lm.sampling_config().temperature, lm.sampling_config(preset="llada").temperature) == (0.9, None)
+
+
+def test_a_run_with_a_start_keeps_the_sampler_of_its_start():
+    assert main(["stdlib-tiny", "--smoke", "--out", "first"]) == 0
+    for saved in ({"preset": "dream-margin", "top_k": 5}, {}):
+        config = json.loads(Path("first/config.json").read_text()) | {"generation": saved}
+        Path("first/config.json").write_text(json.dumps(config))
+        out = f"second-{len(saved)}"
+        assert main(["stdlib-tiny", "--smoke", "--model.start", "first", "--out", out]) == 0
+        assert redraft.load(out, device="cpu").saved_sampling == saved
 
 
 def test_a_smoke_test_takes_flags_and_is_in_the_help(capsys):
