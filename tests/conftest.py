@@ -14,7 +14,7 @@ install_import_hook("redraft", "shape_checks.checked")
 
 @pytest.fixture
 def unchecked():
-    """Let values of a wrong type reach the code, as they do for a user."""
+    """Run without type checks: values of a wrong type reach the code, and small calls take their usual time."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -355,7 +355,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("constraint", HOSTILE, ids=lambda constraint: repr(constraint)[:40])
-def test_a_hostile_constraint_works_or_ends_in_one_line(constraint):
+def test_a_hostile_constraint_works_or_ends_in_one_line(unchecked, constraint):
     problem = None
     try:
         check(constraint, 12)
@@ -402,8 +402,8 @@ TOO_LARGE = [
 
 
 @pytest.mark.parametrize("constraint", TOO_LARGE, ids=lambda constraint: repr(constraint)[:40])
-def test_too_much_work_is_refused_before_it_is_done(constraint):
-    with pytest.raises(ValueError, match=r"too large|too many|more than \d+ characters"):
+def test_too_much_work_is_refused_before_it_is_done(unchecked, constraint):
+    with pytest.raises(ValueError, match=r"too large|more than \d+"):
         constraint.automaton()
 
 
@@ -423,7 +423,7 @@ LEGITIMATE = {
 
 
 @pytest.mark.parametrize("name", LEGITIMATE)
-def test_what_real_schemas_hold_is_let_through(name):
+def test_what_real_schemas_hold_is_let_through(unchecked, name):
     constraint, text = LEGITIMATE[name]
     automaton, state = constraint.automaton(), 0
     for byte in text.encode():
@@ -431,7 +431,7 @@ def test_what_real_schemas_hold_is_let_through(name):
     assert automaton.is_final[state]
 
 
-def test_a_long_string_takes_its_length_in_tokens():
+def test_a_long_string_takes_its_length_in_tokens(unchecked):
     compiled = JsonSchema({"minLength": 300, "maxLength": 300}).compile(VOCAB, eos_token_id=EOS)
     ids = decode(compiled, 310, generator=torch.Generator().manual_seed(0), temperature=1.0)
     assert len(json.loads(text_of(ids))) == 300
