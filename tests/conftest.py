@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -12,6 +13,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 hypothesis.settings.register_profile("any machine", deadline=None)  # an example may take long where others work too
 hypothesis.settings.load_profile("any machine")
 install_import_hook("redraft", "shape_checks.checked")
+
+
+@pytest.fixture
+def unchecked():
+    """Run without type checks: values of a wrong type reach the code, and small calls take their usual time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

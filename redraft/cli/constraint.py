@@ -37,7 +37,7 @@ def _schema_text(given: str) -> str:
         with Path(given).open(encoding="utf-8") as file:
             return file.read(MAX_CHARACTERS + 1)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else "it is no name of a text in UTF-8"
         raise ValueError(
             f"json_schema must be a schema or a file that holds one; got {given!r:.200}: {reason}."
         ) from error

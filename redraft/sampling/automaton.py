@@ -39,9 +39,9 @@ class ByteAutomaton:
         number, codes, rows = {0: 0}, [0], []
         for code in codes:  # grows while it is walked
             rows.append(ours[code // width] * width + theirs[code % width])
-            for following in set(rows[-1].tolist()) - number.keys():
-                number[following] = len(codes)
-                codes.append(following)
+            for following in rows[-1].tolist():
+                if number.setdefault(following, len(codes)) == len(codes):
+                    codes.append(following)
             if len(codes) > MAX_STATES:
                 raise too_large(f"{MAX_STATES} states")
         pairs = np.array(codes)
@@ -85,38 +85,34 @@ def _minimal(table: Ints | NDArray[np.int32], is_final: Bools) -> ByteAutomaton:
 
 
 def _equivalent(table: Ints, is_final: Bools) -> Ints:
-    """Group the states that no text tells apart: Moore's refinement, on hashes of the groups that a state leads to.
+    """Group the states that no text tells apart: Moore's refinement by the groups that a state leads to.
 
     A round looks only at states that lead to what was split off in the round before, and the largest part of a group
     keeps its number, so that a long chain costs one short round per state.
     """
     transitions = np.argsort(table, axis=None, kind="stable")
-    begins = np.searchsorted(table.ravel()[transitions], np.arange(len(table) + 1))
+    begins = np.searchsorted(table.ravel()[transitions], np.arange(len(table) + 1)).tolist()
     leads_from = transitions // table.shape[1]
-    group, num_groups = is_final.astype(np.int64), 2
-    size, digest_of = np.zeros(len(table) + 2, np.int64), np.zeros(len(table) + 2, np.uint64)
-    size[:2] = np.bincount(group, minlength=2)
-    dirty = np.arange(len(table))
-    while len(dirty):
-        digest = _hash(group[table[dirty]])
-        key = digest + group[dirty].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        _, first, part, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
-        of, part_digest = group[dirty[first]], digest[first]
-        order = np.lexsort((counts, of))
-        is_last = np.append(np.diff(of[order]) != 0, True)
-        groups, place = np.unique(of, return_inverse=True)
-        is_whole = np.bincount(place, weights=counts) == size[groups]
-        stays = (part_digest == digest_of[of]) & ~is_whole[place]
-        stays[order[is_last]] |= is_whole
-        digest_of[of[stays]] = part_digest[stays]
-        number = np.where(stays, of, num_groups - 1 + np.cumsum(~stays))
-        num_groups += int((~stays).sum())
-        digest_of[number], moved = part_digest, dirty[~stays[part]]
-        np.subtract.at(size, of[~stays], counts[~stays])
-        size[number[~stays]] = counts[~stays]
-        group[moved] = number[part[~stays[part]]]
+    group = is_final.astype(np.int32)
+    size, sign_of = np.bincount(group, minlength=2).tolist(), [b"", b""]
+    dirty = list(range(len(table)))
+    while dirty:
+        parts: dict[int, dict[bytes, list[int]]] = {}
+        for state, number, row in zip(dirty, group[dirty].tolist(), group[table[dirty]], strict=True):
+            parts.setdefault(number, {}).setdefault(row.tobytes(), []).append(state)
+        moved: list[int] = []
+        for number, part in parts.items():
+            is_whole = sum(map(len, part.values())) == size[number]
+            if is_whole:
+                sign_of[number] = max(part, key=lambda sign: len(part[sign]))
+            for sign in [sign for sign in part if sign != sign_of[number]]:
+                group[part[sign]] = len(size)
+                size[number] -= len(part[sign])
+                size.append(len(part[sign]))
+                sign_of.append(sign)
+                moved += part[sign]
         spans = [leads_from[begins[state] : begins[state + 1]] for state in moved]
-        dirty = np.unique(np.concatenate(spans)) if spans else moved
+        dirty = np.unique(np.concatenate(spans)).tolist() if spans else []
     return np.unique(group, return_inverse=True)[1]
 
 

@@ -152,7 +152,7 @@ class Spans(Constraint):
         if not isinstance(self.spans, dict):
             raise ValueError(f"Spans needs a dict of lists of token ids by position; got {self.spans!r:.200}.")
         for start, ids in self.spans.items():
-            numbers = [start, *ids] if isinstance(ids, list | tuple) else [None]
+            numbers: list[Any] = [start, *ids] if isinstance(ids, list | tuple) else [None]
             if not all(fits(number, int) and number >= 0 for number in numbers):
                 raise ValueError(f"a span is a position, from 0, and a list of token ids; got {start!r}: {ids!r:.200}.")
 

@@ -419,8 +419,10 @@ def _bounds(schema: Mapping[str, Any], scale: int) -> tuple[float, float]:
             inclusive, exclusive = (None, inclusive) if exclusive else (inclusive, None)
         least = -math.inf
         for value, is_open in ((inclusive, False), (exclusive, True)):
-            # The decimal that was written and the float that a validator compares with: the stricter counts.
-            for exact in set() if value is None else {Fraction(value), Fraction(repr(value))}:
+            # A float beyond 2^53 is not the decimal that stands for it, and whole numbers are compared with it exactly.
+            for exact in (
+                set() if value is None else {Fraction(repr(value)), *([Fraction(value)] if value % 1 == 0 else [])}
+            ):
                 scaled = sign * exact * scale
                 least = max(least, math.floor(scaled) + 1 if is_open else math.ceil(scaled))
         ends.append(sign * least)

@@ -282,9 +282,8 @@ class _Nfa:
             (2, 0xE0, 0xE000, 0xFFFF),
             (3, 0xF0, 0x10000, _TOP),
         ):
-            edges += [
-                (lead + a, lead + b, child) for a, b, child in self.split(_clipped(characters, least, largest), extra)
-            ]
+            inside = self.split(_clipped(characters, least, largest), extra)
+            edges += [(lead + a, lead + b, child) for a, b, child in inside]
         return self.intern(edges)
 
     def intern(self, edges: Sequence[tuple[int, int, int]]) -> int:
@@ -309,9 +308,8 @@ class _Nfa:
                 parts[head + 1, last - 1] = [(0, size - 1)]
         joined: list[tuple[int, int, int]] = []
         for (a, b), within in sorted(parts.items()):
-            child = self.intern(
-                [(0x80 + low, 0x80 + high, node) for low, high, node in self.split(tuple(within), extra - 1)]
-            )
+            below = self.split(tuple(within), extra - 1)
+            child = self.intern([(0x80 + low, 0x80 + high, node) for low, high, node in below])
             if joined and joined[-1][2] == child and joined[-1][1] + 1 == a:
                 joined[-1] = (joined[-1][0], b, child)
             else:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import jsonschema
 import pytest
@@ -13,7 +13,9 @@ from tiny import tiny_lm
 
 import redraft
 from redraft.data.tokenizer import train_tokenizer
+from redraft.language_model import MAX_COMPILED
 from redraft.sampling.constrain import Constrained
+from redraft.sampling.constraints import Constraint
 from redraft.sampling.loop import denoise
 from redraft.sampling.presets import PRESETS
 
@@ -113,3 +115,54 @@ def test_what_cannot_be_satisfied_fails_before_the_first_forward(lm, monkeypatch
 def test_a_constraint_is_compiled_once(lm):
     assert lm.compile(redraft.Regex("a+b")) is lm.compile(redraft.Regex("a+b"))
     assert lm.compile(redraft.Regex("a+b")) is not lm.compile(redraft.Regex("a+c"))
+
+
+@dataclass(frozen=True)
+class Mine(Constraint):
+    """A user's own constraint, whose repr and equality say nothing of what it asks for."""
+
+    pattern: str = field(repr=False, compare=False)
+
+    def automaton(self):
+        return redraft.Regex(self.pattern).automaton()
+
+
+def test_a_users_own_constraints_are_told_apart_whatever_their_repr(lm):
+    a, b = Mine(pattern="a+"), Mine(pattern="b+")
+    assert repr(a) == repr(b)
+    assert a == b
+    for constraint in (a, b, a & redraft.Length(max_chars=9), b & redraft.Length(max_chars=9)):
+        pattern = "a+" if constraint is a or getattr(constraint, "parts", [None])[0] is a else "b+"
+        texts = lm.generate("the", constraint=constraint, max_new_tokens=8, steps=8).texts
+        assert re.fullmatch(pattern, texts[0])
+    assert lm.compile(a) is lm.compile(a)
+
+
+def test_equal_constraints_are_prepared_once_and_those_that_only_compare_equal_are_not(lm):
+    assert lm.compile(redraft.JsonSchema({"const": 1})) is lm.compile(redraft.JsonSchema({"const": 1}))
+    assert lm.compile(redraft.JsonSchema({"const": 1})) is not lm.compile(redraft.JsonSchema({"const": True}))
+    schema = {"const": 1}
+    before = lm.compile(redraft.JsonSchema(schema))
+    schema["const"] = 2
+    assert lm.compile(redraft.JsonSchema(schema)) is not before
+
+
+def test_a_constraint_is_prepared_anew_for_another_tokenizer_or_end(lm):
+    constraint = redraft.Regex("[a-z]+")
+    compiled = lm.compile(constraint)
+    other = replace(lm, tokenizer=train_tokenizer(["xyz " * 9, "the quick"], vocab_size=262))
+    assert len(other.compile(constraint).automaton.class_of) == len(other.tokenizer)
+    assert replace(lm, eos_token_id=5).compile(constraint) is not compiled
+    assert lm.compile(constraint) is compiled
+
+
+def test_a_model_keeps_few_constraints_prepared(lm):
+    for i in range(MAX_COMPILED + 5):
+        lm.compile(redraft.Regex("a" * (i + 1)))
+    assert len(lm._compiled) == MAX_COMPILED
+
+
+@pytest.mark.parametrize("constraint", ["[ab]+", redraft.Regex, 5])
+def test_what_is_no_constraint_is_refused(unchecked, lm, constraint):
+    with pytest.raises(ValueError, match=r"a constraint must be a redraft.Regex, JsonSchema, Choice"):
+        lm.generate("the", constraint=constraint, max_new_tokens=4)

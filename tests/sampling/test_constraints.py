@@ -6,9 +6,11 @@ import random
 import re
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 
+from redraft.sampling.completion import MAX_TAILS
 from redraft.sampling.constraints import All, Choice, Contains, JsonSchema, Length, Regex, Spans
 
 PAD, EOS, MASK = 0, 1, 2
@@ -270,7 +272,7 @@ def check(constraint, length, *, given=None, eos=EOS, vocab=VOCAB):
         (JsonSchema({"$ref": "#/$defs/x"}), {"length": 9}, "a $ref that leads nowhere"),
         (JsonSchema({"$ref": "#"}), {"length": 9}, "a $ref that leads only to itself"),
         (JsonSchema({"oneOf": [{"type": "integer"}, {"type": "number"}]}), {"length": 9}, "oneOf may both fit"),
-        (JsonSchema({"type": "string", "pattern": ".*"}), {"length": 9}, "matches quotes"),
+        (JsonSchema({"type": "string", "pattern": "^(?i:a)$"}), {"length": 9}, "the flags i, a and L"),
         (JsonSchema({"items": {"items": {}}, "minItems": 1}, max_depth=0), {"length": 9}, "with max_depth=0"),
         (JsonSchema("{"), {"length": 9}, "the JSON schema is not JSON"),
         (Spans({0: [5]}) & Spans({0: [6]}), {"length": 9}, "spans must agree; got tokens 5 and 6 for position 0"),
@@ -288,9 +290,33 @@ def test_what_cannot_be_satisfied_is_refused_with_the_reason(constraint, how, re
         (lambda: Choice("yes"), "a list of at least one option; got 'yes'"),
         (lambda: Contains([]), "at least one substring"),
         (lambda: Length(min_chars=4, max_chars=3), "min_chars must be in 0 ... max_chars; got 4 and 3"),
+        (lambda: Length(min_tokens=-1), "min_tokens must be in 0 ... max_tokens; got -1 and None"),
+        (lambda: Length(max_chars=2.5), "max_chars must be one of int, NoneType; got 2.5"),
+        (lambda: Length(min_chars=None), "min_chars must be of type int; got None"),
+        (lambda: Length(max_tokens=float("nan")), "max_tokens must be one of int, NoneType; got nan"),
+        (lambda: Regex(b"a"), "Regex takes text; got b'a'"),
+        (lambda: Regex(None), "Regex takes text; got None"),
+        (lambda: Regex("\udcff"), "Regex takes text that UTF-8 can write, without lone surrogates"),
+        (lambda: Choice({"a": 1}), "a list of at least one option; got {'a': 1}"),
+        (lambda: Choice(["a", None]), "Choice takes text; got None"),
+        (lambda: Contains(np.array(["a"])), "a list of at least one substring; got array(['a']"),
+        (lambda: Contains(["\ud800"]), "Contains takes text that UTF-8 can write"),
+        (lambda: Spans([(0, [5])]), "Spans needs a dict of lists of token ids by position"),
+        (lambda: Spans({-1: [5]}), "a span is a position, from 0, and a list of token ids; got -1: [5]"),
+        (lambda: Spans({0: "ab"}), "a span is a position, from 0, and a list of token ids; got 0: 'ab'"),
+        (lambda: Spans({0: [2.0]}), "a list of token ids; got 0: [2.0]"),
+        (lambda: Spans({0: [-1]}), "a list of token ids; got 0: [-1]"),
+        (lambda: Spans({0: torch.tensor([5])}), "a list of token ids; got 0: tensor([5])"),
+        (lambda: Regex("a") & 5, "each a constraint; got (Regex(pattern='a'), 5)"),
+        (lambda: All(parts=()), "All needs at least one part"),
+        (lambda: All(parts=(x for x in ())), "All needs at least one part"),
+        (lambda: JsonSchema(None), "a JSON schema must be a dict, a boolean or a text; got None"),
+        (lambda: JsonSchema(True, max_depth=-1), "max_depth must be a whole number from 0; got -1"),
+        (lambda: JsonSchema(True, max_depth="3"), "max_depth must be a whole number from 0; got '3'"),
+        (lambda: JsonSchema(True, whitespace=None), "whitespace takes text; got None"),
     ],
 )
-def test_settings_are_checked_when_they_are_made(make, reason):
+def test_settings_are_checked_when_they_are_made(unchecked, make, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         make()
 
@@ -298,3 +324,121 @@ def test_settings_are_checked_when_they_are_made(make, reason):
 def test_all_is_flat_in_what_it_asks_for():
     limits = All(parts=(Length(min_tokens=2), Length(min_tokens=3, max_tokens=9), Spans({1: [4, 5]}))).limits()
     assert (limits.min_tokens, limits.max_tokens, limits.spans) == (3, 9, {1: 4, 2: 5})
+
+
+CIRCULAR = {}
+CIRCULAR["items"] = CIRCULAR
+HOSTILE_PATTERNS = [
+    "(", "[", "*", "a{2,1}", "a**", "a{,}", "[z-a]", "a++", "(?>a)", "(?(1)a|b)", "(?P<x>a)(?P=x)", r"(a)\1", "(?<!a)b",
+    "(?=a)", r"\b", "^a$", "(?i)a", r"(?a)\w", "(?L)a", r"\p{L}", r"\Z", "\\", "[]", "[^]", "(?#", "(?P<1>a)", "[[a]",
+    "a{99999999999999}", "[a&&b]", "(?:)*", "(?:a*)*", "()", "|", "a|", "(?s)", "\x00", "", "(" * 5000 + ")" * 5000,
+]  # fmt: skip
+HOSTILE = [
+    *map(Regex, HOSTILE_PATTERNS),
+    JsonSchema(CIRCULAR),
+    JsonSchema({"enum": [object()]}),
+    JsonSchema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
+    JsonSchema({"oneOf": [{"$ref": "#"}, {"type": "null"}]}),
+    JsonSchema({"oneOf": [{"required": [1]}, {"required": [2]}]}),
+    JsonSchema({"items": {"$ref": "#"}}, max_depth=10**9),
+    JsonSchema({"type": "array"}, whitespace="("),
+    Spans({0: [10**9]}),
+    Spans({10**30: [5]}),
+    Length(min_chars=10**30),
+    Length(min_tokens=10**30),
+    Length(max_tokens=10**30),
+    Length(max_chars=0, min_tokens=3),
+    Choice(["", ""]),
+    Contains([""]),
+    All(parts=(Regex("a*"),) * 1000),
+]
+
+
+@pytest.mark.parametrize("constraint", HOSTILE, ids=lambda constraint: repr(constraint)[:40])
+def test_a_hostile_constraint_works_or_ends_in_one_line(unchecked, constraint):
+    problem = None
+    try:
+        check(constraint, 12)
+    except ValueError as error:
+        problem = error
+    # Subclasses of ValueError have messages that are not ours.
+    assert problem is None or (type(problem) is ValueError and len(str(problem)) < 900)
+    assert "\n" not in str(problem)
+
+
+def test_many_constraints_joined_are_flat():
+    joined = Regex("a*")
+    for _ in range(1500):
+        joined = joined & Regex("a*")
+    assert len(joined.parts) == 1501
+
+
+def shared(depth, of):
+    """A schema whose text, written out, doubles with each level."""
+    definitions = {f"d{i + 1}": of({"$ref": f"#/$defs/d{i}"}) for i in range(depth)}
+    return {"$ref": f"#/$defs/d{depth}", "$defs": {"d0": {"type": "string"}, **definitions}}
+
+
+TOO_LARGE = [
+    Regex("(a{0,99}){0,99}"),
+    Regex("(?:a?){5000}"),
+    Regex("a{1000000000}"),
+    Regex("(a|b)*a(a|b){20}"),
+    Regex(r"\w{1,300}"),
+    Regex("|".join(f"w{i}" for i in range(100_000))),
+    Regex("(?:a{97})*") & Regex("(?:a{89})*") & Regex("(?:a{83})*"),
+    Contains([f"word{i:02}" for i in range(20)]),
+    Choice([f"option {i}" for i in range(100_000)]),
+    Length(max_chars=10**9),
+    JsonSchema({"oneOf": [{"const": i} for i in range(3000)]}),
+    JsonSchema({"oneOf": [{"enum": [f"a{i}", f"b{i}"]} for i in range(3000)]}),
+    JsonSchema({"properties": {f"p{i}": {"type": "string"} for i in range(2000)}}),
+    JsonSchema({"maxLength": 10**9}),
+    JsonSchema({"type": "array", "minItems": 10**30}),
+    JsonSchema(shared(30, lambda to: {"required": ["a", "b"], "properties": {"a": to, "b": to}}), max_depth=40),
+    JsonSchema({"pattern": "(a{0,99}){0,99}"}),
+    JsonSchema({"enum": ["x" * 2_000_000]}),
+]
+
+
+@pytest.mark.parametrize("constraint", TOO_LARGE, ids=lambda constraint: repr(constraint)[:40])
+def test_too_much_work_is_refused_before_it_is_done(unchecked, constraint):
+    with pytest.raises(ValueError, match=r"too large|more than \d+"):
+        constraint.automaton()
+
+
+WORDS = ["".join(random.Random(i).choices("etaoinshrdlu", k=4 + i % 11)) for i in range(3000)]
+LEGITIMATE = {
+    "nothing, very often": (Regex("(?:){1000000000}"), ""),
+    "one text of two, again and again": (JsonSchema(shared(60, lambda to: {"anyOf": [to, to]})), '"x"'),
+    "a string of 1000": (JsonSchema({"maxLength": 1000}), '"' + "é" * 1000 + '"'),
+    "1000 characters": (Length(min_chars=1000, max_chars=1000), "日" * 1000),
+    "40 optional properties": (
+        JsonSchema({"properties": {f"property_{i}": {"type": "string"} for i in range(40)}}),
+        '{"property_3":"a","property_39":""}',
+    ),
+    "an enum of 3000": (JsonSchema({"enum": WORDS}), f'"{WORDS[2999]}"'),
+    "a choice of 3000": (Choice(WORDS), WORDS[77]),
+}
+
+
+@pytest.mark.parametrize("name", LEGITIMATE)
+def test_what_real_schemas_hold_is_let_through(unchecked, name):
+    constraint, text = LEGITIMATE[name]
+    automaton, state = constraint.automaton(), 0
+    for byte in text.encode():
+        state = automaton.table[state, byte]
+    assert automaton.is_final[state]
+
+
+def test_a_long_string_takes_its_length_in_tokens(unchecked):
+    compiled = JsonSchema({"minLength": 300, "maxLength": 300}).compile(VOCAB, eos_token_id=EOS)
+    ids = decode(compiled, 310, generator=torch.Generator().manual_seed(0), temperature=1.0)
+    assert len(json.loads(text_of(ids))) == 300
+
+
+def test_a_constraint_keeps_what_can_be_filled_for_few_lengths():
+    compiled = Regex("a*").compile(VOCAB, eos_token_id=EOS)
+    for length in range(1, 40):
+        compiled.check(torch.full((length,), MASK), torch.ones(length, dtype=torch.bool))
+    assert len(compiled._tails) == MAX_TAILS

@@ -1,0 +1,38 @@
+"""The flags of constraints: a schema comes from a file or as it is."""
+
+import re
+
+import pytest
+
+from redraft.cli.constraint import ConstraintArguments
+from redraft.sampling.constraints import JsonSchema
+from redraft.sampling.json_schema import MAX_CHARACTERS
+
+
+def test_a_schema_is_read_from_its_file(tmp_path):
+    path = tmp_path / "schema.json"
+    path.write_text('{"const": "é"}', encoding="utf-8")
+    assert ConstraintArguments(json_schema=str(path)).constraint().parts == (JsonSchema('{"const": "é"}'),)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("latin.json", "it is no name of a text in UTF-8"),
+        (".", "Is a directory"),
+        ("x" * 300, "File name too long"),
+        ("a\0", "UTF-8"),
+    ],
+)
+def test_a_schema_file_that_cannot_be_read_ends_in_one_line(tmp_path, name, reason):
+    (tmp_path / "latin.json").write_bytes(b'{"const": "\xe9"}')
+    with pytest.raises(ValueError, match=re.escape(reason)) as error:
+        ConstraintArguments(json_schema=str(tmp_path / name)).constraint()
+    assert type(error.value) is ValueError
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_without_end_is_not_read_to_it():
+    constraint = ConstraintArguments(json_schema="/dev/zero").constraint()
+    with pytest.raises(ValueError, match=f"it has more than {MAX_CHARACTERS} characters"):
+        constraint.automaton()
