@@ -116,11 +116,10 @@ def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
         return [f"redraft eval {folder} --tasks {task} --batch-size 100 --out {folder}/eval"]
     if data.kind != "text":
         return [f"redraft chat {folder}"]
-    drawing = " --preset llada-random --temperature 0.9" if kind == "masked" else ""
     begun, holed = "'The beginning of a text like those of training'", "'A text with a [MASK:8] to fill.'"
     if data.source == "stdlib":
         begun, holed = r"$'import os\n\ndef '", r"$'def is_even(n):\n    return [MASK:8]\n'"
-    steps = [f"redraft sample {folder} {begun}{drawing} --trace {folder}/trace.html"]
+    steps = [f"redraft sample {folder} {begun} --trace {folder}/trace.html"]
     if kind != "ar":  # it does not see what is behind the hole
         steps.append(f"redraft infill {folder} {holed}")
     if (Path(config.out) / "chat_template.jinja").exists():  # of model.start

@@ -119,7 +119,7 @@ def steps_of(**changes):
 def test_what_is_proposed_after_training_on_code_is_code():
     steps = steps_of()
     assert shlex.split(steps)[:4] == ["redraft", "sample", "runs/a b[/red]", r"$import os\n\ndef "]
-    assert "--preset llada-random --temperature 0.9 --trace 'runs/a b[/red]'/trace.html" in steps
+    assert "--trace 'runs/a b[/red]'/trace.html" in steps
     assert "redraft infill 'runs/a b[/red]'" in steps
     assert "redraft chat" not in steps  # there is no chat template
 
