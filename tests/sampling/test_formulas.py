@@ -153,6 +153,15 @@ def test_time_is_shared_by_the_blocks_that_are_left(monkeypatch):
     assert max(b - a for a, b in pairwise(taken)) <= 3
 
 
+def test_forwards_are_shared_by_the_blocks_that_run_by_a_clock():
+    both = p.Rerank()
+    sampler = Sampler(frontier=p.Blocks(size=4), unmask=both.unmask, revise=both, budget=Budget(forwards=8))
+    filled = [
+        int((step.canvas.status[0] == Status.COMMITTED).sum()) for step in steps_of(tiny_lm(), sampler, length=16)
+    ]
+    assert filled == [0, 4, 4, 8, 8, 12, 12, 16]
+
+
 def share(flags):
     return flags.float().mean(dim=0).tolist()
 
@@ -160,13 +169,14 @@ def share(flags):
 def test_loop_remasking_happens_while_alpha_rests_and_commits_at_its_pace():
     """t_on = 0.55, t_off = 0.05, alpha(t_on) = 0.9: sigma is min(eta, (1 - 0.9) / 0.9) in between and 0 elsewhere."""
     both = p.Remasking(kind="loop", eta=0.08)
-    cases = {  # step of 20 (t, s): P(draft is reopened), P(noise is committed)
-        4: (0.0, (0.5 - 0.4) / (1 - 0.4)),  # t = 0.8, s = 0.75: alpha = (1 - t) / 0.45 * 0.9
-        12: (0.08, (0.9 - 0.92 * 0.9) / 0.1),  # t = 0.4, s = 0.35
-        19: (0.0, 1.0),
+    cases = {  # step of 100 (t = 1 - step / 100, s = t - 0.01): P(draft is reopened), P(noise is committed)
+        20: (0.0, (0.42 - 0.4) / (1 - 0.4)),  # alpha = (1 - t) / 0.45 * 0.9
+        60: (0.08, (0.9 - 0.92 * 0.9) / 0.1),
+        97: (0.0, (0.96 - 0.94) / (1 - 0.94)),  # alpha = 1 - t / 0.05 * 0.1
+        99: (0.0, 1.0),
     }
     for step, (reopened, committed) in cases.items():
-        at = candidates([0.5, 0.5], status="ND", tokens=[MASK, 5], step=step, num_steps=20, rows=20_000)
+        at = candidates([0.5, 0.5], status="ND", tokens=[MASK, 5], step=step, num_steps=100, rows=20_000)
         is_committed = both.unmask(at.confidence, at)
         revision = both(is_committed, at)
         assert abs(share(is_committed)[0] - committed) < 0.012
@@ -183,6 +193,7 @@ def test_conf_remasking_shares_the_bound_by_the_softmax_of_minus_the_confidence_
     weights = torch.tensor([-0.1, -0.9]).softmax(dim=0)
     expected = [0.0, 0.5 * float(weights[0]), 0.5 * float(weights[1])]
     assert share(revision.reopen) == pytest.approx(expected, abs=0.012)
+    assert share(both.unmask(at.confidence, at)) == pytest.approx([(0.7 - 0.6) / (1 - 0.6), 0.0, 0.0], abs=0.012)
 
 
 def test_a_placed_token_is_kept_by_the_probability_that_it_has_now():
