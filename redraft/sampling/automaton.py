@@ -20,6 +20,8 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 MAX_WORK = 200_000_000
 """States that tokens are followed through, some nanoseconds each."""
+MAX_LOOKS = 500_000
+"""Looks at a state while equal ones are merged, some microseconds each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +97,11 @@ def _equivalent(table: Ints, is_final: Bools) -> Ints:
     leads_from = transitions // table.shape[1]
     group = is_final.astype(np.int32)
     size, sign_of = np.bincount(group, minlength=2).tolist(), [b"", b""]
-    dirty = list(range(len(table)))
+    dirty, work = list(range(len(table))), 0
     while dirty:
+        work += len(dirty)
+        if work > MAX_LOOKS:
+            raise too_large(f"{MAX_LOOKS} steps to shrink")
         parts: dict[int, dict[bytes, list[int]]] = {}
         for state, number, row in zip(dirty, group[dirty].tolist(), group[table[dirty]], strict=True):
             parts.setdefault(number, {}).setdefault(row.tobytes(), []).append(state)

@@ -302,9 +302,7 @@ class _Writer:
             for name in names:
                 found.setdefault(name, []).append(part)
                 if not name.startswith("#") and part is not self.root:
-                    raise _refuse(
-                        "a $ref in a schema that has another schema with an $id inside", name, "Leave it out."
-                    )
+                    raise _refuse("a $ref in a schema with another $id inside", name, "Leave it out.")
         return found
 
     def _resolve(self, reference: Any) -> Any:

@@ -387,6 +387,7 @@ TOO_LARGE = [
     Regex(r"\w{1,300}"),
     Regex("|".join(f"w{i}" for i in range(100_000))),
     Regex("(?:a{97})*") & Regex("(?:a{89})*") & Regex("(?:a{83})*"),
+    Length(max_chars=3000) & Regex("(?:[a-z]+ )*"),
     Contains([f"word{i:02}" for i in range(20)]),
     Choice([f"option {i}" for i in range(100_000)]),
     Length(max_chars=10**9),
