@@ -145,9 +145,14 @@ def test_a_chat_is_proposed_where_the_start_brought_a_template(tmp_path):
 
 @pytest.mark.parametrize(
     "objective",
-    [ObjectiveConfig(kind="uniform"), ObjectiveConfig(kind="block", block_size=8), ObjectiveConfig(kind="ar")],
+    [
+        ObjectiveConfig(),
+        ObjectiveConfig(kind="uniform"),
+        ObjectiveConfig(kind="block", block_size=8),
+        ObjectiveConfig(kind="ar"),
+    ],
 )
-def test_the_sampler_of_masked_diffusion_is_proposed_for_it_alone_and_holes_not_to_causal_models(objective):
+def test_no_sampler_is_proposed_as_checkpoints_carry_theirs_and_no_holes_to_causal_models(objective):
     steps = steps_of(objective=objective)
     assert "redraft sample" in steps
     assert "--preset" not in steps
