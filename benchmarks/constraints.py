@@ -131,7 +131,7 @@ def main() -> None:
         drawn = best_of(lambda: compiled.complete(tokens, is_noise, where, logits, temperature=1.0, u=u), 4)  # noqa: B023
         automaton = compiled.automaton
         print(
-            f"{name:32} {seconds:9.2f} {len(automaton.table):7} {automaton.num_classes:7} {len(automaton.edges.to):8}"
+            f"{name:32} {seconds:9.2f} {automaton.num_states:7} {automaton.num_classes:7} {len(automaton.to):8}"
             f" {greedy * 1e3:7.1f} {drawn * 1e3:7.1f}  {greedy / forward:.0%}, {drawn / forward:.0%}"
         )
 

@@ -12,6 +12,9 @@ class Letters:
     def __call__(self, text, add_special_tokens):
         return {"input_ids": [ord(character) for character in text]}
 
+    def decode(self, ids, skip_special_tokens):
+        return "".join(map(chr, ids))
+
 
 def holes(text):
     return encode_with_holes(Letters(), text, mask_token_id=2)
