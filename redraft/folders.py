@@ -1,7 +1,6 @@
 """One writer per folder: two processes that write into one leave the weights of one and the settings of the other."""
 
 import errno
-import fcntl
 import logging
 import os
 import platform
@@ -47,6 +46,11 @@ def _remove_empty(folders: list[Path]) -> None:
 def _lock(folder: Path) -> int:
     """Open and lock the folder's lock file, and write who holds it; return its descriptor."""
     path = folder / LOCK_FILE
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        logger.warning("%s cannot be locked on this system: let no other command write there.", folder)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

@@ -189,6 +189,9 @@ def any_process(flag: bool, *, device: torch.device) -> bool:
     return bool(raised)
 
 
+_HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
+
+
 class StoppedBySignal(TrainerCallback):
     """On the first SIGINT, SIGTERM or SIGHUP finish the step, save a checkpoint and stop; the second acts at once.
 
@@ -201,8 +204,8 @@ class StoppedBySignal(TrainerCallback):
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+        for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP):
+            if number and not (number == _HANG_UP and signal.getsignal(number) is signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -221,11 +224,11 @@ class StoppedBySignal(TrainerCallback):
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        hang_up = self._previous.pop(signal.SIGHUP, None)
+        hang_up = self._previous.pop(_HANG_UP, None) if _HANG_UP else None
         self.restore()
-        if hang_up is not None:
-            self._previous[signal.SIGHUP] = hang_up  # until the end
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        if _HANG_UP and hang_up is not None:
+            self._previous[_HANG_UP] = hang_up  # until the end
+            signal.signal(_HANG_UP, signal.SIG_IGN)
         say(self.console, f"{self.received.name}: saving a checkpoint after this step (again to stop at once)")
 
 
