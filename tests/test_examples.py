@@ -17,5 +17,5 @@ def test_the_demo_trains_fills_generates_and_says_what_to_try_next(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / "demo.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert f"redraft chat {tiny.out}" in printed
+    assert f"redraft infill {tiny.out}" in printed
     assert all((tmp_path / tiny.out / name).exists() for name in ("trace.html", "infill.html", "model.safetensors"))

@@ -176,6 +176,9 @@ def load_tokenizer(path: str | Path, *, family: Family | None = None) -> Any:
         except Exception as error:  # as in `files.reading`
             reasons.append(first_line(error))
             continue
+        if not isinstance(tokenizer.model_max_length, int | float):
+            length = tokenizer.model_max_length
+            raise ValueError(f"cannot read the tokenizer of {path}: model_max_length must be a number; got {length!r}.")
         check_template(path, tokenizer.chat_template)
         return tokenizer
     raise ValueError(f"cannot read the tokenizer of {path}: {reasons[0]}.")

@@ -7,13 +7,13 @@ import sys
 import pytest
 
 COMMAND = """
-import sys
+import sys, types
 import redraft.cli
 def command(arguments):
     {}
     return 0
-redraft.cli._dispatch = command
-redraft.cli.main([])
+sys.modules["redraft.cli.doctor"] = types.SimpleNamespace(main=command)
+redraft.cli.main(["doctor"])
 """
 PRINTS = {
     "less than a buffer": "print('a line')",

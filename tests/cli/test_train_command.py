@@ -98,7 +98,7 @@ def test_a_recipe_that_is_no_json_is_one_line(run_folder, capsys, name):
     ("out", "message"),
     [
         ("", "out must name the folder of the run; got ''"),
-        (os.fsdecode(b"bad\xff"), r"out must be a name in UTF-8; got 'bad\udcff'. Choose another --out"),
+        (os.fsdecode(b"bad\xff"), r"arguments must be UTF-8; got 'bad\udcff'. Rename the file"),
         ("file[/red]", "out must be a folder; file[/red] is a file. Choose another --out"),
         ("file[/red]/deeper", "cannot write to file[/red]/deeper: Not a directory. Choose another --out"),
         ("a" * 300, "File name too long. Choose another --out"),

@@ -341,7 +341,8 @@ CASES = {
     "code beside it": write("modeling_llama.py", "raise SystemExit('ran')"),
 }  # fmt: skip
 TOLD = {
-    "config absent": "the folder has no config.json (an unfinished run?).",
+    "tokenizer length a text": "model_max_length must be a number; got 'long'",
+    "config absent": "the folder has no config.json.",
     "config empty": "/config.json: ",
     "config blank": "/config.json: ",
     "config null": "it must hold a JSON object; got NoneType.",
@@ -526,7 +527,6 @@ LOADS = {
     "tokenizer class unknown",
     "tokenizer class remote",
     "tokenizer mask new",
-    "tokenizer length a text",
     "template a number",
     "template broken",
     "template a folder",

@@ -152,7 +152,7 @@ def test_a_constraint_is_prepared_anew_for_another_tokenizer_or_end(lm):
     compiled = lm.compile(constraint)
     other = replace(lm, tokenizer=train_tokenizer(["xyz " * 9, "the quick"], vocab_size=262))
     assert len(other.compile(constraint).automaton.class_of) == len(other.tokenizer)
-    assert replace(lm, eos_token_id=5).compile(constraint) is not compiled
+    assert replace(lm, eos_token_ids=(5,)).compile(constraint) is not compiled
     assert lm.compile(constraint) is compiled
 
 

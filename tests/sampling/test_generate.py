@@ -130,7 +130,9 @@ def test_an_eos_that_is_decided_before_its_left_neighbours_ends_nothing_until_th
         def __call__(self, candidates):
             return order[candidates.draws.positions].to(candidates.proposal.confidence.dtype)
 
-    sampler = replace(lm.sampling_config(max_new_tokens=8).sampler(lm.denoiser.settings, eos_token_id=1), score=Order())
+    sampler = replace(
+        lm.sampling_config(max_new_tokens=8).sampler(lm.denoiser.settings, eos_token_ids=(1,)), score=Order()
+    )
     canvas = lm._canvas_after([torch.tensor([5])], 8, sampler)
     sampler = replace(sampler, guides=(eos_third,))
     steps = list(denoise(lm.denoiser, canvas, sampler, row_keys=torch.tensor([0])))

@@ -101,14 +101,14 @@ def stopping(tmp_path):
 
 
 def test_a_hang_up_saves_and_a_second_one_does_not_end_the_saving(tmp_path):
-    before = signal.getsignal(signal.SIGHUP)
+    before, interrupt = signal.getsignal(signal.SIGHUP), signal.getsignal(signal.SIGINT)
     stopped, after_a_step = stopping(tmp_path)
     assert not after_a_step()
     os.kill(os.getpid(), signal.SIGHUP)
     os.kill(os.getpid(), signal.SIGHUP)
     assert after_a_step()
     assert stopped.received is signal.SIGHUP
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C acts at once now
+    assert signal.getsignal(signal.SIGINT) is interrupt  # Ctrl-C acts at once now
     stopped.restore()
     assert signal.getsignal(signal.SIGHUP) == before
 
