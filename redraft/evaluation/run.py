@@ -44,7 +44,10 @@ class Store:
         """Make the folder for these settings. Raises ValueError where it holds results of others."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path, text = self.folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True, default=str)
-        if path.exists() and path.read_text() != text:
+        has_results = any(file.stat().st_size for file in self.folder.glob("*.jsonl")) or any(
+            self.folder.glob("answers*")
+        )
+        if has_results and path.exists() and path.read_text() != text:
             raise ValueError(
                 f"{self.folder} holds results of other settings (settings.json). Name another folder, or delete it."
             )

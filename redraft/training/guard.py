@@ -48,8 +48,9 @@ class Guard:
         """Raise ValueError where more steps were skipped than allowed."""
         if self.num_skipped > self.most:
             raise ValueError(
-                f"{self.num_skipped} steps had a gradient that is not finite, more than train.max_skipped={self.most}. "
-                f"Their batches are in {self.folder}; lower --train.learning-rate, or look at the data."
+                f"{self.num_skipped} steps had a gradient that is not finite, more than train.max_skipped={self.most}: "
+                f"the run diverged. The first such batches are in {self.folder}. Begin anew with a lower "
+                "--train.learning-rate and another --out, or look at the data."
             )
 
     def _keep(self, step: int, batches: Sequence[dict[str, Tensor]]) -> None:

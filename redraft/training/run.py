@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
@@ -110,6 +111,9 @@ def begin(config: Config, *, resume: bool, console: Console) -> tuple[Config, st
     checkpoint = _checkpoint_to_go_on_from(folder, console, state) if resume else None
     if checkpoint:
         check_identity(Path(checkpoint), identity(config))
+    if resume and state.is_main_process:
+        start = f"step {step_of(checkpoint)}" if checkpoint else "the beginning, as there is no checkpoint"
+        say(console, f"going on from {start}")
     return config, checkpoint
 
 
@@ -146,6 +150,7 @@ def drive(
     norm_before = weight_norm(trainer.model)
     if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:  # stopped between its last step and its end
         trainer._load_from_checkpoint(checkpoint)
+        trainer.remove_callback(TensorBoardCallback)  # without a training it would write into the working folder
         saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         trainer.state.global_step, trainer.state.epoch = saved.global_step, saved.epoch
         if trainer.is_world_process_zero():
@@ -256,6 +261,8 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
         if report is None:  # a stream is not read yet
             continue
         say(console, f"{name}: {report.describe(seq_len=config.data.seq_len)}")
+    if config.data.max_documents is not None:
+        say(console, f"no more than the first {config.data.max_documents} documents are used (--data.max-documents)")
     rows, shorter = config.train.batch_size * config.train.accumulation, " or --data.seq-len"
     units = {"preference": ("pairs", shorter), "thought": ("rows", ", or give more examples")}
     unit, remedy = units.get(config.data.kind, ("windows", shorter))
