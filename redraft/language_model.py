@@ -138,6 +138,12 @@ class LanguageModel:
         own = {"preset": "duo"} if self.denoiser.settings.process == "uniform" else {}
         return with_saved(own | self.saved_sampling, settings)
 
+    def _config(self, settings: dict[str, Any], constraint: Constraint | None) -> SamplingConfig:
+        """Resolve settings; under a constraint, stop strings that nobody gave but the checkpoint do not count."""
+        if constraint is not None and self.saved_sampling.get("stop", "eos") not in ("eos", None):
+            settings = {"stop": "eos"} | settings
+        return self.sampling_config(**settings)
+
     @torch.no_grad()
     def logits(
         self,
@@ -178,7 +184,7 @@ class LanguageModel:
         Raises ValueError for settings that do not fit, for prompts that do not leave room in the model's context, and,
         before the first forward, for a constraint that cannot be satisfied.
         """
-        config = self.sampling_config(**settings)
+        config = self._config(settings, constraint)
         rows = self._encode_all(prompts, config)
         sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config, rows))
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
@@ -208,7 +214,7 @@ class LanguageModel:
 
         A `session` keeps the exact cache of one conversation from one call to the next.
         """
-        config = self.sampling_config(**settings)
+        config = self._config(settings, constraint)
         rows = self._encode_all(prompts, config)
         sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config, rows))
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
@@ -234,7 +240,7 @@ class LanguageModel:
             raise ValueError(f"{self.model.config.model_type} writes behind its prompt; it cannot fill holes.")
         given = {name: None for name in _OF_A_LENGTH if name in self.saved_sampling} | settings
         size = given.get("block_size")  # blocks of holes lie on the grid: no length need be a multiple of them
-        config = self.sampling_config(**given | {"block_size": None})
+        config = self._config(given | {"block_size": None}, constraint)
         mask_token_id = self.denoiser.settings.mask_token_id
         given_prompts = [prompt for prompt in as_batch(prompts) for _ in range(config.num_samples)]
         encoded = [encode_with_holes(self.tokenizer, prompt, mask_token_id=mask_token_id) for prompt in given_prompts]
@@ -436,7 +442,8 @@ class LanguageModel:
         if isinstance(config.stop, tuple) and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none. Use stop='eos' or None.")
         if logits_processor:
-            guides = (*guides, Processors(processors=tuple(logits_processor)))
+            never = self.denoiser.settings.mask_token_id if sampler.noise == "mask" else None
+            guides = (*guides, Processors(processors=tuple(logits_processor), never=never))
         return replace(sampler, guides=tuple(guides), constraint=constraint)
 
     def _denoise(

@@ -69,7 +69,7 @@ def _single(prompt: Any) -> Any:
 
 
 def _is_number(item: Any) -> bool:
-    return isinstance(item, int | float | np.generic) or (isinstance(item, Tensor) and item.ndim == 0)
+    return isinstance(item, int | float | np.number | np.bool_) or (isinstance(item, Tensor) and item.ndim == 0)
 
 
 def _token_ids(values: Any) -> Int[Tensor, "seq"]:
@@ -267,7 +267,8 @@ def filled_text(tokenizer: Any, prompt: Prompt, tokens: Int[Tensor, "seq"], is_h
     for start, piece in zip(starts, given[1:], strict=True):
         end = start + int(is_hole[start:].long().cumprod(dim=0).sum())
         new = text_after(tokenizer, tokens[:start], tokens[start:end])
-        is_space_lost = text.endswith(" ") and not text_after(tokenizer, [], tokens[:start]).endswith(" ")
+        before = text_after(tokenizer, [], tokens[:start])
+        is_space_lost = text.endswith(" ") and before != "" and not before.endswith(" ")
         text += (new.removeprefix(" ") if is_space_lost else new) + piece  # a word piece brings the space before it
     return text
 

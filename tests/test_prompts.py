@@ -8,6 +8,7 @@ import torch
 from sentence_pieces import KINDS, text_lm_of, tokenizer_of
 from transformers import BatchEncoding
 
+import redraft
 from redraft.prompts import as_batch, encode, encode_pair, encode_with_holes, filled_text, text_after, until_stop
 
 USER = {"role": "user", "content": "ab"}
@@ -82,6 +83,11 @@ def test_what_is_no_prompt_is_refused_with_one_reason(name):
     with pytest.raises(ValueError, match=message) as error:
         as_batch(given)
     assert "\n" not in str(error.value)
+
+
+def test_texts_of_numpy_are_texts():
+    for texts in (np.array(["Hello", "no"]), list(np.array(["Hello", "no"])), [np.str_("Hello"), "no"]):
+        assert as_batch(texts) == ["Hello", "no"]
 
 
 def test_one_message_a_chat_and_several_chats_are_told_apart():
@@ -168,6 +174,14 @@ def test_a_given_text_comes_back_unchanged_around_its_holes(kind):
         space = " " if before or kind == "bytes" else ""
         expected = f"{before}{space}self{after}"
         assert filled_text(tokenizer, prompt, row, is_hole) == expected == tokenizer.decode(row.tolist())
+
+
+@pytest.mark.parametrize("kind", ["first", "llama2", "bytes"])
+@pytest.mark.parametrize("before", [" ", "  "])
+def test_a_hole_behind_spaces_alone_holds_what_its_constraint_says(kind, before):
+    lm = text_lm_of(kind)
+    (text,) = lm.infill(f"{before}[MASK:1]no", constraint=redraft.Choice((" self", " yes")), steps=1).texts
+    assert text in (f"{before} selfno", f"{before} yesno")
 
 
 def test_a_word_goes_on_behind_a_hole():

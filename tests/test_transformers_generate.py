@@ -104,3 +104,23 @@ def test_processors_that_need_no_order_act_on_padded_batches_too(lm, setting):
     )[0, 2:]
     assert torch.equal(together[0, : len(alone)], alone)
     assert not torch.equal(together, generate(lm)[:, : together.shape[1]])
+
+
+def test_bad_words_and_biases_of_single_tokens_act_and_those_of_several_are_refused(lm):
+    likeliest = int(generate(lm)[0].mode().values)
+    for setting in ({"bad_words_ids": [[likeliest]]}, {"sequence_bias": {(likeliest,): -1e4}}):
+        assert likeliest not in generate(lm, **setting)[0]
+    for setting in ({"bad_words_ids": [[likeliest, 7]]}, {"sequence_bias": {(likeliest, 7): -1e4}}):
+        with pytest.raises(ValueError, match="counts the tokens before the next one"):
+            generate(lm, **setting)
+
+
+@pytest.mark.parametrize("setting", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}])
+def test_cuts_leave_a_token_where_the_mask_is_the_likeliest(lm, setting):
+    with torch.no_grad():
+        lm.model.lm_head.weight[2] *= 50
+    new = generate(lm, do_sample=True, **setting)
+    assert (new != 2).all()
+    greedy = lm.generate(ROWS, max_new_tokens=8).tokens
+    if "top_k" in setting:
+        assert is_same(new, greedy)

@@ -286,7 +286,7 @@ class RedraftLM(TemplateLM):
         of_task = {ours: kwargs[theirs] for theirs, ours in FROM_TASK.items() if kwargs.get(theirs) is not None}
         settings = {"max_new_tokens": MAX_NEW_TOKENS, **of_task, **self.sampling}
         settings["seed"] = settings.get("seed", 0) + times_before
-        return {**settings, "stop": tuple(until) or "eos"}
+        return {**settings, "stop": tuple(filter(None, until)) or "eos"}
 
 
 def _originals(requests: Sequence[Any]) -> list[int]:

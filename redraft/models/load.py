@@ -114,6 +114,8 @@ def read_raw_config(path: str | Path) -> Raw:
     """Read config.json of a folder or a hub id. Raises ValueError where there is none."""
     from transformers import PreTrainedConfig
 
+    if not str(path):
+        raise ValueError("a model must be named, by its folder or hub id; got ''.")
     folder = Path(path)
     is_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
     if folder.suffix == ".gguf":

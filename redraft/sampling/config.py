@@ -75,8 +75,8 @@ class SamplingConfig:
     """When a text ends early: eos (any end token of the model), strings that end it, or None for never."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.stop, list | tuple):  # no strings: nothing but the end token stops
+            object.__setattr__(self, "stop", tuple(self.stop) or "eos")
         check_types(self)
         if self.preset not in PRESETS:
             raise unknown_name("preset", self.preset, PRESETS)

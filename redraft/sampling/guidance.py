@@ -50,6 +50,12 @@ _ORDERLESS = (
 """Processors of transformers that do not ask where in the text a token stands."""
 
 
+def _is_orderless(name: str, processor: Any) -> bool:
+    if name in ("NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"):
+        return all(len(ids) == 1 for ids in processor.sequence_bias)
+    return name in _ORDERLESS
+
+
 @dataclass(frozen=True, kw_only=True)
 class Processors:
     """LogitsProcessors of transformers. Each open position is a row of scores; its `input_ids` are the whole canvas.
@@ -58,11 +64,13 @@ class Processors:
     """
 
     processors: tuple[Callable[[Any, Any], Any], ...]
+    never: int | None = None
+    """Token that is never drawn (the mask): it is ruled out before a processor counts or cuts."""
 
     def __post_init__(self) -> None:
         for processor in self.processors:
             name, home = type(processor).__name__, type(processor).__module__
-            if home == "transformers.generation.logits_process" and name not in _ORDERLESS:
+            if home == "transformers.generation.logits_process" and not _is_orderless(name, processor):
                 raise ValueError(
                     f"{name} counts the tokens before the next one, and a diffusion model writes in any order. "
                     f"Leave it out, or use {', '.join(_ORDERLESS)}, a constraint, or a processor of your own."
@@ -72,6 +80,8 @@ class Processors:
         self, logits: Float[Tensor, "n vocab"], canvas: Canvas, where: Int[Tensor, "n"]
     ) -> Float[Tensor, "n vocab"]:
         rows = canvas.tokens[where // canvas.tokens.shape[1]]  # (n, L)
+        if self.never is not None:
+            logits[:, self.never] = -torch.inf
         for processor in self.processors:
             logits = processor(rows, logits)
         return logits

@@ -164,7 +164,7 @@ def test_a_task_may_stop_at_a_special_token(kind):
     adapter = RedraftLM(lm=scripted(lm, Script(row)), block_size=1)
     requests = [
         instance("un", {"until": until, "max_gen_toks": 6}, i)
-        for i, until in enumerate([["<|im_end|>"], ["s<|im_end|>", "yes"], "never"])
+        for i, until in enumerate([["<|im_end|>", ""], ["s<|im_end|>", "yes"], "never"])
     ]
     texts = adapter.generate_until(requests, disable_tqdm=True)
     assert texts == ["self", "self", "selfyesyesyesyes"]

@@ -155,7 +155,9 @@ def test_two_processes_give_what_one_gives_and_a_crashed_one_loses_nothing(text_
 
 def test_results_of_other_settings_are_never_mixed(tmp_path):
     store = Store(folder=tmp_path)
-    store.open({"steps": 3})
+    store.open({"steps": 2})
+    store.open({"steps": 3})  # there are no results yet
+    (tmp_path / "task.0.jsonl").write_text("{}\n")
     store.open({"steps": 3})
     with pytest.raises(ValueError, match="results of other settings"):
         store.open({"steps": 4})

@@ -245,3 +245,21 @@ def test_no_other_end_is_text_under_a_constraint():
     out = ends.generate("un", **settings)
     assert out.texts == ["."]
     assert out.tokens[0].tolist() == [*ids_of(lm.tokenizer, "<0x2E>"), 1]  # spelled by what ends no text
+
+
+def test_no_stop_strings_are_none_with_a_constraint_and_without_a_tokenizer(text_lm):
+    assert text_lm.generate("a", constraint=redraft.Choice(("yes",)), max_new_tokens=8, stop=()).texts == ["yes"]
+    lm = tiny_lm()
+    settings = {"max_new_tokens": 8}
+    assert torch.equal(lm.generate([5], stop=(), **settings).tokens[0], lm.generate([5], **settings).tokens[0])
+
+
+def test_stop_strings_that_a_checkpoint_carries_give_way_to_a_constraint_and_those_given_do_not(text_lm):
+    text_lm.model.config.generation = {"stop": ("e",)}
+    try:
+        constraint = redraft.Choice(("yes",))
+        assert text_lm.generate("a", constraint=constraint, max_new_tokens=8).texts == ["yes"]
+        with pytest.raises(ValueError, match="a constraint holds for the whole text, which stop strings would cut"):
+            text_lm.generate("a", constraint=constraint, max_new_tokens=8, stop=("e",))
+    finally:
+        text_lm.model.config.generation = None
