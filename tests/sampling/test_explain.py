@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
+from tiny import tiny_lm
 
 from redraft.cli.explain import main
-from redraft.sampling.explain import Explanation, Watcher, explain
+from redraft.sampling.explain import Explanation, Watcher, _rank_correlation, explain
 from redraft.sampling.trace import Event, RowTrace
 
 
@@ -91,6 +92,19 @@ def test_a_summary_counts_order_confidence_and_revisions():
     assert found.most_open[0] == (3, pytest.approx(12.0))
     with pytest.raises(ValueError, match="nothing was decided"):
         explain(RowTrace(token_ids=[], is_given=[], is_noise=[], num_steps=0, events=[]), watcher)
+
+
+def test_positions_decided_in_one_step_share_their_mean_rank():
+    assert _rank_correlation(torch.tensor([0.0, 0.0, 1.0, 2.0])) == pytest.approx(0.9486833)  # Spearman's, by hand
+    assert _rank_correlation(torch.tensor([2.0, 1.0, 1.0, 0.0])) == pytest.approx(-0.9486833)
+
+
+def test_a_trace_counts_the_steps_of_its_row():
+    lm = tiny_lm()
+    prompts = [[5, 6], [7, 8, 9]]
+    traces = lm.generate(prompts, max_new_tokens=8, steps=4, block_size=4, trace=True).trace
+    for prompt, trace in zip(prompts, traces, strict=True):
+        assert trace.num_steps == len(list(lm.stream(prompt, max_new_tokens=8, steps=4, block_size=4)))
 
 
 def test_the_command_writes_a_page_and_sums_up(model_folder, tmp_path, capsys):
