@@ -182,7 +182,8 @@ def known_model_types() -> list[str]:
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 _OF_THE_FILE = ("model_type", "architectures", "auto_map", "transformers_version", "diffusion", "generation")
 _SDAR = r"SDAR-[\d.]+B(-A3B)?-(Chat|Sci)"
-_SDAR_BLOCKS: dict[str, int | None] = {_SDAR: 4} | {rf"{_SDAR}-b{size}": size for size in (4, 8, 16, 32, 64)}
+_SDAR_BLOCKS: dict[str, int | None] = {_SDAR: 4}
+_SDAR_BLOCKS |= {rf"{_SDAR}-b{size}": size for size in (4, 8, 16, 32, 64)}
 _A2D_BLOCKS = {
     r"(?!.*(bd3lm|opdlm)).+-diffusion-mdlm-v0\.1": None,
     r"(?!.*(mdlm|opdlm)).+-diffusion-bd3lm-v0\.1": 32,
