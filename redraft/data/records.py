@@ -111,9 +111,9 @@ def _pair(
     record: Mapping[str, Any], fields: tuple[str, ...], *, where: str, unused: Counter[str]
 ) -> list[list[Message]]:
     prompt = _question(record, fields[0]) if len(fields) == 3 else []
+    prompt, answers = _prompt_and_answers(prompt, [record["chosen"], record["rejected"]], where=where)
     chosen, rejected = (
-        _with_context(record, _answered(prompt, record[name], where=where), where=where, unused=unused)
-        for name in ("chosen", "rejected")
+        _with_context(record, _joined(prompt, answer, where=where), where=where, unused=unused) for answer in answers
     )
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"{where}: chosen and rejected must answer the same prompt. Mend or remove it.")
@@ -128,19 +128,42 @@ def _question(record: Mapping[str, Any], field: str) -> Any:
     return record[field]
 
 
-def _answered(prompt: Any, answer: Any, *, where: str) -> list[Any]:
-    """Join a prompt and one of its two answers, which may be a text that holds the whole dialogue (hh-rlhf)."""
-    if isinstance(answer, str):
-        if isinstance(prompt, str) and _dialogue(prompt) and prompt.rstrip().endswith("Assistant:"):
-            answer, prompt = answer if answer.startswith(prompt) else prompt + answer, []
-        if len(turns := _dialogue(answer)) > 1:
-            answer = turns
-        elif not prompt:
+def _prompt_and_answers(prompt: Any, answers: list[Any], *, where: str) -> tuple[Any, list[Any]]:
+    """Return a prompt and its two answers, with the turns of texts that hold the whole dialogue (hh-rlhf)."""
+    if not is_given(prompt) or (isinstance(prompt, str) and not prompt.strip()):
+        prompt = []
+    asked = _dialogue(prompt) if isinstance(prompt, str) else []
+    if asked and asked[-1] == {"role": "assistant", "content": ""}:
+        begins = prompt.strip()
+        texts = [a if not isinstance(a, str) or a.strip().startswith(begins) else prompt + a for a in answers]
+        return asked[:-1], [_dialogue(text) if isinstance(text, str) else text for text in texts]
+    turns = [_dialogue(answer) if isinstance(answer, str) else [] for answer in answers]
+    if prompt == []:
+        answers = [own if len(own) > 1 else answer for own, answer in zip(turns, answers, strict=True)]
+        if any(isinstance(answer, str) for answer in answers):
             raise ValueError(
                 f"{where}: chosen and rejected are texts without a prompt. Give a field prompt, lists of messages, or"
                 " texts of 'Human:' and 'Assistant:' turns."
             )
-    return _joined(prompt, answer, where=where)
+        return [], answers
+    if all(len(own) > 1 for own in turns):  # one alone is an answer that is written as a dialogue
+        return asked or prompt, turns
+    return prompt, _without_prompt(prompt, answers)
+
+
+def _without_prompt(prompt: Any, answers: list[Any]) -> list[Any]:
+    """Cut the prompt off two texts that both begin with it; where one alone does, it is an answer that quotes."""
+    last = prompt[-1] if isinstance(prompt, list) else {"content": prompt}
+    asked = last.get("content") if isinstance(last, Mapping) else None
+    if not isinstance(asked, str) or not all(isinstance(answer, str) for answer in answers):
+        return answers
+    asked = asked.strip()
+    rests = [answer.lstrip().removeprefix(asked) for answer in answers if answer.lstrip().startswith(asked)]
+    if len(rests) < 2 or not all(rest.strip() for rest in rests):
+        return answers
+    if asked[-1:].isalnum() and not all(rest[0].isspace() for rest in rests):  # "Hello" in "Hello! How are you?"
+        return answers
+    return [rest.removeprefix(" ").lstrip("\r\n") for rest in rests]
 
 
 def _dialogue(text: str) -> list[Message]:
@@ -155,18 +178,20 @@ def _dialogue(text: str) -> list[Message]:
 def _joined(prompt: Any, answer: Any, *, where: str) -> list[Any]:
     """Put a prompt before an answer, each a text or messages.
 
-    An answer that is the whole conversation has the prompt already; a system message may stand in one of them alone.
-    Raises ValueError where such a conversation begins otherwise than the prompt says.
+    An answer that is the whole conversation has the prompt already, as its beginning or as its last question; a system
+    message may stand in one of them alone. Raises ValueError where such a conversation has another prompt.
     """
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
     given, said = _turns(before), _turns(after)
-    if len(said) > len(given) and said[: len(given)] == given:
+    is_whole = after and isinstance(after[0], Mapping) and after[0].get("role") in ("user", "system", "developer")
+    begins, ends = said[: len(given)] == given, said[-len(given) - 1 : -1] == given
+    if len(said) > len(given) and (begins or (is_whole and ends)):
         return _with_system(_systems(before), after, where=where)
-    if after and isinstance(after[0], Mapping) and after[0].get("role") in ("user", "system", "developer"):
+    if is_whole:
         raise ValueError(
             f"{where}: the conversation of the answer begins otherwise than the prompt. Remove the prompt, or give the"
-            " answer alone."
+            " answer alone, as messages."
         )
     return [*before, *after]
 

@@ -44,8 +44,8 @@ class Family:
     block_size: int | None = None
     """Where config.json does not say; None: full attention."""
     published_blocks: dict[str, int | None] = field(default_factory=dict)
-    """Where checkpoints differ and config.json may not say: regular expressions of published names, and their blocks.
-    Nothing is guessed for other names."""
+    """Where checkpoints differ and config.json may not say: regular expressions of whole published names, and their
+    blocks. Nothing is guessed for other names."""
     shift_logits: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
     """Published settings of its sampler, by the names of `SamplingConfig`, which this layer does not know."""
@@ -103,10 +103,11 @@ class Family:
         may_be_full = None in self.published_blocks.values()
         if not self.published_blocks or (may_be_full and "block_size" in raw):
             return self.block_size
-        names = published_names(path, raw)
-        for pattern, size in self.published_blocks.items():
-            if any(re.search(pattern, name, re.IGNORECASE) for name in names):
-                return size
+        names = published_names(path)
+        blocks = self.published_blocks.items()
+        sizes = {size for name in names for pattern, size in blocks if re.fullmatch(pattern, name, re.IGNORECASE)}
+        if len(sizes) == 1:
+            return sizes.pop()
         full = " (null for full attention)" if may_be_full else ""
         raise ValueError(
             f"checkpoints of {self.name} differ in their blocks, and neither config.json (block_size) nor the name "
@@ -137,11 +138,17 @@ class Family:
         return raw | own
 
 
-def published_names(path: str | Path, raw: Raw) -> list[str]:
-    """List what a checkpoint may be called: its folder or hub id, its name in the hub's cache, what it was saved as."""
-    parts = Path(path).absolute().parts
-    cached = [part.removeprefix("models--").replace("--", "/") for part in parts if part.startswith("models--")]
-    return [parts[-1], *cached[-1:], str(raw.get("_name_or_path", ""))]
+def published_names(path: str | Path) -> list[str]:
+    """List what a checkpoint may have been published as: its folder or hub id, as given and behind links.
+
+    A folder of the hub's cache has the repository's name (models--OWNER--NAME/snapshots/COMMIT). `_name_or_path` in
+    config.json is no such name: a fine-tuned model keeps the name of its base there, whatever its own blocks are.
+    """
+    names = []
+    for folder in (Path(path).absolute(), Path(path).resolve()):
+        is_cached = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+        names.append(folder.parents[1].name.split("--")[-1] if is_cached else folder.name)
+    return names
 
 
 def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Family | None:
@@ -174,9 +181,14 @@ def known_model_types() -> list[str]:
 
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
 _OF_THE_FILE = ("model_type", "architectures", "auto_map", "transformers_version", "diffusion", "generation")
-_SDAR_BLOCKS: dict[str, int | None] = {rf"sdar.*-b{size}$": size for size in (4, 8, 16, 32, 64)}
-_SDAR_BLOCKS |= {r"sdar-[\d.]+b(-a3b)?-(chat|sci)$": 4}
-_A2D_BLOCKS = {"mdlm": None, r"opdlm-[\d.]+b": 4, r"diffusion-bd3lm-v0\.1$": 32}
+_SDAR = r"SDAR-[\d.]+B(-A3B)?-(Chat|Sci)"
+_SDAR_BLOCKS: dict[str, int | None] = {_SDAR: 4}
+_SDAR_BLOCKS |= {rf"{_SDAR}-b{size}": size for size in (4, 8, 16, 32, 64)}
+_A2D_BLOCKS = {
+    r"(?!.*(bd3lm|opdlm)).+-diffusion-mdlm-v0\.1": None,
+    r"(?!.*(mdlm|opdlm)).+-diffusion-bd3lm-v0\.1": 32,
+    r"OPDLM-[\d.]+B": 4,
+}
 
 FAMILIES = (
     Family(

@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from redraft.models.translations import Raw
@@ -129,16 +129,14 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """List the files that an index names. Raises ValueError for one that lies elsewhere or is missing."""
+    """List the files that an index names. Raises ValueError for a name that leads out of its folder."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"cannot read {index}: weight_map must name a file for each weight.")
-    folder = index.parent
-    # The hub's cache keeps its files beside the snapshots, which link to them.
-    root = (folder.parents[1] if folder.parent.name == "snapshots" else folder).resolve()
     names = sorted(set(shards.values()))
     for name in names:
-        if Path(name).name != name or ((folder / name).is_symlink() and root not in (folder / name).resolve().parents):
+        path = PureWindowsPath(name)  # which knows every separator and drive; links are the user's own, or the hub's
+        if path.anchor or not path.name or ".." in path.parts:
             raise ValueError(f"{index} looks for weights outside of the checkpoint: {name!r}, which is never read.")
     return names
 

@@ -47,6 +47,33 @@ FORMS = {
         "chosen": "\n\nHuman: ba?\n\nAssistant: lo",
         "rejected": "\n\nHuman: ba?\n\nAssistant: mi",
     },
+    "hh-rlhf with a prompt and all, without the space before": {
+        "prompt": "\n\nHuman: ba?\n\nAssistant:",
+        "chosen": "Human: ba?\n\nAssistant: lo",
+        "rejected": "Human: ba?\n\nAssistant: mi",
+    },
+    "hh-rlhf with a prompt and an answer as messages": {
+        "prompt": "\n\nHuman: ba?\n\nAssistant:",
+        "chosen": [A],
+        "rejected": " mi",
+    },
+    "hh-rlhf with a prompt that ends with its question": {
+        "prompt": "\n\nHuman: ba?",
+        "chosen": "\n\nHuman: ba?\n\nAssistant: lo",
+        "rejected": "\n\nHuman: ba?\n\nAssistant: mi",
+    },
+    "texts that repeat the prompt": {"prompt": "ba?", "chosen": "ba? lo", "rejected": "ba?\n\nmi"},
+    "texts that repeat a prompt of messages": {"prompt": [Q], "chosen": "ba? lo", "rejected": " ba?\nmi"},
+    "no prompt as null": {"prompt": None, "chosen": [Q, A], "rejected": [Q, B]},
+    "no prompt as an empty text": {"prompt": "", "chosen": [Q, A], "rejected": [Q, B]},
+    "no prompt as an empty list": {"prompt": [], "chosen": [Q, A], "rejected": [Q, B]},
+    "no prompt as a blank": {"prompt": " \n", "chosen": [Q, A], "rejected": [Q, B]},
+    "no instruction": {"instruction": "", "input": "", "chosen": [Q, A], "rejected": [Q, B]},
+    "hh-rlhf beside an empty prompt": {
+        "prompt": "",
+        "chosen": "\n\nHuman: ba?\n\nAssistant: lo",
+        "rejected": "\n\nHuman: ba?\n\nAssistant: mi",
+    },
     "instruction": {"instruction": "ba?", "input": "", "chosen": "lo", "rejected": "mi"},
     "question": {"question": "ba?", "chosen": "lo", "rejected": "mi"},
 }
@@ -58,6 +85,7 @@ SYSTEM_FORMS = {
     "in the prompt, and nothing else there": {"prompt": [S], "chosen": [Q, A], "rejected": [Q, B]},
     "in the conversations alone": {"prompt": [Q], "chosen": [S, Q, A], "rejected": [S, Q, B]},
     "in the conversations, the prompt a text": {"prompt": "ba?", "chosen": [S, Q, A], "rejected": [S, Q, B]},
+    "in the prompt, and the answers repeat it": {"prompt": [S, Q], "chosen": "ba? lo", "rejected": "ba? mi"},
     "in both": {"prompt": [S, Q], "chosen": [S, Q, A], "rejected": [S, Q, B]},
     "everywhere": {"prompt": [S, Q], "chosen": [S, Q, A], "rejected": [S, Q, B], "system": "be brief"},
 }
@@ -65,6 +93,13 @@ TURNS_FORMS = {
     "messages": {"prompt": MORE, "chosen": [A], "rejected": [B]},
     "whole": {"prompt": MORE, "chosen": [*MORE, A], "rejected": [*MORE, B]},
     "the first question as prompt": {"prompt": "ba?", "chosen": [*MORE, A], "rejected": [*MORE, B]},
+    "the last question as prompt": {"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [*MORE, B]},
+    "the last turns as prompt": {"prompt": MORE[1:], "chosen": [*MORE, A], "rejected": [*MORE, B]},
+    "the last question beside hh-rlhf": {
+        "prompt": "and ru?",
+        "chosen": "\n\nHuman: ba?\n\nAssistant: on\n\nHuman: and ru?\n\nAssistant: lo",
+        "rejected": "\n\nHuman: ba?\n\nAssistant: on\n\nHuman: and ru?\n\nAssistant: mi",
+    },
     "hh-rlhf": {
         "chosen": "\n\nHuman: ba?\n\nAssistant: on\n\nHuman: and ru?\n\nAssistant: lo",
         "rejected": "\n\nHuman: ba?\n\nAssistant: on\n\nHuman: and ru?\n\nAssistant: mi",
@@ -96,7 +131,12 @@ OTHER = {"role": "user", "content": "other?"}
     [
         ({"prompt": "other?", "chosen": [Q, A], "rejected": [Q, B]}, "begins otherwise than the prompt"),
         ({"prompt": [OTHER], "chosen": [S, Q, A], "rejected": [S, Q, B]}, "begins otherwise than the prompt"),
-        ({"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [*MORE, B]}, "begins otherwise than the prompt"),
+        ({"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [*MORE[:2], OTHER, B]}, "begins otherwise than"),
+        ({"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [OTHER, *MORE[1:], B]}, "answer the same prompt"),
+        ({"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [B]}, "answer the same prompt"),
+        ({"prompt": "", "chosen": "lo", "rejected": "mi"}, "chosen and rejected are texts without a prompt"),
+        ({"prompt": 0, "chosen": [A], "rejected": [B]}, "must be a string; got int"),
+        ({"prompt": "ba?", "chosen": "ba? lo", "rejected": "ba? lo"}, "are the same answer"),
         (
             {"prompt": "other?", "chosen": FORMS["hh-rlhf"]["chosen"], "rejected": FORMS["hh-rlhf"]["rejected"]},
             "begins otherwise than the prompt",
@@ -122,6 +162,40 @@ def test_an_answer_that_speaks_of_humans_is_a_text(read_one):
     pair = {"prompt": "Human: who?", "chosen": "Human: you", "rejected": "lo"}
     assert [turns[-1]["content"] for turns in read_one(pair)] == ["Human: you", "lo"]
     assert all(turns[0]["content"] == "Human: who?" for turns in read_one(pair))
+
+
+PLAY = "Human: hi\n\nAssistant: yo"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Write a play", PLAY, "lo"),
+        ("Write a play", "lo", f"\n\n{PLAY}"),
+        ("hi", PLAY, "lo"),
+        ("Human: who says Assistant:", "lo", "mi"),
+        ("ba?", "ba? lo", "mi"),
+        ("ba?", "mi", "ba? lo"),
+        ("ba?", "ba?", "ba? lo"),
+        ("Hello", "Hello! How are you?", "Hello."),
+        ("A", "Apple", "Ant"),
+    ],
+)
+def test_an_answer_that_does_not_surely_repeat_the_prompt_stays_as_it_is(read_one, prompt, chosen, rejected):
+    user = {"role": "user", "content": prompt}
+    answers = [{"role": "assistant", "content": text} for text in (chosen, rejected)]
+    assert read_one({"prompt": prompt, "chosen": chosen, "rejected": rejected}) == [[user, one] for one in answers]
+
+
+def test_what_follows_a_repeated_prompt_keeps_its_indent(read_one):
+    record = {"prompt": "def f(x):", "chosen": "def f(x):\n    return x", "rejected": "def f(x):\n    pass"}
+    assert [turns[1]["content"] for turns in read_one(record)] == ["    return x", "    pass"]
+
+
+def test_a_completion_that_begins_with_its_prompt_stays_as_it_is(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"prompt": "ba?", "completion": "ba? lo"}])
+    [conversation] = read_documents(source, kind="chat")
+    assert json.loads(conversation) == [Q, {"role": "assistant", "content": "ba? lo"}]
 
 
 def test_every_form_gives_the_same_tokens_and_targets(tmp_path, chat_tokenizer):

@@ -200,7 +200,11 @@ NAMES = {
     "hub/models--JetLM--SDAR-30B-A3B-Chat-b32/snapshots/0123abc": ("sdar-moe", 32),
     "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": ("a2d-qwen3", None),
     "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": ("a2d-qwen3", 32),
+    "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1": ("a2d-qwen2", 32),
+    "me/Llama-diffusion-mdlm-v0.1": ("a2d-llama", None),
     "divelab/OPDLM-8B": ("a2d-qwen3", 4),
+    "hub/models--divelab--OPDLM-0.6B/snapshots/0123abc": ("a2d-qwen3", 4),
+    "runs/../JetLM/SDAR-30B-A3B-Sci": ("sdar-moe", 4),
 }
 RAW = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 
@@ -216,10 +220,6 @@ def test_what_config_json_says_of_blocks_comes_before_the_name():
     assert config.diffusion["block_size"] == 8
     config = find_family({}, name="a2d-qwen3").config(RAW | {"block_size": None}, mask_token_id=60, path="OPDLM-4B")
     assert config.diffusion["block_size"] is None
-    config = find_family({}, name="sdar").config(
-        RAW | {"_name_or_path": "JetLM/SDAR-8B-Chat-b16"}, mask_token_id=60, path="mine"
-    )
-    assert config.diffusion["block_size"] == 16
 
 
 @pytest.mark.parametrize(
@@ -230,12 +230,57 @@ def test_what_config_json_says_of_blocks_comes_before_the_name():
         ("sdar", "Gen-Verse/TraDo-8B-Instruct"),
         ("a2d-qwen3", "models/Qwen3-0.6B-bd3lm"),
         ("a2d-llama", "checkpoint-final"),
+        ("a2d-llama", "bd3lm-from-mdlm"),
+        ("a2d-llama", "mdlm-vs-bd3lm-32"),
+        ("a2d-llama", "not-mdlm-but-bd3lm"),
+        ("a2d-llama", "bd3lm-from-Llama-diffusion-mdlm-v0.1"),
+        ("a2d-qwen3", "Qwen3-0.6B-diffusion-mdlm-v0.1-to-bd3lm"),
+        ("a2d-qwen3", "mdlm-of-Qwen3-0.6B-diffusion-bd3lm-v0.1"),
+        ("a2d-qwen3", "OPDLM-8B-bd3lm-16"),
+        ("sdar", "my-sdar-b16-ft"),
+        ("sdar", "SDAR-1.7B-Chat-b16-ft"),
+        ("sdar", "b32-from-SDAR-1.7B-Chat"),
+        ("sdar", "sdar-b4-to-sdar-b16"),
+        ("sdar", "hub/models--JetLM--SDAR-1.7B-Chat/snapshots/0123abc/my-b16"),
     ],
 )
 def test_blocks_that_nothing_tells_are_asked_for(family, path):
     with pytest.raises(ValueError, match=r'neither config.json .* tells .*"block_size": N .*--block-size N') as told:
         find_family({}, name=family).config(RAW, mask_token_id=60, path=path)
     assert Path(path).name in str(told.value)
+
+
+BASES = {
+    "sdar": "JetLM/SDAR-1.7B-Chat",
+    "a2d-llama": "dllm-hub/Llama-diffusion-mdlm-v0.1",
+    "a2d-qwen3": "divelab/OPDLM-8B",
+}
+
+
+@pytest.mark.parametrize("folder", ["mine", "my-bd3lm-run", "my-sdar-b16-ft"])
+@pytest.mark.parametrize("family", BASES)
+def test_the_name_of_the_base_of_a_fine_tuned_model_tells_nothing_of_its_blocks(family, folder):
+    raw = RAW | {"_name_or_path": BASES[family]}
+    with pytest.raises(ValueError, match=f"the name '{folder}' tells how many tokens"):
+        find_family({}, name=family).config(raw, mask_token_id=60, path=folder)
+
+
+@pytest.mark.parametrize(
+    ("target", "block_size"),
+    [("SDAR-8B-Chat-b16", 16), ("models--JetLM--SDAR-8B-Chat-b64/snapshots/0123abc", 64), ("SDAR-8B-Chat", 4)],
+)
+def test_a_link_to_a_published_checkpoint_keeps_its_name(tmp_path, target, block_size):
+    (tmp_path / target).mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / target)
+    config = find_family({}, name="sdar").config(RAW, mask_token_id=60, path=tmp_path / "model")
+    assert config.diffusion["block_size"] == block_size
+
+
+def test_a_link_whose_name_tells_of_other_blocks_than_its_target_is_asked_about(tmp_path):
+    (tmp_path / "SDAR-8B-Chat").mkdir()
+    (tmp_path / "SDAR-8B-Chat-b16").symlink_to(tmp_path / "SDAR-8B-Chat")
+    with pytest.raises(ValueError, match="checkpoints of sdar differ in their blocks"):
+        find_family({}, name="sdar").config(RAW, mask_token_id=60, path=tmp_path / "SDAR-8B-Chat-b16")
 
 
 def test_asked_for_blocks_are_taken_from_the_conversion(tmp_path):

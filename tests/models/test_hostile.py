@@ -105,8 +105,15 @@ def outside(name):
 
 
 def linked(folder):
+    """Put the shard on another disk, with a link of the user's own in its place."""
     outside("shard.safetensors")(folder)
     (folder / "shard.safetensors").symlink_to(folder.parent / "secret.safetensors")
+
+
+def in_a_folder(folder):
+    shards("weights/shard-1.safetensors", keep=True)(folder)
+    (folder / "weights").mkdir()
+    (folder / WEIGHTS).rename(folder / "weights" / "shard-1.safetensors")
 
 
 class Evil:
@@ -279,7 +286,13 @@ CASES = {
     "shard above": outside("../secret.safetensors"),
     "shard above twice": outside("a/../../secret.safetensors"),
     "shard absolute": outside(None),
+    "shard above by backslashes": outside("..\\secret.safetensors"),
+    "shard above of a name": outside(".."),
+    "shard of no name": outside(""),
+    "shard on a drive": outside("C:secret.safetensors"),
+    "shard on a share": outside("\\\\host\\share\\secret.safetensors"),
     "shard linked": linked,
+    "shard in a folder": in_a_folder,
     "shard of a number": shards(3),
     "index without a map": shards("shard-1.safetensors", weight_map=None),
     "index of a list": shards("shard-1.safetensors", weight_map=["a"]),
@@ -462,7 +475,11 @@ TOLD = {
     "shard above": "looks for weights outside of the checkpoint",
     "shard above twice": "looks for weights outside of the checkpoint",
     "shard absolute": "looks for weights outside of the checkpoint",
-    "shard linked": "looks for weights outside of the checkpoint",
+    "shard above by backslashes": "looks for weights outside of the checkpoint",
+    "shard above of a name": "looks for weights outside of the checkpoint",
+    "shard of no name": "looks for weights outside of the checkpoint",
+    "shard on a drive": "looks for weights outside of the checkpoint",
+    "shard on a share": "looks for weights outside of the checkpoint",
     "shard of a number": "weight_map must name a file for each weight.",
     "index without a map": "weight_map must name a file for each weight.",
     "index of a list": "weight_map must name a file for each weight.",
@@ -520,6 +537,8 @@ LOADS = {
     "generation of a setting unknown",
     "weights without metadata",
     "shard whole",
+    "shard linked",
+    "shard in a folder",
     "pickle",
     "tokenizer of ids huge",
     "tokenizer absent",
@@ -608,7 +627,11 @@ def test_the_hubs_cache_may_link_its_shards_to_its_files(whole, tmp_path):
     (tmp_path / "models--a--b" / "blobs").mkdir()
     (snapshot / "shard-1.safetensors").rename(tmp_path / "models--a--b" / "blobs" / "f00")
     (snapshot / "shard-1.safetensors").symlink_to("../../blobs/f00")
-    assert redraft.load(snapshot, device="cpu").model is not None
+    (tmp_path / "link").symlink_to(snapshot)
+    ids = torch.arange(3, 9)[None]
+    expected = redraft.load(whole, device="cpu").logits(ids)
+    for path in (snapshot, tmp_path / "link"):
+        assert torch.equal(redraft.load(path, device="cpu").logits(ids), expected)
 
 
 def test_a_gguf_file_is_told_to_be_converted(tmp_path):
