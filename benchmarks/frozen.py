@@ -105,7 +105,7 @@ def _losses(recipes: list[str] | None, steps: int) -> dict[str, Any]:
         train = replace(config.train, max_steps=steps, save_every=steps, device="cpu")
         config = replace(config, train=train)
         if isinstance(config, LatentRunConfig):
-            from redraft.training.latent import run
+            from redraft.training.latent import run_stage as run
         else:
             from redraft.training.run import run
         run(config)
