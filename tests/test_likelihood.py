@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from redraft.likelihood import NoiseKey, draw_noise
+from redraft.likelihood import CleanRows, NoiseKey, draw_noise
 from redraft.processes.masked import MaskedDiffusion
 
 PROCESS = MaskedDiffusion(mask_token_id=2)
@@ -26,3 +27,17 @@ def test_a_row_sees_every_noise_level_over_the_steps():
 
 def test_noise_does_not_depend_on_the_split_into_batches():
     assert torch.equal(times(5, [0, 1, 2, 3], 4), torch.cat([times(5, [0, 1], 4), times(5, [2, 3], 4)]))
+
+
+@pytest.mark.parametrize(
+    ("has_padding", "isolate_segments", "is_told"),
+    [(True, False, True), (False, True, True), (True, True, True), (False, False, False)],
+)
+def test_attention_is_told_of_segments_where_there_is_padding_or_documents_are_kept_apart(
+    has_padding, isolate_segments, is_told
+):
+    ids = torch.tensor([[1, 1, 2, 2]])
+    rows = CleanRows(
+        x_0=ids, segment_ids=ids, is_target=ids > 0, has_padding=has_padding, isolate_segments=isolate_segments
+    )
+    assert (rows.attended_segments is ids) == is_told

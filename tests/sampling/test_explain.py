@@ -107,6 +107,15 @@ def test_a_trace_counts_the_steps_of_its_row():
         assert trace.num_steps == len(list(lm.stream(prompt, max_new_tokens=8, steps=4, block_size=4)))
 
 
+@pytest.mark.parametrize("padding", [0, 1, 2, 5])
+def test_a_trace_ends_where_the_padding_of_its_batch_begins(padding):
+    lm = tiny_lm()
+    alone, beside = [5, 6], [7] * (2 + padding)
+    trace = lm.generate([alone, beside], max_new_tokens=4, stop=None, trace=True).trace[0]
+    assert trace.is_given == [True, True, False, False, False, False]
+    assert len(trace.token_ids) == len(trace.is_noise) == 6
+
+
 def test_the_command_writes_a_page_and_sums_up(model_folder, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert main([str(model_folder), "the ", "--out", str(out), "--max-new-tokens", "6", "--steps", "3"]) == 0
