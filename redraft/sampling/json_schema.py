@@ -36,8 +36,8 @@ FORMATS = {
     "uuid": "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
 }
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
-_ANNOTATIONS |= {"$schema", "$id", "id", "$anchor", "$comment", "$defs", "definitions"}
-_DATA = {"default", "examples", "const", "enum"}
+_ANNOTATIONS |= {"$schema", "$id", "id", "$anchor", "$comment", "$defs", "definitions", "discriminator"}
+_DATA = {"default", "examples", "discriminator", "const", "enum"}
 """Keywords whose values are no schemas, and hold no $id and no $anchor, whatever they look like."""
 _MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
 """Keywords whose values are objects of schemas by name."""
@@ -123,12 +123,16 @@ def _check(schema: Any) -> None:
         raise _refuse(f"a schema must be {_SCHEMA}", schema, "Edit it.")
     for key in sorted(schema.keys() - _ANNOTATIONS):
         value = schema[key]
-        if key == "uniqueItems" and value is False:
+        if (key == "uniqueItems" and value is False) or (key == "multipleOf" and _is_one_of_integers(value, schema)):
             continue
         if key not in _ALL_KEYWORDS:
             raise _refuse("unsupported keyword", key, f"Supported are {', '.join(sorted(_ALL_KEYWORDS))}.")
         if key in _EXPECTED and not _fits(key, value, schema):
             raise _refuse(f"{key} must be {_EXPECTED[key]}", value, "Edit it.")
+
+
+def _is_one_of_integers(value: Any, schema: Mapping[str, Any]) -> bool:
+    return _is_number(value) and value == 1 and schema.get("type") == "integer"
 
 
 def _fits(key: str, value: Any, schema: Mapping[str, Any]) -> bool:

@@ -41,6 +41,18 @@ def walk(automaton, distance, rng):
     return text.decode()
 
 
+PETS = {
+    "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/cat", "id": "#/$defs/id", "$anchor": "cat"}},
+    "oneOf": [{"$ref": "#cat"}, {"$ref": "#/$defs/id"}],
+    "$defs": {
+        "cat": {"type": "object", "$anchor": "cat", "required": ["kind"], "properties": {"kind": {"const": "cat"}}},
+        "id": {
+            "type": "object",
+            "required": ["kind"],
+            "properties": {"kind": {"const": "id"}, "no": {"type": "integer"}},
+        },
+    },
+}
 TREE = {"type": "object", "required": ["v"], "properties": {"v": {"type": "null"}, "l": {"$ref": "#"}}}
 SUPPORTED = [
     {"type": "string"},
@@ -106,6 +118,9 @@ SUPPORTED = [
     {"$ref": "#x", "examples": [{"$anchor": "x"}], "$defs": {"a": {"$anchor": "x", "const": {"$anchor": "x"}}}},
     {"$ref": "#x", "$defs": {"a": {"$anchor": "x", "const": 4}, "b": {"$id": "b.json", "$anchor": "x", "const": 5}}},
     {"$ref": "#/$defs/group/a", "$defs": {"group": {"a": {"$ref": "#/$defs/b"}}, "b": {"const": 6}}},
+    PETS,
+    {"type": "integer", "multipleOf": 1, "minimum": -2.5, "maximum": 11},
+    {"type": "integer", "multipleOf": 1.0},
     TREE,
     {"title": "t", "description": "d", "default": 1, "examples": [], "$comment": "c", "deprecated": True,
      "readOnly": True, "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "null"},
@@ -162,6 +177,8 @@ def test_numbers_inside_random_bounds_are_let_through_and_no_others(is_integer):
         ({"$ref": "#/$defs/a", "examples": [{"id": "x"}], "$defs": {"a": {"type": "integer"}}}, "12"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$id": "a.json", "const": 3}}}, "3"),
         ({"$ref": "#x", "default": {"$anchor": "x"}, "$defs": {"a": {"$anchor": "x", "const": 4}}}, "4"),
+        (PETS, '{"kind":"id","no":7}'),
+        ({"type": "integer", "multipleOf": 1}, "-12"),
         ({"properties": {c: {"type": "null"} for c in "abcdef"}}, '{"b":null,"c":null,"f":null}'),
         ({"properties": {c: {"type": "null"} for c in "abc"}, "required": ["b"]}, '{"b":null,"c":null}'),
         ({"properties": {c: {"type": "null"} for c in "abc"}}, "{}"),
@@ -180,6 +197,7 @@ def test_what_a_schema_means_is_let_through(schema, text):
         ({"properties": {c: {"type": "null"} for c in "abc"}, "required": ["b"]}, '{"a":null}'),
         ({"pattern": r"^\d$"}, '"٣"'),
         ({"type": "integer", "minimum": -5}, "-0"),
+        (PETS, '{"kind":"cat","no":7}'),
     ],
 )
 def test_what_a_schema_does_not_mean_is_not_let_through(schema, text):
@@ -191,6 +209,9 @@ REFUSED = [
         ("contains", False), ("not", False), ("if", False), ("uniqueItems", True), ("propertyNames", False),
         ("patternProperties", {}), ("dependentRequired", {}), ("dependentSchemas", {}), ("minContains", 0),
         ("prefixItems", []), ("multipleOf", 2), ("$dynamicRef", "#a"), ("additionalItems", False), ("minLenght", 3),
+    ]),
+    *(({"type": kind, "multipleOf": value}, "unsupported keyword; got 'multipleOf'") for kind, value in [
+        ("integer", 2), ("integer", True), ("integer", "1"), ("integer", 0.5), ("number", 1), (["integer", "null"], 1),
     ]),
     *(({key: value}, f"{key} must be a whole number from 0; got {value!r}")
       for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
