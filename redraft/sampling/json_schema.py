@@ -212,7 +212,7 @@ class _Writer:
             values = schema["enum"] if key == "enum" else [schema["const"]]
             self.spend(len(values))
             kinds = _kinds(schema) if "type" in schema else None
-            return _either([_text(value) for value in values if kinds is None or _kind_of(value) & set(kinds)])
+            return _one_of([value for value in values if kinds is None or _kind_of(value) & set(kinds)])
         options = schema[key]
         if key == "allOf" and len(options) > 1:
             raise _refuse("allOf of several schemas", options, "Merge them into one.")
@@ -361,11 +361,19 @@ def _either(options: list[Pattern | None]) -> Pattern | None:
     return ("either", *possible) if possible else None
 
 
+def _one_of(values: list[Any]) -> Pattern | None:
+    """Write constants; the marks around texts are written once, which saves a step for each text and place."""
+    texts = [_text(value) for value in values]
+    inside = [("text", text[1:-1]) for _, text in texts if text.startswith('"')]
+    quoted = [("join", _QUOTE, ("either", *inside), _QUOTE)] if inside else []
+    return _either([*quoted, *(text for text in texts if not text[1].startswith('"'))])
+
+
 def _times(least: float, most: float, pattern: Pattern) -> Pattern:
     return ("repeat", int(least), None if most == math.inf else int(most), pattern)
 
 
-def _text(value: Any) -> Pattern:
+def _text(value: Any) -> tuple[str, str]:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise _refuse("a text that UTF-8 cannot write", value, "Leave out lone surrogates.")

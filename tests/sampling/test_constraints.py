@@ -423,6 +423,10 @@ LEGITIMATE = {
     ),
     "an enum of 3000": (JsonSchema({"enum": WORDS}), f'"{WORDS[2999]}"'),
     "a choice of 3000": (Choice(WORDS), WORDS[77]),
+    "two enums of 5000": (
+        JsonSchema({"properties": {key: {"enum": [7, *(f"value_{i}" for i in range(5000)), 'a"b']} for key in "ab"}}),
+        '{"a":"value_4999","b":"a\\"b"}',
+    ),
 }
 
 
