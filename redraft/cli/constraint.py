@@ -1,5 +1,6 @@
 """Flags that say what generated text must be."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class ConstraintArguments:
 def _schema_text(given: str) -> str:
     from redraft.sampling.json_schema import MAX_CHARACTERS
 
-    if given.lstrip().startswith(("{", "true")):
+    if _is_json(given):
         return given
     try:
         with Path(given).open(encoding="utf-8") as file:
@@ -41,3 +42,14 @@ def _schema_text(given: str) -> str:
         raise ValueError(
             f"json_schema must be a schema or a file that holds one; got {given!r:.200}: {reason}."
         ) from error
+
+
+def _is_json(given: str) -> bool:
+    """Tell a schema from the name of a file. What begins as an object is one, so that its errors are named."""
+    try:
+        json.loads(given)
+    except RecursionError:
+        return True
+    except ValueError:
+        return given.lstrip().startswith("{")
+    return True

@@ -218,8 +218,8 @@ class TokenAutomaton:
             label=label,
             from_states=from_states,
             state_starts=state_starts,
-            label_members=np.concatenate(members),
-            label_starts=np.cumsum([0, *map(len, members[:-1])]),
+            label_members=np.concatenate([token_class[:0], *members]),
+            label_starts=np.cumsum([0, *map(len, members)])[:-1],
         )
 
 

@@ -36,7 +36,11 @@ FORMATS = {
     "uuid": "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}",
 }
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
-_ANNOTATIONS |= {"$schema", "$id", "id", "$anchor", "$comment", "$defs", "definitions"}
+_ANNOTATIONS |= {"$schema", "$id", "id", "$anchor", "$comment", "$defs", "definitions", "discriminator"}
+_DATA = {"default", "examples", "discriminator", "const", "enum"}
+"""Keywords whose values are no schemas, and hold no $id and no $anchor, whatever they look like."""
+_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
+"""Keywords whose values are objects of schemas by name."""
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _KEYWORDS = {
     "object": {
@@ -119,12 +123,16 @@ def _check(schema: Any) -> None:
         raise _refuse(f"a schema must be {_SCHEMA}", schema, "Edit it.")
     for key in sorted(schema.keys() - _ANNOTATIONS):
         value = schema[key]
-        if key == "uniqueItems" and value is False:
+        if (key == "uniqueItems" and value is False) or (key == "multipleOf" and _is_one_of_integers(value, schema)):
             continue
         if key not in _ALL_KEYWORDS:
             raise _refuse("unsupported keyword", key, f"Supported are {', '.join(sorted(_ALL_KEYWORDS))}.")
         if key in _EXPECTED and not _fits(key, value, schema):
             raise _refuse(f"{key} must be {_EXPECTED[key]}", value, "Edit it.")
+
+
+def _is_one_of_integers(value: Any, schema: Mapping[str, Any]) -> bool:
+    return _is_number(value) and value == 1 and schema.get("type") == "integer"
 
 
 def _fits(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
@@ -199,12 +207,12 @@ class _Writer:
 
     def _combined(self, key: str, schema: Mapping[str, Any], depth: int) -> Pattern | None:
         if key == "$ref":
-            return self.value(self._resolve(schema["$ref"]), depth)
+            return self.value(self._resolve(schema), depth)
         if key in ("enum", "const"):
             values = schema["enum"] if key == "enum" else [schema["const"]]
             self.spend(len(values))
             kinds = _kinds(schema) if "type" in schema else None
-            return _either([_text(value) for value in values if kinds is None or _kind_of(value) & set(kinds)])
+            return _one_of([value for value in values if kinds is None or _kind_of(value) & set(kinds)])
         options = schema[key]
         if key == "allOf" and len(options) > 1:
             raise _refuse("allOf of several schemas", options, "Merge them into one.")
@@ -289,28 +297,30 @@ class _Writer:
         for _ in range(20):
             if not isinstance(schema, Mapping) or "$ref" not in schema:
                 return schema
-            schema = self._resolve(schema["$ref"])
+            schema = self._resolve(schema)
         return schema
 
     @cached_property
-    def anchors(self) -> dict[str, list[Any]]:
-        """The schemas that a name leads to."""
-        found: dict[str, list[Any]] = {}
-        for part in _objects(self.root):
+    def references(self) -> tuple[dict[str, list[Any]], set[int]]:
+        """Return the schemas that a name leads to, and the ids of those whose $ref starts from the root."""
+        named: dict[str, list[Any]] = {}
+        inside = list(_subschemas(self.root))
+        for part in inside:
             names = [f"#{part['$anchor']}"] if isinstance(part.get("$anchor"), str) else []
-            names += [part[key] for key in ("$id", "id") if isinstance(part.get(key), str)]
-            for name in names:
-                found.setdefault(name, []).append(part)
-                if not name.startswith("#") and part is not self.root:
-                    raise _refuse("a $ref in a schema with another $id inside", name, "Leave it out.")
-        return found
+            for name in [*names, *_ids(part)]:
+                named.setdefault(name, []).append(part)
+        return named, {id(part) for part in inside}
 
-    def _resolve(self, reference: Any) -> Any:
+    def _resolve(self, schema: Mapping[str, Any]) -> Any:
+        reference = schema["$ref"]
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise _refuse("a $ref must point into the schema itself", reference, "Copy what it names under $defs.")
-        anchors, path = self.anchors, unquote(reference)
+        named, from_root = self.references
+        if id(schema) not in from_root:
+            raise _refuse("a $ref inside data, or inside a part with an $id", reference, "Leave the $id out.")
+        path = unquote(reference)
         if not path.startswith("#/") and path != "#":
-            found = anchors.get(path, [])
+            found = named.get(path, [])
             if len(found) != 1:
                 raise _refuse("a $ref to an $anchor must lead to one schema", reference, f"It leads to {len(found)}.")
             return found[0]
@@ -328,13 +338,22 @@ class _Writer:
 _PENDING = "pending"
 
 
-def _objects(root: Any) -> Iterator[Any]:
+def _ids(schema: Mapping[str, Any]) -> list[str]:
+    return [schema[key] for key in ("$id", "id") if isinstance(schema.get(key), str)]
+
+
+def _subschemas(root: Any) -> Iterator[Any]:
+    """Yield a schema and those inside, but for parts with an $id: theirs is another root. Data are not looked at."""
     stack = [root]
     while stack:
         part = stack.pop()
-        if isinstance(part, dict):
+        if isinstance(part, list):
+            stack += part
+        elif isinstance(part, dict) and (part is root or all(name.startswith("#") for name in _ids(part))):
             yield part
-        stack += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+            for key in part.keys() - _DATA:
+                value = part[key]
+                stack += value.values() if key in _MAPS and isinstance(value, dict) else [value]
 
 
 def _either(options: list[Pattern | None]) -> Pattern | None:
@@ -342,11 +361,19 @@ def _either(options: list[Pattern | None]) -> Pattern | None:
     return ("either", *possible) if possible else None
 
 
+def _one_of(values: list[Any]) -> Pattern | None:
+    """Write constants; the marks around texts are written once, which saves a step for each text and place."""
+    texts = [_text(value) for value in values]
+    inside = [("text", text[1:-1]) for _, text in texts if text.startswith('"')]
+    quoted = [("join", _QUOTE, ("either", *inside), _QUOTE)] if inside else []
+    return _either([*quoted, *(text for text in texts if not text[1].startswith('"'))])
+
+
 def _times(least: float, most: float, pattern: Pattern) -> Pattern:
     return ("repeat", int(least), None if most == math.inf else int(most), pattern)
 
 
-def _text(value: Any) -> Pattern:
+def _text(value: Any) -> tuple[str, str]:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise _refuse("a text that UTF-8 cannot write", value, "Leave out lone surrogates.")

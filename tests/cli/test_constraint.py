@@ -16,6 +16,31 @@ def test_a_schema_is_read_from_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("false", "no value fits the schema"),
+        (" []\n", "a schema must be an object or a boolean; got []"),
+        ("null", "a schema must be an object or a boolean; got None"),
+        ("5", "a schema must be an object or a boolean; got 5"),
+        ('"string"', "a schema must be an object or a boolean; got 'string'"),
+        ("NaN", "the JSON schema is not JSON"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+        ('{"type": ', "the JSON schema is not JSON"),
+    ],
+)
+def test_json_is_a_schema_and_no_name_of_a_file_and_is_refused_for_what_it_is(given, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        ConstraintArguments(json_schema=given).constraint().automaton()
+
+
+@pytest.mark.parametrize("name", ["true.json", "[a].json", "5.json"])
+def test_a_file_whose_name_begins_like_json_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text('{"type": "null"}', encoding="utf-8")
+    assert ConstraintArguments(json_schema=name).constraint().parts == (JsonSchema('{"type": "null"}'),)
+
+
+@pytest.mark.parametrize(
     ("name", "reason"),
     [
         ("latin.json", "it is no name of a text in UTF-8"),

@@ -259,6 +259,9 @@ def check(constraint, length, *, given=None, eos=EOS, vocab=VOCAB):
     [
         (Regex("a{30}b"), {"length": 5}, "shortest text that satisfies the constraint has 30 tokens; got 5"),
         (Choice(["ab", "zzzz"]), {"length": 9, "eos": None}, "lengths near it that do are 1, 2, 4"),
+        *((constraint, {"length": 1, "eos": None}, "fills a canvas of 1 tokens; lengths near it that do are 0")
+          for constraint in (Regex(""), Choice([""]), Regex("(?:)*"), Length(max_chars=0), Length(max_tokens=0))),
+        (Regex("(?:日z)?"), {"length": 2, "eos": None, "vocab": [None, b"z"]}, "lengths near it that do are 0"),
         (Regex("[ab]*"), {"length": 3, "given": {1: EOS, 2: 100}}, "the given tokens must leave a text of 3 tokens"),
         (Spans({4: [5]}), {"length": 3}, "up to position 4; got 3 tokens"),
         (Length(min_tokens=7), {"length": 3}, "has 7 tokens; got 3"),
@@ -420,6 +423,10 @@ LEGITIMATE = {
     ),
     "an enum of 3000": (JsonSchema({"enum": WORDS}), f'"{WORDS[2999]}"'),
     "a choice of 3000": (Choice(WORDS), WORDS[77]),
+    "two enums of 5000": (
+        JsonSchema({"properties": {key: {"enum": [7, *(f"value_{i}" for i in range(5000)), 'a"b']} for key in "ab"}}),
+        '{"a":"value_4999","b":"a\\"b"}',
+    ),
 }
 
 

@@ -41,6 +41,18 @@ def walk(automaton, distance, rng):
     return text.decode()
 
 
+PETS = {
+    "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/cat", "id": "#/$defs/id", "$anchor": "cat"}},
+    "oneOf": [{"$ref": "#cat"}, {"$ref": "#/$defs/id"}],
+    "$defs": {
+        "cat": {"type": "object", "$anchor": "cat", "required": ["kind"], "properties": {"kind": {"const": "cat"}}},
+        "id": {
+            "type": "object",
+            "required": ["kind"],
+            "properties": {"kind": {"const": "id"}, "no": {"type": "integer"}},
+        },
+    },
+}
 TREE = {"type": "object", "required": ["v"], "properties": {"v": {"type": "null"}, "l": {"$ref": "#"}}}
 SUPPORTED = [
     {"type": "string"},
@@ -98,6 +110,17 @@ SUPPORTED = [
     {"$ref": "#here", "$defs": {"a": {"$anchor": "here", "const": 2}}},
     {"$ref": "#/$defs/o/anyOf/1", "$defs": {"o": {"anyOf": [{"const": 1}, {"const": 2}]}}},
     {"$ref": "#/$defs/a%20b~1c~0d%25", "$defs": {"a b/c~d%": {"const": 3}}},
+    {"items": {"$ref": "#/$defs/a"}, "examples": [{"id": "x"}], "$defs": {"a": {"type": "integer"}}},
+    {"items": {"$ref": "#/$defs/a"}, "default": {"$id": "x"}, "$defs": {"a": {"enum": [{"$id": "http://x/y"}]}}},
+    {"properties": {"id": {"const": {"id": "z"}}, "$id": {"$ref": "#/$defs/$id"}}, "$defs": {"$id": {"const": 1}}},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$id": "a.json", "type": "null"}}},
+    {"items": {"$ref": "#"}, "maxItems": 2, "type": "array", "$defs": {"b": {"$id": "http://x/b"}}},
+    {"$ref": "#x", "examples": [{"$anchor": "x"}], "$defs": {"a": {"$anchor": "x", "const": {"$anchor": "x"}}}},
+    {"$ref": "#x", "$defs": {"a": {"$anchor": "x", "const": 4}, "b": {"$id": "b.json", "$anchor": "x", "const": 5}}},
+    {"$ref": "#/$defs/group/a", "$defs": {"group": {"a": {"$ref": "#/$defs/b"}}, "b": {"const": 6}}},
+    PETS,
+    {"type": "integer", "multipleOf": 1, "minimum": -2.5, "maximum": 11},
+    {"type": "integer", "multipleOf": 1.0},
     TREE,
     {"title": "t", "description": "d", "default": 1, "examples": [], "$comment": "c", "deprecated": True,
      "readOnly": True, "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "null"},
@@ -151,6 +174,11 @@ def test_numbers_inside_random_bounds_are_let_through_and_no_others(is_integer):
         ({"minimum": 0.1, "maximum": 0.9}, "0.1"),
         ({"type": "integer", "minimum": 2 * 10**18}, "2000000000000000001"),
         ({"$ref": "#here", "$defs": {"a": {"$id": "#here", "const": 2}}}, "2"),
+        ({"$ref": "#/$defs/a", "examples": [{"id": "x"}], "$defs": {"a": {"type": "integer"}}}, "12"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$id": "a.json", "const": 3}}}, "3"),
+        ({"$ref": "#x", "default": {"$anchor": "x"}, "$defs": {"a": {"$anchor": "x", "const": 4}}}, "4"),
+        (PETS, '{"kind":"id","no":7}'),
+        ({"type": "integer", "multipleOf": 1}, "-12"),
         ({"properties": {c: {"type": "null"} for c in "abcdef"}}, '{"b":null,"c":null,"f":null}'),
         ({"properties": {c: {"type": "null"} for c in "abc"}, "required": ["b"]}, '{"b":null,"c":null}'),
         ({"properties": {c: {"type": "null"} for c in "abc"}}, "{}"),
@@ -169,6 +197,7 @@ def test_what_a_schema_means_is_let_through(schema, text):
         ({"properties": {c: {"type": "null"} for c in "abc"}, "required": ["b"]}, '{"a":null}'),
         ({"pattern": r"^\d$"}, '"٣"'),
         ({"type": "integer", "minimum": -5}, "-0"),
+        (PETS, '{"kind":"cat","no":7}'),
     ],
 )
 def test_what_a_schema_does_not_mean_is_not_let_through(schema, text):
@@ -180,6 +209,9 @@ REFUSED = [
         ("contains", False), ("not", False), ("if", False), ("uniqueItems", True), ("propertyNames", False),
         ("patternProperties", {}), ("dependentRequired", {}), ("dependentSchemas", {}), ("minContains", 0),
         ("prefixItems", []), ("multipleOf", 2), ("$dynamicRef", "#a"), ("additionalItems", False), ("minLenght", 3),
+    ]),
+    *(({"type": kind, "multipleOf": value}, "unsupported keyword; got 'multipleOf'") for kind, value in [
+        ("integer", 2), ("integer", True), ("integer", "1"), ("integer", 0.5), ("number", 1), (["integer", "null"], 1),
     ]),
     *(({key: value}, f"{key} must be a whole number from 0; got {value!r}")
       for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
@@ -204,7 +236,11 @@ REFUSED = [
     ({"$ref": "#nowhere"}, "a $ref to an $anchor must lead to one schema"),
     ({"$ref": "#/$defs/o/anyOf/7", "$defs": {"o": {"anyOf": [{}]}}}, "a $ref that leads nowhere"),
     ({"$ref": "http://example.com/x"}, "a $ref must point into the schema itself"),
-    ({"items": {"$ref": "#"}, "$defs": {"b": {"$id": "http://x/b"}}}, "a $ref in a schema with another $id inside"),
+    *(({"$ref": "#/$defs/b", "$defs": {"b": {key: name, "items": {"$ref": "#"}}}}, "inside a part with an $id; got '#'")
+      for key, name in [("$id", "http://x/b"), ("$id", "b.json"), ("id", "/b")]),
+    ({"$ref": "#/examples/0", "examples": [{"$id": "x", "$ref": "#/a"}]}, "inside data, or inside a part with an $id"),
+    ({"$ref": "#x", "$defs": {"a": {"$anchor": "x"}, "b": {"not": {"$anchor": "x"}}}}, "It leads to 2"),
+    ({"$ref": "#x", "$defs": {"b": {"$id": "b.json", "items": {"$anchor": "x"}}}}, "It leads to 0"),
     ({"type": "integer", "minimum": 0.1, "maximum": 0.9}, "no value fits the schema"),
     ({"const": float("nan")}, "the JSON schema is not JSON"),
     ({"const": {1, 2}}, "the JSON schema is not JSON"),
