@@ -90,13 +90,13 @@ def _equivalent(table: Ints, is_final: Bools) -> Ints:
     """Group the states that no text tells apart: Moore's refinement by the groups that a state leads to.
 
     A round looks only at states that lead to what was split off in the round before, and the largest part of a group
-    keeps its number, so that a long chain costs one short round per state.
+    keeps its number, so that a state is split off a logarithmic number of times.
     """
     transitions = np.argsort(table, axis=None, kind="stable")
     begins = np.searchsorted(table.ravel()[transitions], np.arange(len(table) + 1)).tolist()
     leads_from = transitions // table.shape[1]
     group = is_final.astype(np.int32)
-    size, sign_of = np.bincount(group, minlength=2).tolist(), [b"", b""]
+    members, sign_of = [set(np.flatnonzero(group == number).tolist()) for number in range(2)], [b"", b""]
     dirty, work = list(range(len(table))), 0
     while dirty:
         work += len(dirty)
@@ -107,13 +107,17 @@ def _equivalent(table: Ints, is_final: Bools) -> Ints:
             parts.setdefault(number, {}).setdefault(row.tobytes(), []).append(state)
         moved: list[int] = []
         for number, part in parts.items():
-            is_whole = sum(map(len, part.values())) == size[number]
-            if is_whole:
-                sign_of[number] = max(part, key=lambda sign: len(part[sign]))
-            for sign in [sign for sign in part if sign != sign_of[number]]:
-                group[part[sign]] = len(size)
-                size[number] -= len(part[sign])
-                size.append(len(part[sign]))
+            # States that were not looked at are as they were. They are listed only if they are not the largest part.
+            num_others = len(members[number]) - sum(map(len, part.values()))
+            largest = max(part, key=lambda sign: len(part[sign]))
+            if len(part[largest]) > num_others + len(part.get(sign_of[number], ())):
+                others = members[number].difference(*part.values())
+                part.setdefault(sign_of[number], []).extend(others)
+                sign_of[number] = largest
+            for sign in [sign for sign in part if part[sign] and sign != sign_of[number]]:
+                group[part[sign]] = len(members)
+                members[number].difference_update(part[sign])
+                members.append(set(part[sign]))
                 sign_of.append(sign)
                 moved += part[sign]
         spans = [leads_from[begins[state] : begins[state + 1]] for state in moved]

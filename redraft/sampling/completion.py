@@ -260,9 +260,8 @@ class CompiledConstraint:
                 break
             is_here, before = np.zeros_like(is_here), is_here
             is_here[to[before[state]]] = True
-        bounds = (
-            f" of {limits.min_tokens} to {limits.max_tokens or 'any number of'} tokens" if limits != Limits() else ""
-        )
+        most = "any number of" if limits.max_tokens is None else limits.max_tokens
+        bounds = f" of {limits.min_tokens} to {most} tokens" if limits != Limits() else ""
         if not possible:
             return f"no text{bounds} in this vocabulary satisfies the constraint. Loosen it."
         if length < possible[0]:

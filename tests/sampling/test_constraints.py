@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from redraft.sampling.automaton import ByteAutomaton
 from redraft.sampling.completion import MAX_TAILS
 from redraft.sampling.constraints import All, Choice, Contains, JsonSchema, Length, Regex, Spans
 
@@ -390,7 +391,7 @@ TOO_LARGE = [
     Regex(r"\w{1,300}"),
     Regex("|".join(f"w{i}" for i in range(100_000))),
     Regex("(?:a{97})*") & Regex("(?:a{89})*") & Regex("(?:a{83})*"),
-    Length(max_chars=3000) & Regex("(?:[a-z]+ )*"),
+    Length(max_chars=6000) & Regex("(?:[a-z]+ )*"),
     Contains([f"word{i:02}" for i in range(20)]),
     Choice([f"option {i}" for i in range(100_000)]),
     Length(max_chars=10**9),
@@ -412,6 +413,7 @@ def test_too_much_work_is_refused_before_it_is_done(unchecked, constraint):
 
 
 WORDS = ["".join(random.Random(i).choices("etaoinshrdlu", k=4 + i % 11)) for i in range(3000)]
+RECORD = {"name": "a", "description": "", "address": "é"}
 LEGITIMATE = {
     "nothing, very often": (Regex("(?:){1000000000}"), ""),
     "one text of two, again and again": (JsonSchema(shared(60, lambda to: {"anyOf": [to, to]})), '"x"'),
@@ -427,6 +429,15 @@ LEGITIMATE = {
         JsonSchema({"properties": {key: {"enum": [7, *(f"value_{i}" for i in range(5000)), 'a"b']} for key in "ab"}}),
         '{"a":"value_4999","b":"a\\"b"}',
     ),
+    "100 objects of 3 strings": (
+        JsonSchema(
+            {
+                "items": {"properties": {name: {"type": "string"} for name in RECORD}, "required": [*RECORD]},
+                "maxItems": 100,
+            }
+        ),
+        json.dumps([RECORD] * 100, separators=(",", ":"), ensure_ascii=False),
+    ),
 }
 
 
@@ -437,6 +448,34 @@ def test_what_real_schemas_hold_is_let_through(unchecked, name):
     for byte in text.encode():
         state = automaton.table[state, byte]
     assert automaton.is_final[state]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_states_are_merged_if_and_only_if_no_text_tells_them_apart(seed):
+    rng = np.random.default_rng(seed)
+    num, copies = int(rng.integers(2, 6)), int(rng.integers(1, 9))
+    # Copies of a small machine that lead into each other, some of them different in one place.
+    table = np.tile(rng.integers(0, num, (num, 2)), (copies, 1)) + num * rng.integers(0, copies, (num * copies, 2))
+    is_final = np.tile(rng.random(num) < 0.4, copies)
+    is_final[[0, rng.integers(num * copies)]] = True
+    table = np.concatenate([table[:, rng.integers(0, 2, 256)], np.full((1, 256), num * copies)])
+    states = ByteAutomaton(table=table.astype(np.int32), is_final=np.append(is_final, False))
+    everything = ByteAutomaton(table=np.array([[0] * 256, [1] * 256], np.int32), is_final=np.array([True, False]))
+    merged = states & everything
+
+    reached = {0}
+    while not reached.issuperset(following := set(table[sorted(reached)].flat)):
+        reached |= following
+    group, num_groups = states.is_final.astype(int), 0
+    while num_groups < (num_groups := len(set(group[sorted(reached)]))):
+        group = np.unique(np.column_stack([group, group[table]]), axis=0, return_inverse=True)[1].ravel()
+    is_dead_among = group[-1] in group[sorted(reached)]
+    assert len(merged.table) == num_groups + (not is_dead_among)
+    for text in rng.integers(0, 256, (50, 12)):
+        a = b = 0
+        for byte in text:
+            a, b = table[a, byte], merged.table[b, byte]
+            assert states.is_final[a] == merged.is_final[b]
 
 
 def test_a_long_string_takes_its_length_in_tokens(unchecked):

@@ -261,3 +261,15 @@ def test_what_cannot_be_followed_is_refused_by_name(schema, reason):
 def test_whitespace_cannot_break_the_json(whitespace):
     with pytest.raises(ValueError, match="whitespace must match spaces, tabs and line ends only"):
         JsonSchema({"type": "array"}, whitespace=whitespace).automaton()
+
+
+@pytest.mark.parametrize("key", ["unheard", "unsupported", "zone"])
+def test_a_keyword_behind_one_without_effect_is_refused_too(key):
+    with pytest.raises(ValueError, match=f"unsupported keyword; got '{key}'"):
+        JsonSchema({"type": "array", "uniqueItems": False, key: 1}).automaton()
+
+
+@pytest.mark.parametrize("whole", [[{"type": "integer"}, True], [True, {"type": "integer"}]])
+def test_a_choice_of_one_in_which_anything_fits_is_refused_for_that(whole):
+    with pytest.raises(ValueError, match="may both fit"):
+        JsonSchema({"oneOf": whole}).automaton()
