@@ -172,14 +172,17 @@ def text_of(record: Any, text_field: str, *, where: str) -> str | None:
 def require_field(fields: Iterable[str], text_field: str, *, where: str) -> None:
     """Raise ValueError with the fields that there are."""
     if text_field not in fields:
-        raise ValueError(f"{where}: no field {text_field!r}; it has {listed(text_field, fields)}. Set text_field.")
+        names = set(fields)
+        is_chat = not names.isdisjoint(("messages", "conversations", "prompt", "instruction"))
+        remedy = "Use --data.kind chat (or preference) for conversations" if is_chat else "Set --data.text-field"
+        raise ValueError(f"{where}: no field {text_field!r}; it has {listed(text_field, names)}. {remedy}.")
 
 
 def require_text(document: Any, text_field: str, *, where: str) -> str | None:
     """Return the document (or null); ValueError where it is no text."""
     if document is not None and not isinstance(document, str):
         got = type(document).__name__
-        raise ValueError(f"{where}: field {text_field!r} must be a string; got {got}. Set text_field.")
+        raise ValueError(f"{where}: field {text_field!r} must be a string; got {got}. Set --data.text-field.")
     if document and not document.isascii() and re.search("[\ud800-\udfff]", document):
         raise ValueError(f"{where}: field {text_field!r} holds a lone surrogate, which is no character. Remove it.")
     return document

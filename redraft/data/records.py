@@ -88,9 +88,9 @@ def _schema_of(record: Any, schemas: Mapping[str, tuple[str, ...]], *, where: st
     for name, fields in schemas.items():
         if all(record.get(field) is not None for field in fields):  # tables fill absent fields with null
             return name
-    raise ValueError(
-        f"{where}: no known schema; it has {', '.join(sorted(map(str, record)))}. Known are {', '.join(schemas)}."
-    )
+    hint = " Pairs of answers are of --data.kind preference." if "chosen" in record and schemas is CHAT_SCHEMAS else ""
+    names = ", ".join(sorted(map(str, record)))
+    raise ValueError(f"{where}: no known schema; it has {names}. Known are {', '.join(schemas)}.{hint}")
 
 
 def _count_unused(record: Mapping[str, Any], fields: tuple[str, ...], unused: Counter[str]) -> None:

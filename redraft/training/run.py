@@ -227,7 +227,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     """Raise ValueError where a new run would be written over another."""
     is_run = (folder / RECIPE_FILE).exists() or (folder / "config.json").exists()
     if is_run and not resume:
-        raise ValueError(f"{folder} holds another run. Continue it with --resume, or choose another --out.")
+        raise ValueError(f"{folder} holds a run. Continue it with --resume, or choose another --out.")
 
 
 def _checkpoint_to_go_on_from(folder: Path, console: Console, state: PartialState) -> str | None:

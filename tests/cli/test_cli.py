@@ -190,7 +190,7 @@ def test_an_existing_run_is_not_overwritten(model):
     before = (model / "model.safetensors").read_bytes()
     done = redraft("train", "stdlib-tiny", "--out", model)
     assert done.returncode == 2
-    assert "holds another run" in done.stderr
+    assert "holds a run" in done.stderr
     assert (model / "model.safetensors").read_bytes() == before
 
 

@@ -67,6 +67,10 @@ def test_what_follows_the_last_answer_is_left_out(tmp_path):
 
 
 BAD = {
+    "pairs of answers": (
+        {"question": "a", "chosen": "b", "rejected": "c"},
+        "no known schema; it has chosen, question, rejected.*Pairs of answers are of --data.kind preference",
+    ),
     "no known schema": ({"text": "a"}, r"line 2: no known schema; it has text\. Known are messages, prompt/response"),
     "mixed": (
         {"prompt": "a", "response": "b"},

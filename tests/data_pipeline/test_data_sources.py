@@ -132,8 +132,9 @@ BAD_FILES = {
     "field.jsonl": (b'{"txt": "a", "id": 1}', r"line 1: no field 'text'; it has id, txt \(did you mean 'txt'\?\)"),
     "field.json": (
         b'[{"text": "a"}, {"body": "b"}]',
-        "field.json, record 2: no field 'text'; it has body. Set text_field",
+        "field.json, record 2: no field 'text'; it has body. Set --data.text-field",
     ),
+    "chat.jsonl": (b'{"messages": []}', "no field 'text'; it has messages. Use --data.kind chat"),
     "field.csv": (b"body,id\na,1\n", "field.csv, line 1: no field 'text'; it has body, id"),
     "type.jsonl": (b'{"text": ["a"]}', "type.jsonl, line 1: field 'text' must be a string; got list"),
     "lone.jsonl": (b'{"text": "a\\ud800"}', "lone.jsonl, line 1: field 'text' holds a lone surrogate"),

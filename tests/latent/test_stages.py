@@ -148,7 +148,7 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         (["think", str(Path(denoiser) / "no"), "3 4"], "the folder does not exist"),
         (["latent", "check", str(tmp_path)], "config.json"),
         (["train", denoiser, "--resume", "--objective.copies", "3"], "settings differ: objective.copies: 1 -> 3"),
-        (["train", "latent-denoiser", "--start", autoencoder, "--force", "--out", denoiser], "holds another run"),
+        (["train", "latent-denoiser", "--start", autoencoder, "--force", "--out", denoiser], "holds a run"),
         (["latent", "chek", denoiser], "unknown action 'chek'.*'check'"),
         (["train", "latent-denoiser", "--start", denoiser, *out], "of stage autoencoder; it is of stage 'denoiser'"),
         (["train", "latent-rollout", "--start", autoencoder, *out], "of stage denoiser; it is of stage 'autoencoder'"),

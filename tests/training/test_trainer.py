@@ -456,7 +456,7 @@ def test_a_run_stopped_between_its_last_step_and_its_end_takes_no_further_step(c
 def test_another_run_is_never_overwritten(config):
     run(config, console=QUIET)
     before = weights(config.out)
-    with pytest.raises(ValueError, match="holds another run. Continue it with --resume"):
+    with pytest.raises(ValueError, match="holds a run. Continue it with --resume"):
         run(config, console=QUIET)
     with pytest.raises(ValueError, match=r"settings differ: train.learning_rate: 0.01 -> 0.5"):
         run(with_train(config, learning_rate=0.5), resume=True, console=QUIET)
