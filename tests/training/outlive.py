@@ -7,6 +7,7 @@ line with other descriptors as its standard output and error.
 import io
 import json
 import os
+import signal
 import sys
 import traceback
 from dataclasses import asdict, replace
@@ -98,6 +99,7 @@ def closed_terminal(recipe, out):
 
     def connect():
         os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where the tests run under nohup
         os.close(master)
         os.close(os.open(os.ttyname(slave), os.O_RDWR))  # becomes the controlling terminal
         for number in range(3):

@@ -87,6 +87,14 @@ def test_a_stopped_run_says_how_it_can_go_on():
     assert _how_to_go_on(LatentRunConfig(task=None)) == "run_stage(config, task=..., resume=True)"
 
 
+@pytest.fixture(autouse=True)
+def _hears_hang_ups():
+    """Under nohup the tests themselves would inherit that they are ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def stopping(tmp_path):
     """Begin to listen for signals; return the callback, and what it tells the trainer after a step."""
     arguments, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]), TrainerState()
