@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     """Read, denoise, show, until the end of the input."""
     args = parse(Arguments, arguments, command="chat")
 
-    from redraft.cli.common import load_quietly, plain_console
+    from redraft.cli.common import load_quietly, not_utf8, plain_console
 
     console = plain_console()
     given = args.sampling.given(arguments)
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
             console.print()
             return 0
         except UnicodeDecodeError as error:
-            raise ValueError(f"standard input must be UTF-8; got {error.object[error.start : error.end]!r}.") from error
+            raise not_utf8(error) from error
         if line in ("/quit", "/exit"):
             return 0
         try:

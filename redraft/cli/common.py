@@ -65,10 +65,15 @@ def read_prompts(prompts: tuple[str, ...]) -> list[str]:
     try:
         text = "" if sys.stdin is None else sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"standard input must be UTF-8; got {error.object[error.start : error.end]!r}.") from error
+        raise not_utf8(error) from error
     if not text.strip():
         raise ValueError(f"there is no prompt: standard input holds no text; got {text!r}.")
     return [text]
+
+
+def not_utf8(error: UnicodeDecodeError) -> ValueError:
+    """Make the error for standard input in another encoding."""
+    return ValueError(f"standard input must be UTF-8; got {error.object[error.start : error.end]!r}.")
 
 
 def check_prompts(prompts: list[str], *, chat: bool) -> None:

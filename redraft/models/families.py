@@ -256,25 +256,18 @@ FAMILIES = (
         tokenizer_class="Qwen2Tokenizer",
         generation={"preset": "dream-entropy", "temperature": 0.2, "top_p": 0.95, "max_new_tokens": 512},
     ),
-    Family(
-        name="sdar",
-        stock="qwen3",
-        model_types=("sdar",),
-        translate=translations.plain,
-        mask_token_id=151669,
-        eos_token_id=151643,
-        published_blocks=_SDAR_BLOCKS,
-        generation={"preset": "sdar", "steps_per_block": 4, "temperature": 1.0},
-    ),
-    Family(
-        name="sdar-moe",
-        stock="qwen3_moe",
-        model_types=("sdar_moe",),
-        translate=translations.plain,
-        mask_token_id=151669,
-        eos_token_id=151643,
-        published_blocks=_SDAR_BLOCKS,
-        generation={"preset": "sdar", "steps_per_block": 4, "temperature": 1.0},
+    *(
+        Family(
+            name=name,
+            stock=stock,
+            model_types=(name.replace("-", "_"),),
+            translate=translations.plain,
+            mask_token_id=151669,
+            eos_token_id=151643,
+            published_blocks=_SDAR_BLOCKS,
+            generation={"preset": "sdar", "steps_per_block": 4, "temperature": 1.0},
+        )
+        for name, stock in (("sdar", "qwen3"), ("sdar-moe", "qwen3_moe"))
     ),
     Family(
         name="fast-dllm-v2",
@@ -297,33 +290,15 @@ FAMILIES = (
         shift_logits=True,
         generation={"preset": "dream-entropy", "temperature": 0.1, "max_new_tokens": 256},
     ),
-    Family(
-        name="a2d-gpt2",
-        stock="gpt2",
-        model_types=("a2d-gpt2",),
-        translate=translations.plain,
-        published_blocks=_A2D_BLOCKS,
-    ),
-    Family(
-        name="a2d-llama",
-        stock="llama",
-        model_types=("a2d-llama",),
-        translate=translations.plain,
-        published_blocks=_A2D_BLOCKS,
-    ),
-    Family(
-        name="a2d-qwen2",
-        stock="qwen2",
-        model_types=("a2d-qwen2",),
-        translate=translations.plain,
-        published_blocks=_A2D_BLOCKS,
-    ),
-    Family(
-        name="a2d-qwen3",
-        stock="qwen3",
-        model_types=("a2d-qwen3",),
-        translate=translations.plain,
-        published_blocks=_A2D_BLOCKS,
+    *(
+        Family(
+            name=f"a2d-{stock}",
+            stock=stock,
+            model_types=(f"a2d-{stock}",),
+            translate=translations.plain,
+            published_blocks=_A2D_BLOCKS,
+        )
+        for stock in ("gpt2", "llama", "qwen2", "qwen3")
     ),
     Family(
         name="diffusion-gemma",

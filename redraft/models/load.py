@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,9 @@ def read_raw_config(path: str | Path) -> Raw:
 
 
 def _offline() -> str:
-    return "The hub is offline (HF_HUB_OFFLINE)." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    from huggingface_hub.constants import is_offline_mode
+
+    return "The hub is offline (HF_HUB_OFFLINE)." if is_offline_mode() else ""
 
 
 def _near(folder: Path) -> str:

@@ -69,5 +69,5 @@ def lasting_output() -> Iterator[None]:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, which the name of a folder may look like, and no wrapping."""
-    console.print(text, markup=False, soft_wrap=True)
+    """Print a line as it is: no markup and no emoji, which the name of a folder may look like, and no wrapping."""
+    console.print(text, markup=False, emoji=False, soft_wrap=True)
