@@ -1,4 +1,5 @@
 import json
+import random
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from beartype import beartype
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
+from sentence_pieces import tokenizer_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
@@ -168,3 +170,25 @@ def test_no_documents_encode_to_none(tokenizer):
     assert encode_documents(tokenizer, []) == []
     assert encode_documents(tokenizer, [""]) == [[]]
     assert token_byte_lengths(tokenizer).dtype == torch.int64
+
+
+@pytest.mark.parametrize(("kind", "is_cut"), [("bytes", True), ("first", False), ("always", False), ("llama2", False)])
+def test_a_long_document_is_encoded_in_pieces_where_that_changes_no_token(kind, is_cut, monkeypatch):
+    rng, tokenizer = random.Random(0), tokenizer_of(kind)
+    words = ["self", "yes", "no", "the", "é", "  ", "\n", "x", "def f(x):", "12", " "]
+    text = " ".join(rng.choice(words) for _ in range(4000))
+    whole = encode_documents(tokenizer, [text, "yes"])
+    monkeypatch.setattr("redraft.data.tokenizer.LONGEST_PIECE", 500)
+    lengths, encode = [], type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, texts, **k: lengths.append(len(texts[0])) or encode(self, texts, **k)
+    )
+    assert encode_documents(tokenizer, [text, "yes"]) == whole
+    assert (max(lengths) < 1000) == is_cut
+
+
+def test_a_long_document_without_a_place_to_cut_is_encoded_at_once(tokenizer, monkeypatch):
+    text = "ab" * 2000
+    whole = encode_documents(tokenizer, [text])
+    monkeypatch.setattr("redraft.data.tokenizer.LONGEST_PIECE", 500)
+    assert encode_documents(tokenizer, [text]) == whole
