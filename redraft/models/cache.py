@@ -1,4 +1,4 @@
-"""Keys and values of a canvas, one slot per position, written in place: transformers' cache interface, no copying."""
+"""Keys and values by row and position, written in place: a pool of slots, and a view of it for each forward."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spans:
-    """Which positions a forward feeds and which keys it reads: contiguous in every row, and known to the host."""
+    """Which slots a forward writes and reads: contiguous in every row, and known to the host."""
 
     starts: list[int]
-    """First position fed, per row."""
+    """First slot written, per row."""
     ends: list[int]
-    """One past the last position fed, per row."""
+    """One past the last slot written, per row."""
     key_ends: list[int]
-    """Keys before this position are read, per row."""
+    """Slots before this one are read, per row."""
     reads_all: bool
-    """Whether every query reads every key in view, so that no mask is needed."""
+    """Whether every query reads every slot in view, so that no mask is needed."""
     is_steady: bool = False
     """Whether forwards of this shape come in every block, so that compiling it pays."""
 
@@ -40,19 +40,18 @@ class Spans:
         return len(set(self.starts)) == 1 and len(set(self.ends)) == 1
 
     def repeated(self, times: int) -> "Spans":
-        """Lay copies of the batch one after the other."""
-        return replace(self, starts=self.starts * times, ends=self.ends * times, key_ends=self.key_ends * times)
+        """Repeat each row."""
+        starts, ends, key_ends = (
+            [number for number in numbers for _ in range(times)] for numbers in (self.starts, self.ends, self.key_ends)
+        )
+        return replace(self, starts=starts, ends=ends, key_ends=key_ends)
 
     def positions(self, device: torch.device) -> Int[Tensor, "batch query"]:
-        """Lay the spans out as positions; what a shorter row lacks repeats its last position."""
+        """Lay the spans out slot by slot; what a shorter row lacks repeats its last one."""
         return torch.minimum(self._unbounded(device), torch.tensor(self.ends, device=device)[:, None] - 1)
 
-    def slots(self, device: torch.device, *, spare: int) -> Int[Tensor, "batch query"]:
-        """Say where keys and values are written: by position, and to a spare slot what only fills a row up."""
-        return torch.where(self.is_fed(device), self.positions(device), spare)
-
     def is_fed(self, device: torch.device) -> Bool[Tensor, "batch query"]:
-        """Tell the positions of a row from what fills it up."""
+        """Tell the slots of a row from what fills it up."""
         return self._unbounded(device) < torch.tensor(self.ends, device=device)[:, None]
 
     def is_read(self, device: torch.device, num_keys: int) -> Bool[Tensor, "batch key"]:
@@ -65,101 +64,103 @@ class Spans:
         return starts + torch.arange(self.num_queries, device=device)
 
 
-class Slots(Cache):
-    """Keys and values by position. A forward writes what it feeds into the slots of its spans and reads what is there.
+class Slots:
+    """Keys and values of many rows, `num_positions` slots each and a spare one. A row is a place, whoever has it.
 
     Slots hold whatever was last written: what is read, and when it is final, is for the caller to plan.
     """
 
-    layers: list[Any]
+    def __init__(self, num_rows: int, num_positions: int) -> None:
+        self.num_rows, self.num_positions = num_rows, num_positions
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        """Of each layer keys and values, (rows, heads, slots, dim); made when their shapes are first seen."""
 
-    def __init__(self, num_positions: int) -> None:
+    def view(
+        self, spans: Spans, device: torch.device, *, first: int = 0, rows: list[int] | None = None, is_static: bool = False
+    ) -> "View":
+        """See the rows from `first` on, or some `rows` in any order (their keys and values are copied when read).
+
+        Static: where the spans lie is a tensor alone, and all slots are in view, so that a compiled forward fits all.
+        """
+        return View(self, spans, device, first=first, rows=rows, is_static=is_static and bool(self.layers))
+
+    def of_layer(self, layer: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values."""
+        while len(self.layers) <= layer:
+            shape = (self.num_rows, like[0].shape[1], self.num_positions + 1)
+            self.layers.append((like[0].new_zeros(*shape, like[0].shape[3]), like[1].new_zeros(*shape, like[1].shape[3])))
+        return self.layers[layer]
+
+    def reserve(self, num_rows: int, num_positions: int) -> None:
+        """Have room for so many rows and positions; what is there is copied if there was not."""
+        if num_rows <= self.num_rows and num_positions <= self.num_positions:
+            return
+        kept_rows, kept = self.num_rows, self.num_positions
+        self.num_rows, self.num_positions = max(num_rows, kept_rows), max(num_positions, kept)
+        for i, pair in enumerate(self.layers):
+            grown = [x.new_zeros(self.num_rows, x.shape[1], self.num_positions + 1, x.shape[3]) for x in pair]
+            for new, old in zip(grown, pair, strict=True):
+                new[:kept_rows, :, :kept] = old[:, :, :kept]
+            self.layers[i] = grown[0], grown[1]
+
+    def copy(self, source: int, to: int, num_positions: int) -> None:
+        """Copy the first positions of a row to another one."""
+        for pair in self.layers:
+            for states in pair:
+                states[to, :, :num_positions] = states[source, :, :num_positions]
+
+
+class View(Cache):
+    """Some rows of the slots as one forward has them: transformers' cache interface. It writes in place."""
+
+    def __init__(
+        self, slots: Slots, spans: Spans, device: torch.device, *, first: int, rows: list[int] | None, is_static: bool
+    ) -> None:
         super().__init__(layers=[])
-        self.num_positions = num_positions
-        self.spans: Spans | None = None
-        self.is_static = False
-        self._where: Tensor | None = None
-
-    def aim(self, spans: Spans, device: torch.device, *, is_static: bool = False) -> None:
-        """Set the spans of the coming forward; static: where they lie is a tensor alone, and all slots are in view."""
-        self.spans, self.is_static = spans, is_static
-        if is_static or not spans.is_even:
-            self._where = spans.slots(device, spare=self.num_positions)  # one slot more than positions
-
-    @property
-    def num_keys(self) -> int:
-        """Slots in view."""
-        assert self.spans is not None
-        return self.num_positions + 1 if self.is_static else self.spans.num_keys
+        self.slots, self.spans, self.is_static = slots, spans, is_static
+        self.num_keys = slots.num_positions + 1 if is_static else spans.num_keys
+        self._rows: slice | Tensor = slice(first, first + len(spans.starts))
+        if rows is not None:
+            self._rows = torch.tensor(rows, device=device)
+        self._span = None if is_static or not spans.is_even else slice(spans.starts[0], spans.ends[0])
+        if self._span is None or rows is not None:
+            index = torch.arange(first, first + len(spans.starts), device=device) if rows is None else self._rows
+            # What only fills a row up is written to the spare slot.
+            slot = torch.where(spans.is_fed(device), spans.positions(device), slots.num_positions)
+            self._where = (index[:, None], slice(None), slot)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values, and return all in view."""
-        while len(self.layers) <= layer_idx:
-            self.layers.append(SlotLayer(self))
-        keys, values = self.layers[layer_idx].update(key_states, value_states)
-        return keys, values
-
-    def grown(self, num_positions: int) -> "Slots":
-        """Copy what fits into as many positions."""
-        other = Slots(num_positions)
-        kept = min(num_positions, self.num_positions)
-        for layer in self.layers:
-            copy = SlotLayer(other)
-            copy.lazy_initialization(layer.keys, layer.values)
-            copy.keys[:, :, :kept], copy.values[:, :, :kept] = layer.keys[:, :, :kept], layer.values[:, :, :kept]
-            other.layers.append(copy)
-        return other
-
-    def select(self, rows: Int[Tensor, "kept"]) -> None:
-        """Keep some rows, or repeat them."""
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-
-
-class SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, each (batch, heads, slots, dim)."""
-
-    keys: Any
-    values: Any
-
-    def __init__(self, owner: Slots) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for all positions at once, when the shapes are first seen."""
-        self.keys, self.values = (
-            states.new_zeros((*states.shape[:2], self.owner.num_positions + 1, states.shape[3]))
-            for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write in place; return views."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        spans, is_static = self.owner.spans, self.owner.is_static
-        assert spans is not None
-        for slots, states in ((self.keys, key_states), (self.values, value_states)):
-            if not is_static and spans.is_even:
-                slots[:, :, spans.starts[0] : spans.ends[0]] = states
+        found = []
+        fed = (key_states, value_states)
+        for kept, states in zip(self.slots.of_layer(layer_idx, fed), fed, strict=True):
+            if self._span is not None and isinstance(self._rows, slice):
+                kept[self._rows, :, self._span] = states
             else:
-                rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
-                slots[rows, :, self.owner._where] = states.transpose(1, 2)  # (B, Q, heads, dim)
-        if is_static:  # no number of the spans may be looked at: it would be compiled in
-            return self.keys, self.values
-        return self.keys[:, :, : spans.num_keys], self.values[:, :, : spans.num_keys]
+                kept[self._where] = states.transpose(1, 2)  # (B, Q, heads, dim)
+            # Static: no number of the spans may be looked at: it would be compiled in.
+            found.append(kept[self._rows] if self.is_static else kept[self._rows, :, : self.num_keys])
+        return found[0], found[1]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def over(self, spans: Spans, device: torch.device) -> "View":
+        """See other spans of the same rows."""
+        rows = self._rows.tolist() if isinstance(self._rows, Tensor) else None
+        return View(self.slots, spans, device, first=0 if rows else self._rows.start, rows=rows, is_static=False)
+
+    def everything(self) -> list[tuple[Tensor, Tensor]]:
+        """Return all that the slots of these rows hold, layer by layer."""
+        return [(keys[self._rows], values[self._rows]) for keys, values in self.slots.layers]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Say how many keys are in view, from slot 0 on."""
-        return (self.owner.num_keys if self.owner.spans else query_length), 0
+        return self.num_keys, 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Say how many keys stand before the queries; positions are always given, so nobody counts from it."""
-        return self.owner.spans.starts[0] if self.owner.spans else 0
+        return self.spans.starts[0]
 
-    def get_max_length(self) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:
         """Say how many positions there are."""
-        return self.owner.num_positions
+        return self.slots.num_positions

@@ -1,16 +1,17 @@
 """The vocabulary head of any transformers model, computed only where it is read.
 
 The head and its cross-entropy are a fifth to a half of the work of a small model and most of its memory, and diffusion
-reads them at the noised positions alone. A hook on the output embedding selects those rows, so every model of
-transformers is served, whatever it does to its logits afterwards (scaling, soft-capping).
+reads them at the noised positions alone. Hooks on the output embedding, one pair for each model, select those rows, so
+every model of transformers is served, whatever it does to its logits afterwards (scaling, soft-capping). What they do
+in a forward is told by a context variable, of which every thread has its own: two may call one model.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from threading import Lock, RLock
+from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -21,81 +22,72 @@ RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits (n, V), which of the rows they are) -> loss of each row (n,)."""
 
 LOGITS_PER_CHUNK = 2**24
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_MAKING_A_LOCK = Lock()
-
-
-@contextmanager
-def _alone_at(model: nn.Module) -> Iterator[nn.Module]:
-    """Give the head to one thread at a time: its hooks are shared, so another thread's forward would run them too."""
-    head = output_embeddings(model)
-    with _MAKING_A_LOCK:
-        lock = _LOCKS.setdefault(head, RLock())
-    with lock:
-        yield head
-
-
-@contextmanager
-def head_at(model: nn.Module, rows: Int[Tensor, "n"]) -> Iterator[None]:
-    """Make the model return logits (n, V) at these rows of the flattened (batch * seq) positions."""
-
-    def select(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0].flatten(0, 1)[rows],)
-
-    with _alone_at(model) as head:
-        handle = head.register_forward_pre_hook(select)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 @dataclass
-class Captured:
-    """The hidden states that would have entered the head."""
+class AtHead:
+    """What the head does in the forward that runs now, and what it found."""
 
+    head: nn.Module
+    rows: Int[Tensor, "n"]
+    """Rows of the flattened (batch * seq) positions."""
+    is_skipped: bool = False
+    """Whether the hidden states are kept and the logits left empty."""
+    row_loss: RowLoss | None = None
+    """What takes the place of the logits: the sum of it, (1,)."""
     hidden: Tensor | None = None
+    """The states (n, D) that would have entered the head."""
+    losses: Tensor | None = None
+    """Detached loss of each row."""
+
+
+_NOW: ContextVar[AtHead | None] = ContextVar("redraft_at_head", default=None)
+_INSTALLING = Lock()
+
+
+@torch.compiler.disable
+def _before(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    now = _NOW.get()
+    if now is None or now.head is not head:
+        return None
+    flat = args[0].flatten(0, 1)
+    if not now.is_skipped and now.row_loss is None:
+        return (flat[now.rows],)
+    now.hidden = flat[now.rows]
+    return (flat[:0],)
+
+
+@torch.compiler.disable
+def _after(head: nn.Module, _: tuple[Tensor], __: Tensor) -> Tensor | None:
+    now = _NOW.get()
+    if now is None or now.head is not head or now.row_loss is None:
+        return None
+    assert now.hidden is not None
+    total, now.losses = chunked_loss(head, now.hidden, now.row_loss, forward=head.forward)  # no hooks inside of hooks
+    return total[None]
 
 
 @contextmanager
-def head_skipped(model: nn.Module, rows: Int[Tensor, "n"]) -> Iterator[Captured]:
-    """Keep the hidden states (n, D) at these rows for `chunked_loss`; the model's own logits are left empty."""
-    captured = Captured()
+def head_at(
+    model: nn.Module, rows: Int[Tensor, "n"], *, is_skipped: bool = False, row_loss: RowLoss | None = None
+) -> Iterator[AtHead]:
+    """Make the model return logits (n, V) at these rows alone, in this thread.
 
-    def capture(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        flat = args[0].flatten(0, 1)
-        captured.hidden = flat[rows]
-        return (flat[:0],)
-
-    with _alone_at(model) as head:
-        handle = head.register_forward_pre_hook(capture)
-        try:
-            yield captured
-        finally:
-            handle.remove()
-
-
-@contextmanager
-def loss_as_logits(model: nn.Module, rows: Int[Tensor, "n"], row_loss: RowLoss) -> Iterator[list[Tensor]]:
-    """Make the model return `chunked_loss` at these rows in the place of its logits: the sum, (1,).
-
-    So head and loss are taken inside of the forward, where sharded weights are whole, and the backward pass begins at
-    the model's output, as sharding expects. The list gets the detached loss of each row.
+    Skipped, it returns none, and the hidden states are kept for `chunked_loss`. With a `row_loss` it returns
+    `chunked_loss` in their place: head and loss are then taken inside of the forward, where sharded weights are whole,
+    and the backward pass begins at the model's output, as sharding expects.
     """
-    losses: list[Tensor] = []
-    with _alone_at(model) as head:
-        plain = head.forward
-
-        def forward(hidden: Tensor) -> Tensor:
-            total, found = chunked_loss(head, hidden.flatten(0, 1)[rows], row_loss, forward=plain)
-            losses.append(found)
-            return total[None]
-
-        head.forward = forward  # FSDP hooks __call__, so forward is replaced instead
-        try:
-            yield losses
-        finally:
-            del head.forward
+    head = output_embeddings(model)
+    with _INSTALLING:
+        if _before not in head._forward_pre_hooks.values():
+            head.register_forward_pre_hook(_before)
+            head.register_forward_hook(_after, prepend=True)  # before sharding takes the weights apart again
+    now = AtHead(head, rows, is_skipped, row_loss)
+    token = _NOW.set(now)
+    try:
+        yield now
+    finally:
+        _NOW.reset(token)
 
 
 def output_embeddings(model: Any) -> nn.Module:
@@ -113,7 +105,7 @@ def head_is_plain(model: Any) -> bool:
     ids = (rows + 1)[None] * (model.config.vocab_size - 1) // 8  # unlike each other: some rows may be all zero
     is_training = model.training
     model.eval()
-    with head_skipped(model, rows) as captured:
+    with head_at(model, rows, is_skipped=True) as captured:
         model(input_ids=ids)
     logits = model(input_ids=ids).logits.flatten(0, 1)
     model.train(is_training)

@@ -1,0 +1,86 @@
+"""A query: what is asked of a model in one forward."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from redraft.layouts import Layout, segment_positions
+from redraft.models.cache import View
+
+
+@dataclass(frozen=True)
+class SelfConditioning:
+    """What a model predicted for the same canvases one step before."""
+
+    logits: Float[Tensor, "canvases length vocab"]
+    is_told: Bool[Tensor, "canvases"]
+    """False where a canvas is new."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """Tokens that are fed, where they stand, what they see, and the positions whose logits are wanted."""
+
+    input_ids: Int[Tensor, "batch query"]
+    """Whole rows; where keys and values are kept, what each row feeds now (a position may be fed more than once)."""
+    where: Int[Tensor, "n"]
+    """Positions to be predicted, as indices into the flattened `input_ids`; the head runs nowhere else."""
+    positions: Int[Tensor, "batch query"] | None = None
+    """By default counted over the row, or in each isolated segment; both copies of [x_t ; x_0] alike."""
+    segment_ids: Int[Tensor, "batch query"] | None = None
+    """As in `layouts.attention_mask`."""
+    isolate_segments: bool = False
+    """No attention across segments; positions restart at each."""
+    layout: Layout | None = None
+    """Who sees whom; by default the model's own."""
+    grid_origin: Int[Tensor, "batch"] | None = None
+    """Where each row's grid of blocks begins, if not at position 0."""
+    shift: bool | None = None
+    """Whether a position is predicted by its left neighbour's logits; by default as the model's settings say."""
+    view: View | None = None
+    """Where keys and values of what is fed are written, and which slots are read."""
+    sees: Bool[Tensor, "batch query slots"] | None = None
+    """Which slots each fed token sees, in place of the layout's rule; `slot_positions` says where these stand."""
+    slot_positions: Int[Tensor, "batch slots"] | None = None
+    """By default slot i holds position i."""
+    previous: SelfConditioning | None = None
+    """For models that are told their last prediction."""
+
+    @classmethod
+    def everywhere(cls, input_ids: Int[Tensor, "batch query"], **others: object) -> "Query":
+        """Ask for the logits of all positions."""
+        where = torch.arange(input_ids.numel(), device=input_ids.device)
+        return cls(input_ids=input_ids, where=where, **others)  # type: ignore[arg-type]
+
+    def counted(self, layout: Layout) -> "Query":
+        """Fill in the layout where none is given, and the positions."""
+        layout = self.layout or layout
+        if self.positions is not None:
+            return replace(self, layout=layout)
+        batch, length = self.input_ids.shape
+        length = length // 2 if layout.is_two_copy else length
+        if self.isolate_segments and self.segment_ids is not None:
+            positions = segment_positions(self.segment_ids[:, :length])
+        else:
+            positions = torch.arange(length, device=self.input_ids.device).expand(batch, -1)
+        return replace(self, layout=layout, positions=positions.repeat(1, 2) if layout.is_two_copy else positions)
+
+    def predictors(self, *, shift: bool) -> Int[Tensor, "n"]:
+        """Find the fed tokens whose logits predict `where`: themselves, or their left neighbours.
+
+        What is first in its segment has no neighbour. The left neighbour of a noisy block is the clean block before it.
+        Needs positions and a layout (`counted`).
+        """
+        assert self.positions is not None
+        assert self.layout is not None
+        if not (shift if self.shift is None else self.shift):
+            return self.where
+        position = self.positions.flatten()[self.where]
+        has_neighbour = position > 0
+        rows = self.where - has_neighbour.to(self.where.dtype)
+        if not self.layout.is_two_copy or self.layout.block_size is None:
+            return rows
+        is_first = has_neighbour & (position % self.layout.block_size == 0)
+        return rows + is_first.to(rows.dtype) * (self.input_ids.shape[1] // 2)
