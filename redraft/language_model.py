@@ -32,15 +32,16 @@ from redraft.prompts import (
     text_after,
     until_stop,
 )
+from redraft.sampling.batch import Batch, denoise
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.completion import CompiledConstraint
 from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.constrain import Constrained
 from redraft.sampling.constraints import Constraint, identity
-from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Guide, Processors
-from redraft.sampling.loop import Sampler, Step, denoise
 from redraft.sampling.policies import Blocks, GridBlocks
+from redraft.sampling.sampler import Sampler
+from redraft.sampling.step import Step
 from redraft.sampling.token_bytes import leading_space, token_bytes
 from redraft.sampling.trace import Recorder, RowTrace
 
@@ -207,18 +208,18 @@ class LanguageModel:
         guides: Sequence[Guide] = (),
         logits_processor: Sequence[Any] = (),
         constraint: Constraint | None = None,
-        session: Session | None = None,
+        batch: Batch | None = None,
         **settings: Any,
     ) -> Iterator[Step]:
         """Continue prompts as `generate` does, and yield every step of the loop.
 
-        A `session` keeps the exact cache of one conversation from one call to the next.
+        A `batch` that is given call after call keeps the exact cache of a conversation from one to the next.
         """
         config = self._config(settings, constraint)
         rows = self._encode_all(prompts, config)
         sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config, rows))
         canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
-        return self._denoise(canvas, rows, config, sampler, session)
+        return self._denoise(canvas, rows, config, sampler, batch)
 
     def infill(
         self,
@@ -452,10 +453,10 @@ class LanguageModel:
         rows: list[Tensor],
         config: SamplingConfig,
         sampler: Sampler,
-        session: Session | None = None,
+        batch: Batch | None = None,
     ) -> Iterator[Step]:
         keys = row_keys(rows, seed=config.seed).to(self.denoiser.device)
-        return denoise(self.denoiser, canvas, sampler, row_keys=keys, session=session)
+        return denoise(self.denoiser, canvas, sampler, row_keys=keys, batch=batch)
 
     def _feed(self, streamer: Any, rows: list[Tensor], config: SamplingConfig, steps: Iterator[Step]) -> Iterator[Step]:
         """Pass on to a streamer what is decided, in reading order, and the drafts where it takes them."""

@@ -57,7 +57,7 @@ def test_settings_of_thinking_and_of_sampling_are_checked():
     code = """
 from redraft.latent.thinking import ThinkingConfig
 from redraft.sampling.config import SamplingConfig
-from redraft.sampling.loop import Sampler
+from redraft.sampling.sampler import Sampler
 from redraft.sampling.policies import Posterior, Threshold
 for kind, given in ((ThinkingConfig, {"steps": 2.5}), (ThinkingConfig, {"early_exit": "no"}),
                     (SamplingConfig, {"steps": 2.5}), (SamplingConfig, {"max_new_tokens": "8"}),

@@ -12,10 +12,10 @@ from rich.text import Text
 from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 from redraft.errors import unknown_name
 from redraft.language_model import LanguageModel
+from redraft.sampling.batch import Batch
 from redraft.sampling.canvas import Status
 from redraft.sampling.config import SamplingConfig
-from redraft.sampling.forward import Session
-from redraft.sampling.loop import Step
+from redraft.sampling.step import Step
 
 HELP = "/reset forgets the conversation, /set NAME VALUE changes a setting, /settings lists them, /quit ends."
 
@@ -95,7 +95,7 @@ class Conversation:
         """Forget everything but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.text = ""
-        self.session = Session()
+        self.batch = Batch(self.lm.denoiser)
 
     def reply(self, line: str) -> Any:
         """Yield the reply as it forms, and remember the turn when it is whole."""
@@ -105,7 +105,7 @@ class Conversation:
 
         prompt: Any = [*self.messages, {"role": "user", "content": line}] if self.has_template else self.text + line
         last: Step | None = None
-        for step in self.lm.stream(prompt, session=self.session, **self.given):
+        for step in self.lm.stream(prompt, batch=self.batch, **self.given):
             last = step
             yield _shown(step, self.lm)
         assert last is not None

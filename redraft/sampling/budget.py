@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from redraft.errors import MOST, check_count, check_types
@@ -23,35 +23,33 @@ class Budget:
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds must be positive; got {self.seconds}.")
 
+    def forwards_left(
+        self, num_forwards: Int[Tensor, "batch"], deadline: Float[Tensor, "batch"], clock: "Clock"
+    ) -> Int[Tensor, "batch"] | None:
+        """Say how many forwards rows have left that took part in so many, the next included; None while not known."""
+        if self.forwards is not None:
+            return (self.forwards - num_forwards).clamp(min=1)
+        if self.seconds is None or clock.per_forward is None:
+            return None
+        return ((deadline - time.perf_counter()) / clock.per_forward).clamp(min=1, max=MOST).long()
 
-class Meter:
-    """Counts one generation's forwards and seconds against its budget."""
 
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
-        self.begun = time.perf_counter()
-        self.last = self.begun
-        self.per_forward: float | None = None
-        self.num_forwards = 0
+@dataclass
+class Clock:
+    """How many seconds a forward takes."""
 
-    def count(self, num_forwards: int) -> None:
-        """Note how many forwards were made so far, and how long the last one took.
+    per_forward: float | None = None
+    num_forwards: int = 0
+    since_last: float = 0.0
+
+    def count(self, seconds: float, num_forwards: int) -> None:
+        """Note the time of a step, and how many forwards were made so far.
 
         The first, with its prompt, tells little. The time of a step without a forward counts to the next forward.
         """
-        if num_forwards == self.num_forwards:
-            return
-        now = time.perf_counter()
-        took, self.last = now - self.last, now
-        is_typical = self.per_forward is not None and self.num_forwards > 1
-        self.per_forward = 0.5 * (self.per_forward + took) if is_typical and self.per_forward else took
-        self.num_forwards = num_forwards
-
-    def forwards_left(self, num_forwards: Int[Tensor, "batch"]) -> Int[Tensor, "batch"] | None:
-        """Say how many forwards rows have left that took part in so many, the next included; None while not known."""
-        if self.budget.forwards is not None:
-            return (self.budget.forwards - num_forwards).clamp(min=1)
-        if self.budget.seconds is None or self.per_forward is None:
-            return None
-        rest = self.budget.seconds - (time.perf_counter() - self.begun)
-        return torch.full_like(num_forwards, max(1, int(min(rest / self.per_forward, MOST))))
+        self.since_last += seconds
+        if num_forwards > self.num_forwards:
+            is_typical = self.per_forward is not None and self.num_forwards > 1
+            took = self.since_last
+            self.per_forward = 0.5 * (self.per_forward + took) if is_typical and self.per_forward else took
+            self.num_forwards, self.since_last = num_forwards, 0.0

@@ -1,42 +1,55 @@
 """Caching: what to feed in each step, and which keys and values of earlier steps to read.
 
-A planner lives for one generation. It works on the host's integers, one small list per step.
+Planners work on the host's integers, a `Place` for each row; they change it when a forward was made, not before.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from redraft.layouts import Layout
 from redraft.models.cache import Spans
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Where a row stands, in positions."""
+@dataclass(eq=False)
+class Place:
+    """Where a row stands, in positions, and what is cached of it."""
 
-    unfinished: int
-    """First position that is not decided."""
-    start: int
-    """First position of the open blocks."""
-    end: int
-    """One past the last position of the open blocks."""
     length: int
     """Positions of the row."""
     origin: int = 0
     """Where block 0 of the layout's grid begins."""
+    unfinished: int = 0
+    """First position that is not decided."""
+    start: int = 0
+    """First position of the open blocks."""
+    end: int = 0
+    """One past the last position of the open blocks."""
+    reach: int = 0
+    """One past the first undecided position behind the open blocks, or their end where there is none."""
+    slot: int = -1
+    """Row of the slots; -1 while it has none."""
+    final: int = 0
+    """Positions whose keys and values are final."""
+    opened: tuple[int, int] = (-1, -1)
+    """Open blocks as of the last forward."""
+    age: int = 0
+    """Forwards since everything was fed."""
+    twin: "Place | None" = None
+    """A row that joined with this one and has the same prompt, whose keys and values this one will copy."""
 
 
 @runtime_checkable
 class Planner(Protocol):
-    """Plan each step's spans."""
+    """Plan a forward's spans."""
 
-    def plan(self, rows: list[Bounds]) -> Spans: ...
+    def plan(self, places: Sequence[Place]) -> Spans: ...
 
-    def keep(self, places: list[int]) -> None:
-        """Forget all rows but those at these places of the batch."""
+    def note(self, places: Sequence[Place]) -> None:
+        """Note that the forward was made."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ExactPlanner:
     """Block-causal attention: keys and values of finished blocks are final, so each is computed once.
 
@@ -48,53 +61,47 @@ class ExactPlanner:
     layout: Layout
     shift: bool
     """Whether logits come from the left neighbour, which then must be fed too."""
-    final: list[int] = field(default_factory=list)
-    """Positions of each row whose keys and values are final."""
 
-    def plan(self, rows: list[Bounds]) -> Spans:
-        self.final = self.final or [0] * len(rows)
-        starts = [max(0, final - self.shift) for final in self.final]
-        ends = [min(row.length, self._grid_end(row)) for row in rows]
-        self.final = [max(0, self._floor(row.unfinished, row.origin)) for row in rows]
+    def plan(self, places: Sequence[Place]) -> Spans:
+        starts = [max(0, place.final - self.shift) for place in places]
+        ends = [min(place.length, self.floor(place.end - 1, place.origin) + self._size) for place in places]
         is_even = len(set(zip(starts, ends, strict=True))) == 1
         in_one_block = all(
-            self._floor(start, row.origin) == self._floor(end - 1, row.origin)
-            for start, end, row in zip(starts, ends, rows, strict=True)
+            self.floor(start, place.origin) == self.floor(end - 1, place.origin)
+            for start, end, place in zip(starts, ends, places, strict=True)
         )
         longest = max(end - start for start, end in zip(starts, ends, strict=True))
-        assert self.layout.block_size is not None
         return Spans(
             starts=starts,
             ends=ends,
             key_ends=ends,
             reads_all=is_even and in_one_block,
-            is_steady=longest <= 2 * self.layout.block_size + self.shift,
+            is_steady=longest <= 2 * self._size + self.shift,
         )
 
-    def keep(self, places: list[int]) -> None:
-        self.final = [self.final[place] for place in places] if self.final else []
+    def note(self, places: Sequence[Place]) -> None:
+        for place in places:
+            place.final = self.finished(place)
 
-    def begin_after(self, position: int, rows: list[Bounds]) -> None:
-        """Take what stands in the slots before `position` as final, as far as whole finished blocks go."""
-        self.final = [max(0, self._floor(min(position, row.unfinished), row.origin)) for row in rows]
+    def finished(self, place: Place) -> int:
+        """Count the positions of whole blocks that are decided."""
+        return max(0, self.floor(place.unfinished, place.origin))
 
-    def prompt_spans(self, rows: list[Bounds]) -> Spans | None:
-        """Feed nothing but each row's finished blocks; None where a row has none."""
-        ends = [self._floor(row.unfinished, row.origin) for row in rows]
-        if min(ends) <= 0:
-            return None
-        return Spans(starts=[0] * len(rows), ends=ends, key_ends=ends, reads_all=False)
+    def after(self, place: Place) -> int:
+        """Find the end of the first block that is not final."""
+        return self.floor(place.final, place.origin) + self._size
 
-    def _floor(self, position: int, origin: int) -> int:
+    def floor(self, position: int, origin: int) -> int:
+        """Find where the block of a position begins."""
+        return origin + (position - origin) // self._size * self._size
+
+    @property
+    def _size(self) -> int:
         assert self.layout.block_size is not None
-        return origin + (position - origin) // self.layout.block_size * self.layout.block_size
-
-    def _grid_end(self, row: Bounds) -> int:
-        assert self.layout.block_size is not None
-        return self._floor(row.end - 1, row.origin) + self.layout.block_size
+        return self.layout.block_size
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ApproximatePlanner:
     """Full attention: keys and values outside of the open blocks are taken to be as they were when these opened.
 
@@ -105,26 +112,24 @@ class ApproximatePlanner:
     is_dual: bool
     shift: bool
     refresh: int | None = None
-    opened: list[tuple[int, int]] = field(default_factory=list)
-    """Open blocks of each row, as of its last step."""
-    age: list[int] = field(default_factory=list)
-    """Steps since everything was fed."""
 
-    def plan(self, rows: list[Bounds]) -> Spans:
-        now = [(row.start, row.end) for row in rows]
-        before = self.opened or [(-1, -1)] * len(rows)
-        ages = self.age or [0] * len(rows)
-        is_fresh = [
-            new == old and (self.refresh is None or age + 1 < self.refresh)
-            for new, old, age in zip(now, before, ages, strict=True)
-        ]
-        self.opened = now
-        self.age = [age + 1 if fresh else 0 for age, fresh in zip(ages, is_fresh, strict=True)]
-        starts = [max(0, row.start - self.shift) if fresh else 0 for row, fresh in zip(rows, is_fresh, strict=True)]
-        ends = [row.end if fresh and self.is_dual else row.length for row, fresh in zip(rows, is_fresh, strict=True)]
-        lengths = [row.length for row in rows]
-        return Spans(starts=starts, ends=ends, key_ends=lengths, reads_all=len(set(lengths)) == 1)
+    def plan(self, places: Sequence[Place]) -> Spans:
+        is_fresh = [self._is_fresh(place) for place in places]
+        pairs = list(zip(places, is_fresh, strict=True))
+        lengths = [place.length for place in places]
+        return Spans(
+            starts=[max(0, place.start - self.shift) if fresh else 0 for place, fresh in pairs],
+            ends=[place.end if fresh and self.is_dual else place.length for place, fresh in pairs],
+            key_ends=lengths,
+            reads_all=len(set(lengths)) == 1,
+        )
 
-    def keep(self, places: list[int]) -> None:
-        self.opened = [self.opened[place] for place in places] if self.opened else []
-        self.age = [self.age[place] for place in places] if self.age else []
+    def note(self, places: Sequence[Place]) -> None:
+        for place in places:
+            place.age = place.age + 1 if self._is_fresh(place) else 0
+            place.opened = (place.start, place.end)
+
+    def _is_fresh(self, place: Place) -> bool:
+        """Tell whether keys and values are as they were when the open blocks opened."""
+        is_same = place.opened == (place.start, place.end)
+        return is_same and (self.refresh is None or place.age + 1 < self.refresh)

@@ -70,14 +70,18 @@ class Canvas:
         """Decide the drafts among these positions as they are."""
         return self.place(where & self.is_draft, self.tokens, self.confidence)
 
-    def rows(self, index: Int[Tensor, "kept"] | Bool[Tensor, "batch"]) -> "Canvas":
-        """Keep some rows, and no more columns than they need."""
-        status = self.status[index]
-        length = int((status != Status.PAD).sum(dim=1).max())  # sync: only when rows leave
+    def columns(self, at: Int[Tensor, "batch width"]) -> "Canvas":
+        """Take some columns of each row."""
         return Canvas(
-            tokens=self.tokens[index, :length],
-            status=status[:, :length],
-            confidence=self.confidence[index, :length],
+            tokens=self.tokens.gather(1, at), status=self.status.gather(1, at), confidence=self.confidence.gather(1, at)
+        )
+
+    def with_columns(self, at: Int[Tensor, "batch width"], part: "Canvas") -> "Canvas":
+        """Replace some columns of each row."""
+        return Canvas(
+            tokens=self.tokens.scatter(1, at, part.tokens),
+            status=self.status.scatter(1, at, part.status),
+            confidence=self.confidence.scatter(1, at, part.confidence),
         )
 
 

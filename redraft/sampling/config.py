@@ -10,8 +10,8 @@ from redraft.layouts import Layout
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies
 from redraft.sampling.budget import Budget
-from redraft.sampling.loop import Sampler
 from redraft.sampling.presets import PRESETS
+from redraft.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)

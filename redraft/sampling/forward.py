@@ -1,153 +1,279 @@
-"""One step's call of the model: what is fed, what is cached, what is guided, and what need not be computed again."""
+"""The forward that rows of equal attention and cache share: what is fed, what is cached, what need not be run again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from redraft.layouts import Layout
-from redraft.models.cache import Slots
+from redraft.models.cache import Slots, Spans, View
 from redraft.models.denoiser import Denoiser
-from redraft.models.encoder_decoder import SelfConditioning
-from redraft.sampling.caching import Bounds, ExactPlanner, Planner
+from redraft.models.query import Query, SelfConditioning
+from redraft.sampling.caching import ExactPlanner, Place
 from redraft.sampling.guidance import guided, unconditional
-from redraft.sampling.rows import Rows, bounds_of
+from redraft.sampling.sampler import Sampler
+from redraft.sampling.step import Group, Question
 
 
-@dataclass
-class Session:
-    """Keys and values that stay for the next turn of one conversation: its prompt goes on from these tokens.
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens whose keys and values are final in a row of the slots."""
 
-    Used where the cache is exact and its blocks lie on the absolute grid; otherwise every turn begins anew.
-    """
+    tokens: Int[Tensor, "branches seq"]
+    origin: int
+    slot: int
 
-    slots: Slots | None = None
-    tokens: Int[Tensor, "seq"] | None = None
-    """Tokens whose keys and values are final in the slots."""
-    layout: Layout | None = None
-    """Attention that they were computed under."""
+    def shared_with(self, tokens: Int[Tensor, "branches seq"]) -> int:
+        """Count the tokens that both begin with."""
+        length = min(self.tokens.shape[1], tokens.shape[1])
+        is_equal = (self.tokens[:, :length] == tokens[:, :length]).all(dim=0)
+        return int(is_equal.long().cumprod(dim=0).sum())
 
 
 class Forward:
-    """Calls the model: with or without a cache, with or without guidance, and not twice for the same input."""
+    """Calls the model for groups of rows: with or without a cache, with or without guidance.
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        planner: Planner | None,
-        *,
-        num_positions: int,
-        layout: Layout | None,
-        cfg_scale: float,
-        session: Session | None,
-    ) -> None:
-        self.denoiser, self.planner, self.layout, self.cfg_scale = denoiser, planner, layout, cfg_scale
-        self.session = session if isinstance(planner, ExactPlanner) and not cfg_scale else None
-        self.slots = Slots(num_positions)
-        self.memo: tuple[Tensor, Tensor, Tensor] | None = None
-        self.told: Tensor | None = None
-        if denoiser.is_self_conditioned and cfg_scale:
-            raise ValueError(f"this model has no unconditional branch; got cfg_scale={cfg_scale}. Use 0.")
-        self.has_begun = False
+    Under guidance each row is fed in two branches, one after the other: as it is, and with what was given hidden.
+    """
+
+    def __init__(self, denoiser: Denoiser, sampler: Sampler, num_rows: int, num_positions: int) -> None:
+        if denoiser.is_self_conditioned and sampler.cfg_scale:
+            raise ValueError(f"this model has no unconditional branch; got cfg_scale={sampler.cfg_scale}. Use 0.")
+        self.denoiser, self.layout = denoiser, sampler.layout
+        self.planner = sampler.planner(denoiser)
+        self.branches = 2 if sampler.cfg_scale else 1
+        self.slots = Slots(num_rows * self.branches, num_positions)
+        self.places: list[Place] = []
+        """Rows that have a slot."""
+        self.left: dict[int, Prefix] = {}
+        """By slot, what a row that had it has left there."""
         # What an approximate cache gives depends on when it was filled: there, every step is a forward.
         # What a self-conditioned model gives depends on the step before.
-        is_exact = planner is None or isinstance(planner, ExactPlanner)
+        is_exact = self.planner is None or isinstance(self.planner, ExactPlanner)
         self.is_repeatable = is_exact and not denoiser.is_self_conditioned
         self.num_forwards = 0
 
-    def remember(self, logits: Float[Tensor, "n vocab"], rows: Rows) -> None:
-        """Keep what a self-conditioned model is told in the next step."""
-        if self.denoiser.is_self_conditioned:
-            self.told = logits.view(len(rows.index), -1, logits.shape[-1])
-
-    def keep(self, kept: Int[Tensor, "kept"], *, of: int) -> None:
-        """Drop the other rows of a batch of `of`."""
-        self.memo = None
-        self.told = None if self.told is None else self.told[kept]
-        if self.planner:
-            self.planner.keep(kept.tolist())  # sync: only when rows leave
-            self.slots.select(torch.cat([kept, kept + of]) if self.cfg_scale else kept)
-
     @torch.no_grad()
-    def __call__(self, rows: Rows, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
-        """Return the logits at the n positions of `where` (indices into batch * seq).
+    def __call__(self, groups: Sequence[Group], questions: Sequence[Question]) -> None:
+        """Give each group the logits (n, vocab) that it asks for; run the model if any row's input is new.
 
         Raises ValueError where several canvases of a model that takes one are open: a budget can ask for that.
         """
-        tokens = rows.canvas.tokens
-        if self.denoiser.is_self_conditioned and rows.block.ne(rows.last_block).any():  # sync
+        if self.is_repeatable:
+            if all(group.knows(question) for group, question in zip(groups, questions, strict=True)):
+                return
+            if not any(len(question.where) for question in questions):
+                for group in groups:
+                    group.logits = group.rows.canvas.confidence.new_zeros((0, group.vocab_size))
+                return
+        if self.denoiser.is_self_conditioned and any(group.rows.block.ne(group.rows.last_block).any() for group in groups):
             raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
-        if not self.is_repeatable:
-            return self._guided(rows, where)
-        if not len(where):
-            return tokens.new_zeros((0, self.denoiser.model.config.get_text_config().vocab_size), dtype=torch.float32)
-        if self.memo and torch.equal(self.memo[0], tokens) and torch.equal(self.memo[1], where):  # sync
-            return self.memo[2]
-        logits = self._guided(rows, where)
-        self.memo = (tokens, where, logits)
-        return logits
-
-    def _guided(self, rows: Rows, where: Int[Tensor, "n"]) -> Float[Tensor, "n vocab"]:
+        self._close_gaps()
+        places = [place for group in groups for place in group.rows.places]
+        if self.planner is not None:
+            places.sort(key=lambda place: place.slot)
+        asked = [group.rows.canvas.tokens.new_tensor([places.index(place) for place in group.rows.places]) for group in groups]
+        query, sizes = self._query(groups, questions, places, asked)
         self.num_forwards += 1
-        tokens = rows.canvas.tokens
-        if not self.cfg_scale:
-            return self._logits(tokens, where, rows)
-        hidden = unconditional(rows.canvas, self.denoiser.settings.mask_token_id)
-        both = self._logits(torch.cat([tokens, hidden]), torch.cat([where, where + tokens.numel()]), rows)
-        return guided(*both.chunk(2), scale=self.cfg_scale)
+        logits = self.denoiser(query).split(sizes)
+        if self.planner is not None:
+            self.planner.note(places)
+        for group, found in zip(groups, logits, strict=True):
+            scale = group.sampler.cfg_scale
+            group.logits = guided(*found.chunk(2), scale=scale) if self.branches == 2 else found
 
-    def _logits(self, tokens: Int[Tensor, "rows seq"], where: Int[Tensor, "n"], rows: Rows) -> Float[Tensor, "n vocab"]:
-        copies = len(tokens) // len(rows.index)
-        origin = rows.origin.repeat(copies)
-        told: dict[str, Any] = {} if self.told is None else {"previous": SelfConditioning(self.told, rows.step > 0)}
+    def _query(
+        self,
+        groups: Sequence[Group],
+        questions: Sequence[Question],
+        places: list[Place],
+        indexes: list[Int[Tensor, "rows"]],
+    ) -> tuple[Query, list[int]]:
+        """Lay the groups' rows out in the order of `places`; `indexes` says where. Also count each group's answers."""
+        device, num_rows, branches = self.denoiser.device, len(places), self.branches
+        spans, first = None, torch.zeros(num_rows, dtype=torch.int64, device=device)
+        width = max(group.rows.canvas.tokens.shape[1] for group in groups)
+        if self.planner is not None:
+            spans = self.planner.plan(places)
+            first = torch.tensor(spans.starts, device=device)
+            positions = spans.positions(device)
+            width = spans.num_queries
+        input_ids = first.new_zeros((num_rows, branches, width))
+        segment_ids = torch.zeros_like(input_ids) if self.planner is None and num_rows > 1 else None
+        where = []
+        for group, question, index in zip(groups, questions, indexes, strict=True):
+            tokens = self._tokens(group)
+            if spans is not None:
+                input_ids[index] = tokens.gather(2, positions[index][:, None].expand(-1, branches, -1))
+            else:
+                input_ids[index, :, : tokens.shape[2]] = tokens
+            if segment_ids is not None:
+                segment_ids[index, :, : tokens.shape[2]] = group.rows.canvas.segment_ids[:, None]
+            row = index[question.draws.rows]
+            column = question.draws.positions - first[row]
+            where += [(row * branches + branch) * width + column for branch in range(branches)]
+        origin = torch.tensor([place.origin for place in places for _ in range(branches)], device=device)
+        query = Query(
+            input_ids=input_ids.flatten(0, 1),
+            where=torch.cat(where),
+            positions=None if spans is None else positions.repeat_interleave(branches, dim=0),
+            segment_ids=None if segment_ids is None else segment_ids.flatten(0, 1),
+            layout=self.layout,
+            grid_origin=origin,
+            view=None if spans is None else self._view(spans, places),
+            previous=self._told(groups, indexes, num_rows),
+        )
+        return query, [len(question.where) * branches for question in questions]
+
+    def _told(self, groups: Sequence[Group], indexes: Sequence[Tensor], num_rows: int) -> SelfConditioning | None:
+        known = [(group.rows, index) for group, index in zip(groups, indexes, strict=True) if group.rows.told is not None]
+        if not known:
+            return None
+        told = known[0][0].told
+        assert told is not None
+        logits, is_told = told.new_zeros(num_rows, *told.shape[1:]), torch.zeros(num_rows, dtype=torch.bool, device=told.device)
+        for rows, index in known:
+            logits[index], is_told[index] = rows.told, rows.step > 0
+        return SelfConditioning(logits, is_told)
+
+    def _tokens(self, group: Group) -> Int[Tensor, "rows branches seq"]:
+        canvas = group.rows.canvas
+        if self.branches == 1:
+            return canvas.tokens[:, None]
+        return torch.stack([canvas.tokens, unconditional(canvas, group.mask_token_id)], dim=1)
+
+    def _view(self, spans: Spans, places: Sequence[Place]) -> View:
+        slots = [place.slot * self.branches + branch for place in places for branch in range(self.branches)]
+        is_run = slots == list(range(slots[0], slots[0] + len(slots)))
+        return self.slots.view(
+            spans.repeated(self.branches),
+            self.denoiser.device,
+            first=slots[0],
+            rows=None if is_run else slots,
+            is_static=self.denoiser.is_compiled,
+        )
+
+    def admit(self, group: Group, running: Sequence[Group], *, chunk: int | None) -> bool:
+        """Give rows that join their slots, with the keys and values that others have of the same prompts.
+
+        What is left of the prompts is fed with their first step, or alone where other rows run or wait for it, up to
+        `chunk` tokens in a call. Returns whether the rows are ready.
+        """
         if self.planner is None:
-            segments = rows.canvas.segment_ids.repeat(copies, 1) if len(rows.index) > 1 else None
-            return self.denoiser.logits_at(
-                where, tokens, segment_ids=segments, layout=self.layout, grid_origin=origin, **told
+            return True
+        places = group.rows.places
+        if places[0].slot < 0:
+            self._seat(group, running)
+        if not isinstance(self.planner, ExactPlanner):
+            return True
+        is_alone = len(self.places) == len(places) and not any(place.twin for place in places)
+        while not is_alone:
+            waiting = [p for p in places if p.twin is None and p.final < self.planner.finished(p)]
+            if not waiting:
+                break
+            self._feed_prompts(group, waiting if chunk is None else waiting[:1], chunk)
+            if chunk is not None and any(p.final < self.planner.finished(p) for p in waiting):
+                return False
+        for place in places:
+            if place.twin is not None:
+                self._copy(place.twin.slot, place.slot, self.planner.finished(place))
+                place.final, place.twin = self.planner.finished(place), None
+        return True
+
+    def _seat(self, group: Group, running: Sequence[Group]) -> None:
+        """Find a slot for each row, and what is there to begin with."""
+        places, tokens = group.rows.places, self._tokens(group).cpu()  # sync: once for rows that join
+        sources: list[Prefix] = []
+        if isinstance(self.planner, ExactPlanner):
+            for other in running:
+                theirs = self._tokens(other).cpu()
+                sources += [Prefix(theirs[i, :, : p.final], p.origin, p.slot) for i, p in enumerate(other.rows.places)]
+            sources += self.left.values()
+            _find_twins(places, tokens)
+        self.places += places
+        taken = {place.slot for place in self.places}
+        free = [slot for slot in range(len(self.places)) if slot not in taken]
+        self.slots.reserve(len(self.places) * self.branches, max(place.length for place in places))
+        lost: set[int] = set()
+        for place, own in zip(places, tokens, strict=True):
+            found, source = self._longest(place, own, [each for each in sources if each.slot not in lost])
+            place.slot = source.slot if source is not None and source.slot in free else free[0]
+            free.remove(place.slot)
+            lost.add(place.slot)
+            self.left.pop(place.slot, None)
+            if source is not None:
+                self._copy(source.slot, place.slot, found)
+                place.final = found
+
+    def _longest(self, place: Place, tokens: Tensor, sources: Sequence[Prefix]) -> tuple[int, Prefix | None]:
+        """Find who shares the longest prefix of whole finished blocks."""
+        assert not sources or isinstance(self.planner, ExactPlanner)
+        best: tuple[int, Prefix | None] = (0, None)
+        for source in sources:
+            if source.origin == place.origin and place.twin is None:
+                shared = min(source.shared_with(tokens), place.unfinished)
+                found = self.planner.floor(shared, place.origin)  # type: ignore[union-attr]
+                best = max(best, (found, source), key=lambda pair: pair[0])
+        return best
+
+    def _feed_prompts(self, group: Group, places: Sequence[Place], chunk: int | None) -> None:
+        """Write keys and values of finished blocks, and predict nothing."""
+        assert isinstance(self.planner, ExactPlanner)
+        ends = [self.planner.finished(place) for place in places]
+        if chunk is not None:
+            nexts = [max(self.planner.floor(p.final + chunk, p.origin), self.planner.after(p)) for p in places]
+            ends = [min(end, then) for end, then in zip(ends, nexts, strict=True)]
+        spans = Spans(starts=[place.final for place in places], ends=ends, key_ends=ends, reads_all=False)
+        positions = spans.positions(self.denoiser.device)
+        rows = [group.rows.places.index(place) for place in places]
+        tokens = self._tokens(group)[rows].gather(2, positions[:, None].expand(-1, self.branches, -1))
+        origin = [place.origin for place in places for _ in range(self.branches)]
+        with torch.no_grad():
+            self.denoiser(
+                Query(
+                    input_ids=tokens.flatten(0, 1),
+                    where=tokens.new_zeros(0),
+                    positions=positions.repeat_interleave(self.branches, dim=0),
+                    layout=self.layout,
+                    grid_origin=tokens.new_tensor(origin),
+                    view=self._view(spans, places),
+                )
             )
-        bounds = bounds_of(rows)
-        if not self.has_begun and isinstance(self.planner, ExactPlanner):
-            self._begin(self.planner, tokens, origin, bounds)
-        self.has_begun = True
-        spans = self.planner.plan(bounds).repeated(copies)
-        logits = self.denoiser.cached_logits_at(
-            where, tokens, spans=spans, slots=self.slots, layout=self.layout, grid_origin=origin, **told
-        )
-        if self.session is not None and isinstance(self.planner, ExactPlanner):
-            self.session.slots, self.session.tokens = self.slots, tokens[0, : self.planner.final[0]]
-            self.session.layout = self.planner.layout
-        return logits
+        for place, end in zip(places, ends, strict=True):
+            place.final = end
 
-    def _begin(
-        self, planner: ExactPlanner, tokens: Int[Tensor, "rows seq"], origin: Int[Tensor, "rows"], bounds: list[Bounds]
-    ) -> None:
-        """Take over what an earlier turn left, or feed a prompt that several rows share once for all of them."""
-        if len(tokens) == 1:
-            kept = self.session
-            if kept and kept.slots is not None and kept.tokens is not None and kept.layout == planner.layout:
-                self.slots = kept.slots.grown(self.slots.num_positions)
-                planner.begin_after(_num_equal(kept.tokens, tokens[0]), bounds)
-            return
-        ends = torch.tensor([row.unfinished for row in bounds], device=tokens.device).repeat(len(tokens) // len(bounds))
-        told_apart = torch.cat([tokens, ends[:, None]], dim=1)  # noise and padding look alike
-        distinct, group = torch.unique(told_apart, dim=0, return_inverse=True)
-        if len(distinct) == len(tokens):
-            return
-        rows = torch.arange(len(tokens), device=group.device)
-        first = rows.new_full((len(distinct),), len(tokens)).scatter_reduce(0, group, rows, "amin")
-        spans = planner.prompt_spans([bounds[row % len(bounds)] for row in first.tolist()])  # sync: once
-        if spans is None:
-            return
-        self.denoiser.cached_logits_at(
-            rows[:0], tokens[first], spans=spans, slots=self.slots, layout=self.layout, grid_origin=origin[first]
-        )
-        self.slots.select(group)
-        planner.begin_after(tokens.shape[1], bounds)
+    def leave(self, group: Group, rows: Sequence[int]) -> None:
+        """Let rows go; their keys and values stay until their slots are needed."""
+        tokens = self._tokens(group) if isinstance(self.planner, ExactPlanner) else None
+        for row in rows:
+            place = group.rows.places[row]
+            if place.slot < 0:
+                continue
+            self.places = [other for other in self.places if other is not place]
+            if tokens is not None and place.final > 0:
+                self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin, place.slot)
+
+    def _close_gaps(self) -> None:
+        """Move the last rows to where others left, so that the rows that run are one piece of the slots."""
+        taken = {place.slot for place in self.places}
+        gaps = [slot for slot in range(len(self.places)) if slot not in taken]
+        for place in [place for place in self.places if place.slot >= len(self.places)]:
+            slot = gaps.pop()
+            self._copy(place.slot, slot, place.final if isinstance(self.planner, ExactPlanner) else place.length)
+            self.left.pop(slot, None)
+            place.slot = slot
+
+    def _copy(self, source: int, to: int, num_positions: int) -> None:
+        if source != to:
+            for branch in range(self.branches):
+                self.slots.copy(source * self.branches + branch, to * self.branches + branch, num_positions)
 
 
-def _num_equal(a: Int[Tensor, "n"], b: Int[Tensor, "m"]) -> int:
-    """Count the tokens that two sequences begin with alike."""
-    length = min(len(a), len(b))
-    return int((a[:length] == b[:length]).long().cumprod(dim=0).sum())  # sync: once a turn
+def _find_twins(places: Sequence[Place], tokens: Int[Tensor, "rows branches seq"]) -> None:
+    """Mark the rows that begin as an earlier one does in every token."""
+    first: dict[Any, Place] = {}
+    for place, own in zip(places, tokens, strict=True):
+        twin = first.setdefault((own.numpy().tobytes(), place.unfinished, place.origin), place)
+        place.twin = None if twin is place else twin

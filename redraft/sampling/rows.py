@@ -1,12 +1,17 @@
-"""Where each row of a running generation stands."""
+"""The running rows of one sampler: all that a generation knows about each of them."""
 
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Bool, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from redraft.sampling.caching import Bounds
+from redraft.randomness import mix
+from redraft.sampling.caching import Place
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.policies import Window
 from redraft.sampling.policies.revise import MOST_POST_STEPS
@@ -14,95 +19,234 @@ from redraft.sampling.policies.revise import MOST_POST_STEPS
 NEVER = torch.iinfo(torch.int64).max
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rows:
-    """What the loop knows about each running row."""
+    """Where each row stands. Tensors have a row for each; they are replaced, not written into, where a step shows them.
 
-    index: Int[Tensor, "batch"]
+    Steps work on the columns `at` of each row (None: all of them), in which everything lies that is open.
+    """
+
+    ids: Int[Tensor, "batch"]
     keys: Int[Tensor, "batch"]
     canvas: Canvas
     block_of: Int[Tensor, "batch seq"]
-    origin: Int[Tensor, "batch"]
+    previous: Int[Tensor, "batch seq"]
+    deadline: Float[Tensor, "batch"]
+    """In seconds of `time.perf_counter`; infinite for none."""
+    num_steps: Int[Tensor, "batch"]
+    """Of the clock of each block."""
+    age: Int[Tensor, "batch"]
+    """Steps in which the row was decided, whether or not the model ran: its random numbers are keyed by it."""
     block: Int[Tensor, "batch"]
     """First unfinished block."""
     last_block: Int[Tensor, "batch"]
     """Last block that is open."""
+    block_size: Int[Tensor, "batch"]
     step: Int[Tensor, "batch"]
-    num_steps: Int[Tensor, "batch"]
     since_filled: Int[Tensor, "batch"]
-    previous: Int[Tensor, "batch seq"]
-    fed: Int[Tensor, "batch seq"]
-    """Input of the row's last forward: its tokens, of which those not asked for are negative (-1 - token)."""
     num_forwards: Int[Tensor, "batch"]
     """Forwards that the row took part in."""
+    asked: Int[Tensor, "batch"]
+    """Which positions the row's last forward was asked for, as one number."""
+    is_changed: Bool[Tensor, "batch"]
+    """Whether a token changed since."""
+    num_left: Int[Tensor, "batch"]
+    """Decisions that are left: two for noise, one for a draft."""
     least_left: Int[Tensor, "batch"]
-    """Fewest decisions that were left since the last step of the block's clock."""
+    """Fewest since the last step of the block's clock."""
     num_stalled: Int[Tensor, "batch"]
     """Steps since then in which that did not fall."""
+    told: Float[Tensor, "batch length vocab"] | None = None
+    """What a self-conditioned model predicted in the step before."""
+    places: list[Place]
+    at: Int[Tensor, "batch width"] | None = None
 
-    def keep(self, kept: Int[Tensor, "kept"]) -> None:
-        """Drop the other rows, and the columns that only they needed."""
-        self.canvas = self.canvas.rows(kept)
+    @property
+    def columns(self) -> Int[Tensor, "#batch width"]:
+        """Positions of the columns that a step works on."""
         length = self.canvas.tokens.shape[1]
+        return torch.arange(length, device=self.keys.device)[None] if self.at is None else self.at
+
+    def seen(self, values: Tensor) -> Tensor:
+        """Take the columns that a step works on."""
+        return values if self.at is None else values.gather(1, self.at)
+
+    @property
+    def part(self) -> Canvas:
+        """The canvas in these columns."""
+        return self.canvas if self.at is None else self.canvas.columns(self.at)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Drop the other rows, and the columns that only they needed."""
+        self.places = [self.places[row] for row in kept]
+        index, length = torch.tensor(kept, device=self.keys.device), max(place.length for place in self.places)
+        self._each(lambda values, _: values[index, :length] if values.ndim == 2 else values[index])
+        self.aim()
+
+    def join(self, other: "Rows") -> None:
+        """Take in further rows."""
+        self.places = self.places + other.places
+        length = max(place.length for place in self.places)
+
+        def wide(values: Tensor, fill: int) -> Tensor:
+            return F.pad(values, (0, length - values.shape[1]), value=fill) if values.ndim == 2 else values
+
+        if self.told is not None:
+            other.told = self.told.new_zeros(len(other.keys), *self.told.shape[1:])
+        theirs: list[Tensor] = []
+        other._each(lambda values, fill: theirs.append(wide(values, fill)) or values)
+        later = iter(theirs)
+        self._each(lambda values, fill: torch.cat([wide(values, fill), next(later)]))
+        self.aim()
+
+    def _each(self, change: Callable[[Tensor, int], Tensor]) -> None:
+        """Change every tensor, given what fills a row up."""
+        canvas = self.canvas
+        self.canvas = Canvas(
+            tokens=change(canvas.tokens, 0),
+            status=change(canvas.status, Status.PAD),
+            confidence=change(canvas.confidence, 0),
+        )
         for field in fields(self):
             values = getattr(self, field.name)
-            if isinstance(values, Tensor):
-                setattr(self, field.name, values[kept] if values.ndim == 1 else values[kept, :length])
+            if isinstance(values, Tensor) and field.name != "at":
+                setattr(self, field.name, change(values, -1))
 
-    def count_forwards(self, is_asked: Bool[Tensor, "batch seq"], *, is_every_step: bool) -> None:
+    def open_blocks(self, in_flight: int, which: Sequence[int], least: Int[Tensor, "batch"] | None = None) -> None:
+        """Open the first unfinished blocks of these rows, enough of them to commit `least` tokens, and set the clocks."""
+        if not which:
+            return
+        pick = slice(None) if len(which) == len(self.places) else torch.tensor(which, device=self.keys.device)
+        status, block_of, before = self.canvas.status[pick], self.block_of[pick], self.block[pick]
+        is_noise, is_real = status == Status.NOISE, status != Status.PAD
+        is_undecided = is_noise | (status == Status.DRAFT)
+        block = torch.where(is_undecided, block_of, NEVER).amin(dim=1)
+        last = block + (in_flight - 1)
+        if least is not None:
+            reaches = is_noise & (is_noise.long().cumsum(dim=1) >= least[pick, None])
+            needed = torch.where(reaches, block_of, NEVER).amin(dim=1)
+            last = torch.where(needed == NEVER, last, torch.maximum(last, needed))
+        is_new, is_within = block != before, is_real & (block_of <= last[:, None])
+        for values, new in (
+            (self.block, block),
+            (self.last_block, last),
+            (self.block_size, (is_real & (block_of == block[:, None])).sum(dim=1)),
+            (self.step, torch.where(is_new, 0, self.step[pick])),
+            (self.since_filled, torch.where(is_new, 0, self.since_filled[pick])),
+        ):
+            values[pick] = new
+        positions = torch.arange(status.shape[1], device=status.device)
+        is_open, is_later = is_within & (block_of >= block[:, None]), is_undecided & (block_of > last[:, None])
+        ends = torch.where(is_open, positions + 1, 0).amax(dim=1)
+        firsts = (torch.where(mask, positions, NEVER).amin(dim=1) for mask in (is_undecided, is_open, is_later))
+        for row, (end, unfinished, start, later) in zip(which, torch.stack([ends, *firsts]).T.tolist(), strict=True):  # sync
+            place = self.places[row]
+            place.unfinished, place.start, place.end = unfinished, start, end
+            place.reach = end if later == NEVER else max(end, later + 1)
+        self.aim()
+
+    def aim(self) -> None:
+        """Choose the columns that steps work on."""
+        length = self.canvas.tokens.shape[1]
+        width = max(place.reach - min(place.unfinished, place.reach) for place in self.places)
+        self.at = None
+        if 2 * width < length:
+            starts = [min(place.unfinished, length - width) for place in self.places]
+            device = self.keys.device
+            self.at = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+            self.previous = self.previous.clone()  # a step may show it
+        self._marks = mix(self.columns)
+
+    def window(self, status: UInt8[Tensor, "batch width"]) -> Window:
+        """Say what is open, and where each row stands in its block."""
+        is_undecided = (status == Status.NOISE) | (status == Status.DRAFT)
+        return Window(
+            is_open=is_undecided & (self.seen(self.block_of) <= self.last_block[:, None]),
+            step=self.step,
+            num_steps=self.num_steps,
+            block_size=self.block_size,
+            steps_since_filled=self.since_filled,
+        )
+
+    def count_forwards(self, is_asked: Bool[Tensor, "batch width"], *, is_every_step: bool) -> Bool[Tensor, "batch"]:
         """Count a forward for each row whose input differs from that of its last one, whatever the batch runs."""
-        tokens = self.canvas.tokens
-        fed = torch.where(is_asked, tokens, -1 - tokens)
-        is_forward = is_asked.any(dim=1) & (fed != self.fed).any(dim=1) | is_every_step
-        self.fed = torch.where(is_forward[:, None], fed, self.fed)
+        asked = torch.where(is_asked, self._marks, 0).sum(dim=1)
+        is_forward = is_asked.any(dim=1) & (self.is_changed | (asked != self.asked)) | is_every_step
+        self.asked = torch.where(is_forward, asked, self.asked)
+        self.is_changed = self.is_changed & ~is_forward
         self.num_forwards = self.num_forwards + is_forward.long()
+        return is_forward
 
-    def find_stuck(self, before: Canvas, window: Window) -> Bool[Tensor, "batch"]:
-        """Find the rows that may never end: those whose step changed nothing although their block's clock is at its
-        end or nothing is undecided, and those that have come no nearer to their end for very many steps since."""
-        canvas = self.canvas
-        is_same = ((canvas.tokens == before.tokens) & (canvas.status == before.status)).all(dim=1)
-        is_undecided = canvas.is_noise | canvas.is_draft
-        left = is_undecided.sum(dim=1) + canvas.is_noise.sum(dim=1)
-        is_stalled = window.is_last & (left >= self.least_left)
+    def take(self, part: Canvas, before: Canvas, window: Window) -> Bool[Tensor, "batch"]:
+        """Take a step's canvas; find the rows that may never end: those whose step changed nothing although their
+        block's clock is at its end or nothing is undecided, and those that have come no nearer to their end for very
+        many steps since."""
+        self.canvas = part if self.at is None else self.canvas.with_columns(self.at, part)
+        is_same_token = (part.tokens == before.tokens).all(dim=1)
+        is_same = is_same_token & (part.status == before.status).all(dim=1)
+        self.is_changed = self.is_changed | ~is_same_token
+        self.num_left = self.num_left + (_decisions(part.status) - _decisions(before.status))
+        is_stalled = window.is_last & (self.num_left >= self.least_left)
         self.num_stalled = torch.where(is_stalled, self.num_stalled + 1, 0)
-        self.least_left = torch.where(is_stalled, self.least_left, left)
-        return is_same & (window.is_last | ~is_undecided.any(dim=1)) | (self.num_stalled > MOST_POST_STEPS)
+        self.least_left = torch.where(is_stalled, self.least_left, self.num_left)
+        self.step, self.age = self.step + 1, self.age + 1
+        return is_same & (window.is_last | (self.num_left == 0)) | (self.num_stalled > MOST_POST_STEPS)
+
+    def standing(self, status: UInt8[Tensor, "batch width"]) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
+        """Say whether each row's first unfinished block is another now, and where its first undecided position is."""
+        is_undecided = (status == Status.NOISE) | (status == Status.DRAFT)
+        block = torch.where(is_undecided, self.seen(self.block_of), NEVER).amin(dim=1)
+        first = torch.where(is_undecided, self.columns, NEVER).amin(dim=1)
+        return block != self.block, first
 
 
-def open_window(rows: Rows, in_flight: int, least: Int[Tensor, "batch"] | None) -> Window:
-    """Open each row's first unfinished blocks, enough of them to commit `least` tokens, and set the clocks."""
-    canvas = rows.canvas
-    is_unfinished = canvas.is_noise | canvas.is_draft
-    block = torch.where(is_unfinished, rows.block_of, NEVER).amin(dim=1)
-    is_new = block != rows.block
-    rows.last_block = block + (in_flight - 1)
-    if least is not None:
-        reaches = canvas.is_noise & (canvas.is_noise.long().cumsum(dim=1) >= least[:, None])
-        needed = torch.where(reaches, rows.block_of, NEVER).amin(dim=1)
-        rows.last_block = torch.where(needed == NEVER, rows.last_block, torch.maximum(rows.last_block, needed))
-    is_open = is_unfinished & (rows.block_of <= rows.last_block[:, None])
-    rows.block = block
-    rows.step = torch.where(is_new, 0, rows.step)
-    rows.since_filled = torch.where(is_new, 0, rows.since_filled)
-    is_mine = (rows.block_of == block[:, None]) & (canvas.status != Status.PAD)
-    return Window(
-        is_open=is_open,
-        step=rows.step,
-        num_steps=rows.num_steps,
-        block_size=is_mine.sum(dim=1),
-        steps_since_filled=rows.since_filled,
+def begin(
+    canvas: Canvas,
+    block_of: Int[Tensor, "batch seq"],
+    *,
+    keys: Int[Tensor, "batch"],
+    first_id: int,
+    origin: Int[Tensor, "batch"],
+    num_steps: Int[Tensor, "batch"],
+    seconds: float | None,
+) -> Rows:
+    """Set rows up before their first step."""
+    zero = torch.zeros_like(keys)
+    lengths = (canvas.status != Status.PAD).sum(dim=1)
+    deadline = torch.full(keys.shape, math.inf, dtype=torch.float64, device=keys.device)
+    return Rows(
+        ids=torch.arange(first_id, first_id + len(keys), device=keys.device),
+        keys=keys,
+        canvas=canvas,
+        block_of=block_of,
+        previous=torch.full_like(canvas.tokens, -1),
+        deadline=deadline if seconds is None else deadline.fill_(time.perf_counter() + seconds),
+        num_steps=num_steps,
+        age=zero,
+        block=torch.full_like(keys, NEVER),
+        last_block=torch.full_like(keys, NEVER),
+        block_size=zero.clone(),
+        step=zero.clone(),
+        since_filled=zero.clone(),
+        num_forwards=zero,
+        asked=zero,
+        is_changed=torch.ones_like(keys, dtype=torch.bool),
+        num_left=_decisions(canvas.status),
+        least_left=torch.full_like(keys, NEVER),
+        num_stalled=zero,
+        places=[Place(*numbers) for numbers in torch.stack([lengths, origin], dim=1).tolist()],
     )
 
 
-def bounds_of(rows: Rows) -> list[Bounds]:
-    """Bring to the host where each row stands."""
-    canvas = rows.canvas
-    is_real = canvas.status != Status.PAD
-    is_open = is_real & (rows.block_of >= rows.block[:, None]) & (rows.block_of <= rows.last_block[:, None])
-    positions = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device)
-    unfinished = torch.where(canvas.is_noise | canvas.is_draft, positions, NEVER).amin(dim=1)
-    start = torch.where(is_open, positions, NEVER).amin(dim=1)
-    end = torch.where(is_open, positions + 1, 0).amax(dim=1)
-    numbers = torch.stack([unfinished, start, end, is_real.sum(dim=1), rows.origin], dim=1)
-    return [Bounds(*row) for row in numbers.tolist()]  # sync
+def count_blocks(block_of: Int[Tensor, "batch seq"], is_noise: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch"]:
+    """Count the blocks of each row that hold noise."""
+    ordered = torch.where(is_noise, block_of, NEVER).sort(dim=1).values
+    is_new = torch.ones_like(is_noise)
+    is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return (is_new & (ordered != NEVER)).sum(dim=1)
+
+
+def _decisions(status: UInt8[Tensor, "batch width"]) -> Int[Tensor, "batch"]:
+    """Count what is left to decide: two for noise, one for a draft."""
+    is_noise = status == Status.NOISE
+    return is_noise.sum(dim=1) + (is_noise | (status == Status.DRAFT)).sum(dim=1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redraft.sampling.canvas import Canvas, Status
-from redraft.sampling.loop import Step
+from redraft.sampling.step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +48,17 @@ class Recorder:
     def add(self, step: Step) -> None:
         """Note what a step decided."""
         tokens, status = step.canvas.tokens.tolist(), step.canvas.status.tolist()
-        for i, row in enumerate(step.rows.tolist()):
-            self.last[row] = (tokens[i], status[i], step.index + 1)
+        rows, ages = step.rows.tolist(), step.age.tolist()
+        for i, row in enumerate(rows):
+            self.last[row] = (tokens[i], status[i], ages[i] + 1)
         kinds = {"commit": step.is_committed, "revise": step.is_edited, "reopen": step.is_reopened}
         for kind, where in kinds.items():
             confidence = step.confidence[where].tolist()
             for (i, position), sure in zip(where.nonzero().tolist(), confidence, strict=True):
                 event = Event(
-                    step=step.index, position=position, token_id=tokens[i][position], confidence=sure, kind=kind
+                    step=ages[i], position=position, token_id=tokens[i][position], confidence=sure, kind=kind
                 )
-                self.rows[int(step.rows[i])].append(event)
+                self.rows[rows[i]].append(event)
 
     def traces(self) -> list[RowTrace]:
         """Return the traces in the order of the batch."""

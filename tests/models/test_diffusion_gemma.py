@@ -11,9 +11,9 @@ from redraft.models.encoder_decoder import EncoderDecoder, SelfConditioning
 from redraft.models.families import find_family
 from redraft.models.settings import DiffusionSettings
 from redraft.prompts import row_keys
+from redraft.sampling.batch import denoise
 from redraft.sampling.canvas import Status, build_canvas
 from redraft.sampling.config import SamplingConfig
-from redraft.sampling.loop import denoise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # their generate
 

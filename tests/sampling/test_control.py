@@ -14,13 +14,14 @@ import redraft
 from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies as p
+from redraft.sampling.batch import denoise
 from redraft.sampling.budget import Budget
 from redraft.sampling.canvas import Status
 from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Reward
-from redraft.sampling.loop import Sampler, denoise
 from redraft.sampling.presets import PRESETS
+from redraft.sampling.sampler import Sampler
 
 PROMPT = [5, 6, 7, 8, 9]
 

@@ -9,8 +9,9 @@ import torch
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies as p
+from redraft.sampling.batch import denoise
 from redraft.sampling.canvas import build_canvas
-from redraft.sampling.loop import Sampler, denoise
+from redraft.sampling.sampler import Sampler
 
 N, LENGTH, ROWS, MASK = 3, 3, 20_000, 3
 STATES = torch.cartesian_prod(*[torch.arange(N)] * LENGTH)  # (27, 3)

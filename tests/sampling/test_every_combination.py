@@ -10,9 +10,10 @@ from tiny import tiny_lm
 
 from redraft.prompts import row_keys
 from redraft.sampling import policies as p
+from redraft.sampling.batch import denoise
 from redraft.sampling.budget import Budget
 from redraft.sampling.canvas import Status, build_canvas
-from redraft.sampling.loop import Sampler, denoise
+from redraft.sampling.sampler import Sampler
 
 NEW, MASK, GRID = 12, 2, 4
 few = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))

@@ -8,11 +8,12 @@ import torch
 from tiny import tiny_lm
 
 from redraft.sampling import policies as p
+from redraft.sampling.batch import denoise
 from redraft.sampling.budget import Budget, Meter
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.guidance import Reward
-from redraft.sampling.loop import Sampler, denoise
 from redraft.sampling.propose import propose
+from redraft.sampling.sampler import Sampler
 
 MASK, TOKEN, VOCAB = 2, 7, 10
 STATES = {"N": Status.NOISE, "D": Status.DRAFT, "c": Status.COMMITTED}

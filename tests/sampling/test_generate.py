@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_lm
 
+from redraft.sampling.batch import denoise
 from redraft.sampling.canvas import Status
-from redraft.sampling.loop import denoise
 
 few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 prompt = st.lists(st.integers(0, 39), min_size=0, max_size=9)

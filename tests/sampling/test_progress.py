@@ -8,8 +8,9 @@ import torch
 from tiny import tiny_lm
 
 from redraft.sampling import policies as p
+from redraft.sampling.batch import denoise
 from redraft.sampling.canvas import Status, build_canvas
-from redraft.sampling.loop import Sampler, denoise
+from redraft.sampling.sampler import Sampler
 
 LENGTH, MASK = 8, 2
 

@@ -3,10 +3,11 @@
 None of them calls a model. Each kind is a Protocol with one method; one's own is as good as those here.
 """
 
+from redraft.sampling.policies.action import Action, Kind
 from redraft.sampling.policies.anneal import Anneal, LinearAnneal
 from redraft.sampling.policies.candidates import Candidates, Draws, Window
 from redraft.sampling.policies.frontier import Blocks, Frontier, GridBlocks, WholeCanvas
-from redraft.sampling.policies.revise import Posterior, Remasking, Renoise, Rerank, Revise, Revision, TokenEdit
+from redraft.sampling.policies.revise import Posterior, Remasking, Renoise, Rerank, Revise, TokenEdit
 from redraft.sampling.policies.score import (
     Confidence,
     LeftToRight,
@@ -32,6 +33,7 @@ from redraft.sampling.policies.unmask import (
 )
 
 __all__ = [
+    "Action",
     "Anneal",
     "AtTheEnd",
     "Bernoulli",
@@ -46,6 +48,7 @@ __all__ = [
     "FirstHitting",
     "Frontier",
     "GridBlocks",
+    "Kind",
     "LeftToRight",
     "LinearAnneal",
     "Margin",
@@ -58,7 +61,6 @@ __all__ = [
     "Renoise",
     "Rerank",
     "Revise",
-    "Revision",
     "Score",
     "Sequential",
     "Stop",

@@ -1,6 +1,7 @@
 """What a policy may look at: the canvas, which of it is open, and what the model proposes there."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,59 +44,67 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Random numbers of the current step, a function of (row, step, position, purpose) alone."""
+    """Random numbers of the current step, a function of (row, its age, position, purpose) alone."""
 
     row_keys: Int[Tensor, "batch"]
-    step: int
+    age: Int[Tensor, "batch"]
+    """Steps in which each row was decided before this one."""
     rows: Int[Tensor, "n"]
+    """Of the open positions."""
     positions: Int[Tensor, "n"]
+    """Of the open positions, in their rows."""
+    columns: Int[Tensor, "#batch seq"]
+    """Of all that the policies see."""
 
     def uniform(self, purpose: int) -> Float[Tensor, "n"]:
         """Draw from U[0, 1) for each open position."""
-        return uniform(self.row_keys[self.rows], self.step, self.positions, purpose)
+        return uniform(self.row_keys[self.rows], self.age[self.rows], self.positions, purpose)
 
-    def everywhere(self, seq_len: int, purpose: int) -> Float[Tensor, "batch seq"]:
-        """Draw from U[0, 1) for every position of the canvas."""
-        positions = torch.arange(seq_len, device=self.row_keys.device)
-        return uniform(self.row_keys[:, None], self.step, positions, purpose)
+    def everywhere(self, purpose: int) -> Float[Tensor, "batch seq"]:
+        """Draw from U[0, 1) for everything that the policies see."""
+        return uniform(self.row_keys[:, None], self.age[:, None], self.columns, purpose)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """One step's proposals at the n open positions of a batch."""
+    """One step's proposals at the n open positions of a batch.
+
+    The policies see of each row the columns around what is open, all of equal width: from the first undecided position
+    on, past all that is open, and up to the next undecided one.
+    """
 
     canvas: Canvas
-    """Before the step."""
+    """These columns before the step."""
     window: Window
     where: Int[Tensor, "n"]
-    """The open positions, as indices into batch * seq."""
+    """The open positions, as indices into batch * seq of these columns."""
     proposal: Proposal
     previous: Int[Tensor, "batch seq"]
     """What the step before proposed, or placed instead; -1 where it proposed nothing."""
     draws: Draws
 
-    @property
+    @cached_property
     def is_open_noise(self) -> Bool[Tensor, "batch seq"]:
         """Open positions that hold no token yet."""
         return self.window.is_open & self.canvas.is_noise
 
-    @property
+    @cached_property
     def is_open_draft(self) -> Bool[Tensor, "batch seq"]:
         """Open positions that hold a token which may change."""
         return self.window.is_open & self.canvas.is_draft
 
-    @property
+    @cached_property
     def x_0(self) -> Int[Tensor, "batch seq"]:
         """Proposals at the open positions; elsewhere the canvas."""
         return self.canvas.tokens.flatten().scatter(0, self.where, self.proposal.x_0).view_as(self.canvas.tokens)
 
-    @property
+    @cached_property
     def likeliest(self) -> Int[Tensor, "batch seq"]:
         """The model's first choice at the open positions; elsewhere the canvas."""
         best = self.proposal.likeliest()
         return self.canvas.tokens.flatten().scatter(0, self.where, best).view_as(self.canvas.tokens)
 
-    @property
+    @cached_property
     def confidence(self) -> Float[Tensor, "batch seq"]:
         """Probability of the proposals; 0 where nothing is open."""
         return self.spread(self.proposal.confidence)

@@ -4,22 +4,22 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from redraft.sampling.canvas import Canvas, Status
+from redraft.sampling.canvas import Status
 
 
 @runtime_checkable
 class Frontier(Protocol):
-    """Number the block that each position belongs to; a row's blocks open in ascending order."""
+    """Number the block that each position of a canvas belongs to; a row's blocks open in ascending order."""
 
     @property
     def in_flight(self) -> int:
         """Unfinished blocks that are open at once."""
         ...
 
-    def blocks(self, canvas: Canvas) -> Int[Tensor, "batch seq"]: ...
+    def blocks(self, status: UInt8[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class WholeCanvas:
 
     in_flight: int = 1
 
-    def blocks(self, canvas: Canvas) -> Int[Tensor, "batch seq"]:
-        return torch.zeros_like(canvas.tokens)
+    def blocks(self, status: UInt8[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        return torch.zeros_like(status, dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class Blocks:
     def __post_init__(self) -> None:
         _check(self.size, self.in_flight)
 
-    def blocks(self, canvas: Canvas) -> Int[Tensor, "batch seq"]:
-        positions = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device)
-        return (positions - prompt_end(canvas)[:, None]).div(self.size, rounding_mode="floor")
+    def blocks(self, status: UInt8[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        positions = torch.arange(status.shape[1], device=status.device)
+        return (positions - prompt_end(status)[:, None]).div(self.size, rounding_mode="floor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +59,14 @@ class GridBlocks:
     def __post_init__(self) -> None:
         _check(self.size, self.in_flight)
 
-    def blocks(self, canvas: Canvas) -> Int[Tensor, "batch seq"]:
-        positions = torch.arange(canvas.tokens.shape[1], device=canvas.tokens.device)
-        return (positions // self.size).expand_as(canvas.tokens)
+    def blocks(self, status: UInt8[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        positions = torch.arange(status.shape[1], device=status.device)
+        return (positions // self.size).expand_as(status)
 
 
-def prompt_end(canvas: Canvas) -> Int[Tensor, "batch"]:
+def prompt_end(status: UInt8[Tensor, "batch seq"]) -> Int[Tensor, "batch"]:
     """Count the given positions that a row begins with."""
-    return (canvas.status == Status.GIVEN).long().cumprod(dim=1).sum(dim=1)
+    return (status == Status.GIVEN).long().cumprod(dim=1).sum(dim=1)
 
 
 def _check(size: int, in_flight: int) -> None:

@@ -10,40 +10,13 @@ from torch import Tensor
 from redraft.errors import check_types
 from redraft.processes.noised import PosteriorKind
 from redraft.processes.uniform import UniformDiffusion
+from redraft.sampling.policies.action import Action, Kind
 from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_REVISE, DRAW_UNMASK, Candidates
 from redraft.sampling.policies.unmask import EntropyBound, best
 from redraft.schedules import Linear, Schedule
 
 MOST_POST_STEPS = 1000
 """Steps that a block may take after its last one without coming nearer to its end."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Revision:
-    """What a step changes besides committing: drafts are edited or reopened, noise is redrawn; the rest stays."""
-
-    may_close: Bool[Tensor, "batch"]
-    """Rows whose block ends here if it holds no noise."""
-    edit: Bool[Tensor, "batch seq"] | None = None
-    """Drafts that take their new proposal."""
-    reopen: Bool[Tensor, "batch seq"] | None = None
-    """Drafts that become noise again."""
-    redraw: Bool[Tensor, "batch seq"] | None = None
-    """Noise whose token is drawn anew from the prior."""
-    noise: Int[Tensor, "batch seq"] | None = None
-    """Other noise tokens for `redraw`, where a process says which."""
-    tokens: Int[Tensor, "batch seq"] | None = None
-    """What is placed instead of the proposals."""
-
-    def closing(self, rows: Bool[Tensor, "batch"]) -> "Revision":
-        """Let these rows close: nothing of theirs becomes or stays noise."""
-        is_free = ~rows[:, None]
-        return replace(
-            self,
-            may_close=self.may_close | rows,
-            reopen=None if self.reopen is None else self.reopen & is_free,
-            redraw=None if self.redraw is None else self.redraw & is_free,
-        )
 
 
 @runtime_checkable
@@ -60,7 +33,9 @@ class Revise(Protocol):
         """Whether it runs by the clock: nothing is final before the last step of a block."""
         ...
 
-    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision: ...
+    def __call__(self, action: Action, candidates: Candidates) -> Action:
+        """Change what the unmasking did."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +57,13 @@ class TokenEdit:
         if not 0 <= self.max_post_steps <= MOST_POST_STEPS:
             raise ValueError(f"max_post_steps must be in [0, {MOST_POST_STEPS}]; got {self.max_post_steps}.")
 
-    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
+    def __call__(self, action: Action, candidates: Candidates) -> Action:
         differs = candidates.x_0 != candidates.canvas.tokens
         edit = candidates.is_open_draft & differs & (candidates.confidence > self.threshold)
         was_filled = ~candidates.is_open_noise.any(dim=1)
         num_passes = candidates.window.steps_since_filled + was_filled.long()
         is_over = num_passes >= self.max_post_steps
-        return Revision(may_close=is_over | (was_filled & ~edit.any(dim=1)), edit=edit)
+        return replace(action.having(Kind.EDIT, edit), may_close=is_over | (was_filled & ~edit.any(dim=1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +101,15 @@ class Remasking:
         share = torch.where(candidates.window.is_last[:, None], 1.0, share)
         return candidates.is_open_noise & (candidates.uniform(DRAW_UNMASK) < share)
 
-    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
+    def __call__(self, action: Action, candidates: Candidates) -> Action:
         is_draft, is_last = candidates.canvas.is_draft, candidates.window.is_last
         sigma = self._sigma(*self._alphas(candidates), candidates)[:, None]
         if self.kind == "conf":
             sure = candidates.canvas.confidence.double().masked_fill(~is_draft, torch.inf)
             sigma = sigma * (-sure).softmax(dim=1).nan_to_num()
-        u = candidates.draws.everywhere(is_draft.shape[1], DRAW_REVISE)
-        return Revision(may_close=is_last, reopen=is_draft & (u < sigma) & ~is_last[:, None])
+        u = candidates.draws.everywhere(DRAW_REVISE)
+        reopened = action.having(Kind.REOPEN, is_draft & (u < sigma) & ~is_last[:, None])
+        return replace(reopened, may_close=is_last)
 
     def _alphas(self, candidates: Candidates) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
         t, s = candidates.window.times
@@ -177,10 +153,9 @@ class Rerank:
         """Commit the noise that is among the surest."""
         return self._kept(candidates) & candidates.is_open_noise
 
-    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
-        kept = self._kept(candidates)
-        is_last = candidates.window.is_last
-        return Revision(may_close=is_last, reopen=candidates.is_open_draft & ~kept)
+    def __call__(self, action: Action, candidates: Candidates) -> Action:
+        is_dropped = candidates.is_open_draft & ~self._kept(candidates)
+        return replace(action.having(Kind.REOPEN, is_dropped), may_close=candidates.window.is_last)
 
     def _kept(self, candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open, is_draft = candidates.window.is_open, candidates.is_open_draft
@@ -214,15 +189,15 @@ class Renoise:
         """Commit a whole block where it ends."""
         return candidates.is_open_noise & self._ends(candidates)[:, None]
 
-    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
-        is_open, x_0 = candidates.is_open_noise, candidates.x_0
+    def __call__(self, action: Action, candidates: Candidates) -> Action:
+        is_set = action.kind == Kind.SET
         vocab_size = candidates.proposal.logits.shape[-1]
-        random = (candidates.draws.everywhere(x_0.shape[1], DRAW_NOISE) * vocab_size).long()
+        random = (candidates.draws.everywhere(DRAW_NOISE) * vocab_size).long()
         is_accepted = self.accept(candidates.confidence, candidates)
-        return Revision(
-            may_close=is_committed.any(dim=1),
-            redraw=is_open & ~is_committed,
-            noise=torch.where(is_accepted, x_0, random),
+        return replace(
+            action.having(Kind.RENOISE, candidates.is_open_noise & ~is_set),
+            may_close=is_set.any(dim=1),
+            noise=torch.where(is_accepted, candidates.x_0, random),
             tokens=candidates.likeliest,
         )
 
@@ -250,7 +225,7 @@ class Posterior:
     def __post_init__(self) -> None:
         check_types(self)
 
-    def __call__(self, is_committed: Bool[Tensor, "batch seq"], candidates: Candidates) -> Revision:
+    def __call__(self, action: Action, candidates: Candidates) -> Action:
         tokens, proposal, rows = candidates.canvas.tokens, candidates.proposal, candidates.draws.rows
         process = UniformDiffusion(vocab_size=proposal.logits.shape[-1], schedule=self.schedule)
         t, s = candidates.window.times
@@ -264,9 +239,9 @@ class Posterior:
             x_t_prob=proposal.probability_of(x_t) if self.kind == "plug_in" else None,
         )
         moved = tokens.flatten().scatter(0, candidates.where, x_s).view_as(tokens)
-        return Revision(
+        return replace(
+            action.having(Kind.RENOISE, candidates.is_open_noise & (action.kind == Kind.KEEP)),
             may_close=candidates.window.is_last,
-            redraw=candidates.is_open_noise & ~is_committed,
             noise=moved,
             tokens=candidates.likeliest if self.has_greedy_tail else moved,
         )

@@ -13,17 +13,21 @@ from redraft.sampling.canvas import Canvas, Status
 
 @runtime_checkable
 class Stop(Protocol):
-    """Say which rows are done. Only decided tokens count: drafts may still change."""
+    """Say which rows are done. Only decided tokens count: drafts may still change.
 
-    def __call__(self, canvas: Canvas) -> Bool[Tensor, "batch"]: ...
+    `tail` holds of each row what was undecided before the step, from the first such position on, and the next one
+    behind that: what stands before it is decided, and was looked at when it was.
+    """
+
+    def __call__(self, canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filled:
     """A row is done when everything is decided."""
 
-    def __call__(self, canvas: Canvas) -> Bool[Tensor, "batch"]:
-        return ~_is_undecided(canvas).any(dim=1)
+    def __call__(self, canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]:
+        return ~_is_undecided(tail).any(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +36,13 @@ class EndOfSequence:
 
     eos_token_ids: tuple[int, ...]
 
-    def __call__(self, canvas: Canvas) -> Bool[Tensor, "batch"]:
-        is_eos = torch.zeros_like(canvas.is_noise)
+    def __call__(self, canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]:
+        has_all_before = _has_all_before(tail)
+        is_eos = torch.zeros_like(has_all_before)
         for eos_token_id in self.eos_token_ids:
-            is_eos |= canvas.tokens == eos_token_id
-        return (is_eos & (canvas.status == Status.COMMITTED) & _has_all_before(canvas)).any(dim=1) | Filled()(canvas)
+            is_eos |= tail.tokens == eos_token_id
+        is_end = is_eos & (tail.status == Status.COMMITTED) & has_all_before
+        return is_end.any(dim=1) | has_all_before.all(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +54,14 @@ class StopStrings:
     """The texts of new tokens after those given: without special tokens, and with them."""
     otherwise: Stop
 
-    def __call__(self, canvas: Canvas) -> Bool[Tensor, "batch"]:
+    def __call__(self, canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]:
         is_new = (canvas.status == Status.COMMITTED) & _has_all_before(canvas)
         is_given = canvas.status == Status.GIVEN
         found = []
         for tokens, given, new in zip(canvas.tokens.cpu(), is_given.cpu(), is_new.cpu(), strict=True):  # sync: text
             texts = self.decode(tokens[given], tokens[new])
             found.append(any(string in text for text in texts for string in self.strings))
-        return torch.tensor(found, device=canvas.tokens.device) | self.otherwise(canvas)
+        return torch.tensor(found, device=canvas.tokens.device) | self.otherwise(canvas, tail)
 
 
 def _is_undecided(canvas: Canvas) -> Bool[Tensor, "batch seq"]:

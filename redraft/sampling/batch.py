@@ -1,0 +1,170 @@
+"""A batch of rows that are denoised together: they join and leave at any forward, and none changes another."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from jaxtyping import Int
+from torch import Tensor
+
+from redraft.models.denoiser import Denoiser
+from redraft.models.finite import explain_nan
+from redraft.sampling.budget import Clock
+from redraft.sampling.canvas import Canvas
+from redraft.sampling.forward import Forward
+from redraft.sampling.sampler import Sampler
+from redraft.sampling.step import Group, Step
+
+
+class Batch:
+    """Running rows of one denoiser, for one thread: what `generate`, chat and a server drive.
+
+    Rows of samplers with the same attention and cache share a forward; those of one sampler (the same object) are
+    decided together. A row has the tokens that it has alone, bitwise in float64, whatever joins or leaves when.
+    Keys and values of rows that left stay until their place is needed: a row that joins takes over those of the longest
+    prefix that it shares with any other row, where the cache is exact.
+
+    `max_rows` and `max_positions` are what memory is set aside for; more is allowed and costs a copy. While others run,
+    a prompt that joins is fed alone, up to `chunk` tokens in a tick (None: all at once); it does not age meanwhile.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, *, max_rows: int = 0, max_positions: int = 0, chunk: int | None = None
+    ) -> None:
+        self.denoiser, self.chunk = denoiser, chunk
+        self.size = (max_rows, max_positions)
+        self.clock = Clock()
+        self._groups: list[Group] = []
+        self._waiting: list[Group] = []
+        self._forwards: dict[object, Forward] = {}
+        self._num_joined = 0
+
+    def __len__(self) -> int:
+        return sum(len(group.rows.places) for group in self._groups + self._waiting)
+
+    def join(self, canvas: Canvas, sampler: Sampler, *, row_keys: Int[Tensor, "batch"]) -> list[int]:
+        """Take in rows, and return their ids. `row_keys` seed them: equal keys and prompts give equal tokens.
+
+        Raises ValueError for a cache that does not fit the model's attention, and for a constraint that a row cannot
+        satisfy; then no row has joined.
+        """
+        if sampler.constraint is not None:
+            sampler.constraint.check(canvas)
+        self._forward_of(sampler)
+        ids = list(range(self._num_joined, self._num_joined + len(row_keys)))
+        group = Group.begin(
+            sampler,
+            canvas,
+            row_keys,
+            first_id=self._num_joined,
+            mask_token_id=self.denoiser.settings.mask_token_id,
+            vocab_size=self.denoiser.model.config.get_text_config().vocab_size,
+        )
+        self._num_joined += len(ids)
+        kept = group.rows.num_left.nonzero()[:, 0].tolist()  # sync: what has nothing to decide is done
+        if kept:
+            if len(kept) < len(ids):
+                group.keep(kept)
+            self._waiting.append(group)
+        return ids
+
+    def leave(self, ids: Sequence[int]) -> None:
+        """Let rows go, done or not; ids of rows that are gone already are ignored."""
+        gone = set(ids)
+        for group in [*self._groups, *self._waiting]:
+            self._drop(group, [id in gone for id in group.rows.ids.tolist()])
+
+    def tick(self) -> list[Step]:
+        """Make one step of every row that is ready: a forward for each kind of attention and cache, if one is needed.
+
+        Returns a step for each sampler; rows that are done have left. Raises ValueError for logits that are NaN, for a
+        policy that makes no progress (a step changes something once the clock of its block is at its end), and for a
+        budget of fewer forwards than a model has canvases that it can only denoise one after the other.
+        """
+        begun = time.perf_counter()
+        self._admit()
+        steps = []
+        for forward in self._forwards.values():
+            if groups := self._sharing(forward):
+                steps += self._step(forward, groups)
+        self.clock.count(time.perf_counter() - begun, sum(each.num_forwards for each in self._forwards.values()))
+        return steps
+
+    def _step(self, forward: Forward, groups: list[Group]) -> list[Step]:
+        questions = [group.ask(self.clock, is_every_step=not forward.is_repeatable) for group in groups]
+        forward(groups, questions)
+        steps = []
+        for group, question in zip(groups, questions, strict=True):
+            step, found = group.decide(question, is_told=self.denoiser.is_self_conditioned)
+            is_done, is_stuck, is_nan, is_finished, first = found.tolist()  # sync: the one question per step
+            if any(is_nan):
+                raise explain_nan(self.denoiser, group.rows.canvas.tokens)
+            if any(is_stuck):
+                raise group.no_progress(step, is_stuck.index(1))
+            for place, unfinished in zip(group.rows.places, first, strict=True):
+                place.unfinished = unfinished
+            group.to_open = [row for row, is_one in enumerate(is_finished) if is_one]
+            self._drop(group, is_done)
+            steps.append(step)
+        return steps
+
+    def _admit(self) -> None:
+        """Let rows that wait take part, the oldest first, when their prompts are fed."""
+        while self._waiting:
+            group = self._waiting[0]
+            group.rows.open_blocks(group.sampler.frontier.in_flight, group.to_open)
+            forward = self._forward_of(group.sampler)
+            if not forward.admit(group, self._sharing(forward), chunk=self.chunk):
+                return
+            self._waiting.pop(0)
+            for other in self._groups:
+                if other.sampler is group.sampler:
+                    other.join(group)
+                    break
+            else:
+                self._groups.append(group)
+
+    def _drop(self, group: Group, is_gone: Sequence[bool]) -> None:
+        if not any(is_gone):
+            return
+        kept = [row for row, gone in enumerate(is_gone) if not gone]
+        self._forward_of(group.sampler).leave(group, [row for row, gone in enumerate(is_gone) if gone])
+        if kept:
+            group.keep(kept)
+        else:
+            for groups in (self._groups, self._waiting):
+                groups[:] = [other for other in groups if other is not group]
+
+    def _sharing(self, forward: Forward) -> list[Group]:
+        return [group for group in self._groups if self._forward_of(group.sampler) is forward]
+
+    def _forward_of(self, sampler: Sampler) -> Forward:
+        """Find the forward that rows of a sampler take part in."""
+        layout = sampler.layout or self.denoiser.settings.layout
+        kind = (layout, sampler.cache, sampler.refresh, bool(sampler.cfg_scale))
+        if kind not in self._forwards:
+            self._forwards[kind] = Forward(self.denoiser, sampler, *self.size)
+        return self._forwards[kind]
+
+
+def denoise(
+    denoiser: Denoiser,
+    canvas: Canvas,
+    sampler: Sampler,
+    *,
+    row_keys: Int[Tensor, "batch"],
+    batch: Batch | None = None,
+) -> Iterator[Step]:
+    """Denoise a canvas step by step: a batch that these rows join, and that ticks until they are done.
+
+    A `batch` in which nothing runs may be given, whose rows of before have left keys and values for the next ones: the
+    prompt of a chat goes on from there. Raises ValueError as `Batch.join` and `Batch.tick` do.
+    """
+    batch = Batch(denoiser) if batch is None else batch
+    ids = batch.join(canvas, sampler, row_keys=row_keys)
+    try:
+        while len(batch):
+            for step in batch.tick():
+                yield replace(step, rows=step.rows - ids[0])
+    finally:
+        batch.leave(ids)
