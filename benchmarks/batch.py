@@ -138,7 +138,7 @@ def leave(setup: Setup, rounds: int, clock: Callable[[], float]) -> None:
     After each row that leaves another one joins. An ordinary tick is the second one after a row left: so both ticks
     have as many rows, and all rows are in the middle of a block.
     """
-    shape = LEAVING_SHAPE
+    shape = LEAVING_SHAPE.shape
     new = TICKS_PER_ROUND * (setup.rows + 4)  # no row ends before it leaves
     running = Running(setup, new=new)
     times = []

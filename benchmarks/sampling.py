@@ -115,7 +115,7 @@ def recorded(model: Any) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def record(_: Any, __: Any, inputs: dict[str, Any], output: Any) -> None:
-        slots = inputs.get("past_key_values")
+        slots: Any = inputs.get("past_key_values")
         aim = {"spans": slots.spans, "_where": slots._where} if hasattr(slots, "aim") else {}
         calls.append(Call(inputs=inputs, aim=aim, num_logits=len(output.logits)))
 
