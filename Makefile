@@ -32,6 +32,8 @@ check: lint test
 bench: .venv/installed
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/batch.py
+	$(BIN)/python benchmarks/way.py
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/packing.py
 

@@ -1,27 +1,33 @@
 """Sampling against its limits: the bare forwards, the minimal plan, LLaDA's published loop, autoregression.
 
     python benchmarks/sampling.py [--parts overhead queries] [--models 100m demo] [--rounds 3] [--clock cpu] [--quick]
+    git worktree add ../before HEAD~1 && python benchmarks/sampling.py --against ../before --models demo --clock cpu
 
 Random weights: only the work counts. Ours and the other take turns in one process; ratios are per pair, medians are
 printed. `--clock cpu` counts the seconds that the process ran: with one thread, what the wall clock would show on a
-machine that runs nothing else. `--quick` runs everything on tiny models, to see that it runs.
+machine that runs nothing else. `--quick` runs everything on tiny models, to see that it runs. `--against` runs the part
+"against" alone where no parts are named: there each checkout has a process of its own.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from machine import describe
+from paired import Worker, with_interval
 
+import redraft
 from redraft.language_model import LanguageModel
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
@@ -98,8 +104,8 @@ class Call:
     """One forward of a generation."""
 
     inputs: dict[str, Any]
-    spans: Any
-    where: Any
+    aim: dict[str, Any]
+    """What the slots must be told again, where the cache is the same object in all forwards."""
     num_logits: int
 
 
@@ -109,9 +115,9 @@ def recorded(model: Any) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def record(_: Any, __: Any, inputs: dict[str, Any], output: Any) -> None:
-        slots = inputs.get("past_key_values")
-        spans, where = (slots.spans, slots._where) if slots else (None, None)
-        calls.append(Call(inputs=inputs, spans=spans, where=where, num_logits=len(output.logits)))
+        slots: Any = inputs.get("past_key_values")
+        aim = {"spans": slots.spans, "_where": slots._where} if hasattr(slots, "aim") else {}
+        calls.append(Call(inputs=inputs, aim=aim, num_logits=len(output.logits)))
 
     handle = model.register_forward_hook(record, with_kwargs=True)
     try:
@@ -124,9 +130,8 @@ def recorded(model: Any) -> Iterator[list[Call]]:
 def replay(model: Any, calls: list[Call]) -> None:
     """Run the same forwards without a sampler: the body, then the head at as many positions."""
     for call in calls:
-        if call.spans is not None:
-            slots = call.inputs["past_key_values"]
-            slots.spans, slots._where = call.spans, call.where
+        for name, value in call.aim.items():
+            setattr(call.inputs["past_key_values"], name, value)
         hidden = model.base_model(**call.inputs).last_hidden_state
         model.lm_head(hidden.flatten(0, 1)[: call.num_logits])
 
@@ -378,6 +383,59 @@ def compiled(setups: dict[str, Setup], rounds: int) -> None:
             print(f"| {name} | {way} | {first:.0f} | {took[0]:.2f} | {took[1]:.2f} | {ratio:.2f} |", flush=True)
 
 
+@cache
+def loaded(name: str, is_cached: bool) -> LanguageModel:
+    """Build a model once in a worker."""
+    return load(MODELS[name], is_block_causal=is_cached)
+
+
+def case_of(name: str, rows: int, is_cached: bool) -> Callable[[], object]:
+    """Prepare a generation that takes about as long with many rows as with one."""
+    setup = MODELS[name]
+    if is_cached:
+        chosen = settings_of(setup, tokens_per_forward=1 if rows == 1 and setup.vocab_size < LARGE.vocab_size else 4)
+    else:
+        steps = max(2, setup.new // (4 if rows == 1 else 16))
+        chosen = settings_of(setup, block_size=None, steps_per_block=None, steps=steps)
+    return partial(loaded(name, is_cached).generate, prompts(setup, rows), **chosen)
+
+
+def work() -> None:
+    """Run one generation for each line that comes in, and answer its seconds."""
+    print(json.dumps(str(Path(redraft.__file__).resolve().parent)), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(seconds(case_of(*json.loads(line)))), flush=True)
+
+
+def in_turns(now: Worker, before: Worker, case: tuple[str, int, bool], rounds: int) -> list[tuple[float, float]]:
+    """Time both workers in pairs now-before, before-now, ..., after one pair that does not count."""
+    times = []
+    for i in range(rounds + 1):
+        turns = (now, before) if i % 2 == 0 else (before, now)
+        took = {worker: worker.ask(case) for worker in turns}
+        times.append((took[now], took[before]))
+    return times[1:]
+
+
+def against(names: list[str], rounds: int, checkout: Path) -> None:
+    """(h) Generation with this checkout against another one: pairs in turns, a process of one thread for each."""
+    flags = ["--worker", "--clock", next(name for name, function in CLOCKS.items() if function is clock)]
+    script = Path(__file__)
+    print("| model | rows | decoding | now s | before s | now / before, 95 % interval of the median | pairs |")
+    print("|---|---|---|---|---|---|---|")
+    with Worker(script.parents[1], script, flags) as now, Worker(checkout, script, flags) as before:
+        for name, rows, is_cached in product(names, (1, 32), (True, False)):
+            setup = MODELS[name]
+            if rows > 1 and setup.vocab_size == LARGE.vocab_size:
+                continue  # minutes for each generation
+            times = in_turns(now, before, (name, rows, is_cached), rounds)
+            ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+            ratio = with_interval([first / second for first, second in times])
+            way = f"blocks of {setup.block}, exact cache" if is_cached else "whole canvas"
+            print(f"| {name} | {rows} | {way} | {ours:.3f} | {theirs:.3f} | {ratio} | {rounds} |", flush=True)
+
+
+MODELS = {"100m": LARGE, "100m-float32": replace(LARGE, dtype=torch.float32), "demo": DEMO, "tiny": TINY}
 PARTS = {
     "overhead": overhead,
     "queries": queries,
@@ -392,20 +450,31 @@ PARTS = {
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--parts", nargs="+", default=None, choices=[*PARTS, "against"], help="default: all")
     parser.add_argument("--models", nargs="+", default=["100m", "demo"], choices=["100m", "100m-float32", "demo"])
-    parser.add_argument("--rounds", type=int, default=3, help="pairs")
+    parser.add_argument("--rounds", type=int, default=None, help="pairs (default: 3; of --against 20)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="the other checkout of the part of this name")
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     global clock
     clock = CLOCKS[args.clock]
-    known = {"100m": LARGE, "100m-float32": replace(LARGE, dtype=torch.float32), "demo": DEMO}
-    setups = {"tiny": TINY} if args.quick else {name: known[name] for name in args.models}
+    if args.worker:
+        work()
+        return
+    parts = args.parts or (["against"] if args.against else list(PARTS))
+    if "against" in parts and (args.against is None or not Path(args.against, "redraft").is_dir()):
+        parser.error(f"--against must be a folder that holds redraft/; got {args.against}.")
+    names = ["tiny"] if args.quick else args.models
     print(describe(Path(__file__).name, sys.argv[1:] if arguments is None else arguments))
-    for part in args.parts:
-        print(f"\n## {part}\n\n{PARTS[part].__doc__}\n")
-        PARTS[part](setups, 1 if args.quick else args.rounds)
+    for part in parts:
+        rounds = 1 if args.quick else args.rounds or (20 if part == "against" else 3)
+        print(f"\n## {part}\n\n{(PARTS | {'against': against})[part].__doc__}\n")
+        if part == "against":
+            against(names, rounds, args.against)
+        else:
+            PARTS[part]({name: MODELS[name] for name in names}, rounds)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,37 @@ def test_the_sampling_benchmark_runs_all_its_parts():
     assert "| vocabulary |" in printed
 
 
+def test_the_batch_benchmark_lets_rows_leave_and_times_what_is_beside_the_forwards():
+    command = [sys.executable, str(SCRIPTS / "batch.py"), "--quick"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "4 rows with 16 cached tokens, 2 rows left." in printed
+    assert printed.count("| exact |") == printed.count("| none |") == 2
+
+
+def test_the_way_of_a_prompt_begins_at_generate_and_ends_at_the_denoiser():
+    command = [sys.executable, str(SCRIPTS / "way.py")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for name in ("full", "block-causal"):
+        modules = printed.split(f"## {name} attention")[1].split("attention:")[0].strip().splitlines()[2:]
+        assert modules[0].startswith("| redraft.language_model | LanguageModel.generate,")
+        assert modules[-1].startswith("| redraft.models.denoiser | ")
+        assert f"attention: {name}, modules: {len(modules)}," in printed
+
+
+@pytest.mark.slow
+def test_a_checkout_is_timed_against_itself_in_processes_of_their_own():
+    command = [sys.executable, str(SCRIPTS / "sampling.py"), "--against", str(SCRIPTS.parent), "--quick"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.count("| tiny | 1 |") == printed.count("| tiny | 32 |") == 2
+
+
+@pytest.mark.parametrize(("n", "rank"), [(6, 1), (10, 2), (20, 6), (25, 8), (50, 18), (100, 40)])
+def test_the_95_percent_interval_of_a_median_has_the_ranks_of_the_published_tables(n, rank, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    values = [float(value) for value in reversed(range(1, n + 1))]
+    assert import_module("paired").median_interval(values) == ((n + 1) / 2, rank, n + 1 - rank)
+
+
 def test_the_solver_benchmark_tells_every_solver_from_chance():
     command = [sys.executable, str(SCRIPTS / "solvers.py"), "--schedule", "cosine", "--samples", "20000"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
