@@ -104,7 +104,7 @@ class Batch:
             for place, unfinished in zip(group.rows.places, first, strict=True):
                 place.unfinished = unfinished
             group.to_open = [row for row, is_one in enumerate(is_finished) if is_one]
-            self._drop(group, is_done)
+            self._drop(group, [done > 0 for done in is_done])
             steps.append(step)
         return steps
 

@@ -92,7 +92,7 @@ class Forward:
         indexes: list[Int[Tensor, "rows"]],
     ) -> tuple[Query, list[int]]:
         """Lay the groups' rows out in the order of `places`; `indexes` says where. Also count each group's answers."""
-        device, num_rows, branches = self.denoiser.device, len(places), self.branches
+        device, num_rows, branches = groups[0].rows.keys.device, len(places), self.branches
         spans, first = None, torch.zeros(num_rows, dtype=torch.int64, device=device)
         width = max(group.rows.canvas.tokens.shape[1] for group in groups)
         if self.planner is not None:

@@ -192,7 +192,7 @@ class Rows:
         self.step, self.age = self.step + 1, self.age + 1
         return is_same & (window.is_last | (self.num_left == 0)) | (self.num_stalled > MOST_POST_STEPS)
 
-    def standing(self, status: UInt8[Tensor, "batch width"]) -> tuple[Int[Tensor, "batch"], Int[Tensor, "batch"]]:
+    def standing(self, status: UInt8[Tensor, "batch width"]) -> tuple[Bool[Tensor, "batch"], Int[Tensor, "batch"]]:
         """Say whether each row's first unfinished block is another now, and where its first undecided position is."""
         is_undecided = (status == Status.NOISE) | (status == Status.DRAFT)
         block = torch.where(is_undecided, self.seen(self.block_of), NEVER).amin(dim=1)

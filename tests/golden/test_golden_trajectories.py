@@ -107,7 +107,7 @@ def test_the_reference_is_followed_step_by_step(family, index, case):
     lm, steps_of = load(family, case), [0] * len(prompts)
     for step in lm.stream(prompts, **settings(case)):
         for place, row in enumerate(step.rows.tolist()):
-            expected = of_row(case, history[step.index + 1].long(), prompts, row)
+            expected = of_row(case, history[int(step.age[0]) + 1].long(), prompts, row)
             assert torch.equal(step.canvas.tokens[place, : len(expected)], expected)
             steps_of[row] += 1
     for row, steps in enumerate(steps_of):

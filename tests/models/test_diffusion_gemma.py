@@ -98,7 +98,7 @@ def generated(lm, prompts, *, confident=0.005, **settings):
     for step in denoise(lm.denoiser, canvas, sampler, row_keys=keys):
         for place, row in enumerate(step.rows.tolist()):
             new = step.canvas.status[place] == Status.COMMITTED
-            tokens[row], steps[row] = step.canvas.tokens[place, new].tolist(), step.index + 1
+            tokens[row], steps[row] = step.canvas.tokens[place, new].tolist(), int(step.age[place]) + 1
     return tokens, steps
 
 

@@ -103,7 +103,7 @@ def test_a_hole_is_filled_with_what_is_asked_for(lm):
 
 
 def test_what_cannot_be_satisfied_fails_before_the_first_forward(lm, monkeypatch):
-    monkeypatch.setattr(type(lm.denoiser), "logits_at", None)
+    monkeypatch.setattr(type(lm.denoiser), "__call__", None)
     with pytest.raises(ValueError, match="the canvas is too short: the shortest text"):
         lm.generate("the", max_new_tokens=4, constraint=redraft.Regex("z{40}"))
     with pytest.raises(ValueError, match="which stop strings would cut"):

@@ -14,11 +14,10 @@ import redraft
 from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies as p
-from redraft.sampling.batch import denoise
+from redraft.sampling.batch import Batch, denoise
 from redraft.sampling.budget import Budget
 from redraft.sampling.canvas import Status
 from redraft.sampling.config import SamplingConfig, with_saved
-from redraft.sampling.forward import Session
 from redraft.sampling.guidance import Reward
 from redraft.sampling.presets import PRESETS
 from redraft.sampling.sampler import Sampler
@@ -125,10 +124,10 @@ def test_the_models_own_blocks_go_before_a_presets(blocks):
 
 def test_a_session_of_other_blocks_is_not_taken_over(blocks):
     settings = {"max_new_tokens": 8, "stop": None, "preset": "sdar"}
-    session = Session()
-    first = list(blocks.stream(PROMPT * 4, session=session, **settings))[-1].canvas.tokens[0].tolist()
+    batch = Batch(blocks.denoiser)
+    first = list(blocks.stream(PROMPT * 4, batch=batch, **settings))[-1].canvas.tokens[0].tolist()
     wider = settings | {"block_size": 8}
-    kept = [step.confidence for step in blocks.stream(first, session=session, **wider)]
+    kept = [step.confidence for step in blocks.stream(first, batch=batch, **wider)]
     alone = [step.confidence for step in blocks.stream(first, **wider)]
     assert all(torch.equal(a, b) for a, b in zip(kept, alone, strict=True))
 
@@ -149,19 +148,19 @@ def test_time_that_is_short_still_runs_the_clock_to_its_end(lm):
 
 def test_a_session_feeds_only_what_is_new_and_changes_nothing(blocks, monkeypatch):
     fed = []
-    forward = type(blocks.denoiser).cached_logits_at
+    forward = type(blocks.denoiser).__call__
 
-    def counted(self, where, input_ids, *, spans, **others):
-        fed.append(spans.ends[0] - spans.starts[0])
-        return forward(self, where, input_ids, spans=spans, **others)
+    def counted(self, query):
+        fed.append(query.input_ids.shape[1])
+        return forward(self, query)
 
-    monkeypatch.setattr(type(blocks.denoiser), "cached_logits_at", counted)
+    monkeypatch.setattr(type(blocks.denoiser), "__call__", counted)
     settings = {"max_new_tokens": 8, "stop": None}
-    session = Session()
-    first = list(blocks.stream(PROMPT * 4, session=session, **settings))[-1].canvas.tokens[0].tolist()
+    batch = Batch(blocks.denoiser)
+    first = list(blocks.stream(PROMPT * 4, batch=batch, **settings))[-1].canvas.tokens[0].tolist()
     second = [*first, 11, 12, 13]
     fed.clear()
-    kept = list(blocks.stream(second, session=session, **settings))[-1].canvas.tokens[0]
+    kept = list(blocks.stream(second, batch=batch, **settings))[-1].canvas.tokens[0]
     num_kept = fed[0]
     fed.clear()
     alone = list(blocks.stream(second, **settings))[-1].canvas.tokens[0]
@@ -169,7 +168,7 @@ def test_a_session_feeds_only_what_is_new_and_changes_nothing(blocks, monkeypatc
     assert num_kept <= 16 < fed[0]
     other = [3, *second[1:]]  # another beginning: nothing of the session fits
     expected = list(blocks.stream(other, **settings))[-1].canvas.tokens[0]
-    assert torch.equal(list(blocks.stream(other, session=session, **settings))[-1].canvas.tokens[0], expected)
+    assert torch.equal(list(blocks.stream(other, batch=batch, **settings))[-1].canvas.tokens[0], expected)
 
 
 def test_samples_of_a_prompt_follow_each_other_and_differ(blocks):
@@ -183,13 +182,13 @@ def test_samples_of_a_prompt_follow_each_other_and_differ(blocks):
 
 def test_a_shared_prompt_is_fed_once(blocks, monkeypatch):
     fed = []
-    forward = type(blocks.denoiser).cached_logits_at
+    forward = type(blocks.denoiser).__call__
 
-    def counted(self, where, input_ids, *, spans, **others):
-        fed.append(len(spans.starts) * spans.num_queries)
-        return forward(self, where, input_ids, spans=spans, **others)
+    def counted(self, query):
+        fed.append(query.input_ids.numel())
+        return forward(self, query)
 
-    monkeypatch.setattr(type(blocks.denoiser), "cached_logits_at", counted)
+    monkeypatch.setattr(type(blocks.denoiser), "__call__", counted)
     blocks.generate(PROMPT * 8, num_samples=5, max_new_tokens=4, steps=1, stop=None)
     assert fed == [40, 5 * 4]
 
@@ -219,7 +218,7 @@ def test_a_budget_of_forwards_is_spent_on_forwards_alone(lm):
     canvas = lm._canvas_after([torch.tensor(PROMPT)], 6, Sampler())
     lazy = Sampler(steps=12, unmask=p.AtTheEnd(), revise=p.Remasking(), budget=Budget(forwards=3))
     *_, last = denoise(lm.denoiser, canvas, lazy, row_keys=torch.tensor([0]))
-    assert (last.index, last.num_forwards.tolist()) == (2, [1])  # the clock has three steps with one input
+    assert (last.age.tolist(), last.num_forwards.tolist()) == ([2], [1])  # the clock has three steps with one input
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def test_an_end_among_several_ends_a_row_only_where_everything_before_it_is_deci
     tokens = torch.tensor([[9, 7, 0], [9, 0, 8], [9, 5, 8]])
     where = torch.tensor([[False, True, False], [False, False, True], [False, True, True]])
     built = canvas.place(where, tokens, torch.ones(3, 3))
-    assert EndOfSequence(eos_token_ids=(7, 8))(built).tolist() == [True, False, True]
-    assert EndOfSequence(eos_token_ids=())(built).tolist() == [False, False, True]
+    assert EndOfSequence(eos_token_ids=(7, 8))(built, built).tolist() == [True, False, True]
+    assert EndOfSequence(eos_token_ids=())(built, built).tolist() == [False, False, True]
 
 
 def test_stop_strings_end_the_rows_whose_decided_text_holds_one():
@@ -134,9 +134,9 @@ def test_stop_strings_end_the_rows_whose_decided_text_holds_one():
         return "", "".join(chr(ord("a") + token) for token in new.tolist())
 
     stop = StopStrings(strings=("xyz", "h"), decode=decode, otherwise=Filled())
-    assert stop(built).tolist() == [True, False, False]
+    assert stop(built, built).tolist() == [True, False, False]
     assert seen == [([9], [7]), ([9], []), ([9], [8])]
-    assert StopStrings(strings=("xyz", "i"), decode=decode, otherwise=Filled())(built).tolist() == [False, False, True]
+    assert StopStrings(strings=("xyz", "i"), decode=decode, otherwise=Filled())(built, built).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("kind", KINDS)

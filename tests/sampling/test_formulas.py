@@ -9,7 +9,7 @@ from tiny import tiny_lm
 
 from redraft.sampling import policies as p
 from redraft.sampling.batch import denoise
-from redraft.sampling.budget import Budget, Meter
+from redraft.sampling.budget import Budget, Clock
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.guidance import Reward
 from redraft.sampling.propose import propose
@@ -41,7 +41,10 @@ def candidates(probability, *, status=None, tokens=None, placed=None, step=0, nu
         where=where,
         proposal=propose(logits, never=None),
         previous=torch.full_like(tokens, -1),
-        draws=p.Draws(row_keys=torch.arange(rows), step=step, rows=where // size, positions=where % size),
+        draws=p.Draws(
+            row_keys=torch.arange(rows), age=number + step, rows=where // size, positions=where % size,
+            columns=torch.arange(size)[None],
+        ),
     )  # fmt: skip
 
 
@@ -103,7 +106,7 @@ def test_a_budget_shares_what_is_left_over_the_forwards_left_rounded_up():
     assert [int(step.is_committed.sum()) for step in steps] == [3, 3, 2, 2, 2]
 
 
-class Clock:
+class Stopwatch:
     """A clock that a test moves."""
 
     def __init__(self, monkeypatch):
@@ -112,29 +115,34 @@ class Clock:
 
 
 def test_the_time_of_a_forward_is_a_moving_average_that_leaves_out_the_first(monkeypatch):
-    clock = Clock(monkeypatch)
-    meter = Meter(Budget(seconds=100.0))
-    left = lambda: meter.forwards_left(torch.zeros(2, dtype=torch.int64))  # noqa: E731
+    watch, clock, budget = Stopwatch(monkeypatch), Clock(), Budget(seconds=100.0)
+    deadline = torch.full((2,), watch.now + 100.0, dtype=torch.float64)
+    left = lambda: budget.forwards_left(torch.zeros(2, dtype=torch.int64), deadline, clock)  # noqa: E731
     assert left() is None
     expected = {10.0: 9, 2.0: 44, 4.0: 28, 5.0: 19}  # a forward takes 10, 2, (2 + 4) / 2 = 3 and (3 + 5) / 2 = 4 s
     for number, (took, forwards) in enumerate(expected.items(), start=1):
-        clock.now += took
-        meter.count(number)
+        watch.now += took
+        clock.count(took, number)
         assert left().tolist() == [forwards, forwards]
 
 
-def test_the_time_of_a_step_without_a_forward_counts_to_the_next(monkeypatch):
-    clock = Clock(monkeypatch)
-    meter = Meter(Budget(seconds=100.0))
+def test_rows_that_began_apart_have_their_own_time(monkeypatch):
+    watch, clock = Stopwatch(monkeypatch), Clock(per_forward=2.0)
+    deadline = watch.now + torch.tensor([10.0, 4.0, -1.0], dtype=torch.float64)
+    left = Budget(seconds=10.0).forwards_left(torch.zeros(3, dtype=torch.int64), deadline, clock)
+    assert left.tolist() == [5, 2, 1]
+
+
+def test_the_time_of_a_step_without_a_forward_counts_to_the_next():
+    clock = Clock()
     for number in (1, 1, 2):
-        clock.now += 4.0
-        meter.count(number)
-    assert meter.per_forward == 8.0
+        clock.count(4.0, number)
+    assert clock.per_forward == 8.0
 
 
 def test_time_is_shared_by_the_blocks_that_are_left(monkeypatch):
     """12 blocks and 24 seconds, a second a forward: each block has two of its twelve steps."""
-    clock, lm, counts = Clock(monkeypatch), tiny_lm(), []
+    clock, lm, counts = Stopwatch(monkeypatch), tiny_lm(), []
 
     def tick(*_):
         clock.now += 1.0

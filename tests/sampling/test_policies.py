@@ -48,7 +48,10 @@ def candidates(score, *, status=None, step=0, num_steps=1, tokens=None, since_fi
         where=where,
         proposal=propose(logits, never=2),
         previous=torch.full_like(tokens, -1),
-        draws=Draws(row_keys=number, step=step, rows=torch.zeros_like(where), positions=where),
+        draws=Draws(
+            row_keys=number, age=number + step, rows=torch.zeros_like(where), positions=where,
+            columns=torch.arange(len(score))[None],
+        ),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from tiny import tiny_lm
 
 from redraft.sampling import policies as p
 from redraft.sampling.batch import denoise
-from redraft.sampling.canvas import Status, build_canvas
+from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.sampler import Sampler
 
 LENGTH, MASK = 8, 2
@@ -39,20 +39,18 @@ class Never:
     is_clocked = False
 
     def __call__(self, *args):
-        if len(args) == 1:
+        if isinstance(args[0], Canvas):
             return nothing(args[0])[:, 0]
-        score_or_committed, candidates = args
-        if score_or_committed.dtype == torch.bool:
-            return p.Revision(may_close=nothing(candidates.canvas)[:, 0])
-        return nothing(candidates.canvas)
+        score_or_action, candidates = args
+        return score_or_action if isinstance(score_or_action, p.Action) else nothing(candidates.canvas)
 
 
 @dataclass(frozen=True)
 class ClosesNothing(Never):
     in_flight: int = 0
 
-    def blocks(self, canvas):
-        return torch.zeros_like(canvas.tokens)
+    def blocks(self, status):
+        return torch.zeros_like(status, dtype=torch.int64)
 
 
 class OnlyTheFirstRow(Never):
@@ -93,17 +91,16 @@ class Reopens:
     looks_at_drafts: bool = True
     is_clocked: bool = False
 
-    def __call__(self, is_committed, candidates):
-        where = is_committed if self.of == "committed" else candidates.is_open_draft
-        return p.Revision(may_close=nothing(candidates.canvas)[:, 0], reopen=where)
+    def __call__(self, action, candidates):
+        where = action.kind == p.Kind.SET if self.of == "committed" else candidates.is_open_draft
+        return action.having(p.Kind.REOPEN, where)
 
 
 @dataclass(frozen=True)
 class EditsForEver(Reopens):
-    def __call__(self, is_committed, candidates):
-        revision = super().__call__(is_committed, candidates)
+    def __call__(self, action, candidates):
         flipped = torch.where(candidates.canvas.tokens == 5, 6, 5)
-        return replace(revision, reopen=None, edit=candidates.is_open_draft, tokens=flipped)
+        return replace(action.having(p.Kind.EDIT, candidates.is_open_draft), tokens=flipped)
 
 
 @pytest.mark.parametrize(
@@ -116,22 +113,24 @@ def test_revisions_that_never_end_are_ended(lm, revise, monkeypatch):
         list(islice(steps_of(lm, sampler), 50))
 
 
-def test_what_is_decided_stays_decided_whatever_a_revision_asks(lm):
+@pytest.mark.parametrize("kind", [kind for kind in p.Kind if kind != p.Kind.KEEP])
+def test_what_is_decided_stays_decided_whatever_a_revision_asks(lm, kind):
     @dataclass(frozen=True)
-    class ReopensAll:
+    class ChangesAll:
         looks_at_drafts: bool = False
         is_clocked: bool = False
 
-        def __call__(self, is_committed, candidates):
-            everything = torch.ones_like(is_committed)
-            is_fixed = ~candidates.is_open_draft & ~is_committed
-            return p.Revision(may_close=everything[:, 0], edit=is_fixed, reopen=is_fixed, redraw=is_fixed)
+        def __call__(self, action, candidates):
+            is_fixed = ~candidates.is_open_draft & (action.kind == p.Kind.KEEP)
+            seven = torch.full_like(action.tokens, 7)
+            return replace(action.having(kind, is_fixed), may_close=torch.ones_like(action.may_close), noise=seven)
 
-    *_, last = steps_of(lm, Sampler(steps=4, frontier=p.Blocks(size=4), revise=ReopensAll()), prompts=[(5, 6)])
+    sampler = Sampler(steps=4, frontier=p.Blocks(size=4), revise=ChangesAll())
+    *_, last = steps_of(lm, sampler, prompts=[(5, 6)])
     assert last.canvas.tokens[0, :2].tolist() == [5, 6]
     assert last.canvas.status[0].tolist() == [Status.GIVEN] * 2 + [Status.COMMITTED] * LENGTH
 
 
 def test_steps_that_change_nothing_are_allowed_while_the_clock_runs(lm):
-    index = [step.index for step in steps_of(lm, Sampler(steps=40, unmask=p.AtTheEnd()))]
+    index = [int(step.age[0]) for step in steps_of(lm, Sampler(steps=40, unmask=p.AtTheEnd()))]
     assert index == list(range(40))

@@ -21,6 +21,8 @@ class Kind(IntEnum):
     """A draft becomes noise again."""
     RENOISE = 4
     """Noise takes another noise token."""
+    DELETE = 5
+    """It goes: on a canvas whose length may change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Action:
     """Rows whose block ends here if it holds no noise: while a `Revise` has a block open, its tokens are drafts."""
     noise: Int[Tensor, "batch seq"] | None = None
     """What becomes noise becomes this, where a process says so; else it is drawn from the prior."""
+    insertions: Int[Tensor, "batch seq"] | None = None
+    """Positions to open before each one: on a canvas whose length may change."""
 
     def having(self, kind: Kind, where: Bool[Tensor, "batch seq"]) -> "Action":
         """Do this at these positions instead."""
