@@ -96,7 +96,8 @@ class Denoiser:
         positions, layout = query.positions, query.layout
         assert positions is not None
         assert layout is not None
-        inputs = {"input_ids": query.input_ids, "position_ids": positions + first_position(self.model.config)}
+        counted = positions + first_position(self.model.config)
+        inputs: dict[str, Any] = {"input_ids": query.input_ids, "position_ids": counted}
         if query.view is not None:
             mask = self._cached_mask(query, query.view)
             return inputs | {"attention_mask": mask, "past_key_values": query.view, "use_cache": True}
@@ -115,7 +116,7 @@ class Denoiser:
         return inputs | {"attention_mask": masks} | more
 
     def _cached_mask(self, query: Query, view: View) -> Any:
-        """Say which slots each fed token sees: as the query says, or as the layout does, of those that its row reads."""
+        """Say which slots each fed token sees: as the query says, or as the layout does, of those its row reads."""
         positions, layout, device = query.positions, query.layout, query.input_ids.device
         assert positions is not None
         assert layout is not None
