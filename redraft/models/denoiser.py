@@ -1,6 +1,6 @@
 """The denoiser: a query in, logits out. The only place that knows how a model wants to be called."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, ClassVar
@@ -62,29 +62,19 @@ class Denoiser:
 
         `wrapped` is the model as a trainer wraps it (DDP), to be called in its place.
         """
-        query = query.counted(self.settings.layout)
-        view = query.view
-        once = self.is_compiled and view is not None and not view.is_static  # a shape that does not come again
-        with self._head_at(query), torch.compiler.set_stance("force_eager") if once else nullcontext():
-            return (self.model if wrapped is None else wrapped)(**self.inputs(query)).logits
+        return self._run(query, wrapped)[0]
 
     def hidden(self, query: Query, *, wrapped: Any = None) -> Float[Tensor, "n dim"]:
         """Return what enters the head, for `head.chunked_loss`."""
-        query = query.counted(self.settings.layout)
-        with self._head_at(query, is_skipped=True) as found:
-            (self.model if wrapped is None else wrapped)(**self.inputs(query))
+        _, found = self._run(query, wrapped, is_skipped=True)
         assert found.hidden is not None
         return found.hidden
 
-    def loss(
-        self, query: Query, row_loss: RowLoss, *, wrapped: Any
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
+    def loss(self, query: Query, row_loss: RowLoss, *, wrapped: Any) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
         """Take `head.chunked_loss` inside of the `wrapped` forward, where sharded weights are whole."""
-        query = query.counted(self.settings.layout)
-        with self._head_at(query, row_loss=row_loss) as found:
-            total = wrapped(**self.inputs(query)).logits.sum()
+        total, found = self._run(query, wrapped, row_loss=row_loss)
         assert found.losses is not None
-        return total, found.losses
+        return total.sum(), found.losses
 
     def logits(self, input_ids: Int[Tensor, "batch seq"], **others: Any) -> Float[Tensor, "batch seq vocab"]:
         """Predict every position of whole rows; `others` are further fields of the query."""
@@ -131,8 +121,16 @@ class Denoiser:
             mask = read if causal is None else read & causal
         return model_masks(self.model, None if mask is None else mask[:, None], positions, keys)
 
-    def _head_at(self, query: Query, **how: Any) -> AbstractContextManager[AtHead]:
-        return head_at(self.model, query.predictors(shift=self.settings.shift_logits), **how)
+    def _run(self, query: Query, wrapped: Any, **how: Any) -> tuple[Tensor, AtHead]:
+        """Return the logits, or what stands in their place, and what was found at the head."""
+        query = query.counted(self.settings.layout)
+        once = self.is_compiled and query.view is not None and not query.view.is_static  # a shape that comes but once
+        rows = query.predictors(shift=self.settings.shift_logits)
+        with (
+            torch.compiler.set_stance("force_eager") if once else nullcontext(),
+            head_at(self.model, rows, **how) as found,
+        ):
+            return (self.model if wrapped is None else wrapped)(**self.inputs(query)).logits, found
 
     def _has_no_window(self, positions: Int[Tensor, "batch seq"]) -> bool:
         return layer_masks(self.model.config.get_text_config(), None, positions, positions) is None

@@ -159,7 +159,11 @@ def test_an_error_inside_of_the_forward_leaves_no_trace(how):
     expected = whole_logits(model, ids)
     with pytest.raises((IndexError, ValueError)), head_at(model, torch.tensor([99]), **how):
         model(input_ids=ids)
-    with pytest.raises(RuntimeError, match="stop"), head_at(model, torch.tensor([1])), head_at(model, torch.tensor([2])):
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        head_at(model, torch.tensor([1])),
+        head_at(model, torch.tensor([2])),
+    ):
         raise RuntimeError("stop")
     assert torch.equal(whole_logits(model, ids), expected)
     assert num_hooks(model) == (1, 1)

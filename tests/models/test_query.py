@@ -27,11 +27,10 @@ def feed(denoiser, slots, ids, *, starts, ends, **chosen):
     spans = Spans(starts=starts, ends=ends, key_ends=ends, reads_all=False)
     positions = spans.positions(CPU)
     query = Query.everywhere(
-        ids.gather(1, positions), positions=positions, layout=Layout(block_size=SIZE),
-        view=slots.view(spans, CPU, **chosen),
-    )  # fmt: skip
+        ids.gather(1, positions), layout=Layout(block_size=SIZE), shift=False, view=slots.view(spans, CPU, **chosen)
+    )
     with torch.no_grad():
-        return denoiser(replace(query, shift=False)).view(*positions.shape, -1)
+        return denoiser(query).view(*positions.shape, -1)
 
 
 def whole(denoiser, ids, length):
