@@ -125,7 +125,7 @@ class SharedBlocks:
             input_ids=tokens[None].to(device),
             where=where.to(device),
             positions=positions[None].to(device),
-            shift=False,  # a lead stands before each block that needs one
+            shift=False,  # `where` is shifted already
             view=self.slots.view(spans, device),
             sees=mask[None].to(device),
             slot_positions=torch.cat([self.tree.positions[:after], positions])[None].to(device),
