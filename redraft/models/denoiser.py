@@ -1,8 +1,10 @@
 """The denoiser: a query in, logits out. The only place that knows how a model wants to be called."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,9 @@ from redraft.models.head import AtHead, RowLoss, head_at
 from redraft.models.masks import first_position, layer_masks, model_masks
 from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
+
+_STANCE = RLock()
+"""Torch's stance towards compiling is the whole process's: two threads that set it would leave it set."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +129,19 @@ class Denoiser:
     def _run(self, query: Query, wrapped: Any, **how: Any) -> tuple[Tensor, AtHead]:
         """Return the logits, or what stands in their place, and what was found at the head."""
         query = query.counted(self.settings.layout)
-        once = self.is_compiled and query.view is not None and not query.view.is_static  # a shape that comes but once
         rows = query.predictors(shift=self.settings.shift_logits)
-        with (
-            torch.compiler.set_stance("force_eager") if once else nullcontext(),
-            head_at(self.model, rows, **how) as found,
-        ):
+        with self._stance(query.view), head_at(self.model, rows, **how) as found:
             return (self.model if wrapped is None else wrapped)(**self.inputs(query)).logits, found
+
+    @contextmanager
+    def _stance(self, view: View | None) -> Iterator[None]:
+        """Run a shape that does not come again without compiling it; compiled models run one at a time."""
+        once = view is not None and not view.is_static
+        if not self.is_compiled:
+            yield
+            return
+        with _STANCE, torch.compiler.set_stance("force_eager") if once else nullcontext():
+            yield
 
     def _has_no_window(self, positions: Int[Tensor, "batch seq"]) -> bool:
         return layer_masks(self.model.config.get_text_config(), None, positions, positions) is None

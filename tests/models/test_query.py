@@ -1,6 +1,10 @@
 """Queries over slots of keys and values, against forwards of whole rows."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 import torch
@@ -91,6 +95,27 @@ def test_a_shift_counts_from_what_is_fed(denoiser):
             view=slots.view(Spans(starts=[0], ends=[4], key_ends=[4], reads_all=True), CPU),
         )  # fmt: skip
         assert (denoiser(first) - expected[0, :4]).abs().max() < 1e-10
+
+
+def test_forwards_of_a_compiled_model_go_one_at_a_time():
+    """What is run without compiling sets torch's stance for the whole process, and another thread's must not see it."""
+    lm, ids, slots, met = tiny_lm(), draw(2, 4), Slots(2, 4), Barrier(2)
+    denoiser, stances = replace(lm.denoiser, is_compiled=True), []
+
+    def wait(*_):
+        with suppress(BrokenBarrierError):
+            met.wait(timeout=0.3)
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+
+    lm.model.base_model.layers[0].register_forward_hook(wait)
+    ask = partial(feed, denoiser, slots, starts=[0], ends=[4])
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda row: ask(ids[row : row + 1], first=row), range(2)))
+    assert met.broken  # nobody met inside
+    assert stances == ["force_eager", "force_eager"]
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    for row, logits in zip(ids, found, strict=True):
+        assert (logits[0] - whole(lm.denoiser, row, 4)).abs().max() < 1e-10
 
 
 def test_a_position_fed_twice_gives_each_copy_what_it_gets_alone(denoiser):
