@@ -38,6 +38,7 @@ from redraft.data.thoughts import ThoughtConfig, WrittenTask
 from redraft.errors import unknown_name
 from redraft.evaluation.metrics import pass_at_k
 from redraft.latent.thinking import Thinker
+from redraft.models.query import Query
 from redraft.randomness import fold, uniform
 from redraft.recipes import RECIPES
 from redraft.training.latent import run_stage
@@ -276,7 +277,8 @@ def fill_masked(lm, ids, first, *, fills, draw):
     for step in range(forwards):
         is_open = (ids == mask_token_id) & is_behind
         row, position = is_open.nonzero(as_tuple=True)
-        logits = lm.denoiser.logits_at(is_open.flatten().nonzero()[:, 0], ids, segment_ids=segments).float()
+        query = Query(input_ids=ids, where=is_open.flatten().nonzero()[:, 0], segment_ids=segments)
+        logits = lm.denoiser(query).float()
         logits[:, mask_token_id] = -torch.inf
         drawn, sure = ids.clone(), torch.full(ids.shape, -1.0)
         drawn[row, position] = found = draw(logits, row, step, position)

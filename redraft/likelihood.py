@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import RowLoss, chunked_loss, chunked_rows, output_embeddings
+from redraft.models.query import Query
 from redraft.processes.noised import Noised, Process
 from redraft.randomness import uniform
 from redraft.schedules import stratified_times
@@ -50,21 +50,13 @@ class CleanRows:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One forward pass: what the model sees, which positions it is asked for, and how its answers are scored."""
+    """One forward pass: what the model is asked, and how its answers are scored."""
 
-    input_ids: Int[Tensor, "batch seq"]
-    where: Int[Tensor, "n"]
-    """The positions asked for, in the flattened `input_ids`; the head runs nowhere else."""
+    query: Query
     row: Int[Tensor, "n"]
     """The clean row that each answer counts for."""
     nats: RowLoss
     """(logits (n, V) of some answers, which of them) -> nats (n,)."""
-    segment_ids: Int[Tensor, "batch seq"] | None = None
-    isolate_segments: bool = False
-    layout: Layout | None = None
-    """By default the model's own."""
-    shift: bool | None = None
-    """Whether a position is predicted by its left neighbour's logits; by default as the model's settings say."""
 
 
 @runtime_checkable
@@ -115,13 +107,16 @@ def whole_canvas(process: Process, noised: Noised, rows: CleanRows) -> Problem:
     where = noised.targets()
     targets = noised.flatten()[where]
     segment_ids = rows.attended_segments
-    return Problem(
+    query = Query(
         input_ids=noised.x_t,
         where=where,
-        row=where // noised.x_t.shape[1] % len(rows.x_0),
-        nats=lambda logits, part: process.loss(logits, targets[part]) / copies,
         segment_ids=None if segment_ids is None else segment_ids.repeat(copies, 1),
         isolate_segments=rows.isolate_segments,
+    )
+    return Problem(
+        query=query,
+        row=where // noised.x_t.shape[1] % len(rows.x_0),
+        nats=lambda logits, part: process.loss(logits, targets[part]) / copies,
     )
 
 
@@ -140,23 +135,13 @@ def solve(
     Where `has_plain_head` (see `models.head`) head and loss go chunk by chunk, and the rows' sums carry no gradient
     unless it `needs_rows`; where weights are sharded, inside of the `wrapped` forward (a sum over rows only).
     """
-    forward: dict[str, Any] = {
-        "segment_ids": problem.segment_ids,
-        "isolate_segments": problem.isolate_segments,
-        "layout": problem.layout,
-        "shift": problem.shift,
-        "wrapped": wrapped,
-    }
     if not has_plain_head:
-        nats = problem.nats(denoiser.logits_at(problem.where, problem.input_ids, **forward), slice(None))
+        nats = problem.nats(denoiser(problem.query, wrapped=wrapped), slice(None))
         total = nats.sum()
     elif is_sharded:
-        total, nats = denoiser.loss_at(problem.where, problem.nats, problem.input_ids, **forward)
+        total, nats = denoiser.loss(problem.query, problem.nats, wrapped=wrapped)
     else:
-        head, hidden = (
-            output_embeddings(denoiser.model),
-            denoiser.hidden_at(problem.where, problem.input_ids, **forward),
-        )
+        head, hidden = output_embeddings(denoiser.model), denoiser.hidden(problem.query, wrapped=wrapped)
         if needs_rows:
             nats = chunked_rows(head, hidden, problem.nats)
             total = nats.sum()

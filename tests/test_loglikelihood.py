@@ -45,7 +45,8 @@ class ExactDenoiser(Denoiser):
 
     device = torch.device("cpu")
 
-    def logits_at(self, where, x_t, *, segment_ids=None):
+    def __call__(self, query, *, wrapped=None):
+        x_t, where, segment_ids = query.input_ids, query.where, query.segment_ids
         seq, full = x_t.shape[1], self.joint.ndim
         out = torch.full((len(where), MASK + 1), -torch.inf, dtype=torch.float64)
         for n, flat in enumerate(where.tolist()):

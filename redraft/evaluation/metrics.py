@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from redraft.language_model import LanguageModel
+from redraft.models.query import Query
 
 T = TypeVar("T", bound=Hashable)
 Tokens = Sequence[Hashable]
@@ -89,8 +90,7 @@ def mauve(texts: Sequence[str], references: Sequence[str], judge: LanguageModel,
 def _features(text: str, judge: LanguageModel) -> Tensor:
     """Average a text's hidden states (dim,)."""
     tokens = judge.encode(text)[None].to(judge.denoiser.device)
-    everywhere = torch.arange(tokens.numel(), device=tokens.device)
-    return judge.denoiser.hidden_at(everywhere, tokens).float().mean(dim=0).cpu()
+    return judge.denoiser.hidden(Query.everywhere(tokens)).float().mean(dim=0).cpu()
 
 
 def unigram_entropy(tokens: Tokens) -> float:

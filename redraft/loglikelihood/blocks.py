@@ -16,8 +16,9 @@ from torch import Tensor
 
 from redraft.loglikelihood.requests import LikelihoodConfig
 from redraft.loglikelihood.rows import Part, token_scores
-from redraft.models.cache import Slots
+from redraft.models.cache import Slots, Spans
 from redraft.models.denoiser import Denoiser
+from redraft.models.query import Query
 from redraft.sampling.guidance import guided
 
 ROOT = 0  # before all blocks
@@ -94,17 +95,16 @@ class SharedBlocks:
 
     def __init__(self, denoiser: Denoiser, tree: Tree) -> None:
         self.denoiser, self.tree = denoiser, tree
-        self.slots: Slots | None = None
+        self.slots = Slots(1, len(tree.tokens) + MOST_COPIED_TOKENS)
 
     def logits_at(self, where: Int[Tensor, "m"], copies: Copies) -> Float[Tensor, "m vocab"]:
         """Return the logits that come out at these of the copies' tokens."""
         tree, nowhere = self.tree, where[:0]
-        num_clean, num_copied = len(tree.tokens), len(copies.tokens)
-        if self.slots is None or self.slots.num_positions < num_clean + num_copied:
-            self.slots = Slots(num_clean + max(num_copied, MOST_COPIED_TOKENS))
-            if num_clean:
-                block = torch.arange(1, len(tree.is_seen)).repeat_interleave(tree.size)
-                self._feed(nowhere, tree.tokens, tree.positions, tree.is_seen[block], after=0)
+        num_clean = len(tree.tokens)
+        if num_clean and not self.slots.layers:
+            block = torch.arange(1, len(tree.is_seen)).repeat_interleave(tree.size)
+            self._feed(nowhere, tree.tokens, tree.positions, tree.is_seen[block], after=0)
+        self.slots.reserve(1, num_clean + len(copies.tokens))
         block = copies.positions // tree.size
         is_own = (copies.copy[:, None] == copies.copy) & (block[:, None] >= block) & ~copies.is_lead
         mask = torch.cat([tree.is_seen[copies.parent], is_own], dim=1)
@@ -119,17 +119,18 @@ class SharedBlocks:
         *,
         after: int,
     ) -> Float[Tensor, "m vocab"]:
-        assert self.slots is not None
-        device = self.denoiser.device
-        return self.denoiser.appended_logits_at(
-            where.to(device),
-            tokens[None].to(device),
+        device, end = self.denoiser.device, after + len(tokens)
+        spans = Spans(starts=[after], ends=[end], key_ends=[end], reads_all=False)
+        query = Query(
+            input_ids=tokens[None].to(device),
+            where=where.to(device),
             positions=positions[None].to(device),
-            key_positions=torch.cat([self.tree.positions[:after], positions])[None].to(device),
-            mask=mask[None, None].to(device),
-            slots=self.slots,
-            start=after,
+            shift=False,  # `where` is shifted already
+            view=self.slots.view(spans, device),
+            sees=mask[None].to(device),
+            slot_positions=torch.cat([self.tree.positions[:after], positions])[None].to(device),
         )
+        return self.denoiser(query)
 
 
 def score_blocks(parts: Sequence[Part], texts: Sequence[SharedBlocks], config: LikelihoodConfig) -> list[Tensor]:

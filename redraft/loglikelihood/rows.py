@@ -10,6 +10,7 @@ from torch import Tensor
 
 from redraft.loglikelihood.requests import LikelihoodConfig
 from redraft.models.denoiser import Denoiser
+from redraft.models.query import Query
 from redraft.sampling.guidance import guided
 
 LOGITS_PER_BATCH = 2**26
@@ -85,11 +86,11 @@ def _score_batch(
     where = is_masked.flatten().nonzero()[:, 0]  # sync: how many are masked is data
     is_hidden = is_masked & (positions == 0) if denoiser.settings.is_autoregressive else is_masked
     x_t = torch.where(is_hidden, mask_token_id, tokens)
-    logits = denoiser.logits_at(where, x_t, segment_ids=segment_ids).float()
+    logits = denoiser(Query(input_ids=x_t, where=where, segment_ids=segment_ids)).float()
     if config.cfg_scale:
         context_len = torch.tensor([part.context_len for part, _ in rows], device=device)
         blind = torch.where(positions < context_len[:, None], mask_token_id, x_t)
-        unconditional = denoiser.logits_at(where, blind, segment_ids=segment_ids).float()
+        unconditional = denoiser(Query(input_ids=blind, where=where, segment_ids=segment_ids)).float()
         logits = guided(logits, unconditional, scale=config.cfg_scale)
     found = token_scores(logits, tokens.flatten()[where], mask_token_id if config.exclude_mask else None)
     return found.new_zeros(tokens.numel(), 2).index_copy(0, where, found).view(*tokens.shape, 2)

@@ -76,7 +76,13 @@ class Slots:
         """Of each layer keys and values, (rows, heads, slots, dim); made when their shapes are first seen."""
 
     def view(
-        self, spans: Spans, device: torch.device, *, first: int = 0, rows: list[int] | None = None, is_static: bool = False
+        self,
+        spans: Spans,
+        device: torch.device,
+        *,
+        first: int = 0,
+        rows: list[int] | None = None,
+        is_static: bool = False,
     ) -> "View":
         """See the rows from `first` on, or some `rows` in any order (their keys and values are copied when read).
 
@@ -87,8 +93,8 @@ class Slots:
     def of_layer(self, layer: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values."""
         while len(self.layers) <= layer:
-            shape = (self.num_rows, like[0].shape[1], self.num_positions + 1)
-            self.layers.append((like[0].new_zeros(*shape, like[0].shape[3]), like[1].new_zeros(*shape, like[1].shape[3])))
+            keys, values = (x.new_zeros(self.num_rows, x.shape[1], self.num_positions + 1, x.shape[3]) for x in like)
+            self.layers.append((keys, values))
         return self.layers[layer]
 
     def reserve(self, num_rows: int, num_positions: int) -> None:
@@ -119,12 +125,12 @@ class View(Cache):
         super().__init__(layers=[])
         self.slots, self.spans, self.is_static = slots, spans, is_static
         self.num_keys = slots.num_positions + 1 if is_static else spans.num_keys
-        self._rows: slice | Tensor = slice(first, first + len(spans.starts))
-        if rows is not None:
-            self._rows = torch.tensor(rows, device=device)
-        self._span = None if is_static or not spans.is_even else slice(spans.starts[0], spans.ends[0])
-        if self._span is None or rows is not None:
-            index = torch.arange(first, first + len(spans.starts), device=device) if rows is None else self._rows
+        self._first, self._row_list, end = first, rows, first + len(spans.starts)
+        self._rows = slice(first, end) if rows is None else torch.tensor(rows, device=device)
+        self._where: tuple[Tensor | slice, ...] = (self._rows, slice(None), slice(spans.starts[0], spans.ends[0]))
+        self._is_contiguous = rows is None and spans.is_even and not is_static
+        if not self._is_contiguous:
+            index = self._rows if isinstance(self._rows, Tensor) else torch.arange(first, end, device=device)
             # What only fills a row up is written to the spare slot.
             slot = torch.where(spans.is_fed(device), spans.positions(device), slots.num_positions)
             self._where = (index[:, None], slice(None), slot)
@@ -136,18 +142,15 @@ class View(Cache):
         found = []
         fed = (key_states, value_states)
         for kept, states in zip(self.slots.of_layer(layer_idx, fed), fed, strict=True):
-            if self._span is not None and isinstance(self._rows, slice):
-                kept[self._rows, :, self._span] = states
-            else:
-                kept[self._where] = states.transpose(1, 2)  # (B, Q, heads, dim)
+            # Indices around a slice put the axes that they index first: (B, Q, heads, dim).
+            kept[self._where] = states if self._is_contiguous else states.transpose(1, 2)
             # Static: no number of the spans may be looked at: it would be compiled in.
             found.append(kept[self._rows] if self.is_static else kept[self._rows, :, : self.num_keys])
         return found[0], found[1]
 
     def over(self, spans: Spans, device: torch.device) -> "View":
         """See other spans of the same rows."""
-        rows = self._rows.tolist() if isinstance(self._rows, Tensor) else None
-        return View(self.slots, spans, device, first=0 if rows else self._rows.start, rows=rows, is_static=False)
+        return self.slots.view(spans, device, first=self._first, rows=self._row_list)
 
     def everything(self) -> list[tuple[Tensor, Tensor]]:
         """Return all that the slots of these rows hold, layer by layer."""

@@ -1,8 +1,10 @@
 """The denoiser: a query in, logits out. The only place that knows how a model wants to be called."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from inspect import signature
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,9 @@ from redraft.models.head import AtHead, RowLoss, head_at
 from redraft.models.masks import first_position, layer_masks, model_masks
 from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
+
+_STANCE = RLock()
+"""Torch's stance towards compiling is the whole process's: two threads that set it would leave it set."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +67,19 @@ class Denoiser:
 
         `wrapped` is the model as a trainer wraps it (DDP), to be called in its place.
         """
-        query = query.counted(self.settings.layout)
-        view = query.view
-        once = self.is_compiled and view is not None and not view.is_static  # a shape that does not come again
-        with self._head_at(query), torch.compiler.set_stance("force_eager") if once else nullcontext():
-            return (self.model if wrapped is None else wrapped)(**self.inputs(query)).logits
+        return self._run(query, wrapped)[0]
 
     def hidden(self, query: Query, *, wrapped: Any = None) -> Float[Tensor, "n dim"]:
         """Return what enters the head, for `head.chunked_loss`."""
-        query = query.counted(self.settings.layout)
-        with self._head_at(query, is_skipped=True) as found:
-            (self.model if wrapped is None else wrapped)(**self.inputs(query))
+        _, found = self._run(query, wrapped, is_skipped=True)
         assert found.hidden is not None
         return found.hidden
 
-    def loss(
-        self, query: Query, row_loss: RowLoss, *, wrapped: Any
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
+    def loss(self, query: Query, row_loss: RowLoss, *, wrapped: Any) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
         """Take `head.chunked_loss` inside of the `wrapped` forward, where sharded weights are whole."""
-        query = query.counted(self.settings.layout)
-        with self._head_at(query, row_loss=row_loss) as found:
-            total = wrapped(**self.inputs(query)).logits.sum()
+        total, found = self._run(query, wrapped, row_loss=row_loss)
         assert found.losses is not None
-        return total, found.losses
+        return total.sum(), found.losses
 
     def logits(self, input_ids: Int[Tensor, "batch seq"], **others: Any) -> Float[Tensor, "batch seq vocab"]:
         """Predict every position of whole rows; `others` are further fields of the query."""
@@ -96,7 +91,8 @@ class Denoiser:
         positions, layout = query.positions, query.layout
         assert positions is not None
         assert layout is not None
-        inputs = {"input_ids": query.input_ids, "position_ids": positions + first_position(self.model.config)}
+        counted = positions + first_position(self.model.config)
+        inputs: dict[str, Any] = {"input_ids": query.input_ids, "position_ids": counted}
         if query.view is not None:
             mask = self._cached_mask(query, query.view)
             return inputs | {"attention_mask": mask, "past_key_values": query.view, "use_cache": True}
@@ -115,7 +111,7 @@ class Denoiser:
         return inputs | {"attention_mask": masks} | more
 
     def _cached_mask(self, query: Query, view: View) -> Any:
-        """Say which slots each fed token sees: as the query says, or as the layout does, of those that its row reads."""
+        """Say which slots each fed token sees: as the query says, or as the layout does, of those its row reads."""
         positions, layout, device = query.positions, query.layout, query.input_ids.device
         assert positions is not None
         assert layout is not None
@@ -130,8 +126,22 @@ class Denoiser:
             mask = read if causal is None else read & causal
         return model_masks(self.model, None if mask is None else mask[:, None], positions, keys)
 
-    def _head_at(self, query: Query, **how: Any) -> AbstractContextManager[AtHead]:
-        return head_at(self.model, query.predictors(shift=self.settings.shift_logits), **how)
+    def _run(self, query: Query, wrapped: Any, **how: Any) -> tuple[Tensor, AtHead]:
+        """Return the logits, or what stands in their place, and what was found at the head."""
+        query = query.counted(self.settings.layout)
+        rows = query.predictors(shift=self.settings.shift_logits)
+        with self._stance(query.view), head_at(self.model, rows, **how) as found:
+            return (self.model if wrapped is None else wrapped)(**self.inputs(query)).logits, found
+
+    @contextmanager
+    def _stance(self, view: View | None) -> Iterator[None]:
+        """Run a shape that does not come again without compiling it; compiled models run one at a time."""
+        once = view is not None and not view.is_static
+        if not self.is_compiled:
+            yield
+            return
+        with _STANCE, torch.compiler.set_stance("force_eager") if once else nullcontext():
+            yield
 
     def _has_no_window(self, positions: Int[Tensor, "batch seq"]) -> bool:
         return layer_masks(self.model.config.get_text_config(), None, positions, positions) is None

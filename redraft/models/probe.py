@@ -13,6 +13,7 @@ from redraft.layouts import Layout
 from redraft.models import encoder_decoder
 from redraft.models.denoiser import Denoiser
 from redraft.models.masks import first_position, model_masks
+from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
 
 BIDIRECTIONAL = "every layer is bidirectional"
@@ -108,7 +109,7 @@ def _check_bidirectional(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     causal = _causal_layers(denoiser, ids)
     if causal:
         return False, f"{len(causal)} layers do not look ahead: {', '.join(causal[:3])}"
-    has_windows = denoiser.inputs(ids)["attention_mask"] is not None
+    has_windows = denoiser.inputs(Query.everywhere(ids))["attention_mask"] is not None
     passed = nearest > 1e-6 and (first > 1e-6 or has_windows)
     return passed, f"the last token moves the first position's logits by {first:.1e}, its neighbour's by {nearest:.1e}"
 
@@ -183,7 +184,7 @@ def _disturbed(layers: Layers, before: Record) -> Iterator[Record]:
 
 def _check_positions(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     """Leave the positions out of the call: the model must count as we do."""
-    inputs = denoiser.inputs(ids)
+    inputs = denoiser.inputs(Query.everywhere(ids))
     del inputs["position_ids"]
     moved = difference(denoiser.logits(ids), denoiser.model(**inputs).logits)
     return is_equal(moved, denoiser.model), f"our positions move logits by {moved:.1e}"
@@ -195,8 +196,7 @@ def _check_isolated(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     where = ids.shape[1] // 2
 
     def logits(row: Tensor) -> Tensor:
-        everywhere = torch.arange(row.numel(), device=row.device)
-        return denoiser.logits_at(everywhere, row, segment_ids=alone, isolate_segments=True)
+        return denoiser.logits(row, segment_ids=alone, isolate_segments=True)[0]
 
     others = torch.arange(ids.shape[1], device=ids.device) != where
     leaked = difference(logits(_changed(ids, where))[others], logits(ids)[others])

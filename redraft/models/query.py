@@ -28,7 +28,8 @@ class Query:
     where: Int[Tensor, "n"]
     """Positions to be predicted, as indices into the flattened `input_ids`; the head runs nowhere else."""
     positions: Int[Tensor, "batch query"] | None = None
-    """By default counted over the row, or in each isolated segment; both copies of [x_t ; x_0] alike."""
+    """By default those of the view's spans; without one counted over the row, or in each isolated segment; both copies
+    of [x_t ; x_0] alike."""
     segment_ids: Int[Tensor, "batch query"] | None = None
     """As in `layouts.attention_mask`."""
     isolate_segments: bool = False
@@ -59,6 +60,8 @@ class Query:
         layout = self.layout or layout
         if self.positions is not None:
             return replace(self, layout=layout)
+        if self.view is not None:
+            return replace(self, layout=layout, positions=self.view.spans.positions(self.input_ids.device))
         batch, length = self.input_ids.shape
         length = length // 2 if layout.is_two_copy else length
         if self.isolate_segments and self.segment_ids is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from redraft.layouts import Layout
 from redraft.likelihood import CleanRows, NoiseKey, Problem
+from redraft.models.query import Query
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +35,15 @@ class Autoregressive:
 
         mask = torch.full_like(x_0[:, :1], self.mask_token_id)
         alone = segment_ids.amax(dim=1, keepdim=True) + 1  # a segment of its own
-        return Problem(
+        query = Query(
             input_ids=torch.cat([mask, x_0[:, :-1]], dim=1),
             where=torch.where(is_first, where - column, where),
-            row=where // length,
-            nats=nats,
             segment_ids=torch.cat([alone, segment_ids[:, :-1]], dim=1),
             isolate_segments=True,
             layout=Layout(block_size=1),
             shift=False,
         )
+        return Problem(query=query, row=where // length, nats=nats)
 
     def evaluation(self) -> "Autoregressive":
         """Itself: nothing in it is an approximation."""

@@ -44,14 +44,15 @@ class BlockDiffusion:
         if self.is_complementary:
             noised = with_complement(self.process, noised, can_change=rows.is_target)
         problem = whole_canvas(self.process, noised, rows)
-        length, segment_ids = rows.x_0.shape[1], problem.segment_ids
-        return replace(
-            problem,
+        where, length, segment_ids = problem.query.where, rows.x_0.shape[1], problem.query.segment_ids
+        query = replace(
+            problem.query,
             input_ids=torch.cat([noised.x_t, noised.x_0], dim=1),  # (B, 2 L)
-            where=problem.where + problem.where // length * length,
+            where=where + where // length * length,
             segment_ids=None if segment_ids is None else segment_ids.repeat(1, 2),
             layout=Layout(block_size=size, is_two_copy=True),
         )
+        return replace(problem, query=query)
 
     def _size(self, key: NoiseKey) -> int:
         """Draw the block size of a step, the same for the whole global batch."""

@@ -36,13 +36,13 @@ class Diffusion:
         return Diffusion(process=self.process)
 
     def _reweighed(self, problem: Problem, noised: Noised, rows: CleanRows, *, p: float) -> Problem:
-        process, copies = self.process, len(noised.x_t) // len(rows.x_0)
+        process, copies, where = self.process, len(noised.x_t) // len(rows.x_0), problem.query.where
         assert isinstance(process, MaskedDiffusion)
         segment_ids = rows.segment_ids.repeat(copies, 1)
         is_clean = ~noised.is_target & (segment_ids > 0)
         can_see = segment_ids[:, :, None] == segment_ids[:, None, :] if rows.isolate_segments else None
-        weights = cart_weights(is_clean, p=p, can_see=can_see).flatten()[problem.where] / copies
-        targets = noised.flatten()[problem.where]
+        weights = cart_weights(is_clean, p=p, can_see=can_see).flatten()[where] / copies
+        targets = noised.flatten()[where]
         return replace(problem, nats=lambda logits, part: process.cross_entropy(logits, targets[part]) * weights[part])
 
 

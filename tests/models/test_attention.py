@@ -13,6 +13,7 @@ from redraft.models import attention
 from redraft.models.attention import choose_attention, flex_mask
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
+from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -123,7 +124,7 @@ def models():
 def outcome(denoiser, ids, layout, segments):
     """Logits and gradients."""
     denoiser.model.zero_grad()
-    logits = denoiser.logits_at(torch.arange(ids.numel()), ids, layout=layout, **segments)
+    logits = denoiser.logits(ids, layout=layout, **segments)
     logits.square().sum().backward()
     return logits.detach(), [p.grad.clone() for p in denoiser.model.parameters() if p.grad is not None]
 
@@ -149,7 +150,8 @@ def test_attention_in_pieces_equals_the_mask_forward_and_backward(family, model,
     assert way == "pieces"
     ours = replace(plain, attention=way)
     for layout, (ids, segments, expected) in zip(layouts, wanted, strict=True):
-        assert ("pieces" in ours.inputs(ids, layout=layout, **segments)) == (layout.block_size is not None)
+        inputs = ours.inputs(Query.everywhere(ids, layout=layout, **segments))
+        assert ("pieces" in inputs) == (layout.block_size is not None)
         assert_equal(outcome(ours, ids, layout, segments), expected)
 
 
@@ -159,7 +161,7 @@ def test_pieces_that_hide_a_pair_are_noticed():
     layout, ids = Layout(block_size=5), torch.randint(3, 40, (2, LENGTH))
     expected = lm.denoiser.logits(ids, layout=layout)
     ours = replace(lm.denoiser, attention=choose_attention(lm.model, "pieces", device=CPU, dtype=torch.float64))
-    inputs = ours.inputs(ids, layout=layout)
+    inputs = ours.inputs(Query.everywhere(ids, layout=layout))
     short = tuple((queries, ((0, max(a for a, _ in queries) + 1),)) for queries, _ in inputs["pieces"])
     short = (*short[:-1], inputs["pieces"][-1])
     assert (lm.model(**inputs | {"pieces": short}).logits - expected).abs().max() > 1e-3
@@ -190,7 +192,7 @@ def test_flex_attention_uncompiled_equals_the_mask_forward_and_backward(family, 
         expected = outcome(plain, ids, layout, segments)
         model.set_attn_implementation(attention.NAME)
         ours = replace(plain, attention="flex")
-        mask = ours.inputs(ids, layout=layout, **segments)["attention_mask"]
+        mask = ours.inputs(Query.everywhere(ids, layout=layout, **segments))["attention_mask"]
         assert isinstance(mask, BlockMask) == (family != "windows" and (layout != Layout() or name != "whole"))
         assert_equal(outcome(ours, ids, layout, segments), expected)
 

@@ -7,8 +7,9 @@ import torch
 from tiny_gemma import CANVAS, VOCAB, own_generate, tiny_gemma
 
 import redraft
-from redraft.models.encoder_decoder import EncoderDecoder, SelfConditioning
+from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.families import find_family
+from redraft.models.query import Query, SelfConditioning
 from redraft.models.settings import DiffusionSettings
 from redraft.prompts import row_keys
 from redraft.sampling.batch import denoise
@@ -40,9 +41,11 @@ def canvas_logits(denoiser, rows, *, previous=None):
     segments = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
     where = torch.cat([i * padded.shape[1] + torch.arange(n - CANVAS, n) for i, n in enumerate(lengths)])
     with torch.no_grad():
-        flat = denoiser.logits_at(
-            where, padded, segment_ids=segments.long(), grid_origin=torch.tensor(lengths) - CANVAS, previous=previous
-        )
+        query = Query(
+            input_ids=padded, where=where, segment_ids=segments.long(), previous=previous,
+            grid_origin=torch.tensor(lengths) - CANVAS,
+        )  # fmt: skip
+        flat = denoiser(query)
     return flat.view(len(rows), CANVAS, VOCAB)
 
 
@@ -196,7 +199,7 @@ def test_what_it_cannot_do_is_told(model, tmp_path):
         lambda: lm.generate([3], preset="llada", max_new_tokens=6): "trained on uniform noise",
         lambda: lm.generate([3], preset="diffusion-gemma", cfg_scale=1.0): "no unconditional branch; got cfg_scale=1.0",
         lambda: lm.infill([[3, 0, 5]], preset="diffusion-gemma"): "it cannot fill holes",
-        lambda: lm.denoiser.inputs(draw(1, 6)): "not be trained here",
+        lambda: lm.denoiser.inputs(Query.everywhere(draw(1, 6))): "not be trained here",
         lambda: lm.logits(draw(1, 6), layout="full"): "one canvas at a time",
     }.items():
         with pytest.raises(ValueError, match=message):

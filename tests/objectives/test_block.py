@@ -40,10 +40,7 @@ def denoiser_of(*, shift_logits=False, block_size=None, **options):
 def answers(denoiser, problem):
     """Logits of a problem."""
     with torch.no_grad():
-        return denoiser.logits_at(
-            problem.where, problem.input_ids, segment_ids=problem.segment_ids,
-            isolate_segments=problem.isolate_segments, layout=problem.layout, shift=problem.shift,
-        )  # fmt: skip
+        return denoiser(problem.query)
 
 
 def block_by_block(denoiser, noised, rows, block_size):
@@ -77,13 +74,13 @@ def block_by_block(denoiser, noised, rows, block_size):
 def test_the_logits_of_one_forward_equal_those_of_each_block_forwarded_alone(rows, block_size, process, shift_logits):
     denoiser = denoiser_of(shift_logits=shift_logits)
     problem = BlockDiffusion(process=process, block_size=block_size).problem(rows, key())
-    seen = problem.input_ids[:, :LENGTH]
+    seen = problem.query.input_ids[:, :LENGTH]
     noised = draw_noise(process, rows.x_0, key(), can_change=rows.is_target)  # for its shape: x_t is the problem's
     expected = block_by_block(denoiser, replace(noised, x_t=seen), rows, block_size)
-    row, position = problem.where // (2 * LENGTH), problem.where % (2 * LENGTH)
+    row, position = problem.query.where // (2 * LENGTH), problem.query.where % (2 * LENGTH)
     assert (position < LENGTH).all()  # nothing is asked of the clean copy
     assert (answers(denoiser, problem) - expected[row, position]).abs().max() < 1e-5
-    causal = replace(problem, layout=Layout())  # the test can fail
+    causal = replace(problem, query=replace(problem.query, layout=Layout()))  # the test can fail
     assert block_size == 12 or (answers(denoiser, causal) - expected[row, position]).abs().max() > 1e-3
 
 
@@ -96,8 +93,8 @@ def test_packed_documents_are_predicted_as_if_each_were_alone(shift_logits):
     expected = torch.zeros(BATCH, LENGTH, VOCAB, dtype=torch.float64)
     for document in (slice(0, 4), slice(4, 11), slice(11, 12)):
         with torch.no_grad():
-            expected[:, document] = denoiser.logits(problem.input_ids[:, document])
-    assert (found - expected.flatten(0, 1)[problem.where]).abs().max() < 1e-5
+            expected[:, document] = denoiser.logits(problem.query.input_ids[:, document])
+    assert (found - expected.flatten(0, 1)[problem.query.where]).abs().max() < 1e-5
 
 
 def test_the_mask_of_the_two_copies_is_the_papers():
@@ -126,13 +123,13 @@ def test_the_blocks_of_a_step_have_one_size_out_of_the_doublings_each_as_often()
     for step in range(400):
         at = replace(key(), step=step)
         problem = objective.problem(rows, at)
-        sizes.append(problem.layout.block_size)
+        sizes.append(problem.query.layout.block_size)
         same = BlockDiffusion(process=MASKED, block_size=sizes[-1]).problem(rows, at)
-        assert torch.equal(problem.input_ids, same.input_ids)
+        assert torch.equal(problem.query.input_ids, same.query.input_ids)
     counts = [sizes.count(size) for size in (2, 4, 8, 12)]
     assert sum(counts) == 400
     assert all(abs(count - 100) < 4 * 75**0.5 for count in counts)
-    assert objective.evaluation().problem(rows, key()).layout.block_size == 12
+    assert objective.evaluation().problem(rows, key()).query.layout.block_size == 12
 
 
 @pytest.mark.parametrize("has_plain_head", [True, False])
@@ -177,11 +174,11 @@ def test_only_targets_are_noised_and_scored():
         Diffusion(process=UniformDiffusion(vocab_size=VOCAB)), BlockDiffusion(process=MASKED, block_size=4),
     ):  # fmt: skip
         problem = objective.problem(rows, key())
-        prompt = problem.input_ids[:, :LENGTH][:, :7]
+        prompt = problem.query.input_ids[:, :LENGTH][:, :7]
         assert torch.equal(prompt, rows.x_0.repeat(len(prompt) // BATCH, 1)[:, :7])
-        assert (problem.where % problem.input_ids.shape[1] >= 7).all()
+        assert (problem.query.where % problem.query.input_ids.shape[1] >= 7).all()
     problem = Autoregressive(mask_token_id=2).problem(rows, key())
-    assert len(problem.where) == int(is_target.sum())
+    assert len(problem.query.where) == int(is_target.sum())
 
 
 def test_each_block_has_a_time_of_its_own_stratified_over_the_rows():

@@ -47,14 +47,14 @@ def test_the_cart_objective_weighs_each_cross_entropy_and_is_reported_as_the_pla
     rows = clean_rows(2, segments=[1] * 4 + [2] * 4 + [0] * 2, isolate_segments=True)
     objective = Diffusion(process=MASKED, cart_p=0.3)
     problem = objective.problem(rows, key(2))
-    is_clean = (problem.input_ids != MASK) & (rows.segment_ids > 0)
-    logits = torch.randn(len(problem.where), 40, generator=torch.Generator().manual_seed(2))
-    targets = rows.x_0.flatten()[problem.where]
+    is_clean = (problem.query.input_ids != MASK) & (rows.segment_ids > 0)
+    logits = torch.randn(len(problem.query.where), 40, generator=torch.Generator().manual_seed(2))
+    targets = rows.x_0.flatten()[problem.query.where]
     nats = -logits.index_fill(1, torch.tensor([MASK]), -torch.inf).log_softmax(1).gather(1, targets[:, None])[:, 0]
     apart = torch.zeros(2, LENGTH)
     for part in (slice(0, 4), slice(4, 8)):  # documents do not lend each other context
         apart[:, part] = cart_weights(is_clean[:, part], p=0.3)
-    assert torch.allclose(problem.nats(logits, slice(None)), nats * apart.flatten()[problem.where], atol=1e-5)
+    assert torch.allclose(problem.nats(logits, slice(None)), nats * apart.flatten()[problem.query.where], atol=1e-5)
     with torch.no_grad():
         reported = solve(lm.denoiser, objective.evaluation().problem(rows, key(2)), num_rows=2)[1]
         plain = solve(lm.denoiser, Diffusion(process=MASKED).problem(rows, key(2)), num_rows=2)[1]
@@ -86,11 +86,11 @@ def test_complementary_masks_are_unbiased_and_lower_the_variance(block_size):
         else:
             objective = BlockDiffusion(block_size=block_size, **options)
         problem = objective.problem(rows, key(samples, step=step))
-        canvas = problem.input_ids[:, :LENGTH]
+        canvas = problem.query.input_ids[:, :LENGTH]
         hardness = (canvas == MASK).double().mean(dim=1)
-        width = problem.input_ids.shape[1]
-        logits = torch.zeros(len(problem.where), 8)
-        logits[:, 5] = (2 - 4 * hardness[problem.where // width]).float()
+        width = problem.query.input_ids.shape[1]
+        logits = torch.zeros(len(problem.query.where), 8)
+        logits[:, 5] = (2 - 4 * hardness[problem.query.where // width]).float()
         nats = problem.nats(logits, slice(None)).double()
         return torch.zeros(samples, dtype=torch.float64).index_add(0, problem.row, nats)
 
