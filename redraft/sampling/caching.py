@@ -26,7 +26,7 @@ class Place:
     end: int = 0
     """One past the last position of the open blocks."""
     reach: int = 0
-    """One past the first undecided position behind the open blocks, or their end where there is none."""
+    """One past all that is open or a draft, and past the first undecided position behind the open blocks."""
     slot: int = -1
     """Row of the slots; -1 while it has none."""
     final: int = 0

@@ -252,6 +252,8 @@ class Forward:
             if place.slot < 0:
                 continue
             self.places = [other for other in self.places if other is not place]
+            for other in self.places:
+                other.twin = None if other.twin is place else other.twin
             if tokens is not None and place.final > 0:
                 self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin, place.slot)
 

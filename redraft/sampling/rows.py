@@ -118,8 +118,8 @@ class Rows:
             return
         pick = slice(None) if len(which) == len(self.places) else torch.tensor(which, device=self.keys.device)
         status, block_of, before = self.canvas.status[pick], self.block_of[pick], self.block[pick]
-        is_noise, is_real = status == Status.NOISE, status != Status.PAD
-        is_undecided = is_noise | (status == Status.DRAFT)
+        is_noise, is_draft, is_real = (status == Status.NOISE), (status == Status.DRAFT), (status != Status.PAD)
+        is_undecided = is_noise | is_draft
         block = torch.where(is_undecided, block_of, NEVER).amin(dim=1)
         last = block + (in_flight - 1)
         if least is not None:
@@ -137,18 +137,19 @@ class Rows:
             values[pick] = new
         positions = torch.arange(status.shape[1], device=status.device)
         is_open, is_later = is_within & (block_of >= block[:, None]), is_undecided & (block_of > last[:, None])
-        ends = torch.where(is_open, positions + 1, 0).amax(dim=1)
-        firsts = (torch.where(mask, positions, NEVER).amin(dim=1) for mask in (is_undecided, is_open, is_later))
-        for row, (end, unfinished, start, later) in zip(which, torch.stack([ends, *firsts]).T.tolist(), strict=True):  # sync
+        ends = [torch.where(mask, positions + 1, 0).amax(dim=1) for mask in (is_open, is_open | is_draft)]
+        firsts = [torch.where(mask, positions, NEVER).amin(dim=1) for mask in (is_undecided, is_open, is_later)]
+        numbers = torch.stack([*ends, *firsts], dim=1).tolist()  # sync: when a block opens
+        for row, (end, last_end, unfinished, start, later) in zip(which, numbers, strict=True):
             place = self.places[row]
             place.unfinished, place.start, place.end = unfinished, start, end
-            place.reach = end if later == NEVER else max(end, later + 1)
+            place.reach = max(last_end, 0 if later == NEVER else later + 1)
         self.aim()
 
     def aim(self) -> None:
         """Choose the columns that steps work on."""
         length = self.canvas.tokens.shape[1]
-        width = max(place.reach - min(place.unfinished, place.reach) for place in self.places)
+        width = max(1, *(place.reach - min(place.unfinished, place.reach) for place in self.places))
         self.at = None
         if 2 * width < length:
             starts = [min(place.unfinished, length - width) for place in self.places]

@@ -7,8 +7,12 @@ from functools import cache
 import pytest
 import torch
 from tiny import tiny_lm
+from tiny_gemma import CANVAS, tiny_gemma
 
 import redraft
+from redraft.language_model import LanguageModel
+from redraft.models.encoder_decoder import EncoderDecoder
+from redraft.models.settings import DiffusionSettings
 from redraft.prompts import row_keys
 from redraft.sampling import policies as p
 from redraft.sampling.batch import Batch, denoise
@@ -19,17 +23,15 @@ from redraft.sampling.presets import PRESETS
 from redraft.sampling.sampler import Sampler
 
 MASK, NEW = 2, 12
-MODELS = ("full", "block-causal", "shifted", "windowed")
+MODELS = ("full", "block-causal", "shifted", "encoder-decoder")
 WORDS = [None, None, None, *(chr(ord("a") + i).encode() for i in range(26)), *(str(i).encode() for i in range(10)), b"-"]
 
 
 @cache
 def load(name):
-    if name == "windowed":
-        lm = tiny_lm(architecture="gemma3", block_size=4)
-    else:
-        lm = tiny_lm(block_size=None if name == "full" else 4, shift_logits=name == "shifted")
-    return lm
+    if name == "encoder-decoder":
+        return LanguageModel(denoiser=EncoderDecoder(tiny_gemma(), DiffusionSettings(mask_token_id=0, block_size=CANVAS)))
+    return tiny_lm(block_size=None if name == "full" else 4, shift_logits=name == "shifted")
 
 
 @cache
@@ -40,7 +42,13 @@ def constraint():
 
 def some_sampler(rng, lm):
     """Draw a preset with settings of its own, or policies that no preset combines."""
-    settings = {"max_new_tokens": NEW, "temperature": rng.choice([0.0, 0.0, 0.7]), "cfg_scale": rng.choice([0.0, 0.0, 0.0, 1.5])}
+    ends = rng.choice([(), (1,)])
+    settings = {"max_new_tokens": NEW, "temperature": rng.choice([0.0, 0.0, 0.7])}
+    if lm.denoiser.is_self_conditioned:
+        config = SamplingConfig(preset="diffusion-gemma", steps_per_block=rng.randint(1, 6), block_size=CANVAS, **settings)
+        sampler = config.sampler(lm.denoiser.settings, eos_token_ids=ends)
+        return replace(sampler, cache=rng.choice(["exact", "none"]))
+    settings["cfg_scale"] = rng.choice([0.0, 0.0, 0.0, 1.5])
     if rng.random() < 0.3:
         settings[rng.choice(["forwards", "steps"])] = rng.randint(1, 14)
     elif rng.random() < 0.5:
@@ -51,7 +59,7 @@ def some_sampler(rng, lm):
         settings["blocks_in_flight"] = 2
     settings["block_size"] = 4
     preset = rng.choice(sorted(PRESETS))
-    sampler = SamplingConfig(preset=preset, **settings).sampler(lm.denoiser.settings, eos_token_ids=rng.choice([(), (1,)]))
+    sampler = SamplingConfig(preset=preset, **settings).sampler(lm.denoiser.settings, eos_token_ids=ends)
     has_blocks = (sampler.layout or lm.denoiser.settings.layout).block_size is not None
     kinds = ("exact", "exact", "none") if has_blocks else ("none", "prefix", "dual")
     sampler = replace(sampler, cache=rng.choice(kinds), refresh=rng.choice([None, 2]))
@@ -100,8 +108,6 @@ def run(seed):
         if to_join and (not len(batch) or rng.random() < 0.4):
             canvas, keys = some_rows(rng, prompts)
             sampler = rng.choice(samplers)
-            if sampler.budget.forwards is not None and sampler.budget.forwards < 3 and lm.denoiser.is_self_conditioned:
-                continue
             to_join -= 1
             try:
                 reference = [alone(lm, canvas, sampler, keys, row) for row in range(len(keys))]

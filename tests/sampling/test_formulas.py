@@ -12,6 +12,7 @@ from redraft.sampling.batch import denoise
 from redraft.sampling.budget import Budget, Clock
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.guidance import Reward
+from redraft.sampling.policies.action import setting
 from redraft.sampling.propose import propose
 from redraft.sampling.sampler import Sampler
 
@@ -88,7 +89,7 @@ class Watch:
         self.seen = []
 
     def __call__(self, score, candidates):
-        self.seen.append(candidates.window.is_open[0].nonzero()[:, 0].tolist())
+        self.seen.append(candidates.draws.columns[0, candidates.window.is_open[0]].tolist())
         return p.Sequential()(score, candidates)
 
 
@@ -187,10 +188,10 @@ def test_loop_remasking_happens_while_alpha_rests_and_commits_at_its_pace():
     for step, (reopened, committed) in cases.items():
         at = candidates([0.5, 0.5], status="ND", tokens=[MASK, 5], step=step, num_steps=100, rows=20_000)
         is_committed = both.unmask(at.confidence, at)
-        revision = both(is_committed, at)
+        is_reopened = both(setting(is_committed, at.x_0), at).kind == p.Kind.REOPEN
         assert abs(share(is_committed)[0] - committed) < 0.012
-        assert abs(share(revision.reopen)[1] - reopened) < 0.012
-        assert not revision.reopen[:, 0].any()
+        assert abs(share(is_reopened)[1] - reopened) < 0.012
+        assert not is_reopened[:, 0].any()
 
 
 def test_conf_remasking_shares_the_bound_by_the_softmax_of_minus_the_confidence_when_placed():
@@ -198,10 +199,10 @@ def test_conf_remasking_shares_the_bound_by_the_softmax_of_minus_the_confidence_
     placed = [0.0, 0.1, 0.9]
     both = p.Remasking(kind="conf")
     at = candidates([0.5] * 3, status="NDD", tokens=[MASK, 5, 5], placed=placed, step=6, num_steps=10, rows=20_000)
-    revision = both(at.is_open_noise & False, at)
+    action = both(setting(at.is_open_noise & False, at.x_0), at)
     weights = torch.tensor([-0.1, -0.9]).softmax(dim=0)
     expected = [0.0, 0.5 * float(weights[0]), 0.5 * float(weights[1])]
-    assert share(revision.reopen) == pytest.approx(expected, abs=0.012)
+    assert share(action.kind == p.Kind.REOPEN) == pytest.approx(expected, abs=0.012)
     assert share(both.unmask(at.confidence, at)) == pytest.approx([(0.7 - 0.6) / (1 - 0.6), 0.0, 0.0], abs=0.012)
 
 
@@ -211,8 +212,8 @@ def test_a_placed_token_is_kept_by_the_probability_that_it_has_now():
     chances = [0.9, 0.6, 0.8, 0.5]  # of token 7; another token has (1 - chance) / 9
     at = candidates(chances, status="DDNN", tokens=[5, TOKEN, MASK, MASK], placed=[0.99, 0.1, 0, 0], num_steps=2)
     assert both.unmask(at.confidence, at)[0].tolist() == [False, False, True, False]
-    revision = both(at.is_open_noise & False, at)
-    assert revision.reopen[0].tolist() == [True, False, False, False]
+    action = both(setting(at.is_open_noise & False, at.x_0), at)
+    assert (action.kind == p.Kind.REOPEN)[0].tolist() == [True, False, False, False]
 
 
 def test_a_rewarded_draw_has_log_p_plus_strength_times_reward():

@@ -12,6 +12,7 @@ from redraft.sampling.policies import (
     EntropyBound,
     Factor,
     Filled,
+    Kind,
     LinearAnneal,
     Quota,
     Rerank,
@@ -23,6 +24,7 @@ from redraft.sampling.policies import (
     Window,
 )
 from redraft.sampling.policies.unmask import best
+from redraft.sampling.policies.action import setting
 from redraft.sampling.propose import propose
 from redraft.schedules import SCHEDULES, schedule_from_name
 
@@ -169,9 +171,9 @@ def test_the_entropy_bound_equals_its_definition(score, bound):
 
 def test_an_edit_replaces_drafts_that_the_model_now_doubts():
     at = candidates([0.9, 0.9, 0.3, 0.9], status="DDDN", tokens=[7, 5, 5, 2])
-    revision = TokenEdit(threshold=0.5, max_post_steps=3)(at.window.is_open & False, at)
-    assert revision.edit[0].int().tolist() == [0, 1, 0, 0]
-    assert not revision.may_close.any()  # noise is left, and something was edited
+    action = TokenEdit(threshold=0.5, max_post_steps=3)(setting(at.window.is_open & False, at.x_0), at)
+    assert (action.kind == Kind.EDIT)[0].int().tolist() == [0, 1, 0, 0]
+    assert not action.may_close.any()  # noise is left, and something was edited
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,8 @@ def test_an_edit_replaces_drafts_that_the_model_now_doubts():
 )
 def test_a_block_closes_when_a_pass_edits_nothing_or_the_passes_are_over(tokens, since_filled, closes):
     at = candidates([0.9, 0.9], status="DD", tokens=tokens, since_filled=since_filled)
-    assert TokenEdit(threshold=0.5, max_post_steps=3)(at.window.is_open & False, at).may_close.tolist() == [closes]
+    action = TokenEdit(threshold=0.5, max_post_steps=3)(setting(at.window.is_open & False, at.x_0), at)
+    assert action.may_close.tolist() == [closes]
 
 
 def canvas(*rows):
@@ -194,20 +197,20 @@ def canvas(*rows):
 
 def test_blocks_begin_at_each_rows_prompt_end():
     built = canvas("ppp....", "p....")
-    assert Blocks(size=2).blocks(built)[0, 3:].tolist() == [0, 0, 1, 1]
-    assert Blocks(size=2).blocks(built)[1, 1:5].tolist() == [0, 0, 1, 1]
-    assert not WholeCanvas().blocks(built).any()
+    assert Blocks(size=2).blocks(built.status)[0, 3:].tolist() == [0, 0, 1, 1]
+    assert Blocks(size=2).blocks(built.status)[1, 1:5].tolist() == [0, 0, 1, 1]
+    assert not WholeCanvas().blocks(built.status).any()
 
 
 def test_a_row_ends_at_an_eos_with_everything_before_it_decided():
     built = canvas("pe..", "p.e.", "pp..", "pee")
-    assert EndOfSequence(eos_token_ids=(1,))(built).tolist() == [True, False, False, True]
-    assert Filled()(built).tolist() == [False, False, False, True]
+    assert EndOfSequence(eos_token_ids=(1,))(built, built).tolist() == [True, False, False, True]
+    assert Filled()(built, built).tolist() == [False, False, False, True]
 
 
 def test_an_eos_in_the_prompt_ends_nothing():
     built = build_canvas([torch.tensor([1, 5, 2])], [torch.tensor([False, False, True])], noise_token_id=2)
-    assert EndOfSequence(eos_token_ids=(1,))(built).tolist() == [False]
+    assert EndOfSequence(eos_token_ids=(1,))(built, built).tolist() == [False]
 
 
 @pytest.mark.parametrize("build", [lambda: TopK(k=0), lambda: Blocks(size=0)])
