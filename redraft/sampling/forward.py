@@ -74,69 +74,63 @@ class Forward:
         places = [place for group in groups for place in group.rows.places]
         if self.planner is not None:
             places.sort(key=lambda place: place.slot)
-        asked = [group.rows.canvas.tokens.new_tensor([places.index(place) for place in group.rows.places]) for group in groups]
-        query, sizes = self._query(groups, questions, places, asked)
+        logits = self.denoiser(self._query(groups, questions, places))
         self.num_forwards += 1
-        logits = self.denoiser(query).split(sizes)
         if self.planner is not None:
             self.planner.note(places)
-        for group, found in zip(groups, logits, strict=True):
+        sizes = [len(question.where) * self.branches for question in questions]
+        for group, found in zip(groups, logits.split(sizes), strict=True):
             scale = group.sampler.cfg_scale
             group.logits = guided(*found.chunk(2), scale=scale) if self.branches == 2 else found
 
-    def _query(
-        self,
-        groups: Sequence[Group],
-        questions: Sequence[Question],
-        places: list[Place],
-        indexes: list[Int[Tensor, "rows"]],
-    ) -> tuple[Query, list[int]]:
-        """Lay the groups' rows out in the order of `places`; `indexes` says where. Also count each group's answers."""
-        device, num_rows, branches = groups[0].rows.keys.device, len(places), self.branches
-        spans, first = None, torch.zeros(num_rows, dtype=torch.int64, device=device)
-        width = max(group.rows.canvas.tokens.shape[1] for group in groups)
+    def _query(self, groups: Sequence[Group], questions: Sequence[Question], places: list[Place]) -> Query:
+        """Lay the rows of all groups out in the order of `places`."""
+        device, branches = groups[0].rows.keys.device, self.branches
+        order = {id(place): row for row, place in enumerate(places)}
+        numbers = [[order[id(place)] for place in group.rows.places] for group in groups]
+        is_whole = len(groups) == 1 and numbers[0] == list(range(len(places)))
+        indexes = [torch.tensor(rows, device=device) for rows in numbers]
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            """Lay tensors (rows of a group, ...) out; what is narrower is filled up with 0."""
+            if is_whole:
+                return parts[0]
+            width = max(part.shape[-1] for part in parts)
+            whole = parts[0].new_zeros(len(places), *parts[0].shape[1:-1], width)
+            for part, index in zip(parts, indexes, strict=True):
+                whole[index, ..., : part.shape[-1]] = part
+            return whole
+
+        tokens, segment_ids, view = [self._tokens(group) for group in groups], None, None
+        first = torch.zeros(len(places), dtype=torch.int64, device=device)
         if self.planner is not None:
-            spans = self.planner.plan(places)
-            first = torch.tensor(spans.starts, device=device)
-            positions = spans.positions(device)
-            width = spans.num_queries
-        input_ids = first.new_zeros((num_rows, branches, width))
-        segment_ids = torch.zeros_like(input_ids) if self.planner is None and num_rows > 1 else None
-        where = []
-        for group, question, index in zip(groups, questions, indexes, strict=True):
-            tokens = self._tokens(group)
-            if spans is not None:
-                input_ids[index] = tokens.gather(2, positions[index][:, None].expand(-1, branches, -1))
-            else:
-                input_ids[index, :, : tokens.shape[2]] = tokens
-            if segment_ids is not None:
-                segment_ids[index, :, : tokens.shape[2]] = group.rows.canvas.segment_ids[:, None]
+            view = self._view(self.planner.plan(places), places)
+            first, positions = torch.tensor(view.spans.starts[::branches], device=device), view.spans.positions(device)
+            fed = [positions.view(len(places), branches, -1)[index] for index in indexes]
+            tokens = [each.gather(2, at) for each, at in zip(tokens, fed, strict=True)]
+        elif len(places) > 1:
+            rows = joined([group.rows.segment_ids for group in groups])
+            segment_ids = rows[:, None].expand(-1, branches, -1).flatten(0, 1)
+        input_ids, where = joined(tokens), []
+        for question, index in zip(questions, indexes, strict=True):
             row = index[question.draws.rows]
             column = question.draws.positions - first[row]
-            where += [(row * branches + branch) * width + column for branch in range(branches)]
-        origin = torch.tensor([place.origin for place in places for _ in range(branches)], device=device)
-        query = Query(
+            where += [(row * branches + branch) * input_ids.shape[2] + column for branch in range(branches)]
+        previous = None
+        if told := [group.rows.told for group in groups if group.rows.told is not None]:
+            empty = told[0][:0]
+            logits = [empty.new_zeros(len(group.rows.places), *empty.shape[1:]) if group.rows.told is None else group.rows.told for group in groups]
+            is_told = [(group.rows.step > 0)[:, None] & (group.rows.told is not None) for group in groups]
+            previous = SelfConditioning(joined(logits), joined(is_told)[:, 0])
+        return Query(
             input_ids=input_ids.flatten(0, 1),
             where=torch.cat(where),
-            positions=None if spans is None else positions.repeat_interleave(branches, dim=0),
-            segment_ids=None if segment_ids is None else segment_ids.flatten(0, 1),
+            segment_ids=segment_ids,
             layout=self.layout,
-            grid_origin=origin,
-            view=None if spans is None else self._view(spans, places),
-            previous=self._told(groups, indexes, num_rows),
+            grid_origin=first.new_tensor([place.origin for place in places for _ in range(branches)]),
+            view=view,
+            previous=previous,
         )
-        return query, [len(question.where) * branches for question in questions]
-
-    def _told(self, groups: Sequence[Group], indexes: Sequence[Tensor], num_rows: int) -> SelfConditioning | None:
-        known = [(group.rows, index) for group, index in zip(groups, indexes, strict=True) if group.rows.told is not None]
-        if not known:
-            return None
-        told = known[0][0].told
-        assert told is not None
-        logits, is_told = told.new_zeros(num_rows, *told.shape[1:]), torch.zeros(num_rows, dtype=torch.bool, device=told.device)
-        for rows, index in known:
-            logits[index], is_told[index] = rows.told, rows.step > 0
-        return SelfConditioning(logits, is_told)
 
     def _tokens(self, group: Group) -> Int[Tensor, "rows branches seq"]:
         canvas = group.rows.canvas
@@ -235,7 +229,6 @@ class Forward:
                 Query(
                     input_ids=tokens.flatten(0, 1),
                     where=tokens.new_zeros(0),
-                    positions=positions.repeat_interleave(self.branches, dim=0),
                     layout=self.layout,
                     grid_origin=tokens.new_tensor(origin),
                     view=self._view(spans, places),

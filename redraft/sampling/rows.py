@@ -156,7 +156,8 @@ class Rows:
             device = self.keys.device
             self.at = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
             self.previous = self.previous.clone()  # a step may show it
-        self._marks = mix(self.columns)
+        self._marks = mix(self.columns)  # asked for again and again while a block is open
+        self.segment_ids = self.canvas.segment_ids
 
     def window(self, status: UInt8[Tensor, "batch width"]) -> Window:
         """Say what is open, and where each row stands in its block."""
