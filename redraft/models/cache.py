@@ -98,11 +98,13 @@ class Slots:
         return self.layers[layer]
 
     def reserve(self, num_rows: int, num_positions: int) -> None:
-        """Have room for so many rows and positions; what is there is copied if there was not."""
-        if num_rows <= self.num_rows and num_positions <= self.num_positions:
-            return
+        """Have room for so many rows and positions; what is there is copied if there was not, for twice the rows."""
         kept_rows, kept = self.num_rows, self.num_positions
-        self.num_rows, self.num_positions = max(num_rows, kept_rows), max(num_positions, kept)
+        if num_rows <= kept_rows and num_positions <= kept:
+            return
+        if num_rows > kept_rows:
+            self.num_rows = max(num_rows, 2 * kept_rows) if self.layers else num_rows
+        self.num_positions = max(num_positions, kept)
         for i, pair in enumerate(self.layers):
             grown = [x.new_zeros(self.num_rows, x.shape[1], self.num_positions + 1, x.shape[3]) for x in pair]
             for new, old in zip(grown, pair, strict=True):
@@ -125,6 +127,8 @@ class View(Cache):
         super().__init__(layers=[])
         self.slots, self.spans, self.is_static = slots, spans, is_static
         self.num_keys = slots.num_positions + 1 if is_static else spans.num_keys
+        self.positions = spans.positions(device)
+        """Slots that are fed, (B, Q)."""
         self._first, self._row_list, end = first, rows, first + len(spans.starts)
         self._rows = slice(first, end) if rows is None else torch.tensor(rows, device=device)
         self._where: tuple[Tensor | slice, ...] = (self._rows, slice(None), slice(spans.starts[0], spans.ends[0]))
@@ -132,7 +136,7 @@ class View(Cache):
         if not self._is_contiguous:
             index = self._rows if isinstance(self._rows, Tensor) else torch.arange(first, end, device=device)
             # What only fills a row up is written to the spare slot.
-            slot = torch.where(spans.is_fed(device), spans.positions(device), slots.num_positions)
+            slot = torch.where(spans.is_fed(device), self.positions, slots.num_positions)
             self._where = (index[:, None], slice(None), slot)
 
     def update(

@@ -61,7 +61,7 @@ class Query:
         if self.positions is not None:
             return replace(self, layout=layout)
         if self.view is not None:
-            return replace(self, layout=layout, positions=self.view.spans.positions(self.input_ids.device))
+            return replace(self, layout=layout, positions=self.view.positions)
         batch, length = self.input_ids.shape
         length = length // 2 if layout.is_two_copy else length
         if self.isolate_segments and self.segment_ids is not None:

@@ -99,8 +99,9 @@ class Batch:
             is_done, is_stuck, is_nan, is_finished, first = found.tolist()  # sync: the one question per step
             if any(is_nan):
                 raise explain_nan(self.denoiser, group.rows.canvas.tokens)
-            if any(is_stuck):
-                raise group.no_progress(step, is_stuck.index(1))
+            for row, (stuck, done) in enumerate(zip(is_stuck, is_done, strict=True)):
+                if stuck and not done:
+                    raise group.no_progress(step, row)
             for place, unfinished in zip(group.rows.places, first, strict=True):
                 place.unfinished = unfinished
             group.to_open = [row for row, is_one in enumerate(is_finished) if is_one]

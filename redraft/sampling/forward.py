@@ -68,7 +68,9 @@ class Forward:
                 for group in groups:
                     group.logits = group.rows.canvas.confidence.new_zeros((0, group.vocab_size))
                 return
-        if self.denoiser.is_self_conditioned and any(group.rows.block.ne(group.rows.last_block).any() for group in groups):
+        if self.denoiser.is_self_conditioned and any(
+            group.rows.block.ne(group.rows.last_block).any() for group in groups
+        ):
             raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
         self._close_gaps()
         places = [place for group in groups for place in group.rows.places]
@@ -89,7 +91,7 @@ class Forward:
         order = {id(place): row for row, place in enumerate(places)}
         numbers = [[order[id(place)] for place in group.rows.places] for group in groups]
         is_whole = len(groups) == 1 and numbers[0] == list(range(len(places)))
-        indexes = [torch.tensor(rows, device=device) for rows in numbers]
+        indexes = [slice(None) if is_whole else torch.tensor(rows, device=device) for rows in numbers]
 
         def joined(parts: list[Tensor]) -> Tensor:
             """Lay tensors (rows of a group, ...) out; what is narrower is filled up with 0."""
@@ -105,21 +107,26 @@ class Forward:
         first = torch.zeros(len(places), dtype=torch.int64, device=device)
         if self.planner is not None:
             view = self._view(self.planner.plan(places), places)
-            first, positions = torch.tensor(view.spans.starts[::branches], device=device), view.spans.positions(device)
-            fed = [positions.view(len(places), branches, -1)[index] for index in indexes]
+            first = torch.tensor(view.spans.starts[::branches], device=device)
+            fed = [view.positions.view(len(places), branches, -1)[index] for index in indexes]
             tokens = [each.gather(2, at) for each, at in zip(tokens, fed, strict=True)]
         elif len(places) > 1:
             rows = joined([group.rows.segment_ids for group in groups])
             segment_ids = rows[:, None].expand(-1, branches, -1).flatten(0, 1)
         input_ids, where = joined(tokens), []
         for question, index in zip(questions, indexes, strict=True):
-            row = index[question.draws.rows]
+            row = question.draws.rows if isinstance(index, slice) else index[question.draws.rows]
             column = question.draws.positions - first[row]
             where += [(row * branches + branch) * input_ids.shape[2] + column for branch in range(branches)]
         previous = None
         if told := [group.rows.told for group in groups if group.rows.told is not None]:
             empty = told[0][:0]
-            logits = [empty.new_zeros(len(group.rows.places), *empty.shape[1:]) if group.rows.told is None else group.rows.told for group in groups]
+            logits = [
+                empty.new_zeros(len(group.rows.places), *empty.shape[1:])
+                if group.rows.told is None
+                else group.rows.told
+                for group in groups
+            ]
             is_told = [(group.rows.step > 0)[:, None] & (group.rows.told is not None) for group in groups]
             previous = SelfConditioning(joined(logits), joined(is_told)[:, 0])
         return Query(

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -60,21 +60,14 @@ class Rows:
     """What a self-conditioned model predicted in the step before."""
     places: list[Place]
     at: Int[Tensor, "batch width"] | None = None
-
-    @property
-    def columns(self) -> Int[Tensor, "#batch width"]:
-        """Positions of the columns that a step works on."""
-        length = self.canvas.tokens.shape[1]
-        return torch.arange(length, device=self.keys.device)[None] if self.at is None else self.at
+    columns: Int[Tensor, "#batch width"] = field(init=False)
+    """Positions of the columns that a step works on."""
+    part: Canvas = field(init=False)
+    """The canvas in these columns."""
 
     def seen(self, values: Tensor) -> Tensor:
         """Take the columns that a step works on."""
         return values if self.at is None else values.gather(1, self.at)
-
-    @property
-    def part(self) -> Canvas:
-        """The canvas in these columns."""
-        return self.canvas if self.at is None else self.canvas.columns(self.at)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Drop the other rows, and the columns that only they needed."""
@@ -107,10 +100,10 @@ class Rows:
             status=change(canvas.status, Status.PAD),
             confidence=change(canvas.confidence, 0),
         )
-        for field in fields(self):
-            values = getattr(self, field.name)
-            if isinstance(values, Tensor) and field.name != "at":
-                setattr(self, field.name, change(values, -1))
+        for each in fields(self):
+            values = getattr(self, each.name, None)
+            if isinstance(values, Tensor) and each.name not in ("at", "columns"):
+                setattr(self, each.name, change(values, -1))
 
     def open_blocks(self, in_flight: int, which: Sequence[int], least: Int[Tensor, "batch"] | None = None) -> None:
         """Open the first unfinished blocks of these rows, enough of them to commit `least` tokens, and set the clocks."""
@@ -148,22 +141,26 @@ class Rows:
 
     def aim(self) -> None:
         """Choose the columns that steps work on."""
-        length = self.canvas.tokens.shape[1]
+        length, device = self.canvas.tokens.shape[1], self.keys.device
         width = max(1, *(place.reach - min(place.unfinished, place.reach) for place in self.places))
         self.at = None
         if 2 * width < length:
             starts = [min(place.unfinished, length - width) for place in self.places]
-            device = self.keys.device
             self.at = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
             self.previous = self.previous.clone()  # a step may show it
-        self._marks = mix(self.columns)  # asked for again and again while a block is open
+        # What holds while these blocks are open:
+        self.columns = torch.arange(length, device=device)[None] if self.at is None else self.at
+        self.marks = mix(self.columns)
+        self.blocks = self.seen(self.block_of)
         self.segment_ids = self.canvas.segment_ids
+        self.part = self.canvas if self.at is None else self.canvas.columns(self.at)
+        self.left_in_part = _decisions(self.part.status)
 
-    def window(self, status: UInt8[Tensor, "batch width"]) -> Window:
+    def window(self) -> Window:
         """Say what is open, and where each row stands in its block."""
-        is_undecided = (status == Status.NOISE) | (status == Status.DRAFT)
+        is_undecided = self.part.is_noise | self.part.is_draft
         return Window(
-            is_open=is_undecided & (self.seen(self.block_of) <= self.last_block[:, None]),
+            is_open=is_undecided & (self.blocks <= self.last_block[:, None]),
             step=self.step,
             num_steps=self.num_steps,
             block_size=self.block_size,
@@ -172,34 +169,36 @@ class Rows:
 
     def count_forwards(self, is_asked: Bool[Tensor, "batch width"], *, is_every_step: bool) -> Bool[Tensor, "batch"]:
         """Count a forward for each row whose input differs from that of its last one, whatever the batch runs."""
-        asked = torch.where(is_asked, self._marks, 0).sum(dim=1)
+        asked = torch.where(is_asked, self.marks, 0).sum(dim=1)
         is_forward = is_asked.any(dim=1) & (self.is_changed | (asked != self.asked)) | is_every_step
         self.asked = torch.where(is_forward, asked, self.asked)
         self.is_changed = self.is_changed & ~is_forward
         self.num_forwards = self.num_forwards + is_forward.long()
         return is_forward
 
-    def take(self, part: Canvas, before: Canvas, window: Window) -> Bool[Tensor, "batch"]:
-        """Take a step's canvas; find the rows that may never end: those whose step changed nothing although their
-        block's clock is at its end or nothing is undecided, and those that have come no nearer to their end for very
-        many steps since."""
+    def take(self, part: Canvas, window: Window) -> Int[Tensor, "3 batch"]:
+        """Take a step's canvas, and say of each row whether it may never end, whether its first unfinished block is
+        another now, and where its first undecided position is.
+
+        A row may never end if the step changed nothing although its block's clock is at its end or nothing is
+        undecided, or if it has come no nearer to its end for very many steps since.
+        """
+        before, self.part = self.part, part
         self.canvas = part if self.at is None else self.canvas.with_columns(self.at, part)
         is_same_token = (part.tokens == before.tokens).all(dim=1)
         is_same = is_same_token & (part.status == before.status).all(dim=1)
         self.is_changed = self.is_changed | ~is_same_token
-        self.num_left = self.num_left + (_decisions(part.status) - _decisions(before.status))
+        left = _decisions(part.status)
+        self.num_left, self.left_in_part = self.num_left + (left - self.left_in_part), left
         is_stalled = window.is_last & (self.num_left >= self.least_left)
         self.num_stalled = torch.where(is_stalled, self.num_stalled + 1, 0)
         self.least_left = torch.where(is_stalled, self.least_left, self.num_left)
         self.step, self.age = self.step + 1, self.age + 1
-        return is_same & (window.is_last | (self.num_left == 0)) | (self.num_stalled > MOST_POST_STEPS)
-
-    def standing(self, status: UInt8[Tensor, "batch width"]) -> tuple[Bool[Tensor, "batch"], Int[Tensor, "batch"]]:
-        """Say whether each row's first unfinished block is another now, and where its first undecided position is."""
-        is_undecided = (status == Status.NOISE) | (status == Status.DRAFT)
-        block = torch.where(is_undecided, self.seen(self.block_of), NEVER).amin(dim=1)
+        is_stuck = is_same & (window.is_last | (self.num_left == 0)) | (self.num_stalled > MOST_POST_STEPS)
+        is_undecided = part.is_noise | part.is_draft
+        block = torch.where(is_undecided, self.blocks, NEVER).amin(dim=1)
         first = torch.where(is_undecided, self.columns, NEVER).amin(dim=1)
-        return block != self.block, first
+        return torch.stack([is_stuck.long(), (block != self.block).long(), first])
 
 
 def begin(

@@ -74,11 +74,9 @@ class Step:
 class Question:
     """What a group asks of the model in a step."""
 
-    part: Canvas
-    """The columns that the policies see."""
     window: Window
     where: Int[Tensor, "n"]
-    """Positions asked for, in these columns, flattened."""
+    """Positions asked for, in the flattened columns that the policies see."""
     draws: Draws
     """Their rows and positions, and random numbers."""
     left: Int[Tensor, "batch"] | None
@@ -137,7 +135,8 @@ class Group:
             to_open=list(range(len(keys))),
         )
         if sampler.noise == "uniform":
-            rows.canvas = canvas.reopen(canvas.is_noise, group._noise(rows.age - 1, rows.columns))
+            everywhere = torch.arange(canvas.tokens.shape[1], device=keys.device)[None]
+            rows.canvas = canvas.reopen(canvas.is_noise, group._noise(rows.age - 1, everywhere))
         return group
 
     def keep(self, kept: list[int]) -> None:
@@ -167,20 +166,18 @@ class Group:
             self.to_open = list(range(len(rows.places)))  # what must be open changes from step to step
         rows.open_blocks(sampler.frontier.in_flight, self.to_open, least)
         self.to_open = []
-        part = rows.part
-        window = rows.window(part.status)
+        window = rows.window()
         is_asked = window.is_open
         if revise is None or not revise.looks_at_drafts:
-            is_asked = is_asked & part.is_noise
+            is_asked = is_asked & rows.part.is_noise
         where = is_asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
         width = is_asked.shape[1]
-        row, columns = where // width, rows.columns
-        positions = (columns.expand_as(is_asked)).flatten()[where]
+        row, column = where // width, where % width
+        positions = column if rows.at is None else rows.at[row, column]
         return Question(
-            part=part,
             window=window,
             where=where,
-            draws=Draws(row_keys=rows.keys, age=rows.age, rows=row, positions=positions, columns=columns),
+            draws=Draws(row_keys=rows.keys, age=rows.age, rows=row, positions=positions, columns=rows.columns),
             left=left,
             least=least,
             is_forward=rows.count_forwards(is_asked, is_every_step=is_every_step),
@@ -199,7 +196,7 @@ class Group:
         """
         sampler, rows, logits = self.sampler, self.rows, self.logits
         assert logits is not None
-        draws, before = question.draws, question.part
+        draws, before = question.draws, rows.part
         if sampler.guides:
             logits = logits.clone()  # they may work in place, and the next step may ask for the same logits
         whole = draws.rows * rows.canvas.tokens.shape[1] + draws.positions
@@ -236,7 +233,7 @@ class Group:
             rows.previous.scatter_(1, rows.at, action.tokens)
         rows.since_filled = rows.since_filled + (~candidates.is_open_noise.any(dim=1)).long()
         age = rows.age
-        is_stuck = rows.take(after, before, question.window)
+        is_stuck, is_finished, first = rows.take(after, question.window)
         is_done = sampler.stop(rows.canvas, after)
         step = Step(
             rows=rows.ids,
@@ -250,7 +247,7 @@ class Group:
             sureness=candidates.confidence,
         )
         is_nan = candidates.proposal.log_normaliser.isnan().any().expand_as(is_done)
-        return step, torch.stack([is_done, is_stuck & ~is_done, is_nan, *rows.standing(after.status)])
+        return step, torch.stack([is_done.long(), is_stuck, is_nan.long(), is_finished, first])
 
     def _propose(self, logits: Float[Tensor, "n vocab"], draws: Draws, where: Int[Tensor, "n"]) -> Proposal:
         sampler = self.sampler

@@ -55,9 +55,7 @@ class Recorder:
         for kind, where in kinds.items():
             confidence = step.confidence[where].tolist()
             for (i, position), sure in zip(where.nonzero().tolist(), confidence, strict=True):
-                event = Event(
-                    step=ages[i], position=position, token_id=tokens[i][position], confidence=sure, kind=kind
-                )
+                event = Event(step=ages[i], position=position, token_id=tokens[i][position], confidence=sure, kind=kind)
                 self.rows[rows[i]].append(event)
 
     def traces(self) -> list[RowTrace]:

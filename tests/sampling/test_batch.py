@@ -24,13 +24,22 @@ from redraft.sampling.sampler import Sampler
 
 MASK, NEW = 2, 12
 MODELS = ("full", "block-causal", "shifted", "encoder-decoder")
-WORDS = [None, None, None, *(chr(ord("a") + i).encode() for i in range(26)), *(str(i).encode() for i in range(10)), b"-"]
+WORDS = [
+    None,
+    None,
+    None,
+    *(chr(ord("a") + i).encode() for i in range(26)),
+    *(str(i).encode() for i in range(10)),
+    b"-",
+]
 
 
 @cache
 def load(name):
     if name == "encoder-decoder":
-        return LanguageModel(denoiser=EncoderDecoder(tiny_gemma(), DiffusionSettings(mask_token_id=0, block_size=CANVAS)))
+        return LanguageModel(
+            denoiser=EncoderDecoder(tiny_gemma(), DiffusionSettings(mask_token_id=0, block_size=CANVAS))
+        )
     return tiny_lm(block_size=None if name == "full" else 4, shift_logits=name == "shifted")
 
 
@@ -45,7 +54,9 @@ def some_sampler(rng, lm):
     ends = rng.choice([(), (1,)])
     settings = {"max_new_tokens": NEW, "temperature": rng.choice([0.0, 0.0, 0.7])}
     if lm.denoiser.is_self_conditioned:
-        config = SamplingConfig(preset="diffusion-gemma", steps_per_block=rng.randint(1, 6), block_size=CANVAS, **settings)
+        config = SamplingConfig(
+            preset="diffusion-gemma", steps_per_block=rng.randint(1, 6), block_size=CANVAS, **settings
+        )
         sampler = config.sampler(lm.denoiser.settings, eos_token_ids=ends)
         return replace(sampler, cache=rng.choice(["exact", "none"]))
     settings["cfg_scale"] = rng.choice([0.0, 0.0, 0.0, 1.5])
@@ -101,7 +112,12 @@ def run(seed):
     rng = random.Random(seed)
     lm = load(rng.choice(MODELS))
     samplers = [some_sampler(rng, lm) for _ in range(rng.randint(1, 3))]
-    batch = Batch(lm.denoiser, chunk=rng.choice([None, None, 4, 7]), max_rows=rng.choice([0, 3]), max_positions=rng.choice([0, 40]))
+    batch = Batch(
+        lm.denoiser,
+        chunk=rng.choice([None, None, 4, 7]),
+        max_rows=rng.choice([0, 3]),
+        max_positions=rng.choice([0, 40]),
+    )
     prompts, expected, running, num_steps = [], {}, set(), 0
     to_join = rng.randint(2, 6)
     while to_join or len(batch):

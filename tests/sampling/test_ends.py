@@ -136,7 +136,11 @@ def test_stop_strings_end_the_rows_whose_decided_text_holds_one():
     stop = StopStrings(strings=("xyz", "h"), decode=decode, otherwise=Filled())
     assert stop(built, built).tolist() == [True, False, False]
     assert seen == [([9], [7]), ([9], []), ([9], [8])]
-    assert StopStrings(strings=("xyz", "i"), decode=decode, otherwise=Filled())(built, built).tolist() == [False, False, True]
+    assert StopStrings(strings=("xyz", "i"), decode=decode, otherwise=Filled())(built, built).tolist() == [
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
