@@ -52,20 +52,12 @@ class Batch:
             sampler.constraint.check(canvas)
         self._forward_of(sampler)
         ids = list(range(self._num_joined, self._num_joined + len(row_keys)))
-        group = Group.begin(
-            sampler,
-            canvas,
-            row_keys,
-            first_id=self._num_joined,
-            mask_token_id=self.denoiser.settings.mask_token_id,
-            vocab_size=self.denoiser.model.config.get_text_config().vocab_size,
-        )
         self._num_joined += len(ids)
-        kept = group.rows.num_left.nonzero()[:, 0].tolist()  # sync: what has nothing to decide is done
-        if kept:
-            if len(kept) < len(ids):
-                group.keep(kept)
-            self._waiting.append(group)
+        config = self.denoiser.model.config.get_text_config()
+        prior = self.denoiser.settings.mask_token_id, config.vocab_size
+        group = Group.begin(sampler, canvas, row_keys, ids=ids, prior=prior)
+        self._waiting.append(group)
+        self._drop(group, group.rows.num_left.eq(0).tolist())  # sync: what has nothing to decide is done
         return ids
 
     def leave(self, ids: Sequence[int]) -> None:
@@ -99,12 +91,10 @@ class Batch:
             is_done, is_stuck, is_nan, is_finished, first = found.tolist()  # sync: the one question per step
             if any(is_nan):
                 raise explain_nan(self.denoiser, group.rows.canvas.tokens)
-            for row, (stuck, done) in enumerate(zip(is_stuck, is_done, strict=True)):
-                if stuck and not done:
-                    raise group.no_progress(step, row)
-            for place, unfinished in zip(group.rows.places, first, strict=True):
-                place.unfinished = unfinished
-            group.to_open = [row for row, is_one in enumerate(is_finished) if is_one]
+            if any(is_stuck):
+                raise group.no_progress(step, is_stuck.index(1))
+            for row, place in enumerate(group.rows.places):
+                place.is_finished, place.unfinished = is_finished[row] > 0, first[row]
             self._drop(group, [done > 0 for done in is_done])
             steps.append(step)
         return steps
@@ -113,17 +103,16 @@ class Batch:
         """Let rows that wait take part, the oldest first, when their prompts are fed."""
         while self._waiting:
             group = self._waiting[0]
-            group.rows.open_blocks(group.sampler.frontier.in_flight, group.to_open)
+            group.rows.open_blocks(group.sampler.frontier.in_flight)
             forward = self._forward_of(group.sampler)
             if not forward.admit(group, self._sharing(forward), chunk=self.chunk):
                 return
             self._waiting.pop(0)
-            for other in self._groups:
-                if other.sampler is group.sampler:
-                    other.join(group)
-                    break
-            else:
-                self._groups.append(group)
+            others = [other for other in self._groups if other.sampler is group.sampler]
+            for other in others:
+                other.rows.join(group.rows)
+                other.logits = None
+            self._groups += [] if others else [group]
 
     def _drop(self, group: Group, is_gone: Sequence[bool]) -> None:
         if not any(is_gone):
@@ -131,7 +120,8 @@ class Batch:
         kept = [row for row, gone in enumerate(is_gone) if not gone]
         self._forward_of(group.sampler).leave(group, [row for row, gone in enumerate(is_gone) if gone])
         if kept:
-            group.keep(kept)
+            group.rows.keep(kept)
+            group.logits = None
         else:
             for groups in (self._groups, self._waiting):
                 groups[:] = [other for other in groups if other is not group]

@@ -19,17 +19,10 @@ from redraft.sampling.step import Group, Question
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens whose keys and values are final in a row of the slots."""
+    """Tokens whose keys and values are final in a slot."""
 
     tokens: Int[Tensor, "branches seq"]
     origin: int
-    slot: int
-
-    def shared_with(self, tokens: Int[Tensor, "branches seq"]) -> int:
-        """Count the tokens that both begin with."""
-        length = min(self.tokens.shape[1], tokens.shape[1])
-        is_equal = (self.tokens[:, :length] == tokens[:, :length]).all(dim=0)
-        return int(is_equal.long().cumprod(dim=0).sum())
 
 
 class Forward:
@@ -66,7 +59,7 @@ class Forward:
                 return
             if not any(len(question.where) for question in questions):
                 for group in groups:
-                    group.logits = group.rows.canvas.confidence.new_zeros((0, group.vocab_size))
+                    group.logits = group.rows.canvas.confidence.new_zeros((0, group.prior[1]))
                 return
         if self.denoiser.is_self_conditioned and any(
             group.rows.block.ne(group.rows.last_block).any() for group in groups
@@ -81,7 +74,7 @@ class Forward:
         if self.planner is not None:
             self.planner.note(places)
         sizes = [len(question.where) * self.branches for question in questions]
-        for group, found in zip(groups, logits.split(sizes), strict=True):
+        for group, found in zip(groups, torch.split(logits, sizes), strict=True):
             scale = group.sampler.cfg_scale
             group.logits = guided(*found.chunk(2), scale=scale) if self.branches == 2 else found
 
@@ -143,7 +136,7 @@ class Forward:
         canvas = group.rows.canvas
         if self.branches == 1:
             return canvas.tokens[:, None]
-        return torch.stack([canvas.tokens, unconditional(canvas, group.mask_token_id)], dim=1)
+        return torch.stack([canvas.tokens, unconditional(canvas, group.prior[0])], dim=1)
 
     def _view(self, spans: Spans, places: Sequence[Place]) -> View:
         slots = [place.slot * self.branches + branch for place in places for branch in range(self.branches)]
@@ -157,105 +150,92 @@ class Forward:
         )
 
     def admit(self, group: Group, running: Sequence[Group], *, chunk: int | None) -> bool:
-        """Give rows that join their slots, with the keys and values that others have of the same prompts.
+        """Give rows that join their slots, with the keys and values that others have of what their prompts begin with.
 
         What is left of the prompts is fed with their first step, or alone where other rows run or wait for it, up to
         `chunk` tokens in a call. Returns whether the rows are ready.
         """
         if self.planner is None:
             return True
-        places = group.rows.places
-        if places[0].slot < 0:
-            self._seat(group, running)
+        places, tokens = group.rows.places, self._tokens(group).cpu()  # sync: only where rows join
+        everyone: list[int] = list(range(len(places)))
         if not isinstance(self.planner, ExactPlanner):
+            self._seat(group, everyone, tokens, [])
             return True
-        is_alone = len(self.places) == len(places) and not any(place.twin for place in places)
-        while not is_alone:
-            waiting = [p for p in places if p.twin is None and p.final < self.planner.finished(p)]
-            if not waiting:
-                break
-            self._feed_prompts(group, waiting if chunk is None else waiting[:1], chunk)
-            if chunk is not None and any(p.final < self.planner.finished(p) for p in waiting):
-                return False
-        for place in places:
-            if place.twin is not None:
-                self._copy(place.twin.slot, place.slot, self.planner.finished(place))
-                place.final, place.twin = self.planner.finished(place), None
-        return True
+        first_of_its_kind: dict[Any, int] = {}
+        for row, place in enumerate(places):
+            first_of_its_kind.setdefault((tokens[row].numpy().tobytes(), place.unfinished, place.origin), row)
+        distinct = list(first_of_its_kind.values())
+        self._seat(group, distinct, tokens, running)
+        is_alone = len(distinct) == len(self.places) == len(places)
+        is_ready = is_alone or self._feed_prompts(group, distinct, chunk)
+        if is_ready:
+            self._seat(group, everyone, tokens, [*running, group])
+        return is_ready
 
-    def _seat(self, group: Group, running: Sequence[Group]) -> None:
-        """Find a slot for each row, and what is there to begin with."""
-        places, tokens = group.rows.places, self._tokens(group).cpu()  # sync: once for rows that join
-        sources: list[Prefix] = []
-        if isinstance(self.planner, ExactPlanner):
-            for other in running:
-                theirs = self._tokens(other).cpu()
-                sources += [Prefix(theirs[i, :, : p.final], p.origin, p.slot) for i, p in enumerate(other.rows.places)]
-            sources += self.left.values()
-            _find_twins(places, tokens)
+    def _seat(self, group: Group, rows: Sequence[int], tokens: Tensor, running: Sequence[Group]) -> None:
+        """Find a slot for rows that have none, and the longest prefix that any slot holds."""
+        places = [group.rows.places[row] for row in rows if group.rows.places[row].slot < 0]
+        if not places:
+            return
+        sources = dict(self.left)
+        for other in running:
+            theirs = self._tokens(other).cpu()
+            known = [(place, own) for place, own in zip(other.rows.places, theirs, strict=True) if place.slot >= 0]
+            sources |= {place.slot: Prefix(own[:, : place.final], place.origin) for place, own in known}
         self.places += places
         taken = {place.slot for place in self.places}
         free = [slot for slot in range(len(self.places)) if slot not in taken]
         self.slots.reserve(len(self.places) * self.branches, max(place.length for place in places))
-        lost: set[int] = set()
-        for place, own in zip(places, tokens, strict=True):
-            found, source = self._longest(place, own, [each for each in sources if each.slot not in lost])
-            place.slot = source.slot if source is not None and source.slot in free else free[0]
+        for place in places:
+            own = tokens[group.rows.places.index(place)]
+            shared = {slot: self._shared(place, own, prefix) for slot, prefix in sources.items()}
+            best = max(shared, key=lambda slot: shared[slot], default=-1)
+            place.slot = best if best in free else free[0]
+            if shared.get(best):
+                self._copy(best, place.slot, shared[best])
+                place.final = shared[best]
             free.remove(place.slot)
-            lost.add(place.slot)
-            self.left.pop(place.slot, None)
-            if source is not None:
-                self._copy(source.slot, place.slot, found)
-                place.final = found
+            for kept in (sources, self.left):
+                kept.pop(place.slot, None)
 
-    def _longest(self, place: Place, tokens: Tensor, sources: Sequence[Prefix]) -> tuple[int, Prefix | None]:
-        """Find who shares the longest prefix of whole finished blocks."""
-        assert not sources or isinstance(self.planner, ExactPlanner)
-        best: tuple[int, Prefix | None] = (0, None)
-        for source in sources:
-            if source.origin == place.origin and place.twin is None:
-                shared = min(source.shared_with(tokens), place.unfinished)
-                found = self.planner.floor(shared, place.origin)  # type: ignore[union-attr]
-                best = max(best, (found, source), key=lambda pair: pair[0])
-        return best
-
-    def _feed_prompts(self, group: Group, places: Sequence[Place], chunk: int | None) -> None:
-        """Write keys and values of finished blocks, and predict nothing."""
+    def _shared(self, place: Place, tokens: Int[Tensor, "branches seq"], prefix: Prefix) -> int:
+        """Count the positions of whole finished blocks in which a row is as a prefix."""
         assert isinstance(self.planner, ExactPlanner)
-        ends = [self.planner.finished(place) for place in places]
+        length = min(prefix.tokens.shape[1], place.unfinished) if prefix.origin == place.origin else 0
+        is_equal = (prefix.tokens[:, :length] == tokens[:, :length]).all(dim=0)
+        return max(0, self.planner.floor(int(is_equal.long().cumprod(dim=0).sum()), place.origin))
+
+    def _feed_prompts(self, group: Group, rows: Sequence[int], chunk: int | None) -> bool:
+        """Write keys and values of finished blocks, and predict nothing; with a chunk, those of one row."""
+        assert isinstance(self.planner, ExactPlanner)
+        planner, places = self.planner, group.rows.places
+        waiting = [row for row in rows if places[row].final < planner.finished(places[row])]
+        rows = waiting if chunk is None else waiting[:1]
+        if not rows:
+            return True
+        fed = [places[row] for row in rows]
+        ends = [planner.finished(place) for place in fed]
         if chunk is not None:
-            nexts = [max(self.planner.floor(p.final + chunk, p.origin), self.planner.after(p)) for p in places]
-            ends = [min(end, then) for end, then in zip(ends, nexts, strict=True)]
-        spans = Spans(starts=[place.final for place in places], ends=ends, key_ends=ends, reads_all=False)
-        positions = spans.positions(self.denoiser.device)
-        rows = [group.rows.places.index(place) for place in places]
-        tokens = self._tokens(group)[rows].gather(2, positions[:, None].expand(-1, self.branches, -1))
-        origin = [place.origin for place in places for _ in range(self.branches)]
+            ends = [min(ends[0], max(planner.floor(fed[0].final + chunk, fed[0].origin), planner.after(fed[0])))]
+        starts = [place.final for place in fed]
+        view = self._view(Spans(starts=starts, ends=ends, key_ends=ends, reads_all=False), fed)
+        tokens = self._tokens(group)[list(rows)].flatten(0, 1).gather(1, view.positions)
+        origin = tokens.new_tensor([place.origin for place in fed for _ in range(self.branches)])
         with torch.no_grad():
-            self.denoiser(
-                Query(
-                    input_ids=tokens.flatten(0, 1),
-                    where=tokens.new_zeros(0),
-                    layout=self.layout,
-                    grid_origin=tokens.new_tensor(origin),
-                    view=self._view(spans, places),
-                )
-            )
-        for place, end in zip(places, ends, strict=True):
+            self.denoiser(Query(input_ids=tokens, where=origin[:0], layout=self.layout, grid_origin=origin, view=view))
+        for place, end in zip(fed, ends, strict=True):
             place.final = end
+        return all(place.final == planner.finished(place) for place in places if place.slot >= 0)
 
     def leave(self, group: Group, rows: Sequence[int]) -> None:
         """Let rows go; their keys and values stay until their slots are needed."""
-        tokens = self._tokens(group) if isinstance(self.planner, ExactPlanner) else None
+        tokens = self._tokens(group)
         for row in rows:
             place = group.rows.places[row]
-            if place.slot < 0:
-                continue
             self.places = [other for other in self.places if other is not place]
-            for other in self.places:
-                other.twin = None if other.twin is place else other.twin
-            if tokens is not None and place.final > 0:
-                self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin, place.slot)
+            if place.slot >= 0 and isinstance(self.planner, ExactPlanner):
+                self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin)
 
     def _close_gaps(self) -> None:
         """Move the last rows to where others left, so that the rows that run are one piece of the slots."""
@@ -268,14 +248,5 @@ class Forward:
             place.slot = slot
 
     def _copy(self, source: int, to: int, num_positions: int) -> None:
-        if source != to:
-            for branch in range(self.branches):
-                self.slots.copy(source * self.branches + branch, to * self.branches + branch, num_positions)
-
-
-def _find_twins(places: Sequence[Place], tokens: Int[Tensor, "rows branches seq"]) -> None:
-    """Mark the rows that begin as an earlier one does in every token."""
-    first: dict[Any, Place] = {}
-    for place, own in zip(places, tokens, strict=True):
-        twin = first.setdefault((own.numpy().tobytes(), place.unfinished, place.origin), place)
-        place.twin = None if twin is place else twin
+        for branch in range(self.branches if source != to else 0):
+            self.slots.copy(source * self.branches + branch, to * self.branches + branch, num_positions)

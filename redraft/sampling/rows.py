@@ -1,9 +1,7 @@
 """The running rows of one sampler: all that a generation knows about each of them."""
 
-import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +15,13 @@ from redraft.sampling.policies import Window
 from redraft.sampling.policies.revise import MOST_POST_STEPS
 
 NEVER = torch.iinfo(torch.int64).max
+DERIVED = ("at", "columns", "marks", "blocks", "segment_ids", "left_in_part")
+"""What `aim` works out anew."""
 
 
 @dataclass(kw_only=True)
 class Rows:
-    """Where each row stands. Tensors have a row for each; they are replaced, not written into, where a step shows them.
+    """Where each row stands. Tensors have a row for each; what a `Step` shows is replaced, never written into.
 
     Steps work on the columns `at` of each row (None: all of them), in which everything lies that is open.
     """
@@ -30,40 +30,32 @@ class Rows:
     keys: Int[Tensor, "batch"]
     canvas: Canvas
     block_of: Int[Tensor, "batch seq"]
-    previous: Int[Tensor, "batch seq"]
-    deadline: Float[Tensor, "batch"]
-    """In seconds of `time.perf_counter`; infinite for none."""
     num_steps: Int[Tensor, "batch"]
     """Of the clock of each block."""
-    age: Int[Tensor, "batch"]
-    """Steps in which the row was decided, whether or not the model ran: its random numbers are keyed by it."""
-    block: Int[Tensor, "batch"]
-    """First unfinished block."""
-    last_block: Int[Tensor, "batch"]
-    """Last block that is open."""
-    block_size: Int[Tensor, "batch"]
-    step: Int[Tensor, "batch"]
-    since_filled: Int[Tensor, "batch"]
-    num_forwards: Int[Tensor, "batch"]
-    """Forwards that the row took part in."""
-    asked: Int[Tensor, "batch"]
-    """Which positions the row's last forward was asked for, as one number."""
-    is_changed: Bool[Tensor, "batch"]
-    """Whether a token changed since."""
-    num_left: Int[Tensor, "batch"]
-    """Decisions that are left: two for noise, one for a draft."""
-    least_left: Int[Tensor, "batch"]
-    """Fewest since the last step of the block's clock."""
-    num_stalled: Int[Tensor, "batch"]
-    """Steps since then in which that did not fall."""
+    deadline: Float[Tensor, "batch"]
+    """In seconds of `time.perf_counter`; infinite for none."""
+    places: list[Place]
     told: Float[Tensor, "batch length vocab"] | None = None
     """What a self-conditioned model predicted in the step before."""
-    places: list[Place]
     at: Int[Tensor, "batch width"] | None = None
-    columns: Int[Tensor, "#batch width"] = field(init=False)
-    """Positions of the columns that a step works on."""
-    part: Canvas = field(init=False)
-    """The canvas in these columns."""
+
+    def __post_init__(self) -> None:
+        none, never = torch.zeros_like(self.keys), torch.full_like(self.keys, NEVER)
+        self.age = none
+        """Steps in which the row was decided, whether or not the model ran: its random numbers are keyed by it."""
+        self.block, self.last_block = never.clone(), never.clone()
+        """First unfinished block, and the last one that is open."""
+        self.block_size, self.step, self.since_filled = none.clone(), none.clone(), none.clone()
+        self.num_forwards = none
+        """Forwards that the row took part in."""
+        self.asked, self.is_changed = none, none == 0
+        """Which positions its last forward was asked for, as one number, and whether a token changed since."""
+        self.num_left = _decisions(self.canvas.status)
+        """Decisions that are left: two for noise, one for a draft."""
+        self.least_left, self.num_stalled = never, none
+        """Fewest since the last step of the block's clock, and steps since then in which they did not fall."""
+        self.previous = torch.full_like(self.canvas.tokens, -1)
+        """What the step before proposed."""
 
     def seen(self, values: Tensor) -> Tensor:
         """Take the columns that a step works on."""
@@ -73,7 +65,7 @@ class Rows:
         """Drop the other rows, and the columns that only they needed."""
         self.places = [self.places[row] for row in kept]
         index, length = torch.tensor(kept, device=self.keys.device), max(place.length for place in self.places)
-        self._each(lambda values, _: values[index, :length] if values.ndim == 2 else values[index])
+        self._each(lambda ours, _, __: ours[index, :length] if ours.ndim == 2 else ours[index], self)
         self.aim()
 
     def join(self, other: "Rows") -> None:
@@ -86,27 +78,25 @@ class Rows:
 
         if self.told is not None:
             other.told = self.told.new_zeros(len(other.keys), *self.told.shape[1:])
-        theirs: list[Tensor] = []
-        other._each(lambda values, fill: theirs.append(wide(values, fill)) or values)
-        later = iter(theirs)
-        self._each(lambda values, fill: torch.cat([wide(values, fill), next(later)]))
+        self._each(lambda ours, theirs, fill: torch.cat([wide(ours, fill), wide(theirs, fill)]), other)
         self.aim()
 
-    def _each(self, change: Callable[[Tensor, int], Tensor]) -> None:
-        """Change every tensor, given what fills a row up."""
-        canvas = self.canvas
-        self.canvas = Canvas(
-            tokens=change(canvas.tokens, 0),
-            status=change(canvas.status, Status.PAD),
-            confidence=change(canvas.confidence, 0),
-        )
-        for each in fields(self):
-            values = getattr(self, each.name, None)
-            if isinstance(values, Tensor) and each.name not in ("at", "columns"):
-                setattr(self, each.name, change(values, -1))
+    def _each(self, change: Callable[[Tensor, Tensor, int], Tensor], other: "Rows") -> None:
+        """Change every tensor, given that of other rows and what fills a row up."""
+        for ours, theirs in ((self.canvas, other.canvas), (self, other)):
+            changed = {
+                name: change(values, getattr(theirs, name), Status.PAD if name == "status" else 0)
+                for name, values in vars(ours).items()
+                if isinstance(values, Tensor) and name not in DERIVED
+            }
+            if ours is self:
+                vars(self).update(changed)
+            else:
+                self.canvas = Canvas(**changed)
 
-    def open_blocks(self, in_flight: int, which: Sequence[int], least: Int[Tensor, "batch"] | None = None) -> None:
-        """Open the first unfinished blocks of these rows, enough of them to commit `least` tokens, and set the clocks."""
+    def open_blocks(self, in_flight: int, least: Int[Tensor, "batch"] | None = None) -> None:
+        """Open the next blocks where others are finished, enough of them to commit `least` tokens, and set clocks."""
+        which = [row for row, place in enumerate(self.places) if place.is_finished or least is not None]
         if not which:
             return
         pick = slice(None) if len(which) == len(self.places) else torch.tensor(which, device=self.keys.device)
@@ -135,6 +125,7 @@ class Rows:
         numbers = torch.stack([*ends, *firsts], dim=1).tolist()  # sync: when a block opens
         for row, (end, last_end, unfinished, start, later) in zip(which, numbers, strict=True):
             place = self.places[row]
+            place.is_finished = False
             place.unfinished, place.start, place.end = unfinished, start, end
             place.reach = max(last_end, 0 if later == NEVER else later + 1)
         self.aim()
@@ -149,7 +140,7 @@ class Rows:
             self.at = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
             self.previous = self.previous.clone()  # a step may show it
         # What holds while these blocks are open:
-        self.columns = torch.arange(length, device=device)[None] if self.at is None else self.at
+        self.columns: Tensor = torch.arange(length, device=device)[None] if self.at is None else self.at
         self.marks = mix(self.columns)
         self.blocks = self.seen(self.block_of)
         self.segment_ids = self.canvas.segment_ids
@@ -199,44 +190,6 @@ class Rows:
         block = torch.where(is_undecided, self.blocks, NEVER).amin(dim=1)
         first = torch.where(is_undecided, self.columns, NEVER).amin(dim=1)
         return torch.stack([is_stuck.long(), (block != self.block).long(), first])
-
-
-def begin(
-    canvas: Canvas,
-    block_of: Int[Tensor, "batch seq"],
-    *,
-    keys: Int[Tensor, "batch"],
-    first_id: int,
-    origin: Int[Tensor, "batch"],
-    num_steps: Int[Tensor, "batch"],
-    seconds: float | None,
-) -> Rows:
-    """Set rows up before their first step."""
-    zero = torch.zeros_like(keys)
-    lengths = (canvas.status != Status.PAD).sum(dim=1)
-    deadline = torch.full(keys.shape, math.inf, dtype=torch.float64, device=keys.device)
-    return Rows(
-        ids=torch.arange(first_id, first_id + len(keys), device=keys.device),
-        keys=keys,
-        canvas=canvas,
-        block_of=block_of,
-        previous=torch.full_like(canvas.tokens, -1),
-        deadline=deadline if seconds is None else deadline.fill_(time.perf_counter() + seconds),
-        num_steps=num_steps,
-        age=zero,
-        block=torch.full_like(keys, NEVER),
-        last_block=torch.full_like(keys, NEVER),
-        block_size=zero.clone(),
-        step=zero.clone(),
-        since_filled=zero.clone(),
-        num_forwards=zero,
-        asked=zero,
-        is_changed=torch.ones_like(keys, dtype=torch.bool),
-        num_left=_decisions(canvas.status),
-        least_left=torch.full_like(keys, NEVER),
-        num_stalled=zero,
-        places=[Place(*numbers) for numbers in torch.stack([lengths, origin], dim=1).tolist()],
-    )
 
 
 def count_blocks(block_of: Int[Tensor, "batch seq"], is_noise: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch"]:

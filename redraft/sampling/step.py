@@ -1,5 +1,6 @@
 """One step of rows with equal settings: what the model says becomes an action, and the action a new canvas."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from redraft.sampling.budget import Clock
+from redraft.sampling.caching import Place
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.policies import Action, Candidates, Draws, Kind, Window
 from redraft.sampling.policies.action import setting
@@ -14,7 +16,7 @@ from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_TOKEN
 from redraft.sampling.policies.frontier import prompt_end
 from redraft.sampling.policies.unmask import best
 from redraft.sampling.propose import Proposal, propose
-from redraft.sampling.rows import Rows, begin, count_blocks
+from redraft.sampling.rows import Rows, count_blocks
 from redraft.sampling.sampler import Sampler
 
 
@@ -93,63 +95,39 @@ class Group:
 
     sampler: Sampler
     rows: Rows
-    mask_token_id: int
-    vocab_size: int
-    to_open: list[int]
-    """Rows whose block is finished."""
+    prior: tuple[int, int]
+    """The mask token and the size of the vocabulary, of which noise is made."""
     logits: Float[Tensor, "n vocab"] | None = None
     """Of the last forward, while they stand."""
 
     @classmethod
     def begin(
-        cls,
-        sampler: Sampler,
-        canvas: Canvas,
-        keys: Int[Tensor, "batch"],
-        *,
-        first_id: int,
-        mask_token_id: int,
-        vocab_size: int,
+        cls, sampler: Sampler, canvas: Canvas, keys: Int[Tensor, "batch"], *, ids: Sequence[int], prior: tuple[int, int]
     ) -> "Group":
-        """Set rows up."""
-        block_of = sampler.frontier.blocks(canvas.status)
+        """Set rows up before their first step."""
+        status, budget = canvas.status, sampler.budget
+        block_of = sampler.frontier.blocks(status)
         num_blocks = count_blocks(block_of, canvas.is_noise).clamp(min=1)
         steps = canvas.is_noise.sum(dim=1) if sampler.steps is None else torch.full_like(keys, sampler.steps)
         num_steps = (-(-steps // num_blocks)).clamp(min=1)
-        if sampler.budget.forwards is not None and sampler.revise is not None and sampler.revise.is_clocked:
-            num_steps = (sampler.budget.forwards // num_blocks).clamp(min=1)
-        rows = begin(
-            canvas,
-            block_of,
+        if budget.forwards is not None and sampler.revise is not None and sampler.revise.is_clocked:
+            num_steps = (budget.forwards // num_blocks).clamp(min=1)
+        origin = prompt_end(status) if sampler.is_grid_from_prompt else torch.zeros_like(keys)
+        lengths = torch.stack([(status != Status.PAD).sum(dim=1), origin], dim=1)
+        rows = Rows(
+            ids=keys.new_tensor(ids),
             keys=keys,
-            first_id=first_id,
-            origin=prompt_end(canvas.status) if sampler.is_grid_from_prompt else torch.zeros_like(keys),
+            canvas=canvas,
+            block_of=block_of,
             num_steps=torch.full_like(keys, sampler.steps_per_block) if sampler.steps_per_block else num_steps,
-            seconds=sampler.budget.seconds,
+            deadline=torch.full_like(keys, budget.deadline(), dtype=torch.float64),
+            places=[Place(*numbers) for numbers in lengths.tolist()],
         )
-        group = cls(
-            sampler=sampler,
-            rows=rows,
-            mask_token_id=mask_token_id,
-            vocab_size=vocab_size,
-            to_open=list(range(len(keys))),
-        )
+        group = cls(sampler=sampler, rows=rows, prior=prior)
         if sampler.noise == "uniform":
-            everywhere = torch.arange(canvas.tokens.shape[1], device=keys.device)[None]
+            everywhere = torch.arange(status.shape[1], device=keys.device)[None]
             rows.canvas = canvas.reopen(canvas.is_noise, group._noise(rows.age - 1, everywhere))
         return group
-
-    def keep(self, kept: list[int]) -> None:
-        """Drop the other rows."""
-        self.to_open = [place for place, row in enumerate(kept) if row in set(self.to_open)]
-        self.rows.keep(kept)
-        self.logits = None
-
-    def join(self, other: "Group") -> None:
-        """Take in the rows of another group of the same sampler."""
-        self.to_open += [len(self.rows.places) + row for row in other.to_open]
-        self.rows.join(other.rows)
-        self.logits = None
 
     def ask(self, clock: Clock, *, is_every_step: bool) -> Question:
         """Open what comes next, and say where logits are wanted."""
@@ -163,9 +141,7 @@ class Group:
             if is_clocked and sampler.budget.seconds is not None:
                 blocks = count_blocks(rows.block_of, rows.canvas.is_noise | rows.canvas.is_draft).clamp(min=1)
                 rows.num_steps = torch.minimum(rows.num_steps, rows.step + (left // blocks).clamp(min=1))
-            self.to_open = list(range(len(rows.places)))  # what must be open changes from step to step
-        rows.open_blocks(sampler.frontier.in_flight, self.to_open, least)
-        self.to_open = []
+        rows.open_blocks(sampler.frontier.in_flight, least)
         window = rows.window()
         is_asked = window.is_open
         if revise is None or not revise.looks_at_drafts:
@@ -247,11 +223,11 @@ class Group:
             sureness=candidates.confidence,
         )
         is_nan = candidates.proposal.log_normaliser.isnan().any().expand_as(is_done)
-        return step, torch.stack([is_done.long(), is_stuck, is_nan.long(), is_finished, first])
+        return step, torch.stack([is_done.long(), is_stuck * ~is_done, is_nan.long(), is_finished, first])
 
     def _propose(self, logits: Float[Tensor, "n vocab"], draws: Draws, where: Int[Tensor, "n"]) -> Proposal:
         sampler = self.sampler
-        never = self.mask_token_id if sampler.noise == "mask" else None
+        never = self.prior[0] if sampler.noise == "mask" else None
         u = draws.uniform(DRAW_TOKEN) if sampler.temperature else None
         temperature, top_k, top_p = sampler.temperature, sampler.top_k, sampler.top_p
         if sampler.constraint is None:
@@ -283,10 +259,10 @@ class Group:
     def _noise(self, age: Int[Tensor, "batch"], columns: Int[Tensor, "#batch width"]) -> Int[Tensor, "batch width"]:
         """Draw a noise token for every column."""
         if self.sampler.noise == "mask":
-            return torch.full_like(columns, self.mask_token_id).expand(len(age), -1)
+            return torch.full_like(columns, self.prior[0]).expand(len(age), -1)
         none = columns[:0, 0]
         draws = Draws(row_keys=self.rows.keys, age=age, rows=none, positions=none, columns=columns)
-        return (draws.everywhere(DRAW_NOISE) * self.vocab_size).long()
+        return (draws.everywhere(DRAW_NOISE) * self.prior[1]).long()
 
     def no_progress(self, step: Step, place: int) -> ValueError:
         """Say which policy keeps a row from its end."""

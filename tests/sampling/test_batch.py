@@ -20,7 +20,6 @@ from redraft.sampling.canvas import build_canvas
 from redraft.sampling.config import SamplingConfig
 from redraft.sampling.constrain import Constrained
 from redraft.sampling.presets import PRESETS
-from redraft.sampling.sampler import Sampler
 
 MASK, NEW = 2, 12
 MODELS = ("full", "block-causal", "shifted", "encoder-decoder")
@@ -125,13 +124,7 @@ def run(seed):
             canvas, keys = some_rows(rng, prompts)
             sampler = rng.choice(samplers)
             to_join -= 1
-            try:
-                reference = [alone(lm, canvas, sampler, keys, row) for row in range(len(keys))]
-            except ValueError as error:
-                with pytest.raises(ValueError, match="."):
-                    batch.join(canvas, sampler, row_keys=keys)
-                assert "constraint" in str(error) or "too short" in str(error)
-                continue
+            reference = [alone(lm, canvas, sampler, keys, row) for row in range(len(keys))]
             ids = batch.join(canvas, sampler, row_keys=keys)
             expected |= dict(zip(ids, reference, strict=True))
             running |= {id for id in ids if expected[id]}
