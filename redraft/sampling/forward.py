@@ -230,6 +230,8 @@ class Forward:
 
     def leave(self, group: Group, rows: Sequence[int]) -> None:
         """Let rows go; their keys and values stay until their slots are needed."""
+        if self.planner is None:
+            return
         tokens = self._tokens(group)
         for row in rows:
             place = group.rows.places[row]

@@ -1,6 +1,6 @@
 """The running rows of one sampler: all that a generation knows about each of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,34 +65,30 @@ class Rows:
         """Drop the other rows, and the columns that only they needed."""
         self.places = [self.places[row] for row in kept]
         index, length = torch.tensor(kept, device=self.keys.device), max(place.length for place in self.places)
-        self._each(lambda ours, _, __: ours[index, :length] if ours.ndim == 2 else ours[index], self)
-        self.aim()
+        self._set({n: v[index, :length] if v.ndim == 2 else v[index] for n, v in self._tensors().items()})
 
     def join(self, other: "Rows") -> None:
         """Take in further rows."""
         self.places = self.places + other.places
         length = max(place.length for place in self.places)
-
-        def wide(values: Tensor, fill: int) -> Tensor:
-            return F.pad(values, (0, length - values.shape[1]), value=fill) if values.ndim == 2 else values
-
         if self.told is not None:
             other.told = self.told.new_zeros(len(other.keys), *self.told.shape[1:])
-        self._each(lambda ours, theirs, fill: torch.cat([wide(ours, fill), wide(theirs, fill)]), other)
-        self.aim()
 
-    def _each(self, change: Callable[[Tensor, Tensor, int], Tensor], other: "Rows") -> None:
-        """Change every tensor, given that of other rows and what fills a row up."""
-        for ours, theirs in ((self.canvas, other.canvas), (self, other)):
-            changed = {
-                name: change(values, getattr(theirs, name), Status.PAD if name == "status" else 0)
-                for name, values in vars(ours).items()
-                if isinstance(values, Tensor) and name not in DERIVED
-            }
-            if ours is self:
-                vars(self).update(changed)
-            else:
-                self.canvas = Canvas(**changed)
+        def wide(name: str, values: Tensor) -> Tensor:
+            fill = int(Status.PAD) if name == "status" else 0
+            return F.pad(values, (0, length - values.shape[1]), value=fill) if values.ndim == 2 else values
+
+        theirs = other._tensors()
+        self._set({n: torch.cat([wide(n, v), wide(n, theirs[n])]) for n, v in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = vars(self.canvas) | vars(self)
+        return {n: v for n, v in values.items() if isinstance(v, Tensor) and n not in DERIVED}
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        self.canvas = Canvas(**{name: tensors.pop(name) for name in vars(self.canvas)})
+        vars(self).update(tensors)
+        self.aim()
 
     def open_blocks(self, in_flight: int, least: Int[Tensor, "batch"] | None = None) -> None:
         """Open the next blocks where others are finished, enough of them to commit `least` tokens, and set clocks."""
