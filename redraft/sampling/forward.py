@@ -13,8 +13,8 @@ from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query, SelfConditioning
 from redraft.sampling.caching import ExactPlanner, Place
 from redraft.sampling.guidance import guided, unconditional
+from redraft.sampling.rows import Question, Rows
 from redraft.sampling.sampler import Sampler
-from redraft.sampling.step import Group, Question
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Forward:
         self.num_forwards = 0
 
     @torch.no_grad()
-    def __call__(self, groups: Sequence[Group], questions: Sequence[Question]) -> None:
+    def __call__(self, groups: Sequence[Rows], questions: Sequence[Question]) -> None:
         """Give each group the logits (n, vocab) that it asks for; run the model if any row's input is new.
 
         Raises ValueError where several canvases of a model that takes one are open: a budget can ask for that.
@@ -59,14 +59,12 @@ class Forward:
                 return
             if not any(len(question.where) for question in questions):
                 for group in groups:
-                    group.logits = group.rows.canvas.confidence.new_zeros((0, group.prior[1]))
+                    group.logits = group.canvas.confidence.new_zeros((0, group.prior[1]))
                 return
-        if self.denoiser.is_self_conditioned and any(
-            group.rows.block.ne(group.rows.last_block).any() for group in groups
-        ):
+        if self.denoiser.is_self_conditioned and any(group.block.ne(group.last_block).any() for group in groups):
             raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
         self._close_gaps()
-        places = [place for group in groups for place in group.rows.places]
+        places = [place for group in groups for place in group.places]
         if self.planner is not None:
             places.sort(key=lambda place: place.slot)
         logits = self.denoiser(self._query(groups, questions, places))
@@ -78,11 +76,11 @@ class Forward:
             scale = group.sampler.cfg_scale
             group.logits = guided(*found.chunk(2), scale=scale) if self.branches == 2 else found
 
-    def _query(self, groups: Sequence[Group], questions: Sequence[Question], places: list[Place]) -> Query:
+    def _query(self, groups: Sequence[Rows], questions: Sequence[Question], places: list[Place]) -> Query:
         """Lay the rows of all groups out in the order of `places`."""
-        device, branches = groups[0].rows.keys.device, self.branches
+        device, branches = groups[0].keys.device, self.branches
         order = {id(place): row for row, place in enumerate(places)}
-        numbers = [[order[id(place)] for place in group.rows.places] for group in groups]
+        numbers = [[order[id(place)] for place in group.places] for group in groups]
         is_whole = len(groups) == 1 and numbers[0] == list(range(len(places)))
         indexes = [slice(None) if is_whole else torch.tensor(rows, device=device) for rows in numbers]
 
@@ -104,7 +102,7 @@ class Forward:
             fed = [view.positions.view(len(places), branches, -1)[index] for index in indexes]
             tokens = [each.gather(2, at) for each, at in zip(tokens, fed, strict=True)]
         elif len(places) > 1:
-            rows = joined([group.rows.segment_ids for group in groups])
+            rows = joined([group.segment_ids for group in groups])
             segment_ids = rows[:, None].expand(-1, branches, -1).flatten(0, 1)
         input_ids, where = joined(tokens), []
         for question, index in zip(questions, indexes, strict=True):
@@ -112,15 +110,13 @@ class Forward:
             column = question.draws.positions - first[row]
             where += [(row * branches + branch) * input_ids.shape[2] + column for branch in range(branches)]
         previous = None
-        if told := [group.rows.told for group in groups if group.rows.told is not None]:
+        if told := [group.told for group in groups if group.told is not None]:
             empty = told[0][:0]
             logits = [
-                empty.new_zeros(len(group.rows.places), *empty.shape[1:])
-                if group.rows.told is None
-                else group.rows.told
+                empty.new_zeros(len(group.places), *empty.shape[1:]) if group.told is None else group.told
                 for group in groups
             ]
-            is_told = [(group.rows.step > 0)[:, None] & (group.rows.told is not None) for group in groups]
+            is_told = [(group.step > 0)[:, None] & (group.told is not None) for group in groups]
             previous = SelfConditioning(joined(logits), joined(is_told)[:, 0])
         return Query(
             input_ids=input_ids.flatten(0, 1),
@@ -132,8 +128,8 @@ class Forward:
             previous=previous,
         )
 
-    def _tokens(self, group: Group) -> Int[Tensor, "rows branches seq"]:
-        canvas = group.rows.canvas
+    def _tokens(self, group: Rows) -> Int[Tensor, "rows branches seq"]:
+        canvas = group.canvas
         if self.branches == 1:
             return canvas.tokens[:, None]
         return torch.stack([canvas.tokens, unconditional(canvas, group.prior[0])], dim=1)
@@ -149,7 +145,7 @@ class Forward:
             is_static=self.denoiser.is_compiled,
         )
 
-    def admit(self, group: Group, running: Sequence[Group], *, chunk: int | None) -> bool:
+    def admit(self, group: Rows, running: Sequence[Rows], *, chunk: int | None) -> bool:
         """Give rows that join their slots, with the keys and values that others have of what their prompts begin with.
 
         What is left of the prompts is fed with their first step, or alone where other rows run or wait for it, up to
@@ -157,7 +153,7 @@ class Forward:
         """
         if self.planner is None:
             return True
-        places, tokens = group.rows.places, self._tokens(group).cpu()  # sync: only where rows join
+        places, tokens = group.places, self._tokens(group).cpu()  # sync: only where rows join
         everyone: list[int] = list(range(len(places)))
         if not isinstance(self.planner, ExactPlanner):
             self._seat(group, everyone, tokens, [])
@@ -173,22 +169,22 @@ class Forward:
             self._seat(group, everyone, tokens, [*running, group])
         return is_ready
 
-    def _seat(self, group: Group, rows: Sequence[int], tokens: Tensor, running: Sequence[Group]) -> None:
+    def _seat(self, group: Rows, rows: Sequence[int], tokens: Tensor, running: Sequence[Rows]) -> None:
         """Find a slot for rows that have none, and the longest prefix that any slot holds."""
-        places = [group.rows.places[row] for row in rows if group.rows.places[row].slot < 0]
+        places = [group.places[row] for row in rows if group.places[row].slot < 0]
         if not places:
             return
         sources = dict(self.left)
         for other in running:
             theirs = self._tokens(other).cpu()
-            known = [(place, own) for place, own in zip(other.rows.places, theirs, strict=True) if place.slot >= 0]
+            known = [(place, own) for place, own in zip(other.places, theirs, strict=True) if place.slot >= 0]
             sources |= {place.slot: Prefix(own[:, : place.final], place.origin) for place, own in known}
         self.places += places
         taken = {place.slot for place in self.places}
         free = [slot for slot in range(len(self.places)) if slot not in taken]
         self.slots.reserve(len(self.places) * self.branches, max(place.length for place in places))
         for place in places:
-            own = tokens[group.rows.places.index(place)]
+            own = tokens[group.places.index(place)]
             shared = {slot: self._shared(place, own, prefix) for slot, prefix in sources.items()}
             best = max(shared, key=lambda slot: shared[slot], default=-1)
             place.slot = best if best in free else free[0]
@@ -206,10 +202,10 @@ class Forward:
         is_equal = (prefix.tokens[:, :length] == tokens[:, :length]).all(dim=0)
         return max(0, self.planner.floor(int(is_equal.long().cumprod(dim=0).sum()), place.origin))
 
-    def _feed_prompts(self, group: Group, rows: Sequence[int], chunk: int | None) -> bool:
+    def _feed_prompts(self, group: Rows, rows: Sequence[int], chunk: int | None) -> bool:
         """Write keys and values of finished blocks, and predict nothing; with a chunk, those of one row."""
         assert isinstance(self.planner, ExactPlanner)
-        planner, places = self.planner, group.rows.places
+        planner, places = self.planner, group.places
         waiting = [row for row in rows if places[row].final < planner.finished(places[row])]
         rows = waiting if chunk is None else waiting[:1]
         if not rows:
@@ -228,13 +224,13 @@ class Forward:
             place.final = end
         return all(place.final == planner.finished(place) for place in places if place.slot >= 0)
 
-    def leave(self, group: Group, rows: Sequence[int]) -> None:
+    def leave(self, group: Rows, rows: Sequence[int]) -> None:
         """Let rows go; their keys and values stay until their slots are needed."""
         if self.planner is None:
             return
         tokens = self._tokens(group)
         for row in rows:
-            place = group.rows.places[row]
+            place = group.places[row]
             self.places = [other for other in self.places if other is not place]
             if place.slot >= 0 and isinstance(self.planner, ExactPlanner):
                 self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin)

@@ -9,23 +9,45 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from redraft.randomness import mix
+from redraft.sampling.budget import Clock
 from redraft.sampling.caching import Place
 from redraft.sampling.canvas import Canvas, Status
-from redraft.sampling.policies import Window
+from redraft.sampling.policies import Draws, Window
+from redraft.sampling.policies.candidates import DRAW_NOISE
+from redraft.sampling.policies.frontier import prompt_end
 from redraft.sampling.policies.revise import MOST_POST_STEPS
+from redraft.sampling.sampler import Sampler
 
 NEVER = torch.iinfo(torch.int64).max
-DERIVED = ("at", "columns", "marks", "blocks", "segment_ids", "left_in_part")
-"""What `aim` works out anew."""
+PASSING = ("at", "columns", "marks", "blocks", "segment_ids", "left_in_part", "logits")
+"""What is worked out anew when rows join or leave."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a group asks of the model in a step."""
+
+    window: Window
+    where: Int[Tensor, "n"]
+    """Positions asked for, in the flattened columns that the policies see."""
+    draws: Draws
+    """Their rows and positions, and random numbers."""
+    left: Int[Tensor, "batch"] | None
+    """Forwards that each row has left; None without a budget."""
+    least: Int[Tensor, "batch"] | None
+    """What the step must commit at least for the budget to suffice."""
+    is_forward: Bool[Tensor, "batch"]
+    """Rows whose input differs from that of their last forward."""
+
+
+@dataclass(kw_only=True, eq=False)
 class Rows:
     """Where each row stands. Tensors have a row for each; what a `Step` shows is replaced, never written into.
 
     Steps work on the columns `at` of each row (None: all of them), in which everything lies that is open.
     """
 
+    sampler: Sampler
     ids: Int[Tensor, "batch"]
     keys: Int[Tensor, "batch"]
     canvas: Canvas
@@ -35,9 +57,43 @@ class Rows:
     deadline: Float[Tensor, "batch"]
     """In seconds of `time.perf_counter`; infinite for none."""
     places: list[Place]
+    prior: tuple[int, int]
+    """The mask token and the size of the vocabulary, of which noise is made."""
+    logits: Float[Tensor, "n vocab"] | None = None
+    """Of the last forward, while they stand."""
     told: Float[Tensor, "batch length vocab"] | None = None
     """What a self-conditioned model predicted in the step before."""
     at: Int[Tensor, "batch width"] | None = None
+
+    @classmethod
+    def begin(
+        cls, sampler: Sampler, canvas: Canvas, keys: Int[Tensor, "batch"], *, ids: Sequence[int], prior: tuple[int, int]
+    ) -> "Rows":
+        """Set rows up before their first step."""
+        status, budget = canvas.status, sampler.budget
+        block_of = sampler.frontier.blocks(status)
+        num_blocks = count_blocks(block_of, canvas.is_noise).clamp(min=1)
+        steps = canvas.is_noise.sum(dim=1) if sampler.steps is None else torch.full_like(keys, sampler.steps)
+        num_steps = (-(-steps // num_blocks)).clamp(min=1)
+        if budget.forwards is not None and sampler.revise is not None and sampler.revise.is_clocked:
+            num_steps = (budget.forwards // num_blocks).clamp(min=1)
+        origin = prompt_end(status) if sampler.is_grid_from_prompt else torch.zeros_like(keys)
+        numbers = torch.stack([(status != Status.PAD).sum(dim=1), origin], dim=1).tolist()
+        rows = cls(
+            sampler=sampler,
+            ids=keys.new_tensor(ids),
+            keys=keys,
+            canvas=canvas,
+            block_of=block_of,
+            num_steps=torch.full_like(keys, sampler.steps_per_block) if sampler.steps_per_block else num_steps,
+            deadline=torch.full_like(keys, budget.deadline(), dtype=torch.float64),
+            places=[Place(length=length, origin=start) for length, start in numbers],
+            prior=prior,
+        )
+        if sampler.noise == "uniform":
+            everywhere = torch.arange(status.shape[1], device=keys.device)[None]
+            rows.canvas = canvas.reopen(canvas.is_noise, rows.noise(rows.age - 1, everywhere))
+        return rows
 
     def __post_init__(self) -> None:
         none, never = torch.zeros_like(self.keys), torch.full_like(self.keys, NEVER)
@@ -83,14 +139,49 @@ class Rows:
 
     def _tensors(self) -> dict[str, Tensor]:
         values = vars(self.canvas) | vars(self)
-        return {n: v for n, v in values.items() if isinstance(v, Tensor) and n not in DERIVED}
+        return {n: v for n, v in values.items() if isinstance(v, Tensor) and n not in PASSING}
 
     def _set(self, tensors: dict[str, Tensor]) -> None:
         self.canvas = Canvas(**{name: tensors.pop(name) for name in vars(self.canvas)})
         vars(self).update(tensors)
+        self.logits = None
         self.aim()
 
-    def open_blocks(self, in_flight: int, least: Int[Tensor, "batch"] | None = None) -> None:
+    def ask(self, clock: Clock, *, is_every_step: bool) -> Question:
+        """Open what comes next, and say where logits are wanted."""
+        sampler, revise = self.sampler, self.sampler.revise
+        left = sampler.budget.forwards_left(self.num_forwards, self.deadline, clock)
+        least = None
+        if left is not None:
+            is_clocked, num_noise = revise is not None and revise.is_clocked, self.canvas.is_noise.sum(dim=1)
+            least = torch.where(left == 1, num_noise, 0) if is_clocked else -(-num_noise // left)
+            if is_clocked and sampler.budget.seconds is not None:
+                blocks = count_blocks(self.block_of, self.canvas.is_noise | self.canvas.is_draft).clamp(min=1)
+                self.num_steps = torch.minimum(self.num_steps, self.step + (left // blocks).clamp(min=1))
+        self.open_blocks(least)
+        window = self.window()
+        is_asked = window.is_open
+        if revise is None or not revise.looks_at_drafts:
+            is_asked = is_asked & self.part.is_noise
+        where = is_asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
+        width = is_asked.shape[1]
+        row, column = where // width, where % width
+        positions = column if self.at is None else self.at[row, column]
+        return Question(
+            window=window,
+            where=where,
+            draws=Draws(row_keys=self.keys, age=self.age, rows=row, positions=positions, columns=self.columns),
+            left=left,
+            least=least,
+            is_forward=self.count_forwards(is_asked, is_every_step=is_every_step),
+        )
+
+    def knows(self, question: Question) -> bool:
+        """Tell whether the logits asked for are those of the last forward."""
+        is_same = self.logits is not None and len(self.logits) == len(question.where)
+        return is_same and not question.is_forward.any()  # sync
+
+    def open_blocks(self, least: Int[Tensor, "batch"] | None = None) -> None:
         """Open the next blocks where others are finished, enough of them to commit `least` tokens, and set clocks."""
         which = [row for row, place in enumerate(self.places) if place.is_finished or least is not None]
         if not which:
@@ -100,7 +191,7 @@ class Rows:
         is_noise, is_draft, is_real = (status == Status.NOISE), (status == Status.DRAFT), (status != Status.PAD)
         is_undecided = is_noise | is_draft
         block = torch.where(is_undecided, block_of, NEVER).amin(dim=1)
-        last = block + (in_flight - 1)
+        last = block + (self.sampler.frontier.in_flight - 1)
         if least is not None:
             reaches = is_noise & (is_noise.long().cumsum(dim=1) >= least[pick, None])
             needed = torch.where(reaches, block_of, NEVER).amin(dim=1)
@@ -186,6 +277,14 @@ class Rows:
         block = torch.where(is_undecided, self.blocks, NEVER).amin(dim=1)
         first = torch.where(is_undecided, self.columns, NEVER).amin(dim=1)
         return torch.stack([is_stuck.long(), (block != self.block).long(), first])
+
+    def noise(self, age: Int[Tensor, "batch"], columns: Int[Tensor, "#batch width"]) -> Int[Tensor, "batch width"]:
+        """Draw a noise token for every column."""
+        if self.sampler.noise == "mask":
+            return torch.full_like(columns, self.prior[0]).expand(len(age), -1)
+        none = columns[:0, 0]
+        draws = Draws(row_keys=self.keys, age=age, rows=none, positions=none, columns=columns)
+        return (draws.everywhere(DRAW_NOISE) * self.prior[1]).long()
 
 
 def count_blocks(block_of: Int[Tensor, "batch seq"], is_noise: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch"]:
