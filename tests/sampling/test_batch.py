@@ -157,8 +157,9 @@ def test_rows_that_join_and_leave_in_any_order_are_what_they_are_alone(seed):
 @pytest.mark.slow
 def test_thousands_of_rows_that_join_and_leave_are_what_they_are_alone():
     script = "import test_batch as t; print(sum(t.run(seed) for seed in range(1000, 1600)))"
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    environment = os.environ | {"PYTHONPATH": paths}  # apart: checks of shapes take most of the time
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}  # apart: checks of shapes take most of the time
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
     assert int(done.stdout) > 4000
 
