@@ -33,7 +33,8 @@ from redraft.sampling.canvas import Canvas, build_canvas
 from redraft.sampling.policies import Blocks
 
 try:
-    from redraft.sampling.batch import Sampler, denoise
+    from redraft.sampling.batch import denoise
+    from redraft.sampling.sampler import Sampler
 except ImportError:  # a checkout from before rows could join and leave
     from redraft.sampling.loop import Sampler, denoise
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from redraft.layouts import attention_mask, block_mask
+from redraft.layouts import attention_mask, block_mask, segment_positions
 from redraft.models.attention import Attention, flex_mask
 from redraft.models.cache import View
 from redraft.models.device import can_compile
@@ -87,7 +87,7 @@ class Denoiser:
 
     def inputs(self, query: Query) -> dict[str, Any]:
         """Build the arguments of the model's forward."""
-        query = query.counted(self.settings.layout)
+        query = self._counted(query)
         positions, layout = query.positions, query.layout
         assert positions is not None
         assert layout is not None
@@ -128,10 +128,42 @@ class Denoiser:
 
     def _run(self, query: Query, wrapped: Any, **how: Any) -> tuple[Tensor, AtHead]:
         """Return the logits, or what stands in their place, and what was found at the head."""
-        query = query.counted(self.settings.layout)
-        rows = query.predictors(shift=self.settings.shift_logits)
+        query = self._counted(query)
+        rows = self._predictors(query)
         with self._stance(query.view), head_at(self.model, rows, **how) as found:
             return (self.model if wrapped is None else wrapped)(**self.inputs(query)).logits, found
+
+    def _counted(self, query: Query) -> Query:
+        """Fill in the layout where none is given, and the positions."""
+        layout = query.layout or self.settings.layout
+        if query.positions is not None:
+            return replace(query, layout=layout)
+        if query.view is not None:
+            return replace(query, layout=layout, positions=query.view.positions)
+        batch, length = query.input_ids.shape
+        length = length // 2 if layout.is_two_copy else length
+        if query.isolate_segments and query.segment_ids is not None:
+            positions = segment_positions(query.segment_ids[:, :length])
+        else:
+            positions = torch.arange(length, device=query.input_ids.device).expand(batch, -1)
+        return replace(query, layout=layout, positions=positions.repeat(1, 2) if layout.is_two_copy else positions)
+
+    def _predictors(self, query: Query) -> Int[Tensor, "n"]:
+        """Find the fed tokens whose logits predict `where`: themselves, or their left neighbours.
+
+        What is first in its segment has no neighbour. The left neighbour of a noisy block is the clean block before it.
+        """
+        assert query.positions is not None
+        assert query.layout is not None
+        if not (self.settings.shift_logits if query.shift is None else query.shift):
+            return query.where
+        position = query.positions.flatten()[query.where]
+        has_neighbour = position > 0
+        rows = query.where - has_neighbour.to(query.where.dtype)
+        if not query.layout.is_two_copy or query.layout.block_size is None:
+            return rows
+        is_first = has_neighbour & (position % query.layout.block_size == 0)
+        return rows + is_first.to(rows.dtype) * (query.input_ids.shape[1] // 2)
 
     @contextmanager
     def _stance(self, view: View | None) -> Iterator[None]:

@@ -62,7 +62,7 @@ class EncoderDecoder(Denoiser):
         """
         if query.isolate_segments or query.shift or wrapped is not None:
             raise self._no_training()
-        query = query.counted(self.settings.layout)
+        query = self._counted(query)
         if query.view is not None:
             return self._from_slots(query, query.view)
         input_ids, length = query.input_ids, self._canvas_length(query.layout)

@@ -1,12 +1,12 @@
 """A query: what is asked of a model in one forward."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.layouts import Layout, segment_positions
+from redraft.layouts import Layout
 from redraft.models.cache import View
 
 
@@ -54,36 +54,3 @@ class Query:
         """Ask for the logits of all positions."""
         where = torch.arange(input_ids.numel(), device=input_ids.device)
         return cls(input_ids=input_ids, where=where, **others)  # type: ignore[arg-type]
-
-    def counted(self, layout: Layout) -> "Query":
-        """Fill in the layout where none is given, and the positions."""
-        layout = self.layout or layout
-        if self.positions is not None:
-            return replace(self, layout=layout)
-        if self.view is not None:
-            return replace(self, layout=layout, positions=self.view.positions)
-        batch, length = self.input_ids.shape
-        length = length // 2 if layout.is_two_copy else length
-        if self.isolate_segments and self.segment_ids is not None:
-            positions = segment_positions(self.segment_ids[:, :length])
-        else:
-            positions = torch.arange(length, device=self.input_ids.device).expand(batch, -1)
-        return replace(self, layout=layout, positions=positions.repeat(1, 2) if layout.is_two_copy else positions)
-
-    def predictors(self, *, shift: bool) -> Int[Tensor, "n"]:
-        """Find the fed tokens whose logits predict `where`: themselves, or their left neighbours.
-
-        What is first in its segment has no neighbour. The left neighbour of a noisy block is the clean block before it.
-        Needs positions and a layout (`counted`).
-        """
-        assert self.positions is not None
-        assert self.layout is not None
-        if not (shift if self.shift is None else self.shift):
-            return self.where
-        position = self.positions.flatten()[self.where]
-        has_neighbour = position > 0
-        rows = self.where - has_neighbour.to(self.where.dtype)
-        if not self.layout.is_two_copy or self.layout.block_size is None:
-            return rows
-        is_first = has_neighbour & (position % self.layout.block_size == 0)
-        return rows + is_first.to(rows.dtype) * (self.input_ids.shape[1] // 2)

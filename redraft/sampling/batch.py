@@ -12,8 +12,9 @@ from redraft.models.finite import explain_nan
 from redraft.sampling.budget import Clock
 from redraft.sampling.canvas import Canvas
 from redraft.sampling.forward import Forward
+from redraft.sampling.rows import Rows
 from redraft.sampling.sampler import Sampler
-from redraft.sampling.step import Group, Step
+from redraft.sampling.step import Step, decide, no_progress
 
 
 class Batch:
@@ -34,13 +35,13 @@ class Batch:
         self.denoiser, self.chunk = denoiser, chunk
         self.size = (max_rows, max_positions)
         self.clock = Clock()
-        self._groups: list[Group] = []
-        self._waiting: list[Group] = []
+        self._groups: list[Rows] = []
+        self._waiting: list[Rows] = []
         self._forwards: dict[object, Forward] = {}
         self._num_joined = 0
 
     def __len__(self) -> int:
-        return sum(len(group.rows.places) for group in self._groups + self._waiting)
+        return sum(len(group.places) for group in self._groups + self._waiting)
 
     def join(self, canvas: Canvas, sampler: Sampler, *, row_keys: Int[Tensor, "batch"]) -> list[int]:
         """Take in rows, and return their ids. `row_keys` seed them: equal keys and prompts give equal tokens.
@@ -52,27 +53,19 @@ class Batch:
             sampler.constraint.check(canvas)
         self._forward_of(sampler)
         ids = list(range(self._num_joined, self._num_joined + len(row_keys)))
-        group = Group.begin(
-            sampler,
-            canvas,
-            row_keys,
-            first_id=self._num_joined,
-            mask_token_id=self.denoiser.settings.mask_token_id,
-            vocab_size=self.denoiser.model.config.get_text_config().vocab_size,
-        )
         self._num_joined += len(ids)
-        kept = group.rows.num_left.nonzero()[:, 0].tolist()  # sync: what has nothing to decide is done
-        if kept:
-            if len(kept) < len(ids):
-                group.keep(kept)
-            self._waiting.append(group)
+        config = self.denoiser.model.config.get_text_config()
+        prior = self.denoiser.settings.mask_token_id, config.vocab_size
+        group = Rows.begin(sampler, canvas, row_keys, ids=ids, prior=prior)
+        self._waiting.append(group)
+        self._drop(group, group.num_left.eq(0).tolist())  # sync: what has nothing to decide is done
         return ids
 
     def leave(self, ids: Sequence[int]) -> None:
         """Let rows go, done or not; ids of rows that are gone already are ignored."""
         gone = set(ids)
         for group in [*self._groups, *self._waiting]:
-            self._drop(group, [id in gone for id in group.rows.ids.tolist()])
+            self._drop(group, [id in gone for id in group.ids.tolist()])
 
     def tick(self) -> list[Step]:
         """Make one step of every row that is ready: a forward for each kind of attention and cache, if one is needed.
@@ -90,21 +83,19 @@ class Batch:
         self.clock.count(time.perf_counter() - begun, sum(each.num_forwards for each in self._forwards.values()))
         return steps
 
-    def _step(self, forward: Forward, groups: list[Group]) -> list[Step]:
+    def _step(self, forward: Forward, groups: list[Rows]) -> list[Step]:
         questions = [group.ask(self.clock, is_every_step=not forward.is_repeatable) for group in groups]
         forward(groups, questions)
         steps = []
         for group, question in zip(groups, questions, strict=True):
-            step, found = group.decide(question, is_told=self.denoiser.is_self_conditioned)
+            step, found = decide(group, question, is_told=self.denoiser.is_self_conditioned)
             is_done, is_stuck, is_nan, is_finished, first = found.tolist()  # sync: the one question per step
             if any(is_nan):
-                raise explain_nan(self.denoiser, group.rows.canvas.tokens)
-            for row, (stuck, done) in enumerate(zip(is_stuck, is_done, strict=True)):
-                if stuck and not done:
-                    raise group.no_progress(step, row)
-            for place, unfinished in zip(group.rows.places, first, strict=True):
-                place.unfinished = unfinished
-            group.to_open = [row for row, is_one in enumerate(is_finished) if is_one]
+                raise explain_nan(self.denoiser, group.canvas.tokens)
+            if any(is_stuck):
+                raise no_progress(group, step, is_stuck.index(1))
+            for row, place in enumerate(group.places):
+                place.is_finished, place.unfinished = is_finished[row] > 0, first[row]
             self._drop(group, [done > 0 for done in is_done])
             steps.append(step)
         return steps
@@ -113,19 +104,17 @@ class Batch:
         """Let rows that wait take part, the oldest first, when their prompts are fed."""
         while self._waiting:
             group = self._waiting[0]
-            group.rows.open_blocks(group.sampler.frontier.in_flight, group.to_open)
+            group.open_blocks()
             forward = self._forward_of(group.sampler)
             if not forward.admit(group, self._sharing(forward), chunk=self.chunk):
                 return
             self._waiting.pop(0)
-            for other in self._groups:
-                if other.sampler is group.sampler:
-                    other.join(group)
-                    break
-            else:
-                self._groups.append(group)
+            others = [other for other in self._groups if other.sampler is group.sampler]
+            for other in others:
+                other.join(group)
+            self._groups += [] if others else [group]
 
-    def _drop(self, group: Group, is_gone: Sequence[bool]) -> None:
+    def _drop(self, group: Rows, is_gone: Sequence[bool]) -> None:
         if not any(is_gone):
             return
         kept = [row for row, gone in enumerate(is_gone) if not gone]
@@ -136,7 +125,7 @@ class Batch:
             for groups in (self._groups, self._waiting):
                 groups[:] = [other for other in groups if other is not group]
 
-    def _sharing(self, forward: Forward) -> list[Group]:
+    def _sharing(self, forward: Forward) -> list[Rows]:
         return [group for group in self._groups if self._forward_of(group.sampler) is forward]
 
     def _forward_of(self, sampler: Sampler) -> Forward:

@@ -1,9 +1,9 @@
 """Budgets: so many forwards, or so many seconds, and no more."""
 
+import math
 import time
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,6 +22,10 @@ class Budget:
         check_count("forwards", self.forwards)
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds must be positive; got {self.seconds}.")
+
+    def deadline(self) -> float:
+        """Say when the time is over that begins now."""
+        return math.inf if self.seconds is None else time.perf_counter() + self.seconds
 
     def forwards_left(
         self, num_forwards: Int[Tensor, "batch"], deadline: Float[Tensor, "batch"], clock: "Clock"

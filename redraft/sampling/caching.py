@@ -5,7 +5,6 @@ Planners work on the host's integers, a `Place` for each row; they change it whe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from redraft.layouts import Layout
 from redraft.models.cache import Spans
@@ -25,6 +24,8 @@ class Place:
     """First position of the open blocks."""
     end: int = 0
     """One past the last position of the open blocks."""
+    is_finished: bool = True
+    """Whether these are, so that others are to be opened."""
     reach: int = 0
     """One past all that is open or a draft, and past the first undecided position behind the open blocks."""
     slot: int = -1
@@ -35,18 +36,6 @@ class Place:
     """Open blocks as of the last forward."""
     age: int = 0
     """Forwards since everything was fed."""
-    twin: "Place | None" = None
-    """A row that joined with this one and has the same prompt, whose keys and values this one will copy."""
-
-
-@runtime_checkable
-class Planner(Protocol):
-    """Plan a forward's spans."""
-
-    def plan(self, places: Sequence[Place]) -> Spans: ...
-
-    def note(self, places: Sequence[Place]) -> None:
-        """Note that the forward was made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +122,6 @@ class ApproximatePlanner:
         """Tell whether keys and values are as they were when the open blocks opened."""
         is_same = place.opened == (place.start, place.end)
         return is_same and (self.refresh is None or place.age + 1 < self.refresh)
+
+
+Planner = ExactPlanner | ApproximatePlanner

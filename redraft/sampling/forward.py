@@ -13,23 +13,16 @@ from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query, SelfConditioning
 from redraft.sampling.caching import ExactPlanner, Place
 from redraft.sampling.guidance import guided, unconditional
+from redraft.sampling.rows import Question, Rows
 from redraft.sampling.sampler import Sampler
-from redraft.sampling.step import Group, Question
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens whose keys and values are final in a row of the slots."""
+    """Tokens whose keys and values are final in a slot."""
 
     tokens: Int[Tensor, "branches seq"]
     origin: int
-    slot: int
-
-    def shared_with(self, tokens: Int[Tensor, "branches seq"]) -> int:
-        """Count the tokens that both begin with."""
-        length = min(self.tokens.shape[1], tokens.shape[1])
-        is_equal = (self.tokens[:, :length] == tokens[:, :length]).all(dim=0)
-        return int(is_equal.long().cumprod(dim=0).sum())
 
 
 class Forward:
@@ -56,7 +49,7 @@ class Forward:
         self.num_forwards = 0
 
     @torch.no_grad()
-    def __call__(self, groups: Sequence[Group], questions: Sequence[Question]) -> None:
+    def __call__(self, groups: Sequence[Rows], questions: Sequence[Question]) -> None:
         """Give each group the logits (n, vocab) that it asks for; run the model if any row's input is new.
 
         Raises ValueError where several canvases of a model that takes one are open: a budget can ask for that.
@@ -66,14 +59,12 @@ class Forward:
                 return
             if not any(len(question.where) for question in questions):
                 for group in groups:
-                    group.logits = group.rows.canvas.confidence.new_zeros((0, group.vocab_size))
+                    group.logits = group.canvas.confidence.new_zeros((0, group.prior[1]))
                 return
-        if self.denoiser.is_self_conditioned and any(
-            group.rows.block.ne(group.rows.last_block).any() for group in groups
-        ):
+        if self.denoiser.is_self_conditioned and any(group.block.ne(group.last_block).any() for group in groups):
             raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
         self._close_gaps()
-        places = [place for group in groups for place in group.rows.places]
+        places = [place for group in groups for place in group.places]
         if self.planner is not None:
             places.sort(key=lambda place: place.slot)
         logits = self.denoiser(self._query(groups, questions, places))
@@ -81,15 +72,15 @@ class Forward:
         if self.planner is not None:
             self.planner.note(places)
         sizes = [len(question.where) * self.branches for question in questions]
-        for group, found in zip(groups, logits.split(sizes), strict=True):
+        for group, found in zip(groups, torch.split(logits, sizes), strict=True):
             scale = group.sampler.cfg_scale
             group.logits = guided(*found.chunk(2), scale=scale) if self.branches == 2 else found
 
-    def _query(self, groups: Sequence[Group], questions: Sequence[Question], places: list[Place]) -> Query:
+    def _query(self, groups: Sequence[Rows], questions: Sequence[Question], places: list[Place]) -> Query:
         """Lay the rows of all groups out in the order of `places`."""
-        device, branches = groups[0].rows.keys.device, self.branches
+        device, branches = groups[0].keys.device, self.branches
         order = {id(place): row for row, place in enumerate(places)}
-        numbers = [[order[id(place)] for place in group.rows.places] for group in groups]
+        numbers = [[order[id(place)] for place in group.places] for group in groups]
         is_whole = len(groups) == 1 and numbers[0] == list(range(len(places)))
         indexes = [slice(None) if is_whole else torch.tensor(rows, device=device) for rows in numbers]
 
@@ -111,7 +102,7 @@ class Forward:
             fed = [view.positions.view(len(places), branches, -1)[index] for index in indexes]
             tokens = [each.gather(2, at) for each, at in zip(tokens, fed, strict=True)]
         elif len(places) > 1:
-            rows = joined([group.rows.segment_ids for group in groups])
+            rows = joined([group.segment_ids for group in groups])
             segment_ids = rows[:, None].expand(-1, branches, -1).flatten(0, 1)
         input_ids, where = joined(tokens), []
         for question, index in zip(questions, indexes, strict=True):
@@ -119,15 +110,13 @@ class Forward:
             column = question.draws.positions - first[row]
             where += [(row * branches + branch) * input_ids.shape[2] + column for branch in range(branches)]
         previous = None
-        if told := [group.rows.told for group in groups if group.rows.told is not None]:
+        if told := [group.told for group in groups if group.told is not None]:
             empty = told[0][:0]
             logits = [
-                empty.new_zeros(len(group.rows.places), *empty.shape[1:])
-                if group.rows.told is None
-                else group.rows.told
+                empty.new_zeros(len(group.places), *empty.shape[1:]) if group.told is None else group.told
                 for group in groups
             ]
-            is_told = [(group.rows.step > 0)[:, None] & (group.rows.told is not None) for group in groups]
+            is_told = [(group.step > 0)[:, None] & (group.told is not None) for group in groups]
             previous = SelfConditioning(joined(logits), joined(is_told)[:, 0])
         return Query(
             input_ids=input_ids.flatten(0, 1),
@@ -139,11 +128,11 @@ class Forward:
             previous=previous,
         )
 
-    def _tokens(self, group: Group) -> Int[Tensor, "rows branches seq"]:
-        canvas = group.rows.canvas
+    def _tokens(self, group: Rows) -> Int[Tensor, "rows branches seq"]:
+        canvas = group.canvas
         if self.branches == 1:
             return canvas.tokens[:, None]
-        return torch.stack([canvas.tokens, unconditional(canvas, group.mask_token_id)], dim=1)
+        return torch.stack([canvas.tokens, unconditional(canvas, group.prior[0])], dim=1)
 
     def _view(self, spans: Spans, places: Sequence[Place]) -> View:
         slots = [place.slot * self.branches + branch for place in places for branch in range(self.branches)]
@@ -156,106 +145,95 @@ class Forward:
             is_static=self.denoiser.is_compiled,
         )
 
-    def admit(self, group: Group, running: Sequence[Group], *, chunk: int | None) -> bool:
-        """Give rows that join their slots, with the keys and values that others have of the same prompts.
+    def admit(self, group: Rows, running: Sequence[Rows], *, chunk: int | None) -> bool:
+        """Give rows that join their slots, with the keys and values that others have of what their prompts begin with.
 
         What is left of the prompts is fed with their first step, or alone where other rows run or wait for it, up to
         `chunk` tokens in a call. Returns whether the rows are ready.
         """
         if self.planner is None:
             return True
-        places = group.rows.places
-        if places[0].slot < 0:
-            self._seat(group, running)
+        places, tokens = group.places, self._tokens(group).cpu()  # sync: only where rows join
+        everyone: list[int] = list(range(len(places)))
         if not isinstance(self.planner, ExactPlanner):
+            self._seat(group, everyone, tokens, [])
             return True
-        is_alone = len(self.places) == len(places) and not any(place.twin for place in places)
-        while not is_alone:
-            waiting = [p for p in places if p.twin is None and p.final < self.planner.finished(p)]
-            if not waiting:
-                break
-            self._feed_prompts(group, waiting if chunk is None else waiting[:1], chunk)
-            if chunk is not None and any(p.final < self.planner.finished(p) for p in waiting):
-                return False
-        for place in places:
-            if place.twin is not None:
-                self._copy(place.twin.slot, place.slot, self.planner.finished(place))
-                place.final, place.twin = self.planner.finished(place), None
-        return True
+        first_of_its_kind: dict[Any, int] = {}
+        for row, place in enumerate(places):
+            first_of_its_kind.setdefault((tokens[row].numpy().tobytes(), place.unfinished, place.origin), row)
+        distinct = list(first_of_its_kind.values())
+        self._seat(group, distinct, tokens, running)
+        is_alone = len(distinct) == len(self.places) == len(places)
+        is_ready = is_alone or self._feed_prompts(group, distinct, chunk)
+        if is_ready:
+            self._seat(group, everyone, tokens, [*running, group])
+        return is_ready
 
-    def _seat(self, group: Group, running: Sequence[Group]) -> None:
-        """Find a slot for each row, and what is there to begin with."""
-        places, tokens = group.rows.places, self._tokens(group).cpu()  # sync: once for rows that join
-        sources: list[Prefix] = []
-        if isinstance(self.planner, ExactPlanner):
-            for other in running:
-                theirs = self._tokens(other).cpu()
-                sources += [Prefix(theirs[i, :, : p.final], p.origin, p.slot) for i, p in enumerate(other.rows.places)]
-            sources += self.left.values()
-            _find_twins(places, tokens)
+    def _seat(self, group: Rows, rows: Sequence[int], tokens: Tensor, running: Sequence[Rows]) -> None:
+        """Find a slot for rows that have none, and the longest prefix that any slot holds."""
+        places = [group.places[row] for row in rows if group.places[row].slot < 0]
+        if not places:
+            return
+        sources = dict(self.left)
+        for other in running:
+            theirs = self._tokens(other).cpu()
+            known = [(place, own) for place, own in zip(other.places, theirs, strict=True) if place.slot >= 0]
+            sources |= {place.slot: Prefix(own[:, : place.final], place.origin) for place, own in known}
         self.places += places
         taken = {place.slot for place in self.places}
         free = [slot for slot in range(len(self.places)) if slot not in taken]
         self.slots.reserve(len(self.places) * self.branches, max(place.length for place in places))
-        lost: set[int] = set()
-        for place, own in zip(places, tokens, strict=True):
-            found, source = self._longest(place, own, [each for each in sources if each.slot not in lost])
-            place.slot = source.slot if source is not None and source.slot in free else free[0]
+        for place in places:
+            own = tokens[group.places.index(place)]
+            shared = {slot: self._shared(place, own, prefix) for slot, prefix in sources.items()}
+            best = max(shared, key=lambda slot: shared[slot], default=-1)
+            place.slot = best if best in free else free[0]
+            if shared.get(best):
+                self._copy(best, place.slot, shared[best])
+                place.final = shared[best]
             free.remove(place.slot)
-            lost.add(place.slot)
-            self.left.pop(place.slot, None)
-            if source is not None:
-                self._copy(source.slot, place.slot, found)
-                place.final = found
+            for kept in (sources, self.left):
+                kept.pop(place.slot, None)
 
-    def _longest(self, place: Place, tokens: Tensor, sources: Sequence[Prefix]) -> tuple[int, Prefix | None]:
-        """Find who shares the longest prefix of whole finished blocks."""
-        assert not sources or isinstance(self.planner, ExactPlanner)
-        best: tuple[int, Prefix | None] = (0, None)
-        for source in sources:
-            if source.origin == place.origin and place.twin is None:
-                shared = min(source.shared_with(tokens), place.unfinished)
-                found = self.planner.floor(shared, place.origin)  # type: ignore[union-attr]
-                best = max(best, (found, source), key=lambda pair: pair[0])
-        return best
-
-    def _feed_prompts(self, group: Group, places: Sequence[Place], chunk: int | None) -> None:
-        """Write keys and values of finished blocks, and predict nothing."""
+    def _shared(self, place: Place, tokens: Int[Tensor, "branches seq"], prefix: Prefix) -> int:
+        """Count the positions of whole finished blocks in which a row is as a prefix."""
         assert isinstance(self.planner, ExactPlanner)
-        ends = [self.planner.finished(place) for place in places]
-        if chunk is not None:
-            nexts = [max(self.planner.floor(p.final + chunk, p.origin), self.planner.after(p)) for p in places]
-            ends = [min(end, then) for end, then in zip(ends, nexts, strict=True)]
-        spans = Spans(starts=[place.final for place in places], ends=ends, key_ends=ends, reads_all=False)
-        positions = spans.positions(self.denoiser.device)
-        rows = [group.rows.places.index(place) for place in places]
-        tokens = self._tokens(group)[rows].gather(2, positions[:, None].expand(-1, self.branches, -1))
-        origin = [place.origin for place in places for _ in range(self.branches)]
-        with torch.no_grad():
-            self.denoiser(
-                Query(
-                    input_ids=tokens.flatten(0, 1),
-                    where=tokens.new_zeros(0),
-                    layout=self.layout,
-                    grid_origin=tokens.new_tensor(origin),
-                    view=self._view(spans, places),
-                )
-            )
-        for place, end in zip(places, ends, strict=True):
-            place.final = end
+        length = min(prefix.tokens.shape[1], place.unfinished) if prefix.origin == place.origin else 0
+        is_equal = (prefix.tokens[:, :length] == tokens[:, :length]).all(dim=0)
+        return max(0, self.planner.floor(int(is_equal.long().cumprod(dim=0).sum()), place.origin))
 
-    def leave(self, group: Group, rows: Sequence[int]) -> None:
+    def _feed_prompts(self, group: Rows, rows: Sequence[int], chunk: int | None) -> bool:
+        """Write keys and values of finished blocks, and predict nothing; with a chunk, those of one row."""
+        assert isinstance(self.planner, ExactPlanner)
+        planner, places = self.planner, group.places
+        waiting = [row for row in rows if places[row].final < planner.finished(places[row])]
+        rows = waiting if chunk is None else waiting[:1]
+        if not rows:
+            return True
+        fed = [places[row] for row in rows]
+        ends = [planner.finished(place) for place in fed]
+        if chunk is not None:
+            ends = [min(ends[0], max(planner.floor(fed[0].final + chunk, fed[0].origin), planner.after(fed[0])))]
+        starts = [place.final for place in fed]
+        view = self._view(Spans(starts=starts, ends=ends, key_ends=ends, reads_all=False), fed)
+        tokens = self._tokens(group)[list(rows)].flatten(0, 1).gather(1, view.positions)
+        origin = tokens.new_tensor([place.origin for place in fed for _ in range(self.branches)])
+        with torch.no_grad():
+            self.denoiser(Query(input_ids=tokens, where=origin[:0], layout=self.layout, grid_origin=origin, view=view))
+        for place, end in zip(fed, ends, strict=True):
+            place.final = end
+        return all(place.final == planner.finished(place) for place in places if place.slot >= 0)
+
+    def leave(self, group: Rows, rows: Sequence[int]) -> None:
         """Let rows go; their keys and values stay until their slots are needed."""
-        tokens = self._tokens(group) if isinstance(self.planner, ExactPlanner) else None
+        if self.planner is None:
+            return
+        tokens = self._tokens(group)
         for row in rows:
-            place = group.rows.places[row]
-            if place.slot < 0:
-                continue
+            place = group.places[row]
             self.places = [other for other in self.places if other is not place]
-            for other in self.places:
-                other.twin = None if other.twin is place else other.twin
-            if tokens is not None and place.final > 0:
-                self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin, place.slot)
+            if place.slot >= 0 and isinstance(self.planner, ExactPlanner):
+                self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin)
 
     def _close_gaps(self) -> None:
         """Move the last rows to where others left, so that the rows that run are one piece of the slots."""
@@ -268,14 +246,5 @@ class Forward:
             place.slot = slot
 
     def _copy(self, source: int, to: int, num_positions: int) -> None:
-        if source != to:
-            for branch in range(self.branches):
-                self.slots.copy(source * self.branches + branch, to * self.branches + branch, num_positions)
-
-
-def _find_twins(places: Sequence[Place], tokens: Int[Tensor, "rows branches seq"]) -> None:
-    """Mark the rows that begin as an earlier one does in every token."""
-    first: dict[Any, Place] = {}
-    for place, own in zip(places, tokens, strict=True):
-        twin = first.setdefault((own.numpy().tobytes(), place.unfinished, place.origin), place)
-        place.twin = None if twin is place else twin
+        for branch in range(self.branches if source != to else 0):
+            self.slots.copy(source * self.branches + branch, to * self.branches + branch, num_positions)

@@ -1,9 +1,7 @@
 """The running rows of one sampler: all that a generation knows about each of them."""
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,59 +9,109 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from redraft.randomness import mix
+from redraft.sampling.budget import Clock
 from redraft.sampling.caching import Place
 from redraft.sampling.canvas import Canvas, Status
-from redraft.sampling.policies import Window
+from redraft.sampling.policies import Draws, Window
+from redraft.sampling.policies.candidates import DRAW_NOISE
+from redraft.sampling.policies.frontier import prompt_end
 from redraft.sampling.policies.revise import MOST_POST_STEPS
+from redraft.sampling.sampler import Sampler
 
 NEVER = torch.iinfo(torch.int64).max
+PASSING = ("at", "columns", "marks", "blocks", "segment_ids", "left_in_part", "logits")
+"""What is worked out anew when rows join or leave."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a group asks of the model in a step."""
+
+    window: Window
+    where: Int[Tensor, "n"]
+    """Positions asked for, in the flattened columns that the policies see."""
+    draws: Draws
+    """Their rows and positions, and random numbers."""
+    left: Int[Tensor, "batch"] | None
+    """Forwards that each row has left; None without a budget."""
+    least: Int[Tensor, "batch"] | None
+    """What the step must commit at least for the budget to suffice."""
+    is_forward: Bool[Tensor, "batch"]
+    """Rows whose input differs from that of their last forward."""
+
+
+@dataclass(kw_only=True, eq=False)
 class Rows:
-    """Where each row stands. Tensors have a row for each; they are replaced, not written into, where a step shows them.
+    """Where each row stands. Tensors have a row for each; what a `Step` shows is replaced, never written into.
 
     Steps work on the columns `at` of each row (None: all of them), in which everything lies that is open.
     """
 
+    sampler: Sampler
     ids: Int[Tensor, "batch"]
     keys: Int[Tensor, "batch"]
     canvas: Canvas
     block_of: Int[Tensor, "batch seq"]
-    previous: Int[Tensor, "batch seq"]
-    deadline: Float[Tensor, "batch"]
-    """In seconds of `time.perf_counter`; infinite for none."""
     num_steps: Int[Tensor, "batch"]
     """Of the clock of each block."""
-    age: Int[Tensor, "batch"]
-    """Steps in which the row was decided, whether or not the model ran: its random numbers are keyed by it."""
-    block: Int[Tensor, "batch"]
-    """First unfinished block."""
-    last_block: Int[Tensor, "batch"]
-    """Last block that is open."""
-    block_size: Int[Tensor, "batch"]
-    step: Int[Tensor, "batch"]
-    since_filled: Int[Tensor, "batch"]
-    num_forwards: Int[Tensor, "batch"]
-    """Forwards that the row took part in."""
-    asked: Int[Tensor, "batch"]
-    """Which positions the row's last forward was asked for, as one number."""
-    is_changed: Bool[Tensor, "batch"]
-    """Whether a token changed since."""
-    num_left: Int[Tensor, "batch"]
-    """Decisions that are left: two for noise, one for a draft."""
-    least_left: Int[Tensor, "batch"]
-    """Fewest since the last step of the block's clock."""
-    num_stalled: Int[Tensor, "batch"]
-    """Steps since then in which that did not fall."""
+    deadline: Float[Tensor, "batch"]
+    """In seconds of `time.perf_counter`; infinite for none."""
+    places: list[Place]
+    prior: tuple[int, int]
+    """The mask token and the size of the vocabulary, of which noise is made."""
+    logits: Float[Tensor, "n vocab"] | None = None
+    """Of the last forward, while they stand."""
     told: Float[Tensor, "batch length vocab"] | None = None
     """What a self-conditioned model predicted in the step before."""
-    places: list[Place]
     at: Int[Tensor, "batch width"] | None = None
-    columns: Int[Tensor, "#batch width"] = field(init=False)
-    """Positions of the columns that a step works on."""
-    part: Canvas = field(init=False)
-    """The canvas in these columns."""
+
+    @classmethod
+    def begin(
+        cls, sampler: Sampler, canvas: Canvas, keys: Int[Tensor, "batch"], *, ids: Sequence[int], prior: tuple[int, int]
+    ) -> "Rows":
+        """Set rows up before their first step."""
+        status, budget = canvas.status, sampler.budget
+        block_of = sampler.frontier.blocks(status)
+        num_blocks = count_blocks(block_of, canvas.is_noise).clamp(min=1)
+        steps = canvas.is_noise.sum(dim=1) if sampler.steps is None else torch.full_like(keys, sampler.steps)
+        num_steps = (-(-steps // num_blocks)).clamp(min=1)
+        if budget.forwards is not None and sampler.revise is not None and sampler.revise.is_clocked:
+            num_steps = (budget.forwards // num_blocks).clamp(min=1)
+        origin = prompt_end(status) if sampler.is_grid_from_prompt else torch.zeros_like(keys)
+        numbers = torch.stack([(status != Status.PAD).sum(dim=1), origin], dim=1).tolist()
+        rows = cls(
+            sampler=sampler,
+            ids=keys.new_tensor(ids),
+            keys=keys,
+            canvas=canvas,
+            block_of=block_of,
+            num_steps=torch.full_like(keys, sampler.steps_per_block) if sampler.steps_per_block else num_steps,
+            deadline=torch.full_like(keys, budget.deadline(), dtype=torch.float64),
+            places=[Place(length=length, origin=start) for length, start in numbers],
+            prior=prior,
+        )
+        if sampler.noise == "uniform":
+            everywhere = torch.arange(status.shape[1], device=keys.device)[None]
+            rows.canvas = canvas.reopen(canvas.is_noise, rows.noise(rows.age - 1, everywhere))
+        return rows
+
+    def __post_init__(self) -> None:
+        none, never = torch.zeros_like(self.keys), torch.full_like(self.keys, NEVER)
+        self.age = none
+        """Steps in which the row was decided, whether or not the model ran: its random numbers are keyed by it."""
+        self.block, self.last_block = never.clone(), never.clone()
+        """First unfinished block, and the last one that is open."""
+        self.block_size, self.step, self.since_filled = none.clone(), none.clone(), none.clone()
+        self.num_forwards = none
+        """Forwards that the row took part in."""
+        self.asked, self.is_changed = none, none == 0
+        """Which positions its last forward was asked for, as one number, and whether a token changed since."""
+        self.num_left = _decisions(self.canvas.status)
+        """Decisions that are left: two for noise, one for a draft."""
+        self.least_left, self.num_stalled = never, none
+        """Fewest since the last step of the block's clock, and steps since then in which they did not fall."""
+        self.previous = torch.full_like(self.canvas.tokens, -1)
+        """What the step before proposed."""
 
     def seen(self, values: Tensor) -> Tensor:
         """Take the columns that a step works on."""
@@ -73,40 +121,69 @@ class Rows:
         """Drop the other rows, and the columns that only they needed."""
         self.places = [self.places[row] for row in kept]
         index, length = torch.tensor(kept, device=self.keys.device), max(place.length for place in self.places)
-        self._each(lambda values, _: values[index, :length] if values.ndim == 2 else values[index])
-        self.aim()
+        self._set({n: v[index, :length] if v.ndim == 2 else v[index] for n, v in self._tensors().items()})
 
     def join(self, other: "Rows") -> None:
         """Take in further rows."""
         self.places = self.places + other.places
         length = max(place.length for place in self.places)
-
-        def wide(values: Tensor, fill: int) -> Tensor:
-            return F.pad(values, (0, length - values.shape[1]), value=fill) if values.ndim == 2 else values
-
         if self.told is not None:
             other.told = self.told.new_zeros(len(other.keys), *self.told.shape[1:])
-        theirs: list[Tensor] = []
-        other._each(lambda values, fill: theirs.append(wide(values, fill)) or values)
-        later = iter(theirs)
-        self._each(lambda values, fill: torch.cat([wide(values, fill), next(later)]))
+
+        def wide(name: str, values: Tensor) -> Tensor:
+            fill = int(Status.PAD) if name == "status" else 0
+            return F.pad(values, (0, length - values.shape[1]), value=fill) if values.ndim == 2 else values
+
+        theirs = other._tensors()
+        self._set({n: torch.cat([wide(n, v), wide(n, theirs[n])]) for n, v in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = vars(self.canvas) | vars(self)
+        return {n: v for n, v in values.items() if isinstance(v, Tensor) and n not in PASSING}
+
+    def _set(self, tensors: dict[str, Tensor]) -> None:
+        self.canvas = Canvas(**{name: tensors.pop(name) for name in vars(self.canvas)})
+        vars(self).update(tensors)
+        self.logits = None
         self.aim()
 
-    def _each(self, change: Callable[[Tensor, int], Tensor]) -> None:
-        """Change every tensor, given what fills a row up."""
-        canvas = self.canvas
-        self.canvas = Canvas(
-            tokens=change(canvas.tokens, 0),
-            status=change(canvas.status, Status.PAD),
-            confidence=change(canvas.confidence, 0),
+    def ask(self, clock: Clock, *, is_every_step: bool) -> Question:
+        """Open what comes next, and say where logits are wanted."""
+        sampler, revise = self.sampler, self.sampler.revise
+        left = sampler.budget.forwards_left(self.num_forwards, self.deadline, clock)
+        least = None
+        if left is not None:
+            is_clocked, num_noise = revise is not None and revise.is_clocked, self.canvas.is_noise.sum(dim=1)
+            least = torch.where(left == 1, num_noise, 0) if is_clocked else -(-num_noise // left)
+            if is_clocked and sampler.budget.seconds is not None:
+                blocks = count_blocks(self.block_of, self.canvas.is_noise | self.canvas.is_draft).clamp(min=1)
+                self.num_steps = torch.minimum(self.num_steps, self.step + (left // blocks).clamp(min=1))
+        self.open_blocks(least)
+        window = self.window()
+        is_asked = window.is_open
+        if revise is None or not revise.looks_at_drafts:
+            is_asked = is_asked & self.part.is_noise
+        where = is_asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
+        width = is_asked.shape[1]
+        row, column = where // width, where % width
+        positions = column if self.at is None else self.at[row, column]
+        return Question(
+            window=window,
+            where=where,
+            draws=Draws(row_keys=self.keys, age=self.age, rows=row, positions=positions, columns=self.columns),
+            left=left,
+            least=least,
+            is_forward=self.count_forwards(is_asked, is_every_step=is_every_step),
         )
-        for each in fields(self):
-            values = getattr(self, each.name, None)
-            if isinstance(values, Tensor) and each.name not in ("at", "columns"):
-                setattr(self, each.name, change(values, -1))
 
-    def open_blocks(self, in_flight: int, which: Sequence[int], least: Int[Tensor, "batch"] | None = None) -> None:
-        """Open the first unfinished blocks of these rows, enough of them to commit `least` tokens, and set the clocks."""
+    def knows(self, question: Question) -> bool:
+        """Tell whether the logits asked for are those of the last forward."""
+        is_same = self.logits is not None and len(self.logits) == len(question.where)
+        return is_same and not question.is_forward.any()  # sync
+
+    def open_blocks(self, least: Int[Tensor, "batch"] | None = None) -> None:
+        """Open the next blocks where others are finished, enough of them to commit `least` tokens, and set clocks."""
+        which = [row for row, place in enumerate(self.places) if place.is_finished or least is not None]
         if not which:
             return
         pick = slice(None) if len(which) == len(self.places) else torch.tensor(which, device=self.keys.device)
@@ -114,7 +191,7 @@ class Rows:
         is_noise, is_draft, is_real = (status == Status.NOISE), (status == Status.DRAFT), (status != Status.PAD)
         is_undecided = is_noise | is_draft
         block = torch.where(is_undecided, block_of, NEVER).amin(dim=1)
-        last = block + (in_flight - 1)
+        last = block + (self.sampler.frontier.in_flight - 1)
         if least is not None:
             reaches = is_noise & (is_noise.long().cumsum(dim=1) >= least[pick, None])
             needed = torch.where(reaches, block_of, NEVER).amin(dim=1)
@@ -135,6 +212,7 @@ class Rows:
         numbers = torch.stack([*ends, *firsts], dim=1).tolist()  # sync: when a block opens
         for row, (end, last_end, unfinished, start, later) in zip(which, numbers, strict=True):
             place = self.places[row]
+            place.is_finished = False
             place.unfinished, place.start, place.end = unfinished, start, end
             place.reach = max(last_end, 0 if later == NEVER else later + 1)
         self.aim()
@@ -149,7 +227,7 @@ class Rows:
             self.at = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
             self.previous = self.previous.clone()  # a step may show it
         # What holds while these blocks are open:
-        self.columns = torch.arange(length, device=device)[None] if self.at is None else self.at
+        self.columns: Tensor = torch.arange(length, device=device)[None] if self.at is None else self.at
         self.marks = mix(self.columns)
         self.blocks = self.seen(self.block_of)
         self.segment_ids = self.canvas.segment_ids
@@ -200,43 +278,13 @@ class Rows:
         first = torch.where(is_undecided, self.columns, NEVER).amin(dim=1)
         return torch.stack([is_stuck.long(), (block != self.block).long(), first])
 
-
-def begin(
-    canvas: Canvas,
-    block_of: Int[Tensor, "batch seq"],
-    *,
-    keys: Int[Tensor, "batch"],
-    first_id: int,
-    origin: Int[Tensor, "batch"],
-    num_steps: Int[Tensor, "batch"],
-    seconds: float | None,
-) -> Rows:
-    """Set rows up before their first step."""
-    zero = torch.zeros_like(keys)
-    lengths = (canvas.status != Status.PAD).sum(dim=1)
-    deadline = torch.full(keys.shape, math.inf, dtype=torch.float64, device=keys.device)
-    return Rows(
-        ids=torch.arange(first_id, first_id + len(keys), device=keys.device),
-        keys=keys,
-        canvas=canvas,
-        block_of=block_of,
-        previous=torch.full_like(canvas.tokens, -1),
-        deadline=deadline if seconds is None else deadline.fill_(time.perf_counter() + seconds),
-        num_steps=num_steps,
-        age=zero,
-        block=torch.full_like(keys, NEVER),
-        last_block=torch.full_like(keys, NEVER),
-        block_size=zero.clone(),
-        step=zero.clone(),
-        since_filled=zero.clone(),
-        num_forwards=zero,
-        asked=zero,
-        is_changed=torch.ones_like(keys, dtype=torch.bool),
-        num_left=_decisions(canvas.status),
-        least_left=torch.full_like(keys, NEVER),
-        num_stalled=zero,
-        places=[Place(*numbers) for numbers in torch.stack([lengths, origin], dim=1).tolist()],
-    )
+    def noise(self, age: Int[Tensor, "batch"], columns: Int[Tensor, "#batch width"]) -> Int[Tensor, "batch width"]:
+        """Draw a noise token for every column."""
+        if self.sampler.noise == "mask":
+            return torch.full_like(columns, self.prior[0]).expand(len(age), -1)
+        none = columns[:0, 0]
+        draws = Draws(row_keys=self.keys, age=age, rows=none, positions=none, columns=columns)
+        return (draws.everywhere(DRAW_NOISE) * self.prior[1]).long()
 
 
 def count_blocks(block_of: Int[Tensor, "batch seq"], is_noise: Bool[Tensor, "batch seq"]) -> Int[Tensor, "batch"]:

@@ -153,7 +153,9 @@ def test_the_losses_of_two_threads_are_not_mixed():
         assert torch.allclose(total, losses.sum(), atol=1e-10)
 
 
-@pytest.mark.parametrize("how", [{}, {"is_skipped": True}, {"row_loss": lambda logits, _: logits.sum(-1)}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"is_skipped": True}, {"row_loss": lambda logits, _: logits.sum(-1)}], ids=["logits", "hidden", "loss"]
+)
 def test_an_error_inside_of_the_forward_leaves_no_trace(how):
     model, ids = tiny_lm().model, torch.randint(0, 40, (2, 5))
     expected = whole_logits(model, ids)

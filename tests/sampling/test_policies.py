@@ -23,8 +23,8 @@ from redraft.sampling.policies import (
     WholeCanvas,
     Window,
 )
-from redraft.sampling.policies.unmask import best
 from redraft.sampling.policies.action import setting
+from redraft.sampling.policies.unmask import best
 from redraft.sampling.propose import propose
 from redraft.schedules import SCHEDULES, schedule_from_name
 
