@@ -1,8 +1,12 @@
 """Rows that join and leave a running batch: each is at every step what it is alone."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,7 +112,7 @@ def alone(lm, canvas, sampler, keys, row):
 
 
 def run(seed):
-    """Let rows join and leave at random, and compare each of their steps with what they are alone."""
+    """Let rows join and leave at random, compare each of their steps with what they are alone, and count the rows."""
     rng = random.Random(seed)
     lm = load(rng.choice(MODELS))
     samplers = [some_sampler(rng, lm) for _ in range(rng.randint(1, 3))]
@@ -118,7 +122,7 @@ def run(seed):
         max_rows=rng.choice([0, 3]),
         max_positions=rng.choice([0, 40]),
     )
-    prompts, expected, running, num_steps = [], {}, set(), 0
+    prompts, expected, running = [], {}, set()
     to_join = rng.randint(2, 6)
     while to_join or len(batch):
         if to_join and (not len(batch) or rng.random() < 0.4):
@@ -141,19 +145,22 @@ def run(seed):
                 assert (*of_row(step, place, length), int(step.num_forwards[place])) == trajectory[age]
                 assert bool(step.is_done[place]) == (age == len(trajectory) - 1)
                 running -= {id} if step.is_done[place] else set()
-                num_steps += 1
         assert len(batch) == len(running)
-    return num_steps
+    return len(expected)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(25))
 def test_rows_that_join_and_leave_in_any_order_are_what_they_are_alone(seed):
     assert run(seed) > 0
 
 
 @pytest.mark.slow
-def test_rows_that_join_and_leave_in_any_order_are_what_they_are_alone_thousands_of_times():
-    assert sum(run(seed) for seed in range(1000, 3500)) > 100_000
+def test_thousands_of_rows_that_join_and_leave_are_what_they_are_alone():
+    script = "import test_batch as t; print(sum(t.run(seed) for seed in range(1000, 1600)))"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": paths}  # apart: checks of shapes take most of the time
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
+    assert int(done.stdout) > 4000
 
 
 def canvas_of(*prompts, new=NEW):
