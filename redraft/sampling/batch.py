@@ -26,7 +26,7 @@ class Batch:
     prefix that it shares with any other row, where the cache is exact.
 
     `max_rows` and `max_positions` are what memory is set aside for; more is allowed and costs a copy. While others run,
-    a prompt that joins is fed alone, up to `chunk` tokens in a tick (None: all at once); it does not age meanwhile.
+    a prompt that joins is fed alone, up to `chunk` of its tokens in a tick (None: all); its row does not age meanwhile.
     """
 
     def __init__(

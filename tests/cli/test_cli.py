@@ -216,13 +216,18 @@ def test_the_commands_and_code_of_the_readme_run(tmp_path):
     subprocess.run([sys.executable, "-c", python], cwd=tmp_path, check=True)
 
 
-def test_the_policy_of_the_sampling_page_runs(lm):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), flags=re.DOTALL)
+def test_the_policies_and_the_batch_of_the_sampling_page_run(lm):
+    parts = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sampling.md").read_text(), flags=re.DOTALL)
     names = {"lm": lm}
-    exec(code, names)
+    exec("\n".join(parts), names)
     order = [int(step.is_committed[0].nonzero()[0]) for step in names["steps"]]
-    assert order == sorted(order)
-    assert len(order) == 8
+    assert order == list(range(2, 10))
+    blocks = [int(position) // 4 for step in names["backwards"] for position in step.is_committed[0].nonzero()]
+    assert blocks == sorted(blocks, reverse=True)
+    assert set(names["finished"]) == {names["first"], names["second"]}
+    for id, prompt in ((names["first"], [5, 6, 7]), (names["second"], [5, 6, 7, 8, 9])):
+        expected = lm.generate([prompt], max_new_tokens=8, stop=None).sequences[0]
+        assert names["finished"][id].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("kind", ["llama2", "first", "bytes"])
