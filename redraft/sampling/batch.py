@@ -25,8 +25,9 @@ class Batch:
     Keys and values of rows that left stay until their place is needed: a row that joins takes over those of the longest
     prefix that it shares with any other row, where the cache is exact.
 
-    `max_rows` and `max_positions` are what memory is set aside for; more is allowed and costs a copy. While others run,
-    a prompt that joins is fed alone, up to `chunk` of its tokens in a tick (None: all); its row does not age meanwhile.
+    `max_rows` and `max_positions` are what memory is set aside for; more is allowed and costs a copy. What is not used
+    keeps more of the rows that left. While others run, the prompts of rows that join are fed alone, up to `chunk` tokens
+    in a tick (None: all); these rows do not age meanwhile.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Batch:
             group = self._waiting[0]
             group.open_blocks()
             forward = self._forward_of(group.sampler)
+            num_fed = forward.num_fed
             if not forward.admit(group, self._sharing(forward), chunk=self.chunk):
                 return
             self._waiting.pop(0)
@@ -113,6 +115,8 @@ class Batch:
             for other in others:
                 other.join(group)
             self._groups += [] if others else [group]
+            if self.chunk is not None and forward.num_fed > num_fed:
+                return
 
     def _drop(self, group: Rows, is_gone: Sequence[bool]) -> None:
         if not any(is_gone):
@@ -151,6 +155,8 @@ def denoise(
     prompt of a chat goes on from there. Raises ValueError as `Batch.join` and `Batch.tick` do.
     """
     batch = Batch(denoiser) if batch is None else batch
+    if len(batch) or batch.denoiser is not denoiser:
+        raise ValueError("a batch must be of the same model, and nothing may run in it; got another one. Use join.")
     ids = batch.join(canvas, sampler, row_keys=row_keys)
     try:
         while len(batch):

@@ -47,6 +47,8 @@ class Forward:
         is_exact = self.planner is None or isinstance(self.planner, ExactPlanner)
         self.is_repeatable = is_exact and not denoiser.is_self_conditioned
         self.num_forwards = 0
+        self.num_fed = 0
+        """Forwards that fed prompts alone."""
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[Rows], questions: Sequence[Question]) -> None:
@@ -187,13 +189,24 @@ class Forward:
             own = tokens[group.places.index(place)]
             shared = {slot: self._shared(place, own, prefix) for slot, prefix in sources.items()}
             best = max(shared, key=lambda slot: shared[slot], default=-1)
-            place.slot = best if best in free else free[0]
+            place.slot = best if best in free and shared[best] else free[0]
+            if best != place.slot:
+                self._save(place.slot)
+            self.left.pop(place.slot, None)
             if shared.get(best):
                 self._copy(best, place.slot, shared[best])
+                self.left.pop(best, None)  # the row that joins has what it has
                 place.final = shared[best]
             free.remove(place.slot)
-            for kept in (sources, self.left):
-                kept.pop(place.slot, None)
+            sources.pop(place.slot, None)
+
+    def _save(self, slot: int) -> None:
+        """Copy what a row has left in a slot to one that nobody needs, if there is any."""
+        taken, capacity = {place.slot for place in self.places}, self.slots.num_rows // self.branches
+        unused = [other for other in range(len(self.places), capacity) if other not in taken | self.left.keys()]
+        if slot in self.left and unused:
+            self._copy(slot, unused[0], self.left[slot].tokens.shape[1])
+            self.left[unused[0]] = self.left[slot]
 
     def _shared(self, place: Place, tokens: Int[Tensor, "branches seq"], prefix: Prefix) -> int:
         """Count the positions of whole finished blocks in which a row is as a prefix."""
@@ -220,6 +233,7 @@ class Forward:
         origin = tokens.new_tensor([place.origin for place in fed for _ in range(self.branches)])
         with torch.no_grad():
             self.denoiser(Query(input_ids=tokens, where=origin[:0], layout=self.layout, grid_origin=origin, view=view))
+        self.num_fed += 1
         for place, end in zip(fed, ends, strict=True):
             place.final = end
         return all(place.final == planner.finished(place) for place in places if place.slot >= 0)

@@ -224,6 +224,37 @@ def test_what_a_prompt_shares_with_a_row_that_runs_or_left_is_not_fed_again(fed)
     assert fed[0] == (1, 16)
 
 
+def test_conversations_take_turns_in_a_batch_with_room_for_one_more(fed):
+    batch = Batch(load("block-causal").denoiser, max_rows=3)
+    talks = {name: [first] * 8 for name, first in (("one", 5), ("other", 6))}
+    for turn in range(3):
+        for name, prompt in talks.items():
+            fed.clear()
+            *_, last = denoise(batch.denoiser, canvas_of(prompt), EXACT, row_keys=KEY, batch=batch)
+            assert turn == 0 or fed[0][1] <= 8  # what was said last, and the open block
+            talks[name] = [*last.canvas.tokens[0].tolist(), 7]
+
+
+def test_a_batch_that_is_given_must_be_idle_and_of_the_model():
+    batch = Batch(load("full").denoiser)
+    batch.join(canvas_of([5]), Sampler(), row_keys=KEY)
+    for other in (batch, Batch(load("shifted").denoiser)):
+        with pytest.raises(ValueError, match="nothing may run in it"):
+            next(denoise(load("full").denoiser, canvas_of([5]), Sampler(), row_keys=KEY, batch=other))
+    assert len(batch) == 1
+
+
+def test_a_tick_feeds_one_chunk_however_many_prompts_wait(fed):
+    batch = Batch(load("block-causal").denoiser, chunk=8)
+    batch.join(canvas_of([5]), EXACT, row_keys=KEY)
+    batch.tick()
+    for token in (6, 7, 8):
+        batch.join(canvas_of([token] * 5), EXACT, row_keys=KEY)
+    fed.clear()
+    assert [len(step.rows) for step in batch.tick()] == [2]
+    assert len(fed) == 2
+
+
 def test_rows_of_one_prompt_are_fed_once_also_when_the_first_of_them_leaves_before(fed):
     batch = Batch(load("block-causal").denoiser, chunk=4)
     batch.join(canvas_of([5]), EXACT, row_keys=KEY)

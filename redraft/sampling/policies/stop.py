@@ -15,8 +15,8 @@ from redraft.sampling.canvas import Canvas, Status
 class Stop(Protocol):
     """Say which rows are done. Only decided tokens count: drafts may still change.
 
-    `tail` holds of each row what was undecided before the step, from the first such position on, and the next one
-    behind that: what stands before it is decided, and was looked at when it was.
+    `tail` holds columns of each row in which all lies that this step could decide, and the next undecided position
+    behind it; what stands before these columns is decided, and was looked at when it was.
     """
 
     def __call__(self, canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]: ...
