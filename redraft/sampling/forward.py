@@ -176,37 +176,36 @@ class Forward:
         places = [group.places[row] for row in rows if group.places[row].slot < 0]
         if not places:
             return
-        sources = dict(self.left)
+        running_prefixes: dict[int, Prefix] = {}
         for other in running:
             theirs = self._tokens(other).cpu()
             known = [(place, own) for place, own in zip(other.places, theirs, strict=True) if place.slot >= 0]
-            sources |= {place.slot: Prefix(own[:, : place.final], place.origin) for place, own in known}
+            running_prefixes |= {place.slot: Prefix(own[:, : place.final], place.origin) for place, own in known}
         self.places += places
         taken = {place.slot for place in self.places}
         free = [slot for slot in range(len(self.places)) if slot not in taken]
         self.slots.reserve(len(self.places) * self.branches, max(place.length for place in places))
         for place in places:
-            own = tokens[group.places.index(place)]
+            own, sources = tokens[group.places.index(place)], self.left | running_prefixes
             shared = {slot: self._shared(place, own, prefix) for slot, prefix in sources.items()}
             best = max(shared, key=lambda slot: shared[slot], default=-1)
-            place.slot = best if best in free and shared[best] else free[0]
-            if best != place.slot:
-                self._save(place.slot)
-            self.left.pop(place.slot, None)
-            if shared.get(best):
-                self._copy(best, place.slot, shared[best])
-                self.left.pop(best, None)  # the row that joins has what it has
-                place.final = shared[best]
+            place.final = shared.get(best, 0)
+            place.slot = best if place.final and best in free else free[0]
             free.remove(place.slot)
-            sources.pop(place.slot, None)
+            if not place.final or best != place.slot:
+                self._save(place.slot)
+            if place.final:
+                self._copy(best, place.slot, place.final)
+                self.left.pop(best, None)  # the row that joins has what it has
 
     def _save(self, slot: int) -> None:
-        """Copy what a row has left in a slot to one that nobody needs, if there is any."""
+        """Make room in a slot: copy what a row has left there to one that nobody needs, if there is any."""
+        prefix = self.left.pop(slot, None)
         taken, capacity = {place.slot for place in self.places}, self.slots.num_rows // self.branches
         unused = [other for other in range(len(self.places), capacity) if other not in taken | self.left.keys()]
-        if slot in self.left and unused:
-            self._copy(slot, unused[0], self.left[slot].tokens.shape[1])
-            self.left[unused[0]] = self.left[slot]
+        if prefix is not None and unused:
+            self._copy(slot, unused[0], prefix.tokens.shape[1])
+            self.left[unused[0]] = prefix
 
     def _shared(self, place: Place, tokens: Int[Tensor, "branches seq"], prefix: Prefix) -> int:
         """Count the positions of whole finished blocks in which a row is as a prefix."""
