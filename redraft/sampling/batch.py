@@ -26,8 +26,8 @@ class Batch:
     prefix that it shares with any other row, where the cache is exact.
 
     `max_rows` and `max_positions` are what memory is set aside for; more is allowed and costs a copy. What is not used
-    keeps more of the rows that left. While others run, the prompts of rows that join are fed alone, up to `chunk` tokens
-    in a tick (None: all); these rows do not age meanwhile.
+    keeps more of the rows that left. While others run, the prompts of rows that join are fed alone, up to `chunk`
+    tokens in a tick (None: all); these rows do not age meanwhile.
     """
 
     def __init__(
@@ -55,9 +55,12 @@ class Batch:
         self._forward_of(sampler)
         ids = list(range(self._num_joined, self._num_joined + len(row_keys)))
         self._num_joined += len(ids)
-        config = self.denoiser.model.config.get_text_config()
-        prior = self.denoiser.settings.mask_token_id, config.vocab_size
+        vocab_size = self.denoiser.model.config.get_text_config().vocab_size
+        prior = self.denoiser.settings.mask_token_id, vocab_size
         group = Rows.begin(sampler, canvas, row_keys, ids=ids, prior=prior)
+        if self.denoiser.is_self_conditioned:
+            length = (sampler.layout or self.denoiser.settings.layout).block_size or 0
+            group.told = group.told.new_zeros(len(ids), length, vocab_size, dtype=self.denoiser.model.dtype)
         self._waiting.append(group)
         self._drop(group, group.num_left.eq(0).tolist())  # sync: what has nothing to decide is done
         return ids
@@ -89,7 +92,7 @@ class Batch:
         forward(groups, questions)
         steps = []
         for group, question in zip(groups, questions, strict=True):
-            step, found = decide(group, question, is_told=self.denoiser.is_self_conditioned)
+            step, found = decide(group, question)
             is_done, is_stuck, is_nan, is_finished, first = found.tolist()  # sync: the one question per step
             if any(is_nan):
                 raise explain_nan(self.denoiser, group.canvas.tokens)

@@ -112,14 +112,9 @@ class Forward:
             column = question.draws.positions - first[row]
             where += [(row * branches + branch) * input_ids.shape[2] + column for branch in range(branches)]
         previous = None
-        if told := [group.told for group in groups if group.told is not None]:
-            empty = told[0][:0]
-            logits = [
-                empty.new_zeros(len(group.places), *empty.shape[1:]) if group.told is None else group.told
-                for group in groups
-            ]
-            is_told = [(group.step > 0)[:, None] & (group.told is not None) for group in groups]
-            previous = SelfConditioning(joined(logits), joined(is_told)[:, 0])
+        if self.denoiser.is_self_conditioned:
+            is_told = joined([group.step[:, None] > 0 for group in groups])[:, 0]
+            previous = SelfConditioning(joined([group.told for group in groups]), is_told)
         return Query(
             input_ids=input_ids.flatten(0, 1),
             where=torch.cat(where),

@@ -57,46 +57,38 @@ def _dynamic(*, strict: bool) -> Callable[["SamplingConfig"], dict[str, Any]]:
     return build
 
 
-def _edited(config: "SamplingConfig") -> dict[str, Any]:
-    assert config.threshold is not None
-    assert config.editing_threshold is not None
-    assert config.max_post_steps is not None
+def _both(policy: Any) -> dict[str, Any]:
+    return {"unmask": policy.unmask, "revise": policy}
+
+
+def _edited(config: Any) -> dict[str, Any]:
     edit = policies.TokenEdit(threshold=config.editing_threshold, max_post_steps=config.max_post_steps)
     return {"unmask": policies.Threshold(threshold=config.threshold, strict=True), "revise": edit}
 
 
-def _remasked(config: "SamplingConfig") -> dict[str, Any]:
-    assert config.remasking is not None
-    assert config.eta is not None
-    both = policies.Remasking(kind=config.remasking, eta=config.eta)
-    return {"unmask": both.unmask, "revise": both}
+def _remasked(config: Any) -> dict[str, Any]:
+    return _both(policies.Remasking(kind=config.remasking, eta=config.eta))
 
 
-def _reranked(config: "SamplingConfig") -> dict[str, Any]:
-    both = policies.Rerank()
-    return {"unmask": both.unmask, "revise": both}
+def _reranked(config: Any) -> dict[str, Any]:
+    return _both(policies.Rerank())
 
 
-def _ancestral(config: "SamplingConfig") -> dict[str, Any]:
+def _ancestral(config: Any) -> dict[str, Any]:
     return {"unmask": policies.Bernoulli()}
 
 
-def _renoised(config: "SamplingConfig") -> dict[str, Any]:
-    assert config.entropy_bound is not None
-    both = policies.Renoise(accept=policies.EntropyBound(bound=config.entropy_bound))
-    return {"noise": "uniform", "anneal": policies.LinearAnneal(), "unmask": both.unmask, "revise": both}
+def _renoised(config: Any) -> dict[str, Any]:
+    accept = policies.EntropyBound(bound=config.entropy_bound)
+    return {"noise": "uniform", "anneal": policies.LinearAnneal()} | _both(policies.Renoise(accept=accept))
 
 
-def _uniform(config: "SamplingConfig") -> dict[str, Any]:
+def _uniform(config: Any) -> dict[str, Any]:
     return {"noise": "uniform", "unmask": policies.AtTheEnd(), "revise": policies.Posterior()}
 
 
-def _bounded(config: "SamplingConfig") -> dict[str, Any]:
-    assert config.entropy_bound is not None
-    return {
-        "score": policies.NegativeEntropy(),
-        "unmask": policies.EntropyBound(bound=config.entropy_bound),
-    }
+def _bounded(config: Any) -> dict[str, Any]:
+    return {"score": policies.NegativeEntropy(), "unmask": policies.EntropyBound(bound=config.entropy_bound)}
 
 
 PRESETS = {

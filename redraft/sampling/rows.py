@@ -61,8 +61,6 @@ class Rows:
     """The mask token and the size of the vocabulary, of which noise is made."""
     logits: Float[Tensor, "n vocab"] | None = None
     """Of the last forward, while they stand."""
-    told: Float[Tensor, "batch length vocab"] | None = None
-    """What a self-conditioned model predicted in the step before."""
     at: Int[Tensor, "batch width"] | None = None
 
     @classmethod
@@ -112,6 +110,8 @@ class Rows:
         """Fewest since the last step of the block's clock, and steps since then in which they did not fall."""
         self.previous = torch.full_like(self.canvas.tokens, -1)
         """What the step before proposed."""
+        self.told = torch.zeros(len(self.keys), 0, 0, device=self.keys.device)
+        """What a self-conditioned model predicted in the step before, (batch, length of a canvas, vocab)."""
 
     def seen(self, values: Tensor) -> Tensor:
         """Take the columns that a step works on."""
@@ -127,8 +127,6 @@ class Rows:
         """Take in further rows."""
         self.places = self.places + other.places
         length = max(place.length for place in self.places)
-        if self.told is not None:
-            other.told = self.told.new_zeros(len(other.keys), *self.told.shape[1:])
 
         def wide(name: str, values: Tensor) -> Tensor:
             fill = int(Status.PAD) if name == "status" else 0

@@ -1,6 +1,7 @@
 """One step of rows with equal settings: what the model says becomes an action, and the action a new canvas."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -67,7 +68,7 @@ class Step:
         return part if self.at is None else elsewhere.scatter(1, self.at, part)
 
 
-def decide(rows: Rows, question: Question, *, is_told: bool) -> tuple[Step, Int[Tensor, "5 batch"]]:
+def decide(rows: Rows, question: Question) -> tuple[Step, Int[Tensor, "5 batch"]]:
     """Turn logits into a step.
 
     Also says of each row whether it is done, is stuck, met NaN, and has finished its block, and where its first
@@ -83,8 +84,8 @@ def decide(rows: Rows, question: Question, *, is_told: bool) -> tuple[Step, Int[
         logits = guide(logits, rows.canvas, whole)
     if sampler.anneal is not None:
         logits = logits / sampler.anneal(question.window)[draws.rows, None]
-    if is_told:
-        rows.told = logits.view(len(rows.places), -1, logits.shape[-1])
+    if rows.told.numel():
+        rows.told = logits.view_as(rows.told).to(rows.told.dtype)
     candidates = Candidates(
         canvas=before,
         window=question.window,
@@ -132,20 +133,16 @@ def decide(rows: Rows, question: Question, *, is_told: bool) -> tuple[Step, Int[
 def _propose(rows: Rows, logits: Float[Tensor, "n vocab"], draws: Draws, where: Int[Tensor, "n"]) -> Proposal:
     sampler = rows.sampler
     never = rows.prior[0] if sampler.noise == "mask" else None
-    u = draws.uniform(DRAW_TOKEN) if sampler.temperature else None
-    temperature, top_k, top_p = sampler.temperature, sampler.top_k, sampler.top_p
+    how: dict[str, Any] = {
+        "u": draws.uniform(DRAW_TOKEN) if sampler.temperature else None,
+        "temperature": sampler.temperature,
+        "top_k": sampler.top_k,
+        "top_p": sampler.top_p,
+    }
     if sampler.constraint is None:
-        return propose(logits, never=never, u=u, temperature=temperature, top_k=top_k, top_p=top_p)
-    return sampler.constraint(
-        propose(logits, never=never),
-        rows.canvas,
-        where,
-        u=u,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        with_best=sampler.noise == "uniform",
-    )
+        return propose(logits, never=never, **how)
+    plain = propose(logits, never=never)
+    return sampler.constraint(plain, rows.canvas, where, with_best=sampler.noise == "uniform", **how)
 
 
 def _revised(rows: Rows, action: Action, candidates: Candidates) -> tuple[Canvas, UInt8[Tensor, "batch width"]]:
