@@ -54,19 +54,14 @@ class ExactPlanner:
     def plan(self, places: Sequence[Place]) -> Spans:
         starts = [max(0, place.final - self.shift) for place in places]
         ends = [min(place.length, self.floor(place.end - 1, place.origin) + self._size) for place in places]
-        is_even = len(set(zip(starts, ends, strict=True))) == 1
-        in_one_block = all(
+        edges = list(zip(starts, ends, strict=True))
+        in_one_block = (
             self.floor(start, place.origin) == self.floor(end - 1, place.origin)
-            for start, end, place in zip(starts, ends, places, strict=True)
+            for (start, end), place in zip(edges, places, strict=True)
         )
-        longest = max(end - start for start, end in zip(starts, ends, strict=True))
-        return Spans(
-            starts=starts,
-            ends=ends,
-            key_ends=ends,
-            reads_all=is_even and in_one_block,
-            is_steady=longest <= 2 * self._size + self.shift,
-        )
+        is_steady = max(end - start for start, end in edges) <= 2 * self._size + self.shift
+        reads_all = len(set(edges)) == 1 and all(in_one_block)
+        return Spans(starts=starts, ends=ends, key_ends=ends, reads_all=reads_all, is_steady=is_steady)
 
     def note(self, places: Sequence[Place]) -> None:
         for place in places:
@@ -103,15 +98,11 @@ class ApproximatePlanner:
     refresh: int | None = None
 
     def plan(self, places: Sequence[Place]) -> Spans:
-        is_fresh = [self._is_fresh(place) for place in places]
-        pairs = list(zip(places, is_fresh, strict=True))
+        pairs = [(place, self._is_fresh(place)) for place in places]
+        starts = [max(0, place.start - self.shift) if fresh else 0 for place, fresh in pairs]
+        ends = [place.end if fresh and self.is_dual else place.length for place, fresh in pairs]
         lengths = [place.length for place in places]
-        return Spans(
-            starts=[max(0, place.start - self.shift) if fresh else 0 for place, fresh in pairs],
-            ends=[place.end if fresh and self.is_dual else place.length for place, fresh in pairs],
-            key_ends=lengths,
-            reads_all=len(set(lengths)) == 1,
-        )
+        return Spans(starts=starts, ends=ends, key_ends=lengths, reads_all=len(set(lengths)) == 1)
 
     def note(self, places: Sequence[Place]) -> None:
         for place in places:

@@ -72,17 +72,11 @@ class Canvas:
 
     def columns(self, at: Int[Tensor, "batch width"]) -> "Canvas":
         """Take some columns of each row."""
-        return Canvas(
-            tokens=self.tokens.gather(1, at), status=self.status.gather(1, at), confidence=self.confidence.gather(1, at)
-        )
+        return Canvas(**{name: values.gather(1, at) for name, values in vars(self).items()})
 
     def with_columns(self, at: Int[Tensor, "batch width"], part: "Canvas") -> "Canvas":
         """Replace some columns of each row."""
-        return Canvas(
-            tokens=self.tokens.scatter(1, at, part.tokens),
-            status=self.status.scatter(1, at, part.status),
-            confidence=self.confidence.scatter(1, at, part.confidence),
-        )
+        return Canvas(**{name: values.scatter(1, at, getattr(part, name)) for name, values in vars(self).items()})
 
 
 def build_canvas(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -151,20 +150,16 @@ class Forward:
         if self.planner is None:
             return True
         places, tokens = group.places, self._tokens(group).cpu()  # sync: only where rows join
-        everyone: list[int] = list(range(len(places)))
-        if not isinstance(self.planner, ExactPlanner):
-            self._seat(group, everyone, tokens, [])
-            return True
-        first_of_its_kind: dict[Any, int] = {}
-        for row, place in enumerate(places):
-            first_of_its_kind.setdefault((tokens[row].numpy().tobytes(), place.unfinished, place.origin), row)
-        distinct = list(first_of_its_kind.values())
-        self._seat(group, distinct, tokens, running)
-        is_alone = len(distinct) == len(self.places) == len(places)
-        is_ready = is_alone or self._feed_prompts(group, distinct, chunk)
-        if is_ready:
-            self._seat(group, everyone, tokens, [*running, group])
-        return is_ready
+        everyone = list(range(len(places)))
+        if isinstance(self.planner, ExactPlanner):
+            kinds = [(tokens[row].numpy().tobytes(), places[row].unfinished, places[row].origin) for row in everyone]
+            distinct = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+            self._seat(group, distinct, tokens, running)
+            is_alone = len(distinct) == len(self.places) == len(places)
+            if not is_alone and not self._feed_prompts(group, distinct, chunk):
+                return False
+        self._seat(group, everyone, tokens, [*running, group])
+        return True
 
     def _seat(self, group: Rows, rows: Sequence[int], tokens: Tensor, running: Sequence[Rows]) -> None:
         """Find a slot for rows that have none, and the longest prefix that any slot holds."""
@@ -172,7 +167,7 @@ class Forward:
         if not places:
             return
         running_prefixes: dict[int, Prefix] = {}
-        for other in running:
+        for other in running if isinstance(self.planner, ExactPlanner) else ():
             theirs = self._tokens(other).cpu()
             known = [(place, own) for place, own in zip(other.places, theirs, strict=True) if place.slot >= 0]
             running_prefixes |= {place.slot: Prefix(own[:, : place.final], place.origin) for place, own in known}

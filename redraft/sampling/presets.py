@@ -91,6 +91,7 @@ def _bounded(config: Any) -> dict[str, Any]:
     return {"score": policies.NegativeEntropy(), "unmask": policies.EntropyBound(bound=config.entropy_bound)}
 
 
+_OF_FAST = {"block_size": 32, "threshold": 0.9}
 PRESETS = {
     "llada": Preset(
         source="low-confidence remasking, LLaDA, Section 2.4 of arXiv 2502.09992",
@@ -119,19 +120,19 @@ PRESETS = {
     "fast-dllm": Preset(
         source="parallel decoding without a cache, Fast-dLLM, arXiv 2505.22618",
         build=_fast,
-        defaults={"block_size": 32, "threshold": 0.9},
+        defaults=_OF_FAST,
         takes=("threshold", "factor"),
     ),
     "fast-dllm-prefix": Preset(
         source="prefix cache, Fast-dLLM, arXiv 2505.22618",
         build=_fast,
-        defaults={"block_size": 32, "threshold": 0.9, "cache": "prefix"},
+        defaults=_OF_FAST | {"cache": "prefix"},
         takes=("threshold", "factor"),
     ),
     "fast-dllm-dual": Preset(
         source="dual cache, Fast-dLLM, arXiv 2505.22618",
         build=_fast,
-        defaults={"block_size": 32, "threshold": 0.9, "cache": "dual"},
+        defaults=_OF_FAST | {"cache": "dual"},
         takes=("threshold", "factor"),
     ),
     "bd3lm": Preset(
