@@ -1,7 +1,6 @@
 """Rows that leave a running batch, and decisions beside the forward: what they cost.
 
     python benchmarks/batch.py [--parts leave decide] [--rounds 50] [--clock cpu] [--quick]
-    cd / && PYTHONPATH=CHECKOUT python .../benchmarks/batch.py --parts decide   # with another checkout's package
 
 Random weights: only the work counts. Medians, with an interval of at least 95 % where one is given (order
 statistics). `--clock cpu` counts the seconds that the process ran. `--quick` runs everything at tiny sizes, to see that
@@ -29,19 +28,15 @@ from torch.utils._pytree import tree_leaves
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
+from redraft.sampling.batch import Batch, denoise
 from redraft.sampling.canvas import Canvas, build_canvas
 from redraft.sampling.policies import Blocks
-
-try:
-    from redraft.sampling.batch import denoise
-    from redraft.sampling.sampler import Sampler
-except ImportError:  # a checkout from before rows could join and leave
-    from redraft.sampling.loop import Sampler, denoise
+from redraft.sampling.sampler import Sampler
 
 VOCAB_SIZE = 64
 TICKS_PER_ROUND = 4  # of the part "leave", and its block size: a block begins when a row joins
 LEAVING_SHAPE = ModelConfig(
-    size="1m", hidden_size=128, num_layers=4, num_heads=2, intermediate_size=256, max_positions=4096
+    size="1m", hidden_size=512, num_layers=8, num_heads=8, intermediate_size=1024, max_positions=4096
 )
 DECIDING_SHAPE = ModelConfig(
     size="1m", hidden_size=16, num_layers=1, num_heads=1, intermediate_size=16, max_positions=8192
@@ -103,8 +98,6 @@ class Running:
     """A batch whose rows leave and join."""
 
     def __init__(self, setup: Setup, *, new: int) -> None:
-        from redraft.sampling.batch import Batch
-
         block = TICKS_PER_ROUND
         self.setup, self.new = setup, new
         self.sampler = Sampler(frontier=Blocks(size=block), cache="exact", steps_per_block=block)
@@ -196,12 +189,6 @@ class Costless(Denoiser):
     def __call__(self, query: Any, **_: Any) -> Tensor:
         """Answer a query."""
         return self.table[: len(query.where)]
-
-    def logits_at(self, where: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Answer a loop from before there were queries."""
-        return self.table[: len(where)]
-
-    cached_logits_at = logits_at
 
 
 def steps_of(setup: Setup, positions: int, *, is_cached: bool, temperature: float) -> Iterator[Any]:

@@ -121,7 +121,8 @@ class Rows:
         """Drop the other rows, and the columns that only they needed."""
         self.places = [self.places[row] for row in kept]
         index, length = torch.tensor(kept, device=self.keys.device), max(place.length for place in self.places)
-        self._set({n: v[index, :length] if v.ndim == 2 else v[index] for n, v in self._tensors().items()})
+        kept_of = {n: v.index_select(0, index) for n, v in self._tensors().items()}
+        self._set({n: v[:, :length] if v.ndim == 2 else v for n, v in kept_of.items()})
 
     def join(self, other: "Rows") -> None:
         """Take in further rows."""
