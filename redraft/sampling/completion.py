@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
-from redraft.sampling.automaton import Bools, Ints, TokenAutomaton
+from redraft.sampling.automaton import Bools, Floats, TokenAutomaton, segment_logsumexp
 
-Floats = NDArray[np.float64]
 _LANES = 8
 _LOWEST = -1e9  # for tokens that the model rules out: the constraint is harder than the model's zeros
 
@@ -147,7 +145,7 @@ class CompiledConstraint:
                 if i in self.limits.spans:
                     tail[i] = self.automaton.before(tail[i + 1], self._class(self.limits.spans[i]))
                 else:
-                    tail[i, edges.from_states] = np.logical_or.reduceat(tail[i + 1][edges.to], edges.state_starts)
+                    tail[i] = edges.before(tail[i + 1])
                 tail[i] &= self._allowed(i)
             while len(self._tails) >= MAX_TAILS:
                 self._tails.pop(next(iter(self._tails)))
@@ -166,10 +164,7 @@ class CompiledConstraint:
             if known is not None:
                 before = self.automaton.before(after, known)
             else:
-                before = np.full(self.automaton.num_states, -np.inf)
-                ways = after[edges.to] + (labels[i][edges.label] if i in labels else 0.0)
-                reduce = _segment_logsumexp if temperature > 0 and i in labels else np.maximum.reduceat
-                before[edges.from_states] = reduce(ways, edges.state_starts)
+                before = edges.before(after, labels.get(i), is_sum=temperature > 0)
             before[~self._allowed(i)] = -np.inf
             beta[i] = before
         return beta
@@ -229,7 +224,7 @@ class CompiledConstraint:
 
     def _label_scores(self, scores: Floats, temperature: float) -> Floats:
         edges = self.automaton.edges
-        reduce = _segment_logsumexp if temperature > 0 else np.maximum.reduceat
+        reduce = segment_logsumexp if temperature > 0 else np.maximum.reduceat
         reduced: Floats = reduce(scores[:, edges.label_members], edges.label_starts, axis=1)
         return reduced
 
@@ -250,16 +245,14 @@ class CompiledConstraint:
     def _why_not(self, length: int) -> str:
         """Say which lengths would do, for a canvas of which nothing is given."""
         automaton, limits, possible = self.automaton, self.limits, []
-        is_text = automaton.edges.to < automaton.dead - automaton.has_end
-        state, to = automaton.edges.state[is_text], automaton.edges.to[is_text]
-        is_here = np.arange(automaton.num_states) == 0
+        is_text = np.arange(automaton.num_states) < automaton.dead - automaton.has_end
+        can_end = automaton.is_final & is_text  # by n more tokens
         for n in range(length + automaton.num_states + 1):
-            if n in limits and automaton.is_final[is_here].any():
+            if n in limits and can_end[0]:
                 possible.append(n)
-            if not is_here.any() or (len(possible) > 2 and possible[-3] > length):
+            if not can_end.any() or (len(possible) > 2 and possible[-3] > length):
                 break
-            is_here, before = np.zeros_like(is_here), is_here
-            is_here[to[before[state]]] = True
+            can_end = automaton.edges.before(can_end)
         most = "any number of" if limits.max_tokens is None else limits.max_tokens
         bounds = f" of {limits.min_tokens} to {most} tokens" if limits != Limits() else ""
         if not possible:
@@ -303,13 +296,3 @@ def _choose(weights: Floats, draw: float | None) -> tuple[int, float]:
     chosen = min(int(np.searchsorted(ends, target, side="right")), int(np.searchsorted(ends, ends[-1])))
     begin = ends[chosen - 1] if chosen else 0.0
     return chosen, float(min(max((target - begin) / (ends[chosen] - begin), 0.0), 1.0))
-
-
-def _segment_logsumexp(values: Floats, starts: Ints, axis: int = 0) -> Floats:
-    best = np.maximum.reduceat(values, starts, axis=axis)
-    best[best == -np.inf] = 0.0
-    counts = np.diff(starts, append=values.shape[axis])
-    shares = np.exp(values - np.repeat(best, counts, axis=axis))
-    with np.errstate(divide="ignore"):
-        total: Floats = best + np.log(np.add.reduceat(shares, starts, axis=axis))
-    return total

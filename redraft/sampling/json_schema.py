@@ -15,8 +15,9 @@ from itertools import combinations
 from typing import Any
 from urllib.parse import unquote
 
+from redraft.sampling.automaton import from_pattern
 from redraft.sampling.number_patterns import number_patterns
-from redraft.sampling.regex import Pattern, determinise
+from redraft.sampling.regex import Pattern
 
 CHARACTER = r'(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00[01][0-9a-f])'
 FREE_DEPTH = 2
@@ -83,9 +84,9 @@ def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int, wh
     Raises ValueError for any other keyword, for values that a keyword cannot have, and if no value fits within the
     depth.
     """
-    spaces = determinise(whitespace)[0]
+    spaces = from_pattern(whitespace).table
     others = [byte for byte in range(256) if chr(byte) not in " \t\n\r"]
-    if (spaces[:-1, others] < len(spaces) - 1).any():
+    if (spaces[:, others] != len(spaces) - 1).any():
         raise ValueError(f"whitespace must match spaces, tabs and line ends only; got {whitespace!r}.")
     try:
         document = _document(schema)

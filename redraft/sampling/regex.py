@@ -8,11 +8,11 @@ limits it.
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +35,12 @@ Pattern = str | tuple[Any, ...]
 ("join", *patterns), ("either", *patterns), ("repeat", least, most or None, pattern), or ("members", comma,
 ((pattern, is_required), ...)): in order, those not required left out at will, a comma between those that stand. Parts
 that are one object are built once."""
+K = TypeVar("K", bound=Hashable)
 _sre: Any = import_module("re._parser")
 
 
 def determinise(pattern: Pattern) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Return a table (states, 256) of next states and which are final; state 0 is the start, the last one is dead.
+    """Return a table (states, 256) of next states and which are final; state 0 is the start.
 
     Raises ValueError for what automata cannot do (anchors, look-arounds, back references) or would do too largely.
     """
@@ -49,20 +50,25 @@ def determinise(pattern: Pattern) -> tuple[NDArray[np.int32], NDArray[np.bool_]]
         start = nfa.closure(nfa.build(pattern, end))
     except RecursionError as error:
         raise ValueError("the constraint is nested too deeply to be an automaton. Flatten it.") from error
-    number, sets, rows = {start: 0}, [start], []
-    for items in sets:  # grows while it is walked
-        row = np.full(256, -1, np.int32)
-        for low, high, following in _moves(items, nfa):
-            if following not in number:
-                number[following] = len(sets)
-                sets.append(following)
-            row[low : high + 1] = number[following]
-        rows.append(row)
-        if len(sets) > MAX_STATES:
+    sets, table = explore(start, lambda items: _moves(items, nfa))
+    return table, np.array([(_LEAF, end) in items for items in sets])
+
+
+def explore(start: K, follow: Callable[[K], tuple[Sequence[K], Any]]) -> tuple[list[K], NDArray[np.int32]]:
+    """Find all that follows from a start: the states in order, and for each a row of numbers of those that follow it.
+
+    `follow` returns the states that follow one, and for how many columns in a row each of them stands.
+    """
+    number, states, rows = {start: 0}, [start], []
+    for state in states:  # grows while it is walked
+        following, widths = follow(state)
+        for new in following:
+            if number.setdefault(new, len(states)) == len(states):
+                states.append(new)
+        rows.append(np.repeat(np.array([number[one] for one in following], np.int32), widths))
+        if len(states) > MAX_STATES:
             raise too_large(f"{MAX_STATES} states")
-    table = np.stack([*rows, np.full(256, -1, np.int32)])
-    table[table == -1] = len(sets)
-    return table, np.array([(_LEAF, end) in items for items in sets] + [False])
+    return states, np.stack(rows)
 
 
 def too_large(limit: str) -> ValueError:
@@ -95,22 +101,22 @@ Item = tuple[int, int]
 """(node of a character's trie, state behind the character), or (leaf, state) for the end."""
 
 
-def _moves(items: frozenset[Item], nfa: "_Nfa") -> list[tuple[int, int, frozenset[Item]]]:
-    """Cut the bytes into intervals on which a set of items moves alike."""
+def _moves(items: frozenset[Item], nfa: "_Nfa") -> tuple[list[frozenset[Item]], NDArray[np.int64]]:
+    """Return where the bytes lead from a set of items, and for how many bytes in a row each set of items stands."""
     moves = [
         (low, high, frozenset([(child, target)]) if child != _LEAF else nfa.closure(target))
         for node, target in items
         if node != _LEAF
         for low, high, child in nfa.nodes[node]
     ]
-    cuts = sorted({edge for low, high, _ in moves for edge in (low, high + 1)})
+    cuts = sorted({0, 256}.union(edge for low, high, _ in moves for edge in (low, high + 1)))
     place = {cut: i for i, cut in enumerate(cuts)}
-    following: list[set[Item]] = [set() for _ in cuts]
+    following: list[set[Item]] = [set() for _ in cuts[1:]]
     for low, high, reached in moves:
         for i in range(place[low], place[high + 1]):
             following[i] |= reached
     nfa.spend(1 + sum(map(len, following)))
-    return [(cuts[i], cuts[i + 1] - 1, frozenset(reached)) for i, reached in enumerate(following) if reached]
+    return list(map(frozenset, following)), np.diff(cuts)
 
 
 @dataclass(kw_only=True)
