@@ -8,9 +8,9 @@ limits it.
 
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -86,6 +86,7 @@ def _refused(pattern: str, reason: str) -> ValueError:
     )
 
 
+@lru_cache(maxsize=32)
 def _parsed(pattern: str) -> Any:
     if len(pattern) > MAX_LENGTH:
         raise _refused(pattern, f"it has {len(pattern)} characters, more than {MAX_LENGTH}")
@@ -107,7 +108,7 @@ def _moves(items: frozenset[Item], nfa: "_Nfa") -> tuple[list[frozenset[Item]], 
         (low, high, frozenset([(child, target)]) if child != _LEAF else nfa.closure(target))
         for node, target in items
         if node != _LEAF
-        for low, high, child in nfa.nodes[node]
+        for low, high, child in nfa.states[node]
     ]
     cuts = sorted({0, 256}.union(edge for low, high, _ in moves for edge in (low, high + 1)))
     place = {cut: i for i, cut in enumerate(cuts)}
@@ -124,13 +125,10 @@ class _Nfa:
     """Thompson's construction from the end to the start, so that equal ways to the end share their states."""
 
     states: list[Any] = field(default_factory=list)
-    """(trie node, state behind it) for a state that reads, a frozenset of states for a fork, () for the end."""
+    """(trie, state behind it) for a state that reads, a frozenset of states for a fork, () for the end; and nodes of
+    tries, each with its edges (first byte, last byte, child). Equal ones are one."""
     number: dict[Any, int] = field(default_factory=dict)
-    nodes: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
-    """Nodes of tries: (first byte, last byte, child), equal ones are one."""
-    node_of: dict[tuple[tuple[int, int, int], ...], int] = field(default_factory=dict)
     built: dict[tuple[int, int], int] = field(default_factory=dict)
-    parsed: dict[str, Any] = field(default_factory=dict)
     tries: dict[Ranges, int] = field(default_factory=dict)
     closures: dict[int, frozenset[Item]] = field(default_factory=dict)
     work: int = 0
@@ -174,11 +172,13 @@ class _Nfa:
         return self.built[key]
 
     def _build(self, pattern: Pattern, end: int) -> int:
-        if isinstance(pattern, str):
-            return self.regex(pattern, end, 0)
-        kind, *parts = pattern
-        if kind == "searched":
-            return self.regex(parts[0], end, _JSON_STRING)
+        kind, *parts = ("matched", pattern) if isinstance(pattern, str) else pattern
+        if kind in ("matched", "searched"):
+            parsed = _parsed(parts[0])
+            try:
+                return self.sequence(parsed, end, parsed.state.flags | (_JSON_STRING if kind == "searched" else 0))
+            except NotImplementedError as error:
+                raise _refused(parts[0], str(error)) from error
         if kind == "repeat":
             return self.repeat(parts[0], parts[1], lambda state: self.build(parts[2], state), end)
         if kind == "either":
@@ -198,16 +198,6 @@ class _Nfa:
             may_end = [] if is_required else may_end
             after = self.fork((self.build(comma, rest), *may_end))
         return self.fork((rest, *may_end))
-
-    def regex(self, pattern: str, end: int, flags: int) -> int:
-        if pattern not in self.parsed:
-            self.parsed[pattern] = _parsed(pattern)
-        parsed = self.parsed[pattern]
-        flags |= parsed.state.flags
-        try:
-            return self.sequence(parsed, end, flags)
-        except NotImplementedError as error:
-            raise _refused(pattern, str(error)) from error
 
     def sequence(self, parsed: Any, end: int, flags: int) -> int:
         for op, argument in reversed(list(parsed)):
@@ -238,20 +228,27 @@ class _Nfa:
             start = len(self.states)  # a loop is like no other state
             self.states.append(None)
             self.states[start] = frozenset((inner(start), end))
-        for count, is_optional in ((0 if most is None else most - least, True), (least, False)):
-            for _ in range(count):
-                self.spend(1)
-                before = self.fork((inner(start), end)) if is_optional else inner(start)
-                if before == start:
-                    break  # it reads nothing, so that more of it does not either
-                start = before
+        num_optional = 0 if most is None else most - least
+        for i in range(least + num_optional):
+            self.spend(1)
+            before = inner(start)
+            if before == start:
+                break  # it reads nothing, so that more of it does not either
+            start = self.fork((before, end)) if i < num_optional else before
         return start
 
     def read(self, characters: Ranges, end: int) -> int:
         if characters not in self.tries:
             self.spend(4 * len(characters))
-            self.tries[characters] = self.trie(characters)
+            self.tries[characters] = self.trie([part for low, high in characters for part in _utf8(low, high)])
         return self.state((self.tries[characters], end))
+
+    def trie(self, sequences: Sequence[Ranges]) -> int:
+        """Return the node from which one of the sequences of bytes is read; they begin alike, or with other bytes."""
+        behind: dict[tuple[int, int], list[Ranges]] = {}
+        for sequence in sequences:
+            behind.setdefault(sequence[0], []).append(sequence[1:])
+        return self.state(tuple((*first, self.trie(rest) if rest[0] else _LEAF) for first, rest in behind.items()))
 
     def characters(self, op: str, argument: Any, flags: int, *, is_negated: bool = False) -> Ranges:
         """Return the code points that an element stands for."""
@@ -267,9 +264,10 @@ class _Nfa:
         if op == "RANGE":
             return (argument,)
         if op == "CATEGORY":
+            category = _category(str(argument))
             # JSON schema means ASCII by \d and \w, validators in Python do not: write what fits both.
             is_ascii = flags & _JSON_STRING and not is_negated and "NOT" not in str(argument)
-            return _clipped(_category(str(argument)), 0, 0x7F if is_ascii else _TOP)
+            return tuple((a, min(b, 0x7F)) for a, b in category if a <= 0x7F) if is_ascii else category
         if op == "IN":
             is_negated = str(argument[0][0]) == "NEGATE"
             members = [self.characters(str(o), a, flags, is_negated=is_negated) for o, a in argument[is_negated:]]
@@ -277,50 +275,6 @@ class _Nfa:
             union = _union([interval for member in members for interval in member])
             return _without(union) if is_negated else union
         raise NotImplementedError(f"it uses {op.lower()}")
-
-    def trie(self, characters: Ranges) -> int:
-        """Return the trie of the UTF-8 encodings of code points; surrogates have none."""
-        # Plain ASCII; then by number of bytes: what the first byte adds, the least and the largest code point.
-        edges = [(low, high, _LEAF) for low, high in _clipped(characters, 0, 0x7F)]
-        for extra, lead, least, largest in (
-            (1, 0xC0, 0x80, 0x7FF),
-            (2, 0xE0, 0x800, 0xD7FF),
-            (2, 0xE0, 0xE000, 0xFFFF),
-            (3, 0xF0, 0x10000, _TOP),
-        ):
-            inside = self.split(_clipped(characters, least, largest), extra)
-            edges += [(lead + a, lead + b, child) for a, b, child in inside]
-        return self.intern(edges)
-
-    def intern(self, edges: Sequence[tuple[int, int, int]]) -> int:
-        node = tuple(edges)
-        if node not in self.node_of:
-            self.node_of[node] = len(self.nodes)
-            self.nodes.append(node)
-        return self.node_of[node]
-
-    def split(self, ranges: Ranges, extra: int) -> list[tuple[int, int, int]]:
-        """Split numbers of `extra` further bytes (6 bits each) by their leading part."""
-        if extra == 0:
-            return [(a, b, _LEAF) for a, b in ranges]
-        size = 64**extra
-        parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for a, b in ranges:
-            head, last = a // size, b // size
-            for first in {head, last}:
-                inside = (max(a, first * size) - first * size, min(b, first * size + size - 1) - first * size)
-                parts.setdefault((first, first), []).append(inside)
-            if last - head > 1:
-                parts[head + 1, last - 1] = [(0, size - 1)]
-        joined: list[tuple[int, int, int]] = []
-        for (a, b), within in sorted(parts.items()):
-            below = self.split(tuple(within), extra - 1)
-            child = self.intern([(0x80 + low, 0x80 + high, node) for low, high, node in below])
-            if joined and joined[-1][2] == child and joined[-1][1] + 1 == a:
-                joined[-1] = (joined[-1][0], b, child)
-            else:
-                joined.append((a, b, child))
-        return joined
 
 
 def _union(intervals: Iterable[tuple[int, int]]) -> Ranges:
@@ -338,8 +292,17 @@ def _without(ranges: Ranges) -> Ranges:
     return tuple((a + 1, b - 1) for a, b in zip(edges[::2], edges[1::2], strict=True) if a + 1 <= b - 1)
 
 
-def _clipped(ranges: Ranges, low: int, high: int) -> Ranges:
-    return tuple((max(a, low), min(b, high)) for a, b in ranges if a <= high and b >= low)
+def _utf8(low: int, high: int) -> Iterator[Ranges]:
+    """Cut an interval of code points so that the encodings of a part are all combinations of intervals of bytes."""
+    cuts = [edge for edge in (0x80, 0x800, 0xD800, 0xE000, 0x10000) if low < edge <= high]
+    for size in (64, 64**2, 64**3) if low >= 0x80 else ():  # within one lead byte, or from its first to its last
+        if low // size != high // size:
+            cuts += [edge for edge in (low + -low % size, high + 1 - (high + 1) % size) if low < edge <= high]
+    if cuts:
+        yield from _utf8(low, cuts[0] - 1)
+        yield from _utf8(cuts[0], high)
+    elif not 0xD800 <= low < 0xE000:  # surrogates have no encoding
+        yield tuple(zip(chr(low).encode(), chr(high).encode(), strict=True))
 
 
 @cache
