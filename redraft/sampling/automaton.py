@@ -149,6 +149,11 @@ class TokenAutomaton:
     def dead(self) -> int:
         return self.num_states - 1
 
+    @property
+    def num_texts(self) -> int:
+        """The number of the states before the end token."""
+        return self.dead - self.has_end
+
     @cached_property
     def tokens_by_class(self) -> tuple[Ints, Ints]:
         """All tokens ordered by class, and where each class begins."""
@@ -169,8 +174,7 @@ class TokenAutomaton:
 
     def next(self, state: int, token_class: int) -> int:
         classes, to = self.leaving(state)
-        place = int(np.searchsorted(classes, token_class))
-        return int(to[place]) if place < len(classes) and classes[place] == token_class else self.dead
+        return int(to[classes == token_class].min(initial=self.dead))
 
     def before(self, after: NDArray[Any], token_class: int) -> NDArray[Any]:
         """Return for each state what `after` holds for the state behind a class of tokens."""
@@ -178,6 +182,19 @@ class TokenAutomaton:
         inside = order[starts[token_class] : starts[token_class + 1]]
         found = np.full_like(after, after[self.dead])
         found[self.state[inside]] = after[self.to[inside]]
+        return found
+
+    def before_any(self, after: NDArray[Any], scores: Floats | None = None, is_sum: bool = False) -> NDArray[Any]:
+        """Return for each state the best over the classes that lead on of their score and what `after` holds behind.
+
+        With `is_sum` and scores the log of the sum over them, else the largest.
+        """
+        edges, ways = self.edges, after[self.edges.to]
+        reduce = np.maximum.reduceat if scores is None or not is_sum else _logsumexp
+        if scores is not None:
+            ways = ways + reduce(scores[edges.label_members], edges.label_starts)[edges.label]
+        found = np.full_like(after, after[self.dead])
+        found[edges.from_states] = reduce(ways, edges.state_starts)
         return found
 
     @cached_property
@@ -220,22 +237,13 @@ class Edges:
     """The classes of each label, one label after the other."""
     label_starts: Ints
 
-    def before(self, after: NDArray[Any], scores: Floats | None = None, *, is_sum: bool = False) -> NDArray[Any]:
-        """Weigh each state by the best of its edges, or by the sum over them: the label's score and what is behind."""
-        before = np.full_like(after, after[-1])
-        ways = after[self.to] if scores is None else after[self.to] + scores[self.label]
-        reduce = segment_logsumexp if is_sum and scores is not None else np.maximum.reduceat
-        before[self.from_states] = reduce(ways, self.state_starts)
-        return before
 
-
-def segment_logsumexp(values: Floats, starts: Ints, axis: int = 0) -> Floats:
-    best = np.maximum.reduceat(values, starts, axis=axis)
+def _logsumexp(values: Floats, starts: Ints) -> Floats:
+    best = np.maximum.reduceat(values, starts)
     best[best == -np.inf] = 0.0
-    counts = np.diff(starts, append=values.shape[axis])
-    shares = np.exp(values - np.repeat(best, counts, axis=axis))
+    shares = np.exp(values - np.repeat(best, np.diff(starts, append=len(values))))
     with np.errstate(divide="ignore"):
-        total: Floats = best + np.log(np.add.reduceat(shares, starts, axis=axis))
+        total: Floats = best + np.log(np.add.reduceat(shares, starts))
     return total
 
 

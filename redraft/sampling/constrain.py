@@ -1,5 +1,6 @@
 """Where constraints meet the loop: the proposals of a step become one completion of each row."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,11 +25,10 @@ class Constrained:
 
     def check(self, canvas: Canvas) -> None:
         """Raise ValueError with the reason if a row cannot satisfy the constraint."""
-        for row in range(len(canvas.tokens)):
-            text = self._text(canvas, row)
+        for row, (text, compiled) in enumerate(self._rows(canvas)):
             if len(text) and int(text[-1] - text[0]) != len(text) - 1:  # sync: before the first step
                 raise ValueError(f"a constraint needs new text in one piece; got several in row {row}. Use one hole.")
-            self._compiled(canvas, row).check(canvas.tokens[row, text], canvas.is_noise[row, text])
+            compiled.check(canvas.tokens[row, text], canvas.is_noise[row, text])
 
     def __call__(
         self,
@@ -49,8 +49,7 @@ class Constrained:
         """
         logits = proposal.logits
         best = self._completed(proposal.x_0, logits, canvas, where) if with_best or temperature == 0 else None
-        if temperature == 0:
-            assert best is not None
+        if temperature == 0 and best is not None:
             x_0 = best
         else:
             logits = _cut(logits.float() / temperature, top_k=top_k, top_p=top_p)
@@ -68,37 +67,30 @@ class Constrained:
         u: Float[Tensor, "n"] | None = None,
     ) -> Int[Tensor, "n"]:
         """Complete row by row; `x_0` stands for what no constraint speaks of."""
-        seq_len = canvas.tokens.shape[1]
-        is_noise = canvas.is_noise.flatten()[where]
-        x_0 = torch.where(is_noise, x_0, canvas.tokens.flatten()[where])
-        for row in range(len(canvas.tokens)):
-            text = self._text(canvas, row)
-            if not len(text):
-                continue
-            begin = row * seq_len + int(text[0])  # sync: the walk is on the CPU
-            mine = ((where >= begin) & (where < begin + len(text)) & is_noise).nonzero()[:, 0]
+        row_of, column = where // canvas.tokens.shape[1], where % canvas.tokens.shape[1]
+        is_noise = canvas.is_noise[row_of, column]
+        x_0 = torch.where(is_noise, x_0, canvas.tokens[row_of, column])
+        for row, (text, compiled) in enumerate(self._rows(canvas)):
+            mine = ((row_of == row) & torch.isin(column, text) & is_noise).nonzero()[:, 0]
             if len(mine):
-                x_0[mine] = self._compiled(canvas, row).complete(
+                x_0[mine] = compiled.complete(
                     canvas.tokens[row, text],
                     canvas.is_noise[row, text],
-                    where[mine] - begin,
+                    column[mine] - text[0],
                     logits[mine],
                     temperature=temperature,
                     u=None if u is None else u[mine],
                 )
         return x_0
 
-    def _compiled(self, canvas: Canvas, row: int) -> CompiledConstraint:
-        if self.at_start is None or self.at_start is self.compiled:
-            return self.compiled
-        text = self._text(canvas, row)
-        before = canvas.tokens[row, : int(text[0])].tolist() if len(text) else []  # sync: the walk is on the CPU
-        return self.at_start if self.silent.issuperset(before) else self.compiled
-
-    def _text(self, canvas: Canvas, row: int) -> Int[Tensor, "new"]:
-        status = canvas.status[row]
-        new = ((status != Status.GIVEN) & (status != Status.PAD)).nonzero()[:, 0]
-        return new[: self.num_tokens]
+    def _rows(self, canvas: Canvas) -> Iterator[tuple[Int[Tensor, "new"], CompiledConstraint]]:
+        """Return the places of each row's new text, and what holds for it."""
+        for tokens, status in zip(canvas.tokens, canvas.status, strict=True):
+            text = ((status != Status.GIVEN) & (status != Status.PAD)).nonzero()[: self.num_tokens, 0]
+            before = (
+                tokens[: int(text[0])].tolist() if len(text) and self.at_start else []
+            )  # sync: the walk is on the CPU
+            yield text, self.at_start if self.at_start and self.silent.issuperset(before) else self.compiled
 
 
 def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | None) -> Float[Tensor, "n vocab"]:
