@@ -96,7 +96,8 @@ def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int, wh
         raise ValueError(f"whitespace must match spaces, tabs and line ends only; got {whitespace!r}.")
     try:
         document = _document(schema)
-        pattern = _Writer(root=document, whitespace=whitespace).value(document, max_depth)
+        comma = ("join", ("text", ","), whitespace)
+        pattern = _Writer(root=document, whitespace=whitespace, comma=comma).value(document, max_depth)
     except RecursionError as error:
         raise ValueError("the JSON schema is nested too deeply, or max_depth is too large. Flatten it.") from error
     if pattern is None:
@@ -145,13 +146,10 @@ class _Writer:
 
     root: Any
     whitespace: str
+    comma: Pattern
     written: dict[tuple[int, int], Any] = field(default_factory=dict)
     """By schema and depth, so that equal parts are one object."""
     steps: int = 0
-
-    @cached_property
-    def comma(self) -> Pattern:
-        return ("join", ("text", ","), self.whitespace)
 
     def spend(self, steps: int) -> None:
         self.steps += steps
@@ -175,23 +173,18 @@ class _Writer:
         if schema is False:
             return None
         _check(schema)
-        used = schema.keys() - _ANNOTATIONS
-        alone = [key for key in _ALONE if key in used]
-        if alone:
-            beside = used - {alone[0], *(["type"] if alone[0] in ("enum", "const") else [])}
-            if beside:
-                raise _refuse(f"{alone[0]} must stand alone", sorted(beside), "Write the combination out.")
-            return self._combined(alone[0], schema, depth)
-        return _either([self._of_type(kind, schema, depth) for kind in _kinds(schema)])
-
-    def _combined(self, key: str, schema: Mapping[str, Any], depth: int) -> Pattern | None:
+        key = next((key for key in _ALONE if key in schema), None)
+        if key is None:
+            return _either([self._of_type(kind, schema, depth) for kind in _kinds(schema)])
+        beside = schema.keys() - _ANNOTATIONS - {key, "type" if key in ("enum", "const") else key}
+        if beside:
+            raise _refuse(f"{key} must stand alone", sorted(beside), "Write the combination out.")
         if key == "$ref":
             return self.value(self._resolve(schema), depth)
         if key in ("enum", "const"):
             values = _constants(schema)
             self.spend(len(values))
-            kinds = set(_kinds(schema)) if "type" in schema else set(_KINDS)
-            return _one_of([value for value in values if _kinds_of(value) & kinds])
+            return _one_of([value for value in values if _kinds_of(value) & _types(schema)])
         options = schema[key]
         if key == "allOf" and len(options) > 1:
             raise _refuse("allOf of several schemas", options, "Merge them into one.")
@@ -268,12 +261,9 @@ class _Writer:
             self.spend(len(_constants(a)) * len(_constants(b)) // 10)
             return not any(x == y for x in _constants(a) for y in _constants(b))
         # Of values that are objects on both sides, a property that both require may decide.
-        properties = [
-            {name: of for name, of in one.get("properties", {}).items() if name in one.get("required", ())}
-            for one in (a, b)
-        ]
-        names = properties[0].keys() & properties[1].keys()
-        return common == {"object"} and any(self._exclude(properties[0][name], properties[1][name]) for name in names)
+        ours, theirs = _required(a), _required(b)
+        shared = ours.keys() & theirs.keys()
+        return common == {"object"} and any(self._exclude(ours[name], theirs[name]) for name in shared)
 
     @cached_property
     def references(self) -> tuple[dict[str, list[Any]], set[int]]:
@@ -370,9 +360,18 @@ def _kinds(schema: Mapping[str, Any]) -> list[str]:
     return kinds
 
 
+def _required(schema: Mapping[str, Any]) -> dict[str, Any]:
+    required = schema.get("required", ())
+    return {name: value for name, value in schema.get("properties", {}).items() if name in required}
+
+
 def _constants(schema: Mapping[str, Any]) -> list[Any]:
     values: list[Any] = schema["enum"] if "enum" in schema else [schema["const"]]
     return values
+
+
+def _types(schema: Mapping[str, Any]) -> set[str]:
+    return set(_kinds(schema) if "type" in schema else _KINDS)
 
 
 def _kinds_of(value: Any) -> set[str]:
@@ -385,7 +384,7 @@ def _possible_kinds(schema: Mapping[str, Any]) -> set[str]:
     """Return the types a value may have; integers are numbers too."""
     if "enum" in schema or "const" in schema:
         return set().union(*map(_kinds_of, _constants(schema)))
-    kinds = set(_kinds(schema) if "type" in schema else _KINDS)
+    kinds = _types(schema)
     return kinds | {"number"} if "integer" in kinds else kinds
 
 

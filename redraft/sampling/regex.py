@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -32,9 +32,9 @@ Ranges = tuple[tuple[int, int], ...]
 """Code points or bytes: disjoint closed intervals in order."""
 Pattern = str | tuple[Any, ...]
 """A regular expression, or ("text", text), ("searched", regular expression of a JSON schema inside a string),
-("join", *patterns), ("either", *patterns), ("repeat", least, most or None, pattern), or ("members", comma,
-((pattern, is_required), ...)): in order, those not required left out at will, a comma between those that stand. Parts
-that are one object are built once."""
+("characters", ranges), ("join", *patterns), ("either", *patterns), ("repeat", least, most or None, pattern), or
+("members", comma, ((pattern, is_required), ...)): in order, those not required left out at will, a comma between those
+that stand. Parts that are one object are built once, so they must live as long as the whole."""
 K = TypeVar("K", bound=Hashable)
 _sre: Any = import_module("re._parser")
 
@@ -86,7 +86,6 @@ def _refused(pattern: str, reason: str) -> ValueError:
     )
 
 
-@lru_cache(maxsize=32)
 def _parsed(pattern: str) -> Any:
     if len(pattern) > MAX_LENGTH:
         raise _refused(pattern, f"it has {len(pattern)} characters, more than {MAX_LENGTH}")
@@ -129,6 +128,7 @@ class _Nfa:
     tries, each with its edges (first byte, last byte, child). Equal ones are one."""
     number: dict[Any, int] = field(default_factory=dict)
     built: dict[tuple[int, int], int] = field(default_factory=dict)
+    parsed: dict[tuple[str, str], Pattern] = field(default_factory=dict)
     tries: dict[Ranges, int] = field(default_factory=dict)
     closures: dict[int, frozenset[Item]] = field(default_factory=dict)
     work: int = 0
@@ -172,24 +172,26 @@ class _Nfa:
         return self.built[key]
 
     def _build(self, pattern: Pattern, end: int) -> int:
+        self.spend(1)
         kind, *parts = ("matched", pattern) if isinstance(pattern, str) else pattern
         if kind in ("matched", "searched"):
-            parsed = _parsed(parts[0])
-            try:
-                return self.sequence(parsed, end, parsed.state.flags | (_JSON_STRING if kind == "searched" else 0))
-            except NotImplementedError as error:
-                raise _refused(parts[0], str(error)) from error
+            key = kind, parts[0]
+            if key not in self.parsed:  # kept, so that equal ones have one id
+                self.parsed[key] = self.regex(parts[0], _JSON_STRING if kind == "searched" else 0)
+            return self.build(self.parsed[key], end)
+        if kind == "characters":
+            return self.read(parts[0], end)
         if kind == "repeat":
-            return self.repeat(parts[0], parts[1], lambda state: self.build(parts[2], state), end)
+            return self.repeat(end, *parts)
         if kind == "either":
             return self.fork([self.build(part, end) for part in parts])
         if kind == "members":
-            return self.members(parts[0], parts[1], end)
+            return self.members(end, *parts)
         for part in reversed(parts[0] if kind == "text" else parts):
             end = self.read(((ord(part), ord(part)),), end) if kind == "text" else self.build(part, end)
         return end
 
-    def members(self, comma: Pattern, members: Sequence[tuple[Pattern, bool]], end: int) -> int:
+    def members(self, end: int, comma: Pattern, members: Sequence[tuple[Pattern, bool]]) -> int:
         """From the last member on: `rest` must read one of those so far, `after` stands behind an earlier one."""
         rest, after, may_end = self.fork(()), end, [end]
         for member, is_required in reversed(members):
@@ -199,39 +201,42 @@ class _Nfa:
             after = self.fork((self.build(comma, rest), *may_end))
         return self.fork((rest, *may_end))
 
-    def sequence(self, parsed: Any, end: int, flags: int) -> int:
-        for op, argument in reversed(list(parsed)):
-            end = self.element(str(op), argument, end, flags)
-        return end
+    def regex(self, pattern: str, flags: int) -> Pattern:
+        parsed = _parsed(pattern)
+        try:
+            return self.sequence(parsed, flags | parsed.state.flags)
+        except NotImplementedError as error:
+            raise _refused(pattern, str(error)) from error
 
-    def element(self, op: str, argument: Any, end: int, flags: int) -> int:
-        self.spend(1)
+    def sequence(self, parsed: Any, flags: int) -> Pattern:
+        return ("join", *(self.element(str(op), argument, flags) for op, argument in parsed))
+
+    def element(self, op: str, argument: Any, flags: int) -> Pattern:
         if op == "SUBPATTERN":
             _, added, removed, inner = argument
-            return self.sequence(inner, end, (flags | added) & ~removed)
+            return self.sequence(inner, (flags | added) & ~removed)
         if op == "BRANCH":
-            return self.fork([self.sequence(option, end, flags) for option in argument[1]])
+            return ("either", *(self.sequence(option, flags) for option in argument[1]))
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, inner = argument
-            most = None if most is _sre.MAXREPEAT else most
-            return self.repeat(least, most, lambda state: self.sequence(inner, state, flags), end)
+            return ("repeat", least, None if most is _sre.MAXREPEAT else most, self.sequence(inner, flags))
         characters = self.characters(op, argument, flags)
         if not flags & _JSON_STRING:
-            return self.read(characters, end)
+            return ("characters", characters)
         escapes = [_ESCAPES[c] for c in _ESCAPES if any(low <= ord(c) <= high for low, high in characters)]
         raw = _without(_union([*_without(characters), *_ESCAPED]))
-        return self.fork([self.read(raw, end), *(self.build(("text", "\\" + letter), end) for letter in escapes)])
+        return ("either", ("characters", raw), *(("text", "\\" + letter) for letter in escapes))
 
-    def repeat(self, least: int, most: int | None, inner: Callable[[int], int], end: int) -> int:
+    def repeat(self, end: int, least: int, most: int | None, inner: Pattern) -> int:
         start = end
         if most is None:
             start = len(self.states)  # a loop is like no other state
             self.states.append(None)
-            self.states[start] = frozenset((inner(start), end))
+            self.states[start] = frozenset((self.build(inner, start), end))
         num_optional = 0 if most is None else most - least
         for i in range(least + num_optional):
             self.spend(1)
-            before = inner(start)
+            before = self.build(inner, start)
             if before == start:
                 break  # it reads nothing, so that more of it does not either
             start = self.fork((before, end)) if i < num_optional else before
