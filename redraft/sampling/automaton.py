@@ -189,17 +189,20 @@ class TokenAutomaton:
 
         With `is_sum` and scores the log of the sum over them, else the largest.
         """
-        edges, ways = self.edges, after[self.edges.to]
+        (to, label, from_states, state_starts), (members, starts) = self._edges
         reduce = np.maximum.reduceat if scores is None or not is_sum else _logsumexp
-        if scores is not None:
-            ways = ways + reduce(scores[edges.label_members], edges.label_starts)[edges.label]
+        ways = after[to] if scores is None else after[to] + reduce(scores[members], starts)[label]
         found = np.full_like(after, after[self.dead])
-        found[edges.from_states] = reduce(ways, edges.state_starts)
+        found[from_states] = reduce(ways, state_starts)
         return found
 
     @cached_property
-    def edges(self) -> "Edges":
-        """The pairs of states that some token joins."""
+    def _edges(self) -> tuple[tuple[Ints, Ints, Ints, Ints], tuple[Ints, Ints]]:
+        """The pairs of states that some token joins, and labels: the sets of classes that lead across.
+
+        Of each edge, ordered by where it leaves, where it leads and its label; the states that have edges, and where
+        the edges of each begin. The classes of the labels, one label after the other, and where each label begins.
+        """
         order = np.argsort(self.state * self.num_states + self.to, kind="stable")
         state, to, token_class = self.state[order], self.to[order], self.token_class[order]
         starts = np.flatnonzero(np.diff(state * self.num_states + to, prepend=-1))
@@ -207,35 +210,14 @@ class TokenAutomaton:
         label_of: dict[bytes, int] = {}
         sets = [members.tobytes() for members in np.split(token_class, starts[1:])]
         label = np.array([label_of.setdefault(members, len(label_of)) for members in sets])
-        from_states, state_starts = np.unique(state[starts], return_index=True)
-        return Edges(
-            to=to[starts],
-            label=label,
-            from_states=from_states,
-            state_starts=state_starts,
-            label_members=np.frombuffer(b"".join(label_of), token_class.dtype),
-            label_starts=np.cumsum([0, *map(len, label_of)])[:-1] // token_class.itemsize,
-        )
+        members = np.frombuffer(b"".join(label_of), np.int64)
+        label_starts = np.cumsum([0, *map(len, label_of)])[:-1] // 8
+        return (to[starts], label, *np.unique(state[starts], return_index=True)), (members, label_starts)
 
 
 def _ordered(values: Ints, num: int) -> tuple[Ints, Ints]:
     order = np.argsort(values, kind="stable")
     return order, np.searchsorted(values[order], np.arange(num))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Edges:
-    """The joined pairs of states ordered by the first, each with a label: the set of classes that lead across."""
-
-    to: Ints
-    label: Ints
-    from_states: Ints
-    """The states that have edges."""
-    state_starts: Ints
-    """Where the edges of each of them begin."""
-    label_members: Ints
-    """The classes of each label, one label after the other."""
-    label_starts: Ints
 
 
 def _logsumexp(values: Floats, starts: Ints) -> Floats:
@@ -261,7 +243,7 @@ def over_tokens(
     if not is_live[0]:
         raise ValueError(_unspellable(automaton, pieces.values()))
     # Tokens may reach fewer states than bytes do: number what is left. Tokens that act alike there are one class.
-    num_states, number = int(is_live.sum()), (np.cumsum(is_live) - 1).astype(np.int32)
+    number = (np.cumsum(is_live) - 1).astype(np.int32)
     classes: dict[Row, int] = {}
     class_of_row: dict[int, int] = {}
     for row in used:  # ordered by their first token, and so are the classes
@@ -270,17 +252,16 @@ def over_tokens(
         if is_left.any():
             left = number[state[is_left]].tobytes(), number[to[is_left]].tobytes()
             class_of_row[row] = classes.setdefault(left, len(classes))
-    state, to = (_joined([left[side] for left in classes]) for side in (0, 1))
-    token_class = np.repeat(np.arange(len(classes)), [len(states) // 4 for states, _ in classes])
     has_end = eos_token_id is not None
+    is_final = np.append(automaton.is_final[is_live], [True] * has_end + [False])
     class_of = np.full(len(token_bytes), len(classes) + has_end)
     class_of[[*row_of]] = [class_of_row.get(row, len(classes) + has_end) for row in row_of.values()]
-    is_final = np.append(automaton.is_final[is_live], [True] * has_end + [False])
-    if eos_token_id is not None:
-        ends = np.flatnonzero(is_final)
-        state, to = np.append(state, ends), np.append(to, np.full(len(ends), num_states))
-        token_class = np.append(token_class, np.full(len(ends), len(classes)))
+    if eos_token_id is not None:  # it leads from every end to one state more
+        ends = np.flatnonzero(is_final).astype(np.int32)
         class_of[eos_token_id] = len(classes)
+        classes[ends.tobytes(), np.full_like(ends, is_live.sum()).tobytes()] = len(classes)
+    state, to = (_joined([left[side] for left in classes]) for side in (0, 1))
+    token_class = np.repeat(np.arange(len(classes)), [len(states) // 4 for states, _ in classes])
     order = np.lexsort((token_class, state))
     return TokenAutomaton(
         state=state[order],
@@ -288,7 +269,7 @@ def over_tokens(
         to=to[order],
         class_of=class_of,
         is_final=is_final,
-        num_classes=len(classes) + has_end,
+        num_classes=len(classes),
         has_end=has_end,
     )
 

@@ -328,10 +328,9 @@ def _either(options: Sequence[Pattern | None]) -> Pattern | None:
 def _one_of(values: list[Any]) -> Pattern | None:
     """Write constants; the marks around texts are written once, which saves a step for each text and place."""
     texts = [_text(value)[1] for value in values]
-    inside = [("text", text[1:-1]) for text in texts if text.startswith('"')]
-    return _either(
-        [_quoted(("either", *inside)) if inside else None, *(("text", text) for text in texts if text[0] != '"')]
-    )
+    inside = [("text", text[1:-1]) for text in texts if text[0] == '"']
+    others = [("text", text) for text in texts if text[0] != '"']
+    return _either([_quoted(("either", *inside)) if inside else None, *others])
 
 
 def _quoted(*inside: Pattern) -> Pattern:
@@ -404,9 +403,8 @@ def _string(schema: Mapping[str, Any]) -> Pattern | None:
 def _searched(pattern: str) -> list[Pattern]:
     """Write a pattern that JSON schema would search for."""
     if re.search(r"\{,|\[\^?\]", pattern):
-        raise _refuse(
-            "a pattern that Python and JavaScript read differently", pattern, "Leave out '{,', '[]' and '[^]'."
-        )
+        remedy = "Leave out '{,', '[]' and '[^]'."
+        raise _refuse("a pattern that Python and JavaScript read differently", pattern, remedy)
     at_start, at_end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
     anything = _times(0, math.inf, CHARACTER)
     inner = ("searched", pattern[at_start : len(pattern) - at_end])
