@@ -47,49 +47,36 @@ class Constrained:
         Drafts are proposed as they are: an edit of some drafts and not of others could break what holds; to make a
         draft noise again breaks nothing.
         """
-        logits = proposal.logits
-        best = self._completed(proposal.x_0, logits, canvas, where) if with_best or temperature == 0 else None
-        if temperature == 0 and best is not None:
+        num_columns = canvas.tokens.shape[1]
+        row_of, column = where // num_columns, where % num_columns
+        is_noise = canvas.is_noise[row_of, column]
+        drafts = torch.where(is_noise, proposal.x_0, canvas.tokens[row_of, column])  # and what no constraint speaks of
+        rows = list(self._rows(canvas))
+
+        def completed(logits: Float[Tensor, "n vocab"], temperature: float) -> Int[Tensor, "n"]:
+            x_0 = drafts.clone()
+            for row, (text, compiled) in enumerate(rows):
+                mine = ((row_of == row) & torch.isin(column, text) & is_noise).nonzero()[:, 0]
+                if len(mine):
+                    known = canvas.tokens[row, text], canvas.is_noise[row, text]
+                    numbers = None if u is None else u[mine]
+                    x_0[mine] = compiled.complete(
+                        *known, column[mine] - text[0], logits[mine], temperature=temperature, u=numbers
+                    )
+            return x_0
+
+        best = completed(proposal.logits, 0.0) if with_best or temperature == 0 else None
+        if best is not None and temperature == 0:
             x_0 = best
         else:
-            logits = _cut(logits.float() / temperature, top_k=top_k, top_p=top_p)
-            x_0 = self._completed(proposal.x_0, logits, canvas, where, temperature=1.0, u=u)
+            x_0 = completed(_cut(proposal.logits.float() / temperature, top_k=top_k, top_p=top_p), 1.0)
         return replace(proposal, x_0=x_0, confidence=proposal.probability_of(x_0), best=best)
-
-    def _completed(
-        self,
-        x_0: Int[Tensor, "n"],
-        logits: Float[Tensor, "n vocab"],
-        canvas: Canvas,
-        where: Int[Tensor, "n"],
-        *,
-        temperature: float = 0.0,
-        u: Float[Tensor, "n"] | None = None,
-    ) -> Int[Tensor, "n"]:
-        """Complete row by row; `x_0` stands for what no constraint speaks of."""
-        row_of, column = where // canvas.tokens.shape[1], where % canvas.tokens.shape[1]
-        is_noise = canvas.is_noise[row_of, column]
-        x_0 = torch.where(is_noise, x_0, canvas.tokens[row_of, column])
-        for row, (text, compiled) in enumerate(self._rows(canvas)):
-            mine = ((row_of == row) & torch.isin(column, text) & is_noise).nonzero()[:, 0]
-            if len(mine):
-                x_0[mine] = compiled.complete(
-                    canvas.tokens[row, text],
-                    canvas.is_noise[row, text],
-                    column[mine] - text[0],
-                    logits[mine],
-                    temperature=temperature,
-                    u=None if u is None else u[mine],
-                )
-        return x_0
 
     def _rows(self, canvas: Canvas) -> Iterator[tuple[Int[Tensor, "new"], CompiledConstraint]]:
         """Return the places of each row's new text, and what holds for it."""
         for tokens, status in zip(canvas.tokens, canvas.status, strict=True):
             text = ((status != Status.GIVEN) & (status != Status.PAD)).nonzero()[: self.num_tokens, 0]
-            before = (
-                tokens[: int(text[0])].tolist() if len(text) and self.at_start else []
-            )  # sync: the walk is on the CPU
+            before = tokens[: text[0]].tolist() if len(text) and self.at_start else []  # sync: the walk is on the CPU
             yield text, self.at_start if self.at_start and self.silent.issuperset(before) else self.compiled
 
 

@@ -80,6 +80,7 @@ _KINDS = ("object", "array", "string", "integer", "number", "boolean", "null")
 _ANYTHING: dict[str, Any] = {}
 """The schema of any value."""
 _QUOTE = ("text", '"')
+_PENDING = "pending"
 
 
 def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int, whitespace: str) -> Pattern:
@@ -161,12 +162,12 @@ class _Writer:
         if schema is True or (isinstance(schema, Mapping) and not schema.keys() - _ANNOTATIONS):
             schema, depth = _ANYTHING, min(depth, FREE_DEPTH)
         key = (id(schema), depth)
-        if key in self.written and self.written[key] is _PENDING:
-            raise _refuse("a $ref that leads only to itself", schema, "Put an object or an array between.")
         if key not in self.written:
             self.written[key] = _PENDING
             self.written[key] = self._value(schema, depth)
         pattern: Pattern | None = self.written[key]
+        if pattern is _PENDING:
+            raise _refuse("a $ref that leads only to itself", schema, "Put an object or an array between.")
         return pattern
 
     def _value(self, schema: Any, depth: int) -> Pattern | None:
@@ -212,24 +213,23 @@ class _Writer:
             properties[name] = others
         least, most = schema.get("minProperties", 0), schema.get("maxProperties", math.inf)
         if not properties and others is not False:
-            return self._map(least, most, others, depth)
+            if least > 1:
+                raise _refuse("minProperties above 1 cannot tell equal names apart", least, "Name the properties.")
+            member = self._member(_quoted(_times(0, math.inf, CHARACTER)), self.value(others, depth))
+            return self._repeated("{}", member, least, most)
         if least > len(required) or most < len(properties):
             raise _refuse("minProperties and maxProperties with listed properties", sorted(schema), "Use required.")
-        members = []
-        for name, of_name in properties.items():
-            value = self.value(of_name, depth)
-            if value is not None:
-                members.append((("join", _text(name), ("text", ":"), self.whitespace, value), name in required))
-            elif name in required:
-                return None
-        return ("join", ("text", "{"), ("members", self.comma, members), ("text", "}"))
+        members = [
+            (self._member(_text(name), self.value(schema, depth)), name in required)
+            for name, schema in properties.items()
+        ]
+        if (None, True) in members:
+            return None
+        possible = [member for member in members if member[0] is not None]
+        return ("join", ("text", "{"), ("members", self.comma, possible), ("text", "}"))
 
-    def _map(self, least: int, most: float, others: Any, depth: int) -> Pattern | None:
-        if least > 1:
-            raise _refuse("minProperties above 1 cannot tell equal names apart", least, "Name the properties.")
-        value = self.value(others, depth)
-        name = _quoted(_times(0, math.inf, CHARACTER))
-        return self._repeated("{}", value and ("join", name, ("text", ":"), self.whitespace, value), least, most)
+    def _member(self, name: Pattern, value: Pattern | None) -> Pattern | None:
+        return None if value is None else ("join", name, ("text", ":"), self.whitespace, value)
 
     def _array(self, schema: Mapping[str, Any], depth: int) -> Pattern | None:
         item = self.value(schema.get("items", schema.get("unevaluatedItems", True)), depth)
@@ -278,7 +278,7 @@ class _Writer:
 
     def _resolve(self, schema: Mapping[str, Any]) -> Any:
         reference = schema["$ref"]
-        if not isinstance(reference, str) or not reference.startswith("#"):
+        if not reference.startswith("#"):
             raise _refuse("a $ref must point into the schema itself", reference, "Copy what it names under $defs.")
         named, from_root = self.references
         if id(schema) not in from_root:
@@ -297,9 +297,6 @@ class _Writer:
                 raise _refuse("a $ref that leads nowhere", reference, "Define it under $defs.")
             at = at[name]
         return at
-
-
-_PENDING = "pending"
 
 
 def _ids(schema: Mapping[str, Any]) -> list[str]:
