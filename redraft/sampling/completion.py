@@ -208,10 +208,11 @@ class CompiledConstraint:
 
     def _token(self, token_class: int, rest: float, logits: Float[Tensor, "vocab"], is_draw: bool) -> Int[Tensor, ""]:
         """Pick the best token of a class, or the one on which the draw falls."""
-        if not is_draw and self._class(likeliest := int(logits.argmax())) == token_class:
-            return torch.tensor(likeliest)  # reading all in order is faster than gathering a part
         order, starts = self.automaton.tokens_by_class
-        tokens = torch.from_numpy(order[starts[token_class] : starts[token_class + 1]]).to(logits.device)
+        members = order[starts[token_class] : starts[token_class + 1]]
+        if not is_draw and 8 * len(members) > len(order) and self._class(best := int(logits.argmax())) == token_class:
+            return torch.tensor(best)  # reading all in order is faster than gathering a large part
+        tokens = torch.from_numpy(members).to(logits.device)
         inside = logits[tokens].float().clamp(min=_LOWEST)
         if not is_draw:
             return tokens[inside.argmax()]

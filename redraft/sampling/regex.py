@@ -262,12 +262,9 @@ class _Nfa:
         if op == "ANY":
             ends = ((10, 10), (13, 13), (0x2028, 0x2029)) if flags & _JSON_STRING else ((10, 10),)
             return _without(() if flags & re.DOTALL else ends)
-        if op == "LITERAL":
-            return ((argument, argument),)
-        if op == "NOT_LITERAL":
-            return _without(((argument, argument),))
-        if op == "RANGE":
-            return (argument,)
+        if op in ("LITERAL", "NOT_LITERAL", "RANGE"):
+            interval = argument if op == "RANGE" else (argument, argument)
+            return _without((interval,)) if op == "NOT_LITERAL" else (interval,)
         if op == "CATEGORY":
             category = _category(str(argument))
             # JSON schema means ASCII by \d and \w, validators in Python do not: write what fits both.
