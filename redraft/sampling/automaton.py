@@ -5,18 +5,19 @@ over the tokens of a vocabulary. Tokens that act alike in every state form a cla
 with the automaton and not with the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redraft.sampling.regex import MAX_STATES, Pattern, determinise, too_large
+from redraft.sampling.regex import Pattern, determinise, explore, too_large
 from redraft.sampling.token_bytes import LeadingSpace
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 MAX_WORK = 200_000_000
 """States that tokens are followed through, some nanoseconds each."""
@@ -37,20 +38,10 @@ class ByteAutomaton:
         """Accept what both accept: the states are the reachable pairs. Raises ValueError where they are too many."""
         width = len(other.table)
         columns, column_of = _alike(np.concatenate([self.table, other.table]))
-        ours, theirs = self.table[:, columns].astype(np.int64), other.table[:, columns]
-        number, codes, rows = {0: 0}, [0], []
-        for code in codes:  # grows while it is walked
-            rows.append(ours[code // width] * width + theirs[code % width])
-            for following in rows[-1].tolist():
-                if number.setdefault(following, len(codes)) == len(codes):
-                    codes.append(following)
-            if len(codes) > MAX_STATES:
-                raise too_large(f"{MAX_STATES} states")
-        pairs = np.array(codes)
-        order = np.argsort(pairs)
-        table = order[np.searchsorted(pairs, np.stack(rows), sorter=order)]
-        is_final = self.is_final[pairs // width] & other.is_final[pairs % width]
-        return _minimal(table[:, column_of], is_final)
+        ours, theirs = self.table[:, columns].astype(np.int64) * width, other.table[:, columns]
+        codes, table = explore(0, lambda code: ((ours[code // width] + theirs[code % width]).tolist(), 1))
+        first, second = np.divmod(codes, width)
+        return _minimal(table[:, column_of], self.is_final[first] & other.is_final[second])
 
 
 def after_space(automaton: ByteAutomaton, leading_space: LeadingSpace) -> ByteAutomaton:
@@ -70,77 +61,63 @@ def from_pattern(pattern: Pattern) -> ByteAutomaton:
     return _minimal(*determinise(pattern))
 
 
-def _minimal(table: Ints | NDArray[np.int32], is_final: Bools) -> ByteAutomaton:
+def _minimal(table: NDArray[np.int32], is_final: Bools) -> ByteAutomaton:
     """Merge the states that no text tells apart; the dead state becomes the last."""
     dead = len(table)  # one dead state more does no harm: it is merged with any other
     columns, column_of = _alike(table)
-    narrow = np.concatenate([table[:, columns], np.full((1, len(columns)), dead)])
+    narrow = np.concatenate([table[:, columns], np.full((1, len(columns)), dead, np.int32)])
     is_final = np.append(is_final, False)
     group = _equivalent(narrow, is_final)
     if group[0] == group[dead]:
         raise ValueError("nothing satisfies the constraint: its parts exclude each other. Loosen one of them.")
-    first = np.unique(group, return_index=True)[1]
-    middle = [g for g in range(len(first)) if g not in (group[0], group[dead])]
-    order = np.array([group[0], *middle, group[dead]])
-    renumbered = np.argsort(order)[group[narrow[first[order]]]].astype(np.int32)
+    first = np.unique(group, return_index=True)[1]  # a state of each group
+    order = np.argsort(np.where(np.arange(len(first)) == group[dead], dead, first))
+    renumbered = np.argsort(order)[group].astype(np.int32)[narrow[first[order]]]
     return ByteAutomaton(table=renumbered[:, column_of], is_final=is_final[first[order]])
 
 
-def _equivalent(table: Ints, is_final: Bools) -> Ints:
-    """Group the states that no text tells apart: Moore's refinement by the groups that a state leads to.
+def _equivalent(table: NDArray[np.int32], is_final: Bools) -> Ints:
+    """Group the states that no text tells apart (Hopcroft's refinement, many groups at a time).
 
-    A round looks only at states that lead to what was split off in the round before, and the largest part of a group
-    keeps its number, so that a state is split off a logarithmic number of times.
+    A round splits groups by how their states lead to what was split off in the round before. The largest part of a
+    group keeps its number, so that a state is split off a logarithmic number of times.
     """
+    num_states, num_columns = table.shape
     transitions = np.argsort(table, axis=None, kind="stable")
-    begins = np.searchsorted(table.ravel()[transitions], np.arange(len(table) + 1)).tolist()
-    leads_from = transitions // table.shape[1]
-    group = is_final.astype(np.int32)
-    members, sign_of = [set(np.flatnonzero(group == number).tolist()) for number in range(2)], [b"", b""]
-    dirty, work = list(range(len(table))), 0
-    while dirty:
-        work += len(dirty)
+    begins = np.searchsorted(table.ravel()[transitions], np.arange(num_states + 1)).tolist()
+    group = is_final.astype(np.int64)
+    members = [set(np.flatnonzero(group == number).tolist()) for number in range(2)]
+    moved, work = list(members[1]), 0
+    while moved:
+        into = np.sort(np.concatenate([transitions[begins[state] : begins[state + 1]] for state in moved]))
+        states, starts = np.unique(into // num_columns, return_index=True)
+        work += len(states)
         if work > MAX_LOOKS:
             raise too_large(f"{MAX_LOOKS} steps to shrink")
+        ways = np.split(into % num_columns * num_states + group[table.flat[into]], starts[1:])
         parts: dict[int, dict[bytes, list[int]]] = {}
-        for state, number, row in zip(dirty, group[dirty].tolist(), group[table[dirty]], strict=True):
-            parts.setdefault(number, {}).setdefault(row.tobytes(), []).append(state)
-        moved: list[int] = []
-        for number, part in parts.items():
-            # States that were not looked at are as they were. They are listed only if they are not the largest part.
-            num_others = len(members[number]) - sum(map(len, part.values()))
-            largest = max(part, key=lambda sign: len(part[sign]))
-            if len(part[largest]) > num_others + len(part.get(sign_of[number], ())):
-                others = members[number].difference(*part.values())
-                part.setdefault(sign_of[number], []).extend(others)
-                sign_of[number] = largest
-            for sign in [sign for sign in part if part[sign] and sign != sign_of[number]]:
-                group[part[sign]] = len(members)
-                members[number].difference_update(part[sign])
-                members.append(set(part[sign]))
-                sign_of.append(sign)
-                moved += part[sign]
-        spans = [leads_from[begins[state] : begins[state + 1]] for state in moved]
-        dirty = np.unique(np.concatenate(spans)).tolist() if spans else []
-    return np.unique(group, return_inverse=True)[1]
+        for state, number, way in zip(states.tolist(), group[states].tolist(), ways, strict=False):
+            parts.setdefault(number, {}).setdefault(way.tobytes(), []).append(state)
+        moved = []
+        for number, by_way in parts.items():
+            split: list[Collection[int]] = [*by_way.values()]
+            largest = max(split, key=len)
+            if len(largest) > len(members[number]) - sum(map(len, split)):
+                others = members[number].difference(*split)
+                split = [others, *(part for part in split if part is not largest)]
+            for part in filter(None, split):
+                group[list(part)] = len(members)
+                members[number].difference_update(part)
+                members.append(set(part))
+                moved += part
+    return group
 
 
-def _alike(table: Ints | NDArray[np.int32]) -> tuple[Ints, Ints]:
+def _alike(table: NDArray[np.int32]) -> tuple[Ints, Ints]:
     """Return one column of each kind, and the kind of each column."""
-    _, first, kind = np.unique(_hash(table.T), return_index=True, return_inverse=True)
-    return first, kind
-
-
-def _hash(rows: Ints | NDArray[np.int32]) -> NDArray[np.uint64]:
-    """Hash each row to 64 bits; equal rows have equal hashes, and others do so with probability 2^-64."""
-    mixed: NDArray[np.uint64] = (rows.astype(np.uint64) + np.uint64(1)) @ _weights(0, rows.shape[1])
-    return mixed
-
-
-@lru_cache(maxsize=8)
-def _weights(seed: int, num: int) -> NDArray[np.uint64]:
-    weights: NDArray[np.uint64] = np.random.default_rng(seed).integers(1 << 63, size=num, dtype=np.uint64)
-    return weights * 2 + 1
+    kinds: dict[bytes, int] = {}
+    kind_of = np.array([kinds.setdefault(column.tobytes(), len(kinds)) for column in table.T])
+    return np.unique(kind_of, return_index=True)[1], kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +149,11 @@ class TokenAutomaton:
     def dead(self) -> int:
         return self.num_states - 1
 
+    @property
+    def num_texts(self) -> int:
+        """The number of the states before the end token."""
+        return self.dead - self.has_end
+
     @cached_property
     def tokens_by_class(self) -> tuple[Ints, Ints]:
         """All tokens ordered by class, and where each class begins."""
@@ -192,8 +174,7 @@ class TokenAutomaton:
 
     def next(self, state: int, token_class: int) -> int:
         classes, to = self.leaving(state)
-        place = int(np.searchsorted(classes, token_class))
-        return int(to[place]) if place < len(classes) and classes[place] == token_class else self.dead
+        return int(to[classes == token_class].min(initial=self.dead))
 
     def before(self, after: NDArray[Any], token_class: int) -> NDArray[Any]:
         """Return for each state what `after` holds for the state behind a class of tokens."""
@@ -203,28 +184,35 @@ class TokenAutomaton:
         found[self.state[inside]] = after[self.to[inside]]
         return found
 
+    def before_any(self, after: NDArray[Any], scores: Floats | None = None, is_sum: bool = False) -> NDArray[Any]:
+        """Return for each state the best over the classes that lead on of their score and what `after` holds behind.
+
+        With `is_sum` and scores the log of the sum over them, else the largest.
+        """
+        (to, label, from_states, state_starts), (members, starts) = self._edges
+        reduce = np.maximum.reduceat if scores is None or not is_sum else _logsumexp
+        ways = after[to] if scores is None else after[to] + reduce(scores[members], starts)[label]
+        found = np.full_like(after, after[self.dead])
+        found[from_states] = reduce(ways, state_starts)
+        return found
+
     @cached_property
-    def edges(self) -> "Edges":
-        """The pairs of states that some token joins."""
+    def _edges(self) -> tuple[tuple[Ints, Ints, Ints, Ints], tuple[Ints, Ints]]:
+        """The pairs of states that some token joins, and labels: the sets of classes that lead across.
+
+        Of each edge, ordered by where it leaves, where it leads and its label; the states that have edges, and where
+        the edges of each begin. The classes of the labels, one label after the other, and where each label begins.
+        """
         order = np.argsort(self.state * self.num_states + self.to, kind="stable")
         state, to, token_class = self.state[order], self.to[order], self.token_class[order]
         starts = np.flatnonzero(np.diff(state * self.num_states + to, prepend=-1))
         # Equal sets of classes are one label: their logits are reduced once for all edges that carry it.
-        weights = np.random.default_rng(1).integers(1 << 63, size=self.num_classes, dtype=np.uint64)
-        digest = np.add.reduceat(weights[token_class], starts)
-        _, first, label = np.unique(digest, return_index=True, return_inverse=True)
-        ends = np.append(starts[1:], len(state))
-        members = [token_class[starts[edge] : ends[edge]] for edge in first]
-        from_states, state_starts = np.unique(state[starts], return_index=True)
-        return Edges(
-            state=state[starts],
-            to=to[starts],
-            label=label,
-            from_states=from_states,
-            state_starts=state_starts,
-            label_members=np.concatenate([token_class[:0], *members]),
-            label_starts=np.cumsum([0, *map(len, members)])[:-1],
-        )
+        label_of: dict[bytes, int] = {}
+        sets = [members.tobytes() for members in np.split(token_class, starts[1:])]
+        label = np.array([label_of.setdefault(members, len(label_of)) for members in sets])
+        members = np.frombuffer(b"".join(label_of), np.int64)
+        label_starts = np.cumsum([0, *map(len, label_of)])[:-1] // 8
+        return (to[starts], label, *np.unique(state[starts], return_index=True)), (members, label_starts)
 
 
 def _ordered(values: Ints, num: int) -> tuple[Ints, Ints]:
@@ -232,20 +220,13 @@ def _ordered(values: Ints, num: int) -> tuple[Ints, Ints]:
     return order, np.searchsorted(values[order], np.arange(num))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Edges:
-    """The joined pairs of states ordered by the first, each with a label: the set of classes that lead across."""
-
-    state: Ints
-    to: Ints
-    label: Ints
-    from_states: Ints
-    """The states that have edges."""
-    state_starts: Ints
-    """Where the edges of each of them begin."""
-    label_members: Ints
-    """The classes of each label, one label after the other."""
-    label_starts: Ints
+def _logsumexp(values: Floats, starts: Ints) -> Floats:
+    best = np.maximum.reduceat(values, starts)
+    best[best == -np.inf] = 0.0
+    shares = np.exp(values - np.repeat(best, np.diff(starts, append=len(values))))
+    with np.errstate(divide="ignore"):
+        total: Floats = best + np.log(np.add.reduceat(shares, starts))
+    return total
 
 
 def over_tokens(
@@ -255,36 +236,32 @@ def over_tokens(
 
     Raises ValueError if no sequence of tokens spells a match, and where the tokens do too many different things.
     """
-    usable = np.array([i for i, piece in enumerate(token_bytes) if piece and i != eos_token_id], np.int64)
-    pieces = [token_bytes[i] or b"" for i in usable]
-    row_of, rows, state, to = _token_functions(automaton, pieces)
-    is_live = _live_states(automaton.is_final, state, to)
+    pieces = {i: piece for i, piece in enumerate(token_bytes) if piece and i != eos_token_id}
+    row_of, rows = _token_functions(automaton, pieces)
+    used = dict.fromkeys(row_of.values())
+    is_live = _live_states(automaton.is_final, *(_joined([rows[row][side] for row in used]) for side in (0, 1)))
     if not is_live[0]:
-        raise ValueError(_unspellable(automaton, pieces))
-    # Tokens may reach fewer states than bytes do: number what is left, and merge rows that are now alike.
-    is_left = is_live[state] & is_live[to]
-    number = np.cumsum(is_live) - 1
-    rows, state, to = rows[is_left], number[state[is_left]], number[to[is_left]]
-    num_states = int(is_live.sum())
-    sums = np.concatenate([[0], np.cumsum(_weights(1, num_states)[state] * _weights(2, num_states)[to])])
-    begins = np.searchsorted(rows, np.arange(row_of.max(initial=-1) + 2))
-    digest = np.append(sums[begins[1:]] - sums[begins[:-1]], 0)[row_of]  # of each token, 0 where nothing is left
-    # Classes are numbered by their first token.
-    _, first, kind = np.unique(digest, return_index=True, return_inverse=True)
-    fits = digest[first] != 0
-    order = np.argsort(np.where(fits, first, len(usable)))
-    num_classes, has_end = int(fits.sum()), eos_token_id is not None
-    class_of = np.full(len(token_bytes), num_classes + has_end, np.int64)
-    class_of[usable] = np.where(fits, np.argsort(order), num_classes + has_end)[kind]
-    chosen = [slice(begins[row], begins[row + 1]) for row in row_of[first[order[:num_classes]]]]
-    state, to = (np.concatenate([values[:0], *(values[one] for one in chosen)]) for values in (state, to))
-    token_class = np.repeat(np.arange(num_classes), [one.stop - one.start for one in chosen])
+        raise ValueError(_unspellable(automaton, pieces.values()))
+    # Tokens may reach fewer states than bytes do: number what is left. Tokens that act alike there are one class.
+    number = (np.cumsum(is_live) - 1).astype(np.int32)
+    classes: dict[Row, int] = {}
+    class_of_row: dict[int, int] = {}
+    for row in used:  # ordered by their first token, and so are the classes
+        state, to = (_joined([side]) for side in rows[row])
+        is_left = is_live[state] & is_live[to]
+        if is_left.any():
+            left = number[state[is_left]].tobytes(), number[to[is_left]].tobytes()
+            class_of_row[row] = classes.setdefault(left, len(classes))
+    has_end = eos_token_id is not None
     is_final = np.append(automaton.is_final[is_live], [True] * has_end + [False])
-    if eos_token_id is not None:
-        ends = np.flatnonzero(is_final)
-        state, to = np.append(state, ends), np.append(to, np.full(len(ends), num_states))
-        token_class = np.append(token_class, np.full(len(ends), num_classes))
-        class_of[eos_token_id] = num_classes
+    class_of = np.full(len(token_bytes), len(classes) + has_end)
+    class_of[[*row_of]] = [class_of_row.get(row, len(classes) + has_end) for row in row_of.values()]
+    if eos_token_id is not None:  # it leads from every end to one state more
+        ends = np.flatnonzero(is_final).astype(np.int32)
+        class_of[eos_token_id] = len(classes)
+        classes[ends.tobytes(), np.full_like(ends, is_live.sum()).tobytes()] = len(classes)
+    state, to = (_joined([left[side] for left in classes]) for side in (0, 1))
+    token_class = np.repeat(np.arange(len(classes)), [len(states) // 4 for states, _ in classes])
     order = np.lexsort((token_class, state))
     return TokenAutomaton(
         state=state[order],
@@ -292,52 +269,43 @@ def over_tokens(
         to=to[order],
         class_of=class_of,
         is_final=is_final,
-        num_classes=num_classes + has_end,
+        num_classes=len(classes),
         has_end=has_end,
     )
 
 
-def _token_functions(automaton: ByteAutomaton, pieces: list[bytes]) -> tuple[Ints, Ints, Ints, Ints]:
-    """Find what tokens do to states: the row of each, -1 if it fits nowhere, and the rows as (row, state, next state).
+Row = tuple[bytes, bytes]
+"""What a token does to the states in which it fits: they, and where it leads from each, as numbers of 32 bits."""
 
-    All tokens advance byte by byte together; those that act alike so far share one row.
-    """
-    dead, work = len(automaton.table) - 1, 0
+
+def _joined(parts: Sequence[bytes]) -> Ints:
+    return np.frombuffer(b"".join(parts), np.int32).astype(np.int64)
+
+
+def _token_functions(automaton: ByteAutomaton, pieces: Mapping[int, bytes]) -> tuple[dict[int, int], list[Row]]:
+    """Find what tokens do to states: the row of each, and the rows. Beginnings of tokens that act alike share one."""
     columns, column_of = _alike(automaton.table)
-    table = np.ascontiguousarray(automaton.table[:, columns].T)
-    text = column_of[np.frombuffer(b"".join(pieces), np.uint8)]
-    lengths = np.array([len(piece) for piece in pieces], np.int64)
-    starts = np.cumsum(lengths) - lengths
+    table, in_columns = np.ascontiguousarray(automaton.table[:, columns].T), bytes(column_of.tolist())
+    dead, work = len(automaton.table) - 1, 0
     everywhere = np.arange(dead, dtype=np.int32).tobytes()
-    rows, row_of = {(everywhere, everywhere): 0}, np.full(len(pieces), -1, np.int64)
-    listed = [*rows]
-    alive, current, depth = np.arange(len(pieces)), np.zeros(len(pieces), np.int64), 0
-    while len(alive):
-        moves, place = np.unique(current * len(columns) + text[starts[alive] + depth], return_inverse=True)
-        reached = np.full(len(moves), -1, np.int64)
-        for i, (row, column) in enumerate(zip(*np.divmod(moves, len(columns)), strict=True)):
-            states, targets = listed[row]
-            to = table[column][np.frombuffer(targets, np.int32)]
-            work += len(to) + 1000
-            if work > MAX_WORK:
-                raise too_large("allowed with this vocabulary")
-            fits = to != dead
-            if not fits.all():
-                states, to = np.frombuffer(states, np.int32)[fits].tobytes(), to[fits]
-            if len(to):
-                key = (states, to.tobytes())
-                reached[i] = rows.setdefault(key, len(rows))
-                if len(rows) > len(listed):
-                    listed.append(key)
-        current, depth = reached[place], depth + 1
-        has_ended = lengths[alive] == depth
-        row_of[alive[has_ended]] = current[has_ended]
-        goes_on = (current >= 0) & ~has_ended
-        alive, current = alive[goes_on], current[goes_on]
-    used, row_of = np.unique(np.append(row_of, -1), return_inverse=True)
-    kept = [listed[row] for row in used[1:]]
-    state, to = (np.frombuffer(b"".join(row[side] for row in kept), np.int32).astype(np.int64) for side in (0, 1))
-    return row_of[:-1] - 1, np.repeat(np.arange(len(kept)), [len(row[0]) // 4 for row in kept]), state, to
+    rows, moves, row_of = [(everywhere, everywhere)], dict[tuple[int, int], int](), dict[int, int]()
+    number = {rows[0]: 0}
+    for token, piece in pieces.items():
+        row = 0
+        for column in piece.translate(in_columns):
+            if (row, column) not in moves:
+                states, targets = (np.frombuffer(side, np.int32) for side in rows[row])
+                to = table[column][targets]
+                work += len(to) + 1000
+                if work > MAX_WORK:
+                    raise too_large("allowed with this vocabulary")
+                following = states[to != dead].tobytes(), to[to != dead].tobytes()
+                moves[row, column] = number.setdefault(following, len(rows))
+                if len(number) > len(rows):
+                    rows.append(following)
+            row = moves[row, column]
+        row_of[token] = row
+    return row_of, rows
 
 
 def _live_states(is_final: Bools, state: Ints, to: Ints) -> Bools:
@@ -354,7 +322,7 @@ def _closure(seed: Bools, state: Ints, to: Ints) -> Bools:
     return is_in
 
 
-def _unspellable(automaton: ByteAutomaton, pieces: list[bytes]) -> str:
+def _unspellable(automaton: ByteAutomaton, pieces: Iterable[bytes]) -> str:
     """Say which bytes a vocabulary lacks."""
     needed = {int(byte) for byte in np.nonzero((automaton.table[:-1] != len(automaton.table) - 1).any(axis=0))[0]}
     missing = sorted(needed - set(b"".join(pieces)))

@@ -6,8 +6,9 @@ what is decided and what is open; and a walk back that takes it. After DINGO (ar
 left-to-right blocks; here decided tokens may lie anywhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,8 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redraft.sampling.automaton import Bools, Ints, TokenAutomaton
+from redraft.sampling.automaton import Bools, Floats, TokenAutomaton
 
-Floats = NDArray[np.float64]
 _LANES = 8
 _LOWEST = -1e9  # for tokens that the model rules out: the constraint is harder than the model's zeros
 
@@ -33,9 +33,6 @@ class Limits:
     min_tokens: int = 0
     max_tokens: int | None = None
     spans: Mapping[int, int] = field(default_factory=dict)
-
-    def __contains__(self, num_tokens: int) -> bool:
-        return num_tokens >= self.min_tokens and (self.max_tokens is None or num_tokens <= self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +57,7 @@ class CompiledConstraint:
             )
         if not self._tail(length)[0, 0]:
             raise ValueError(self._why_not(length))
-        row = self._row(tokens, is_noise, [])
-        if self._backward(row, {})[row.first][row.state] == -np.inf:
-            raise ValueError(
-                f"the given tokens must leave a text of {length} tokens that satisfies the constraint;"
-                f" got {int((~is_noise).sum())} given, and none. Change them, the length or the constraint."
-            )
+        self._weigh(self._classes(tokens, is_noise), {})
 
     @torch.no_grad()
     def complete(
@@ -87,117 +79,104 @@ class CompiledConstraint:
 
         Raises ValueError if there is no completion, which `check` at the start rules out.
         """
-        if temperature > 0 and u is None:
+        is_draw = temperature > 0
+        if is_draw and u is None:
             raise ValueError(f"a temperature of {temperature} needs random numbers u; got None.")
+        if temperature not in (0, 1):
+            logits = logits.float() / temperature
+        automaton, spans = self.automaton, self.limits.spans
         places: list[int] = where.tolist()  # sync: one transfer each of positions, scores and tokens
-        scores = self._class_scores(logits, temperature).double().cpu().numpy()
-        row = self._row(tokens, is_noise, places)
-        beta = self._backward(row, dict(zip(places, self._label_scores(scores, temperature), strict=True)), temperature)
-        if beta[row.first][row.state] == -np.inf:
-            raise ValueError("no completion of the canvas satisfies the constraint. Call check before the first step.")
-        draws = [None] * len(places) if u is None or temperature == 0 else u.tolist()
-        open_at = {place: (scores[i], draws[i]) for i, place in enumerate(places)}
-        walk = self._forward(row, open_at, beta)
-        chosen = []
-        for i, place in enumerate(places):
-            if place in self.limits.spans:
-                chosen.append(where.new_tensor(self.limits.spans[place]))
-            else:
-                chosen.append(self._token(walk[place], logits[i], temperature).to(where))
-        return torch.stack(chosen)
+        scores = dict(zip(places, self._class_scores(logits, is_draw).double().cpu().numpy(), strict=True))
+        draws = dict(zip(places, u.tolist() if is_draw and u is not None else [None] * len(places), strict=True))
+        classes = self._classes(tokens, is_noise)
+        state, first, beta = self._weigh(classes, scores, is_draw=is_draw)
+        walk: dict[int, tuple[int, float]] = {}
+        for i in range(first, max(places, default=-1) + 1):
+            known = classes[i]
+            if known is None:
+                leaving, to = automaton.leaving(state)
+                weights = beta[i + 1][to] + (scores[i][leaving] if i in scores else 0.0)
+                chosen, rest = _choose(weights, draws.get(i))
+                known = int(leaving[chosen])
+                walk[i] = known, rest
+            state = automaton.next(state, known)
+        found = [
+            where.new_tensor(spans[place]) if place in spans else self._token(*walk[place], of_place, is_draw).to(where)
+            for place, of_place in zip(places, logits, strict=True)
+        ]
+        return torch.stack(found)
 
-    def _row(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"], places: list[int]) -> "_Row":
-        """Sort the positions of a row, and walk over what is decided at its start."""
-        classes: list[int | None] = [None] * len(tokens)
-        none = self.automaton.num_classes
-        for i, (token, noise) in enumerate(zip(tokens.tolist(), is_noise.tolist(), strict=True)):
-            fixed = self.limits.spans.get(i)
-            if not noise or fixed is not None:
-                agrees = noise or fixed is None or fixed == token
-                classes[i] = self._class(token if fixed is None else fixed) if agrees else none
-        state, first = 0, 0
-        while first < len(classes) and (known := classes[first]) is not None:
-            state, first = self.automaton.next(state, known), first + 1
-        ends = [i for i, known in enumerate(classes) if known is not None] + places
-        return _Row(classes=classes, first=first, state=state, end=max([first, *(i + 1 for i in ends)]))
+    def _classes(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"]) -> list[int | None]:
+        """Return the class of each decided token, None for noise."""
+        decided = [None if noise else token for token, noise in zip(tokens.tolist(), is_noise.tolist(), strict=True)]
+        for place, token in self.limits.spans.items():
+            decided[place] = token if decided[place] in (None, token) else -1
+        return [None if token is None else self._class(token) for token in decided]
 
     def _class(self, token: int) -> int:
         class_of = self.automaton.class_of
         return int(class_of[token]) if 0 <= token < len(class_of) else self.automaton.num_classes
 
+    def _weigh(
+        self, classes: Sequence[int | None], scores: Mapping[int, Floats], *, is_draw: bool = False
+    ) -> tuple[int, int, dict[int, Floats]]:
+        """Weigh what lies behind each state at each boundary, from the end of what is known to the first noise.
+
+        The weight is the log of the best completion's score, or of the sum over completions. Return the state at the
+        first noise, its position, and the weights.
+        """
+        first = classes.index(None) if None in classes else len(classes)
+        state = 0
+        for known in classes[:first]:
+            state = self.automaton.next(state, -1 if known is None else known)
+        end = 1 + max((i for i, known in enumerate(classes) if known is not None or i in scores), default=-1)
+        beta = {end: np.where(self._tail(len(classes))[end], 0.0, -np.inf)}
+        for i in reversed(range(first, end)):
+            beta[i] = self._before(i, beta[i + 1], classes[i], scores.get(i), is_draw)
+        if beta[first][state] == -np.inf:
+            raise ValueError(
+                f"the given tokens must leave a text of {len(classes)} tokens that satisfies the constraint;"
+                f" got {len(classes) - classes.count(None)} given, and none. Change them, the length or the constraint."
+            )
+        return state, first, beta
+
+    def _before(
+        self, boundary: int, after: NDArray[Any], known: int | None, scores: Floats | None = None, is_draw: bool = False
+    ) -> NDArray[Any]:
+        """Weigh the states at a boundary by the weights at the next one and the class, or the scores, between."""
+        automaton = self.automaton
+        before = automaton.before_any(after, scores, is_draw) if known is None else automaton.before(after, known)
+        before[~self._allowed(boundary)] = after[automaton.dead]
+        return before
+
     def _allowed(self, boundary: int) -> Bools:
         """Tell the states in which `boundary` tokens may leave the text, given the bounds on its length."""
         automaton, limits = self.automaton, self.limits
-        states = np.arange(automaton.num_states)
-        is_end = states == (automaton.dead - 1 if automaton.has_end else -1)
-        is_text = states < automaton.dead - automaton.has_end
-        may_end = boundary > limits.min_tokens
-        may_go_on = limits.max_tokens is None or boundary <= limits.max_tokens
-        allowed: Bools = (is_end & may_end) | (is_text & may_go_on)
+        allowed = np.zeros(automaton.num_states, np.bool_)
+        allowed[: automaton.num_texts] = limits.max_tokens is None or boundary <= limits.max_tokens
+        allowed[automaton.num_texts : automaton.dead] = boundary > limits.min_tokens
         return allowed
 
     def _tail(self, length: int) -> Bools:
         """Tell for each boundary and state whether the rest of a canvas without decided tokens can be filled."""
         if length not in self._tails:
+            spans = self.limits.spans
             tail = np.zeros((length + 1, self.automaton.num_states), np.bool_)
-            is_long_enough = length >= self.limits.min_tokens
-            tail[length] = self.automaton.is_final & self._allowed(length) & is_long_enough
-            edges = self.automaton.edges
+            tail[length] = self.automaton.is_final & self._allowed(length) & (length >= self.limits.min_tokens)
             for i in reversed(range(length)):
-                if i in self.limits.spans:
-                    tail[i] = self.automaton.before(tail[i + 1], self._class(self.limits.spans[i]))
-                else:
-                    tail[i, edges.from_states] = np.logical_or.reduceat(tail[i + 1][edges.to], edges.state_starts)
-                tail[i] &= self._allowed(i)
+                tail[i] = self._before(i, tail[i + 1], self._class(spans[i]) if i in spans else None)
             while len(self._tails) >= MAX_TAILS:
                 self._tails.pop(next(iter(self._tails)))
             self._tails[length] = tail
         return self._tails[length]
 
-    def _backward(self, row: "_Row", labels: Mapping[int, Floats], temperature: float = 0.0) -> dict[int, Floats]:
-        """Weigh what lies behind each state at each boundary, from the end of what is known to the first open position.
-
-        The weight is the log of the best completion's score, or of the sum over completions at a temperature.
-        """
-        edges = self.automaton.edges
-        beta = {row.end: np.where(self._tail(len(row.classes))[row.end], 0.0, -np.inf)}
-        for i in reversed(range(row.first, row.end)):
-            after, known = beta[i + 1], row.classes[i]
-            if known is not None:
-                before = self.automaton.before(after, known)
-            else:
-                before = np.full(self.automaton.num_states, -np.inf)
-                ways = after[edges.to] + (labels[i][edges.label] if i in labels else 0.0)
-                reduce = _segment_logsumexp if temperature > 0 and i in labels else np.maximum.reduceat
-                before[edges.from_states] = reduce(ways, edges.state_starts)
-            before[~self._allowed(i)] = -np.inf
-            beta[i] = before
-        return beta
-
-    def _forward(
-        self, row: "_Row", open_at: Mapping[int, tuple[Floats, float | None]], beta: Mapping[int, Floats]
-    ) -> dict[int, tuple[int, float]]:
-        """Walk from the first open position on: the class at each, and where inside it the draw falls."""
-        state = row.state
-        walk = {place: (known, 0.0) for place in open_at if (known := row.classes[place]) is not None}
-        for i in range(row.first, max(open_at, default=-1) + 1):
-            known = row.classes[i]
-            if known is None:
-                classes, to = self.automaton.leaving(state)
-                scores, draw = open_at.get(i, (None, None))
-                chosen, rest = _choose(beta[i + 1][to] + (0.0 if scores is None else scores[classes]), draw)
-                known = int(classes[chosen])
-                walk[i] = (known, rest)
-            state = self.automaton.next(state, known)
-        return walk
-
-    def _class_scores(self, logits: Float[Tensor, "n vocab"], temperature: float) -> Float[Tensor, "n classes"]:
+    def _class_scores(self, logits: Float[Tensor, "n vocab"], is_draw: bool) -> Float[Tensor, "n classes"]:
         """Reduce logits to the best, or to the log of the sum, of each class."""
         usable, lane_of = self._vocabulary(logits.device)
         logits = logits[:, : len(lane_of)] if usable is None else logits.index_select(1, usable)
-        logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
+        logits = logits.float()
         num_lanes = (self.automaton.num_classes + 1) * _LANES
-        if temperature > 0:
+        if is_draw:
             largest = logits.amax(dim=1, keepdim=True).clamp_(min=_LOWEST)
             sums = logits.new_zeros((len(logits), num_lanes)).index_add_(1, lane_of, (logits - largest).exp_())
             sums = sums.view(len(logits), -1, _LANES).sum(dim=2)[:, :-1]
@@ -205,12 +184,12 @@ class CompiledConstraint:
                 return sums.log_() + largest
         best = logits.new_full((len(logits), num_lanes), _LOWEST)
         best = best.scatter_reduce_(1, lane_of.expand(len(logits), -1), logits, "amax")
-        if temperature > 0:
+        if is_draw:
             shares = (logits - best.index_select(1, lane_of)).exp_()
             # Each sum holds a 1, but for lanes that the model rules out altogether.
             best = best + torch.zeros_like(best).index_add_(1, lane_of, shares).clamp_(min=1).log_()
         lanes = best.view(len(logits), -1, _LANES)[:, :-1]
-        return lanes.logsumexp(dim=2) if temperature > 0 else lanes.amax(dim=2)
+        return lanes.logsumexp(dim=2) if is_draw else lanes.amax(dim=2)
 
     def _vocabulary(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
         """Return the tokens to look at, None for all, and where their logits go; few are gathered, not all read.
@@ -227,22 +206,15 @@ class CompiledConstraint:
             self._on_device[device] = kept, torch.from_numpy(lane_of).to(device)
         return self._on_device[device]
 
-    def _label_scores(self, scores: Floats, temperature: float) -> Floats:
-        edges = self.automaton.edges
-        reduce = _segment_logsumexp if temperature > 0 else np.maximum.reduceat
-        reduced: Floats = reduce(scores[:, edges.label_members], edges.label_starts, axis=1)
-        return reduced
-
-    def _token(self, chosen: tuple[int, float], logits: Float[Tensor, "vocab"], temperature: float) -> Int[Tensor, ""]:
+    def _token(self, token_class: int, rest: float, logits: Float[Tensor, "vocab"], is_draw: bool) -> Int[Tensor, ""]:
         """Pick the best token of a class, or the one on which the draw falls."""
         order, starts = self.automaton.tokens_by_class
-        token_class, rest = chosen
-        is_large = starts[token_class + 1] - starts[token_class] > len(order) // 8
-        if temperature == 0 and is_large and self._class(likeliest := int(logits.argmax())) == token_class:
-            return torch.tensor(likeliest)  # reading all in order is faster than gathering a part
-        tokens = torch.from_numpy(order[starts[token_class] : starts[token_class + 1]]).to(logits.device)
-        inside = _tempered(logits[tokens], temperature)
-        if temperature == 0:
+        members = order[starts[token_class] : starts[token_class + 1]]
+        if not is_draw and 8 * len(members) > len(order) and self._class(best := int(logits.argmax())) == token_class:
+            return torch.tensor(best)  # reading all in order is faster than gathering a large part
+        tokens = torch.from_numpy(members).to(logits.device)
+        inside = logits[tokens].float().clamp(min=_LOWEST)
+        if not is_draw:
             return tokens[inside.argmax()]
         ends = (inside - inside.max()).double().exp().cumsum(0)
         return tokens[torch.searchsorted(ends, rest * ends[-1], right=True).clamp(max=len(ends) - 1)]
@@ -250,16 +222,13 @@ class CompiledConstraint:
     def _why_not(self, length: int) -> str:
         """Say which lengths would do, for a canvas of which nothing is given."""
         automaton, limits, possible = self.automaton, self.limits, []
-        is_text = automaton.edges.to < automaton.dead - automaton.has_end
-        state, to = automaton.edges.state[is_text], automaton.edges.to[is_text]
-        is_here = np.arange(automaton.num_states) == 0
+        can_end = automaton.is_final & (np.arange(automaton.num_states) < automaton.num_texts)  # by n more tokens
         for n in range(length + automaton.num_states + 1):
-            if n in limits and automaton.is_final[is_here].any():
+            if can_end[0] and n >= limits.min_tokens and (limits.max_tokens is None or n <= limits.max_tokens):
                 possible.append(n)
-            if not is_here.any() or (len(possible) > 2 and possible[-3] > length):
+            if not can_end.any() or (len(possible) > 2 and possible[-3] > length):
                 break
-            is_here, before = np.zeros_like(is_here), is_here
-            is_here[to[before[state]]] = True
+            can_end = automaton.before_any(can_end)
         most = "any number of" if limits.max_tokens is None else limits.max_tokens
         bounds = f" of {limits.min_tokens} to {most} tokens" if limits != Limits() else ""
         if not possible:
@@ -276,24 +245,6 @@ class CompiledConstraint:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """A row as the walks see it."""
-
-    classes: list[int | None]
-    """The class of each decided token, None for noise."""
-    first: int
-    """The first position that is noise,"""
-    state: int
-    """and the state there."""
-    end: int
-    """Behind the last position that is decided or open."""
-
-
-def _tempered(logits: Float[Tensor, "*shape"], temperature: float) -> Float[Tensor, "*shape"]:
-    return (logits.float() / (temperature or 1.0)).clamp(min=_LOWEST)
-
-
 def _choose(weights: Floats, draw: float | None) -> tuple[int, float]:
     """Take the best, or invert the cumulative distribution; return also where inside its share the draw falls."""
     if draw is None:
@@ -303,13 +254,3 @@ def _choose(weights: Floats, draw: float | None) -> tuple[int, float]:
     chosen = min(int(np.searchsorted(ends, target, side="right")), int(np.searchsorted(ends, ends[-1])))
     begin = ends[chosen - 1] if chosen else 0.0
     return chosen, float(min(max((target - begin) / (ends[chosen] - begin), 0.0), 1.0))
-
-
-def _segment_logsumexp(values: Floats, starts: Ints, axis: int = 0) -> Floats:
-    best = np.maximum.reduceat(values, starts, axis=axis)
-    best[best == -np.inf] = 0.0
-    counts = np.diff(starts, append=values.shape[axis])
-    shares = np.exp(values - np.repeat(best, counts, axis=axis))
-    with np.errstate(divide="ignore"):
-        total: Floats = best + np.log(np.add.reduceat(shares, starts, axis=axis))
-    return total

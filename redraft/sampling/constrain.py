@@ -1,5 +1,6 @@
 """Where constraints meet the loop: the proposals of a step become one completion of each row."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,11 +25,10 @@ class Constrained:
 
     def check(self, canvas: Canvas) -> None:
         """Raise ValueError with the reason if a row cannot satisfy the constraint."""
-        for row in range(len(canvas.tokens)):
-            text = self._text(canvas, row)
+        for row, (text, compiled) in enumerate(self._rows(canvas)):
             if len(text) and int(text[-1] - text[0]) != len(text) - 1:  # sync: before the first step
                 raise ValueError(f"a constraint needs new text in one piece; got several in row {row}. Use one hole.")
-            self._compiled(canvas, row).check(canvas.tokens[row, text], canvas.is_noise[row, text])
+            compiled.check(canvas.tokens[row, text], canvas.is_noise[row, text])
 
     def __call__(
         self,
@@ -47,58 +47,37 @@ class Constrained:
         Drafts are proposed as they are: an edit of some drafts and not of others could break what holds; to make a
         draft noise again breaks nothing.
         """
-        logits = proposal.logits
-        best = self._completed(proposal.x_0, logits, canvas, where) if with_best or temperature == 0 else None
-        if temperature == 0:
-            assert best is not None
+        num_columns = canvas.tokens.shape[1]
+        row_of, column = where // num_columns, where % num_columns
+        is_noise = canvas.is_noise[row_of, column]
+        drafts = torch.where(is_noise, proposal.x_0, canvas.tokens[row_of, column])  # and what no constraint speaks of
+        rows = list(self._rows(canvas))
+
+        def completed(logits: Float[Tensor, "n vocab"], temperature: float) -> Int[Tensor, "n"]:
+            x_0 = drafts.clone()
+            for row, (text, compiled) in enumerate(rows):
+                mine = ((row_of == row) & torch.isin(column, text) & is_noise).nonzero()[:, 0]
+                if len(mine):
+                    known = canvas.tokens[row, text], canvas.is_noise[row, text]
+                    numbers = None if u is None else u[mine]
+                    x_0[mine] = compiled.complete(
+                        *known, column[mine] - text[0], logits[mine], temperature=temperature, u=numbers
+                    )
+            return x_0
+
+        best = completed(proposal.logits, 0.0) if with_best or temperature == 0 else None
+        if best is not None and temperature == 0:
             x_0 = best
         else:
-            logits = _cut(logits.float() / temperature, top_k=top_k, top_p=top_p)
-            x_0 = self._completed(proposal.x_0, logits, canvas, where, temperature=1.0, u=u)
+            x_0 = completed(_cut(proposal.logits.float() / temperature, top_k=top_k, top_p=top_p), 1.0)
         return replace(proposal, x_0=x_0, confidence=proposal.probability_of(x_0), best=best)
 
-    def _completed(
-        self,
-        x_0: Int[Tensor, "n"],
-        logits: Float[Tensor, "n vocab"],
-        canvas: Canvas,
-        where: Int[Tensor, "n"],
-        *,
-        temperature: float = 0.0,
-        u: Float[Tensor, "n"] | None = None,
-    ) -> Int[Tensor, "n"]:
-        """Complete row by row; `x_0` stands for what no constraint speaks of."""
-        seq_len = canvas.tokens.shape[1]
-        is_noise = canvas.is_noise.flatten()[where]
-        x_0 = torch.where(is_noise, x_0, canvas.tokens.flatten()[where])
-        for row in range(len(canvas.tokens)):
-            text = self._text(canvas, row)
-            if not len(text):
-                continue
-            begin = row * seq_len + int(text[0])  # sync: the walk is on the CPU
-            mine = ((where >= begin) & (where < begin + len(text)) & is_noise).nonzero()[:, 0]
-            if len(mine):
-                x_0[mine] = self._compiled(canvas, row).complete(
-                    canvas.tokens[row, text],
-                    canvas.is_noise[row, text],
-                    where[mine] - begin,
-                    logits[mine],
-                    temperature=temperature,
-                    u=None if u is None else u[mine],
-                )
-        return x_0
-
-    def _compiled(self, canvas: Canvas, row: int) -> CompiledConstraint:
-        if self.at_start is None or self.at_start is self.compiled:
-            return self.compiled
-        text = self._text(canvas, row)
-        before = canvas.tokens[row, : int(text[0])].tolist() if len(text) else []  # sync: the walk is on the CPU
-        return self.at_start if self.silent.issuperset(before) else self.compiled
-
-    def _text(self, canvas: Canvas, row: int) -> Int[Tensor, "new"]:
-        status = canvas.status[row]
-        new = ((status != Status.GIVEN) & (status != Status.PAD)).nonzero()[:, 0]
-        return new[: self.num_tokens]
+    def _rows(self, canvas: Canvas) -> Iterator[tuple[Int[Tensor, "new"], CompiledConstraint]]:
+        """Return the places of each row's new text, and what holds for it."""
+        for tokens, status in zip(canvas.tokens, canvas.status, strict=True):
+            text = ((status != Status.GIVEN) & (status != Status.PAD)).nonzero()[: self.num_tokens, 0]
+            before = tokens[: text[0]].tolist() if len(text) and self.at_start else []  # sync: the walk is on the CPU
+            yield text, self.at_start if self.at_start and self.silent.issuperset(before) else self.compiled
 
 
 def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | None) -> Float[Tensor, "n vocab"]:

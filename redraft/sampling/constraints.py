@@ -91,9 +91,7 @@ class Choice(Constraint):
     options: Sequence[str]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.options, list | tuple) or not self.options:
-            raise ValueError(f"Choice needs a list of at least one option; got {self.options!r:.200}.")
-        _check_texts("Choice", self.options)
+        _check_texts("Choice", self.options, "option")
 
     def automaton(self) -> ByteAutomaton:
         return from_pattern(("either", *(("text", option) for option in self.options)))
@@ -106,15 +104,11 @@ class Contains(Constraint):
     substrings: Sequence[str]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.substrings, list | tuple) or not self.substrings:
-            raise ValueError(f"Contains needs a list of at least one substring; got {self.substrings!r:.200}.")
-        _check_texts("Contains", self.substrings)
+        _check_texts("Contains", self.substrings, "substring")
 
     def automaton(self) -> ByteAutomaton:
-        parts = (
-            from_pattern(("join", _ANYTHING, ("text", text), _ANYTHING)) for text in dict.fromkeys(self.substrings)
-        )
-        return reduce(and_, parts)
+        texts = [("text", text) for text in dict.fromkeys(self.substrings)]
+        return reduce(and_, (from_pattern(("join", _ANYTHING, text, _ANYTHING)) for text in texts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +122,8 @@ class Length(Constraint):
 
     def __post_init__(self) -> None:
         check_types(self)
-        for unit, low, high in (
-            ("chars", self.min_chars, self.max_chars),
-            ("tokens", self.min_tokens, self.max_tokens),
-        ):
+        for unit in ("chars", "tokens"):
+            low, high = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if low < 0 or (high is not None and high < low):
                 raise ValueError(f"min_{unit} must be in 0 ... max_{unit}; got {low} and {high}.")
 
@@ -152,8 +144,8 @@ class Spans(Constraint):
         if not isinstance(self.spans, dict):
             raise ValueError(f"Spans needs a dict of lists of token ids by position; got {self.spans!r:.200}.")
         for start, ids in self.spans.items():
-            numbers: list[Any] = [start, *ids] if isinstance(ids, list | tuple) else [None]
-            if not all(fits(number, int) and number >= 0 for number in numbers):
+            is_list = isinstance(ids, list | tuple)
+            if not is_list or not all(fits(number, int) and number >= 0 for number in (start, *ids)):
                 raise ValueError(f"a span is a position, from 0, and a list of token ids; got {start!r}: {ids!r:.200}.")
 
     def limits(self) -> Limits:
@@ -176,9 +168,10 @@ class All(Constraint):
 
     def limits(self) -> Limits:
         limits = [part.limits() for part in self.parts]
+        highest = [limit.max_tokens for limit in limits if limit.max_tokens is not None]
         return Limits(
             min_tokens=max(limit.min_tokens for limit in limits),
-            max_tokens=min((limit.max_tokens for limit in limits if limit.max_tokens is not None), default=None),
+            max_tokens=min(highest, default=None),
             spans=_merged([limit.spans for limit in limits]),
         )
 
@@ -188,13 +181,14 @@ def _merged(spans: Sequence[Mapping[int, int]]) -> dict[int, int]:
     for span in spans:
         for position, token in span.items():
             if merged.setdefault(position, token) != token:
-                raise ValueError(
-                    f"spans must agree; got tokens {merged[position]} and {token} for position {position}."
-                )
+                both = f"tokens {merged[position]} and {token} for position {position}"
+                raise ValueError(f"spans must agree; got {both}.")
     return merged
 
 
-def _check_texts(name: str, texts: Sequence[Any]) -> None:
+def _check_texts(name: str, texts: Any, of: str = "text") -> None:
+    if not isinstance(texts, list | tuple) or not texts:
+        raise ValueError(f"{name} needs a list of at least one {of}; got {texts!r:.200}.")
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"{name} takes text; got {text!r:.200}.")

@@ -8,15 +8,16 @@ What cannot be honoured is refused, never ignored.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 from urllib.parse import unquote
 
+from redraft.sampling.automaton import from_pattern
 from redraft.sampling.number_patterns import number_patterns
-from redraft.sampling.regex import Pattern, determinise
+from redraft.sampling.regex import Pattern
 
 CHARACTER = r'(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00[01][0-9a-f])'
 FREE_DEPTH = 2
@@ -38,58 +39,66 @@ _DATA = {"default", "examples", "discriminator", "const", "enum"}
 """Keywords whose values are no schemas, and hold no $id and no $anchor, whatever they look like."""
 _MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
 """Keywords whose values are objects of schemas by name."""
-_BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
-_KEYWORDS = {
-    "object": {
-        "properties",
-        "required",
-        "additionalProperties",
-        "unevaluatedProperties",
-        "minProperties",
-        "maxProperties",
-    },
-    "array": {"items", "unevaluatedItems", "minItems", "maxItems"},
-    "string": {"minLength", "maxLength", "pattern", "format"},
-    "integer": _BOUNDS,
-    "number": _BOUNDS,
-    "boolean": set(),
-    "null": set(),
-}
-_ALONE = ("$ref", "enum", "const", "anyOf", "oneOf", "allOf")
-_ALL_KEYWORDS = {"type", *_ALONE}.union(*_KEYWORDS.values())
-_TEXT, _SOME, _SCHEMA = "a text", "a list of at least one", "an object or a boolean"
-_COUNT, _NUMBER = "a whole number from 0", "a number"
-_EXPECTED = {
-    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), _COUNT),
-    **dict.fromkeys(("minimum", "maximum"), _NUMBER),
-    **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), "a number, or a boolean beside minimum or maximum"),
-    **dict.fromkeys(("pattern", "format", "$ref"), _TEXT),
-    **dict.fromkeys(("anyOf", "oneOf", "allOf"), _SOME),
-    **dict.fromkeys(("items", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"), _SCHEMA),
-    "enum": "a list",
-    "required": "a list of names",
-    "properties": "an object",
-    "type": "a type or a list of types",
-}
-"""What the value of a keyword must be."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, of: type = object, least: int = 0) -> bool:
+    return isinstance(value, list) and len(value) >= least and all(isinstance(one, of) for one in value)
+
+
+Check = tuple[str, Callable[[Any], bool]]
+"""What the value of a keyword must be: in words, and as a test."""
+_TEXT: Check = "a text", lambda value: isinstance(value, str)
+_SCHEMA: Check = "an object or a boolean", lambda value: isinstance(value, bool | dict)
+_COUNT: Check = "a whole number from 0", lambda value: _is_number(value) and value >= 0 and value % 1 == 0
+_OPEN: Check = "a number, or a boolean beside minimum or maximum", _is_number
+_TYPES: Check = "a type or a list of types", lambda value: isinstance(value, str) or _is_list(value, str, 1)
+_RULES: tuple[tuple[str, Check, str], ...] = (
+    ("object", ("an object", lambda value: isinstance(value, dict)), "properties"),
+    ("object", ("a list of names", lambda value: _is_list(value, str)), "required"),
+    ("object", _SCHEMA, "additionalProperties unevaluatedProperties"),
+    ("object", _COUNT, "minProperties maxProperties"),
+    ("array", _SCHEMA, "items unevaluatedItems"),
+    ("array", _COUNT, "minItems maxItems"),
+    ("string", _COUNT, "minLength maxLength"),
+    ("string", _TEXT, "pattern format"),
+    ("number", ("a number", _is_number), "minimum maximum"),
+    ("number", _OPEN, "exclusiveMinimum exclusiveMaximum"),
+    ("any", _TYPES, "type"),
+    ("alone", _TEXT, "$ref"),
+    ("alone", ("a list", _is_list), "enum"),
+    ("alone", ("anything", lambda _: True), "const"),
+    ("alone", ("a list of at least one", lambda value: _is_list(value, least=1)), "anyOf oneOf allOf"),
+)
+"""The type that keywords speak of, what their values must be, and the keywords."""
+_KEYWORDS = {keyword: (kind, check) for kind, check, keywords in _RULES for keyword in keywords.split()}
+_ALONE = [keyword for keyword, (kind, _) in _KEYWORDS.items() if kind == "alone"]
+_KINDS = ("object", "array", "string", "integer", "number", "boolean", "null")
+_ANYTHING: dict[str, Any] = {}
+"""The schema of any value."""
 _QUOTE = ("text", '"')
+_PENDING = "pending"
 
 
 def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int, whitespace: str) -> Pattern:
     """Return the pattern of JSON texts that fit a schema, with at most `max_depth` nested containers.
 
     Supported: type, enum, const, anyOf, oneOf of alternatives that exclude each other by type, constant or a common
-    required property, $ref inside the schema (recursion up to the depth), and the keywords of `_KEYWORDS`.
+    required property, $ref inside the schema (recursion up to the depth), and the keywords of `_RULES`.
     Raises ValueError for any other keyword, for values that a keyword cannot have, and if no value fits within the
     depth.
     """
-    spaces = determinise(whitespace)[0]
+    spaces = from_pattern(whitespace).table
     others = [byte for byte in range(256) if chr(byte) not in " \t\n\r"]
-    if (spaces[:-1, others] < len(spaces) - 1).any():
+    if (spaces[:, others] != len(spaces) - 1).any():
         raise ValueError(f"whitespace must match spaces, tabs and line ends only; got {whitespace!r}.")
     try:
         document = _document(schema)
-        pattern = _Writer(root=document, whitespace=whitespace).value(document, max_depth)
+        comma = ("join", ("text", ","), whitespace)
+        pattern = _Writer(root=document, whitespace=whitespace, comma=comma).value(document, max_depth)
     except RecursionError as error:
         raise ValueError("the JSON schema is nested too deeply, or max_depth is too large. Flatten it.") from error
     if pattern is None:
@@ -117,40 +126,19 @@ def _refuse(what: str, got: Any, remedy: str) -> ValueError:
 def _check(schema: Any) -> None:
     """Raise ValueError for what is no schema, for keywords not supported and for values that a keyword cannot have."""
     if not isinstance(schema, Mapping):
-        raise _refuse(f"a schema must be {_SCHEMA}", schema, "Edit it.")
+        raise _refuse(f"a schema must be {_SCHEMA[0]}", schema, "Edit it.")
     for key in sorted(schema.keys() - _ANNOTATIONS):
         value = schema[key]
-        if (key == "uniqueItems" and value is False) or (key == "multipleOf" and _is_one_of_integers(value, schema)):
+        is_one_of_integers = _is_number(value) and value == 1 and schema.get("type") == "integer"
+        if (key == "uniqueItems" and value is False) or (key == "multipleOf" and is_one_of_integers):
             continue
-        if key not in _ALL_KEYWORDS:
-            raise _refuse("unsupported keyword", key, f"Supported are {', '.join(sorted(_ALL_KEYWORDS))}.")
-        if key in _EXPECTED and not _fits(key, value, schema):
-            raise _refuse(f"{key} must be {_EXPECTED[key]}", value, "Edit it.")
-
-
-def _is_one_of_integers(value: Any, schema: Mapping[str, Any]) -> bool:
-    return _is_number(value) and value == 1 and schema.get("type") == "integer"
-
-
-def _fits(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
-    expected = _EXPECTED[key]
-    if expected == _COUNT:
-        return _is_number(value) and value >= 0 and value == int(value)
-    if key.startswith("exclusive") and isinstance(value, bool):  # draft 4
-        return not value or key.removeprefix("exclusive").lower() in schema
-    if key in _BOUNDS:
-        return _is_number(value)
-    if key in ("required", "type"):
-        names = [value] if key == "type" and isinstance(value, str) else value
-        is_list = isinstance(names, list) and (key == "required" or len(names) > 0)
-        return is_list and all(isinstance(name, str) for name in names)
-    if expected == _SOME:
-        return isinstance(value, list) and len(value) > 0
-    return isinstance(value, {_TEXT: str, _SCHEMA: bool | dict, "an object": dict}.get(expected, list))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in _KEYWORDS:
+            raise _refuse("unsupported keyword", key, f"Supported are {', '.join(sorted(_KEYWORDS))}.")
+        expected, fits = _KEYWORDS[key][1]
+        if key.startswith("exclusive") and isinstance(value, bool):  # draft 4: it says what the bound beside is
+            value = schema.get(key.removeprefix("exclusive").lower()) if value else 0
+        if not fits(value):
+            raise _refuse(f"{key} must be {expected}", schema[key], "Edit it.")
 
 
 @dataclass(kw_only=True)
@@ -159,13 +147,10 @@ class _Writer:
 
     root: Any
     whitespace: str
+    comma: Pattern
     written: dict[tuple[int, int], Any] = field(default_factory=dict)
     """By schema and depth, so that equal parts are one object."""
     steps: int = 0
-
-    @cached_property
-    def comma(self) -> Pattern:
-        return ("join", ("text", ","), self.whitespace)
 
     def spend(self, steps: int) -> None:
         self.steps += steps
@@ -174,42 +159,33 @@ class _Writer:
 
     def value(self, schema: Any, depth: int) -> Pattern | None:
         self.spend(1)
-        if isinstance(schema, Mapping) and not schema.keys() - _ANNOTATIONS:
-            schema = True
-        depth = min(depth, FREE_DEPTH) if schema is True else depth
+        if schema is True or (isinstance(schema, Mapping) and not schema.keys() - _ANNOTATIONS):
+            schema, depth = _ANYTHING, min(depth, FREE_DEPTH)
         key = (id(schema), depth)
-        if key in self.written and self.written[key] is _PENDING:
-            raise _refuse("a $ref that leads only to itself", schema, "Put an object or an array between.")
         if key not in self.written:
             self.written[key] = _PENDING
             self.written[key] = self._value(schema, depth)
         pattern: Pattern | None = self.written[key]
+        if pattern is _PENDING:
+            raise _refuse("a $ref that leads only to itself", schema, "Put an object or an array between.")
         return pattern
 
     def _value(self, schema: Any, depth: int) -> Pattern | None:
         if schema is False:
             return None
-        if schema is True:
-            kinds = [kind for kind in _KEYWORDS if kind != "integer"]
-            return _either([self._of_type(kind, {}, depth) for kind in kinds])
         _check(schema)
-        used = schema.keys() - _ANNOTATIONS
-        alone = [key for key in _ALONE if key in used]
-        if alone:
-            beside = used - {alone[0], *(["type"] if alone[0] in ("enum", "const") else [])}
-            if beside:
-                raise _refuse(f"{alone[0]} must stand alone", sorted(beside), "Write the combination out.")
-            return self._combined(alone[0], schema, depth)
-        return _either([self._of_type(kind, schema, depth) for kind in _kinds(schema)])
-
-    def _combined(self, key: str, schema: Mapping[str, Any], depth: int) -> Pattern | None:
+        key = next((key for key in _ALONE if key in schema), None)
+        if key is None:
+            return _either([self._of_type(kind, schema, depth) for kind in _kinds(schema)])
+        beside = schema.keys() - _ANNOTATIONS - {key, "type" if key in ("enum", "const") else key}
+        if beside:
+            raise _refuse(f"{key} must stand alone", sorted(beside), "Write the combination out.")
         if key == "$ref":
             return self.value(self._resolve(schema), depth)
         if key in ("enum", "const"):
-            values = schema["enum"] if key == "enum" else [schema["const"]]
+            values = _constants(schema)
             self.spend(len(values))
-            kinds = _kinds(schema) if "type" in schema else None
-            return _one_of([value for value in values if kinds is None or _kind_of(value) & set(kinds)])
+            return _one_of([value for value in values if _kinds_of(value) & _types(schema)])
         options = schema[key]
         if key == "allOf" and len(options) > 1:
             raise _refuse("allOf of several schemas", options, "Merge them into one.")
@@ -237,24 +213,23 @@ class _Writer:
             properties[name] = others
         least, most = schema.get("minProperties", 0), schema.get("maxProperties", math.inf)
         if not properties and others is not False:
-            return self._map(least, most, others, depth)
+            if least > 1:
+                raise _refuse("minProperties above 1 cannot tell equal names apart", least, "Name the properties.")
+            member = self._member(_quoted(_times(0, math.inf, CHARACTER)), self.value(others, depth))
+            return self._repeated("{}", member, least, most)
         if least > len(required) or most < len(properties):
             raise _refuse("minProperties and maxProperties with listed properties", sorted(schema), "Use required.")
-        members = []
-        for name, of_name in properties.items():
-            value = self.value(of_name, depth)
-            if value is not None:
-                members.append((("join", _text(name), ("text", ":"), self.whitespace, value), name in required))
-            elif name in required:
-                return None
-        return ("join", ("text", "{"), ("members", self.comma, members), ("text", "}"))
+        members = [
+            (self._member(_text(name), self.value(schema, depth)), name in required)
+            for name, schema in properties.items()
+        ]
+        if (None, True) in members:
+            return None
+        possible = [member for member in members if member[0] is not None]
+        return ("join", ("text", "{"), ("members", self.comma, possible), ("text", "}"))
 
-    def _map(self, least: int, most: float, others: Any, depth: int) -> Pattern | None:
-        if least > 1:
-            raise _refuse("minProperties above 1 cannot tell equal names apart", least, "Name the properties.")
-        value = self.value(others, depth)
-        name = ("join", _QUOTE, ("repeat", 0, None, CHARACTER), _QUOTE, ("text", ":"), self.whitespace)
-        return self._repeated("{}", None if value is None else ("join", name, value), least, most)
+    def _member(self, name: Pattern, value: Pattern | None) -> Pattern | None:
+        return None if value is None else ("join", name, ("text", ":"), self.whitespace, value)
 
     def _array(self, schema: Mapping[str, Any], depth: int) -> Pattern | None:
         item = self.value(schema.get("items", schema.get("unevaluatedItems", True)), depth)
@@ -273,29 +248,22 @@ class _Writer:
     def _exclude(self, a: Any, b: Any) -> bool:
         """Tell that no value fits both, on the safe side."""
         self.spend(1)
-        a, b = self._followed(a), self._followed(b)
-        if isinstance(a, bool) or isinstance(b, bool):
-            return False
-        _check(a)
-        _check(b)
-        if not _possible_kinds(a) & _possible_kinds(b):
+        for one, other in ((a, b), (b, a)):
+            if isinstance(one, bool):
+                return False
+            _check(one)
+            if "$ref" in one:
+                return self._exclude(self._resolve(one), other)
+        common = _possible_kinds(a) & _possible_kinds(b)
+        if not common:
             return True
-        constants = [s.get("enum", [s["const"]] if "const" in s else None) for s in (a, b)]
-        if constants[0] is not None and constants[1] is not None:
-            self.spend(len(constants[0]) * len(constants[1]) // 10)
-            return not any(x == y for x in constants[0] for y in constants[1])
+        if all("enum" in one or "const" in one for one in (a, b)):
+            self.spend(len(_constants(a)) * len(_constants(b)) // 10)
+            return not any(x == y for x in _constants(a) for y in _constants(b))
         # Of values that are objects on both sides, a property that both require may decide.
-        common = set(a.get("required", [])) & set(b.get("required", []))
-        both_objects = _possible_kinds(a) & _possible_kinds(b) == {"object"}
-        named = [name for name in common if name in a.get("properties", {}) and name in b.get("properties", {})]
-        return both_objects and any(self._exclude(a["properties"][name], b["properties"][name]) for name in named)
-
-    def _followed(self, schema: Any) -> Any:
-        for _ in range(20):
-            if not isinstance(schema, Mapping) or "$ref" not in schema:
-                return schema
-            schema = self._resolve(schema)
-        return schema
+        ours, theirs = _required(a), _required(b)
+        shared = ours.keys() & theirs.keys()
+        return common == {"object"} and any(self._exclude(ours[name], theirs[name]) for name in shared)
 
     @cached_property
     def references(self) -> tuple[dict[str, list[Any]], set[int]]:
@@ -303,14 +271,14 @@ class _Writer:
         named: dict[str, list[Any]] = {}
         inside = list(_subschemas(self.root))
         for part in inside:
-            names = [f"#{part['$anchor']}"] if isinstance(part.get("$anchor"), str) else []
-            for name in [*names, *_ids(part)]:
+            anchors = [f"#{part['$anchor']}"] if isinstance(part.get("$anchor"), str) else []
+            for name in anchors + _ids(part):
                 named.setdefault(name, []).append(part)
         return named, {id(part) for part in inside}
 
     def _resolve(self, schema: Mapping[str, Any]) -> Any:
         reference = schema["$ref"]
-        if not isinstance(reference, str) or not reference.startswith("#"):
+        if not reference.startswith("#"):
             raise _refuse("a $ref must point into the schema itself", reference, "Copy what it names under $defs.")
         named, from_root = self.references
         if id(schema) not in from_root:
@@ -324,15 +292,11 @@ class _Writer:
         at = self.root
         for part in path.split("/")[1:]:
             name = part.replace("~1", "/").replace("~0", "~")
-            at = dict(enumerate(at)) if isinstance(at, list) else at
-            key = int(name) if isinstance(at, dict) and name.isdecimal() and name not in at else name
-            if not isinstance(at, dict) or key not in at:
+            at = {str(i): inner for i, inner in enumerate(at)} if isinstance(at, list) else at
+            if not isinstance(at, dict) or name not in at:
                 raise _refuse("a $ref that leads nowhere", reference, "Define it under $defs.")
-            at = at[key]
+            at = at[name]
         return at
-
-
-_PENDING = "pending"
 
 
 def _ids(schema: Mapping[str, Any]) -> list[str]:
@@ -360,10 +324,14 @@ def _either(options: Sequence[Pattern | None]) -> Pattern | None:
 
 def _one_of(values: list[Any]) -> Pattern | None:
     """Write constants; the marks around texts are written once, which saves a step for each text and place."""
-    texts = [_text(value) for value in values]
-    inside = [("text", text[1:-1]) for _, text in texts if text.startswith('"')]
-    quoted = [("join", _QUOTE, ("either", *inside), _QUOTE)] if inside else []
-    return _either([*quoted, *(text for text in texts if not text[1].startswith('"'))])
+    texts = [_text(value)[1] for value in values]
+    inside = [("text", text[1:-1]) for text in texts if text[0] == '"']
+    others = [("text", text) for text in texts if text[0] != '"']
+    return _either([_quoted(("either", *inside)) if inside else None, *others])
+
+
+def _quoted(*inside: Pattern) -> Pattern:
+    return ("join", _QUOTE, *inside, _QUOTE)
 
 
 def _times(least: float, most: float, pattern: Pattern) -> Pattern:
@@ -379,54 +347,62 @@ def _text(value: Any) -> tuple[str, str]:
 
 def _kinds(schema: Mapping[str, Any]) -> list[str]:
     """Return the types of a schema; a keyword that speaks of one type stands for it where none is given."""
-    given = schema.get("type")
-    if given is None:
-        given = [kind for kind, keywords in _KEYWORDS.items() if keywords & schema.keys() and kind != "integer"]
-        given = given or [*_KEYWORDS]
+    implied = {_KEYWORDS[key][0] for key in schema.keys() & _KEYWORDS.keys()}.intersection(_KINDS)
+    given = schema.get("type", [kind for kind in _KINDS if kind in implied] or [*_KINDS])
     kinds = [given] if isinstance(given, str) else list(given)
     for kind in kinds:
-        if kind not in _KEYWORDS:
-            raise _refuse("unknown type", kind, f"Known are {', '.join(_KEYWORDS)}.")
+        if kind not in _KINDS:
+            raise _refuse("unknown type", kind, f"Known are {', '.join(_KINDS)}.")
     return kinds
 
 
-def _kind_of(value: Any) -> set[str]:
-    if isinstance(value, float):
-        return {"number", "integer"} if value.is_integer() else {"number"}
-    kinds = {bool: {"boolean"}, int: {"integer", "number"}, str: {"string"}, list: {"array"}, dict: {"object"}}
-    return kinds.get(type(value), {"null"})
+def _required(schema: Mapping[str, Any]) -> dict[str, Any]:
+    required = schema.get("required", ())
+    return {name: value for name, value in schema.get("properties", {}).items() if name in required}
+
+
+def _constants(schema: Mapping[str, Any]) -> list[Any]:
+    values: list[Any] = schema["enum"] if "enum" in schema else [schema["const"]]
+    return values
+
+
+def _types(schema: Mapping[str, Any]) -> set[str]:
+    return set(_kinds(schema) if "type" in schema else _KINDS)
+
+
+def _kinds_of(value: Any) -> set[str]:
+    if _is_number(value):
+        return {"number", "integer"} if value % 1 == 0 else {"number"}
+    return {{bool: "boolean", str: "string", list: "array", dict: "object"}.get(type(value), "null")}
 
 
 def _possible_kinds(schema: Mapping[str, Any]) -> set[str]:
     """Return the types a value may have; integers are numbers too."""
     if "enum" in schema or "const" in schema:
-        values = schema["enum"] if "enum" in schema else [schema["const"]]
-        kinds = set().union(*map(_kind_of, values))
-    else:
-        kinds = set(_kinds(schema) if "type" in schema else _KEYWORDS)
-    return {"number" if kind == "integer" else kind for kind in kinds}
+        return set().union(*map(_kinds_of, _constants(schema)))
+    kinds = _types(schema)
+    return kinds | {"number"} if "integer" in kinds else kinds
 
 
 def _string(schema: Mapping[str, Any]) -> Pattern | None:
     least, most = schema.get("minLength", 0), schema.get("maxLength", math.inf)
     if "pattern" not in schema and "format" not in schema:
-        return ("join", _QUOTE, _times(least, most, CHARACTER), _QUOTE) if least <= most else None
+        return _quoted(_times(least, most, CHARACTER)) if least <= most else None
     if len({"pattern", "format", "minLength", "maxLength"} & schema.keys()) > 1:
         raise _refuse("pattern, format and bounds on the length of one string", dict(schema), "Keep one of them.")
     if "pattern" in schema:
-        return ("join", _QUOTE, *_searched(schema["pattern"]), _QUOTE)
+        return _quoted(*_searched(schema["pattern"]))
     if schema["format"] not in FORMATS:
         raise _refuse("unsupported format", schema["format"], f"Supported are {', '.join(FORMATS)}; or give a pattern.")
-    return ("join", _QUOTE, FORMATS[schema["format"]], _QUOTE)
+    return _quoted(FORMATS[schema["format"]])
 
 
 def _searched(pattern: str) -> list[Pattern]:
     """Write a pattern that JSON schema would search for."""
     if re.search(r"\{,|\[\^?\]", pattern):
-        raise _refuse(
-            "a pattern that Python and JavaScript read differently", pattern, "Leave out '{,', '[]' and '[^]'."
-        )
+        remedy = "Leave out '{,', '[]' and '[^]'."
+        raise _refuse("a pattern that Python and JavaScript read differently", pattern, remedy)
     at_start, at_end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
-    anything = ("repeat", 0, None, CHARACTER)
+    anything = _times(0, math.inf, CHARACTER)
     inner = ("searched", pattern[at_start : len(pattern) - at_end])
     return [*([] if at_start else [anything]), inner, *([] if at_end else [anything])]

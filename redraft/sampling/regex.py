@@ -8,11 +8,11 @@ limits it.
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +32,15 @@ Ranges = tuple[tuple[int, int], ...]
 """Code points or bytes: disjoint closed intervals in order."""
 Pattern = str | tuple[Any, ...]
 """A regular expression, or ("text", text), ("searched", regular expression of a JSON schema inside a string),
-("join", *patterns), ("either", *patterns), ("repeat", least, most or None, pattern), or ("members", comma,
-((pattern, is_required), ...)): in order, those not required left out at will, a comma between those that stand. Parts
-that are one object are built once."""
+("characters", ranges), ("join", *patterns), ("either", *patterns), ("repeat", least, most or None, pattern), or
+("members", comma, ((pattern, is_required), ...)): in order, those not required left out at will, a comma between those
+that stand. Parts that are one object are built once, so they must live as long as the whole."""
+K = TypeVar("K", bound=Hashable)
 _sre: Any = import_module("re._parser")
 
 
 def determinise(pattern: Pattern) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Return a table (states, 256) of next states and which are final; state 0 is the start, the last one is dead.
+    """Return a table (states, 256) of next states and which are final; state 0 is the start.
 
     Raises ValueError for what automata cannot do (anchors, look-arounds, back references) or would do too largely.
     """
@@ -49,20 +50,25 @@ def determinise(pattern: Pattern) -> tuple[NDArray[np.int32], NDArray[np.bool_]]
         start = nfa.closure(nfa.build(pattern, end))
     except RecursionError as error:
         raise ValueError("the constraint is nested too deeply to be an automaton. Flatten it.") from error
-    number, sets, rows = {start: 0}, [start], []
-    for items in sets:  # grows while it is walked
-        row = np.full(256, -1, np.int32)
-        for low, high, following in _moves(items, nfa):
-            if following not in number:
-                number[following] = len(sets)
-                sets.append(following)
-            row[low : high + 1] = number[following]
-        rows.append(row)
-        if len(sets) > MAX_STATES:
+    sets, table = explore(start, lambda items: _moves(items, nfa))
+    return table, np.array([(_LEAF, end) in items for items in sets])
+
+
+def explore(start: K, follow: Callable[[K], tuple[Sequence[K], Any]]) -> tuple[list[K], NDArray[np.int32]]:
+    """Find all that follows from a start: the states in order, and for each a row of numbers of those that follow it.
+
+    `follow` returns the states that follow one, and for how many columns in a row each of them stands.
+    """
+    number, states, rows = {start: 0}, [start], []
+    for state in states:  # grows while it is walked
+        following, widths = follow(state)
+        for new in following:
+            if number.setdefault(new, len(states)) == len(states):
+                states.append(new)
+        rows.append(np.repeat(np.array([number[one] for one in following], np.int32), widths))
+        if len(states) > MAX_STATES:
             raise too_large(f"{MAX_STATES} states")
-    table = np.stack([*rows, np.full(256, -1, np.int32)])
-    table[table == -1] = len(sets)
-    return table, np.array([(_LEAF, end) in items for items in sets] + [False])
+    return states, np.stack(rows)
 
 
 def too_large(limit: str) -> ValueError:
@@ -95,22 +101,22 @@ Item = tuple[int, int]
 """(node of a character's trie, state behind the character), or (leaf, state) for the end."""
 
 
-def _moves(items: frozenset[Item], nfa: "_Nfa") -> list[tuple[int, int, frozenset[Item]]]:
-    """Cut the bytes into intervals on which a set of items moves alike."""
+def _moves(items: frozenset[Item], nfa: "_Nfa") -> tuple[list[frozenset[Item]], NDArray[np.int64]]:
+    """Return where the bytes lead from a set of items, and for how many bytes in a row each set of items stands."""
     moves = [
         (low, high, frozenset([(child, target)]) if child != _LEAF else nfa.closure(target))
         for node, target in items
         if node != _LEAF
-        for low, high, child in nfa.nodes[node]
+        for low, high, child in nfa.states[node]
     ]
-    cuts = sorted({edge for low, high, _ in moves for edge in (low, high + 1)})
+    cuts = sorted({0, 256}.union(edge for low, high, _ in moves for edge in (low, high + 1)))
     place = {cut: i for i, cut in enumerate(cuts)}
-    following: list[set[Item]] = [set() for _ in cuts]
+    following: list[set[Item]] = [set() for _ in cuts[1:]]
     for low, high, reached in moves:
         for i in range(place[low], place[high + 1]):
             following[i] |= reached
     nfa.spend(1 + sum(map(len, following)))
-    return [(cuts[i], cuts[i + 1] - 1, frozenset(reached)) for i, reached in enumerate(following) if reached]
+    return list(map(frozenset, following)), np.diff(cuts)
 
 
 @dataclass(kw_only=True)
@@ -118,13 +124,11 @@ class _Nfa:
     """Thompson's construction from the end to the start, so that equal ways to the end share their states."""
 
     states: list[Any] = field(default_factory=list)
-    """(trie node, state behind it) for a state that reads, a frozenset of states for a fork, () for the end."""
+    """(trie, state behind it) for a state that reads, a frozenset of states for a fork, () for the end; and nodes of
+    tries, each with its edges (first byte, last byte, child). Equal ones are one."""
     number: dict[Any, int] = field(default_factory=dict)
-    nodes: list[tuple[tuple[int, int, int], ...]] = field(default_factory=list)
-    """Nodes of tries: (first byte, last byte, child), equal ones are one."""
-    node_of: dict[tuple[tuple[int, int, int], ...], int] = field(default_factory=dict)
     built: dict[tuple[int, int], int] = field(default_factory=dict)
-    parsed: dict[str, Any] = field(default_factory=dict)
+    parsed: dict[tuple[str, str], Pattern] = field(default_factory=dict)
     tries: dict[Ranges, int] = field(default_factory=dict)
     closures: dict[int, frozenset[Item]] = field(default_factory=dict)
     work: int = 0
@@ -168,22 +172,26 @@ class _Nfa:
         return self.built[key]
 
     def _build(self, pattern: Pattern, end: int) -> int:
-        if isinstance(pattern, str):
-            return self.regex(pattern, end, 0)
-        kind, *parts = pattern
-        if kind == "searched":
-            return self.regex(parts[0], end, _JSON_STRING)
+        self.spend(1)
+        kind, *parts = ("matched", pattern) if isinstance(pattern, str) else pattern
+        if kind in ("matched", "searched"):
+            key = kind, parts[0]
+            if key not in self.parsed:  # kept, so that equal ones have one id
+                self.parsed[key] = self.regex(parts[0], _JSON_STRING if kind == "searched" else 0)
+            return self.build(self.parsed[key], end)
+        if kind == "characters":
+            return self.read(parts[0], end)
         if kind == "repeat":
-            return self.repeat(parts[0], parts[1], lambda state: self.build(parts[2], state), end)
+            return self.repeat(end, *parts)
         if kind == "either":
             return self.fork([self.build(part, end) for part in parts])
         if kind == "members":
-            return self.members(parts[0], parts[1], end)
+            return self.members(end, *parts)
         for part in reversed(parts[0] if kind == "text" else parts):
             end = self.read(((ord(part), ord(part)),), end) if kind == "text" else self.build(part, end)
         return end
 
-    def members(self, comma: Pattern, members: Sequence[tuple[Pattern, bool]], end: int) -> int:
+    def members(self, end: int, comma: Pattern, members: Sequence[tuple[Pattern, bool]]) -> int:
         """From the last member on: `rest` must read one of those so far, `after` stands behind an earlier one."""
         rest, after, may_end = self.fork(()), end, [end]
         for member, is_required in reversed(members):
@@ -193,59 +201,59 @@ class _Nfa:
             after = self.fork((self.build(comma, rest), *may_end))
         return self.fork((rest, *may_end))
 
-    def regex(self, pattern: str, end: int, flags: int) -> int:
-        if pattern not in self.parsed:
-            self.parsed[pattern] = _parsed(pattern)
-        parsed = self.parsed[pattern]
-        flags |= parsed.state.flags
+    def regex(self, pattern: str, flags: int) -> Pattern:
+        parsed = _parsed(pattern)
         try:
-            return self.sequence(parsed, end, flags)
+            return self.sequence(parsed, flags | parsed.state.flags)
         except NotImplementedError as error:
             raise _refused(pattern, str(error)) from error
 
-    def sequence(self, parsed: Any, end: int, flags: int) -> int:
-        for op, argument in reversed(list(parsed)):
-            end = self.element(str(op), argument, end, flags)
-        return end
+    def sequence(self, parsed: Any, flags: int) -> Pattern:
+        return ("join", *(self.element(str(op), argument, flags) for op, argument in parsed))
 
-    def element(self, op: str, argument: Any, end: int, flags: int) -> int:
-        self.spend(1)
+    def element(self, op: str, argument: Any, flags: int) -> Pattern:
         if op == "SUBPATTERN":
             _, added, removed, inner = argument
-            return self.sequence(inner, end, (flags | added) & ~removed)
+            return self.sequence(inner, (flags | added) & ~removed)
         if op == "BRANCH":
-            return self.fork([self.sequence(option, end, flags) for option in argument[1]])
+            return ("either", *(self.sequence(option, flags) for option in argument[1]))
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, inner = argument
-            most = None if most is _sre.MAXREPEAT else most
-            return self.repeat(least, most, lambda state: self.sequence(inner, state, flags), end)
+            return ("repeat", least, None if most is _sre.MAXREPEAT else most, self.sequence(inner, flags))
         characters = self.characters(op, argument, flags)
         if not flags & _JSON_STRING:
-            return self.read(characters, end)
+            return ("characters", characters)
         escapes = [_ESCAPES[c] for c in _ESCAPES if any(low <= ord(c) <= high for low, high in characters)]
         raw = _without(_union([*_without(characters), *_ESCAPED]))
-        return self.fork([self.read(raw, end), *(self.build(("text", "\\" + letter), end) for letter in escapes)])
+        return ("either", ("characters", raw), *(("text", "\\" + letter) for letter in escapes))
 
-    def repeat(self, least: int, most: int | None, inner: Callable[[int], int], end: int) -> int:
+    def repeat(self, end: int, least: int, most: int | None, inner: Pattern) -> int:
         start = end
         if most is None:
             start = len(self.states)  # a loop is like no other state
             self.states.append(None)
-            self.states[start] = frozenset((inner(start), end))
-        for count, is_optional in ((0 if most is None else most - least, True), (least, False)):
-            for _ in range(count):
-                self.spend(1)
-                before = self.fork((inner(start), end)) if is_optional else inner(start)
-                if before == start:
-                    break  # it reads nothing, so that more of it does not either
-                start = before
+            self.states[start] = frozenset((self.build(inner, start), end))
+        num_optional = 0 if most is None else most - least
+        for i in range(least + num_optional):
+            self.spend(1)
+            before = self.build(inner, start)
+            if before == start:
+                break  # it reads nothing, so that more of it does not either
+            start = self.fork((before, end)) if i < num_optional else before
         return start
 
     def read(self, characters: Ranges, end: int) -> int:
         if characters not in self.tries:
             self.spend(4 * len(characters))
-            self.tries[characters] = self.trie(characters)
+            self.tries[characters] = self.trie([part for low, high in characters for part in _utf8(low, high)])
         return self.state((self.tries[characters], end))
+
+    def trie(self, sequences: Sequence[Ranges]) -> int:
+        """Return the node from which one of the sequences of bytes is read; they begin alike, or with other bytes."""
+        behind: dict[tuple[int, int], list[Ranges]] = {}
+        for sequence in sequences:
+            behind.setdefault(sequence[0], []).append(sequence[1:])
+        return self.state(tuple((*first, self.trie(rest) if rest[0] else _LEAF) for first, rest in behind.items()))
 
     def characters(self, op: str, argument: Any, flags: int, *, is_negated: bool = False) -> Ranges:
         """Return the code points that an element stands for."""
@@ -254,16 +262,14 @@ class _Nfa:
         if op == "ANY":
             ends = ((10, 10), (13, 13), (0x2028, 0x2029)) if flags & _JSON_STRING else ((10, 10),)
             return _without(() if flags & re.DOTALL else ends)
-        if op == "LITERAL":
-            return ((argument, argument),)
-        if op == "NOT_LITERAL":
-            return _without(((argument, argument),))
-        if op == "RANGE":
-            return (argument,)
+        if op in ("LITERAL", "NOT_LITERAL", "RANGE"):
+            interval = argument if op == "RANGE" else (argument, argument)
+            return _without((interval,)) if op == "NOT_LITERAL" else (interval,)
         if op == "CATEGORY":
+            category = _category(str(argument))
             # JSON schema means ASCII by \d and \w, validators in Python do not: write what fits both.
             is_ascii = flags & _JSON_STRING and not is_negated and "NOT" not in str(argument)
-            return _clipped(_category(str(argument)), 0, 0x7F if is_ascii else _TOP)
+            return tuple((a, min(b, 0x7F)) for a, b in category if a <= 0x7F) if is_ascii else category
         if op == "IN":
             is_negated = str(argument[0][0]) == "NEGATE"
             members = [self.characters(str(o), a, flags, is_negated=is_negated) for o, a in argument[is_negated:]]
@@ -271,50 +277,6 @@ class _Nfa:
             union = _union([interval for member in members for interval in member])
             return _without(union) if is_negated else union
         raise NotImplementedError(f"it uses {op.lower()}")
-
-    def trie(self, characters: Ranges) -> int:
-        """Return the trie of the UTF-8 encodings of code points; surrogates have none."""
-        # Plain ASCII; then by number of bytes: what the first byte adds, the least and the largest code point.
-        edges = [(low, high, _LEAF) for low, high in _clipped(characters, 0, 0x7F)]
-        for extra, lead, least, largest in (
-            (1, 0xC0, 0x80, 0x7FF),
-            (2, 0xE0, 0x800, 0xD7FF),
-            (2, 0xE0, 0xE000, 0xFFFF),
-            (3, 0xF0, 0x10000, _TOP),
-        ):
-            inside = self.split(_clipped(characters, least, largest), extra)
-            edges += [(lead + a, lead + b, child) for a, b, child in inside]
-        return self.intern(edges)
-
-    def intern(self, edges: Sequence[tuple[int, int, int]]) -> int:
-        node = tuple(edges)
-        if node not in self.node_of:
-            self.node_of[node] = len(self.nodes)
-            self.nodes.append(node)
-        return self.node_of[node]
-
-    def split(self, ranges: Ranges, extra: int) -> list[tuple[int, int, int]]:
-        """Split numbers of `extra` further bytes (6 bits each) by their leading part."""
-        if extra == 0:
-            return [(a, b, _LEAF) for a, b in ranges]
-        size = 64**extra
-        parts: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for a, b in ranges:
-            head, last = a // size, b // size
-            for first in {head, last}:
-                inside = (max(a, first * size) - first * size, min(b, first * size + size - 1) - first * size)
-                parts.setdefault((first, first), []).append(inside)
-            if last - head > 1:
-                parts[head + 1, last - 1] = [(0, size - 1)]
-        joined: list[tuple[int, int, int]] = []
-        for (a, b), within in sorted(parts.items()):
-            below = self.split(tuple(within), extra - 1)
-            child = self.intern([(0x80 + low, 0x80 + high, node) for low, high, node in below])
-            if joined and joined[-1][2] == child and joined[-1][1] + 1 == a:
-                joined[-1] = (joined[-1][0], b, child)
-            else:
-                joined.append((a, b, child))
-        return joined
 
 
 def _union(intervals: Iterable[tuple[int, int]]) -> Ranges:
@@ -332,8 +294,17 @@ def _without(ranges: Ranges) -> Ranges:
     return tuple((a + 1, b - 1) for a, b in zip(edges[::2], edges[1::2], strict=True) if a + 1 <= b - 1)
 
 
-def _clipped(ranges: Ranges, low: int, high: int) -> Ranges:
-    return tuple((max(a, low), min(b, high)) for a, b in ranges if a <= high and b >= low)
+def _utf8(low: int, high: int) -> Iterator[Ranges]:
+    """Cut an interval of code points so that the encodings of a part are all combinations of intervals of bytes."""
+    cuts = [edge for edge in (0x80, 0x800, 0xD800, 0xE000, 0x10000) if low < edge <= high]
+    for size in (64, 64**2, 64**3) if low >= 0x80 else ():  # within one lead byte, or from its first to its last
+        if low // size != high // size:
+            cuts += [edge for edge in (low + -low % size, high + 1 - (high + 1) % size) if low < edge <= high]
+    if cuts:
+        yield from _utf8(low, cuts[0] - 1)
+        yield from _utf8(cuts[0], high)
+    elif not 0xD800 <= low < 0xE000:  # surrogates have no encoding
+        yield tuple(zip(chr(low).encode(), chr(high).encode(), strict=True))
 
 
 @cache

@@ -169,6 +169,7 @@ def test_numbers_inside_random_bounds_are_let_through_and_no_others(is_integer):
     [
         ({"maxLength": 5.0}, '"abcde"'),
         ({"pattern": ".*"}, '"a\\"b\\\\😀"'),
+        *(({"pattern": r"^[^a]$"}, f'"\\{letter}"') for letter in '"\\bfnrt'),
         ({"minimum": 0, "exclusiveMinimum": True}, "0.001"),
         ({"exclusiveMinimum": 0, "exclusiveMaximum": 1}, "0.5"),
         ({"minimum": 0.1, "maximum": 0.9}, "0.1"),
