@@ -53,7 +53,6 @@ class Clock:
         """
         self.since_last += seconds
         if num_forwards > self.num_forwards:
-            is_typical = self.per_forward is not None and self.num_forwards > 1
-            took = self.since_last
-            self.per_forward = 0.5 * (self.per_forward + took) if is_typical and self.per_forward else took
+            before = self.per_forward if self.per_forward and self.num_forwards > 1 else self.since_last
+            self.per_forward = 0.5 * (before + self.since_last)
             self.num_forwards, self.since_last = num_forwards, 0.0

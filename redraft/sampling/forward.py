@@ -10,7 +10,7 @@ from torch import Tensor
 from redraft.models.cache import Slots, Spans, View
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query, SelfConditioning
-from redraft.sampling.caching import ExactPlanner, Place
+from redraft.sampling.caching import ApproximatePlanner, ExactPlanner, Place
 from redraft.sampling.guidance import guided, unconditional
 from redraft.sampling.rows import Question, Rows
 from redraft.sampling.sampler import Sampler
@@ -41,10 +41,9 @@ class Forward:
         """Rows that have a slot."""
         self.left: dict[int, Prefix] = {}
         """By slot, what a row that had it has left there."""
-        # What an approximate cache gives depends on when it was filled: there, every step is a forward.
-        # What a self-conditioned model gives depends on the step before.
-        is_exact = self.planner is None or isinstance(self.planner, ExactPlanner)
-        self.is_repeatable = is_exact and not denoiser.is_self_conditioned
+        # What an approximate cache gives depends on when it was filled, and what a self-conditioned model gives on the
+        # step before: there, every step is a forward.
+        self.is_repeatable = not isinstance(self.planner, ApproximatePlanner) and not denoiser.is_self_conditioned
         self.num_forwards = 0
         self.num_fed = 0
         """Forwards that fed prompts alone."""

@@ -50,12 +50,6 @@ _ORDERLESS = (
 """Processors of transformers that do not ask where in the text a token stands."""
 
 
-def _is_orderless(name: str, processor: Any) -> bool:
-    if name in ("NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"):
-        return all(len(ids) == 1 for ids in processor.sequence_bias)
-    return name in _ORDERLESS
-
-
 @dataclass(frozen=True, kw_only=True)
 class Processors:
     """LogitsProcessors of transformers. Each open position is a row of scores; its `input_ids` are the whole canvas.
@@ -63,14 +57,17 @@ class Processors:
     Raises ValueError for those of transformers that count the tokens before the next one.
     """
 
-    processors: tuple[Callable[[Any, Any], Any], ...]
+    processors: tuple[Any, ...]
     never: int | None = None
     """Token that is never drawn (the mask): it is ruled out before a processor counts or cuts."""
 
     def __post_init__(self) -> None:
         for processor in self.processors:
             name, home = type(processor).__name__, type(processor).__module__
-            if home == "transformers.generation.logits_process" and not _is_orderless(name, processor):
+            is_orderless = name in _ORDERLESS
+            if name in ("NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"):
+                is_orderless = all(len(ids) == 1 for ids in processor.sequence_bias)
+            if home == "transformers.generation.logits_process" and not is_orderless:
                 raise ValueError(
                     f"{name} counts the tokens before the next one, and a diffusion model writes in any order. "
                     f"Leave it out, or use {', '.join(_ORDERLESS)}, a constraint, or a processor of your own."

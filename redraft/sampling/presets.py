@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from redraft.sampling import policies
 
-if TYPE_CHECKING:
-    from redraft.sampling.config import SamplingConfig
-
+Build = Callable[[Any], dict[str, Any]]
+"""SamplingConfig -> the policies of a `Sampler`."""
 AttentionKind = Literal["model", "grid", "prompt"]
 
 
@@ -17,8 +16,7 @@ class Preset:
     """A named sampler: its policies, its published defaults, and where it comes from."""
 
     source: str
-    build: Callable[["SamplingConfig"], dict[str, Any]]
-    """Policies of the `Sampler` from the settings."""
+    build: Build
     defaults: dict[str, Any] = field(default_factory=dict)
     """Settings that this sampler sets where the user does not."""
     takes: tuple[str, ...] = ()
@@ -27,10 +25,10 @@ class Preset:
     """The model's own, or block-causal: on the absolute grid, or from each row's prompt end."""
 
 
-def _scored(score: policies.Score) -> Callable[["SamplingConfig"], dict[str, Any]]:
+def _scored(score: policies.Score) -> Build:
     """Commit an even quota by a score."""
 
-    def build(config: "SamplingConfig") -> dict[str, Any]:
+    def build(config: Any) -> dict[str, Any]:
         perturbed = config.alg_temperature
         return {
             "score": policies.Perturbed(score=score, temperature=perturbed) if perturbed else score,
@@ -40,19 +38,14 @@ def _scored(score: policies.Score) -> Callable[["SamplingConfig"], dict[str, Any
     return build
 
 
-def _fast(config: "SamplingConfig") -> dict[str, Any]:
-    if config.factor is not None:
-        return {"unmask": policies.Factor(factor=config.factor)}
-    return {"unmask": policies.Quota() if config.threshold is None else policies.Threshold(threshold=config.threshold)}
+def _sure(**rule: Any) -> Build:
+    """Commit what passes a threshold, by default one at least; without one, an even quota."""
 
-
-def _dynamic(*, strict: bool) -> Callable[["SamplingConfig"], dict[str, Any]]:
-    """Commit what passes a threshold, and no fewer than the quota (SDAR's dynamic strategy, LLaDA2)."""
-
-    def build(config: "SamplingConfig") -> dict[str, Any]:
-        if config.threshold is None:
-            return {"unmask": policies.Quota()}
-        return {"unmask": policies.Threshold(threshold=config.threshold, strict=strict, at_least="quota")}
+    def build(config: Any) -> dict[str, Any]:
+        if config.factor is not None:
+            return {"unmask": policies.Factor(factor=config.factor)}
+        threshold = config.threshold
+        return {"unmask": policies.Quota() if threshold is None else policies.Threshold(threshold=threshold, **rule)}
 
     return build
 
@@ -66,25 +59,9 @@ def _edited(config: Any) -> dict[str, Any]:
     return {"unmask": policies.Threshold(threshold=config.threshold, strict=True), "revise": edit}
 
 
-def _remasked(config: Any) -> dict[str, Any]:
-    return _both(policies.Remasking(kind=config.remasking, eta=config.eta))
-
-
-def _reranked(config: Any) -> dict[str, Any]:
-    return _both(policies.Rerank())
-
-
-def _ancestral(config: Any) -> dict[str, Any]:
-    return {"unmask": policies.Bernoulli()}
-
-
 def _renoised(config: Any) -> dict[str, Any]:
     accept = policies.EntropyBound(bound=config.entropy_bound)
     return {"noise": "uniform", "anneal": policies.LinearAnneal()} | _both(policies.Renoise(accept=accept))
-
-
-def _uniform(config: Any) -> dict[str, Any]:
-    return {"noise": "uniform", "unmask": policies.AtTheEnd(), "revise": policies.Posterior()}
 
 
 def _bounded(config: Any) -> dict[str, Any]:
@@ -119,19 +96,19 @@ PRESETS = {
     ),
     "fast-dllm": Preset(
         source="parallel decoding without a cache, Fast-dLLM, arXiv 2505.22618",
-        build=_fast,
+        build=_sure(),
         defaults=_OF_FAST,
         takes=("threshold", "factor"),
     ),
     "fast-dllm-prefix": Preset(
         source="prefix cache, Fast-dLLM, arXiv 2505.22618",
-        build=_fast,
+        build=_sure(),
         defaults=_OF_FAST | {"cache": "prefix"},
         takes=("threshold", "factor"),
     ),
     "fast-dllm-dual": Preset(
         source="dual cache, Fast-dLLM, arXiv 2505.22618",
-        build=_fast,
+        build=_sure(),
         defaults=_OF_FAST | {"cache": "dual"},
         takes=("threshold", "factor"),
     ),
@@ -144,14 +121,14 @@ PRESETS = {
     ),
     "sdar": Preset(
         source="dynamic low-confidence remasking, SDAR, arXiv 2510.06303",
-        build=_dynamic(strict=False),
+        build=_sure(at_least="quota"),
         defaults={"block_size": 4, "threshold": 0.85},
         attention="grid",
         takes=("threshold",),
     ),
     "llada2": Preset(
         source="threshold decoding, LLaDA2.0, arXiv 2512.15745",
-        build=_dynamic(strict=True),
+        build=_sure(strict=True, at_least="quota"),
         defaults={"block_size": 32, "threshold": 0.95},
         attention="grid",
         takes=("threshold",),
@@ -165,18 +142,18 @@ PRESETS = {
     ),
     "mdlm": Preset(
         source="ancestral sampling, MDLM, Eq. 7 of arXiv 2406.07524",
-        build=_ancestral,
+        build=lambda _: {"unmask": policies.Bernoulli()},
         defaults={"temperature": 1.0},
     ),
     "remdm": Preset(
         source="remasking diffusion, ReMDM, arXiv 2503.00307",
-        build=_remasked,
+        build=lambda config: _both(policies.Remasking(kind=config.remasking, eta=config.eta)),
         defaults={"temperature": 1.0, "remasking": "cap", "eta": 0.02},
         takes=("remasking", "eta"),
     ),
     "p2": Preset(
         source="path planning with the model as its own planner, P2, arXiv 2502.03540",
-        build=_reranked,
+        build=lambda _: _both(policies.Rerank()),
         defaults={"temperature": 1.0},
     ),
     "eb": Preset(
@@ -187,7 +164,7 @@ PRESETS = {
     ),
     "duo": Preset(
         source="ancestral sampling under uniform noise with a greedy tail, Duo, arXiv 2506.10892",
-        build=_uniform,
+        build=lambda _: {"noise": "uniform", "unmask": policies.AtTheEnd(), "revise": policies.Posterior()},
         defaults={"temperature": 1.0},
     ),
     "diffusion-gemma": Preset(

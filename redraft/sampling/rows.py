@@ -158,8 +158,8 @@ class Rows:
                 blocks = count_blocks(self.block_of, self.canvas.is_noise | self.canvas.is_draft).clamp(min=1)
                 self.num_steps = torch.minimum(self.num_steps, self.step + (left // blocks).clamp(min=1))
         self.open_blocks(least)
-        window = self.window()
-        is_asked = window.is_open
+        is_open = (self.part.is_noise | self.part.is_draft) & (self.blocks <= self.last_block[:, None])
+        is_asked = is_open
         if revise is None or not revise.looks_at_drafts:
             is_asked = is_asked & self.part.is_noise
         where = is_asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
@@ -167,7 +167,13 @@ class Rows:
         row, column = where // width, where % width
         positions = column if self.at is None else self.at[row, column]
         return Question(
-            window=window,
+            window=Window(
+                is_open=is_open,
+                step=self.step,
+                num_steps=self.num_steps,
+                block_size=self.block_size,
+                steps_since_filled=self.since_filled,
+            ),
             where=where,
             draws=Draws(row_keys=self.keys, age=self.age, rows=row, positions=positions, columns=self.columns),
             left=left,
@@ -232,17 +238,6 @@ class Rows:
         self.segment_ids = self.canvas.segment_ids
         self.part = self.canvas if self.at is None else self.canvas.columns(self.at)
         self.left_in_part = _decisions(self.part.status)
-
-    def window(self) -> Window:
-        """Say what is open, and where each row stands in its block."""
-        is_undecided = self.part.is_noise | self.part.is_draft
-        return Window(
-            is_open=is_undecided & (self.blocks <= self.last_block[:, None]),
-            step=self.step,
-            num_steps=self.num_steps,
-            block_size=self.block_size,
-            steps_since_filled=self.since_filled,
-        )
 
     def count_forwards(self, is_asked: Bool[Tensor, "batch width"], *, is_every_step: bool) -> Bool[Tensor, "batch"]:
         """Count a forward for each row whose input differs from that of its last one, whatever the batch runs."""

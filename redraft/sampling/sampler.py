@@ -6,22 +6,11 @@ from typing import Literal
 from redraft.errors import check_count, check_types
 from redraft.layouts import Layout
 from redraft.models.denoiser import Denoiser
+from redraft.sampling import policies
 from redraft.sampling.budget import Budget
 from redraft.sampling.caching import ApproximatePlanner, ExactPlanner, Planner
 from redraft.sampling.constrain import Constrained
 from redraft.sampling.guidance import Guide
-from redraft.sampling.policies import (
-    Anneal,
-    Confidence,
-    Filled,
-    Frontier,
-    Quota,
-    Revise,
-    Score,
-    Stop,
-    Unmask,
-    WholeCanvas,
-)
 
 CacheKind = Literal["none", "exact", "prefix", "dual"]
 
@@ -34,11 +23,11 @@ class Sampler:
     """Denoising steps for a whole row, shared evenly by its blocks (rounded up); None: one for each of its tokens."""
     steps_per_block: int | None = None
     """Steps for each block instead."""
-    frontier: Frontier = field(default_factory=WholeCanvas)
-    score: Score = field(default_factory=Confidence)
-    unmask: Unmask = field(default_factory=Quota)
-    revise: Revise | None = None
-    stop: Stop = field(default_factory=Filled)
+    frontier: policies.Frontier = field(default_factory=policies.WholeCanvas)
+    score: policies.Score = field(default_factory=policies.Confidence)
+    unmask: policies.Unmask = field(default_factory=policies.Quota)
+    revise: policies.Revise | None = None
+    stop: policies.Stop = field(default_factory=policies.Filled)
     cache: CacheKind = "none"
     refresh: int | None = None
     """Steps after which an approximate cache is filled anew inside a block; by default only when a block opens."""
@@ -55,7 +44,7 @@ class Sampler:
     """Changes to the logits before the draw: rewards, logits processors, one's own."""
     constraint: Constrained | None = None
     """What the new text must be, whatever is decided in whatever order."""
-    anneal: Anneal | None = None
+    anneal: policies.Anneal | None = None
     """What the logits are divided by as a block goes on; `temperature` divides the draw alone, after it."""
     temperature: float = 0.0
     top_p: float | None = None

@@ -33,15 +33,21 @@ class WholeCanvas:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks:
-    """Blocks of `size` positions that begin at the end of each row's prompt (LLaDA, arXiv 2502.09992)."""
-
+class _OfSize:
     size: int
     in_flight: int = 1
     """Several: a later block is drafted while earlier ones are not finished (D2F, arXiv 2508.09192)."""
 
     def __post_init__(self) -> None:
-        _check(self.size, self.in_flight)
+        if self.size < 1:
+            raise ValueError(f"block_size must be at least 1; got {self.size}. Leave it out for the whole canvas.")
+        if self.in_flight < 1:
+            raise ValueError(f"blocks in flight must be at least 1; got {self.in_flight}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks(_OfSize):
+    """Blocks of `size` positions that begin at the end of each row's prompt (LLaDA, arXiv 2502.09992)."""
 
     def blocks(self, status: UInt8[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
         positions = torch.arange(status.shape[1], device=status.device)
@@ -49,15 +55,9 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridBlocks:
+class GridBlocks(_OfSize):
     """Blocks of `size` positions on the absolute grid, 0, size, 2 size, ... (SDAR, LLaDA2): the prompt's end is
     somewhere inside the first one that holds noise."""
-
-    size: int
-    in_flight: int = 1
-
-    def __post_init__(self) -> None:
-        _check(self.size, self.in_flight)
 
     def blocks(self, status: UInt8[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
         positions = torch.arange(status.shape[1], device=status.device)
@@ -67,10 +67,3 @@ class GridBlocks:
 def prompt_end(status: UInt8[Tensor, "batch seq"]) -> Int[Tensor, "batch"]:
     """Count the given positions that a row begins with."""
     return (status == Status.GIVEN).long().cumprod(dim=1).sum(dim=1)
-
-
-def _check(size: int, in_flight: int) -> None:
-    if size < 1:
-        raise ValueError(f"block_size must be at least 1; got {size}. Leave it out for the whole canvas.")
-    if in_flight < 1:
-        raise ValueError(f"blocks in flight must be at least 1; got {in_flight}.")

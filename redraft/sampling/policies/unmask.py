@@ -52,8 +52,8 @@ def committed_share(schedule: Schedule, t: Float[Tensor, "batch"], s: Float[Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopK:
-    """Commit the k surest in every step, however many steps that takes."""
+class _Some:
+    """Commit k tokens in every step."""
 
     k: int = 1
 
@@ -61,21 +61,19 @@ class TopK:
         check_types(self)
         if self.k < 1:
             raise ValueError(f"k must be at least 1; got {self.k}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(_Some):
+    """Commit the k surest in every step, however many steps that takes."""
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         return best(score, candidates, torch.full_like(candidates.window.step, self.k))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequential:
+class Sequential(_Some):
     """Commit the k leftmost in every step: autoregression with a look ahead."""
-
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1; got {self.k}.")
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open = candidates.is_open_noise
