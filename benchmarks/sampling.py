@@ -36,7 +36,7 @@ from redraft.sampling.propose import propose
 
 MASK = 2
 TIMED_FORWARDS = 2  # of the published loop
-PAIRS_PER_PROCESS = 6
+PAIRS_PER_PROCESS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
