@@ -102,14 +102,17 @@ class Slots:
         kept_rows, kept = self.num_rows, self.num_positions
         if num_rows <= kept_rows and num_positions <= kept:
             return
-        if num_rows > kept_rows:
-            self.num_rows = max(num_rows, 2 * kept_rows) if self.layers else num_rows
-        self.num_positions = max(num_positions, kept)
-        for i, pair in enumerate(self.layers):
-            grown = [x.new_zeros(self.num_rows, x.shape[1], self.num_positions + 1, x.shape[3]) for x in pair]
-            for new, old in zip(grown, pair, strict=True):
-                new[:kept_rows, :, :kept] = old[:, :, :kept]
-            self.layers[i] = grown[0], grown[1]
+        if self.layers and num_rows > kept_rows:
+            num_rows = max(num_rows, 2 * kept_rows)
+        num_rows, num_positions = max(num_rows, kept_rows), max(num_positions, kept)
+
+        def grown(old: Tensor) -> Tensor:
+            new = old.new_zeros(num_rows, old.shape[1], num_positions + 1, old.shape[3])
+            new[:kept_rows, :, :kept] = old[:, :, :kept]
+            return new
+
+        self.layers = [(grown(keys), grown(values)) for keys, values in self.layers]
+        self.num_rows, self.num_positions = num_rows, num_positions  # not before the memory was there
 
     def copy(self, source: int, to: int, num_positions: int) -> None:
         """Copy the first positions of a row to another one."""

@@ -39,7 +39,8 @@ class Batch:
         self._groups: list[Rows] = []
         self._waiting: list[Rows] = []
         self._forwards: dict[object, Forward] = {}
-        self._num_joined = 0
+        self._steps: list[Step] = []
+        self._num_joined = self._num_forwards = 0
 
     def __len__(self) -> int:
         return sum(len(group.places) for group in self._groups + self._waiting)
@@ -50,6 +51,8 @@ class Batch:
         Raises ValueError for a cache that does not fit the model's attention, and for a constraint that a row cannot
         satisfy; then no row has joined.
         """
+        if len(row_keys) != len(canvas.tokens):
+            raise ValueError(f"row_keys must be one for each row; got {len(row_keys)} for {len(canvas.tokens)} rows.")
         if sampler.constraint is not None:
             sampler.constraint.check(canvas)
         self._forward_of(sampler)
@@ -74,35 +77,35 @@ class Batch:
     def tick(self) -> list[Step]:
         """Make one step of every row that is ready: a forward for each kind of attention and cache, if one is needed.
 
-        Returns a step for each sampler; rows that are done have left. Raises ValueError for logits that are NaN, for a
-        policy that makes no progress (a step changes something once the clock of its block is at its end), and for a
-        budget of fewer forwards than a model has canvases that it can only denoise one after the other.
+        Returns a step for each sampler; rows that are done have left. Where it raises, nothing is lost: what was
+        decided comes with the next tick, and what was not is decided then. Raises ValueError for logits that are NaN,
+        for a policy that makes no progress (a step changes something once the clock of its block is at its end), and
+        for a budget of fewer forwards than a model has canvases that it can only denoise one after the other.
         """
-        begun = time.perf_counter()
         self._admit()
-        steps = []
+        begun = time.perf_counter()
         for forward in self._forwards.values():
             if groups := self._sharing(forward):
-                steps += self._step(forward, groups)
-        self.clock.count(time.perf_counter() - begun, sum(each.num_forwards for each in self._forwards.values()))
+                self._step(forward, groups)
+        self.clock.count(time.perf_counter() - begun, self._num_forwards)
+        steps, self._steps = self._steps, []
         return steps
 
-    def _step(self, forward: Forward, groups: list[Rows]) -> list[Step]:
+    def _step(self, forward: Forward, groups: list[Rows]) -> None:
         questions = [group.ask(self.clock, is_every_step=not forward.is_repeatable) for group in groups]
-        forward(groups, questions)
-        steps = []
+        self._num_forwards += forward(groups, questions)
         for group, question in zip(groups, questions, strict=True):
             step, found = decide(group, question)
             is_done, is_stuck, is_nan, is_finished, first = found.tolist()  # sync: the one question per step
-            if any(is_nan):
-                raise explain_nan(self.denoiser, group.canvas.tokens)
-            if any(is_stuck):
-                raise no_progress(group, step, is_stuck.index(1))
             for row, place in enumerate(group.places):
                 place.is_finished, place.unfinished = is_finished[row] > 0, first[row]
+            error = no_progress(group, step, is_stuck.index(1)) if any(is_stuck) else None
+            if any(is_nan):
+                error = explain_nan(self.denoiser, group.canvas.tokens)
+            self._steps.append(step)
             self._drop(group, [done > 0 for done in is_done])
-            steps.append(step)
-        return steps
+            if error is not None:
+                raise error
 
     def _admit(self) -> None:
         """Let rows that wait take part, the oldest first, when their prompts are fed."""
@@ -140,6 +143,8 @@ class Batch:
         layout = sampler.layout or self.denoiser.settings.layout
         kind = (layout, sampler.cache, sampler.refresh, bool(sampler.cfg_scale))
         if kind not in self._forwards:
+            used = {id(self._forward_of(rows.sampler)) for rows in self._groups + self._waiting}
+            self._forwards = {key: forward for key, forward in self._forwards.items() if id(forward) in used}
             self._forwards[kind] = Forward(self.denoiser, sampler, *self.size)
         return self._forwards[kind]
 

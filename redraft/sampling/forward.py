@@ -44,23 +44,22 @@ class Forward:
         # What an approximate cache gives depends on when it was filled, and what a self-conditioned model gives on the
         # step before: there, every step is a forward.
         self.is_repeatable = not isinstance(self.planner, ApproximatePlanner) and not denoiser.is_self_conditioned
-        self.num_forwards = 0
         self.num_fed = 0
         """Forwards that fed prompts alone."""
 
     @torch.no_grad()
-    def __call__(self, groups: Sequence[Rows], questions: Sequence[Question]) -> None:
-        """Give each group the logits (n, vocab) that it asks for; run the model if any row's input is new.
+    def __call__(self, groups: Sequence[Rows], questions: Sequence[Question]) -> bool:
+        """Give each group the logits (n, vocab) that it asks for; run the model if any row's input is new, and say so.
 
         Raises ValueError where several canvases of a model that takes one are open: a budget can ask for that.
         """
         if self.is_repeatable:
             if all(group.knows(question) for group, question in zip(groups, questions, strict=True)):
-                return
+                return False
             if not any(len(question.where) for question in questions):
                 for group in groups:
                     group.logits = group.canvas.confidence.new_zeros((0, group.prior[1]))
-                return
+                return False
         if self.denoiser.is_self_conditioned and any(group.block.ne(group.last_block).any() for group in groups):
             raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
         self._close_gaps()
@@ -68,13 +67,15 @@ class Forward:
         if self.planner is not None:
             places.sort(key=lambda place: place.slot)
         logits = self.denoiser(self._query(groups, questions, places))
-        self.num_forwards += 1
         if self.planner is not None:
             self.planner.note(places)
         sizes = [len(question.where) * self.branches for question in questions]
         for group, found in zip(groups, torch.split(logits, sizes), strict=True):
             scale = group.sampler.cfg_scale
             group.logits = guided(*found.chunk(2), scale=scale) if self.branches == 2 else found
+        for group, question in zip(groups, questions, strict=True):
+            group.count_forward(question)
+        return True
 
     def _query(self, groups: Sequence[Rows], questions: Sequence[Question], places: list[Place]) -> Query:
         """Lay the rows of all groups out in the order of `places`."""
@@ -170,21 +171,24 @@ class Forward:
             theirs = self._tokens(other).cpu()
             known = [(place, own) for place, own in zip(other.places, theirs, strict=True) if place.slot >= 0]
             running_prefixes |= {place.slot: Prefix(own[:, : place.final], place.origin) for place, own in known}
-        self.places += places
+        num_places = len(self.places) + len(places)
+        self.slots.reserve(num_places * self.branches, max(place.length for place in places))
         taken = {place.slot for place in self.places}
-        free = [slot for slot in range(len(self.places)) if slot not in taken]
-        self.slots.reserve(len(self.places) * self.branches, max(place.length for place in places))
+        free = [slot for slot in range(num_places) if slot not in taken]
+        self.places += places
         for place in places:
             own, sources = tokens[group.places.index(place)], self.left | running_prefixes
             shared = {slot: self._shared(place, own, prefix) for slot, prefix in sources.items()}
             best = max(shared, key=lambda slot: shared[slot], default=-1)
             place.final = shared.get(best, 0)
+            is_whole = place.final > 0 and place.final == sources[best].tokens.shape[1]
             place.slot = best if place.final and best in free else free[0]
             free.remove(place.slot)
-            if not place.final or best != place.slot:
+            if place.slot != best or not is_whole:
                 self._save(place.slot)
             if place.final:
                 self._copy(best, place.slot, place.final)
+            if is_whole:
                 self.left.pop(best, None)  # the row that joins has what it has
 
     def _save(self, slot: int) -> None:

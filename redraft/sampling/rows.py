@@ -36,8 +36,10 @@ class Question:
     """Forwards that each row has left; None without a budget."""
     least: Int[Tensor, "batch"] | None
     """What the step must commit at least for the budget to suffice."""
+    asked: Int[Tensor, "batch"]
+    """The positions asked for, as one number."""
     is_forward: Bool[Tensor, "batch"]
-    """Rows whose input differs from that of their last forward."""
+    """Rows whose input differs from that of their last forward, whatever the batch runs."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -102,8 +104,10 @@ class Rows:
         self.block_size, self.step, self.since_filled = none.clone(), none.clone(), none.clone()
         self.num_forwards = none
         """Forwards that the row took part in."""
-        self.asked, self.is_changed = none, none == 0
-        """Which positions its last forward was asked for, as one number, and whether a token changed since."""
+        self.fed = torch.full_like(self.canvas.tokens, -1)
+        """Tokens of its last forward."""
+        self.asked, self.is_changed = none, none > 0
+        """Which positions that was asked for, as one number; whether a token outside of the columns changed since."""
         self.num_left = _decisions(self.canvas.status)
         """Decisions that are left: two for noise, one for a draft."""
         self.least_left, self.num_stalled = never, none
@@ -164,6 +168,8 @@ class Rows:
             is_asked = is_asked & self.part.is_noise
         where = is_asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
         width = is_asked.shape[1]
+        asked = torch.where(is_asked, self.marks, 0).sum(dim=1)
+        is_new = (asked != self.asked) | (self.part.tokens != self.seen(self.fed)).any(dim=1)
         row, column = where // width, where % width
         positions = column if self.at is None else self.at[row, column]
         return Question(
@@ -178,7 +184,8 @@ class Rows:
             draws=Draws(row_keys=self.keys, age=self.age, rows=row, positions=positions, columns=self.columns),
             left=left,
             least=least,
-            is_forward=self.count_forwards(is_asked, is_every_step=is_every_step),
+            asked=asked,
+            is_forward=is_asked.any(dim=1) & (self.is_changed | is_new) | is_every_step,
         )
 
     def knows(self, question: Question) -> bool:
@@ -231,6 +238,8 @@ class Rows:
             starts = [min(place.unfinished, length - width) for place in self.places]
             self.at = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
             self.previous = self.previous.clone()  # a step may show it
+            self.is_changed = self.is_changed | (self.canvas.tokens != self.fed).scatter(1, self.at, False).any(dim=1)
+            self.fed = self.canvas.tokens.scatter(1, self.at, self.seen(self.fed))
         # What holds while these blocks are open:
         self.columns: Tensor = torch.arange(length, device=device)[None] if self.at is None else self.at
         self.marks = mix(self.columns)
@@ -239,27 +248,27 @@ class Rows:
         self.part = self.canvas if self.at is None else self.canvas.columns(self.at)
         self.left_in_part = _decisions(self.part.status)
 
-    def count_forwards(self, is_asked: Bool[Tensor, "batch width"], *, is_every_step: bool) -> Bool[Tensor, "batch"]:
-        """Count a forward for each row whose input differs from that of its last one, whatever the batch runs."""
-        asked = torch.where(is_asked, self.marks, 0).sum(dim=1)
-        is_forward = is_asked.any(dim=1) & (self.is_changed | (asked != self.asked)) | is_every_step
-        self.asked = torch.where(is_forward, asked, self.asked)
+    def count_forward(self, question: Question) -> None:
+        """Note that a question was answered."""
+        is_forward = question.is_forward
+        self.asked = torch.where(is_forward, question.asked, self.asked)
         self.is_changed = self.is_changed & ~is_forward
         self.num_forwards = self.num_forwards + is_forward.long()
-        return is_forward
+        fed = torch.where(is_forward[:, None], self.part.tokens, self.seen(self.fed))
+        self.fed = fed if self.at is None else self.fed.scatter_(1, self.at, fed)
 
-    def take(self, part: Canvas, window: Window) -> Int[Tensor, "3 batch"]:
-        """Take a step's canvas, and say of each row whether it may never end, whether its first unfinished block is
-        another now, and where its first undecided position is.
+    def take(self, canvas: Canvas, part: Canvas, proposed: Int[Tensor, "batch width"], window: Window) -> Tensor:
+        """Take a step's canvas, its part in the columns, and what was proposed there.
 
-        A row may never end if the step changed nothing although its block's clock is at its end or nothing is
-        undecided, or if it has come no nearer to its end for very many steps since.
+        Says of each row whether it may never end, whether its first unfinished block is another now, and where its
+        first undecided position is, (3, batch). A row may never end if the step changed nothing although its block's
+        clock is at its end or nothing is undecided, or if it has come no nearer to its end for very many steps since.
         """
-        before, self.part = self.part, part
-        self.canvas = part if self.at is None else self.canvas.with_columns(self.at, part)
-        is_same_token = (part.tokens == before.tokens).all(dim=1)
-        is_same = is_same_token & (part.status == before.status).all(dim=1)
-        self.is_changed = self.is_changed | ~is_same_token
+        before, self.part, self.canvas = self.part, part, canvas
+        self.previous = proposed if self.at is None else self.previous.scatter_(1, self.at, proposed)
+        was_filled = ~(window.is_open & before.is_noise).any(dim=1)
+        self.since_filled = self.since_filled + was_filled.long()
+        is_same = ((part.tokens == before.tokens) & (part.status == before.status)).all(dim=1)
         left = _decisions(part.status)
         self.num_left, self.left_in_part = self.num_left + (left - self.left_in_part), left
         is_stalled = window.is_last & (self.num_left >= self.least_left)

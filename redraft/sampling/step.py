@@ -69,7 +69,7 @@ class Step:
 
 
 def decide(rows: Rows, question: Question) -> tuple[Step, Int[Tensor, "5 batch"]]:
-    """Turn logits into a step.
+    """Turn logits into a step; where a policy raises, the rows are as they were.
 
     Also says of each row whether it is done, is stuck, met NaN, and has finished its block, and where its first
     undecided position is.
@@ -84,8 +84,6 @@ def decide(rows: Rows, question: Question) -> tuple[Step, Int[Tensor, "5 batch"]
         logits = guide(logits, rows.canvas, whole)
     if sampler.anneal is not None:
         logits = logits / sampler.anneal(question.window)[draws.rows, None]
-    if rows.told.numel():
-        rows.told = logits.view_as(rows.told).to(rows.told.dtype)
     candidates = Candidates(
         canvas=before,
         window=question.window,
@@ -107,18 +105,12 @@ def decide(rows: Rows, question: Question) -> tuple[Step, Int[Tensor, "5 batch"]
         if question.left is not None:
             action = action.closing(question.left == 1)
         after, kind = _revised(rows, action, candidates)
-    if rows.at is None:
-        rows.previous = action.tokens
-    else:
-        rows.previous.scatter_(1, rows.at, action.tokens)
-    rows.since_filled = rows.since_filled + (~candidates.is_open_noise.any(dim=1)).long()
-    age = rows.age
-    is_stuck, is_finished, first = rows.take(after, question.window)
-    is_done = sampler.stop(rows.canvas, after)
+    canvas = after if rows.at is None else rows.canvas.with_columns(rows.at, after)
+    is_done = sampler.stop(canvas, after)
     step = Step(
         rows=rows.ids,
-        age=age,
-        canvas=rows.canvas,
+        age=rows.age,
+        canvas=canvas,
         is_done=is_done,
         num_forwards=rows.num_forwards,
         at=rows.at,
@@ -126,6 +118,9 @@ def decide(rows: Rows, question: Question) -> tuple[Step, Int[Tensor, "5 batch"]
         proposed=candidates.x_0,
         sureness=candidates.confidence,
     )
+    if rows.told.numel():
+        rows.told = logits.view_as(rows.told).to(rows.told.dtype)
+    is_stuck, is_finished, first = rows.take(canvas, after, action.tokens, question.window)
     is_nan = candidates.proposal.log_normaliser.isnan().any().expand_as(is_done)
     return step, torch.stack([is_done.long(), is_stuck * ~is_done, is_nan.long(), is_finished, first])
 

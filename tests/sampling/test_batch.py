@@ -344,3 +344,145 @@ def test_a_generator_that_is_closed_lets_its_rows_go():
     assert len(batch) == 1
     steps.close()
     assert len(batch) == 0
+
+
+@pytest.mark.parametrize("preset", ["llada", "duo", "p2", "mdlm"])
+def test_a_forward_that_was_interrupted_is_made_again(preset):
+    lm, fails = load("full"), []
+    sampler = SamplingConfig(preset=preset, max_new_tokens=NEW, steps=6).sampler(lm.denoiser.settings)
+    expected = [of_row(step, 0, 15) for step in denoise(lm.denoiser, canvas_of([5, 6, 7]), sampler, row_keys=KEY)]
+
+    def interrupt(*_):
+        fails.append(None)
+        if len(fails) % 2 == 0:
+            raise KeyboardInterrupt
+
+    batch, seen = Batch(lm.denoiser), []
+    batch.join(canvas_of([5, 6, 7]), sampler, row_keys=KEY)
+    handle = lm.model.model.layers[1].register_forward_pre_hook(interrupt)
+    try:
+        while len(batch):
+            try:
+                seen += [of_row(step, 0, 15) for step in batch.tick()]
+            except KeyboardInterrupt:
+                continue
+    finally:
+        handle.remove()
+    assert len(fails) > 3
+    assert seen == expected
+
+
+def test_memory_that_was_not_there_leaves_the_slots_as_they_were(monkeypatch):
+    lm = load("block-causal")
+    expected = [step.canvas.tokens for step in denoise(lm.denoiser, canvas_of([5] * 4), EXACT, row_keys=KEY)]
+    batch = Batch(lm.denoiser)
+    batch.join(canvas_of([5] * 4), EXACT, row_keys=KEY)
+    seen = [*batch.tick()]
+    (late,) = batch.join(canvas_of([6] * 40), EXACT, row_keys=KEY)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        with pytest.raises(torch.OutOfMemoryError):
+            batch.tick()
+    batch.leave([late])
+    batch.join(canvas_of([7] * 40), EXACT, row_keys=KEY)  # now there is memory
+    while len(batch):
+        seen += [step for step in batch.tick() if 0 in step.rows]
+    mine = [step.canvas.tokens[step.rows.tolist().index(0), :16] for step in seen if 0 in step.rows]
+    assert torch.equal(torch.stack(mine), torch.cat(expected))
+
+
+def test_a_policy_that_fails_takes_no_steps_from_the_rows_of_others():
+    lm = load("full")
+
+    def fails(logits, canvas, where):
+        raise RuntimeError("a guide of one's own")
+
+    batch = Batch(lm.denoiser)
+    (good,) = batch.join(canvas_of([5]), Sampler(steps=1), row_keys=KEY)
+    (bad,) = batch.join(canvas_of([6]), Sampler(steps=1, guides=(fails,)), row_keys=KEY)
+    with pytest.raises(RuntimeError, match="one's own"):
+        batch.tick()
+    batch.leave([bad])
+    (step,) = batch.tick()
+    assert (step.rows.tolist(), step.is_done.tolist()) == ([good], [True])
+
+
+def test_a_row_that_is_stuck_leaves_its_neighbours_running():
+    lm = load("full")
+
+    class Some:
+        def __call__(self, score, candidates):
+            return candidates.is_open_noise & (candidates.draws.row_keys != 99)[:, None]
+
+    batch = Batch(lm.denoiser)
+    sampler = Sampler(frontier=p.GridBlocks(size=4), steps_per_block=2, unmask=Some())
+    _, bad = batch.join(canvas_of([5] * 4, [6] * 4), sampler, row_keys=torch.tensor([1, 99]))
+    with pytest.raises(ValueError, match="Some makes no progress in row 1"):
+        drain(batch)
+    batch.leave([bad])
+    drain(batch)
+    assert len(batch) == 0
+
+
+def test_feeding_prompts_is_no_forward_of_those_that_run(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("redraft.sampling.batch.time.perf_counter", lambda: now[0])
+    lm = load("block-causal")
+    batch = Batch(lm.denoiser)
+
+    def slow(_, __, inputs):
+        now[0] += 9.0 if inputs["input_ids"].shape[1] >= 40 else 0.1
+
+    handle = lm.model.register_forward_pre_hook(slow, with_kwargs=True)
+    batch.join(canvas_of([5] * 4), EXACT, row_keys=KEY)
+    for _ in range(3):
+        batch.tick()
+    batch.join(canvas_of([6] * 40), EXACT, row_keys=KEY)
+    batch.tick()
+    handle.remove()
+    assert batch.clock.per_forward == pytest.approx(0.1)
+
+
+def test_conversations_that_begin_alike_keep_what_they_have(fed):
+    batch = Batch(load("block-causal").denoiser, max_rows=4)
+    talks = {"one": [5] * 4 + [6] * 8, "other": [5] * 4 + [7] * 8}
+    for turn in range(3):
+        for name, prompt in talks.items():
+            fed.clear()
+            *_, last = denoise(batch.denoiser, canvas_of(prompt), EXACT, row_keys=KEY, batch=batch)
+            assert turn == 0 or fed[0][1] <= 12  # the last block, what is new, and the open block
+            talks[name] = [*last.canvas.tokens[0].tolist(), 8, 9, 10, 11]
+
+
+def test_slots_of_a_kind_that_no_row_needs_are_given_back():
+    lm = load("full")
+    batch = Batch(lm.denoiser, max_rows=4, max_positions=40)
+    for refresh in range(1, 9):
+        sampler = Sampler(cache="dual", refresh=refresh, frontier=p.GridBlocks(size=4), steps_per_block=1)
+        list(denoise(lm.denoiser, canvas_of([5]), sampler, row_keys=KEY, batch=batch))
+    assert len(batch._forwards) == 1
+
+
+def test_a_key_that_is_missing_is_told():
+    with pytest.raises(ValueError, match="row_keys must be one for each row; got 1 for 2 rows"):
+        Batch(load("full").denoiser).join(canvas_of([5], [6]), Sampler(), row_keys=KEY)
+
+
+def test_a_position_that_was_filled_and_reopened_between_forwards_is_no_new_input():
+    """What counts is the input of the last forward, not whether anything changed since."""
+    lm = load("full")
+
+    class Blinks:
+        looks_at_drafts, is_clocked = False, True
+
+        def unmask(self, score, candidates):
+            return candidates.is_open_noise
+
+        def __call__(self, action, candidates):
+            is_reopened = candidates.canvas.is_draft & ~candidates.window.is_last[:, None]
+            return replace(action.having(p.Kind.REOPEN, is_reopened), may_close=candidates.window.is_last)
+
+    both = Blinks()
+    sampler = Sampler(steps=7, unmask=both.unmask, revise=both)
+    steps = list(denoise(lm.denoiser, canvas_of([5]), sampler, row_keys=KEY))
+    assert [int(step.num_forwards[0]) for step in steps] == [1] * 7
