@@ -100,8 +100,7 @@ class Batch:
             for row, place in enumerate(group.places):
                 place.is_finished, place.unfinished = is_finished[row] > 0, first[row]
             error = no_progress(group, step, is_stuck.index(1)) if any(is_stuck) else None
-            if any(is_nan):
-                error = explain_nan(self.denoiser, group.canvas.tokens)
+            error = explain_nan(self.denoiser, group.canvas.tokens) if any(is_nan) else error
             self._steps.append(step)
             self._drop(group, [done > 0 for done in is_done])
             if error is not None:

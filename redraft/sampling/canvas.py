@@ -38,11 +38,6 @@ class Canvas:
         return self.status == Status.NOISE
 
     @property
-    def segment_ids(self) -> Int[Tensor, "batch seq"]:
-        """1 for what is seen, 0 for padding (`layouts.attention_mask`)."""
-        return (self.status != Status.PAD).long()
-
-    @property
     def is_draft(self) -> Bool[Tensor, "batch seq"]:
         """Positions that are shown but may still change."""
         return self.status == Status.DRAFT

@@ -64,10 +64,6 @@ def _renoised(config: Any) -> dict[str, Any]:
     return {"noise": "uniform", "anneal": policies.LinearAnneal()} | _both(policies.Renoise(accept=accept))
 
 
-def _bounded(config: Any) -> dict[str, Any]:
-    return {"score": policies.NegativeEntropy(), "unmask": policies.EntropyBound(bound=config.entropy_bound)}
-
-
 _OF_FAST = {"block_size": 32, "threshold": 0.9}
 PRESETS = {
     "llada": Preset(
@@ -158,7 +154,7 @@ PRESETS = {
     ),
     "eb": Preset(
         source="entropy-bounded unmasking, EB-Sampler, arXiv 2505.24857",
-        build=_bounded,
+        build=lambda c: {"score": policies.NegativeEntropy(), "unmask": policies.EntropyBound(bound=c.entropy_bound)},
         defaults={"entropy_bound": 0.1},
         takes=("entropy_bound",),
     ),

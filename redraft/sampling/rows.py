@@ -104,10 +104,8 @@ class Rows:
         self.block_size, self.step, self.since_filled = none.clone(), none.clone(), none.clone()
         self.num_forwards = none
         """Forwards that the row took part in."""
-        self.fed = torch.full_like(self.canvas.tokens, -1)
-        """Tokens of its last forward."""
-        self.asked, self.is_changed = none, none > 0
-        """Which positions that was asked for, as one number; whether a token outside of the columns changed since."""
+        self.asked, self.fed = none, self.canvas.tokens.clone()
+        """Which positions the last forward was asked for, as one number, and its tokens in the columns."""
         self.num_left = _decisions(self.canvas.status)
         """Decisions that are left: two for noise, one for a draft."""
         self.least_left, self.num_stalled = never, none
@@ -169,6 +167,7 @@ class Rows:
         where = is_asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
         width = is_asked.shape[1]
         asked = torch.where(is_asked, self.marks, 0).sum(dim=1)
+        # A change that left the columns was one of what is asked for, too.
         is_new = (asked != self.asked) | (self.part.tokens != self.seen(self.fed)).any(dim=1)
         row, column = where // width, where % width
         positions = column if self.at is None else self.at[row, column]
@@ -185,7 +184,7 @@ class Rows:
             left=left,
             least=least,
             asked=asked,
-            is_forward=is_asked.any(dim=1) & (self.is_changed | is_new) | is_every_step,
+            is_forward=is_asked.any(dim=1) & is_new | is_every_step,
         )
 
     def knows(self, question: Question) -> bool:
@@ -238,13 +237,12 @@ class Rows:
             starts = [min(place.unfinished, length - width) for place in self.places]
             self.at = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
             self.previous = self.previous.clone()  # a step may show it
-            self.is_changed = self.is_changed | (self.canvas.tokens != self.fed).scatter(1, self.at, False).any(dim=1)
             self.fed = self.canvas.tokens.scatter(1, self.at, self.seen(self.fed))
         # What holds while these blocks are open:
         self.columns: Tensor = torch.arange(length, device=device)[None] if self.at is None else self.at
         self.marks = mix(self.columns)
         self.blocks = self.seen(self.block_of)
-        self.segment_ids = self.canvas.segment_ids
+        self.segment_ids = (self.canvas.status != Status.PAD).long()
         self.part = self.canvas if self.at is None else self.canvas.columns(self.at)
         self.left_in_part = _decisions(self.part.status)
 
@@ -252,7 +250,6 @@ class Rows:
         """Note that a question was answered."""
         is_forward = question.is_forward
         self.asked = torch.where(is_forward, question.asked, self.asked)
-        self.is_changed = self.is_changed & ~is_forward
         self.num_forwards = self.num_forwards + is_forward.long()
         fed = torch.where(is_forward[:, None], self.part.tokens, self.seen(self.fed))
         self.fed = fed if self.at is None else self.fed.scatter_(1, self.at, fed)

@@ -113,7 +113,3 @@ class Candidates:
         """Lay values of the open positions out over the canvas; 0 elsewhere."""
         shape = self.canvas.tokens.shape
         return values.new_zeros(shape.numel()).scatter(0, self.where, values).view(shape)
-
-    def uniform(self, purpose: int) -> Float[Tensor, "batch seq"]:
-        """Draw from U[0, 1) for each open position; 0 elsewhere."""
-        return self.spread(self.draws.uniform(purpose))

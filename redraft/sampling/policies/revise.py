@@ -99,7 +99,7 @@ class Remasking:
         sigma = 0.0 if self.kind == "conf" else self._sigma(alpha_t, alpha_s, candidates)
         share = ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))[:, None]
         share = torch.where(candidates.window.is_last[:, None], 1.0, share)
-        return candidates.is_open_noise & (candidates.uniform(DRAW_UNMASK) < share)
+        return candidates.is_open_noise & (candidates.spread(candidates.draws.uniform(DRAW_UNMASK)) < share)
 
     def __call__(self, action: Action, candidates: Candidates) -> Action:
         is_draft, is_last = candidates.canvas.is_draft, candidates.window.is_last

@@ -173,7 +173,7 @@ class Bernoulli:
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         window = candidates.window
         share = torch.where(window.is_last, 1.0, committed_share(self.schedule, *window.times))
-        return candidates.is_open_noise & (candidates.uniform(DRAW_UNMASK) < share[:, None])
+        return candidates.is_open_noise & (candidates.spread(candidates.draws.uniform(DRAW_UNMASK)) < share[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ class FirstHitting:
     """
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        u = candidates.uniform(DRAW_UNMASK)
+        u = candidates.spread(candidates.draws.uniform(DRAW_UNMASK))
         return best(u, candidates, torch.ones_like(candidates.window.step))
 
 
