@@ -58,21 +58,19 @@ class Batch:
         self._forward_of(sampler)
         ids = list(range(self._num_joined, self._num_joined + len(row_keys)))
         self._num_joined += len(ids)
-        vocab_size = self.denoiser.model.config.get_text_config().vocab_size
-        prior = self.denoiser.settings.mask_token_id, vocab_size
+        prior = self.denoiser.settings.mask_token_id, self.denoiser.model.config.get_text_config().vocab_size
         group = Rows.begin(sampler, canvas, row_keys, ids=ids, prior=prior)
         if self.denoiser.is_self_conditioned:
             length = (sampler.layout or self.denoiser.settings.layout).block_size or 0
-            group.told = group.told.new_zeros(len(ids), length, vocab_size, dtype=self.denoiser.model.dtype)
+            group.told = group.told.new_zeros(len(ids), length, prior[1], dtype=self.denoiser.model.dtype)
         self._waiting.append(group)
         self._drop(group, group.num_left.eq(0).tolist())  # sync: what has nothing to decide is done
         return ids
 
     def leave(self, ids: Sequence[int]) -> None:
         """Let rows go, done or not; ids of rows that are gone already are ignored."""
-        gone = set(ids)
         for group in [*self._groups, *self._waiting]:
-            self._drop(group, [id in gone for id in group.ids.tolist()])
+            self._drop(group, [id in ids for id in group.ids.tolist()])
 
     def tick(self) -> list[Step]:
         """Make one step of every row that is ready: a forward for each kind of attention and cache, if one is needed.

@@ -57,8 +57,9 @@ class Forward:
             if all(group.knows(question) for group, question in zip(groups, questions, strict=True)):
                 return False
             if not any(len(question.where) for question in questions):
-                for group in groups:
+                for group, question in zip(groups, questions, strict=True):
                     group.logits = group.canvas.confidence.new_zeros((0, group.prior[1]))
+                    group.answered = question.draws
                 return False
         if self.denoiser.is_self_conditioned and any(group.block.ne(group.last_block).any() for group in groups):
             raise ValueError("this model denoises one canvas after the other; give a forward for each, at least.")
@@ -70,10 +71,10 @@ class Forward:
         if self.planner is not None:
             self.planner.note(places)
         sizes = [len(question.where) * self.branches for question in questions]
-        for group, found in zip(groups, torch.split(logits, sizes), strict=True):
+        for group, question, found in zip(groups, questions, torch.split(logits, sizes), strict=True):
             scale = group.sampler.cfg_scale
             group.logits = guided(*found.chunk(2), scale=scale) if self.branches == 2 else found
-        for group, question in zip(groups, questions, strict=True):
+            group.answered = question.draws
             group.count_forward(question)
         return True
 

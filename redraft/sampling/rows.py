@@ -1,7 +1,7 @@
 """The running rows of one sampler: all that a generation knows about each of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,8 @@ class Rows:
     prior: tuple[int, int]
     """The mask token and the size of the vocabulary, of which noise is made."""
     logits: Float[Tensor, "n vocab"] | None = None
-    """Of the last forward, while they stand."""
+    """Of the last forward, while they stand: for the rows and positions of `answered`."""
+    answered: Draws = field(init=False)
     at: Int[Tensor, "batch width"] | None = None
 
     @classmethod
@@ -189,8 +190,10 @@ class Rows:
 
     def knows(self, question: Question) -> bool:
         """Tell whether the logits asked for are those of the last forward."""
-        is_same = self.logits is not None and len(self.logits) == len(question.where)
-        return is_same and not question.is_forward.any()  # sync
+        if self.logits is None or question.is_forward.any():  # sync
+            return False
+        now = question.draws
+        return torch.equal(self.answered.rows, now.rows) and torch.equal(self.answered.positions, now.positions)
 
     def open_blocks(self, least: Int[Tensor, "batch"] | None = None) -> None:
         """Open the next blocks where others are finished, enough of them to commit `least` tokens, and set clocks."""

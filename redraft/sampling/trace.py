@@ -51,8 +51,7 @@ class Recorder:
         rows, ages = step.rows.tolist(), step.age.tolist()
         for i, row in enumerate(rows):
             self.last[row] = (tokens[i], status[i], ages[i] + 1)
-        kinds = {"commit": step.is_committed, "revise": step.is_edited, "reopen": step.is_reopened}
-        for kind, where in kinds.items():
+        for kind, where in (("commit", step.is_committed), ("revise", step.is_edited), ("reopen", step.is_reopened)):
             confidence = step.confidence[where].tolist()
             for (i, position), sure in zip(where.nonzero().tolist(), confidence, strict=True):
                 event = Event(step=ages[i], position=position, token_id=tokens[i][position], confidence=sure, kind=kind)

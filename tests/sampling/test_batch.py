@@ -486,3 +486,17 @@ def test_a_position_that_was_filled_and_reopened_between_forwards_is_no_new_inpu
     sampler = Sampler(steps=7, unmask=both.unmask, revise=both)
     steps = list(denoise(lm.denoiser, canvas_of([5]), sampler, row_keys=KEY))
     assert [int(step.num_forwards[0]) for step in steps] == [1] * 7
+
+
+def test_logits_are_known_for_the_same_rows_and_positions_alone():
+    """One row asks again what it asked before, and another no more: as many logits as the last forward gave."""
+    lm, both = load("full"), p.Remasking(kind="conf", eta=0.3)
+    sampler = Sampler(steps=14, frontier=p.GridBlocks(size=4), unmask=both.unmask, revise=both)
+    prompts = [[13, 0, 12], [34, 0, 18, 38, 0, 21, 0]]
+    keys = row_keys([torch.tensor(prompt) for prompt in prompts], seed=3)
+    together = list(denoise(lm.denoiser, canvas_of(*prompts), sampler, row_keys=keys))
+    for row in range(2):
+        expected = alone(lm, canvas_of(*prompts), sampler, keys, row)
+        length = len(expected[0][0])
+        mine = [(step, step.rows.tolist().index(row)) for step in together if row in step.rows]
+        assert [(*of_row(s, i, length), int(s.num_forwards[i])) for s, i in mine] == expected
