@@ -136,6 +136,8 @@ class Denoiser:
     def _counted(self, query: Query) -> Query:
         """Fill in the layout where none is given, and the positions."""
         layout = query.layout or self.settings.layout
+        if query.positions is not None and query.layout is not None:
+            return query
         if query.positions is not None:
             return replace(query, layout=layout)
         if query.view is not None:

@@ -118,7 +118,7 @@ class EncoderDecoder(Denoiser):
         if not max(view.spans.ends):
             return
         device = input_ids.device
-        positions = view.spans.positions(device).clamp(min=0)  # (B, Q)
+        positions = view.positions.clamp(min=0)  # (B, Q)
         distance = positions[:, :, None] - torch.arange(view.num_keys, device=device)  # (B, Q, K)
         window = self.model.config.get_text_config().sliding_window
         masks = {"full_attention": distance >= 0, "sliding_attention": (distance >= 0) & (distance < window)}

@@ -72,8 +72,7 @@ class Forward:
             self.planner.note(places)
         sizes = [len(question.where) * self.branches for question in questions]
         for group, question, found in zip(groups, questions, torch.split(logits, sizes), strict=True):
-            scale = group.sampler.cfg_scale
-            group.logits = guided(*found.chunk(2), scale=scale) if self.branches == 2 else found
+            group.logits = guided(*found.chunk(2), scale=group.sampler.cfg_scale) if self.branches == 2 else found
             group.answered = question.draws
             group.count_forward(question)
         return True
@@ -176,19 +175,20 @@ class Forward:
         self.slots.reserve(num_places * self.branches, max(place.length for place in places))
         taken = {place.slot for place in self.places}
         free = [slot for slot in range(num_places) if slot not in taken]
-        self.places += places
         for place in places:
             own, sources = tokens[group.places.index(place)], self.left | running_prefixes
             shared = {slot: self._shared(place, own, prefix) for slot, prefix in sources.items()}
             best = max(shared, key=lambda slot: shared[slot], default=-1)
-            place.final = shared.get(best, 0)
-            is_whole = place.final > 0 and place.final == sources[best].tokens.shape[1]
-            place.slot = best if place.final and best in free else free[0]
+            found = shared.get(best, 0)
+            is_whole = found > 0 and found == sources[best].tokens.shape[1]
+            place.slot = best if found and best in free else free[0]
+            self.places.append(place)
             free.remove(place.slot)
             if place.slot != best or not is_whole:
                 self._save(place.slot)
-            if place.final:
-                self._copy(best, place.slot, place.final)
+            if found:
+                self._copy(best, place.slot, found)
+                place.final = found  # not before it is there
             if is_whole:
                 self.left.pop(best, None)  # the row that joins has what it has
 
@@ -248,8 +248,8 @@ class Forward:
         gaps = [slot for slot in range(len(self.places)) if slot not in taken]
         for place in [place for place in self.places if place.slot >= len(self.places)]:
             slot = gaps.pop()
-            self._copy(place.slot, slot, place.final if isinstance(self.planner, ExactPlanner) else place.length)
             self.left.pop(slot, None)
+            self._copy(place.slot, slot, place.final if isinstance(self.planner, ExactPlanner) else place.length)
             place.slot = slot
 
     def _copy(self, source: int, to: int, num_positions: int) -> None:

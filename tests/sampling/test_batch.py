@@ -372,6 +372,42 @@ def test_a_forward_that_was_interrupted_is_made_again(preset):
     assert seen == expected
 
 
+@pytest.mark.parametrize("when", [1, 2])
+def test_a_copy_of_slots_that_was_interrupted_is_not_taken_for_done(when):
+    """The first copy seats a row beside one with the same beginning, the second closes the gap that another left."""
+    lm = load("block-causal")
+    prompts, keys = [[5] * 16, [6] * 16, [6] * 8 + [7] * 8], torch.arange(3)
+    expected = [
+        [of_row(step, 0, 28) for step in denoise(lm.denoiser, canvas_of(prompt), EXACT, row_keys=keys[i : i + 1])]
+        for i, prompt in enumerate(prompts)
+    ]
+    batch, seen, copies = Batch(lm.denoiser), {1: [], 2: []}, []
+    batch.join(canvas_of(*prompts[:2]), EXACT, row_keys=keys[:2])
+    seen[1] += [of_row(step, 1, 28) for step in batch.tick()]
+    (forward,) = batch._forwards.values()
+    copy = forward.slots.copy
+
+    def interrupted(*args):
+        copies.append(args)
+        if len(copies) == when:
+            raise KeyboardInterrupt
+        copy(*args)
+
+    forward.slots.copy = interrupted
+    batch.join(canvas_of(prompts[2]), EXACT, row_keys=keys[2:])
+    for _ in range(30):
+        try:
+            for step in batch.tick():
+                for place, id in enumerate(step.rows.tolist()):
+                    if id:
+                        seen[id].append(of_row(step, place, 28))
+        except KeyboardInterrupt:
+            continue
+        batch.leave([0])
+    assert len(copies) > when
+    assert [seen[1], seen[2]] == expected[1:]
+
+
 def test_memory_that_was_not_there_leaves_the_slots_as_they_were(monkeypatch):
     lm = load("block-causal")
     expected = [step.canvas.tokens for step in denoise(lm.denoiser, canvas_of([5] * 4), EXACT, row_keys=KEY)]
