@@ -29,9 +29,9 @@ from rich.console import Console
 import redraft
 from redraft.data.config import DataConfig
 from redraft.data.prepare import prepare
-from redraft.likelihood import CleanRows, NoiseKey, solve
+from redraft.likelihood.objectives.block import BlockDiffusion
+from redraft.likelihood.problem import CleanRows, NoiseKey, solve
 from redraft.models.build import ModelConfig
-from redraft.objectives.block import BlockDiffusion
 from redraft.processes.masked import MaskedDiffusion
 from redraft.recipes import RECIPES
 from redraft.training.config import RunConfig

@@ -26,7 +26,8 @@ from machine import describe
 
 import redraft
 from redraft.evaluation.tasks import TaskOptions, make_task
-from redraft.loglikelihood import LikelihoodConfig, Request, loglikelihoods, score_questions
+from redraft.likelihood.estimate import loglikelihoods, score_questions
+from redraft.likelihood.requests import LikelihoodConfig, Request
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings

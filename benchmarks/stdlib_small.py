@@ -20,7 +20,7 @@ from redraft.data.baselines import unigram_nats
 from redraft.data.collate import collate
 from redraft.data.prepare import prepare
 from redraft.data.tokenizer import token_byte_lengths
-from redraft.likelihood import CleanRows, NoiseKey, solve
+from redraft.likelihood.problem import CleanRows, NoiseKey, solve
 from redraft.training.config import RECIPE_FILE, RunConfig
 
 

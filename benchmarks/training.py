@@ -33,15 +33,15 @@ from redraft.data.packing import pack
 from redraft.data.sources import read_documents
 from redraft.data.tokenizer import encode_documents, train_tokenizer
 from redraft.language_model import load
-from redraft.likelihood import CleanRows, NoiseKey, Objective, solve
+from redraft.likelihood.objectives.block import BlockDiffusion
+from redraft.likelihood.objectives.diffusion import Diffusion
+from redraft.likelihood.problem import CleanRows, NoiseKey, Objective, solve
 from redraft.models.attention import choose_attention
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import chunked_loss
 from redraft.models.quantize import UNDER_ADAPTERS
 from redraft.models.settings import DiffusionSettings
-from redraft.objectives.block import BlockDiffusion
-from redraft.objectives.diffusion import Diffusion
 from redraft.processes.masked import MaskedDiffusion
 from redraft.training.adapter import AdapterConfig, add_adapter, enable_checkpointing, num_parameters
 from redraft.training.machine import keep_freed_memory

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from redraft.constraints.constraints import Choice, Contains, JsonSchema, Length, Regex, Spans
     from redraft.language_model import Generation, LanguageModel, load
     from redraft.latent.checkpoint import load_thinker
     from redraft.models.convert import convert
-    from redraft.sampling.constraints import Choice, Contains, JsonSchema, Length, Regex, Spans
     from redraft.transformers_generate import custom_generate
 
 __version__ = "0.1.0"
@@ -34,7 +34,9 @@ _HOME = {
     "custom_generate": "redraft.transformers_generate",
     "LanguageModel": "redraft.language_model",
     "Generation": "redraft.language_model",
-    **dict.fromkeys(("Choice", "Contains", "JsonSchema", "Length", "Regex", "Spans"), "redraft.sampling.constraints"),
+    **dict.fromkeys(
+        ("Choice", "Contains", "JsonSchema", "Length", "Regex", "Spans"), "redraft.constraints.constraints"
+    ),
 }
 
 

@@ -11,9 +11,13 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from redraft.constraints.completion import CompiledConstraint
+from redraft.constraints.constraints import Constraint, identity
+from redraft.constraints.token_bytes import leading_space, token_bytes
 from redraft.errors import unknown_name
 from redraft.layouts import Layout
-from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, loglikelihoods
+from redraft.likelihood.estimate import loglikelihoods
+from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request
 from redraft.models.denoiser import Denoiser
 from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.load import adapter_config, load_denoiser, read_raw_config, split_adapter
@@ -34,15 +38,12 @@ from redraft.prompts import (
 )
 from redraft.sampling.batch import Batch, denoise
 from redraft.sampling.canvas import Canvas, Status, build_canvas
-from redraft.sampling.completion import CompiledConstraint
 from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.constrain import Constrained
-from redraft.sampling.constraints import Constraint, identity
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.policies import Blocks, GridBlocks
 from redraft.sampling.sampler import Sampler
 from redraft.sampling.step import Step
-from redraft.sampling.token_bytes import leading_space, token_bytes
 from redraft.sampling.trace import Recorder, RowTrace
 
 _OF_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")

@@ -24,7 +24,8 @@ from redraft.errors import unknown_name
 from redraft.evaluation.metrics import Interval, bootstrap
 from redraft.evaluation.run import Record, Store, Summary, join_processes, summarize
 from redraft.language_model import LanguageModel, load
-from redraft.loglikelihood import LikelihoodConfig, LogLikelihood, Request, rolling_requests, score_questions
+from redraft.likelihood.estimate import score_questions
+from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request, rolling_requests
 from redraft.sampling.config import SamplingConfig
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ import torch
 from redraft.evaluation.metrics import Bin, Interval, Perplexity, bootstrap, calibration, pass_at_k, vote
 from redraft.evaluation.tasks import Item, Task, take
 from redraft.language_model import LanguageModel
-from redraft.loglikelihood import LikelihoodConfig, Request, loglikelihoods, rolling_requests, score_questions
+from redraft.likelihood.estimate import loglikelihoods, score_questions
+from redraft.likelihood.requests import LikelihoodConfig, Request, rolling_requests
 
 Record = dict[str, Any]
 

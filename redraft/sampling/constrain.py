@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from redraft.constraints.completion import CompiledConstraint
 from redraft.sampling.canvas import Canvas, Status
-from redraft.sampling.completion import CompiledConstraint
 from redraft.sampling.propose import Proposal
 
 

@@ -11,13 +11,13 @@ from typing import Any, Literal, get_type_hints
 from redraft.data.config import DataConfig
 from redraft.errors import fits, type_names, unknown_name
 from redraft.layouts import Layout
-from redraft.likelihood import SMALLEST_T, Objective
+from redraft.likelihood.objectives.autoregressive import Autoregressive
+from redraft.likelihood.objectives.block import BlockDiffusion
+from redraft.likelihood.objectives.diffusion import Diffusion
+from redraft.likelihood.problem import SMALLEST_T, Objective
 from redraft.models.build import ModelConfig
 from redraft.models.quantize import UNDER_ADAPTERS
 from redraft.models.settings import DiffusionSettings
-from redraft.objectives.autoregressive import Autoregressive
-from redraft.objectives.block import BlockDiffusion
-from redraft.objectives.diffusion import Diffusion
 from redraft.processes.masked import MaskedDiffusion
 from redraft.processes.noised import Process
 from redraft.processes.uniform import UniformDiffusion

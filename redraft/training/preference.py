@@ -12,9 +12,9 @@ from torch import Tensor
 
 from redraft.data.collate import targets_of
 from redraft.data.preferences import collate_preferences
-from redraft.likelihood import CleanRows, NoiseKey
+from redraft.likelihood.objectives.preference import bounds, preference_loss, preference_margins
+from redraft.likelihood.problem import CleanRows, NoiseKey
 from redraft.models.denoiser import Denoiser
-from redraft.objectives.preference import bounds, preference_loss, preference_margins
 from redraft.training.adapter import has_adapter
 from redraft.training.loop import Batch
 from redraft.training.trainer import EVALUATION_STEP, DiffusionTrainer

@@ -23,7 +23,7 @@ from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, StreamedWindows, prepare
 from redraft.data.tokenizer import token_byte_lengths
 from redraft.folders import one_writer
-from redraft.likelihood import Estimate
+from redraft.likelihood.problem import Estimate
 from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
 from redraft.training.adapter import enable_checkpointing, num_parameters

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from redraft.data.collate import collate, targets_of
 from redraft.data.packing import WindowDataset
-from redraft.likelihood import CleanRows, Estimate, NoiseKey, Objective, solve
+from redraft.likelihood.problem import CleanRows, Estimate, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
 from redraft.training.adapter import has_adapter, read_adapter

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
-from redraft.likelihood import Estimate
+from redraft.likelihood.problem import Estimate
 from redraft.training.callbacks import LOG_FILE, read_log
 from redraft.training.curve import series
 from redraft.training.output import say

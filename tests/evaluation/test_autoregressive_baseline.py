@@ -8,7 +8,7 @@ import torch
 import redraft
 from redraft.evaluation.run import RunOptions, Store, run_task
 from redraft.evaluation.tasks import TaskOptions, make_task
-from redraft.loglikelihood import LikelihoodConfig
+from redraft.likelihood.requests import LikelihoodConfig
 
 
 @pytest.fixture(scope="module")

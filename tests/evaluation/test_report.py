@@ -6,7 +6,7 @@ from redraft.cli.eval import main as run_eval
 from redraft.evaluation.report import compare, plot_frontier, provenance, to_markdown
 from redraft.evaluation.run import Store, summarize
 from redraft.evaluation.suites import SUITES, find_suite
-from redraft.loglikelihood import LikelihoodConfig
+from redraft.likelihood.requests import LikelihoodConfig
 from redraft.sampling.config import SamplingConfig
 
 

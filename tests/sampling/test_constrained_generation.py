@@ -12,11 +12,11 @@ from test_every_combination import MASK, choices, few, sampler_of, start
 from tiny import tiny_lm
 
 import redraft
+from redraft.constraints.constraints import Constraint
 from redraft.data.tokenizer import train_tokenizer
 from redraft.language_model import MAX_COMPILED
 from redraft.sampling.batch import denoise
 from redraft.sampling.constrain import Constrained
-from redraft.sampling.constraints import Constraint
 from redraft.sampling.presets import PRESETS
 
 TEXTS = ["the quick brown fox, 日本語", '{"name": "Ann", "age": 12}', "yes no 😀 it depends"]

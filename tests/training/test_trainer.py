@@ -284,7 +284,7 @@ def test_an_autoregressive_checkpoint_is_a_plain_causal_model_that_redraft_reads
 
 
 def test_targets_named_by_the_data_are_all_that_is_noised_and_counted(config):
-    from redraft.likelihood import NoiseKey
+    from redraft.likelihood.problem import NoiseKey
 
     _, trainer = built(config)
     dataset = trainer.train_dataset

@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from redraft.data import ChatConfig, DataConfig, prepare, train_tokenizer
-from redraft.likelihood import NoiseKey
+from redraft.likelihood.problem import NoiseKey
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
 from redraft.training.callbacks import read_log

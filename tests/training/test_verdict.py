@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from redraft.likelihood import Estimate
+from redraft.likelihood.problem import Estimate
 from redraft.training.verdict import Outcome, announce, divergence, weight_norm, worse_than_chance
 
 WORSE = "the model is worse than guessing each token by its frequency"

@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from redraft.sampling.constraints import JsonSchema
+from redraft.constraints.constraints import JsonSchema
 
 
 def accepts(automaton, text):

@@ -1,6 +1,6 @@
 """Finite automata over bytes and over tokens: what constrained decoding walks on.
 
-A regular expression becomes a minimal automaton over bytes (`redraft.sampling.regex`), and that one an automaton
+A regular expression becomes a minimal automaton over bytes (`redraft.constraints.regex`), and that one an automaton
 over the tokens of a vocabulary. Tokens that act alike in every state form a class, so what is stored and searched grows
 with the automaton and not with the vocabulary.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from redraft.sampling.regex import Pattern, determinise, explore, too_large
-from redraft.sampling.token_bytes import LeadingSpace
+from redraft.constraints.regex import Pattern, determinise, explore, too_large
+from redraft.constraints.token_bytes import LeadingSpace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

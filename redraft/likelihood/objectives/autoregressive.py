@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from redraft.layouts import Layout
-from redraft.likelihood import CleanRows, NoiseKey, Problem
+from redraft.likelihood.problem import CleanRows, NoiseKey, Problem
 from redraft.models.query import Query
 
 

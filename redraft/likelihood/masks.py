@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from redraft.loglikelihood.control import controlled
+from redraft.likelihood.control import controlled
 from redraft.randomness import uniform
 
 DRAW_STRATUM, DRAW_ORDER = 0, 1

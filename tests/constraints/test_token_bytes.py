@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from redraft.constraints.constraints import Regex
+from redraft.constraints.token_bytes import leading_space, token_bytes
 from redraft.data.tokenizer import train_tokenizer
-from redraft.sampling.constraints import Regex
-from redraft.sampling.token_bytes import leading_space, token_bytes
 
 TEXTS = ["héllo wörld, 日本語 日本語 😀😀", "def f(x):\n\treturn x  # naïve", "  spaces   and\r\nlines", "\x00\x7f ÿ Ā"]
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from redraft.layouts import Layout, segment_positions
-from redraft.likelihood import SMALLEST_T, CleanRows, NoiseKey, Problem, draw_noise, whole_canvas
-from redraft.objectives.diffusion import with_complement
+from redraft.likelihood.objectives.diffusion import with_complement
+from redraft.likelihood.problem import SMALLEST_T, CleanRows, NoiseKey, Problem, draw_noise, whole_canvas
 from redraft.processes.noised import Process
 from redraft.randomness import uniform
 

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from redraft.loglikelihood.blocks import SharedBlocks, Tree, can_share, score_blocks
-from redraft.loglikelihood.decide import mean_and_variance, undecided
-from redraft.loglikelihood.masks import Masks, draw_masks, units_of
-from redraft.loglikelihood.requests import LikelihoodConfig, LogLikelihood, Request
-from redraft.loglikelihood.rows import Part, score_rows
-from redraft.loglikelihood.uniform_bound import uniform_bound
+from redraft.likelihood.blocks import SharedBlocks, Tree, can_share, score_blocks
+from redraft.likelihood.decide import mean_and_variance, undecided
+from redraft.likelihood.masks import Masks, draw_masks, units_of
+from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request
+from redraft.likelihood.rows import Part, score_rows
+from redraft.likelihood.uniform_bound import uniform_bound
 from redraft.models.denoiser import Denoiser
 from redraft.models.finite import explain_nan
 

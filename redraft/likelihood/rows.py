@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.loglikelihood.requests import LikelihoodConfig
+from redraft.likelihood.requests import LikelihoodConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query
 from redraft.sampling.guidance import guided

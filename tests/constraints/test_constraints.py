@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from redraft.sampling.automaton import ByteAutomaton
-from redraft.sampling.completion import MAX_TAILS
-from redraft.sampling.constraints import All, Choice, Contains, JsonSchema, Length, Regex, Spans
+from redraft.constraints.automaton import ByteAutomaton
+from redraft.constraints.completion import MAX_TAILS
+from redraft.constraints.constraints import All, Choice, Contains, JsonSchema, Length, Regex, Spans
 
 PAD, EOS, MASK = 0, 1, 2
 MERGES = ["ab", "abc", "the", " a", '": ', '", "', '{"', '"}', "12", "tru", "日本", "é", "😀", "x日"]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import tiny_lm
 
-from redraft.likelihood import CleanRows, NoiseKey, draw_noise, solve
-from redraft.objectives.block import BlockDiffusion
-from redraft.objectives.diffusion import Diffusion, cart_weights, with_complement
-from redraft.objectives.preference import bounds, preference_loss, preference_margins
+from redraft.likelihood.objectives.block import BlockDiffusion
+from redraft.likelihood.objectives.diffusion import Diffusion, cart_weights, with_complement
+from redraft.likelihood.objectives.preference import bounds, preference_loss, preference_margins
+from redraft.likelihood.problem import CleanRows, NoiseKey, draw_noise, solve
 from redraft.processes.masked import MaskedDiffusion
 
 LENGTH, MASK = 10, 2

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from redraft.likelihood import SMALLEST_T, CleanRows, NoiseKey, Problem, draw_noise, whole_canvas
+from redraft.likelihood.problem import SMALLEST_T, CleanRows, NoiseKey, Problem, draw_noise, whole_canvas
 from redraft.processes.masked import MaskedDiffusion
 from redraft.processes.noised import Noised, Process
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from redraft.likelihood import CleanRows, NoiseKey, Objective, solve
+from redraft.likelihood.problem import CleanRows, NoiseKey, Objective, solve
 from redraft.models.denoiser import Denoiser
 
 

@@ -4,9 +4,9 @@ import math
 
 import torch
 
-from redraft.likelihood import CleanRows, NoiseKey, draw_noise, solve, whole_canvas
-from redraft.loglikelihood.requests import LikelihoodConfig, LogLikelihood, Request
-from redraft.loglikelihood.rows import LOGITS_PER_BATCH
+from redraft.likelihood.problem import CleanRows, NoiseKey, draw_noise, solve, whole_canvas
+from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request
+from redraft.likelihood.rows import LOGITS_PER_BATCH
 from redraft.models.denoiser import Denoiser
 from redraft.processes.uniform import UniformDiffusion
 from redraft.randomness import fold

@@ -9,11 +9,11 @@ import torch
 from tiny import tiny_lm
 
 from redraft.layouts import Layout, attention_mask
-from redraft.likelihood import CleanRows, NoiseKey, draw_noise, solve
+from redraft.likelihood.objectives.autoregressive import Autoregressive
+from redraft.likelihood.objectives.block import BlockDiffusion
+from redraft.likelihood.objectives.diffusion import Diffusion
+from redraft.likelihood.problem import CleanRows, NoiseKey, draw_noise, solve
 from redraft.models.denoiser import Denoiser
-from redraft.objectives.autoregressive import Autoregressive
-from redraft.objectives.block import BlockDiffusion
-from redraft.objectives.diffusion import Diffusion
 from redraft.processes.masked import MaskedDiffusion
 from redraft.processes.uniform import UniformDiffusion
 

@@ -15,9 +15,9 @@ from itertools import combinations
 from typing import Any
 from urllib.parse import unquote
 
-from redraft.sampling.automaton import from_pattern
-from redraft.sampling.number_patterns import number_patterns
-from redraft.sampling.regex import Pattern
+from redraft.constraints.automaton import from_pattern
+from redraft.constraints.number_patterns import number_patterns
+from redraft.constraints.regex import Pattern
 
 CHARACTER = r'(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00[01][0-9a-f])'
 FREE_DEPTH = 2

@@ -12,17 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_lm
 
-from redraft.loglikelihood import (
-    LikelihoodConfig,
-    Request,
-    draw_masks,
-    loglikelihoods,
-    rolling_requests,
-    sample_values,
-    score_questions,
-)
-from redraft.loglikelihood.control import _features
-from redraft.loglikelihood.decide import undecided
+from redraft.likelihood.control import _features
+from redraft.likelihood.decide import undecided
+from redraft.likelihood.estimate import loglikelihoods, sample_values, score_questions
+from redraft.likelihood.masks import draw_masks
+from redraft.likelihood.requests import LikelihoodConfig, Request, rolling_requests
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 from redraft.processes.noised import Noised

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from redraft.sampling.automaton import Bools, Floats, TokenAutomaton
+from redraft.constraints.automaton import Bools, Floats, TokenAutomaton
 
 _LANES = 8
 _LOWEST = -1e9  # for tokens that the model rules out: the constraint is harder than the model's zeros

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny import tiny_lm
 
-from redraft.loglikelihood import LikelihoodConfig, Request, loglikelihoods, score_questions
-from redraft.loglikelihood.blocks import ROOT, Tree
+from redraft.likelihood.blocks import ROOT, Tree
+from redraft.likelihood.estimate import loglikelihoods, score_questions
+from redraft.likelihood.requests import LikelihoodConfig, Request
 
 CONFIG = LikelihoodConfig(samples=8)
 

@@ -14,18 +14,3 @@ given the clean blocks before, which are run once for all samples and choices (`
 An autoregressive model's likelihood is exact and takes one forward pass. A model of uniform noise has its process' own
 bound (`processes.uniform`), over times stratified over the samples.
 """
-
-from redraft.loglikelihood.estimate import loglikelihoods, sample_values, score_questions
-from redraft.loglikelihood.masks import draw_masks
-from redraft.loglikelihood.requests import LikelihoodConfig, LogLikelihood, Request, rolling_requests
-
-__all__ = [
-    "LikelihoodConfig",
-    "LogLikelihood",
-    "Request",
-    "draw_masks",
-    "loglikelihoods",
-    "rolling_requests",
-    "sample_values",
-    "score_questions",
-]

@@ -6,11 +6,11 @@ from functools import reduce
 from operator import and_
 from typing import Any
 
+from redraft.constraints.automaton import ByteAutomaton, after_space, from_pattern, over_tokens
+from redraft.constraints.completion import CompiledConstraint, Limits
+from redraft.constraints.json_schema import schema_pattern
+from redraft.constraints.token_bytes import LeadingSpace
 from redraft.errors import check_types, fits
-from redraft.sampling.automaton import ByteAutomaton, after_space, from_pattern, over_tokens
-from redraft.sampling.completion import CompiledConstraint, Limits
-from redraft.sampling.json_schema import schema_pattern
-from redraft.sampling.token_bytes import LeadingSpace
 
 _ANY = "(?s:.)"
 _ANYTHING = "(?s:.*)"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from redraft.likelihood import CleanRows, NoiseKey, draw_noise
+from redraft.likelihood.problem import CleanRows, NoiseKey, draw_noise
 from redraft.processes.masked import MaskedDiffusion
 
 PROCESS = MaskedDiffusion(mask_token_id=2)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.loglikelihood.requests import LikelihoodConfig
-from redraft.loglikelihood.rows import Part, token_scores
+from redraft.likelihood.requests import LikelihoodConfig
+from redraft.likelihood.rows import Part, token_scores
 from redraft.models.cache import Slots, Spans
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query
