@@ -1,9 +1,9 @@
 """Count what the package is made of, and fail over budget: `python tools/house.py` (part of `make lint`).
 
 Lines of code are physical lines without blank lines, comments, docstrings, and strings that document fields. Settings
-are the fields of every dataclass that becomes flags or is saved with a model; `--list` prints them. Public names are
-top-level classes and functions without a leading underscore; a name that two modules define is two concepts, unless it
-is listed here with its reason.
+are the fields of every dataclass that becomes flags or is saved with a model, without the positional arguments that
+say what a command works on; `--list` prints them. Public names are top-level classes and functions without a leading
+underscore; a name that two modules define is two concepts, unless it is listed here with its reason.
 """
 
 import ast
@@ -16,7 +16,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "redraft"
 BUDGET = {"core": 12661, "latent": 2695, "constraints": 1196, "evaluation": 1584}
 """Lines of code; core is everything that has no budget of its own."""
-SETTINGS = 234
+SETTINGS = 218
 DOUBLED = 21
 """Public names that two modules define."""
 LATENT = (
@@ -74,9 +74,8 @@ def settings_in(tree: ast.Module) -> list[str]:
             for statement in node.body:
                 if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                     kind = ast.unparse(statement.annotation)
-                    if "ClassVar" not in kind and not kind.split("[")[-1].split(",")[0].strip("]").endswith(
-                        IS_SETTINGS
-                    ):
+                    is_other = "ClassVar" in kind or "Positional" in kind
+                    if not is_other and not kind.split("[")[-1].split(",")[0].strip("]").endswith(IS_SETTINGS):
                         found.append(f"{node.name}.{statement.target.id}")
     return found
 
