@@ -56,9 +56,10 @@ def check_field(name: str, value: Any, kind: Any) -> None:
         raise ValueError(f"{name} must be {type_names(kind)}; got {value!r}.")
     if isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number; got {value}.")
-    for bound in declared_bounds(kind):
-        if isinstance(value, Real) and not isinstance(value, bool) and float(value) not in bound:
-            raise ValueError(f"{name} must {bound}; got {value}.")
+    for one in value if isinstance(value, tuple) else (value,):
+        for bound in declared_bounds(kind):
+            if isinstance(one, Real) and not isinstance(one, bool) and float(one) not in bound:
+                raise ValueError(f"{name} must {bound}; got {one}.")
 
 
 def _annotations(kind: type) -> dict[str, Any]:
@@ -67,11 +68,11 @@ def _annotations(kind: type) -> dict[str, Any]:
 
 
 def declared_bounds(kind: Any) -> list[Within]:
-    """List the bounds in an annotation; those of `Count | None` are Count's."""
+    """List the bounds in an annotation; those of `Count | None` and of `tuple[Count, ...]` are Count's."""
     if get_origin(kind) is Annotated:
         inner, *extras = get_args(kind)
         return [extra for extra in extras if isinstance(extra, Within)] + declared_bounds(inner)
-    if get_origin(kind) in (Union, UnionType):
+    if get_origin(kind) in (Union, UnionType, tuple):
         return [bound for one in get_args(kind) for bound in declared_bounds(one)]
     return []
 

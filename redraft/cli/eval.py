@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
-from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task, require
+from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task, require_package
 from redraft.folders import one_writer
 from redraft.likelihood.requests import LikelihoodConfig
+from redraft.settings import Count, Settings
 
 if TYPE_CHECKING:
     from redraft.evaluation.run import Store, Summary
@@ -24,27 +25,26 @@ NO_SETTINGS = ("out", "device", "processes")  # what changes no result: the same
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(LoadingFlags):
+class EvalFlags(LoadingFlags, Settings):
     """Measure a model on tasks.
 
     Offline tasks: countdown, sudoku, arithmetic, logic, reasoning-gym:NAME, humaneval, infill-stdlib, perplexity:SOURCE
     (stdlib, a file, a folder), thought:NAME (a task of latent thinking, for a model that writes its thoughts;
-    thought:NAME:pause and the like for another form than written) and FILE.jsonl; any other name is a task of
-    lm-evaluation-harness.
+    thought:NAME:pause and the like for another form than written) and FILE.jsonl. Any other name is a task of
+    lm-evaluation-harness. suite:NAME runs the tasks that others published for a model, with their settings:
+    llada-instruct, llada-base, dream-instruct, tiny-a2d-mdlm, tiny-a2d-bd3lm, bert-chat.
     """
 
     model: tyro.conf.Positional[str]
     """Folder or hub id of a model."""
     tasks: tuple[str, ...] = ()
     """Tasks to run."""
-    suite: str | None = None
-    """Published settings: llada-instruct, llada-base, dream-instruct, tiny-a2d-mdlm, tiny-a2d-bd3lm, bert-chat."""
     out: Path = Path("runs/eval")
-    """Folder of the results; the same command goes on with what it holds."""
-    sweep_steps: tuple[int, ...] = ()
+    """Folder of the results; the same command continues an interrupted evaluation there."""
+    sweep_steps: tuple[Count, ...] = ()
     """Evaluate with each of these numbers of steps, in OUT/steps-N, and plot the scores against steps and forwards."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
-    """How to generate; what is said here wins over the checkpoint's and a harness task's own settings."""
+    """How to generate; these settings win over those of the checkpoint and of a harness task."""
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     """How to estimate likelihoods."""
     items: TaskOptions = field(default_factory=TaskOptions)
@@ -55,23 +55,17 @@ class Arguments(LoadingFlags):
     """Examples before each question of a harness task; by default the task's own number."""
     include_path: Path | None = None
     """Folder with harness tasks of your own (YAML)."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Items worked on together (of each, --num-samples rows)."""
-    processes: int = 1
+    processes: Count = 1
     """Processes that share the items, on the GPUs of this machine or its processors."""
 
 
 def main(arguments: list[str]) -> int:
     """Parse, run, report."""
-    args = parse(Arguments, arguments, command="eval")
-    if not args.tasks and args.suite is None:
-        raise ValueError(f"name what to run: --tasks {', '.join(NAMED)}, a task of the harness, or --suite.")
-
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1; got {args.batch_size}.")
-    if min(args.sweep_steps, default=1) < 1:
-        raise ValueError(f"--sweep-steps are numbers of at least 1; got {min(args.sweep_steps)}.")
-
+    args = parse(EvalFlags, arguments, command="eval")
+    if not args.tasks:
+        raise ValueError(f"name what to run: --tasks {', '.join(NAMED)}, suite:NAME, or a task of the harness.")
     sampling = args.sampling.given(arguments)
     if args.processes != 1:
         return _launch(args, arguments)
@@ -80,7 +74,7 @@ def main(arguments: list[str]) -> int:
     return _run(args, sampling)
 
 
-def _sweep(args: Arguments, sampling: dict[str, Any]) -> int:
+def _sweep(args: EvalFlags, sampling: dict[str, Any]) -> int:
     """Evaluate with several numbers of steps, one after the other, and draw what they cost and give."""
     from redraft.evaluation.report import plot_frontier, provenance
 
@@ -96,17 +90,14 @@ def _sweep(args: Arguments, sampling: dict[str, Any]) -> int:
     return 0
 
 
-def _run(args: Arguments, sampling: dict[str, Any]) -> int:
+def _run(args: EvalFlags, sampling: dict[str, Any]) -> int:
     """Evaluate in this process."""
     from redraft.cli.common import load_quietly
     from redraft.evaluation.report import provenance, write_report
     from redraft.evaluation.run import Store, join_processes, summarize
-    from redraft.evaluation.suites import SuiteTask, find_suite
 
-    suite = find_suite(args.suite) if args.suite else None
     offline = [make_task(name, args.items) for name in args.tasks if is_offline_task(name)]
-    asked = [SuiteTask(name=name, few_shot=-1) for name in args.tasks if not is_offline_task(name)]
-    asked += suite.tasks if suite else ()
+    asked = [task for name in args.tasks if not is_offline_task(name) for task in _harness_tasks(name, args)]
     if asked and sampling.get("num_samples", 1) > 1:
         raise ValueError(
             f"--num-samples is for the offline tasks; {asked[0].name} is the harness' own. Say `repeats` in its YAML."
@@ -119,29 +110,23 @@ def _run(args: Arguments, sampling: dict[str, Any]) -> int:
     store = Store(folder=args.out, rank=state.process_index)
     with one_writer(args.out) if is_main else nullcontext():
         store.open({name: value for name, value in asdict(args).items() if name not in NO_SETTINGS})
-        _run_offline(args, sampling, lm, offline, store, world_size=state.num_processes)
+        _run_offline(args, sampling, lm, offline, store, state.num_processes)
         state.wait_for_everyone()  # before the first process sums up what all of them wrote
         summaries = [summarize(t.name, list(store.records(t.name).values())) for t in offline] if is_main else []
-        notes = [suite.note] if suite else []
         for task in asked:
-            summaries += _run_harness(args, sampling, lm, task, manager, store, chat=suite.chat if suite else args.chat)
-            if task.dllm is not None:
-                published = f"published {task.official or '-'} (official), {task.dllm} (dLLM), in percent"
-                notes.append(f"{task.name}: {published}")
+            summaries += _run_harness(args, sampling, lm, task, manager, store)
         if is_main:
-            seeds = {"sampling": args.sampling.seed, "masks": args.likelihood.seed, "items": args.items.seed}
-            write_report(args.out, summaries, provenance(seeds), notes=notes)
+            seeds = {"sampling": args.sampling.seed, "masks": args.likelihood.seed}
+            write_report(args.out, summaries, provenance(seeds), notes=[task.note for task in asked if task.note])
     if is_main:
         print((args.out / "report.md").read_text())
     return 0
 
 
-def _launch(args: Arguments, arguments: list[str]) -> int:
-    """Start the command again in several processes. Raises ValueError for a number that is none."""
+def _launch(args: EvalFlags, arguments: list[str]) -> int:
+    """Start the command again in several processes."""
     from redraft.training.launch import launch
 
-    if args.processes < 1:
-        raise ValueError(f"--processes must be at least 1; got {args.processes}.")
     go_on = f"The same command goes on with what is in {args.out}"
     code, reason = launch("ddp", args.processes, ["eval", *arguments, "--processes", "1"], go_on=go_on)
     if reason:
@@ -150,30 +135,41 @@ def _launch(args: Arguments, arguments: list[str]) -> int:
 
 
 def _run_offline(
-    args: Arguments,
+    args: EvalFlags,
     sampling: dict[str, Any],
     lm: "LanguageModel",
     tasks: Sequence[Any],
     store: "Store",
-    *,
     world_size: int,
 ) -> None:
     from tqdm import tqdm
 
-    from redraft.evaluation.run import RunOptions, run_task
+    from redraft.evaluation.run import Conditions, run_task
 
-    options = RunOptions(sampling=sampling, likelihood=args.likelihood, batch_size=args.batch_size, chat=args.chat)
+    conditions = Conditions(sampling=sampling, likelihood=args.likelihood, batch_size=args.batch_size, chat=args.chat)
     for task in tasks:
-        records = run_task(lm, task, store, options, limit=args.items.limit, world_size=world_size)
+        records = run_task(lm, task, store, conditions, limit=args.items.limit, world_size=world_size)
         for _ in tqdm(records, desc=task.name, disable=None if store.rank == 0 else True):
             pass
 
 
-def _task_manager(args: Arguments, names: list[str]) -> Any:
-    """Read the harness' index of tasks, one's own first: its thousands take seconds. ValueError for an unknown name."""
+def _harness_tasks(name: str, args: EvalFlags) -> "list[SuiteTask]":
+    """List the harness tasks of a name: those of a suite, or one task under the settings of the command."""
+    from redraft.evaluation.suites import SuiteTask, find_suite
+
+    if name.startswith("suite:"):
+        return find_suite(name.removeprefix("suite:"))
+    return [SuiteTask(name=name, few_shot=args.few_shot, chat=args.chat, settings={})]
+
+
+def _task_manager(args: EvalFlags, names: list[str]) -> Any:
+    """Read the harness' index of tasks; the folder of own tasks first, since the whole index takes seconds.
+
+    Raises ValueError for an unknown name.
+    """
     import difflib
 
-    require("lm-eval", f"{names[0]!r} is none of the tasks {', '.join(NAMED)}; one of lm-evaluation-harness")
+    require_package("lm-eval", f"{names[0]!r} is none of the tasks {', '.join(NAMED)}; one of lm-evaluation-harness")
     from lm_eval.tasks import TaskManager
 
     own = None if args.include_path is None else str(args.include_path)
@@ -192,14 +188,12 @@ def _task_manager(args: Arguments, names: list[str]) -> Any:
 
 
 def _run_harness(
-    args: Arguments,
+    args: EvalFlags,
     sampling: dict[str, Any],
     lm: "LanguageModel",
     task: "SuiteTask",
     manager: Any,
     store: "Store",
-    *,
-    chat: bool,
 ) -> "list[Summary]":
     """Run one task through the harness; its answers are cached in the folder as they come, its results kept there."""
     from lm_eval import simple_evaluate
@@ -211,9 +205,9 @@ def _run_harness(
     results = simple_evaluate(
         model=model,
         tasks=[task.name],
-        num_fewshot=args.few_shot if task.few_shot < 0 else task.few_shot,
+        num_fewshot=task.few_shot,
         limit=args.items.limit,
-        apply_chat_template=chat,
+        apply_chat_template=task.chat,
         task_manager=manager,
         use_cache=str(store.folder / "answers"),
         confirm_run_unsafe_code=args.items.allow_code,

@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
 def _print_samples(prompt: str, out: "Generation", rows: range, args: Arguments, console: Console) -> None:
     """Print a prompt's texts, or the one they agree on; several with a line on how different they are."""
     from redraft.cli.common import say
-    from redraft.evaluation.metrics import distinct_n, self_bleu, vote
+    from redraft.evaluation.metrics import distinct_n, vote
 
     texts = [out.texts[row] if out.texts else " ".join(map(str, out.tokens[row].tolist())) for row in rows]
     chosen = vote(texts) if args.vote else None
@@ -121,8 +121,7 @@ def _print_samples(prompt: str, out: "Generation", rows: range, args: Arguments,
     if len(rows) > 1:
         tokens = [out.tokens[row].tolist() for row in rows]
         console.print(
-            f"distinct-1 {distinct_n(tokens, 1):.2f}, distinct-2 {distinct_n(tokens, 2):.2f}, "
-            f"self-BLEU {self_bleu(tokens):.2f}",
+            f"distinct-1 {distinct_n(tokens, 1):.2f}, distinct-2 {distinct_n(tokens, 2):.2f}",
             style="dim",
         )
 

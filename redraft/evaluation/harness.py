@@ -7,36 +7,32 @@ harness' own command line with our model known to it.
 import hashlib
 import json
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import gather
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from torch import Tensor
+from tqdm import tqdm
 
 from redraft.errors import unknown_name
-from redraft.evaluation.metrics import Interval, bootstrap
-from redraft.evaluation.run import Record, Store, Summary, join_processes, summarize
+from redraft.evaluation.metrics import RATIOS
+from redraft.evaluation.run import Store, Summary, join_processes, summarize
 from redraft.language_model import LanguageModel, load
 from redraft.likelihood.estimate import score_questions
 from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request, rolling_requests
 from redraft.sampling.config import SamplingConfig
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 256  # the harness' own default of max_gen_toks
 FROM_TASK = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_gen_toks": "max_new_tokens"}
-ROLLING: dict[str, Callable[[float], float]] = {  # of the nats per word, byte and byte
-    "word_perplexity": lambda nats: math.exp(-nats),
-    "byte_perplexity": lambda nats: math.exp(-nats),
-    "bits_per_byte": lambda nats: -nats / math.log(2),
-}
 
 
 @register_model("redraft")
@@ -115,71 +111,76 @@ class RedraftLM(TemplateLM):
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Score continuations; the choices of one question share their noise."""
-        answers: dict[int, tuple[float, bool]] = {}
-        originals = _originals(requests)
-        questions = _questions(requests, set(originals))
-        for start in self._progress(range(0, len(questions), self.batch_size), "loglikelihood", disable_tqdm):
-            batch = questions[start : start + self.batch_size]
-            asked = [[self._request(requests[i]) for i in question] for question in batch]
-            lengths = [[float(max(1, len(requests[i].args[1]))) for i in question] for question in batch]
-            found = self._timed_scores(asked, lengths)
-            for question, choices, results in zip(batch, asked, found, strict=True):
+
+        def score(questions: list[list[int]]) -> Iterator[tuple[int, tuple[float, bool]]]:
+            asked = [[self._request(requests[i]) for i in question] for question in questions]
+            lengths = [[float(max(1, len(requests[i].args[1]))) for i in question] for question in questions]
+            for question, choices, results in zip(questions, asked, self._scores(asked, lengths), strict=True):
                 for i, request, result in zip(question, choices, results, strict=True):
                     is_greedy = result.is_greedy
                     if is_greedy is None:
                         is_greedy = self.exact_match and self._is_greedy(request)
-                    answers[i] = (result.nats, is_greedy)
-                    self.cache_hook.add_partial("loglikelihood", requests[i].args, answers[i])
-        return [answers[i] for i in originals]
+                    yield i, (result.nats, is_greedy)
+
+        def batches(wanted: list[int]) -> list[list[list[int]]]:
+            return list(_chunks(_questions(requests, wanted), self.batch_size))
+
+        return self._answers("loglikelihood", requests, batches, score, is_quiet=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         raise AssertionError("loglikelihood works on whole questions")
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Score whole texts in disjoint windows of the model's context, at most 1024 tokens."""
-        answers: dict[int, float] = {}
-        originals = _originals(requests)
         window = min(self.lm.context_length or 1024, 1024)
-        for i in self._progress(dict.fromkeys(originals), "loglikelihood_rolling", disable_tqdm):
-            request = requests[i]
-            tokens = self.lm.encode(request.args[0])
-            parts = rolling_requests(tokens, window=window, key=_key(request)) if len(tokens) else []
-            found = self._timed_scores([[part] for part in parts], None)
-            answers[i] = sum(result.nats for (result,) in found)
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[i])
-        return [answers[i] for i in originals]
+
+        def score(i: int) -> Iterator[tuple[int, float]]:
+            tokens = self.lm.encode(requests[i].args[0])
+            parts = rolling_requests(tokens, window=window, key=_key(requests[i])) if len(tokens) else []
+            yield i, sum(result.nats for (result,) in self._scores([[part] for part in parts], None))
+
+        return self._answers("loglikelihood_rolling", requests, list, score, is_quiet=disable_tqdm)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Generate; equal prompts (repeats) draw with seeds of their own."""
-        answers: dict[int, str] = {}
+
+        def generate(batch: tuple[list[int], int]) -> Iterator[tuple[int, str]]:
+            rows, times_before = batch
+            texts = self._generate([requests[i] for i in rows], times_before=times_before)
+            yield from zip(rows, texts, strict=True)
+
+        def batches(wanted: list[int]) -> list[tuple[list[int], int]]:
+            return list(self._batches(requests, wanted))
+
+        return self._answers("generate_until", requests, batches, generate, is_quiet=disable_tqdm)
+
+    def _answers(
+        self,
+        kind: str,
+        requests: Any,
+        batches: Callable[[list[int]], list[T]],
+        work: Callable[[T], Iterator[tuple[int, Any]]],
+        *,
+        is_quiet: bool,
+    ) -> list[Any]:
+        """Answer requests batch by batch; each answer goes to the harness' cache at once."""
         originals = _originals(requests)
-        batches = list(self._batches(requests, set(originals)))
-        for batch, times_before in self._progress(batches, "generate_until", disable_tqdm):
-            texts = self._generate([requests[i] for i in batch], times_before=times_before)
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text
-                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        answers: dict[int, Any] = {}
+        wanted = batches(sorted(set(originals)))
+        for batch in tqdm(wanted, desc=f"redraft {kind}", disable=True if is_quiet or self.rank else None):
+            for i, answer in work(batch):
+                answers[i] = answer
+                self.cache_hook.add_partial(kind, requests[i].args, answer)
         return [answers[i] for i in originals]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results file says about the model, its settings, and what the answers cost."""
-        costs, spent = self._costs_of_all or dict(self.costs), {}
-        if costs.get("items"):
-            spent["seconds_per_item"] = costs["seconds"] / costs["items"]
-        if costs.get("tokens"):
-            spent |= {
-                "forwards_per_token": costs["generation_forwards"] / costs["tokens"],
-                "tokens_per_second": costs["tokens"] / costs["generation_seconds"],
-            }
-        if costs.get("continuations"):
-            spent["mean_standard_error_nats"] = costs["standard_errors"] / costs["continuations"]
+        """What the results file says about the model, its settings, and what the answers cost in all."""
         settings = {"sampling": self.sampling, "likelihood": vars(self.likelihood)}
-        return {"model_num_parameters": self.lm.model.num_parameters(), "redraft": {**settings, **costs, **spent}}
+        costs = self._costs_of_all or self.costs
+        return {"model_num_parameters": self.lm.model.num_parameters(), "redraft": {**settings, **costs}}
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Concatenate a tensor of every process."""
-        from accelerate.utils import gather
-
         return gather(tensor.reshape(-1).to(self._device)) if self.world_size > 1 else tensor
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
@@ -202,11 +203,6 @@ class RedraftLM(TemplateLM):
             slowest = {name: max(costs[name] for costs in gathered) for name in total if name.endswith("seconds")}
             self._costs_of_all = {**total, **slowest}
 
-    def _progress(self, what: Any, name: str, is_quiet: bool) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(what, desc=f"redraft {name}", disable=True if is_quiet or self.rank else None)
-
     def _request(self, instance: Any) -> Request:
         context, continuation = self.lm.encode_pair(*instance.args)
         context = self._cut(context, room_for=len(continuation))
@@ -225,47 +221,33 @@ class RedraftLM(TemplateLM):
             logger.warning("A context of %d tokens was cut from the left to %d.", len(context), limit - room_for)
         return context[len(context) + room_for - limit :]
 
-    def _timed_scores(
-        self, questions: list[list[Request]], lengths: list[list[float]] | None
-    ) -> list[list[LogLikelihood]]:
+    def _scores(self, questions: list[list[Request]], lengths: list[list[float]] | None) -> list[list[LogLikelihood]]:
+        """Score the choices of questions, and count what it cost."""
         start = time.perf_counter()
-        found = score_questions(self.lm.denoiser, questions, self.likelihood, lengths=lengths)
-        results = [result for choices in found for result in choices]
-        self.costs.update(
-            {
-                "items": len(questions),
-                "continuations": len(results),
-                "likelihood_forwards": sum(result.forwards for result in results),
-                "standard_errors": sum(result.standard_error for result in results),
-                "seconds": time.perf_counter() - start,
-            }
-        )
-        return found
+        scores = score_questions(self.lm.denoiser, questions, self.likelihood, lengths=lengths)
+        results = [result for choices in scores for result in choices]
+        forwards, errors = (sum(getattr(r, name) for r in results) for name in ("forwards", "standard_error"))
+        counts = {"items": len(questions), "continuations": len(results), "likelihood_forwards": forwards}
+        self.costs.update({**counts, "standard_errors": errors, "seconds": time.perf_counter() - start})
+        return scores
 
     def _is_greedy(self, request: Request) -> bool:
         length = len(request.continuation)
-        greedy: dict[str, Any] = {
-            "preset": "llada",
-            "temperature": 0.0,
-            "steps": length,
-            "max_new_tokens": length,
-            "stop": None,
-        }
-        out = self.lm.generate([request.context], **greedy)
+        greedy: dict[str, Any] = {"preset": "llada", "temperature": 0.0, "steps": length, "max_new_tokens": length}
+        out = self.lm.generate([request.context], stop=None, **greedy)
         return torch.equal(out.tokens[0], request.continuation)
 
-    def _batches(self, requests: Sequence[Any], wanted: set[int]) -> Iterator[tuple[list[int], int]]:
+    def _batches(self, requests: Sequence[Any], wanted: list[int]) -> Iterator[tuple[list[int], int]]:
         """Batch requests of equal settings, equal prompts apart; with how many equal ones came before."""
         seen: Counter[str] = Counter()
         keyed = []
-        for i in sorted(wanted):
+        for i in wanted:
             context, kwargs = requests[i].args
             keyed.append((str(sorted(kwargs.items(), key=str)), seen[context], i))
             seen[context] += 1
         for (_, times_before), group in groupby(sorted(keyed), key=lambda entry: entry[:2]):
-            order = [i for _, _, i in group]
-            for start in range(0, len(order), self.batch_size):
-                yield order[start : start + self.batch_size], times_before
+            for chunk in _chunks([i for _, _, i in group], self.batch_size):
+                yield chunk, times_before
 
     def _generate(self, requests: Sequence[Any], *, times_before: int) -> list[str]:
         kwargs = dict(requests[0].args[1])
@@ -276,8 +258,8 @@ class RedraftLM(TemplateLM):
         rows = [self._cut(row, room_for=settings["max_new_tokens"]) for row in rows]
         out = self.lm.generate(rows, **settings)
         assert out.texts is not None
-        spent = {"items": len(rows), "tokens": sum(map(len, out.tokens)), "generation_forwards": sum(out.forwards)}
-        self.costs.update({**spent, "seconds": out.seconds, "generation_seconds": out.seconds})
+        counts = {"items": len(rows), "tokens": sum(map(len, out.tokens)), "generation_forwards": sum(out.forwards)}
+        self.costs.update({**counts, "seconds": out.seconds})
         return [_before(text, until) for text in out.texts]
 
     def _sampling_of(self, kwargs: dict[str, Any], until: list[str], *, times_before: int) -> dict[str, Any]:
@@ -303,10 +285,14 @@ def _originals(requests: Sequence[Any]) -> list[int]:
     return originals
 
 
-def _questions(requests: Sequence[Any], wanted: set[int]) -> list[list[int]]:
+def _chunks(items: list[T], size: int) -> Iterator[list[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _questions(requests: Sequence[Any], wanted: list[int]) -> list[list[int]]:
     """Group requests by the question they belong to; those without a context (mutual information) apart."""
     grouped: dict[Any, list[int]] = {}
-    for i in sorted(wanted):
+    for i in wanted:
         request = requests[i]
         grouped.setdefault((request.task_name, request.doc_id, request.args[0] == ""), []).append(i)
     return list(grouped.values())
@@ -342,28 +328,15 @@ def keep_results(results: dict[str, Any], store: Store) -> list[Summary]:
             {
                 "id": f"{item['filter']}:{item['doc_id']}",
                 "scores": {name: float(item[name]) for name in item["metrics"] if isinstance(item[name], int | float)},
-                "rolling": {name: item[name] for name in item["metrics"] if name in ROLLING},
+                "ratios": {name: item[name] for name in item["metrics"] if name in RATIOS},
                 "forwards": (spent.get("likelihood_forwards", 0) + spent.get("generation_forwards", 0)) / len(items),
                 "seconds": spent.get("seconds", 0.0) / len(items),
             }
             for item in items
         ]
         store.replace(task, records)
-        summary = summarize(task, records)
-        summaries.append(replace(summary, scores=summary.scores | _rolling_scores(records)))
+        summaries.append(summarize(task, records))
     return summaries
-
-
-def _rolling_scores(records: Sequence[Record]) -> dict[str, Interval]:
-    """Sum up pairs (log-likelihood in nats, words or bytes) of whole texts as the harness does: over all texts."""
-    scores = {}
-    for name in records[0]["rolling"]:
-        nats, sizes = zip(*(record["rolling"][name] for record in records), strict=True)
-        mean = bootstrap(nats, weights=sizes)
-        of_mean = ROLLING[name]
-        low, high = of_mean(mean.high), of_mean(mean.low)  # a higher likelihood is a lower perplexity
-        scores[name] = Interval(mean=of_mean(mean.mean), low=low, high=high, count=mean.count)
-    return scores
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """The inside of the sandbox: a script of its own (standard library only) that `sandbox.run_python` starts.
 
-Four processes: the outer one, which the evaluator can kill; process 1 of a new process namespace, which watches time
-and memory and whose end makes the kernel kill everything in the namespace, daemons included; the generated code, under
-another user (where we are root), without capabilities, on a read-only file system with a small private /tmp; and the
-tests, which call the code through two pipes: arguments and results travel as text, so that the code never meets the
-tests, and the tests meet plain data only.
+There are four processes. The outer one can be killed by the evaluator. Process 1 of a new process namespace watches
+time and memory; when it ends, the kernel kills everything in the namespace, daemons included. The generated code runs
+under another user (where we are root), without capabilities, on a read-only file system with a small private /tmp. The
+tests call the code through two pipes: arguments and results travel as text, so that the code never sees the tests, and
+the tests receive plain data only.
 
-The weak mode, for machines that permit no namespaces: resource limits, another user where we are root, and a hunt for
-every descendant at the end. It does not hide the file system.
-
-Both modes have a seccomp filter: what can hold memory that no process is charged with is refused rather than counted,
+A seccomp filter refuses what can hold memory that no process is charged with. Such memory is not counted instead,
 because a limited cgroup can be made on few machines only, and the filter works on all of them.
 """
 
@@ -28,7 +25,7 @@ from pathlib import Path
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, ATTR_READ_ONLY = 442, -100, 0x8000, 1
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 JOIN_SESSION_KEYRING = 1
 NOBODY = 65534
 USERS = range(2**20, 2**21)
@@ -104,29 +101,17 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     sources = json.load(sys.stdin)
     os.set_inheritable(settings["report_fd"], False)
-    signal.signal(signal.SIGTERM, _kill_all_and_exit)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     uid = _other_user()
     try:
-        if settings["isolation"] == "namespaces":
-            _enter_namespaces(is_root=uid is not None)
-        elif uid is None and os.geteuid() == 0:
-            raise OSError("this root cannot become another user")
+        _enter_namespaces(is_root=uid is not None)
     except OSError as error:
         _report(settings, {"reason": "no isolation", "error": str(error)})
         return
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # after the namespaces: entering one clears it
     libc.syscall(FORBIDDEN["keyctl"][_column()], JOIN_SESSION_KEYRING, None)
-    pid = os.fork()
-    if not pid:
+    if not (pid := os.fork()):
         _be_first(sources, settings, uid=uid)
     os.waitpid(pid, 0)
-    kill_descendants(os.getpid())
-
-
-def _kill_all_and_exit(*_: object) -> None:
-    kill_descendants(os.getpid())
-    os._exit(0)
 
 
 def _other_user() -> int | None:
@@ -153,12 +138,8 @@ def _enter_namespaces(*, is_root: bool) -> None:
 def _be_first(sources: dict[str, str], settings: dict, *, uid: int | None) -> None:
     """Prepare, start code and tests, watch them, report, and exit."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
-        if settings["isolation"] == "namespaces":
-            _close_file_system(settings)
-        else:
-            os.chdir(settings["folder"])
+        _close_file_system(settings)
         _filter_system_calls()
         libc.prctl(PR_SET_DUMPABLE, 0)  # /proc shows the code neither this memory nor these pipes
         Path("program.py").write_bytes(sources["program"].encode(errors="surrogatepass"))
@@ -172,8 +153,6 @@ def _be_first(sources: dict[str, str], settings: dict, *, uid: int | None) -> No
         _report(settings, {"reason": _watch(code, tests, settings)})
     except OSError as error:
         _report(settings, {"reason": "no isolation", "error": str(error)})
-    if settings["isolation"] == "weak":
-        kill_descendants(os.getpid())
     os._exit(0)
 
 
@@ -182,8 +161,8 @@ def _close_file_system(settings: dict) -> None:
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     paths = {Path(path).resolve() for path in (*HIDDEN, settings["home"]) if Path(path).is_dir()}
     hidden = sorted(str(path) for path in paths if not paths & set(path.parents))
-    kept = [path for path in (*settings["kept"], *DEVICES) if any(Path(path).is_relative_to(h) for h in hidden)]
-    handles = {path: os.open(path, os.O_PATH) for path in kept if Path(path).exists()}
+    needed = [path for path in (*settings["needed"], *DEVICES) if any(Path(path).is_relative_to(h) for h in hidden)]
+    handles = {path: os.open(path, os.O_PATH) for path in needed if Path(path).exists()}
     for path in hidden:
         _mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, f"size={settings['file_bytes']},nr_inodes=4096,mode=755")
     for path, fd in handles.items():  # devices, and an interpreter that lives in a hidden folder, are bound back
@@ -270,12 +249,12 @@ def _become_tests(source: str, settings: dict, *, calls: int, answers: int, uid:
 
 def _give_up(settings: dict, *, uid: int | None) -> None:
     """Accept the limits, and leave root."""
-    for what, most in settings["rlimits"].items():
+    for what, limit in settings["rlimits"].items():
         number = getattr(resource, f"RLIMIT_{what}")
         hard = resource.getrlimit(number)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        soft = most - 1 if what == "CPU" else most  # so that SIGXCPU, which names its reason, comes before SIGKILL
-        resource.setrlimit(number, (soft, most))
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        soft = limit - 1 if what == "CPU" else limit  # so that SIGXCPU, which names its reason, comes before SIGKILL
+        resource.setrlimit(number, (soft, limit))
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -299,43 +278,19 @@ def _watch(code: int, tests: int, settings: dict) -> str:
             time.sleep(WATCH_SECONDS)
 
 
-def _descendants(root: int) -> list[int]:
-    """List the processes below one, by /proc."""
-    parent: dict[int, int] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parent[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    below, found = {root}, {root}
-    while found:
-        found = {child for child, of in parent.items() if of in below and child not in below}
-        below |= found
-    return sorted(below - {root})
-
-
 def _memory_bytes() -> int:
-    """Sum the memory of all processes below, page tables included."""
+    """Sum the memory of all other processes of the namespace, page tables included."""
     kilobytes = 0
-    for pid in _descendants(os.getpid()):
+    for folder in Path("/proc").glob("[0-9]*"):
+        if int(folder.name) == os.getpid():
+            continue
         with contextlib.suppress(OSError):
-            for thread in Path(f"/proc/{pid}/task").iterdir():  # the first one may have ended before the others
+            for thread in (folder / "task").iterdir():  # the first one may have ended before the others
                 lines = [line.split() for line in (thread / "status").read_text().splitlines()]
-                if found := [int(words[1]) for words in lines if words and words[0] in MEMORY]:
-                    kilobytes += sum(found)
+                if sizes := [int(words[1]) for words in lines if words and words[0] in MEMORY]:
+                    kilobytes += sum(sizes)
                     break
     return kilobytes * 1024
-
-
-def kill_descendants(root: int) -> None:
-    """Stop, then kill, all below: a stopped process cannot fork away."""
-    while pids := _descendants(root):
-        for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in pids:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, number)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
 
 
 def _report(settings: dict, what: dict) -> None:

@@ -3,138 +3,19 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from statistics import fmean
 from typing import TypeVar
-
-import torch
-from torch import Tensor
-
-from redraft.language_model import LanguageModel
-from redraft.models.query import Query
 
 T = TypeVar("T", bound=Hashable)
 Tokens = Sequence[Hashable]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Perplexity:
-    """A bound on the likelihood of whole texts, in the units that others report."""
-
-    nats: float
-    """Total log-likelihood, at most 0."""
-    standard_error: float
-    num_tokens: int
-    num_words: int
-    num_bytes: int
-
-    @property
-    def nats_per_token(self) -> float:
-        """Mean negative log-likelihood of a token; its exponential is the token perplexity."""
-        return -self.nats / self.num_tokens
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Independent of the tokenizer."""
-        return -self.nats / self.num_bytes / math.log(2)
-
-    @property
-    def word_perplexity(self) -> float:
-        """exp(nats / words), words split at white space."""
-        return math.exp(-self.nats / self.num_words)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """A point of the frontier: a low perplexity at a low entropy is repetition, neither says anything alone."""
-
-    judge_nats_per_token: float
-    """Under the judge's bound; its exponential is the generative perplexity."""
-    unigram_entropy: float
-    """Nats; of the tokens of each text, averaged over the texts."""
-
-
-def quality(texts: Sequence[str], judge: LanguageModel, *, samples: int = 32) -> Quality:
-    """Judge texts by another diffusion model, together with their entropy under its tokenizer."""
-    kept = [text for text in texts if text]
-    if not kept:
-        raise ValueError(f"there is no text to judge: all {len(texts)} are empty.")
-    found = [judge.loglikelihood("", text, samples=samples) for text in kept]
-    tokens = [judge.encode(text).tolist() for text in kept]
-    return Quality(
-        judge_nats_per_token=-sum(one.nats for one in found) / sum(one.num_tokens for one in found),
-        unigram_entropy=fmean(unigram_entropy(row) for row in tokens),
-    )
-
-
-def mauve(texts: Sequence[str], references: Sequence[str], judge: LanguageModel, *, seed: int = 0) -> float:
-    """Compare two sets of texts as a whole: MAUVE in (0, 1], 1 for equal sets (arXiv 2102.01454, package mauve-text).
-
-    A text's features are the judge's hidden states before its head, averaged over the tokens (the paper takes GPT-2
-    large's at the last one): compare values of one judge only. Raises ValueError where the package is missing.
-    """
-    try:
-        from mauve import compute_mauve
-    except ImportError as error:
-        raise ValueError("MAUVE needs the package mauve-text: pip install mauve-text faiss-cpu.") from error
-    sets = [[text for text in some if text] for some in (texts, references)]
-    if min(map(len, sets)) < 2:
-        raise ValueError(f"MAUVE compares sets of texts; got {len(sets[0])} and {len(sets[1])} that are not empty.")
-    features = [torch.stack([_features(text, judge) for text in some]).numpy() for some in sets]
-    return float(compute_mauve(p_features=features[0], q_features=features[1], seed=seed).mauve)
-
-
-@torch.no_grad()
-def _features(text: str, judge: LanguageModel) -> Tensor:
-    """Average a text's hidden states (dim,)."""
-    tokens = judge.encode(text)[None].to(judge.denoiser.device)
-    return judge.denoiser.hidden(Query.everywhere(tokens)).float().mean(dim=0).cpu()
-
-
-def unigram_entropy(tokens: Tokens) -> float:
-    """Entropy in nats of the empirical distribution of one text's tokens."""
-    counts = Counter(tokens)
-    return -sum(n / len(tokens) * math.log(n / len(tokens)) for n in counts.values()) if tokens else 0.0
-
-
 def distinct_n(texts: Sequence[Tokens], n: int) -> float:
     """Share of the n-grams of all texts that are distinct (arXiv 1510.03055); 0 where there are none."""
-    grams = [gram for text in texts for gram in _ngrams(text, n)]
+    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def repetition(tokens: Tokens, n: int = 4) -> float:
-    """Share of a text's n-grams that occurred in it before: 1 - distinct-n (seq-rep-n of arXiv 1908.04319)."""
-    return 1 - distinct_n([tokens], n) if len(tokens) >= n else 0.0
-
-
-def self_bleu(texts: Sequence[Tokens], n: int = 4) -> float:
-    """Mean BLEU-n in [0, 1] of each text against all others (arXiv 1802.01886): high where texts are alike."""
-    if len(texts) < 2:
-        raise ValueError(f"self-BLEU compares texts with each other; got {len(texts)}.")
-    return fmean(bleu(text, [*texts[:i], *texts[i + 1 :]], n) for i, text in enumerate(texts))
-
-
-def bleu(text: Tokens, references: Sequence[Tokens], n: int = 4) -> float:
-    """Score a text against references: clipped n-gram precisions, brevity penalty; 0 counts smoothed to 1/2."""
-    if not text:
-        return 0.0
-    logs = []
-    for size in range(1, min(n, len(text)) + 1):
-        grams = Counter(_ngrams(text, size))
-        most: Counter[tuple[Hashable, ...]] = Counter()
-        for reference in references:
-            most |= Counter(_ngrams(reference, size))
-        hits = sum((grams & most).values())
-        logs.append(math.log(max(hits, 0.5) / sum(grams.values())))
-    nearest = min((abs(len(r) - len(text)), len(r)) for r in references)[1]
-    return math.exp(fmean(logs) + min(0.0, 1 - nearest / len(text)))
-
-
-def _ngrams(tokens: Tokens, n: int) -> list[tuple[Hashable, ...]]:
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
@@ -153,13 +34,8 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 def vote(answers: Sequence[T]) -> T:
     """Return the most frequent answer, of equals the first (self-consistency, arXiv 2203.11171)."""
     if not answers:
-        raise ValueError("there is no answer to vote on.")
+        raise ValueError("there are no answers to choose from.")
     return Counter(answers).most_common(1)[0][0]
-
-
-def edit_similarity(a: str, b: str) -> float:
-    """Ratcliff-Obershelp similarity of two texts in [0, 1], as difflib computes it."""
-    return SequenceMatcher(None, a, b, autojunk=False).ratio()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +69,10 @@ def bootstrap(
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
-    """Predictions of like confidence."""
+    """Predictions of similar confidence."""
 
     confidence: float
-    """Mean of what the model said."""
+    """Mean confidence of the model."""
     right: float
     """Share that was right."""
     count: int
@@ -218,3 +94,20 @@ def calibration_error(bins: Sequence[Bin]) -> float:
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
     return math.fsum(value for value, _ in pairs) / math.fsum(weight for _, weight in pairs)
+
+
+RATIOS: dict[str, Callable[[float], float]] = {
+    "nats_per_token": lambda nats: -nats,
+    "bits_per_byte": lambda nats: -nats / math.log(2),
+    "byte_perplexity": lambda nats: math.exp(-nats),
+    "word_perplexity": lambda nats: math.exp(-nats),
+}
+"""What is made of the log-likelihood of whole texts in nats, divided by their tokens, bytes, bytes and words."""
+
+
+def ratio_score(name: str, pairs: Sequence[Sequence[float]]) -> Interval:
+    """Score texts of unequal length together, by pairs of log-likelihood in nats and length."""
+    nats, sizes = zip(*pairs, strict=True)
+    mean, of_mean = bootstrap(nats, weights=sizes), RATIOS[name]
+    low, high = of_mean(mean.high), of_mean(mean.low)  # a higher likelihood is a lower perplexity
+    return Interval(mean=of_mean(mean.mean), low=low, high=high, count=mean.count)

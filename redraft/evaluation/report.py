@@ -40,23 +40,20 @@ def _version(package: str) -> str | None:
 def _commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         return None
-    return found.stdout.strip() or None
 
 
 def write_report(
     folder: Path, summaries: Sequence[Summary], source: dict[str, Any], *, notes: Sequence[str] = ()
 ) -> None:
-    """Write results.json, report.md and, with matplotlib, scores.png and calibration.png into a folder."""
+    """Write results.json, report.md and, with matplotlib and judged confidences, calibration.png into a folder."""
     results = {"provenance": source, "notes": list(notes), "tasks": [asdict(summary) for summary in summaries]}
     (folder / "results.json").write_text(json.dumps(results, indent=2, default=str) + "\n")
     (folder / "report.md").write_text(to_markdown(summaries, source, notes=notes), encoding="utf-8")
-    if find_spec("matplotlib"):
-        _plot_scores(folder / "scores.png", summaries, source)
-        if any(summary.calibration for summary in summaries):
-            _plot_calibration(folder / "calibration.png", summaries, source)
+    if find_spec("matplotlib") and any(summary.calibration for summary in summaries):
+        _plot_calibration(folder / "calibration.png", summaries, source)
 
 
 def to_markdown(summaries: Sequence[Summary], source: dict[str, Any], *, notes: Sequence[str] = ()) -> str:
@@ -67,13 +64,8 @@ def to_markdown(summaries: Sequence[Summary], source: dict[str, Any], *, notes: 
         cost = f"{summary.forwards_per_item:.1f} | {summary.seconds_per_item:.3f}"
         lines += [f"| {summary.task} | {name} | {v} | {v.count} | {cost} |" for name, v in summary.scores.items()]
     for summary in summaries:
-        if text := summary.perplexity:
-            lines += [
-                "",
-                f"{summary.task}: {text.nats_per_token:.4f} nats per token ({text.num_tokens} tokens), "
-                f"{text.bits_per_byte:.4f} bits per byte, word perplexity {text.word_perplexity:.4g}; "
-                f"standard error of the Monte Carlo {text.standard_error / text.num_tokens:.4f} nats per token.",
-            ]
+        if (error := summary.standard_error) is not None:
+            lines += ["", f"{summary.task}: standard error of the Monte Carlo {error:.4f} nats per token."]
     for summary in summaries:
         if bins := summary.calibration:
             error, count = calibration_error(bins), sum(one.count for one in bins)
@@ -83,16 +75,6 @@ def to_markdown(summaries: Sequence[Summary], source: dict[str, Any], *, notes: 
     seeds = ", ".join(f"{name} {seed}" for name, seed in source["seeds"].items())
     lines += [f"`{source['command']}` at {source['commit'] or 'no commit'}, {source['date']}", "", versions, ""]
     return "\n".join([*lines, f"Seeds: {seeds}; {source['machine']}", ""])
-
-
-def _plot_scores(path: Path, summaries: Sequence[Summary], source: dict[str, Any]) -> None:
-    bars = [(f"{s.task}\n{name}", value) for s in summaries for name, value in s.scores.items()]
-    figure, axes = _figure()
-    for place, (_, value) in enumerate(bars):
-        _draw(axes, place, value)
-    axes.set_xticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
-    axes.set_ylabel("score, 95 % interval")
-    _save(figure, path, source)
 
 
 def _plot_calibration(path: Path, summaries: Sequence[Summary], source: dict[str, Any]) -> None:

@@ -6,14 +6,14 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from redraft.evaluation.metrics import Bin, Interval, Perplexity, bootstrap, calibration, pass_at_k, vote
+from redraft.evaluation.metrics import RATIOS, Bin, Interval, bootstrap, calibration, pass_at_k, ratio_score, vote
 from redraft.evaluation.tasks import Item, Task, take
 from redraft.language_model import LanguageModel
 from redraft.likelihood.estimate import loglikelihoods, score_questions
@@ -45,10 +45,8 @@ class Store:
         """Make the folder for these settings. Raises ValueError where it holds results of others."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path, text = self.folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True, default=str)
-        has_results = any(file.stat().st_size for file in self.folder.glob("*.jsonl")) or any(
-            self.folder.glob("answers*")
-        )
-        if has_results and path.exists() and path.read_text() != text:
+        results = [file for file in self.folder.glob("*.jsonl") if file.stat().st_size]
+        if (results or any(self.folder.glob("answers*"))) and path.exists() and path.read_text() != text:
             raise ValueError(
                 f"{self.folder} holds results of other settings (settings.json). Name another folder, or delete it."
             )
@@ -60,13 +58,13 @@ class Store:
 
     def records(self, task: str) -> dict[str, Record]:
         """Read the finished items of a task, of all processes, by id."""
-        found = {}
+        records = {}
         for path in sorted(self.folder.glob(f"{_file_name(task)}.*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n"):
                     record = json.loads(line)
-                    found[record["id"]] = record
-        return found
+                    records[record["id"]] = record
+        return records
 
     def add(self, task: str, record: Record) -> None:
         """Keep a finished item."""
@@ -87,7 +85,7 @@ def _file_name(task: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class Conditions:
     """How items are worked on."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -95,12 +93,16 @@ class RunOptions:
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     batch_size: int = 8
     chat: bool = False
-    window: int | None = None
-    """Tokens of a perplexity window; by default the model's context, at most 1024."""
 
 
 def run_task(
-    lm: LanguageModel, task: Task, store: Store, options: RunOptions, *, limit: int | None = None, world_size: int = 1
+    lm: LanguageModel,
+    task: Task,
+    store: Store,
+    conditions: Conditions,
+    *,
+    limit: int | None = None,
+    world_size: int = 1,
 ) -> Iterator[Record]:
     """Work on the items of this process that nobody finished yet, and yield each record once it is on disk."""
     finished = store.records(task.name)
@@ -108,10 +110,10 @@ def run_task(
     todo = [item for item in mine if item.id not in finished]
     for kind, stop in dict.fromkeys((item.kind, item.stop) for item in todo):
         items = [item for item in todo if (item.kind, item.stop) == (kind, stop)]  # a batch stops by one rule
-        for start in range(0, len(items), options.batch_size):
-            batch = items[start : start + options.batch_size]
+        for start in range(0, len(items), conditions.batch_size):
+            batch = items[start : start + conditions.batch_size]
             began = time.perf_counter()
-            records = WORKERS[kind](lm, task, batch, options)
+            records = WORKERS[kind](lm, task, batch, conditions)
             seconds = (time.perf_counter() - began) / len(batch)
             for item, record in zip(batch, records, strict=True):
                 whole = {"id": item.id, **record, "seconds": seconds}
@@ -119,12 +121,12 @@ def run_task(
                 yield whole
 
 
-def _generate(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
+def _generate(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Conditions) -> list[Record]:
     prompts: list[Any] = [item.prompt for item in items]
-    if options.chat:
+    if conditions.chat:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     stop = {"stop": items[0].stop} if items[0].stop else {}
-    out = lm.generate(prompts, trace=True, **stop | options.sampling)
+    out = lm.generate(prompts, trace=True, **stop | conditions.sampling)
     if out.texts is None:
         raise ValueError(f"task {task.name} is made of text, and this model has no tokenizer.")
     return _scored(task, items, out, out.texts)
@@ -168,13 +170,13 @@ def _scores(task: Task, item: Item, outputs: Sequence[str], found: Sequence[dict
     num_right = sum(one[first] >= 1 for one in found)
     scores |= {f"pass@{k}": pass_at_k(n, num_right, k) for k in sorted({n, *(2**i for i in range(n.bit_length()))})}
     answers = [task.answer(item, output) for output in outputs]
-    if answers[0] is not None:  # the task is one to vote on; who has no answer does not vote
+    if answers[0] is not None:  # the task is one to vote on; samples without an answer are excluded from the vote
         winner = vote([answer for answer in answers if answer] or answers)
         scores[f"vote@{n}"] = found[answers.index(winner)][first]
     return scores
 
 
-def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
+def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Conditions) -> list[Record]:
     mask = torch.tensor([lm.denoiser.settings.mask_token_id])
     befores = [lm.encode(item.prompt) for item in items]
     holes = [lm.encode(item.answer, is_inside=len(before) > 0) for item, before in zip(items, befores, strict=True)]
@@ -182,7 +184,7 @@ def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOp
     for item, before, hole in zip(items, befores, holes, strict=True):
         after = lm.encode(item.suffix, is_inside=True)
         rows.append(torch.cat([before, mask.expand(len(hole)), after]))
-    out = lm.infill(rows, trace=True, **options.sampling)
+    out = lm.infill(rows, trace=True, **conditions.sampling)
     n = len(out.tokens) // len(items)
     texts = [lm.decode(tokens, after=befores[i // n]) for i, tokens in enumerate(out.tokens)]
     records = _scored(task, items, out, texts)
@@ -197,7 +199,7 @@ def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOp
     return records
 
 
-def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
+def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Conditions) -> list[Record]:
     questions = []
     for item in items:
         key = _key(task, item)
@@ -211,7 +213,7 @@ def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOp
     lengths = [[float(len(choice)) for choice in item.choices] for item in items]
     records = []
     for item, found, size in zip(
-        items, score_questions(lm.denoiser, questions, options.likelihood, lengths=lengths), lengths, strict=True
+        items, score_questions(lm.denoiser, questions, conditions.likelihood, lengths=lengths), lengths, strict=True
     ):
         best = max(range(len(found)), key=lambda i: found[i].nats)
         normed = max(range(len(found)), key=lambda i: found[i].nats / size[i])
@@ -228,23 +230,27 @@ def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOp
     return records
 
 
-def _perplexity(lm: LanguageModel, task: Task, items: Sequence[Item], options: RunOptions) -> list[Record]:
-    window = options.window or min(lm.context_length or 1024, 1024)
+def _perplexity(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Conditions) -> list[Record]:
+    window = min(lm.context_length or 1024, 1024)
     records = []
     for item in items:
-        tokens = lm.encode(item.prompt)
-        found = loglikelihoods(
-            lm.denoiser, rolling_requests(tokens, window=window, key=_key(task, item)), options.likelihood
+        tokens, text = lm.encode(item.prompt), item.prompt
+        windows = rolling_requests(tokens, window=window, key=_key(task, item))
+        results = loglikelihoods(lm.denoiser, windows, conditions.likelihood)
+        nats, num_bytes = sum(one.nats for one in results), len(text.encode())
+        sizes = {
+            "nats_per_token": len(tokens),
+            "bits_per_byte": num_bytes,
+            "word_perplexity": max(1, len(text.split())),
+        }
+        records.append(
+            {
+                "scores": {name: RATIOS[name](nats / size) for name, size in sizes.items()},
+                "ratios": {name: (nats, size) for name, size in sizes.items()},
+                "standard_error": math.hypot(*(one.standard_error for one in results)),
+                "forwards": sum(one.forwards for one in results),
+            }
         )
-        total = Perplexity(
-            nats=sum(one.nats for one in found),
-            standard_error=math.hypot(*(one.standard_error for one in found)),
-            num_tokens=len(tokens),
-            num_words=max(1, len(item.prompt.split())),
-            num_bytes=len(item.prompt.encode()),
-        )
-        scores = {"nats_per_token": total.nats_per_token, "bits_per_byte": total.bits_per_byte}
-        records.append({"scores": scores, "forwards": sum(one.forwards for one in found), **asdict(total)})
     return records
 
 
@@ -262,15 +268,16 @@ class Summary:
 
     task: str
     scores: dict[str, Interval]
+    """Means over the items; what RATIOS names is that of all texts together."""
     num_items: int
     forwards_per_item: float
     seconds_per_item: float
     tokens_per_second: float | None
     forwards_per_token: float | None
-    perplexity: Perplexity | None = None
-    """Of all texts together, where the task measures it."""
+    standard_error: float | None = None
+    """Of the Monte Carlo, nats per token, where the task measures the likelihood of texts."""
     calibration: list[Bin] = field(default_factory=list)
-    """How often the model was right when it was how sure: of tokens where the true ones are known, else of answers."""
+    """How often the model was right at each confidence: of tokens where the true ones are known, else of answers."""
 
 
 def summarize(task: str, records: Sequence[Record]) -> Summary:
@@ -279,20 +286,20 @@ def summarize(task: str, records: Sequence[Record]) -> Summary:
         raise ValueError(f"task {task}: no item was scored.")
     seconds, forwards = sum(r["seconds"] for r in records), sum(r["forwards"] for r in records)
     tokens = sum(r.get("tokens", 0) for r in records)
-    names = ("nats", "num_tokens", "num_words", "num_bytes")
     scored = dict.fromkeys(name for r in records for name in r["scores"])  # a file may mix kinds of items
-    total: dict[str, Any] = {}
-    if "num_bytes" in records[0]:
-        total = {name: sum(r[name] for r in records) for name in names}
-        total["standard_error"] = math.hypot(*(r["standard_error"] for r in records))
+    scores = {n: bootstrap([r["scores"][n] for r in records if n in r["scores"]]) for n in scored}
+    ratios, error = records[0].get("ratios", {}), None
+    if "nats_per_token" in ratios:
+        num_tokens = sum(r["ratios"]["nats_per_token"][1] for r in records)
+        error = math.hypot(*(r["standard_error"] for r in records)) / num_tokens
     return Summary(
         task=task,
-        scores={n: bootstrap([r["scores"][n] for r in records if n in r["scores"]]) for n in scored},
+        scores=scores | {name: ratio_score(name, [r["ratios"][name] for r in records]) for name in ratios},
         num_items=len(records),
         forwards_per_item=forwards / len(records),
         seconds_per_item=seconds / len(records),
         tokens_per_second=tokens / seconds if tokens else None,
         forwards_per_token=forwards / tokens if tokens else None,
-        perplexity=Perplexity(**total) if total else None,
+        standard_error=error,
         calibration=calibration([(p, right) for r in records for p, right in r.get("confidence", ())]),
     )

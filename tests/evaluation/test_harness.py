@@ -88,21 +88,21 @@ def test_redraft_eval_and_the_harness_own_entry_give_the_same_numbers(own_entry,
     assert numbers(ours) == numbers(own_entry)
     assert len(numbers(ours)) >= 5
     spent = ours["redraft"]
-    assert 0 < spent["toy_generate"]["forwards_per_token"] <= 1
-    assert spent["toy_choice"]["seconds_per_item"] > 0
-    assert spent["toy_choice"]["mean_standard_error_nats"] > 0
+    assert 0 < spent["toy_generate"]["generation_forwards"] <= spent["toy_generate"]["tokens"]
+    assert spent["toy_choice"]["seconds"] > 0
+    assert spent["toy_choice"]["standard_errors"] > 0
     assert "toy_choice" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_an_unknown_task_is_refused_with_a_suggestion(monkeypatch, task_folder):
     from lm_eval.tasks import TaskManager
 
-    from redraft.cli.eval import Arguments, _task_manager
+    from redraft.cli.eval import EvalFlags, _task_manager
 
     small = TaskManager(include_path=str(task_folder), include_defaults=False)  # the index of all takes seconds
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: small)
     with pytest.raises(ValueError, match="unknown task 'toy_choise'. Did you mean 'toy_choice'"):
-        _task_manager(Arguments(model="m", tasks=("toy_choise",)), ["toy_choise"])
+        _task_manager(EvalFlags(model="m", tasks=("toy_choise",)), ["toy_choise"])
 
 
 def instance(context, second, number=0):

@@ -5,7 +5,7 @@ import pytest
 from redraft.cli.eval import main as run_eval
 from redraft.evaluation.report import compare, plot_frontier, provenance, to_markdown
 from redraft.evaluation.run import Store, summarize
-from redraft.evaluation.suites import SUITES, find_suite
+from redraft.evaluation.suites import find_suite
 from redraft.likelihood.requests import LikelihoodConfig
 from redraft.sampling.config import SamplingConfig
 
@@ -62,8 +62,7 @@ def test_redraft_eval_runs_reports_and_goes_on_where_it_stopped(model_folder, tm
     for text in ((out / "report.md").read_text(), to_markdown([], source)):
         assert source["command"] in text
         assert f"torch {source['versions']['torch']}" in text
-        assert "Seeds: sampling 0, masks 0, items 0" in text
-    assert (out / "scores.png").stat().st_size > 5000
+        assert "Seeds: sampling 0, masks 0" in text
     assert (out / "calibration.png").stat().st_size > 5000
     assert "own: calibration error of the model's confidence" in (out / "report.md").read_text()
     before = (out / "own.0.jsonl").read_text()
@@ -85,9 +84,9 @@ def test_a_sweep_evaluates_each_number_of_steps_and_draws_them(model_folder, tmp
     assert (tmp_path / "out/steps.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="--sweep-steps chooses the steps; got --steps"):
         run_eval([*command, "--steps", "2"])
-    with pytest.raises(ValueError, match="--sweep-steps are numbers of at least 1; got 0"):
+    with pytest.raises(ValueError, match="sweep_steps must lie in .*; got 0"):
         run_eval([*command[:-1], "0"])
-    with pytest.raises(ValueError, match="--batch-size must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="batch_size must lie in .*; got 0"):
         run_eval([*command, "--batch-size", "0"])
 
 
@@ -96,11 +95,13 @@ def test_eval_without_a_task_says_what_there_is(model_folder):
         run_eval([str(model_folder)])
 
 
+SUITES = ["llada-instruct", "llada-base", "dream-instruct", "tiny-a2d-mdlm", "tiny-a2d-bd3lm", "bert-chat"]
+
+
 @pytest.mark.parametrize("name", SUITES)
 def test_the_settings_of_every_suite_are_settings_of_ours(name):
-    suite = find_suite(name)
-    assert "not reproducible offline" in suite.note
-    for task in suite.tasks:
+    for task in find_suite(name):
+        assert "not reproducible offline" in task.note
         sampling = {k: v for k, v in task.settings.items() if k in SamplingConfig.__dataclass_fields__}
         likelihood = {k: v for k, v in task.settings.items() if k in LikelihoodConfig.__dataclass_fields__}
         assert {**sampling, **likelihood} == task.settings

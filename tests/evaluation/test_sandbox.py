@@ -17,7 +17,6 @@ from redraft.evaluation.tasks import TaskOptions, make_task
 QUICK = Limits(seconds=1.5, memory_mb=256, output_kb=16)
 PATIENT = Limits(seconds=120, memory_mb=256, output_kb=16)
 SMALL = Limits(seconds=120, memory_mb=64, output_kb=16)
-BOTH = pytest.mark.parametrize("isolation", ["namespaces", "weak"])
 
 
 def processes_with(marker):
@@ -40,47 +39,35 @@ def wait_until(condition):
 
 
 @pytest.fixture(autouse=True)
-def an_interpreter_that_other_users_reach(request, monkeypatch):
-    if "isolation" in request.fixturenames and request.getfixturevalue("isolation") == "weak":
-        monkeypatch.setattr(sandbox, "_python", lambda: str(Path("/usr/bin/python3").resolve()))
-
-
-@pytest.fixture(autouse=True)
 def nothing_is_left_behind():
     yield
     wait_until(lambda: not processes_with("program.py"))  # other tests may have programs of their own
 
 
-@BOTH
-def test_a_program_that_reaches_its_end_passes(isolation):
-    outcome = run_python("assert 1 + 1 == 2", limits=PATIENT, isolation=isolation)
-    assert (outcome.status, outcome.isolation) == ("passed", isolation)
+def test_a_program_that_reaches_its_end_passes():
+    assert run_python("assert 1 + 1 == 2", limits=PATIENT).status == "passed"
 
 
-@BOTH
 @pytest.mark.parametrize(
     "program",
     ["assert False", "raise SystemExit(0)", "import os; os._exit(0)", "def f(:", "import os; os.kill(os.getpid(), 11)"],
 )
-def test_only_the_end_of_the_program_passes(program, isolation):
-    assert run_python(program, limits=PATIENT, isolation=isolation).status == "failed"
+def test_only_the_end_of_the_program_passes(program):
+    assert run_python(program, limits=PATIENT).status == "failed"
 
 
-@BOTH
-def test_an_infinite_loop_ends_at_the_time_limit(isolation):
-    assert run_python("while True: pass", limits=QUICK, isolation=isolation).status == "timeout"
+def test_an_infinite_loop_ends_at_the_time_limit():
+    assert run_python("while True: pass", limits=QUICK).status == "timeout"
 
 
-@BOTH
-def test_processor_time_is_limited_too(isolation):
+def test_processor_time_is_limited_too():
     limits = Limits(seconds=300, cpu_seconds=1)
-    outcome = run_python("while True: pass", limits=limits, isolation=isolation)
+    outcome = run_python("while True: pass", limits=limits)
     assert outcome.status == "timeout"
     assert outcome.seconds < 300
 
 
-@BOTH
-def test_a_fork_bomb_runs_into_the_process_limit(isolation):
+def test_a_fork_bomb_runs_into_the_process_limit():
     program = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     most = [0]
     stop = threading.Event()
@@ -91,22 +78,20 @@ def test_a_fork_bomb_runs_into_the_process_limit(isolation):
 
     counter = threading.Thread(target=count)
     counter.start()
-    outcome = run_python(program, limits=QUICK, isolation=isolation)
+    outcome = run_python(program, limits=QUICK)
     stop.set()
     counter.join()
     assert outcome.status == "timeout"
     assert most[0] < 60
 
 
-@BOTH
-def test_a_memory_hog_is_refused(isolation):
-    outcome = run_python("x = bytearray(10**9)", limits=PATIENT, isolation=isolation)
+def test_a_memory_hog_is_refused():
+    outcome = run_python("x = bytearray(10**9)", limits=PATIENT)
     assert outcome.status == "failed"
     assert "MemoryError" in outcome.output
 
 
-@BOTH
-def test_processes_that_hog_memory_together_are_ended(isolation):
+def test_processes_that_hog_memory_together_are_ended():
     program = (
         "import os, time\n"
         "for _ in range(6):\n"
@@ -114,19 +99,17 @@ def test_processes_that_hog_memory_together_are_ended(isolation):
         "        x = b'x' * (100 * 2**20); time.sleep(60)\n"
         "time.sleep(60)\n"
     )
-    assert run_python(program, limits=PATIENT, isolation=isolation).status == "memory"
+    assert run_python(program, limits=PATIENT).status == "memory"
 
 
-@BOTH
-def test_ten_gigabytes_of_output_are_cut_at_the_cap(isolation):
+def test_ten_gigabytes_of_output_are_cut_at_the_cap():
     program = "import sys\nfor _ in range(10**4): sys.stdout.write('x' * 2**20)"
-    outcome = run_python(program, limits=PATIENT, isolation=isolation)
+    outcome = run_python(program, limits=PATIENT)
     assert outcome.status == "output"
     assert len(outcome.output) == 16 * 1024
 
 
-@BOTH
-def test_leftover_children_in_sessions_of_their_own_are_gone(isolation):
+def test_leftover_children_in_sessions_of_their_own_are_gone():
     program = (
         "import os, time\n"
         "for _ in range(3):\n"
@@ -136,7 +119,7 @@ def test_leftover_children_in_sessions_of_their_own_are_gone(isolation):
         "            os.closerange(0, 20); time.sleep(60)\n"
         "        os._exit(0)\n"
     )
-    assert run_python(program, limits=PATIENT, isolation=isolation).status == "passed"
+    assert run_python(program, limits=PATIENT).status == "passed"
 
 
 def test_nothing_is_written_outside_the_private_folder(tmp_path):
@@ -187,20 +170,18 @@ def test_the_parent_cannot_be_killed():
     assert run_python(program, limits=PATIENT).status == "passed"
 
 
-@BOTH
 @pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_NETLINK"])
-def test_there_is_no_network(family, isolation):
-    outcome = run_python(f"import socket\nsocket.socket(socket.{family})", limits=PATIENT, isolation=isolation)
+def test_there_is_no_network(family):
+    outcome = run_python(f"import socket\nsocket.socket(socket.{family})", limits=PATIENT)
     assert outcome.status == "failed"
     assert "PermissionError" in outcome.output
 
 
-@BOTH
-def test_a_killed_evaluator_takes_the_code_along(isolation, tmp_path):
+def test_a_killed_evaluator_takes_the_code_along(tmp_path):
     pid = os.fork()
     if not pid:
         try:
-            run_python("import time; time.sleep(60)", limits=PATIENT, isolation=isolation)
+            run_python("import time; time.sleep(60)", limits=PATIENT)
         finally:
             os._exit(0)
     wait_until(lambda: processes_with("program.py"))
@@ -211,14 +192,14 @@ def test_a_killed_evaluator_takes_the_code_along(isolation, tmp_path):
 
 def test_a_machine_without_namespaces_refuses_and_says_what_to_do(monkeypatch):
     report = {"reason": "no isolation", "error": "Operation not permitted"}
-    monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b"", False))
-    with pytest.raises(ValueError, match="does not permit what isolates.*--items.sandbox weak"):
+    monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b""))
+    with pytest.raises(ValueError, match="does not permit what isolates.*Run as root, or permit"):
         run_python("pass")
 
 
 def test_a_task_that_runs_code_is_refused_before_a_model_is_loaded(monkeypatch):
     report = {"reason": "no isolation", "error": "Operation not permitted"}
-    monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b"", False))
+    monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b""))
     with pytest.raises(ValueError, match="does not permit what isolates"):
         make_task("humaneval", TaskOptions(allow_code=True))
 
@@ -235,51 +216,40 @@ def test_a_sandbox_that_does_not_start_is_an_error_and_no_score(script, reason, 
         run_python("pass" + " " * 10**6)
 
 
-def test_the_weak_mode_refuses_an_interpreter_that_only_root_reaches(monkeypatch):
-    monkeypatch.setattr(sandbox, "_is_open_to_all", lambda path: False)
-    monkeypatch.setattr("os.geteuid", lambda: 0)
-    with pytest.raises(ValueError, match="another user than root"):
-        run_python("pass", isolation="weak")
-
-
 def test_a_machine_with_other_system_calls_is_refused(monkeypatch):
     monkeypatch.setattr(jail, "ARCHITECTURES", {"vax": (0, 0)})
     with pytest.raises(ValueError, match="Linux on vax; got linux on"):
         run_python("pass")
 
 
-@BOTH
 @pytest.mark.parametrize("name", HOARDS)
-def test_memory_that_no_process_is_charged_with_is_refused(name, isolation):
-    outcome = run_python(CALLS + HOARDS[name], limits=SMALL, isolation=isolation)
+def test_memory_that_no_process_is_charged_with_is_refused(name):
+    outcome = run_python(CALLS + HOARDS[name], limits=SMALL)
     assert outcome.status == "failed"
     assert "Operation not permitted" in outcome.output or "not implemented" in outcome.output
 
 
-@BOTH
 @pytest.mark.parametrize("name", CROWDS)
-def test_memory_that_is_spread_is_summed(name, isolation):
-    assert run_python(CALLS + CROWDS[name], limits=SMALL, isolation=isolation).status == "memory"
+def test_memory_that_is_spread_is_summed(name):
+    assert run_python(CALLS + CROWDS[name], limits=SMALL).status == "memory"
 
 
-@BOTH
-def test_programs_may_fork_start_threads_and_talk_among_themselves(isolation):
+def test_programs_may_fork_start_threads_and_talk_among_themselves():
     program = (
         "import os, socket, subprocess, sys, threading\n"
         "a, b = socket.socketpair()\n"
         "threading.Thread(target=a.send, args=(b'thread',)).start()\n"
         "print(b.recv(9).decode(), subprocess.check_output([sys.executable, '-S', '-c', 'print(1 + 1)']).decode())\n"
     )
-    outcome = run_python(program, isolation=isolation)
+    outcome = run_python(program)
     assert (outcome.status, outcome.output.split()) == ("passed", ["thread", "2"])
 
 
-@BOTH
 @pytest.mark.parametrize("name", jail.FORBIDDEN)
-def test_a_forbidden_call_is_refused_before_its_arguments_are_read(name, isolation):
+def test_a_forbidden_call_is_refused_before_its_arguments_are_read(name):
     number = jail.FORBIDDEN[name][jail.ARCHITECTURES[os.uname().machine][0]]
     program = f"{CALLS}\nprint(libc.syscall({number}, -1, -1, -1, -1, -1), ctypes.get_errno())"
-    assert run_python(program, limits=PATIENT, isolation=isolation).output == "-1 1\n"
+    assert run_python(program, limits=PATIENT).output == "-1 1\n"
 
 
 def test_system_calls_have_the_numbers_of_the_kernel_headers():
@@ -296,8 +266,7 @@ def test_a_program_runs_as_a_script_with_few_devices():
     assert run_python(program, limits=PATIENT).output == expected
 
 
-@BOTH
-def test_the_keyring_of_the_evaluator_is_neither_read_nor_cleared(isolation):
+def test_the_keyring_of_the_evaluator_is_neither_read_nor_cleared():
     libc = ctypes.CDLL(None, use_errno=True)
     add, keyctl = (jail.FORBIDDEN[name][jail.ARCHITECTURES[os.uname().machine][0]] for name in ("add_key", "keyctl"))
     libc.syscall(keyctl, jail.JOIN_SESSION_KEYRING, None)  # one of this process' own
@@ -306,21 +275,18 @@ def test_the_keyring_of_the_evaluator_is_neither_read_nor_cleared(isolation):
         f"{CALLS}\nprint(libc.syscall({keyctl}, 10, -3, b'user', b'a-token', 0), libc.syscall({keyctl}, 7, -3))\n"
         "print(os.path.exists('/proc/keys') and 'a-token' in open('/proc/keys').read())\n"
     )
-    output = run_python(program, limits=PATIENT, isolation=isolation).output.splitlines()
+    output = run_python(program, limits=PATIENT).output.splitlines()
     assert output[0] == "-1 -1"
-    assert output[1] == "False" or isolation == "weak"  # where another user than root sees the names of his keys
+    assert output[1] == "False"
     assert libc.syscall(keyctl, 10, -3, b"user", b"a-token", 0) == key
 
 
-@BOTH
-def test_a_function_that_is_right_passes_its_tests(isolation):
-    outcome = run_python(
-        "def square(x): return x * x", tests=TESTS, function="square", limits=PATIENT, isolation=isolation
-    )
+def test_a_function_that_is_right_passes_its_tests():
+    outcome = run_python("def square(x): return x * x", tests=TESTS, function="square", limits=PATIENT)
     assert outcome.status == "passed"
 
 
-def test_killing_everybody_does_not_pass():  # not in the weak mode, which would kill the user's other processes
+def test_killing_everybody_does_not_pass():
     program = (
         "import os\n"
         "def square(x):\n"
@@ -334,10 +300,9 @@ def test_killing_everybody_does_not_pass():  # not in the weak mode, which would
     assert run_python(program, tests=TESTS, function="square", limits=PATIENT).status == "failed"
 
 
-@BOTH
 @pytest.mark.parametrize("name", CHEATS)
-def test_a_program_that_cheats_fails(name, isolation):
-    outcome = run_python(CHEATS[name], tests=TESTS, function="square", limits=PATIENT, isolation=isolation)
+def test_a_program_that_cheats_fails(name):
+    outcome = run_python(CHEATS[name], tests=TESTS, function="square", limits=PATIENT)
     assert outcome.status == "failed"
 
 
