@@ -5,11 +5,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from redraft.evaluation.metrics import Interval, bootstrap, calibration_error
@@ -98,11 +100,6 @@ def _figure(columns: int = 1) -> Any:
     return figure, figure.subplots(1, columns, sharey=True)
 
 
-def _draw(axes: Any, x: float, value: Interval) -> None:
-    low, high = max(0.0, value.mean - value.low), max(0.0, value.high - value.mean)
-    axes.errorbar([x], [value.mean], yerr=[[low], [high]], fmt="o", capsize=4, color="C0")
-
-
 def _save(figure: Any, path: Path, source: dict[str, Any]) -> None:
     figure.suptitle(
         f"{source['command'][:110]}\n{(source['commit'] or 'no commit')[:10]}, {source['date']}", fontsize=6
@@ -141,29 +138,27 @@ def compare(first: Path, second: Path) -> list[Difference]:
     Raises ValueError for a folder without results, and where the two have no item of a task in common.
     """
     runs = [_read_run(folder) for folder in (first, second)]
-    found = []
-    for task in sorted(runs[0].keys() & runs[1].keys()):
-        a, b = (run[task] for run in runs)
-        common = sorted(a.keys() & b.keys())
-        if not common:
-            continue
-        for name in {name for key in common for name in a[key]["scores"].keys() & b[key]["scores"].keys()}:
-            x, y = zip(*_pairs(a, b, common, name), strict=True)
-            differences = [after - before for before, after in zip(x, y, strict=True)]
-            values = {"first": sum(x) / len(x), "second": sum(y) / len(y), "difference": bootstrap(differences)}
-            found.append(Difference(task=task, score=name, **values))
-    if not found:
+    pairs: defaultdict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for task in runs[0].keys() & runs[1].keys():
+        before, after = (run[task] for run in runs)
+        for key in sorted(before.keys() & after.keys()):
+            a, b = before[key]["scores"], after[key]["scores"]
+            for name in a.keys() & b.keys():  # a file may mix kinds of items
+                pairs[task, name].append((a[name], b[name]))
+    if not pairs:
         raise ValueError(
             f"{first} and {second} have no item in common: they hold {sorted(runs[0])} and {sorted(runs[1])}."
         )
-    return sorted(found, key=lambda one: (one.task, one.score))
-
-
-def _pairs(a: dict[str, Record], b: dict[str, Record], keys: Sequence[str], name: str) -> Iterator[tuple[float, float]]:
-    """Pair the items that both runs gave this score: a file may mix kinds of items."""
-    for first, second in ((a[key]["scores"], b[key]["scores"]) for key in keys):
-        if name in first and name in second:
-            yield first[name], second[name]
+    return [
+        Difference(
+            task=task,
+            score=name,
+            first=fmean(a for a, _ in scores),
+            second=fmean(b for _, b in scores),
+            difference=bootstrap([b - a for a, b in scores]),
+        )
+        for (task, name), scores in sorted(pairs.items())
+    ]
 
 
 def _read_run(folder: Path) -> dict[str, dict[str, Record]]:
@@ -178,20 +173,16 @@ def plot_frontier(path: Path, folders: Sequence[Path], source: dict[str, Any]) -
     runs = [(folder, *(_read(folder / name) for name in ("results.json", "settings.json"))) for folder in folders]
     has_steps = all(settings["sampling"]["steps"] for _, _, settings in runs)
     figure, axes = _figure(columns=2 if has_steps else 1)
-    over_forwards, *over_steps = axes if has_steps else [axes]
-    for folder, results, settings in runs:
-        for task in results["tasks"]:
-            name, value = next(iter(task["scores"].items()))
-            for where, x in [
-                (over_forwards, task["forwards_per_item"]),
-                *((a, settings["sampling"]["steps"]) for a in over_steps),
-            ]:
-                _draw(where, x, Interval(**value))
-                where.annotate(f"{folder.name}: {task['task']} {name}", (x, value["mean"]), fontsize=6)
-    over_forwards.set_xlabel("forward passes per item")
-    over_forwards.set_ylabel("score, 95 % interval")
-    for where in over_steps:
-        where.set_xlabel("steps")
+    for axis, label in zip(axes if has_steps else [axes], ("forward passes per item", "steps"), strict=False):
+        for folder, results, settings in runs:
+            for task in results["tasks"]:
+                name, value = next(iter(task["scores"].items()))
+                x = settings["sampling"]["steps"] if label == "steps" else task["forwards_per_item"]
+                low, high = max(0.0, value["mean"] - value["low"]), max(0.0, value["high"] - value["mean"])
+                axis.errorbar([x], [value["mean"]], yerr=[[low], [high]], fmt="o", capsize=4, color="C0")
+                axis.annotate(f"{folder.name}: {task['task']} {name}", (x, value["mean"]), fontsize=6)
+        axis.set_xlabel(label)
+        axis.set_ylabel("score, 95 % interval")
     _save(figure, path, source)
 
 
