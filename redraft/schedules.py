@@ -1,11 +1,11 @@
-"""Noise schedules, t in [0, 1], 0 clean, 1 noise. Discrete diffusion: alpha(t) = P(a token is kept at time t).
+"""Noise schedules, t in [0, 1], 0 clean, 1 noise. Discrete diffusion: alpha(t) = P(a token is still clean at time t).
 
 Gaussian diffusion (at the end): z_t = alpha(t) x_0 + sigma(t) eps.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -120,17 +120,11 @@ SCHEDULES: dict[str, type[Linear | Cosine | Polynomial | Geometric]] = {
 }
 
 
-def schedule_from_name(name: str, **numbers: float) -> Schedule:
-    """Build a schedule from its name in a saved config, e.g. `schedule_from_name("polynomial", power=3)`.
-
-    Raises ValueError for an unknown name or number, listing the valid ones.
-    """
+def schedule_from_name(name: str) -> Schedule:
+    """Build a schedule from its name in a saved config. Raises ValueError for an unknown name."""
     if name not in SCHEDULES:
         raise unknown_name("schedule", name, SCHEDULES)
-    known = {field.name for field in fields(SCHEDULES[name])}
-    if unknown := set(numbers) - known:
-        raise ValueError(f"schedule {name!r} takes {sorted(known) or 'no numbers'}; got {sorted(unknown)}.")
-    return SCHEDULES[name](**numbers)
+    return SCHEDULES[name]()
 
 
 def stratified_times(

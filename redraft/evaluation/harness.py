@@ -24,8 +24,8 @@ from redraft.errors import unknown_name
 from redraft.evaluation.metrics import Interval, bootstrap
 from redraft.evaluation.run import Record, Store, Summary, join_processes, summarize
 from redraft.language_model import LanguageModel, load
-from redraft.likelihood.estimate import score_questions
-from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request, rolling_requests
+from redraft.likelihood.config import LikelihoodConfig
+from redraft.likelihood.estimate import LogLikelihood, Request, rolling_requests, score_questions
 from redraft.sampling.config import SamplingConfig
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class RedraftLM(TemplateLM):
         **settings: Any,  # the harness passes --model_args by name
     ) -> None:
         super().__init__()
-        known = {*SamplingConfig.__dataclass_fields__, *LikelihoodConfig.__dataclass_fields__} - {"stop", "num_samples"}
+        sampling = SamplingConfig.__dataclass_fields__.keys() - {"stop", "num_samples"}  # num_samples: of a likelihood
+        known = {*sampling, *LikelihoodConfig.__dataclass_fields__}
         for name in settings:
             if name not in known:
                 raise unknown_name("setting", name, sorted(known))
@@ -75,7 +76,7 @@ class RedraftLM(TemplateLM):
         self.tokenizer = self.lm.tokenizer
         self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else 8  # auto, None
         self.exact_match = exact_match
-        self.sampling = {k: v for k, v in settings.items() if k in SamplingConfig.__dataclass_fields__}
+        self.sampling = {k: v for k, v in settings.items() if k in sampling}
         self.likelihood = LikelihoodConfig(
             **{k: v for k, v in settings.items() if k in LikelihoodConfig.__dataclass_fields__}
         )
@@ -121,8 +122,7 @@ class RedraftLM(TemplateLM):
         for start in self._progress(range(0, len(questions), self.batch_size), "loglikelihood", disable_tqdm):
             batch = questions[start : start + self.batch_size]
             asked = [[self._request(requests[i]) for i in question] for question in batch]
-            lengths = [[float(max(1, len(requests[i].args[1]))) for i in question] for question in batch]
-            found = self._timed_scores(asked, lengths)
+            found = self._timed_scores(asked)
             for question, choices, results in zip(batch, asked, found, strict=True):
                 for i, request, result in zip(question, choices, results, strict=True):
                     is_greedy = result.is_greedy
@@ -144,7 +144,7 @@ class RedraftLM(TemplateLM):
             request = requests[i]
             tokens = self.lm.encode(request.args[0])
             parts = rolling_requests(tokens, window=window, key=_key(request)) if len(tokens) else []
-            found = self._timed_scores([[part] for part in parts], None)
+            found = self._timed_scores([[part] for part in parts])
             answers[i] = sum(result.nats for (result,) in found)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[i])
         return [answers[i] for i in originals]
@@ -225,11 +225,9 @@ class RedraftLM(TemplateLM):
             logger.warning("A context of %d tokens was cut from the left to %d.", len(context), limit - room_for)
         return context[len(context) + room_for - limit :]
 
-    def _timed_scores(
-        self, questions: list[list[Request]], lengths: list[list[float]] | None
-    ) -> list[list[LogLikelihood]]:
+    def _timed_scores(self, questions: list[list[Request]]) -> list[list[LogLikelihood]]:
         start = time.perf_counter()
-        found = score_questions(self.lm.denoiser, questions, self.likelihood, lengths=lengths)
+        found = score_questions(self.lm.denoiser, questions, self.likelihood)
         results = [result for choices in found for result in choices]
         self.costs.update(
             {
