@@ -82,7 +82,7 @@ class SharedBlocks:
             where.append(end + (masked - int(settings.shift_logits)).clamp(min=0))
             end += len(tokens)
         tokens, positions, copy, parent, is_lead = map(torch.cat, zip(*columns, strict=True))
-        if num_clean and not self.slots.layers:
+        if num_clean and not self.slots.layers:  # the first use
             block = torch.arange(1, len(self.is_seen)).repeat_interleave(self.size)
             self._feed(where[0][:0], self.tokens, self.positions, self.is_seen[block], after=0)
         self.slots.reserve(1, num_clean + len(tokens))

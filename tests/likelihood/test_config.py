@@ -9,9 +9,21 @@ from redraft.processes import PROCESSES
 from redraft.schedules import SCHEDULES
 
 
-def test_the_settings_import_no_torch():
-    code = "import sys, redraft.likelihood.config; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+WITHOUT_TORCH = """
+import sys
+from redraft.likelihood.config import ObjectiveConfig
+try:
+    ObjectiveConfig(schedule="cosin")
+except ValueError as error:
+    print(error)
+assert "torch" not in sys.modules
+"""
+
+
+def test_the_settings_import_no_torch_and_refuse_an_unknown_schedule():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("objective.schedule must be one of 'linear', ")
+    assert done.stdout.endswith("; got 'cosin'.\n")
 
 
 def test_the_schedules_that_can_be_named_are_those_there_are():

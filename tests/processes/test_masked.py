@@ -83,7 +83,7 @@ def test_stratified_times_have_a_smaller_variance_than_independent_ones():
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
     index = torch.arange(rows, dtype=torch.float64).expand(batches, -1)
-    stratified = stratified_times(index, total=rows, offset=draw(batches, 1), t_min=1e-3)
+    stratified = 1e-3 + (1 - 1e-3) * stratified_times(index, total=rows, offset=draw(batches, 1))
     independent = 1e-3 + (1 - 1e-3) * draw(batches, rows)
     variances = []
     for t in (stratified, independent):
