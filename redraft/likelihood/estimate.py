@@ -64,7 +64,7 @@ class LogLikelihood:
 
 def rolling_requests(tokens: Int[Tensor, "n"], *, window: int, key: int = 0) -> list[Request]:
     """Cut a text into disjoint windows, each of which is scored without a context."""
-    windows = tokens.split(window)
+    windows = torch.split(tokens, window)
     return [Request(context=tokens[:0], continuation=one, key=key + i) for i, one in enumerate(windows)]
 
 
@@ -169,7 +169,7 @@ def score_spans(
         target = torch.cat(targets).to(logits.device)
         nats = -F.cross_entropy(logits, target, reduction="none").double()
         columns = torch.stack([nats, (logits.argmax(-1) == target).double()], dim=1).cpu()
-        rows = columns.split([len(one) for one in targets])
+        rows = torch.split(columns, [len(one) for one in targets])
         for (span, sample), mask, row in zip(samples, masks, rows, strict=True):
             scores[span][sample, mask] = row
     return scores
@@ -214,7 +214,7 @@ def process_bound(denoiser: Denoiser, request: Request, config: LikelihoodConfig
     is_target = torch.arange(len(tokens), device=tokens.device) >= len(request.context)
     seed = int(fold(config.seed, request.key))
     losses = []
-    for index in torch.arange(count).split(rows_per_batch):
+    for index in torch.split(torch.arange(count), rows_per_batch):
         x_0 = tokens.expand(len(index), -1)
         rows = CleanRows(
             x_0=x_0, segment_ids=torch.ones_like(x_0), is_target=is_target.expand_as(x_0), has_padding=False

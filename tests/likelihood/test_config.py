@@ -8,7 +8,6 @@ from redraft.likelihood.config import ObjectiveConfig
 from redraft.processes import PROCESSES
 from redraft.schedules import SCHEDULES
 
-
 WITHOUT_TORCH = """
 import sys
 from redraft.likelihood.config import ObjectiveConfig
