@@ -48,8 +48,8 @@ class ObjectiveConfig(Settings):
     complementary: bool = False
     """Take each row twice, under a mask and under its complement: twice the work, less variance. masked, block."""
     cart: Annotated[float, Within("(0, 1]")] | None = None
-    """Weigh a noised token by the clean tokens near it (Dream's CART) instead of by the bound. A clean token's part
-    falls by the factor 1 - cart with each position of distance. kind masked."""
+    """Weigh a noised token by the clean tokens near it, in place of the bound's weight (Dream's CART); the smaller, the
+    farther a clean token counts. kind masked."""
     schedule: Literal["linear", "log-linear", "cosine", "polynomial", "geometric"] = "linear"
     """Noise schedule; polynomial has power 2."""
     t_min: float = SMALLEST_T
