@@ -29,8 +29,8 @@ from rich.console import Console
 import redraft
 from redraft.data.config import DataConfig
 from redraft.data.prepare import prepare
-from redraft.likelihood.objectives.block import BlockDiffusion
-from redraft.likelihood.problem import CleanRows, NoiseKey, solve
+from redraft.likelihood.objectives.diffusion import Diffusion
+from redraft.likelihood.problem import CleanRows, NoiseKey, problem_loss
 from redraft.models.build import ModelConfig
 from redraft.processes.masked import MaskedDiffusion
 from redraft.recipes import RECIPES
@@ -96,7 +96,7 @@ def step_costs(folder: Path, *, block_size: int) -> list[str]:
     x_0 = torch.stack([windows[i]["input_ids"] for i in range(BATCH_SIZE)]).long()
     everywhere = torch.ones_like(x_0)
     rows = CleanRows(x_0=x_0, segment_ids=everywhere, is_target=everywhere.bool(), has_padding=False)
-    objective = BlockDiffusion(process=MaskedDiffusion(mask_token_id=settings.mask_token_id), block_size=block_size)
+    objective = Diffusion(process=MaskedDiffusion(mask_token_id=settings.mask_token_id), block_size=block_size)
     key = NoiseKey(seed=0, step=0, rows=torch.arange(BATCH_SIZE), total_rows=BATCH_SIZE)
     twice = torch.cat([x_0, x_0], dim=1)
 
@@ -107,7 +107,7 @@ def step_costs(folder: Path, *, block_size: int) -> list[str]:
         return model.base_model(input_ids=twice, use_cache=False).last_hidden_state.float().square().mean()
 
     def ours() -> torch.Tensor:
-        return solve(lm.denoiser, objective.problem(rows, key), num_rows=BATCH_SIZE)[0] / x_0.numel()
+        return problem_loss(lm.denoiser, objective.problem(rows, key), num_rows=BATCH_SIZE)[0] / x_0.numel()
 
     ways = {"bare, body alone": body, "bare, head at every position": with_head}
     ours_name = "ours: noise, two-copy mask, head at noised positions"

@@ -2,8 +2,9 @@
 
     python benchmarks/evaluation.py [--model runs/tiny] [--items 24] [--repeats 6]
 
-Naive: LLaDA's published evaluation as it stands: one item at a time, its row repeated to a batch, counts spread evenly
-over the batch from a random start, logits over the whole vocabulary at all positions. Ours: `loglikelihoods`. Both
+Naive: LLaDA's published evaluation: one item at a time, its row repeated to a batch, counts spread evenly over the
+batch from a random start, logits over the whole vocabulary at all positions. (The mask token has probability 0 in both;
+LLaDA's code leaves it in the softmax.) Ours: `loglikelihoods`. Both
 take the same number of samples of the same held-out functions of the standard library, on the same model (without
 --model one is trained first, in some seconds). "At equal error" multiplies the ratio of speeds by the ratio of the
 variances over repeats with other seeds: what it takes to get the same standard error. Of four choices it is the
@@ -26,11 +27,14 @@ from machine import describe
 
 import redraft
 from redraft.evaluation.tasks import TaskOptions, make_task
-from redraft.likelihood.estimate import loglikelihoods, score_questions
-from redraft.likelihood.requests import LikelihoodConfig, Request
+from redraft.likelihood.config import LikelihoodConfig
+from redraft.likelihood.estimate import Request, loglikelihoods, mask_bounds, score_spans
+from redraft.likelihood.masks import Masks, draw_masks
+from redraft.likelihood.spans import MaskedSpan, WholeRows
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
+from redraft.randomness import uniform
 
 BATCH = 16
 SETTINGS = {"texts": (32, 48), "four choices": (32, 24), "short": (48, 4)}  # tokens of context and continuation
@@ -62,6 +66,7 @@ def published(lm: redraft.LanguageModel, request: Request, *, samples: int, gene
         ranks = torch.rand(BATCH, length, generator=generator).argsort(dim=1).argsort(dim=1)
         is_masked = F.pad(ranks < counts[:, None], (len(request.context), 0))
         logits = lm.logits(torch.where(is_masked, mask_token_id, row))
+        logits[..., mask_token_id] = -torch.inf
         nats = F.cross_entropy(logits[is_masked], row[is_masked], reduction="none")
         share = (counts / length)[:, None].expand_as(is_masked)[is_masked]
         total += float((nats / share).sum()) / BATCH
@@ -102,7 +107,7 @@ def compare(lm: redraft.LanguageModel, name: str, items: int, repeats: int, samp
         return errors_of([published(lm, request, samples=samples, generator=generator) for request in asked])
 
     def ours(seed: int) -> list[float]:
-        config = LikelihoodConfig(samples=samples, exclude_mask=False, seed=seed)
+        config = LikelihoodConfig(num_samples=samples, seed=seed)
         return errors_of([found.nats for found in loglikelihoods(lm.denoiser, asked, config)])
 
     ours(0)  # warm
@@ -121,18 +126,37 @@ def four_choices(asked: list[Request]) -> list[list[Request]]:
     ]
 
 
-def adaptive(lm: redraft.LanguageModel, items: int, samples: int) -> str:
-    """Count the forwards that deciding early saves on four-choice questions."""
-    questions = four_choices(requests(lm, *SETTINGS["four choices"], items))
-    lines = []
-    for confidence in (None, 0.95):
-        start = time.process_time()
-        found = score_questions(lm.denoiser, questions, LikelihoodConfig(samples=samples, confidence=confidence))
-        seconds = time.process_time() - start
-        right = sum(max(range(4), key=lambda i: row[i].nats) == 0 for row in found) / len(found)
-        work = sum(one.forwards for row in found for one in row)
-        lines.append(f"{work} rows, {len(found) / seconds:.1f} questions/s, accuracy {right:.3f}")
-    return f"four choices, {samples} samples: {lines[0]}; decided at 0.95: {lines[1]}"
+def draw(scheme: str, length: int, samples: int, *, key: int, seed: int) -> Masks:
+    """Draw masks as `draw_masks` does ("weighted"), or by a scheme that the package does not have."""
+    if scheme == "weighted":
+        return draw_masks(length, samples, key=key, seed=seed)
+    index = torch.arange(samples)
+    stratum = uniform(seed, key, 0, index, 0)
+    order = uniform(seed, key, 0, index[:, None], torch.arange(length), 1).argsort(dim=1).argsort(dim=1)
+    count = ((stratum if scheme == "independent" else (index + stratum) / samples) * length).long() + 1
+    if scheme == "antithetic":  # the second half masks the complements of the first, and one token more
+        half = samples // 2
+        count = torch.cat([count[:half], length + 1 - count[:half]])
+        order = torch.cat([order[:half], length - 1 - order[:half]])
+    return Masks(is_masked=order < count[:, None], weight=length / (count * samples).double())
+
+
+def by_scheme(
+    lm: redraft.LanguageModel, asked: list[Request], scheme: str, *, control: bool, samples: int, seed: int
+) -> list[float]:
+    """Estimate requests with a scheme of masks, with or without control variates."""
+    spans = [
+        MaskedSpan(
+            tokens=one.tokens,
+            masks=draw(scheme, len(one.continuation), samples, key=one.key, seed=seed),
+            context_len=len(one.context),
+        )
+        for one in asked
+    ]
+    scores = score_spans(spans, WholeRows(lm.denoiser, spans, hides_context=False))
+    if control:
+        return [span.masks.estimate(scores[span][..., 0])[0] for span in spans]
+    return [float((scores[span][..., 0].sum(dim=1) * span.masks.weight).sum()) for span in spans]
 
 
 def variances(lm: redraft.LanguageModel, items: int, repeats: int, samples: int) -> list[str]:
@@ -142,14 +166,16 @@ def variances(lm: redraft.LanguageModel, items: int, repeats: int, samples: int)
     apart = [[replace(one, key=4 * one.key + j) for j, one in enumerate(row)] for row in questions]
 
     def of_texts(scheme: str, control: bool) -> Run:
-        config = LikelihoodConfig(samples=samples, masks=scheme, control=control)
-        return lambda seed: [one.nats for one in loglikelihoods(lm.denoiser, texts, replace(config, seed=seed))]
+        return lambda seed: by_scheme(lm, texts, scheme, control=control, samples=samples, seed=seed)
 
     def of_leads(rows: list[list[Request]], *, control: bool = True) -> Run:
-        config = LikelihoodConfig(samples=samples, control=control)
-        return lambda seed: [
-            row[0].nats - row[1].nats for row in score_questions(lm.denoiser, rows, replace(config, seed=seed))
-        ]
+        asked = [one for row in rows for one in row[:2]]
+
+        def leads(seed: int) -> list[float]:
+            nats = by_scheme(lm, asked, "weighted", control=control, samples=samples, seed=seed)
+            return [first - second for first, second in zip(nats[::2], nats[1::2], strict=True)]
+
+        return leads
 
     schemes = [("independent", False), ("stratified", False), ("antithetic", False), ("weighted", False)]
     schemes += [("stratified", True), ("antithetic", True), ("weighted", True)]
@@ -194,11 +220,12 @@ def blocks(lm: redraft.LanguageModel, items: int, samples: int) -> list[str]:
             [Request(context=c, continuation=draw(length)) for _ in range(4)] for c in map(draw, [context] * items)
         ]
         positions, seconds = [], []
-        for share in (False, True):
-            config = LikelihoodConfig(samples=samples, share_context=share)
+        config = LikelihoodConfig(num_samples=samples)
+        for shares_blocks in (False, True):
             fed.clear()
             start = time.process_time()
-            score_questions(denoiser, asked, config)
+            for choices in asked:
+                mask_bounds(denoiser, choices, config, shares_blocks=shares_blocks)
             seconds.append(time.process_time() - start)
             positions.append(sum(fed))
         lines.append(f"| {context} + {length} | {positions[0]} | {positions[1]} | {seconds[0] / seconds[1]:.1f} |")
@@ -226,7 +253,6 @@ def main() -> None:
     for name in SETTINGS:
         print(compare(lm, name, args.items, args.repeats, args.samples), flush=True)
     print("\n" + "\n".join(variances(lm, args.items, args.variance_repeats, args.samples)))
-    print("\n" + adaptive(lm, args.items, 4 * args.samples), flush=True)
     print("\n" + "\n".join(blocks(lm, 2, args.samples)))
 
 

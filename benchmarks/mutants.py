@@ -3,7 +3,7 @@
     pip install cosmic-ray
     python benchmarks/mutants.py [--number 300] [--seed 0] [--minutes 60] [--part 0/2] [--out mutants.jsonl]
 
-Draws places by seed over sampling/, processes/, objectives/ and likelihood.py, one of cosmic-ray's mutations each;
+Draws places by seed over sampling/, processes/ and likelihood/, one of cosmic-ray's mutations each;
 annotations, decorators and raise statements are left out. Works in a copy of the last commit, appends one line for each
 mutant to --out, and leaves out those that are there already. `--part 0/2` takes every second one.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = ("module_path", "start_pos_row", "operator_name", "operator_args", "occurrence")
-GROUPS = ("processes", "objectives", "likelihood.py", "sampling")
+GROUPS = ("processes", "likelihood", "sampling")
 S = "tests/sampling/test_"
 CONSTRAINTS = [f"{S}constraints.py", f"{S}json_schema.py", f"{S}constrained_generation.py"]
 LOOP = [
@@ -48,8 +48,7 @@ TESTS = {
     "stop.py": [f"{S}ends.py", *LOOP],
     "preference.py": ["tests/training/test_preference.py"],
     "processes": ["tests/processes", "tests/test_gaussian_schedules.py"],
-    "objectives": ["tests/objectives"],
-    "likelihood.py": ["tests/test_likelihood.py", "tests/processes/test_masked.py"],
+    "likelihood": ["tests/likelihood", "tests/processes/test_masked.py"],
     "sampling": LOOP,
 }
 """Tests of a file, else of its folder; the likeliest to notice first."""

@@ -20,7 +20,7 @@ from redraft.data.baselines import unigram_nats
 from redraft.data.collate import collate
 from redraft.data.prepare import prepare
 from redraft.data.tokenizer import token_byte_lengths
-from redraft.likelihood.problem import CleanRows, NoiseKey, solve
+from redraft.likelihood.problem import CleanRows, NoiseKey, problem_loss
 from redraft.training.config import RECIPE_FILE, RunConfig
 
 
@@ -36,7 +36,7 @@ def window_nats(lm: redraft.LanguageModel, config: RunConfig, windows: object, *
             whole = torch.ones_like(ids)
             rows = CleanRows(x_0=ids, segment_ids=whole, is_target=whole.bool(), has_padding=False)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bfloat16"):
-                total[index] += solve(lm.denoiser, objective.problem(rows, key), num_rows=len(ids))[1].double()
+                total[index] += problem_loss(lm.denoiser, objective.problem(rows, key), num_rows=len(ids))[1].double()
     return total / noises
 
 

@@ -33,9 +33,8 @@ from redraft.data.packing import pack
 from redraft.data.sources import read_documents
 from redraft.data.tokenizer import encode_documents, train_tokenizer
 from redraft.language_model import load
-from redraft.likelihood.objectives.block import BlockDiffusion
 from redraft.likelihood.objectives.diffusion import Diffusion
-from redraft.likelihood.problem import CleanRows, NoiseKey, Objective, solve
+from redraft.likelihood.problem import CleanRows, NoiseKey, Objective, problem_loss
 from redraft.models.attention import choose_attention
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
@@ -107,7 +106,7 @@ def our_loss(denoiser: Denoiser, objective: Objective) -> Callable[..., torch.Te
     def loss_of(ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
         key = NoiseKey(seed=0, step=0, rows=torch.arange(len(ids)), total_rows=len(ids))
         rows = CleanRows(x_0=ids, segment_ids=is_token.long(), is_target=is_token, has_padding=False)
-        return solve(denoiser, objective.problem(rows, key), num_rows=len(ids))[0] / is_token.sum()
+        return problem_loss(denoiser, objective.problem(rows, key), num_rows=len(ids))[0] / is_token.sum()
 
     return loss_of
 
@@ -128,7 +127,7 @@ def measure_block(name: str, way: str, block_size: str) -> dict[str, float]:
     wanted = "mask" if way == "under a mask" else "auto"
     attention = choose_attention(model, wanted, device=torch.device("cpu"), dtype=torch.bfloat16)
     blocks = Denoiser(model, settings, attention=attention)
-    ours = our_loss(blocks, BlockDiffusion(process=process, block_size=int(block_size)))
+    ours = our_loss(blocks, Diffusion(process=process, block_size=int(block_size)))
     masked = our_loss(Denoiser(model, settings), Diffusion(process=process))
 
     def two_passes(ids: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:

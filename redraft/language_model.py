@@ -16,12 +16,13 @@ from redraft.constraints.constraints import Constraint, identity
 from redraft.constraints.token_bytes import leading_space, token_bytes
 from redraft.errors import unknown_name
 from redraft.layouts import Layout
-from redraft.likelihood.estimate import loglikelihoods
-from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request
+from redraft.likelihood.config import LikelihoodConfig
+from redraft.likelihood.estimate import LogLikelihood, Request, loglikelihoods
 from redraft.models.denoiser import Denoiser
 from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.load import adapter_config, load_denoiser, read_raw_config, split_adapter
 from redraft.models.masks import first_position
+from redraft.processes import process_class
 from redraft.prompts import (
     Prompt,
     as_batch,
@@ -97,6 +98,7 @@ def load(
         adapter=adapter,
         family=family,
     )
+    process_class(denoiser.settings.process)  # refuses an unknown name
     listed = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
     if listed is None:
         base, adapter = split_adapter(path) if adapter is None else (path, adapter)
@@ -122,6 +124,11 @@ class LanguageModel:
         return self.denoiser.model
 
     @property
+    def process(self) -> Any:
+        """The class of the noising process that the model was trained on. Raises ValueError for an unknown one."""
+        return process_class(self.denoiser.settings.process)
+
+    @property
     def context_length(self) -> int | None:
         """Longest canvas the model was built for, in tokens."""
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -137,8 +144,7 @@ class LanguageModel:
 
         Raises ValueError for names that are no settings, and for values that do not fit.
         """
-        own = {"preset": "duo"} if self.denoiser.settings.process == "uniform" else {}
-        return with_saved(own | self.saved_sampling, settings)
+        return with_saved({"preset": self.process.default_preset} | self.saved_sampling, settings)
 
     def _config(self, settings: dict[str, Any], constraint: Constraint | None) -> SamplingConfig:
         """Resolve settings; under a constraint, stop strings that nobody gave but the checkpoint do not count."""
@@ -434,13 +440,11 @@ class LanguageModel:
     ) -> Sampler:
         texts = None if self.tokenizer is None else partial(shown_and_raw, self.tokenizer)
         sampler = config.sampler(self.denoiser.settings, eos_token_ids=self.eos_token_ids, decode=texts)
-        if self.denoiser.settings.process == "uniform" and sampler.noise != "uniform":
+        if sampler.noise != self.process.noise:
             raise ValueError(
-                f"preset {config.preset!r} starts from mask tokens, and this model was trained on uniform noise. Use "
-                f"{self.saved_sampling.get('preset', 'a preset for it')!r}."
+                f"preset {config.preset!r} starts from {sampler.noise} noise, and this model was trained on "
+                f"{self.process.noise} noise. Use {self.saved_sampling.get('preset', self.process.default_preset)!r}."
             )
-        if self.denoiser.settings.process != "uniform" and sampler.noise == "uniform":
-            raise ValueError(f"preset {config.preset!r} is for uniform noise, and this model was trained on masks.")
         if isinstance(config.stop, tuple) and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none. Use stop='eos' or None.")
         if logits_processor:

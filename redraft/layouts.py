@@ -1,4 +1,4 @@
-"""Layouts: who attends to whom, said pair by pair (`pair_rule`); a boolean mask is that over all pairs."""
+"""Layouts: who attends to whom. `pair_rule` decides one pair; a boolean mask holds the decisions of all pairs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 PairRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(row, head, query, key), as indices that broadcast -> whether the query attends to the key."""
+"""(row, head, query, key): indices that broadcast -> whether the query attends to the key."""
 Range = tuple[int, int]
 Piece = tuple[tuple[Range, ...], tuple[Range, ...]]
 """Ranges of queries, and ranges that hold every key which these queries see."""
@@ -44,11 +44,11 @@ class Layout:
         raise ValueError(f'layout must be "full" or ("block-causal", block_size); got {layout!r}.')
 
     def pieces(self, length: int, *, is_aligned: bool) -> tuple[Piece, ...]:
-        """Cut a sequence into pieces of queries that leave out keys which none of them sees; () if there is one only.
+        """Cut a sequence into pieces of queries, each with the keys that any query of it sees; () for one piece.
 
         In [x_t ; x_0] a piece holds the same positions of both copies: they see nearly the same keys, the noisy ones of
         the piece and the clean ones up to its end. `is_aligned`: blocks begin at multiples of their size in the
-        row; else (a grid per document) a block may reach over a piece's edges, by less than its size.
+        row. Otherwise (a grid per document) a block may cross a piece's edge, by less than its size.
         """
         if self.block_size is None:
             return ()
@@ -73,11 +73,11 @@ def pair_rule(
     segment_ids: Int[Tensor, "batch seq"] | None = None,
     isolate_segments: bool = False,
 ) -> PairRule | None:
-    """Say pair by pair who attends to whom, as flex attention wants it; None where everything attends to everything.
+    """Return the rule that decides who attends to whom, in flex attention's form; None for full attention.
 
     `segment_ids` numbers the documents of a row from 1; 0 is padding, which nothing attends to. Segments see each other
-    unless `isolate_segments`. Every position attends to itself, so that padding rows stay finite. Positions of one row
-    stand for those of all rows.
+    unless `isolate_segments`. Every position attends to itself, so that padding rows stay finite. `positions` of a
+    single row are those of all rows.
     """
     length = positions.shape[1]
     block = positions.div(layout.block_size or length, rounding_mode="floor")
@@ -110,7 +110,7 @@ def attention_mask(
     segment_ids: Int[Tensor, "batch seq"] | None = None,
     isolate_segments: bool = False,
 ) -> Bool[Tensor, "batch 1 seq seq"] | None:
-    """Build the mask of `pair_rule`, whose arguments these are, or None where everything attends to everything."""
+    """Build the boolean mask of `pair_rule`, which has the same arguments; None for full attention."""
     sees = pair_rule(layout, positions, segment_ids=segment_ids, isolate_segments=isolate_segments)
     if sees is None:
         return None
@@ -136,9 +136,9 @@ def two_copy_mask(
     """Build the mask of clean and noisy copies of blocks in one sequence.
 
     A position attends to its own block in its own copy (0 is the clean one), and to the clean copy of earlier blocks:
-    each noisy block is denoised after the true blocks before it, all of them in one pass (arXiv 2503.09573, Section
-    3.1, of which this is the general form: any order in the sequence, several noisy copies). Nothing attends to
-    positions that are not valid but themselves.
+    each noisy block is denoised after the true blocks before it, all of them in one pass. This generalises Section 3.1
+    of arXiv 2503.09573 to any order in the sequence and several noisy copies. A position that is not valid is seen by
+    itself alone.
     """
     is_seen = _sees_copy(block[:, :, None] - block[:, None, :], copy[:, :, None], copy[:, None, :])
     is_self = torch.eye(block.shape[1], dtype=torch.bool, device=block.device)
@@ -154,5 +154,5 @@ def segment_positions(segment_ids: Int[Tensor, "batch seq"]) -> Int[Tensor, "bat
 
 
 def _sees_copy(later: Tensor, query_copy: Tensor, key_copy: Tensor) -> Tensor:
-    """Let a query see its own copy of its own block, and clean copies (0) of blocks that it is `later` than."""
+    """Let a query see its own copy of its own block, and the clean copy (0) of blocks before its own (`later` > 0)."""
     return (later == 0) & (query_copy == key_copy) | (later > 0) & (key_copy == 0)

@@ -1,11 +1,11 @@
-"""Noise schedules, t in [0, 1], 0 clean, 1 noise. Discrete diffusion: alpha(t) = P(a token is kept at time t).
+"""Noise schedules, t in [0, 1], 0 clean, 1 noise. Discrete diffusion: alpha(t) = P(a token is still clean at time t).
 
 Gaussian diffusion (at the end): z_t = alpha(t) x_0 + sigma(t) eps.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,11 +18,10 @@ from redraft.errors import unknown_name
 
 @runtime_checkable
 class Schedule(Protocol):
-    """A decreasing alpha with alpha(0) = 1 and alpha(1) = 0, its derivative in t, and its inverse."""
+    """A decreasing alpha with alpha(0) = 1 and alpha(1) = 0, and its derivative in t."""
 
     def alpha(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
     def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
-    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
 
 
 def weight(schedule: Schedule, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -40,9 +39,6 @@ class Linear:
     def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return -torch.ones_like(t)
 
-    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return 1 - alpha
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
@@ -53,9 +49,6 @@ class Cosine:
 
     def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
-
-    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return 1 - 2 / math.pi * torch.acos(1 - alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +66,6 @@ class Polynomial:
 
     def derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return -self.power * t ** (self.power - 1)
-
-    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return (1 - alpha) ** (1 / self.power)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +92,6 @@ class Geometric:
         rate = math.log(self.sigma_max / self.sigma_min)
         return -rate * self._sigma(t) * torch.exp(-self._sigma(t)) / (clean - noise)
 
-    def inverse(self, alpha: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        clean, noise = math.exp(-self.sigma_min), math.exp(-self.sigma_max)
-        sigma = -torch.log(alpha * (clean - noise) + noise)
-        return torch.log(sigma / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
-
     def _sigma(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
 
@@ -120,29 +105,23 @@ SCHEDULES: dict[str, type[Linear | Cosine | Polynomial | Geometric]] = {
 }
 
 
-def schedule_from_name(name: str, **numbers: float) -> Schedule:
-    """Build a schedule from its name in a saved config, e.g. `schedule_from_name("polynomial", power=3)`.
-
-    Raises ValueError for an unknown name or number, listing the valid ones.
-    """
+def schedule_from_name(name: str) -> Schedule:
+    """Build a schedule from its name in a saved config. Raises ValueError for an unknown name."""
     if name not in SCHEDULES:
         raise unknown_name("schedule", name, SCHEDULES)
-    known = {field.name for field in fields(SCHEDULES[name])}
-    if unknown := set(numbers) - known:
-        raise ValueError(f"schedule {name!r} takes {sorted(known) or 'no numbers'}; got {sorted(unknown)}.")
-    return SCHEDULES[name](**numbers)
+    return SCHEDULES[name]()
 
 
 def stratified_times(
-    index: Float[Tensor, "*shape"], *, total: int, offset: Float[Tensor, "..."], t_min: float = 0.0, t_max: float = 1.0
+    index: Float[Tensor, "*shape"], *, total: int, offset: Float[Tensor, "..."]
 ) -> Float[Tensor, "*shape"]:
-    """Spread times evenly: t_i = t_min + (t_max - t_min) (i + 1 - offset) / total in (t_min, t_max], offset ~ U[0, 1).
+    """Spread times evenly over (0, 1]: t_i = (i + 1 - offset) / total, offset ~ U[0, 1).
 
     Together they cover every noise level, so an estimate of the loss has a smaller variance than with independent times
     (Appendix I.1, arXiv 2107.00630). `index` numbers the strata of a batch of `total` rows; each t_i is uniform over
-    all of (t_min, t_max] only if rows are given their strata at random.
+    all of (0, 1] only if rows are given their strata at random.
     """
-    return t_min + (t_max - t_min) * (index + 1 - offset) / total
+    return (index + 1 - offset) / total
 
 
 @runtime_checkable

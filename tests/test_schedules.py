@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from redraft.schedules import SCHEDULES, Geometric, Polynomial, schedule_from_name, stratified_times, weight
 
-times = st.floats(0, 1)
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 
@@ -15,13 +14,6 @@ def test_alpha_falls_from_one_to_zero(name):
     alpha = schedule_from_name(name).alpha(t)
     assert torch.allclose(alpha[[0, -1]], torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-12)
     assert (alpha.diff() < 0).all()
-
-
-@every_schedule
-@given(t=times)
-def test_inverse_undoes_alpha(name, t):
-    schedule, t = schedule_from_name(name), torch.tensor([t], dtype=torch.float64)
-    assert torch.allclose(schedule.alpha(schedule.inverse(schedule.alpha(t))), schedule.alpha(t), atol=1e-9)
 
 
 @every_schedule
@@ -43,17 +35,10 @@ def test_stratified_times_are_one_per_stratum():
     assert torch.equal((t * 10).ceil(), torch.arange(1.0, 11.0))
 
 
-def test_stratified_times_keep_above_t_min():
-    t = stratified_times(torch.arange(4.0), total=4, offset=torch.tensor(1.0 - 1e-9), t_min=0.2)
-    assert t.min() >= 0.2
-    assert t.max() <= 1
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: schedule_from_name("cosin"), "unknown schedule 'cosin'.*Did you mean 'cosine'"),
-        (lambda: schedule_from_name("linear", power=2.0), "'linear' takes no numbers"),
         (lambda: Polynomial(power=0), "power must be positive; got 0"),
         (lambda: Geometric(sigma_min=3.0, sigma_max=2.0), "sigma_min must lie in"),
     ],

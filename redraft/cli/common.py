@@ -113,13 +113,11 @@ def warn_of_repetition(lm: LanguageModel, texts: list[Tensor], sampling: Samplin
 
 def _remedy(lm: LanguageModel, sampling: SamplingConfig) -> str:
     """Name the flags that draw tokens in place of the likeliest, in an order that does not favour them."""
-    is_drawn = bool(sampling.resolved().temperature)
-    match lm.denoiser.settings.process:
-        case "masked" if not is_drawn or sampling.preset != "llada-random":
-            return "--preset llada-random --temperature 0.9, or "
-        case "autoregressive" if not is_drawn:
-            return "--temperature 0.9, or "
-    return ""
+    varied = dict(lm.process.varied_sampling)
+    if lm.denoiser.settings.is_autoregressive:  # its order is fixed
+        varied.pop("preset", None)
+    is_drawn = bool(sampling.resolved().temperature) and varied.get("preset", sampling.preset) == sampling.preset
+    return "" if is_drawn or not varied else " ".join(f"--{name} {value}" for name, value in varied.items()) + ", or "
 
 
 def write_trace(path: Path, traces: list[RowTrace], lm: LanguageModel, *, title: str, settings: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import tyro
 from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
 from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task, require_package
 from redraft.folders import one_writer
-from redraft.likelihood.requests import LikelihoodConfig
+from redraft.likelihood.config import LikelihoodConfig
 from redraft.settings import Count, Settings
 
 if TYPE_CHECKING:

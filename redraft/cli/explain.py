@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
     if settings.get("num_samples", 1) > 1:
         raise ValueError(f"one sample at a time can be explained; got --num-samples {settings['num_samples']}.")
     lm = load_quietly(args.model, device=args.device, quantization=args.quantization)
-    is_masked = lm.denoiser.settings.process != "uniform"
+    is_masked = lm.process.noise == "mask"
     watcher = Watcher(mask_token_id=lm.denoiser.settings.mask_token_id if is_masked else -1, top_k=args.alternatives)
     inputs: Any = [{"role": "user", "content": prompts[0]}] if args.chat else prompts[0]
     work = lm.infill if not args.chat and HOLE.search(prompts[0]) else lm.generate

@@ -24,8 +24,8 @@ from redraft.errors import unknown_name
 from redraft.evaluation.metrics import RATIOS
 from redraft.evaluation.run import Store, Summary, join_processes, summarize
 from redraft.language_model import LanguageModel, load
-from redraft.likelihood.estimate import score_questions
-from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request, rolling_requests
+from redraft.likelihood.config import LikelihoodConfig
+from redraft.likelihood.estimate import LogLikelihood, Request, rolling_requests, score_questions
 from redraft.sampling.config import SamplingConfig
 
 T = TypeVar("T")
@@ -56,7 +56,8 @@ class RedraftLM(TemplateLM):
         **settings: Any,  # the harness passes --model_args by name
     ) -> None:
         super().__init__()
-        known = {*SamplingConfig.__dataclass_fields__, *LikelihoodConfig.__dataclass_fields__} - {"stop", "num_samples"}
+        sampling = SamplingConfig.__dataclass_fields__.keys() - {"stop", "num_samples"}  # num_samples: of a likelihood
+        known = {*sampling, *LikelihoodConfig.__dataclass_fields__}
         for name in settings:
             if name not in known:
                 raise unknown_name("setting", name, sorted(known))
@@ -71,7 +72,7 @@ class RedraftLM(TemplateLM):
         self.tokenizer = self.lm.tokenizer
         self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else 8  # auto, None
         self.exact_match = exact_match
-        self.sampling = {k: v for k, v in settings.items() if k in SamplingConfig.__dataclass_fields__}
+        self.sampling = {k: v for k, v in settings.items() if k in sampling}
         self.likelihood = LikelihoodConfig(
             **{k: v for k, v in settings.items() if k in LikelihoodConfig.__dataclass_fields__}
         )
@@ -114,8 +115,7 @@ class RedraftLM(TemplateLM):
 
         def score(questions: list[list[int]]) -> Iterator[tuple[int, tuple[float, bool]]]:
             asked = [[self._request(requests[i]) for i in question] for question in questions]
-            lengths = [[float(max(1, len(requests[i].args[1]))) for i in question] for question in questions]
-            for question, choices, results in zip(questions, asked, self._scores(asked, lengths), strict=True):
+            for question, choices, results in zip(questions, asked, self._scores(asked), strict=True):
                 for i, request, result in zip(question, choices, results, strict=True):
                     is_greedy = result.is_greedy
                     if is_greedy is None:
@@ -137,7 +137,7 @@ class RedraftLM(TemplateLM):
         def score(i: int) -> Iterator[tuple[int, float]]:
             tokens = self.lm.encode(requests[i].args[0])
             parts = rolling_requests(tokens, window=window, key=_key(requests[i])) if len(tokens) else []
-            yield i, sum(result.nats for (result,) in self._scores([[part] for part in parts], None))
+            yield i, sum(result.nats for (result,) in self._scores([[part] for part in parts]))
 
         return self._answers("loglikelihood_rolling", requests, list, score, is_quiet=disable_tqdm)
 
@@ -221,10 +221,10 @@ class RedraftLM(TemplateLM):
             logger.warning("A context of %d tokens was cut from the left to %d.", len(context), limit - room_for)
         return context[len(context) + room_for - limit :]
 
-    def _scores(self, questions: list[list[Request]], lengths: list[list[float]] | None) -> list[list[LogLikelihood]]:
+    def _scores(self, questions: list[list[Request]]) -> list[list[LogLikelihood]]:
         """Score the choices of questions, and count what it cost."""
         start = time.perf_counter()
-        scores = score_questions(self.lm.denoiser, questions, self.likelihood, lengths=lengths)
+        scores = score_questions(self.lm.denoiser, questions, self.likelihood)
         results = [result for choices in scores for result in choices]
         forwards, errors = (sum(getattr(r, name) for r in results) for name in ("forwards", "standard_error"))
         counts = {"items": len(questions), "continuations": len(results), "likelihood_forwards": forwards}

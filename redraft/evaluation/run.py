@@ -16,8 +16,8 @@ import torch
 from redraft.evaluation.metrics import RATIOS, Bin, Interval, bootstrap, calibration, pass_at_k, ratio_score, vote
 from redraft.evaluation.tasks import Item, Task, take
 from redraft.language_model import LanguageModel
-from redraft.likelihood.estimate import loglikelihoods, score_questions
-from redraft.likelihood.requests import LikelihoodConfig, Request, rolling_requests
+from redraft.likelihood.config import LikelihoodConfig
+from redraft.likelihood.estimate import Request, loglikelihoods, rolling_requests, score_questions
 
 Record = dict[str, Any]
 
@@ -210,13 +210,10 @@ def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Co
                 f"holds {lm.context_length}. Shorten the prompt."
             )
         questions.append([Request(context=c, continuation=a, key=key) for c, a in pairs])
-    lengths = [[float(len(choice)) for choice in item.choices] for item in items]
     records = []
-    for item, found, size in zip(
-        items, score_questions(lm.denoiser, questions, conditions.likelihood, lengths=lengths), lengths, strict=True
-    ):
+    for item, found in zip(items, score_questions(lm.denoiser, questions, conditions.likelihood), strict=True):
         best = max(range(len(found)), key=lambda i: found[i].nats)
-        normed = max(range(len(found)), key=lambda i: found[i].nats / size[i])
+        normed = max(range(len(found)), key=lambda i: found[i].nats / len(item.choices[i]))
         sure = 1 / sum(math.exp(one.nats - found[best].nats) for one in found)  # of the choices, as the only ones
         records.append(
             {

@@ -60,7 +60,7 @@ def write_autoregressive(model: LatentDenoiser, cache: Cache) -> Int[Tensor, "ro
 def write_masked(model: LatentDenoiser, cache: Cache) -> Int[Tensor, "rows answer"]:
     """Write the likeliest answer, the surest position first."""
     rows, count, device = len(cache), model.config.answer_tokens, model.device
-    ids = masked_process(model).prior((rows, count), device=device)
+    ids = masked_process(model).prior(torch.zeros(rows, count, device=device))
     own = torch.ones(rows, count, count, dtype=torch.bool, device=device)
     is_open = torch.ones(rows, count, dtype=torch.bool, device=device)
     for _ in range(count):

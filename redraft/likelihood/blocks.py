@@ -1,114 +1,95 @@
 """Block-causal models: the clean blocks of a question are run once, and every noised block reads their keys and values.
 
-What the choices of a question have in common, whole blocks of context, is computed once: the clean blocks form a tree,
-and a block attends to its ancestors and itself. Noised copies of blocks lie one behind the other in one row, each at
-the positions of its block; a copy attends to the clean blocks before it and to itself. To an autoregressive model a
-token is a block, and a choice is a copy of many blocks, with nothing noised.
+The choices of a question have blocks of context in common. The clean blocks form a tree, in which equal blocks after
+equal blocks are one node; a block attends to its ancestors and itself. Noised copies of blocks lie one behind the other
+in one row, each at the positions of its block; a copy attends to the clean blocks before it and to itself. For an
+autoregressive model a token is a block, and a choice is a copy of many blocks, with nothing noised.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.likelihood.requests import LikelihoodConfig
-from redraft.likelihood.rows import Part, token_scores
+from redraft.likelihood.spans import MaskedSpan, Sample, tokens_per_forward
 from redraft.models.cache import Slots, Spans
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query
-from redraft.sampling.guidance import guided
 
-ROOT = 0  # before all blocks
-MOST_COPIED_TOKENS = 512  # in one forward: each is compared with all others before the mask says no
+ROOT = 0  # stands before all blocks
+MAX_COPIED_TOKENS = 512  # in one forward: the mask compares each with all others
 
 
 def can_share(denoiser: Denoiser) -> bool:
-    """Tell whether a model has blocks whose keys and values can be kept."""
+    """Whether keys and values of a model's clean blocks can be reused by the blocks after them."""
     return denoiser.settings.block_size is not None and not denoiser.is_self_conditioned and denoiser.can_append
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tree:
-    """The clean blocks of a few texts, each of which but the root follows another."""
+class SharedBlocks:
+    """The clean blocks before the spans of a question; their keys and values are computed at the first use."""
 
-    size: int
-    children: dict[tuple[int, tuple[int, ...]], int]
-    """(block before, tokens) -> number of a block."""
-    tokens: Int[Tensor, "clean"]
-    positions: Int[Tensor, "clean"]
-    is_seen: Bool[Tensor, "blocks clean"]
-    """Which tokens each block sees: its ancestors' and its own; the root none."""
-
-    @classmethod
-    def of(cls, texts: Sequence[Tensor], size: int) -> "Tree":
-        """Take whole blocks as long as there is something to score behind them."""
-        children: dict[tuple[int, tuple[int, ...]], int] = {}
-        for text in texts:
-            node = ROOT
-            for block in _blocks(text, len(text) - 1, size):
-                node = children.setdefault((node, block), len(children) + 1)
+    def __init__(self, denoiser: Denoiser, spans: Sequence[MaskedSpan], *, hides_context: bool) -> None:
+        size = denoiser.settings.block_size
+        assert size is not None
+        self.denoiser, self.size, self.hides_context = denoiser, size, hides_context
+        children: dict[tuple[int, tuple[int, ...]], int] = {}  # (block before, tokens) -> number of a block
+        self.parents: dict[MaskedSpan, int] = {}
+        """The number of the block before a span's first one."""
+        for span in spans:
+            text, node = span.inputs(0, denoiser.settings, hides_context=hides_context).tolist(), ROOT
+            for start in range(0, self._begin(span), size):
+                node = children.setdefault((node, tuple(text[start : start + size])), len(children) + 1)
+            self.parents[span] = node
         is_above = torch.zeros(len(children) + 1, len(children) + 1, dtype=torch.bool)
         for (parent, _), node in children.items():
             is_above[node] = is_above[parent]
             is_above[node, node] = True
         depths = is_above.sum(dim=1)[1:] - 1
-        return cls(
-            size=size,
-            children=children,
-            tokens=torch.tensor([token for _, block in children for token in block], dtype=torch.int64),
-            positions=(depths[:, None] * size + torch.arange(size)).flatten(),
-            is_seen=is_above[:, 1:].repeat_interleave(size, dim=1),
-        )
+        self.tokens = torch.tensor([token for _, block in children for token in block], dtype=torch.int64)
+        self.positions = (depths[:, None] * size + torch.arange(size)).flatten()
+        self.is_seen = is_above[:, 1:].repeat_interleave(size, dim=1)
+        """(blocks, clean tokens): which tokens each block sees: its ancestors' and its own; the root sees none."""
+        self.max_tokens = min(MAX_COPIED_TOKENS, tokens_per_forward(denoiser))
+        self.slots = Slots(1, len(self.tokens) + MAX_COPIED_TOKENS)
 
-    def before(self, text: Int[Tensor, "seq"], start: int) -> int:
-        """Find the block that ends where the block of `start` begins."""
-        node = ROOT
-        for block in _blocks(text, start, self.size):
-            node = self.children[node, block]
-        return node
+    def width(self, span: MaskedSpan) -> int:
+        """Count the tokens of a copy: those from the beginning of its first block, and one before it."""
+        return 1 + len(span.tokens) - self._begin(span)
 
+    def _begin(self, span: MaskedSpan) -> int:
+        return span.start // self.size * self.size
 
-def _blocks(text: Int[Tensor, "seq"], end: int, size: int) -> list[tuple[int, ...]]:
-    """List the whole blocks before a position."""
-    tokens = text.tolist()
-    return [tuple(tokens[i : i + size]) for i in range(0, end // size * size, size)]
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> Float[Tensor, "n vocab"]:
+        """Predict the masked tokens of samples, one copy after the other.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Copies:
-    """Noised copies of blocks, flattened; under a logit shift each begins with the clean token before its block."""
-
-    tokens: Int[Tensor, "n"]
-    positions: Int[Tensor, "n"]
-    copy: Int[Tensor, "n"]
-    parent: Int[Tensor, "n"]
-    """The clean block before."""
-    is_lead: Bool[Tensor, "n"]
-    """Clean token before the block: it predicts the block's first one, and nobody sees it."""
-
-
-class SharedBlocks:
-    """A tree's keys and values, computed at the first use and kept."""
-
-    def __init__(self, denoiser: Denoiser, tree: Tree) -> None:
-        self.denoiser, self.tree = denoiser, tree
-        self.slots = Slots(1, len(tree.tokens) + MOST_COPIED_TOKENS)
-
-    def logits_at(self, where: Int[Tensor, "m"], copies: Copies) -> Float[Tensor, "m vocab"]:
-        """Return the logits that come out at these of the copies' tokens."""
-        tree, nowhere = self.tree, where[:0]
-        num_clean = len(tree.tokens)
-        if num_clean and not self.slots.layers:
-            block = torch.arange(1, len(tree.is_seen)).repeat_interleave(tree.size)
-            self._feed(nowhere, tree.tokens, tree.positions, tree.is_seen[block], after=0)
-        self.slots.reserve(1, num_clean + len(copies.tokens))
-        block = copies.positions // tree.size
-        is_own = (copies.copy[:, None] == copies.copy) & (block[:, None] >= block) & ~copies.is_lead
-        mask = torch.cat([tree.is_seen[copies.parent], is_own], dim=1)
-        return self._feed(where, copies.tokens, copies.positions, mask, after=num_clean)
+        Under a logit shift a token is predicted by the one before it. A copy then begins with a lead: the clean token
+        before its block, which predicts the block's first token. The block itself sees the lead's clean twin in the
+        tree, so no token sees a lead.
+        """
+        settings, num_clean = self.denoiser.settings, len(self.tokens)
+        columns: list[tuple[Tensor, ...]] = []
+        where, end = [], 0
+        for number, (span, sample) in enumerate(samples):
+            begin = self._begin(span)
+            lead = int(settings.shift_logits and begin > 0)
+            tokens = span.inputs(sample, settings, hides_context=self.hides_context)[begin - lead :]
+            positions = torch.arange(begin - lead, len(span.tokens))
+            parent = torch.full_like(tokens, self.parents[span])
+            columns.append((tokens, positions, torch.full_like(tokens, number), parent, positions < begin))
+            masked = span.is_scored(sample)[begin - lead :].nonzero()[:, 0]
+            where.append(end + (masked - int(settings.shift_logits)).clamp(min=0))
+            end += len(tokens)
+        tokens, positions, copy, parent, is_lead = map(torch.cat, zip(*columns, strict=True))
+        if num_clean and not self.slots.layers:  # the first use
+            block = torch.arange(1, len(self.is_seen)).repeat_interleave(self.size)
+            self._feed(where[0][:0], self.tokens, self.positions, self.is_seen[block], after=0)
+        self.slots.reserve(1, num_clean + len(tokens))
+        block = positions // self.size
+        is_same_copy = (copy[:, None] == copy) & (block[:, None] >= block) & ~is_lead
+        mask = torch.cat([self.is_seen[parent], is_same_copy], dim=1)
+        return self._feed(torch.cat(where), tokens, positions, mask, after=num_clean).float()
 
     def _feed(
         self,
@@ -119,6 +100,7 @@ class SharedBlocks:
         *,
         after: int,
     ) -> Float[Tensor, "m vocab"]:
+        """Run tokens, whose keys and values go into the slots `after` the clean ones; logits at `where`."""
         device, end = self.denoiser.device, after + len(tokens)
         spans = Spans(starts=[after], ends=[end], key_ends=[end], reads_all=False)
         query = Query(
@@ -128,72 +110,6 @@ class SharedBlocks:
             shift=False,  # `where` is shifted already
             view=self.slots.view(spans, device),
             sees=mask[None].to(device),
-            slot_positions=torch.cat([self.tree.positions[:after], positions])[None].to(device),
+            slot_positions=torch.cat([self.positions[:after], positions])[None].to(device),
         )
         return self.denoiser(query)
-
-
-def score_blocks(parts: Sequence[Part], texts: Sequence[SharedBlocks], config: LikelihoodConfig) -> list[Tensor]:
-    """Score the noised blocks of one question as `rows.score_rows` does.
-
-    `texts` are the clean blocks, and with guidance those of the texts without their contexts.
-    """
-    found = [torch.zeros(*part.is_masked.shape, 2, dtype=torch.float64) for part in parts]
-    denoiser = texts[0].denoiser
-    mask_token_id = denoiser.settings.mask_token_id
-    for batch in _batches(parts, texts[0].tree.size, most=min(MOST_COPIED_TOKENS, config.tokens_per_forward(denoiser))):
-        logits = _logits(texts[0], parts, batch, hides_context=False)
-        if config.cfg_scale:
-            blind = _logits(texts[1], parts, batch, hides_context=True)
-            logits = guided(logits, blind, scale=config.cfg_scale)
-        is_masked = [parts[i].is_masked[row] for i, row in batch]
-        targets = torch.cat([parts[i].target[mask] for (i, _), mask in zip(batch, is_masked, strict=True)])
-        scores = token_scores(logits, targets.to(logits.device), mask_token_id if config.exclude_mask else None).cpu()
-        pieces = scores.split([int(mask.sum()) for mask in is_masked])
-        for (i, row), mask, piece in zip(batch, is_masked, pieces, strict=True):
-            found[i][row, mask] = piece
-    return found
-
-
-def _batches(parts: Sequence[Part], size: int, *, most: int) -> Iterator[list[tuple[int, int]]]:
-    """Group copies, each (part, sample), up to as many tokens."""
-    batch: list[tuple[int, int]] = []
-    num_tokens = 0
-    for i, part in enumerate(parts):
-        width = 1 + len(part.tokens) - part.start // size * size
-        for row in range(len(part.is_masked)):
-            if batch and num_tokens + width > most:
-                yield batch
-                batch, num_tokens = [], 0
-            batch.append((i, row))
-            num_tokens += width
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def _logits(
-    shared: SharedBlocks, parts: Sequence[Part], batch: list[tuple[int, int]], *, hides_context: bool
-) -> Float[Tensor, "n vocab"]:
-    """Predict the masked tokens of copies, one copy after the other."""
-    settings, size = shared.denoiser.settings, shared.tree.size
-    text_of = {i: parts[i].blind(settings.mask_token_id) if hides_context else parts[i].tokens for i, _ in batch}
-    parent_of = {i: shared.tree.before(text, parts[i].start) for i, text in text_of.items()}
-    columns: list[tuple[Tensor, ...]] = []
-    where, end = [], 0
-    for number, (i, row) in enumerate(batch):
-        part, text = parts[i], text_of[i]
-        begin = part.start // size * size
-        lead = int(settings.shift_logits and begin > 0)
-        positions = torch.arange(begin - lead, len(text))
-        is_masked = F.pad(part.is_masked[row], (part.start - begin + lead, 0))
-        is_hidden = is_masked & (positions == 0) if settings.is_autoregressive else is_masked
-        tokens = torch.where(is_hidden, settings.mask_token_id, text[begin - lead :])
-        number_of, parent = torch.full_like(tokens, number), torch.full_like(tokens, parent_of[i])
-        columns.append((tokens, positions, number_of, parent, positions < begin))
-        masked = is_masked.nonzero()[:, 0]
-        where.append(end + (masked - int(settings.shift_logits)).clamp(min=0))
-        end += len(tokens)
-    tokens, positions, copy, parent, is_lead = map(torch.cat, zip(*columns, strict=True))
-    copies = Copies(tokens=tokens, positions=positions, copy=copy, parent=parent, is_lead=is_lead)
-    return shared.logits_at(torch.cat(where), copies).float()

@@ -1,42 +1,71 @@
-"""The estimates: parts of requests, rounds of samples, early decisions."""
+"""Estimates of log p(continuation | context): what is asked, what comes back, and how it is computed."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from redraft.likelihood.blocks import SharedBlocks, Tree, can_share, score_blocks
-from redraft.likelihood.decide import mean_and_variance, undecided
-from redraft.likelihood.masks import Masks, draw_masks, units_of
-from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request
-from redraft.likelihood.rows import Part, score_rows
-from redraft.likelihood.uniform_bound import uniform_bound
+from redraft.likelihood.blocks import SharedBlocks, can_share
+from redraft.likelihood.config import LikelihoodConfig
+from redraft.likelihood.masks import Masks, draw_masks
+from redraft.likelihood.objectives.diffusion import Diffusion
+from redraft.likelihood.problem import CleanRows, NoiseKey, problem_loss
+from redraft.likelihood.spans import MaskedSpan, Sample, WholeRows, tokens_per_forward
 from redraft.models.denoiser import Denoiser
 from redraft.models.finite import explain_nan
+from redraft.processes import process_class
+from redraft.randomness import fold
+from redraft.sampling.guidance import guided
+from redraft.schedules import schedule_from_name
 
-FIRST_ROUND = 16  # samples after which the choices of a question are compared for the first time
+LOGITS_PER_FORWARD = 2**26
 
-Scorer = Callable[[Sequence[Part]], list[Tensor]]
+Predictor = WholeRows | SharedBlocks
+"""Runs samples through a model: (span, mask) pairs -> logits of all masked tokens, one sample after the other."""
 
 
-@dataclass
-class _Running:
-    """The estimate of one request so far: for each round and part, the values of independent units."""
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One continuation to be scored after its context; either may hold any token, the mask token too."""
 
-    request: Request
-    parts: list[tuple[Tensor, int]]
-    units: list[list[Tensor]] = field(default_factory=list)
-    forwards: int = 0
-    num_likeliest: int = 0
-    is_open: bool = True
+    context: Int[Tensor, "c"]
+    continuation: Int[Tensor, "l"]
+    key: int = 0
+    """Requests of equal key share their noise; the choices of one question should."""
 
-    def total(self) -> list[Tensor]:
-        """Sum the parts of each round, unit by unit."""
-        return [torch.stack(round_).sum(dim=0) for round_ in self.units]
+    def __post_init__(self) -> None:
+        if not len(self.continuation):
+            raise ValueError("a continuation must hold at least one token; got none.")
+
+    @property
+    def tokens(self) -> Int[Tensor, "seq"]:
+        """Context and continuation."""
+        return torch.cat([self.context, self.continuation])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLikelihood:
+    """A lower bound of log p(continuation | context) in nats, and the standard error of its estimate."""
+
+    nats: float
+    standard_error: float
+    """Of the Monte Carlo alone; 0 where all masks were summed, and for autoregressive models."""
+    num_tokens: int
+    forwards: int
+    """Rows that went through the model, two per sample under guidance; of a block-causal model a row is a block."""
+    is_greedy: bool | None = None
+    """Whether each token is the likeliest after those before it; None but for autoregressive models."""
+
+
+def rolling_requests(tokens: Int[Tensor, "n"], *, window: int, key: int = 0) -> list[Request]:
+    """Cut a text into disjoint windows, each of which is scored without a context."""
+    windows = torch.split(tokens, window)
+    return [Request(context=tokens[:0], continuation=one, key=key + i) for i, one in enumerate(windows)]
 
 
 def loglikelihoods(
@@ -48,175 +77,155 @@ def loglikelihoods(
 
 
 def score_questions(
-    denoiser: Denoiser,
-    questions: Sequence[Sequence[Request]],
-    config: LikelihoodConfig | None = None,
-    *,
-    lengths: Sequence[Sequence[float]] | None = None,
+    denoiser: Denoiser, questions: Sequence[Sequence[Request]], config: LikelihoodConfig | None = None
 ) -> list[list[LogLikelihood]]:
-    """Estimate the choices of questions; with `config.confidence` only until each question's best choice is decided.
+    """Estimate log p of the choices of questions, which should have equal keys.
 
-    Decided means best by plain and, where `lengths` are given, by length-normalised log-likelihood (`decide`). Rivals
-    that are beaten in both leave early. The choices of a question should have equal keys. A model of uniform noise
-    takes all samples for each choice.
+    Raises ValueError, which names the damage, where the model returns NaN.
     """
-    config = config or LikelihoodConfig()
-    settings = denoiser.settings
-    if settings.process == "uniform":
-        found = [[uniform_bound(denoiser, request, config) for request in choices] for choices in questions]
-        return _without_nan(denoiser, questions, found)
-    running = [[_Running(request, _parts(request, denoiser)) for request in choices] for choices in questions]
-    scales = [[[1.0] * len(choices), *([lengths[q]] if lengths else [])] for q, choices in enumerate(running)]
+    config, settings = config or LikelihoodConfig(), denoiser.settings
     has_choices = any(len(choices) > 1 for choices in questions)
-    if config.share_context and can_share(denoiser) and (has_choices or not settings.is_autoregressive):
-        for choices, scale in zip(running, scales, strict=True):
-            _sample(denoiser, [choices], [scale], config, _block_scorer(denoiser, choices, config))
+    requests = list(chain(*questions))
+    if process_class(settings.process).noise != "mask":
+        results = [process_bound(denoiser, request, config) for request in requests]
+    elif can_share(denoiser) and (has_choices or not settings.is_autoregressive):
+        results = [one for choices in questions for one in mask_bounds(denoiser, choices, config, shares_blocks=True)]
     else:
-        _sample(denoiser, running, scales, config, lambda parts: score_rows(denoiser, parts, config))
-    found = [[_finish(r, is_autoregressive=settings.is_autoregressive) for r in choices] for choices in running]
-    return _without_nan(denoiser, questions, found)
-
-
-def _without_nan(
-    denoiser: Denoiser, questions: Sequence[Sequence[Request]], found: list[list[LogLikelihood]]
-) -> list[list[LogLikelihood]]:
-    """Raise ValueError, which names the damage, where an estimate is NaN."""
-    for request, result in zip(chain(*questions), chain(*found), strict=True):
+        results = mask_bounds(denoiser, requests, config, shares_blocks=False)
+    for request, result in zip(requests, results, strict=True):
         if math.isnan(result.nats):
-            tokens = torch.cat([request.context, request.continuation])[None]
-            raise explain_nan(denoiser, tokens.to(denoiser.device))
-    return found
+            raise explain_nan(denoiser, request.tokens[None].to(denoiser.device))
+    rest = iter(results)
+    return [[next(rest) for _ in choices] for choices in questions]
 
 
-def sample_values(
-    denoiser: Denoiser, request: Request, is_masked: Bool[Tensor, "samples l"], config: LikelihoodConfig
-) -> Float[Tensor, "samples"]:
-    """Evaluate L / l * sum of log p(x_i) over each given mask, nats: one sample of the bound each."""
-    tokens = torch.cat([request.context, request.continuation])
-    part = Part(tokens=tokens, is_masked=is_masked, context_len=len(request.context))
-    nats = score_rows(denoiser, [part], config)[0][..., 0].sum(dim=1)
-    return nats * is_masked.shape[1] / is_masked.sum(dim=1)
+def mask_bounds(
+    denoiser: Denoiser, requests: Sequence[Request], config: LikelihoodConfig, *, shares_blocks: bool
+) -> list[LogLikelihood]:
+    """Estimate the bounds of a model of masked noise, or the likelihoods of an autoregressive model.
 
-
-def _parts(request: Request, denoiser: Denoiser) -> list[tuple[Tensor, int]]:
-    """Cut a request into (tokens, where the part to score begins): one, or one for each block it touches.
-
-    Of an autoregressive model all blocks go together, but for a text's first token, which a mask token predicts.
+    `shares_blocks`: run the clean blocks of all requests once (`blocks`); the results are the same.
     """
-    tokens, start = torch.cat([request.context, request.continuation]), len(request.context)
-    if denoiser.settings.is_autoregressive:
-        first = [(tokens[:1], 0)] if start == 0 else []
-        return first + ([(tokens, max(start, 1))] if len(tokens) > 1 else [])
-    size = denoiser.settings.block_size or len(tokens)
-    ends = [*range((start // size + 1) * size, len(tokens), size), len(tokens)]
-    return [(tokens[:end], begin) for begin, end in zip([start, *ends[:-1]], ends, strict=True)]
+    spans = [_spans(request, denoiser, config) for request in requests]
+    flat, is_guided = list(chain(*spans)), config.cfg_scale > 0
+    kind = SharedBlocks if shares_blocks else WholeRows
+    plain = kind(denoiser, flat, hides_context=False)
+    unguided = kind(denoiser, flat, hides_context=True) if is_guided else None
+    scores = score_spans(flat, plain, unguided=unguided, cfg_scale=config.cfg_scale)
+    results = []
+    for request, parts in zip(requests, spans, strict=True):
+        estimates = [span.masks.estimate(scores[span][..., 0]) for span in parts]
+        num_likeliest = sum(int(scores[span][..., 1].sum()) for span in parts)
+        is_greedy = num_likeliest == len(request.continuation)
+        results.append(
+            LogLikelihood(
+                nats=sum(nats for nats, _ in estimates),
+                standard_error=math.sqrt(sum(variance for _, variance in estimates)),
+                num_tokens=len(request.continuation),
+                forwards=sum(len(scores[span]) for span in parts) * (2 if is_guided else 1),
+                is_greedy=is_greedy if denoiser.settings.is_autoregressive else None,
+            )
+        )
+    return results
 
 
-def _rounds(config: LikelihoodConfig) -> list[int]:
-    """Split the samples into rounds that double the total, so that a question may end early."""
-    if config.confidence is None:
-        return [config.samples]
-    totals = [0, min(FIRST_ROUND, config.samples)]
-    while totals[-1] < config.samples:
-        totals.append(min(2 * totals[-1], config.samples))
-    return [b - a for a, b in pairwise(totals)]
+def _spans(request: Request, denoiser: Denoiser, config: LikelihoodConfig) -> list[MaskedSpan]:
+    """Cut a request into spans, each with an estimate of its own: the whole continuation, or each block of it.
 
-
-def _block_scorer(denoiser: Denoiser, choices: Sequence[_Running], config: LikelihoodConfig) -> Scorer:
-    """Make what scores the choices of one question over their common clean blocks."""
-    size, mask_token_id = denoiser.settings.block_size, denoiser.settings.mask_token_id
-    assert size is not None
-    texts = []
-    for state in choices:
-        tokens, start = state.parts[-1]  # what is before the last part is the clean side of another
-        texts.append(tokens[: start + 1])
-    hidden = [
-        torch.where(torch.arange(len(text)) < len(state.request.context), mask_token_id, text)
-        for text, state in zip(texts, choices, strict=True)
-    ]
-    trees = [Tree.of(texts, size), *([Tree.of(hidden, size)] if config.cfg_scale else [])]
-    shared = [SharedBlocks(denoiser, tree) for tree in trees]
-    return lambda parts: score_blocks(parts, shared, config)
-
-
-def _sample(
-    denoiser: Denoiser,
-    questions: Sequence[Sequence[_Running]],
-    scales: Sequence[Sequence[Sequence[float]]],
-    config: LikelihoodConfig,
-    score: Scorer,
-) -> None:
-    """Sample round by round until all samples are taken or every question is decided."""
-    rounds = _rounds(config)
-    for number, samples in enumerate(rounds):
-        active = [state for choices in questions for state in choices if state.is_open]
-        draws = [_draw(denoiser, state, config, samples=samples, number=number, most=rounds[0]) for state in active]
-        _run_round(active, draws, config, score, num_units=config.num_units(samples))
-        if config.confidence is None:
-            continue
-        for choices, scale in zip(questions, scales, strict=True):
-            if units := {i: state.total() for i, state in enumerate(choices) if state.is_open}:
-                stay = undecided(units, scale, confidence=config.confidence, looks=len(rounds), rivals=len(choices) - 1)
-                for i, state in enumerate(choices):
-                    state.is_open = i in stay
-
-
-def _draw(
-    denoiser: Denoiser, state: _Running, config: LikelihoodConfig, *, samples: int, number: int, most: int
-) -> list[Masks | None]:
-    """Draw one round of masks for each part; None where an earlier round summed over all of them.
-
-    An autoregressive model is asked for all of a part at once.
+    An autoregressive model is asked for all tokens at once, except that a text's first token, which a mask token
+    predicts, is a span of its own.
     """
-    drawn: list[Masks | None] = []
-    for tokens, start in state.parts:
-        length = len(tokens) - start
-        if denoiser.settings.is_autoregressive:
-            masks = Masks(is_masked=torch.ones(1, length, dtype=torch.bool), weight=torch.ones(1), is_exact=True)
+    tokens, start, settings = request.tokens, len(request.context), denoiser.settings
+    if settings.is_autoregressive:
+        ends = [1, len(tokens)] if start == 0 and len(tokens) > 1 else [len(tokens)]
+    else:
+        size = settings.block_size or len(tokens)
+        ends = [*range((start // size + 1) * size, len(tokens), size), len(tokens)]
+    spans = []
+    for begin, end in zip([start, *ends[:-1]], ends, strict=True):
+        if settings.is_autoregressive:
+            masks = Masks(is_masked=torch.ones(1, end - begin, dtype=torch.bool), weight=torch.ones(1), is_exact=True)
         else:
-            key, scheme = state.request.key, config.masks
-            masks = draw_masks(length, samples, key=key, number=number, seed=config.seed, scheme=scheme, most=most)
-        drawn.append(None if masks.is_exact and number > 0 else masks)
-    return drawn
+            masks = draw_masks(end - begin, config.num_samples, key=request.key, seed=config.seed)
+        spans.append(MaskedSpan(tokens=tokens[:end], masks=masks, context_len=start))
+    return spans
 
 
-def _run_round(
-    running: Sequence[_Running],
-    draws: Sequence[Sequence[Masks | None]],
-    config: LikelihoodConfig,
-    score: Scorer,
-    *,
-    num_units: int,
-) -> None:
-    """Score one round of samples of many requests together."""
-    asked = [
-        Part(tokens=tokens, is_masked=masks.is_masked, context_len=len(state.request.context))
-        for state, drawn in zip(running, draws, strict=True)
-        for (tokens, _), masks in zip(state.parts, drawn, strict=True)
-        if masks is not None
-    ]
-    scores = iter(score(asked))
-    for state, drawn in zip(running, draws, strict=True):
-        units = []
-        for part, masks in enumerate(drawn):
-            if masks is None:
-                units.append(state.units[0][part][:1].expand(num_units))
-                continue
-            found = next(scores)
-            state.num_likeliest += int(found[..., 1].sum())
-            state.forwards += len(found) * (2 if config.cfg_scale else 1)
-            units.append(units_of(found[..., 0], masks, num_units, control=config.control))
-        state.units.append(units)
+def score_spans(
+    spans: Sequence[MaskedSpan], predict: Predictor, *, unguided: Predictor | None = None, cfg_scale: float = 0.0
+) -> dict[MaskedSpan, Float[Tensor, "samples l 2"]]:
+    """Evaluate log p of masked tokens, nats, and whether each is the likeliest; 0 at the others.
+
+    The mask token has probability 0. `unguided` predicts without the context, for guidance.
+    """
+    scores = {span: torch.zeros(*span.masks.is_masked.shape, 2, dtype=torch.float64) for span in spans}
+    for samples in _batches(spans, predict):
+        logits = predict(samples)
+        if unguided is not None:
+            logits = guided(logits, unguided(samples), scale=cfg_scale)
+        logits[:, predict.denoiser.settings.mask_token_id] = -torch.inf
+        masks = [span.masks.is_masked[sample] for span, sample in samples]
+        targets = [span.tokens[span.start :][mask] for (span, _), mask in zip(samples, masks, strict=True)]
+        target = torch.cat(targets).to(logits.device)
+        nats = -F.cross_entropy(logits, target, reduction="none").double()
+        columns = torch.stack([nats, (logits.argmax(-1) == target).double()], dim=1).cpu()
+        rows = torch.split(columns, [len(one) for one in targets])
+        for (span, sample), mask, row in zip(samples, masks, rows, strict=True):
+            scores[span][sample, mask] = row
+    return scores
 
 
-def _finish(state: _Running, *, is_autoregressive: bool) -> LogLikelihood:
-    is_greedy = state.num_likeliest == len(state.request.continuation) if is_autoregressive else None
-    parts = [[round_[i] for round_ in state.units] for i in range(len(state.parts))]
-    estimates = [mean_and_variance(rounds) for rounds in parts]
+def _batches(spans: Sequence[MaskedSpan], predict: Predictor) -> Iterator[list[Sample]]:
+    """Group samples, ordered by width, so that neither tokens nor logits exceed a forward pass."""
+    max_masked = LOGITS_PER_FORWARD // predict.denoiser.model.config.vocab_size
+    counts = [span.masks.is_masked.sum(dim=1).tolist() for span in spans]
+    order = sorted((predict.width(span), i, n) for i, span in enumerate(spans) for n in range(len(counts[i])))
+    batch: list[Sample] = []
+    num_masked = 0
+    for width, i, sample in order:
+        num_masked += counts[i][sample]
+        if batch and ((len(batch) + 1) * width > predict.max_tokens or num_masked > max_masked):
+            yield batch
+            batch, num_masked = [], counts[i][sample]
+        batch.append((spans[i], sample))
+    if batch:
+        yield batch
+
+
+def process_bound(denoiser: Denoiser, request: Request, config: LikelihoodConfig) -> LogLikelihood:
+    """Estimate the bound of a process by its own loss: noise on the continuation alone, times stratified over samples.
+
+    This works for every process; for masked noise `mask_bounds` has a much smaller error. The standard error is that
+    of independent times, which is too large. Raises ValueError under guidance.
+    """
+    if config.cfg_scale:
+        raise ValueError(
+            f"guidance is not supported for a {denoiser.settings.process} process; got cfg_scale {config.cfg_scale}. "
+            "Use 0."
+        )
+    tokens, count, settings = request.tokens.to(denoiser.device), config.num_samples, denoiser.settings
+    vocab_size = denoiser.model.config.vocab_size
+    schedule = schedule_from_name(settings.schedule)
+    process = process_class(settings.process).build(
+        mask_token_id=settings.mask_token_id, vocab_size=vocab_size, schedule=schedule
+    )
+    most_logits = LOGITS_PER_FORWARD // (vocab_size * len(request.continuation))
+    rows_per_batch = max(1, min(tokens_per_forward(denoiser) // len(tokens), most_logits))
+    is_target = torch.arange(len(tokens), device=tokens.device) >= len(request.context)
+    seed = int(fold(config.seed, request.key))
+    losses = []
+    for index in torch.split(torch.arange(count), rows_per_batch):
+        x_0 = tokens.expand(len(index), -1)
+        rows = CleanRows(
+            x_0=x_0, segment_ids=torch.ones_like(x_0), is_target=is_target.expand_as(x_0), has_padding=False
+        )
+        key = NoiseKey(seed=seed, step=0, rows=index, total_rows=count)
+        with torch.no_grad():
+            losses.append(problem_loss(denoiser, Diffusion(process=process).problem(rows, key), num_rows=len(index))[1])
+    nats = -torch.cat(losses).double().cpu()
     return LogLikelihood(
-        nats=sum(mean for mean, _ in estimates),
-        standard_error=math.sqrt(sum(variance for _, variance in estimates)),
-        num_tokens=len(state.request.continuation),
-        forwards=state.forwards,
-        is_greedy=is_greedy,
+        nats=float(nats.mean()),
+        standard_error=float(nats.std() / math.sqrt(count)),
+        num_tokens=len(request.continuation),
+        forwards=count,
     )

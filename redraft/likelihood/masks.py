@@ -1,4 +1,20 @@
-"""Which tokens of a continuation are masked in each sample, and what a sample weighs."""
+"""Which tokens of a continuation are masked in each sample, and the estimate that the samples give together.
+
+Two ideas lower the variance of LLaDA's estimator (`redraft.likelihood`); benchmarks/evaluation.py measures both and
+their alternatives.
+
+Counts. How many tokens a sample masks is stratified over the samples. Small counts are drawn more often, because the
+mean over few masked tokens varies most (Neyman, 1934).
+
+Control variates. Some tokens are hard under every mask, and all are harder the more is masked around them. A linear
+model of a token's log-probability,
+
+    h_i(M) = a_i + b . x_i(M),    x_i = (share of the others masked, is the left one masked, is the right one) - 1/2
+
+is subtracted from each log-probability, and its mean is added back. The estimate stays unbiased, because h is fitted to
+other samples than those it is applied to (cross-fitting over FOLDS). The mean of h is the sum of a_i alone: over a
+uniform count, every other token is masked with probability 1/2.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,11 +23,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from redraft.likelihood.control import controlled
 from redraft.randomness import uniform
 
 DRAW_STRATUM, DRAW_ORDER = 0, 1
-COMMON_VARIANCE = 0.1  # of all tokens under one mask together, in variances of one token
+COMMON_VARIANCE = 0.1  # variance that all tokens under one mask share, in variances of one token
+FOLDS = 4
+TOKEN_PRIOR, SLOPE_PRIOR = 0.5, 5.0  # in observations: a_i shrinks towards the mean token, b towards 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,35 +38,40 @@ class Masks:
     is_masked: Bool[Tensor, "samples l"]
     weight: Float[Tensor, "samples"]
     is_exact: bool = False
+    """These are all masks, so the bound has no error."""
+
+    def estimate(self, nats: Float[Tensor, "samples l"]) -> tuple[float, float]:
+        """Return the bound and the variance of its estimate. `nats` is log p of each masked token, 0 at the others.
+
+        The variance is taken from successive differences of neighbouring strata. Their means differ too, so it is
+        overestimated on average; with few samples it can come out too small (collapsed strata: Cochran, Sampling
+        Techniques, Section 5A.12).
+        """
+        values, count = nats.sum(dim=1) * self.weight, len(nats)
+        if self.is_exact:
+            return float(values.sum()), 0.0
+        if nats.isfinite().all():
+            values = _controlled(nats, self.is_masked, self.weight)
+        values = values * count  # each is an estimate of the bound by one sample
+        variance = float((values[1:] - values[:-1]).square().sum()) / (2 * (count - 1)) * count / count**2
+        return float(values.sum()) / count, variance
 
 
-def draw_masks(
-    length: int, samples: int, *, key: int, number: int = 0, seed: int = 0, scheme: str = "weighted", most: int = 0
-) -> Masks:
-    """Draw the masks of one round, or list all of them where they are at most `most`.
+def draw_masks(length: int, num_samples: int, *, key: int, seed: int = 0) -> Masks:
+    """Draw masks, or list all of them where they are at most as many as the samples.
 
-    Equal (seed, key, number) give equal strata and orders at every length.
+    Equal (seed, key) give equal strata and orders at every length.
     """
-    if 2 ** min(length, 62) - 1 <= most:
+    if 2 ** min(length, 62) - 1 <= num_samples:
         return _all_masks(length)
-    index = torch.arange(samples)
-    stratum = uniform(seed, key, number, index, DRAW_STRATUM)
-    order = uniform(seed, key, number, index[:, None], torch.arange(length), DRAW_ORDER).argsort(dim=1).argsort(dim=1)
-    u = stratum if scheme == "independent" else (index + stratum) / samples
-    p = _density(length) if scheme == "weighted" else torch.full((length,), 1 / length, dtype=torch.float64)
+    index = torch.arange(num_samples)
+    u = (index + uniform(seed, key, 0, index, DRAW_STRATUM)) / num_samples
+    order = uniform(seed, key, 0, index[:, None], torch.arange(length), DRAW_ORDER).argsort(dim=1).argsort(dim=1)
+    counts = torch.arange(1, length + 1, dtype=torch.float64)
+    spread = (1 / counts - 1 / length + COMMON_VARIANCE).sqrt()  # of the mean over a sample's masked tokens
+    p = spread / spread.sum()
     count = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=length - 1) + 1
-    if scheme == "antithetic":
-        half = samples // 2
-        count = torch.cat([count[:half], length + 1 - count[:half]])
-        order = torch.cat([order[:half], length - 1 - order[:half]])
-    return Masks(is_masked=order < count[:, None], weight=1 / (p[count - 1] * count * samples))
-
-
-def _density(length: int) -> Float[Tensor, "l"]:
-    """Draw a count as often as its samples spread: the mean over few masked tokens is the noisiest (Neyman, 1934)."""
-    count = torch.arange(1, length + 1, dtype=torch.float64)
-    spread = (1 / count - 1 / length + COMMON_VARIANCE).sqrt()
-    return spread / spread.sum()
+    return Masks(is_masked=order < count[:, None], weight=1 / (p[count - 1] * count * num_samples))
 
 
 def _all_masks(length: int) -> Masks:
@@ -61,14 +83,39 @@ def _all_masks(length: int) -> Masks:
     return Masks(is_masked=is_masked, weight=1 / (count * subsets[count]), is_exact=True)
 
 
-def units_of(
-    nats: Float[Tensor, "samples l"], masks: Masks, num_units: int, *, control: bool
-) -> Float[Tensor, "units"]:
-    """Combine weighted samples into units whose mean is the estimate: single samples, antithetic pairs, or the sum."""
-    values = nats.sum(dim=1) * masks.weight
-    if masks.is_exact:
-        return values.sum().expand(num_units)
-    if control and nats.isfinite().all():
-        unit = torch.arange(len(values)) % num_units
-        values = controlled(nats, masks.is_masked, masks.weight, unit=unit)
-    return values.view(-1, num_units).sum(dim=0) * num_units
+def _controlled(
+    nats: Float[Tensor, "samples l"], is_masked: Bool[Tensor, "samples l"], weight: Float[Tensor, "samples"]
+) -> Float[Tensor, "samples"]:
+    """Return each sample's weighted sum with the control variate taken off; their sum is the estimate."""
+    x = _features(is_masked)
+    fold = torch.arange(len(weight)) % FOLDS
+    values = torch.zeros_like(weight)
+    for number in range(FOLDS):
+        here = fold == number
+        token, slope = _fit(nats[~here], x[~here], is_masked[~here].double())
+        rest = (nats[here] - token - x[here] @ slope) * is_masked[here]
+        values[here] = weight[here] * rest.sum(dim=1) + token.sum() / len(weight)
+    return values
+
+
+def _features(is_masked: Bool[Tensor, "samples l"]) -> Float[Tensor, "samples l 3"]:
+    """Describe what is masked around each token, with mean 0 over all masks that hold it; 0 beyond the ends."""
+    other = is_masked.double() - 0.5
+    share = (other.sum(dim=1, keepdim=True) - other) / max(1, is_masked.shape[1] - 1)
+    left, right = torch.zeros_like(other), torch.zeros_like(other)
+    left[:, 1:], right[:, :-1] = other[:, :-1], other[:, 1:]
+    return torch.stack([share, left, right], dim=-1)
+
+
+def _fit(
+    y: Float[Tensor, "samples l"], x: Float[Tensor, "samples l p"], is_masked: Float[Tensor, "samples l"]
+) -> tuple[Float[Tensor, "l"], Float[Tensor, "p"]]:
+    """Fit (a, b) by ridge regression on the masked tokens: a in closed form given b, then b from what is left."""
+    mean = (y * is_masked).sum() / is_masked.sum()
+    y, x = (y - mean) * is_masked, x * is_masked[..., None]
+    shrunk = is_masked.sum(dim=0) + TOKEN_PRIOR
+    sum_x, sum_y = x.sum(dim=0), y.sum(dim=0)  # of each token: (l, p), (l,)
+    xx = torch.einsum("slp,slq->pq", x, x) - torch.einsum("lp,lq->pq", sum_x / shrunk[:, None], sum_x)
+    xy = torch.einsum("slp,sl->p", x, y) - sum_x.T @ (sum_y / shrunk)
+    slope = torch.linalg.solve(xx + SLOPE_PRIOR * torch.eye(len(xy), dtype=xx.dtype), xy)
+    return mean + (sum_y - sum_x @ slope) / shrunk, slope

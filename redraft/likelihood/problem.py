@@ -1,4 +1,9 @@
-"""The likelihood of clean rows, or a bound on it: what training minimises and evaluation reports."""
+"""From clean rows to a loss in nats: what training minimises and evaluation reports.
+
+rows (CleanRows), key (NoiseKey)
+  -> objective.problem(rows, key)      draws noise, and says what to ask of the model and what an answer costs
+  -> problem_loss(denoiser, problem)   runs the model; nats of the batch and of each row
+"""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -7,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from redraft.likelihood.config import SMALLEST_T
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import RowLoss, chunked_loss, chunked_rows, output_embeddings
 from redraft.models.query import Query
@@ -14,24 +20,10 @@ from redraft.processes.noised import Noised, Process
 from redraft.randomness import uniform
 from redraft.schedules import stratified_times
 
-SMALLEST_T = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseKey:
-    """Where a batch stands in all the noise of a run: equal keys draw equal noise on any split into batches."""
-
-    seed: int
-    step: int
-    rows: Int[Tensor, "batch"]
-    """Index of each row in the global batch of the step."""
-    total_rows: int
-    """Rows of the global batch, over which t is stratified."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CleanRows:
-    """Rows of clean tokens, to be learnt from or scored."""
+    """Rows of clean tokens, to learn from or to score."""
 
     x_0: Int[Tensor, "batch seq"]
     segment_ids: Int[Tensor, "batch seq"]
@@ -44,65 +36,77 @@ class CleanRows:
 
     @property
     def attended_segments(self) -> Int[Tensor, "batch seq"] | None:
-        """The segments, if attention has to know of them."""
+        """The segments, or None where attention does not depend on them."""
         return self.segment_ids if self.has_padding or self.isolate_segments else None
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoiseKey:
+    """Names the noise of a batch. Equal keys draw equal noise, on any split of a step into batches."""
+
+    seed: int
+    step: int
+    rows: Int[Tensor, "batch"]
+    """Index of each row in the global batch of the step."""
+    total_rows: int
+    """Rows of the global batch, over which t is stratified."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One forward pass: what the model is asked, and how its answers are scored."""
+    """One forward pass: what the model is asked, and what each of its answers costs."""
 
     query: Query
     row: Int[Tensor, "n"]
     """The clean row that each answer counts for."""
     nats: RowLoss
-    """(logits (n, V) of some answers, which of them) -> nats (n,)."""
+    """(logits (n, V) of some answers, the slice of the answers that they are) -> nats (n,)."""
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What a training minimises. A new one is one file: docs/training.md."""
+    """What a training minimises. How to add one: docs/training.md."""
 
     def problem(self, rows: CleanRows, key: NoiseKey) -> Problem:
-        """Draw the noise that the key stands for, and pose the rows as a problem."""
+        """Draw the noise that the key names, and turn the rows into a problem."""
         ...
 
     def evaluation(self) -> "Objective":
-        """The objective to be reported: the negative log-likelihood, or an unbiased sample of a bound on it."""
+        """Return the objective to report: the negative log-likelihood, or an unbiased sample of a bound on it."""
         ...
 
 
 def draw_noise(
     process: Process,
-    x_0: Int[Tensor, "batch seq"],
+    rows: CleanRows,
     key: NoiseKey,
     *,
-    can_change: Bool[Tensor, "batch seq"],
     t_min: float = SMALLEST_T,
     t_max: float = 1.0,
     block: Int[Tensor, "batch seq"] | None = None,
 ) -> Noised:
-    """Corrupt a batch with times stratified over the global batch, t in (t_min, t_max].
+    """Corrupt the targets of a batch, with times in (t_min, t_max] stratified over the global batch.
 
-    Which row gets which stratum is drawn too: windows in the order of their documents, and the processes that share a
-    batch, all see every noise level. The default range is what a likelihood bound is taken over; it leaves out a
-    thousandth of the noise levels. With `block`, the number of each position's block in its row, each block has a time
-    of its own: independent within a row, stratified over the rows, and that of block 0 as without blocks.
+    Which row gets which stratum is drawn too. Otherwise windows in the order of their documents, or one of the
+    processes that share a batch, would see some noise levels only.
+
+    `block` numbers the block of each position in its row. Each block then has its own time: independent within a row,
+    stratified over the rows. Block 0 has the time that the whole row has without blocks.
     """
-    rows = key.rows.to(x_0.device)
+    index = key.rows.to(rows.x_0.device)
     offset = uniform(key.seed, key.step, 0)
-    strata = uniform(key.seed, key.step, 2, torch.arange(key.total_rows)).argsort().to(x_0.device)
-    level = stratified_times(strata[rows].to(torch.float64), total=key.total_rows, offset=offset.to(x_0.device))
+    strata = uniform(key.seed, key.step, 2, torch.arange(key.total_rows)).argsort().to(index.device)
+    level = stratified_times(strata[index].to(torch.float64), total=key.total_rows, offset=offset.to(index.device))
     if block is not None:
         phase = uniform(key.seed, key.step, 3, block).masked_fill(block == 0, 0.0)
         level = 1 - (1 - level[:, None] + phase) % 1
-    positions = torch.arange(x_0.shape[1], device=x_0.device)
-    u = uniform(key.seed, key.step, 1, rows[:, None], positions[None, :])
-    return process.corrupt(x_0, t_min + (t_max - t_min) * level, u=u, can_change=can_change)
+    positions = torch.arange(rows.x_0.shape[1], device=index.device)
+    u = uniform(key.seed, key.step, 1, index[:, None], positions[None, :])
+    return process.corrupt(rows.x_0, t_min + (t_max - t_min) * level, u=u, can_change=rows.is_target)
 
 
-def whole_canvas(process: Process, noised: Noised, rows: CleanRows) -> Problem:
-    """Ask for the targets of x_t. `noised` may hold the rows several times over, which are then averaged."""
+def denoising_problem(process: Process, noised: Noised, rows: CleanRows) -> Problem:
+    """Ask for the targets of x_t. `noised` may hold the rows several times over; their losses are then averaged."""
     copies = len(noised.x_t) // len(rows.x_0)
     where = noised.targets()
     targets = noised.flatten()[where]
@@ -120,7 +124,7 @@ def whole_canvas(process: Process, noised: Noised, rows: CleanRows) -> Problem:
     )
 
 
-def solve(
+def problem_loss(
     denoiser: Denoiser,
     problem: Problem,
     *,
@@ -130,10 +134,11 @@ def solve(
     needs_rows: bool = False,
     is_sharded: bool = False,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows"]]:
-    """Score a model on a problem: the sum over all answers, with gradient, and that of each clean row; nats.
+    """Run the model on a problem: return the sum over all answers, with gradient, and that of each clean row; nats.
 
-    Where `has_plain_head` (see `models.head`) head and loss go chunk by chunk, and the rows' sums carry no gradient
-    unless it `needs_rows`; where weights are sharded, inside of the `wrapped` forward (a sum over rows only).
+    With `has_plain_head` (see `models.head`) head and loss are computed chunk by chunk, and the sums of the rows carry
+    no gradient unless `needs_rows`. With sharded weights they are computed inside of the `wrapped` forward, and the
+    rows never carry a gradient.
     """
     if not has_plain_head:
         nats = problem.nats(denoiser(problem.query, wrapped=wrapped), slice(None))

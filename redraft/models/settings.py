@@ -3,10 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
-from redraft.errors import fits, type_names, unknown_name
+from redraft.errors import fits, type_names
 from redraft.layouts import Layout
-
-PROCESSES = ("masked", "uniform", "autoregressive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +13,7 @@ class DiffusionSettings:
 
     mask_token_id: int
     process: str = "masked"
+    """Name of the noising process, from the table in `redraft/processes/__init__.py`."""
     schedule: str = "linear"
     shift_logits: bool = False
     """Position i is predicted by the logits of position i - 1, as an autoregressive model was trained to."""
@@ -62,8 +61,6 @@ class DiffusionSettings:
                 raise ValueError(
                     f"config.json: diffusion.{name} must be one of {type_names(kind)}; got {chosen[name]!r}."
                 )
-        if chosen.get("process", cls.process) not in PROCESSES:
-            raise unknown_name("diffusion.process in config.json", chosen["process"], PROCESSES)
         return cls(**chosen)
 
     @classmethod

@@ -1,13 +1,14 @@
 """Masked (absorbing-state) diffusion: MDLM (arXiv 2406.07524), MD4 (2406.04329), LLaDA (2502.09992)."""
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.processes.noised import Noised, PosteriorKind
+from redraft.processes.noised import Noised
 from redraft.schedules import Linear, Schedule, weight
 
 
@@ -19,9 +20,13 @@ class MaskedDiffusion:
 
         NELBO(x_0) = E_t E_{x_t} [ -alpha'(t) / (1 - alpha(t)) * sum over masked i of -log p(x_0^i | x_t) ]
 
-    and does not depend on the schedule (its invariance: Section 3.5 there). LLaDA's loss (Eq. 3, arXiv 2502.09992) is
-    the same with alpha = 1 - t, but for one thing: its softmax includes the mask token (`exclude_mask=False`).
+    and does not depend on the schedule (Section 3.5 there). LLaDA's loss (Eq. 3, arXiv 2502.09992) is the same with
+    alpha = 1 - t, except that its softmax includes the mask token (`exclude_mask=False`).
     """
+
+    noise: ClassVar = "mask"
+    default_preset: ClassVar = "llada"
+    varied_sampling: ClassVar[dict[str, Any]] = {"preset": "llada-random", "temperature": 0.9}
 
     mask_token_id: int
     schedule: Schedule = field(default_factory=Linear)
@@ -32,24 +37,28 @@ class MaskedDiffusion:
         if self.mask_token_id < 0:
             raise ValueError(f"mask_token_id must be a row of the vocabulary; got {self.mask_token_id}.")
 
+    @classmethod
+    def build(
+        cls, *, mask_token_id: int, vocab_size: int, schedule: Schedule, exclude_mask: bool = True
+    ) -> "MaskedDiffusion":
+        """Build the process for a model; the size of its vocabulary does not matter."""
+        return cls(mask_token_id=mask_token_id, schedule=schedule, exclude_mask=exclude_mask)
+
     def corrupt(
         self,
         x_0: Int[Tensor, "batch seq"],
         t: Float[Tensor, "batch"] | Float[Tensor, "batch seq"],
         *,
-        u: Float[Tensor, "batch seq"] | None = None,
-        generator: torch.Generator | None = None,
+        u: Float[Tensor, "batch seq"],
         can_change: Bool[Tensor, "batch seq"] | None = None,
     ) -> Noised:
         """Mask each token with probability 1 - alpha(t); t per row or per position.
 
-        `u` ~ U[0, 1) decides (drawn from `generator` where absent): the same `u` gives nested masks as t grows.
-        Positions outside `can_change` (prompt, padding) stay as they are and are no target.
+        A token is masked where `u` ~ U[0, 1) is below that probability, so the same `u` gives nested masks as t grows.
+        Positions outside `can_change` (prompt, padding) keep their token and are no target.
         """
         if t.ndim == 1:
             t = t[:, None].expand(x_0.shape)
-        if u is None:
-            u = torch.rand(x_0.shape, generator=generator, device=x_0.device, dtype=torch.float64)
         is_target = u < 1 - self.schedule.alpha(t)
         if can_change is not None:
             is_target = is_target & can_change
@@ -72,48 +81,6 @@ class MaskedDiffusion:
             logits = logits.masked_fill(is_mask, -torch.inf)
         return F.cross_entropy(logits, noised.x_0, reduction="none")
 
-    def prior(
-        self,
-        shape: tuple[int, ...],
-        *,
-        u: Float[Tensor, "..."] | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Int[Tensor, "..."]:
-        """Fill a canvas with noise: every position is the mask token, so no random number is needed."""
-        return torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
-
-    def posterior(
-        self,
-        x_t: Int[Tensor, "n"],
-        x_0_probs: Float[Tensor, "n vocab"],
-        t: Float[Tensor, "n"],
-        s: Float[Tensor, "n"],
-        *,
-        kind: PosteriorKind = "plug_in",
-    ) -> Float[Tensor, "n vocab"]:
-        """Compute P(x_s | x_t, prediction) for s < t (arXiv 2406.07524); both kinds are the same here.
-
-        A mask becomes x_0 with probability (alpha_s - alpha_t) / (1 - alpha_t); any other token stays.
-        """
-        one_hot = F.one_hot(torch.stack([x_t, torch.full_like(x_t, self.mask_token_id)]), x_0_probs.shape[-1])
-        is_x_t, is_mask = one_hot.to(x_0_probs.dtype)
-        share = self._unmasked_share(t, s)[:, None].to(x_0_probs.dtype)
-        return torch.where((x_t == self.mask_token_id)[:, None], share * x_0_probs + (1 - share) * is_mask, is_x_t)
-
-    def posterior_draw(
-        self,
-        x_0: Int[Tensor, "n"],
-        x_t: Int[Tensor, "n"],
-        t: Float[Tensor, "n"],
-        s: Float[Tensor, "n"],
-        *,
-        u: Float[Tensor, "n"],
-        x_t_prob: Float[Tensor, "n"] | None = None,
-    ) -> Int[Tensor, "n"]:
-        """Draw x_s from `posterior`, given an x_0 drawn from the prediction; `u` ~ U[0, 1) decides to unmask or not."""
-        return torch.where((x_t == self.mask_token_id) & (u < self._unmasked_share(t, s)), x_0, x_t)
-
-    def _unmasked_share(self, t: Float[Tensor, "n"], s: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-        alpha_t, alpha_s = self.schedule.alpha(t), self.schedule.alpha(s)
-        return (alpha_s - alpha_t) / (1 - alpha_t)
+    def prior(self, u: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return pure noise: mask tokens everywhere, whatever `u` is."""
+        return torch.full_like(u, self.mask_token_id, dtype=torch.int64)

@@ -1,11 +1,12 @@
 """What every discrete noising process offers, and what it returns."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from redraft.schedules import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,51 +34,44 @@ class Noised:
 
 
 PosteriorKind = Literal["plug_in", "mixture"]
-"""How a prediction enters q(x_s | x_t, x_0): its mean in x_0's place, or the average over x_0."""
+"""How a prediction enters q(x_s | x_t, x_0): see `uniform.UniformDiffusion.posterior_draw`."""
 
 
 @runtime_checkable
 class Process(Protocol):
-    """A noising process of tokens. See `masked.MaskedDiffusion` and `uniform.UniformDiffusion`."""
+    """A noising process of tokens. See `masked.MaskedDiffusion` and `uniform.UniformDiffusion`.
+
+    Its likelihood bound is the mean over t of `loss`, summed over the targets of a row.
+    """
+
+    noise: ClassVar[Literal["mask", "uniform"]]
+    """What noise looks like: the mask token, or any token of the vocabulary. A preset starts from one of them."""
+    default_preset: ClassVar[str]
+    """The sampler of a model whose checkpoint names none."""
+    varied_sampling: ClassVar[dict[str, Any]]
+    """Sampling settings that draw varied text, saved with a model trained from random weights: a small model repeats
+    one token where the likeliest is taken. Empty where the default preset draws already."""
+
+    @classmethod
+    def build(cls, *, mask_token_id: int, vocab_size: int, schedule: Schedule, exclude_mask: bool = True) -> "Process":
+        """Build the process for a model; each process takes what it needs."""
+        ...
 
     def corrupt(
         self,
         x_0: Int[Tensor, "batch seq"],
         t: Float[Tensor, "batch"] | Float[Tensor, "batch seq"],
         *,
-        u: Float[Tensor, "batch seq"] | None = None,
-        generator: torch.Generator | None = None,
+        u: Float[Tensor, "batch seq"],
         can_change: Bool[Tensor, "batch seq"] | None = None,
-    ) -> Noised: ...
+    ) -> Noised:
+        """Noise tokens at time t; `u` ~ U[0, 1) is all the randomness, and only what `can_change` is noised."""
+        ...
 
-    def loss(self, logits: Float[Tensor, "n vocab"], noised: Noised) -> Float[Tensor, "n"]: ...
+    def loss(self, logits: Float[Tensor, "n vocab"], noised: Noised) -> Float[Tensor, "n"]:
+        """Return nats of each target."""
+        ...
 
-    def prior(
-        self,
-        shape: tuple[int, ...],
-        *,
-        u: Float[Tensor, "..."] | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Int[Tensor, "..."]: ...
-
-    def posterior(
-        self,
-        x_t: Int[Tensor, "n"],
-        x_0_probs: Float[Tensor, "n vocab"],
-        t: Float[Tensor, "n"],
-        s: Float[Tensor, "n"],
-        *,
-        kind: PosteriorKind = "plug_in",
-    ) -> Float[Tensor, "n vocab"]: ...
-
-    def posterior_draw(
-        self,
-        x_0: Int[Tensor, "n"],
-        x_t: Int[Tensor, "n"],
-        t: Float[Tensor, "n"],
-        s: Float[Tensor, "n"],
-        *,
-        u: Float[Tensor, "n"],
-        x_t_prob: Float[Tensor, "n"] | None = None,
-    ) -> Int[Tensor, "n"]: ...
+    def prior(self, u: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return pure noise (t = 1), drawn by `u` ~ U[0, 1)."""
+        ...

@@ -1,33 +1,38 @@
 """Uniform-state diffusion: UDLM (arXiv 2412.10193), Duo (2506.10892), after D3PM (2107.03006)."""
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.processes.noised import Noised, PosteriorKind
+from redraft.processes.noised import Noised
 from redraft.schedules import Linear, Schedule
 
-SMALLEST = 1e-9  # keeps alpha and 1 - alpha off 0, where the loss is 0 * inf
+SMALLEST = 1e-9  # lower bound of alpha and 1 - alpha, where the loss would be 0 * inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniformDiffusion:
     """Replace each token with probability 1 - alpha(t) by one drawn uniformly from the N tokens of the vocabulary.
 
-    Nothing tells which tokens are noise, so every position is a target and may change at any time. The bound in
-    continuous time (arXiv 2412.10193; the same in Duo), with y = N alpha x_0 + (1 - alpha), y' the same with the
-    prediction p in x_0's place, and i = x_t, is
+    Noise looks like text, so every position is a target and may change at any time. The bound in continuous time
+    (arXiv 2412.10193; the same in Duo), with y = N alpha x_0 + (1 - alpha), y' the same with the prediction p in x_0's
+    place, and i = x_t, is
 
         NELBO(x_0) = E_t E_{x_t} [ -alpha'(t) / (N alpha(t)) * sum over positions of
                                    N / y'_i - N / y_i + sum_j y_j / y_i * log(y_j y'_i / (y_i y'_j)) ]
 
-    Its minimum is the p(x_0^l | all of x_t but position l) of each position l, for which it equals -log p(x_0) and
-    "plug_in" is the true posterior; "mixture" wants p(x_0^l | x_t) (arXiv 2605.22765; tested).
+    Its minimum is the p(x_0^l | all of x_t but position l) of each position l. At the minimum the bound equals
+    -log p(x_0), and "plug_in" is the true posterior; "mixture" needs p(x_0^l | x_t) (arXiv 2605.22765; tested).
 
     A stock model has no input for the time: it reads the noise level off x_t.
     """
+
+    noise: ClassVar = "uniform"
+    default_preset: ClassVar = "duo"
+    varied_sampling: ClassVar[dict[str, Any]] = {}  # the default preset draws varied text
 
     vocab_size: int
     """N: noise is drawn from the ids 0 to N - 1, and all clean tokens lie there."""
@@ -37,24 +42,28 @@ class UniformDiffusion:
         if self.vocab_size < 2:
             raise ValueError(f"vocab_size must be at least 2; got {self.vocab_size}. Uniform noise needs a choice.")
 
+    @classmethod
+    def build(
+        cls, *, mask_token_id: int, vocab_size: int, schedule: Schedule, exclude_mask: bool = True
+    ) -> "UniformDiffusion":
+        """Build the process for a model; a mask token does not matter."""
+        return cls(vocab_size=vocab_size, schedule=schedule)
+
     def corrupt(
         self,
         x_0: Int[Tensor, "batch seq"],
         t: Float[Tensor, "batch"] | Float[Tensor, "batch seq"],
         *,
-        u: Float[Tensor, "batch seq"] | None = None,
-        generator: torch.Generator | None = None,
+        u: Float[Tensor, "batch seq"],
         can_change: Bool[Tensor, "batch seq"] | None = None,
     ) -> Noised:
         """Renoise each token with probability 1 - alpha(t); t per row or per position.
 
-        `u` ~ U[0, 1) decides both whether and to which token (drawn from `generator` where absent). Positions outside
-        `can_change` (prompt, padding) stay as they are and are no target; all others are targets.
+        `u` ~ U[0, 1) decides both whether and to which token. Positions outside `can_change` (prompt, padding) keep
+        their token and are no target; all others are targets.
         """
         if t.ndim == 1:
             t = t[:, None].expand(x_0.shape)
-        if u is None:
-            u = torch.rand(x_0.shape, generator=generator, device=x_0.device, dtype=torch.float64)
         if can_change is None:
             can_change = torch.ones_like(x_0, dtype=torch.bool)
         share = 1 - self.schedule.alpha(t)
@@ -79,42 +88,9 @@ class UniformDiffusion:
         rate = -self.schedule.derivative(t) / (n * alpha.clamp(min=SMALLEST))
         return (rate * ((n + c) * (1 / predicted - 1 / y) + cross / y)).float()
 
-    def prior(
-        self,
-        shape: tuple[int, ...],
-        *,
-        u: Float[Tensor, "..."] | None = None,
-        generator: torch.Generator | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Int[Tensor, "..."]:
-        """Fill a canvas with noise: uniform tokens, from `u` ~ U[0, 1) where given."""
-        if u is None:
-            u = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+    def prior(self, u: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return pure noise: uniform tokens, from `u` ~ U[0, 1)."""
         return self._token(u, torch.ones_like(u))
-
-    def posterior(
-        self,
-        x_t: Int[Tensor, "n"],
-        x_0_probs: Float[Tensor, "n vocab"],
-        t: Float[Tensor, "n"],
-        s: Float[Tensor, "n"],
-        *,
-        kind: PosteriorKind = "plug_in",
-    ) -> Float[Tensor, "n vocab"]:
-        """Compute P(x_s | x_t, prediction) for s < t over the N tokens of the vocabulary.
-
-        "plug_in" puts the mean of x_0 into q(x_s | x_t, x_0) (UDLM, Duo); "mixture" averages
-        q(x_s | x_t, x_0) over x_0 (D3PM). They agree where the prediction is certain.
-        """
-        n, p = self.vocab_size, x_0_probs
-        alpha_t, alpha_s = self._alphas(t[:, None].to(p.dtype), s[:, None].to(p.dtype))
-        is_x_t = torch.nn.functional.one_hot(x_t, n).to(p.dtype)
-        forward = alpha_t / alpha_s * is_x_t + (1 - alpha_t / alpha_s) / n  # q(x_t | x_s)
-        if kind == "plug_in":
-            reached = (p * is_x_t).sum(dim=-1, keepdim=True) * alpha_t + (1 - alpha_t) / n
-            return forward * (alpha_s * p + (1 - alpha_s) / n) / reached
-        scaled = p / (alpha_t * is_x_t + (1 - alpha_t) / n)  # p(x_0) / q(x_t | x_0)
-        return forward * (alpha_s * scaled + (1 - alpha_s) / n * scaled.sum(dim=-1, keepdim=True))
 
     def posterior_draw(
         self,
@@ -126,14 +102,18 @@ class UniformDiffusion:
         u: Float[Tensor, "n"],
         x_t_prob: Float[Tensor, "n"] | None = None,
     ) -> Int[Tensor, "n"]:
-        """Draw x_s from `posterior`, given an x_0 drawn from the prediction; nothing is as large as the vocabulary.
+        """Draw x_s for s < t from the posterior, given an x_0 drawn from the prediction p.
 
-        The posterior is a choice of three: keep x_t, take x_0, or renoise; `u` ~ U[0, 1) makes it and picks the token
-        of the last. `x_t_prob`, the predicted probability that x_t itself is clean, gives "plug_in"; without it the
-        result is "mixture".
+        The posterior q(x_s | x_t, x_0) takes a prediction in one of two ways. "plug_in" puts p in x_0's place (UDLM,
+        Duo): pass `x_t_prob`, the predicted probability that x_t itself is clean. "mixture" averages over x_0 (D3PM):
+        leave `x_t_prob` out. They agree where the prediction is certain.
+
+        The draw is one of three: keep x_t, take x_0, or renoise. `u` ~ U[0, 1) chooses, and picks the token of the
+        last, so no tensor is as large as the vocabulary.
         """
         n = self.vocab_size
-        alpha_t, alpha_s = self._alphas(t.to(torch.float64), s.to(torch.float64))
+        alpha_t = self.schedule.alpha(t.to(torch.float64))
+        alpha_s = self.schedule.alpha(s.to(torch.float64)).clamp(min=SMALLEST)
         p_x_t = (x_t == x_0).to(torch.float64) if x_t_prob is None else x_t_prob.to(torch.float64)
         keep = alpha_t * p_x_t + alpha_t / alpha_s * (1 - alpha_s) / n
         clean = (alpha_s - alpha_t) / n
@@ -141,11 +121,6 @@ class UniformDiffusion:
         left = u * (keep + clean + renoise) - keep
         x_s = torch.where((left < clean) | (renoise == 0), x_0, self._token(left - clean, renoise))
         return torch.where(left < 0, x_t, x_s)
-
-    def _alphas(
-        self, t: Float[Tensor, "*shape"], s: Float[Tensor, "*shape"]
-    ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-        return self.schedule.alpha(t), self.schedule.alpha(s).clamp(min=SMALLEST)
 
     def _token(self, u: Float[Tensor, "*shape"], top: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Map u ~ U[0, top) to the vocabulary; beyond [0, top) to any token."""

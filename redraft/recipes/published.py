@@ -32,7 +32,7 @@ def dream_sft() -> RunConfig:
         out="runs/dream-sft",
         data=_tulu(),
         model=ModelConfig(start="Dream-org/Dream-v0-Base-7B"),
-        objective=ObjectiveConfig(weighting="cart", cart_p=0.3, exclude_mask=False),
+        objective=ObjectiveConfig(cart=0.3, exclude_mask=False),
         train=_dllm(learning_rate=2e-5, batch_size=4, epochs=5),
     )
 

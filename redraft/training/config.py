@@ -4,153 +4,16 @@ import dataclasses
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from redraft.data.config import DataConfig
 from redraft.errors import fits, type_names, unknown_name
-from redraft.layouts import Layout
-from redraft.likelihood.objectives.autoregressive import Autoregressive
-from redraft.likelihood.objectives.block import BlockDiffusion
-from redraft.likelihood.objectives.diffusion import Diffusion
-from redraft.likelihood.problem import SMALLEST_T, Objective
+from redraft.likelihood.config import ObjectiveConfig
 from redraft.models.build import ModelConfig
 from redraft.models.quantize import UNDER_ADAPTERS
-from redraft.models.settings import DiffusionSettings
-from redraft.processes.masked import MaskedDiffusion
-from redraft.processes.noised import Process
-from redraft.processes.uniform import UniformDiffusion
-from redraft.schedules import schedule_from_name
 from redraft.training.adapter import AdapterConfig
 from redraft.training.checkpoint import RECIPE_FILE, write_whole
-
-KINDS = ("masked", "uniform", "block", "ar")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """What is minimised: the noising process, its layout and its weights."""
-
-    kind: str = "masked"
-    """masked (MDLM, LLaDA), uniform (UDLM, Duo), block (BD3LM), ar (autoregressive), or one's own as MODULE:CLASS."""
-    block_size: int | None = None
-    """Tokens in a block; kind block needs it."""
-    smallest_block: int | None = None
-    """Draw each step's block size among this, its doubles, and block_size, to sample with any of them; kind block."""
-    complementary: bool = False
-    """Take each row twice, under a mask and under its complement: twice the work, less variance. masked, block."""
-    weighting: Literal["bound", "cart"] = "bound"
-    """Weight of a noised token: that of the likelihood bound, or Dream's by the clean tokens near it. cart: masked."""
-    cart_p: float = 0.1
-    """How fast a clean token's part in the cart weight falls with distance, in (0, 1]."""
-    schedule: str = "linear"
-    """Noise schedule: linear, log-linear, cosine, polynomial (power 2), geometric."""
-    t_min: float = 1e-3
-    """Smallest time drawn in training. A larger one takes away the rows of few targets and huge weights."""
-    t_max: float = 1.0
-    """Largest time drawn in training. (Clipped noise: arXiv 2503.09573. Evaluation always covers (0.001, 1].)"""
-    exclude_mask: bool = True
-    """Give the mask token probability 0 in the softmax (MDLM); LLaDA does not."""
-    beta: float = 0.1
-    """How strongly a preference holds the model to its start (DPO's beta; data.kind preference)."""
-    num_samples: int = 8
-    """Draws of time and mask per answer of a pair; all are kept for the backward pass (data.kind preference)."""
-
-    def __post_init__(self) -> None:
-        schedule_from_name(self.schedule)
-        if not 0 <= self.t_min < self.t_max <= 1:
-            raise ValueError(
-                f"objective.t_min and t_max must satisfy 0 <= t_min < t_max <= 1; got {self.t_min}, {self.t_max}."
-            )
-
-        if not 0 < self.beta < math.inf or self.num_samples < 1:
-            raise ValueError(
-                "objective.beta must be positive and finite, and num_samples at least 1; got "
-                f"{self.beta}, {self.num_samples}."
-            )
-        self._check_kind()
-
-    def _check_kind(self) -> None:
-        """Raise ValueError for settings that this kind of objective does not have."""
-        if ":" in self.kind:
-            _find_class(self.kind)
-            return
-        if self.kind not in KINDS:
-            raise unknown_name("objective.kind", self.kind, (*KINDS, "MODULE:CLASS"))
-        if (self.kind == "block") != (self.block_size is not None):
-            advice = "Set it, e.g. to 16." if self.kind == "block" else "Use --objective.kind block, or leave it out."
-            raise ValueError(f"objective.block_size goes with kind block; got {self.block_size}, {self.kind}. {advice}")
-        Layout(block_size=self.block_size)
-        if self.smallest_block is not None and not 1 <= self.smallest_block <= (self.block_size or 0):
-            raise ValueError(
-                "objective.smallest_block must lie between 1 and block_size, of kind block; got "
-                f"{self.smallest_block}, {self.block_size}."
-            )
-        if self.complementary and (self.kind not in ("masked", "block") or self.schedule != "linear"):
-            raise ValueError(
-                f"objective.complementary needs masked noise (kind masked or block) and the linear schedule; "
-                f"got {self.kind}, {self.schedule}."
-            )
-        is_even = self.t_min + self.t_max == 1 or (self.t_min <= SMALLEST_T and self.t_max == 1)
-        if self.complementary and not is_even:
-            raise ValueError(
-                "objective.complementary noises at t and at 1 - t, so t_min and t_max must lie evenly about 0.5; got "
-                f"{self.t_min}, {self.t_max}. Take t_max = 1 - t_min."
-            )
-        if self.weighting == "cart" and self.kind != "masked":
-            raise ValueError(f"objective.weighting cart is for kind masked; got {self.kind}. Use bound.")
-        if not 0 < self.cart_p <= 1:
-            raise ValueError(f"objective.cart_p must lie in (0, 1]; got {self.cart_p}.")
-
-    @property
-    def measure(self) -> str:
-        """What an evaluation reports: a bound on the negative log-likelihood, or itself."""
-        return "NLL" if self.kind == "ar" else "NELBO"
-
-    def build(self, *, mask_token_id: int, vocab_size: int) -> Objective:
-        """Build the objective for a model's vocabulary. One's own class is called with the same and `config=self`."""
-        if ":" in self.kind:
-            own: Objective = _find_class(self.kind)(config=self, mask_token_id=mask_token_id, vocab_size=vocab_size)
-            return own
-        if self.kind == "ar":
-            return Autoregressive(mask_token_id=mask_token_id)
-        schedule = schedule_from_name(self.schedule)
-        process: Process = UniformDiffusion(vocab_size=vocab_size, schedule=schedule)
-        if self.kind != "uniform":
-            process = MaskedDiffusion(mask_token_id=mask_token_id, schedule=schedule, exclude_mask=self.exclude_mask)
-        common: dict[str, Any] = {
-            "process": process,
-            "t_min": self.t_min,
-            "t_max": self.t_max,
-            "is_complementary": self.complementary,
-        }
-        if self.block_size is not None:
-            return BlockDiffusion(block_size=self.block_size, smallest_block=self.smallest_block, **common)
-        return Diffusion(cart_p=self.cart_p if self.weighting == "cart" else None, **common)
-
-    def settings(self, mask_token_id: int) -> DiffusionSettings:
-        """Say in the checkpoint what it was trained for."""
-        is_ar = self.kind == "ar"
-        return DiffusionSettings(
-            mask_token_id=mask_token_id,
-            process={"uniform": "uniform", "ar": "autoregressive"}.get(self.kind, "masked"),
-            schedule=self.schedule,
-            shift_logits=is_ar,
-            block_size=1 if is_ar else self.block_size,
-        )
-
-
-def _find_class(name: str) -> Any:
-    """Import MODULE:CLASS. Raises ValueError where it is not there, or is no objective."""
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"objective.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
-    if missing := [method for method in ("problem", "evaluation") if not hasattr(found, method)]:
-        raise ValueError(f"objective.kind {name} is no objective: it has no {' and no '.join(missing)}.")
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +198,7 @@ class RunConfig(Recorded):
                 f"kind thought makes a tokenizer of the task's words; got model.start {self.model.start!r}, which "
                 "brings its own. Leave it out."
             )
-        if self.objective.kind in ("masked", "uniform") and not self.data.thought.fill:
+        if self.objective.fills_rows and not self.data.thought.fill:
             raise ValueError(
                 f"objective.kind {self.objective.kind} fills a canvas of one length; got data.thought.fill False, by "
                 "which the length of a row tells that of its answer. Add --data.thought.fill."

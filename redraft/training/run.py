@@ -26,6 +26,7 @@ from redraft.folders import one_writer
 from redraft.likelihood.problem import Estimate
 from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
+from redraft.processes import process_class
 from redraft.training.adapter import enable_checkpointing, num_parameters
 from redraft.training.arguments import arguments_of
 from redraft.training.callbacks import Averaging, Clock, LogFile, Progressed, StoppedBySignal
@@ -45,8 +46,6 @@ from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer
 from redraft.training.verdict import Outcome, announce, divergence, weight_norm, worse_than_chance
 
-FROM_SCRATCH = {"preset": "llada-random", "temperature": 0.9}
-"""Sampler that a model of random weights is saved with: taking the surest first, a small one repeats one token."""
 BYTES_PER_PARAMETER = {"checkpoint": 12, "model": 4}  # float32 weights with AdamW's two moments; the weights alone
 
 
@@ -76,8 +75,8 @@ def _run(config: RunConfig, *, resume: bool, console: Console) -> Outcome:
     denoiser = build_denoiser(config, start, tokenizer=data.tokenizer)
     if data.generation:
         denoiser.model.config.generation = data.generation
-    elif start is None and config.objective.kind in ("masked", "block"):
-        denoiser.model.config.generation = dict(FROM_SCRATCH)
+    elif start is None and not denoiser.settings.is_autoregressive:
+        denoiser.model.config.generation = dict(process_class(denoiser.settings.process).varied_sampling)
     if checkpoint:
         check_settings(Path(checkpoint), denoiser)
     num_trained, num_all = num_parameters(denoiser.model)

@@ -36,10 +36,10 @@ def load_start(config: RunConfig) -> LanguageModel | None:
     settings, tokenizer = lm.denoiser.settings, lm.tokenizer
     if tokenizer is None:
         raise ValueError(f"model.start must bring its tokenizer; {path} holds none. Save one beside the model.")
-    process = config.objective.settings(settings.mask_token_id).process
+    process = config.objective.process
     if settings.process != process:
         raise ValueError(f"{path} was made for the {settings.process} process; this run trains the {process} one.")
-    if settings.block_size is not None and config.objective.kind in ("masked", "uniform"):
+    if settings.block_size is not None and config.objective.fills_rows:
         raise ValueError(
             f"{path} attends in blocks of {settings.block_size}, which kind {config.objective.kind} does not train. "
             f"Use --objective.kind block --objective.block-size {settings.block_size}, or a start without blocks."

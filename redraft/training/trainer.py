@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from redraft.data.collate import collate, targets_of
 from redraft.data.packing import WindowDataset
-from redraft.likelihood.problem import CleanRows, Estimate, NoiseKey, Objective, solve
+from redraft.likelihood.problem import CleanRows, Estimate, NoiseKey, Objective, problem_loss
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
 from redraft.training.adapter import has_adapter, read_adapter
@@ -136,7 +136,7 @@ class DiffusionTrainer(KeyedTrainer):
             has_padding=self.has_padding,
             isolate_segments=self.isolate_segments,
         )
-        return solve(
+        return problem_loss(
             self.denoiser,
             objective.problem(rows, key),
             num_rows=len(rows.x_0),

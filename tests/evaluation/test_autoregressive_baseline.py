@@ -8,7 +8,7 @@ import torch
 import redraft
 from redraft.evaluation.run import Conditions, Store, run_task
 from redraft.evaluation.tasks import TaskOptions, make_task
-from redraft.likelihood.requests import LikelihoodConfig
+from redraft.likelihood.config import LikelihoodConfig
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_baseline_generates_what_plain_transformers_does(source, baseline):
 def test_a_baseline_runs_through_the_offline_tasks(baseline, tmp_path):
     (tmp_path / "text.md").write_text("some words of a text\n" * 3)
     task = make_task(f"perplexity:{tmp_path / 'text.md'}", TaskOptions())
-    options = Conditions(likelihood=LikelihoodConfig(samples=4))
+    options = Conditions(likelihood=LikelihoodConfig(num_samples=4))
     (record,) = run_task(baseline, task, Store(folder=tmp_path), options)
     assert record["standard_error"] == 0
     assert math.isfinite(record["scores"]["bits_per_byte"])

@@ -60,7 +60,7 @@ def own_entry(model_folder, task_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     done = run(
         "redraft.evaluation.harness", "run", "--model", "redraft",
-        "--model_args", f"pretrained={model_folder},samples=8,steps=3",
+        "--model_args", f"pretrained={model_folder},num_samples=8,steps=3",
         "--include_path", task_folder, "--tasks", ",".join(TASKS), "--output_path", folder / "out", "--seed", "0",
         cwd=folder,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def numbers(results):
 def test_redraft_eval_and_the_harness_own_entry_give_the_same_numbers(own_entry, model_folder, task_folder, tmp_path):
     done = run(
         "redraft.cli", "eval", model_folder, "--tasks", *TASKS, "--include-path", task_folder,
-        "--likelihood.samples", "8", "--steps", "3", "--out", tmp_path / "out",
+        "--likelihood.num-samples", "8", "--steps", "3", "--out", tmp_path / "out",
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -113,7 +113,7 @@ def instance(context, second, number=0):
 def adapter(text_lm):
     from redraft.evaluation.harness import RedraftLM
 
-    return RedraftLM(lm=text_lm, samples=8, steps=4)
+    return RedraftLM(lm=text_lm, num_samples=8, steps=4)
 
 
 def test_choices_share_their_noise_and_batches_change_nothing(adapter):

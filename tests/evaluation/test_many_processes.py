@@ -27,7 +27,7 @@ def own_tasks(tmp_path_factory):
 
 
 def arguments(model, tasks, out, *more):
-    settings = ["--likelihood.samples", "8", "--steps", "3", "--max-new-tokens", "6", "--batch-size", "2"]
+    settings = ["--likelihood.num-samples", "8", "--steps", "3", "--max-new-tokens", "6", "--batch-size", "2"]
     return [str(model), "--tasks", *tasks, "--out", str(out), *settings, *map(str, more)]
 
 

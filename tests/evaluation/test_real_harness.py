@@ -25,14 +25,14 @@ def smollm2(request, tmp_path_factory):
 def test_both_entries_give_the_same_numbers_of_smollm2(smollm2, task_folder, tmp_path):
     own = run(
         "redraft.evaluation.harness", "run", "--model", "redraft", "--limit", "2",
-        "--model_args", f"pretrained={smollm2},samples=4,steps=3",
+        "--model_args", f"pretrained={smollm2},num_samples=4,steps=3",
         "--include_path", task_folder, "--tasks", ",".join(TASKS), "--output_path", tmp_path / "own", "--seed", "0",
         cwd=tmp_path,
     )  # fmt: skip
     assert own.returncode == 0, own.stderr
     ours = run(
         "redraft.cli", "eval", smollm2, "--tasks", *TASKS, "--include-path", task_folder, "--items.limit", "2",
-        "--likelihood.samples", "4", "--steps", "3", "--out", tmp_path / "ours",
+        "--likelihood.num-samples", "4", "--steps", "3", "--out", tmp_path / "ours",
         cwd=tmp_path,
     )  # fmt: skip
     assert ours.returncode == 0, ours.stderr

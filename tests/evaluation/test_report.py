@@ -6,7 +6,7 @@ from redraft.cli.eval import main as run_eval
 from redraft.evaluation.report import compare, plot_frontier, provenance, to_markdown
 from redraft.evaluation.run import Store, summarize
 from redraft.evaluation.suites import find_suite
-from redraft.likelihood.requests import LikelihoodConfig
+from redraft.likelihood.config import LikelihoodConfig
 from redraft.sampling.config import SamplingConfig
 
 
@@ -52,7 +52,7 @@ def test_redraft_eval_runs_reports_and_goes_on_where_it_stopped(model_folder, tm
     (tmp_path / "text.md").write_text("some words\n" * 5)
     out = tmp_path / "out"
     command = [str(model_folder), "--tasks", str(tmp_path / "own.jsonl"), f"perplexity:{tmp_path / 'text.md'}"]
-    command += ["--max-new-tokens", "4", "--steps", "2", "--likelihood.samples", "8", "--out", str(out)]
+    command += ["--max-new-tokens", "4", "--steps", "2", "--likelihood.num-samples", "8", "--out", str(out)]
     assert run_eval(command) == 0
     assert "own | exact" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())

@@ -11,11 +11,11 @@ from sentence_pieces import KINDS, Script, scripted, text_lm_of
 from redraft.cli import main
 from redraft.evaluation.run import WORKERS, Conditions, Store, run_task, summarize
 from redraft.evaluation.tasks import HumanEval, Item, JsonLines, Task, TaskOptions, make_task, take
-from redraft.likelihood.requests import LikelihoodConfig
+from redraft.likelihood.config import LikelihoodConfig
 
 OPTIONS = Conditions(
     sampling={"max_new_tokens": 6, "steps": 3},
-    likelihood=LikelihoodConfig(samples=8),
+    likelihood=LikelihoodConfig(num_samples=8),
     batch_size=2,
 )
 

@@ -10,9 +10,8 @@ from tiny import tiny_lm
 
 from redraft.layouts import Layout, attention_mask
 from redraft.likelihood.objectives.autoregressive import Autoregressive
-from redraft.likelihood.objectives.block import BlockDiffusion
 from redraft.likelihood.objectives.diffusion import Diffusion
-from redraft.likelihood.problem import CleanRows, NoiseKey, draw_noise, solve
+from redraft.likelihood.problem import CleanRows, NoiseKey, draw_noise, problem_loss
 from redraft.models.denoiser import Denoiser
 from redraft.processes.masked import MaskedDiffusion
 from redraft.processes.uniform import UniformDiffusion
@@ -73,9 +72,9 @@ def block_by_block(denoiser, noised, rows, block_size):
 )
 def test_the_logits_of_one_forward_equal_those_of_each_block_forwarded_alone(rows, block_size, process, shift_logits):
     denoiser = denoiser_of(shift_logits=shift_logits)
-    problem = BlockDiffusion(process=process, block_size=block_size).problem(rows, key())
+    problem = Diffusion(process=process, block_size=block_size).problem(rows, key())
     seen = problem.query.input_ids[:, :LENGTH]
-    noised = draw_noise(process, rows.x_0, key(), can_change=rows.is_target)  # for its shape: x_t is the problem's
+    noised = draw_noise(process, rows, key())  # for its shape: x_t is the problem's
     expected = block_by_block(denoiser, replace(noised, x_t=seen), rows, block_size)
     row, position = problem.query.where // (2 * LENGTH), problem.query.where % (2 * LENGTH)
     assert (position < LENGTH).all()  # nothing is asked of the clean copy
@@ -114,17 +113,17 @@ def test_the_mask_of_the_two_copies_is_the_papers():
 
 def totals(denoiser, problem, **options):
     with torch.no_grad():
-        return solve(denoiser, problem, num_rows=BATCH, **options)[1]
+        return problem_loss(denoiser, problem, num_rows=BATCH, **options)[1]
 
 
 def test_the_blocks_of_a_step_have_one_size_out_of_the_doublings_each_as_often():
-    objective, rows = BlockDiffusion(process=MASKED, block_size=12, smallest_block=2), clean_rows(has_padding=False)
+    objective, rows = Diffusion(process=MASKED, block_size=12, smallest_block=2), clean_rows(has_padding=False)
     sizes = []
     for step in range(400):
         at = replace(key(), step=step)
         problem = objective.problem(rows, at)
         sizes.append(problem.query.layout.block_size)
-        same = BlockDiffusion(process=MASKED, block_size=sizes[-1]).problem(rows, at)
+        same = Diffusion(process=MASKED, block_size=sizes[-1]).problem(rows, at)
         assert torch.equal(problem.query.input_ids, same.query.input_ids)
     counts = [sizes.count(size) for size in (2, 4, 8, 12)]
     assert sum(counts) == 400
@@ -135,7 +134,7 @@ def test_the_blocks_of_a_step_have_one_size_out_of_the_doublings_each_as_often()
 @pytest.mark.parametrize("has_plain_head", [True, False])
 def test_one_block_as_long_as_the_row_is_masked_diffusion(has_plain_head):
     denoiser, rows = denoiser_of(), clean_rows(has_padding=False)
-    block = BlockDiffusion(process=MASKED, block_size=LENGTH).problem(rows, key())
+    block = Diffusion(process=MASKED, block_size=LENGTH).problem(rows, key())
     whole = Diffusion(process=MASKED).problem(rows, key())
     found = totals(denoiser, block, has_plain_head=has_plain_head)
     assert torch.allclose(found, totals(denoiser, whole), atol=1e-4)
@@ -145,7 +144,7 @@ def test_blocks_of_one_token_under_full_noise_are_the_autoregressive_model():
     denoiser = denoiser_of(shift_logits=True)
     for segments, isolate in ((None, False), ([1] * 5 + [2] * 4 + [0] * 3, True), ([1] * 8 + [0] * 4, False)):
         rows = clean_rows(segments=segments, isolate_segments=isolate)
-        full_noise = BlockDiffusion(
+        full_noise = Diffusion(
             process=MaskedDiffusion(mask_token_id=2, exclude_mask=False), block_size=1, t_min=1 - 1e-9
         )
         expected = totals(denoiser, Autoregressive(mask_token_id=2).problem(rows, key()))
@@ -171,7 +170,7 @@ def test_only_targets_are_noised_and_scored():
     rows = replace(rows, is_target=is_target)
     for objective in (
         Diffusion(process=MASKED), Diffusion(process=MASKED, is_complementary=True),
-        Diffusion(process=UniformDiffusion(vocab_size=VOCAB)), BlockDiffusion(process=MASKED, block_size=4),
+        Diffusion(process=UniformDiffusion(vocab_size=VOCAB)), Diffusion(process=MASKED, block_size=4),
     ):  # fmt: skip
         problem = objective.problem(rows, key())
         prompt = problem.query.input_ids[:, :LENGTH][:, :7]
@@ -184,17 +183,16 @@ def test_only_targets_are_noised_and_scored():
 def test_each_block_has_a_time_of_its_own_stratified_over_the_rows():
     total, blocks = 64, 4
     block = (torch.arange(LENGTH) // 3).expand(total, -1)
-    x_0 = torch.zeros(total, LENGTH, dtype=torch.int64)
-    levels = []
+    ones = torch.ones(total, LENGTH, dtype=torch.int64)
+    rows, levels = CleanRows(x_0=ones, segment_ids=ones, is_target=ones.bool()), []
     for step in range(200):
         where = NoiseKey(seed=0, step=step, rows=torch.arange(total), total_rows=total)
-        everything = torch.ones_like(x_0, dtype=torch.bool)
-        t = draw_noise(MASKED, x_0, where, can_change=everything, t_min=0.0, block=block).t
+        t = draw_noise(MASKED, rows, where, t_min=0.0, block=block).t
         assert torch.equal(t[:, 0::3], t[:, 2::3])  # one time per block
         levels.append(t[:, ::3])
         strata = (levels[-1] * total - 1e-9).floor().sort(dim=0).values
         assert (strata.diff(dim=0) >= 0.5).all()  # no two rows of a block in the same stratum
-        whole = draw_noise(MASKED, x_0, where, can_change=everything, t_min=0.0)
+        whole = draw_noise(MASKED, rows, where, t_min=0.0)
         assert torch.allclose(whole.t[:, 0], t[:, 0], atol=1e-12)
     levels = torch.cat(levels)  # (200 * 64, 4)
     assert levels.min() > 0
@@ -221,9 +219,9 @@ def test_the_block_nelbo_equals_its_closed_form():
         x_0=rows.x_0.expand(samples, -1), segment_ids=torch.ones(samples, 4, dtype=torch.int64),
         is_target=torch.ones(samples, 4, dtype=torch.bool), has_padding=False,
     )  # fmt: skip
-    objective = BlockDiffusion(process=MASKED, block_size=2).evaluation()
+    objective = Diffusion(process=MASKED, block_size=2).evaluation()
     with torch.no_grad():
-        nats = solve(denoiser, objective.problem(many, key(batch=samples)), num_rows=samples)[1].double()
+        nats = problem_loss(denoiser, objective.problem(many, key(batch=samples)), num_rows=samples)[1].double()
     standard_error = float(nats.std() / samples**0.5)
     assert abs(float(nats.mean()) - expected) < 4 * standard_error
     assert standard_error < 0.02 * expected
@@ -232,6 +230,6 @@ def test_the_block_nelbo_equals_its_closed_form():
 def test_gradients_reach_the_model_through_both_copies():
     denoiser = denoiser_of()
     rows = clean_rows(has_padding=False)
-    total, _ = solve(denoiser, BlockDiffusion(process=MASKED, block_size=3).problem(rows, key()), num_rows=BATCH)
+    total, _ = problem_loss(denoiser, Diffusion(process=MASKED, block_size=3).problem(rows, key()), num_rows=BATCH)
     total.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in denoiser.model.parameters())

@@ -1,4 +1,4 @@
-"""The likelihood estimator: unbiased on toys, equal to the published one, honest error bars, early decisions."""
+"""The likelihood estimator: unbiased on toys, equal to the published one, honest error bars."""
 
 import itertools
 import math
@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_lm
 
-from redraft.likelihood.control import _features
-from redraft.likelihood.decide import undecided
-from redraft.likelihood.estimate import loglikelihoods, sample_values, score_questions
-from redraft.likelihood.masks import draw_masks
-from redraft.likelihood.requests import LikelihoodConfig, Request, rolling_requests
+from redraft.likelihood import spans
+from redraft.likelihood.config import LikelihoodConfig
+from redraft.likelihood.estimate import Request, loglikelihoods, mask_bounds, rolling_requests, score_spans
+from redraft.likelihood.masks import Masks, _features, draw_masks
+from redraft.likelihood.spans import MaskedSpan, WholeRows
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 from redraft.processes.noised import Noised
@@ -78,24 +78,33 @@ def exact_bound(denoiser, context, continuation):
         masks = torch.zeros(len(subsets), length, dtype=torch.bool)
         for row, subset in enumerate(subsets):
             masks[row, list(subset)] = True
-        config = LikelihoodConfig()
-        total += float(sample_values(denoiser, request(context, continuation), masks, config).mean()) / length
+        total += float(sample_values(denoiser, request(context, continuation), masks).mean()) / length
     return total
 
 
-SCHEMES = ["weighted", "stratified", "antithetic", "independent"]
+def sample_values(denoiser, asked, is_masked, *, cfg_scale=0.0):
+    """L / l * sum of log p(x_i) over each given mask, nats: one sample of the bound each."""
+    masks = Masks(is_masked=is_masked, weight=is_masked.shape[1] / is_masked.sum(dim=1))
+    span = MaskedSpan(tokens=asked.tokens, masks=masks, context_len=len(asked.context))
+    plain, blind = (WholeRows(denoiser, [span], hides_context=hides) for hides in (False, True))
+    scores = score_spans([span], plain, unguided=blind if cfg_scale else None, cfg_scale=cfg_scale)
+    return scores[span][..., 0].sum(dim=1) * masks.weight
 
 
-@pytest.mark.parametrize("control", [True, False])
-@pytest.mark.parametrize("scheme", SCHEMES)
+def whole_rows(denoiser, asked, config):
+    """The estimate without shared blocks, which need keys and values."""
+    (found,) = mask_bounds(denoiser, [asked], config, shares_blocks=False)
+    return found
+
+
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_estimates_are_unbiased_where_the_likelihood_is_known(scheme, block_size, control):
+def test_estimates_are_unbiased_where_the_likelihood_is_known(block_size):
     joint = random_joint(7)
     context, continuation = [1], [2, 0, 1, 1, 2, 0]
     expected = (joint[(1, *continuation)] / joint[1].sum()).log()
     denoiser = ExactDenoiser(joint, block_size=block_size)
-    config = LikelihoodConfig(samples=6, masks=scheme, control=control, share_context=False)
-    runs = [loglikelihoods(denoiser, [request(context, continuation, key)], config)[0] for key in range(60)]
+    config = LikelihoodConfig(num_samples=6)
+    runs = [whole_rows(denoiser, request(context, continuation, key), config) for key in range(60)]
     values = torch.tensor([run.nats for run in runs])
     assert abs(values.mean() - expected) < 4 * values.std() / math.sqrt(len(values)) + 1e-9
     assert values.std() > 0
@@ -104,8 +113,7 @@ def test_estimates_are_unbiased_where_the_likelihood_is_known(scheme, block_size
 def test_blocks_of_one_token_give_the_chain_rule_exactly():
     joint = random_joint(5)
     denoiser = ExactDenoiser(joint, block_size=1)
-    config = LikelihoodConfig(share_context=False)
-    found = loglikelihoods(denoiser, [request([], [0, 2, 1, 1, 0])], config)[0]
+    found = whole_rows(denoiser, request([], [0, 2, 1, 1, 0]), LikelihoodConfig())
     assert found.nats == pytest.approx(float(joint[0, 2, 1, 1, 0].log()), abs=1e-5)
     assert (found.standard_error, found.forwards) == (0, 5)
 
@@ -121,7 +129,7 @@ def test_standard_errors_cover_the_truth():
     denoiser = ExactDenoiser(random_joint(6), noise=0.8)
     continuation = [0, 1, 2, 1, 0, 2]
     truth = exact_bound(denoiser, [], continuation)
-    config = LikelihoodConfig(samples=16)
+    config = LikelihoodConfig(num_samples=16)
     runs = [loglikelihoods(denoiser, [request([], continuation, key)], config)[0] for key in range(80)]
     z = torch.tensor([(run.nats - truth) / run.standard_error for run in runs])
     assert (z.abs() < 2).float().mean() > 0.8
@@ -131,7 +139,10 @@ def test_standard_errors_cover_the_truth():
 
 
 def published(lm, context, continuation, masks, *, cfg_scale=0.0):
-    """LLaDA's evaluation, written down directly: cross-entropy at the masks over the masked share, averaged."""
+    """LLaDA's evaluation, written down directly: cross-entropy at the masks over the masked share, averaged.
+
+    Differs from LLaDA's code: the mask token has probability 0.
+    """
     tokens = torch.cat([context, continuation]).repeat(len(masks), 1)
     is_masked = F.pad(masks, (len(context), 0))
     noised = torch.where(is_masked, 2, tokens)
@@ -141,6 +152,7 @@ def published(lm, context, continuation, masks, *, cfg_scale=0.0):
         blind[:, : len(context)] = 2
         unconditional = lm.logits(blind)
         logits = unconditional + (cfg_scale + 1) * (logits - unconditional)
+    logits = logits.index_fill(-1, torch.tensor([2]), -torch.inf)
     share = masks.sum(dim=1, keepdim=True) / masks.shape[1]
     nats = F.cross_entropy(logits[is_masked], tokens[is_masked], reduction="none")
     return -float((nats / share.expand_as(is_masked)[is_masked]).sum() / len(masks))
@@ -152,37 +164,41 @@ def test_equals_the_published_estimator_given_the_same_masks(lm, cfg_scale, cont
     generator = torch.Generator().manual_seed(1)
     context = torch.randint(3, 40, (context_len,), generator=generator)
     continuation = torch.randint(3, 40, (11,), generator=generator)
-    masks = draw_masks(11, 32, key=5, scheme="stratified").is_masked
-    config = LikelihoodConfig(samples=32, masks="stratified", control=False, cfg_scale=cfg_scale, exclude_mask=False)
+    masks = draw_masks(11, 32, key=5).is_masked
     expected = published(lm, context, continuation, masks, cfg_scale=cfg_scale)
     one = Request(context=context, continuation=continuation, key=5)
-    assert float(sample_values(lm.denoiser, one, masks, config).mean()) == pytest.approx(expected, abs=1e-5)
-    assert loglikelihoods(lm.denoiser, [one], config)[0].nats == pytest.approx(expected, abs=1e-5)
-    excluded = loglikelihoods(lm.denoiser, [one], replace(config, exclude_mask=True))[0].nats
-    assert excluded > expected + 1e-6  # the control: another softmax is another number
+    values = sample_values(lm.denoiser, one, masks, cfg_scale=cfg_scale)
+    assert float(values.mean()) == pytest.approx(expected, abs=1e-5)
+    assert float(values[1:].mean()) != pytest.approx(expected, abs=1e-5)  # the control: other masks, another number
 
 
-def test_a_request_does_not_depend_on_its_batch(lm):
+def test_a_request_does_not_depend_on_its_batch(lm, monkeypatch):
     generator = torch.Generator().manual_seed(2)
     draw = lambda n: torch.randint(3, 40, (n,), generator=generator)  # noqa: E731
     requests = [Request(context=draw(c), continuation=draw(n), key=c) for c, n in [(3, 9), (20, 5), (0, 14), (8, 8)]]
-    config = LikelihoodConfig(samples=16)
+    config = LikelihoodConfig(num_samples=16)
     together = loglikelihoods(lm.denoiser, requests, config)
-    for alone in (config, replace(config, batch_tokens=40)):
+    for num_tokens in (2048, 40):
+        monkeypatch.setitem(spans.TOKENS_PER_FORWARD, "cpu", num_tokens)
         for i, one in enumerate(requests):
-            assert loglikelihoods(lm.denoiser, [one], alone)[0].nats == pytest.approx(together[i].nats, abs=1e-5)
+            assert loglikelihoods(lm.denoiser, [one], config)[0].nats == pytest.approx(together[i].nats, abs=1e-5)
 
 
-@given(length=st.integers(8, 40), pairs=st.integers(2, 20), key=st.integers(0, 99))
+@given(length=st.integers(1, 40), num_samples=st.integers(4, 40), key=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
-def test_counts_are_stratified_and_pairs_antithetic(length, pairs, key):
-    masks = draw_masks(length, 2 * pairs, key=key, scheme="antithetic").is_masked
-    counts = masks.sum(dim=1)
-    assert torch.equal(counts[:pairs] + counts[pairs:], torch.full((pairs,), length + 1))
-    assert torch.equal((masks[:pairs] & masks[pairs:]).sum(dim=1), torch.ones(pairs, dtype=torch.int64))
-    ordered = counts.sort().values.double() - 0.5  # one count in each stratum of (0, length]
-    middle = (torch.arange(2 * pairs) + 0.5) * length / (2 * pairs)
-    assert (ordered - middle).abs().max() <= length / (2 * pairs) + 1
+def test_counts_are_stratified_and_the_weights_make_up_for_how_often_they_are_drawn(length, num_samples, key):
+    masks = draw_masks(length, num_samples, key=key)
+    counts = masks.is_masked.sum(dim=1)
+    assert masks.is_exact == (2**length - 1 <= num_samples)
+    if masks.is_exact:
+        held = (masks.is_masked * masks.weight[:, None]).sum(dim=0)
+        assert torch.allclose(held, torch.ones(length, dtype=torch.float64))
+        return
+    assert (counts.diff() >= 0).all()  # one stratum of the counts after the other
+    p = 1 / (masks.weight * counts * num_samples)
+    drawn = torch.tensor([(counts == n).sum() for n in counts.unique()]) / num_samples
+    expected = torch.stack([p[counts == n][0] for n in counts.unique()])
+    assert (drawn - expected).abs().max() <= 2 / num_samples
 
 
 def spread_over_keys(denoiser, continuation, config, keys=150):
@@ -198,24 +214,28 @@ def test_each_idea_reduces_the_variance():
             [-1 if i == axis else 1 for i in range(8)]
         )
     denoiser, continuation = ExactDenoiser(joint / joint.sum(), noise=0.5), [0, 1, 0, 1, 0, 2, 0, 1]
-    variance = {}
-    for scheme, control in [(scheme, False) for scheme in SCHEMES] + [("weighted", True)]:
-        config = LikelihoodConfig(samples=16, masks=scheme, control=control)
-        variance[scheme, control] = spread_over_keys(denoiser, continuation, config, 60)[0].var().item()
-    factors = {idea: variance["independent", False] / value for idea, value in variance.items()}
-    print("variance reduction:", {idea: round(factor, 1) for idea, factor in factors.items()})
-    assert factors["stratified", False] > 1.5
-    assert factors["antithetic", False] > 1.5
-    assert factors["weighted", False] > factors["stratified", False]
-    assert factors["weighted", True] > 2 * factors["stratified", False]
-    assert factors["weighted", True] > 1.3 * factors["weighted", False]
+    weighted = [draw_masks(8, 16, key=key).is_masked for key in range(60)]
+    values, _ = spread_over_keys(denoiser, continuation, LikelihoodConfig(num_samples=16), 60)
+    plain, independent = [], []
+    for key, is_masked in enumerate(weighted):
+        masks = draw_masks(8, 16, key=key)
+        sums = sample_values(denoiser, request([], continuation), is_masked) / 8 * is_masked.sum(dim=1)
+        plain.append(float((sums * masks.weight).sum()))
+        generator = torch.Generator().manual_seed(key)
+        counts = torch.randint(1, 9, (16, 1), generator=generator)
+        any_masks = torch.rand(16, 8, generator=generator).argsort(dim=1).argsort(dim=1) < counts
+        independent.append(float(sample_values(denoiser, request([], continuation), any_masks).mean()))
+    independent, plain = torch.tensor(independent).var(), torch.tensor(plain).var()
+    print("variance reduction:", float(independent / plain), float(independent / values.var()))
+    assert independent > 1.5 * plain  # counts that are stratified and weighted
+    assert plain > 1.3 * values.var()  # control variates
 
 
 @pytest.mark.parametrize("samples", [4, 16])
 def test_control_variates_leave_the_mean_and_the_stated_error_honest(samples):
     denoiser, continuation = ExactDenoiser(random_joint(8, seed=2), noise=0.8), [0, 1, 2, 1, 0, 2, 2, 1]
     truth = exact_bound(denoiser, [], continuation)
-    values, errors = spread_over_keys(denoiser, continuation, LikelihoodConfig(samples=samples), 200)
+    values, errors = spread_over_keys(denoiser, continuation, LikelihoodConfig(num_samples=samples), 200)
     assert abs(values.mean() - truth) < 4 * values.std() / math.sqrt(len(values))
     stated = torch.tensor(errors).square().mean().sqrt()
     assert 0.85 < stated / values.std() < 1.6
@@ -223,7 +243,7 @@ def test_control_variates_leave_the_mean_and_the_stated_error_honest(samples):
 
 def test_what_is_foretold_of_a_token_has_the_mean_that_is_added_back():
     """The identity that unbiasedness rests on, over every mask; half of the masks are the control."""
-    masks = draw_masks(5, 32, key=0, most=32)
+    masks = draw_masks(5, 32, key=0)
     x, held = _features(masks.is_masked), masks.is_masked.double() * masks.weight[:, None]
     assert torch.allclose(held.sum(dim=0), torch.ones(5, dtype=torch.float64))
     mean = torch.einsum("sl,slp->lp", held, x)
@@ -231,78 +251,22 @@ def test_what_is_foretold_of_a_token_has_the_mean_that_is_added_back():
     assert not torch.allclose(torch.einsum("sl,slp->lp", held[::2], x[::2]), torch.zeros_like(mean), atol=1e-3)
 
 
-def four_choice_suite(num_questions=12):
-    """Questions over 8 tokens: the right continuation is drawn from the truth, the other three at random."""
-    joint = random_joint(8)
-    generator = torch.Generator().manual_seed(3)
-    questions, answers = [], []
-    for number in range(num_questions):
-        given = joint[number % MASK].flatten()
-        drawn = int(torch.multinomial(given, 1, generator=generator))
-        right = [drawn // MASK**i % MASK for i in reversed(range(7))]
-        choices = torch.randint(0, MASK, (3, 7), generator=generator).tolist()
-        answers.append(int(torch.randint(4, (1,), generator=generator)))
-        choices.insert(answers[-1], right)
-        questions.append([request([number % MASK], choice, key=number) for choice in choices])
-    return ExactDenoiser(joint, noise=0.4), questions, answers
-
-
-def test_deciding_early_saves_half_the_forwards_at_the_same_accuracy():
-    denoiser, questions, answers = four_choice_suite()
-    right, work = [], []
-    for confidence in (None, 0.95):
-        results = score_questions(denoiser, questions, LikelihoodConfig(samples=120, confidence=confidence))
-        best = [max(range(4), key=lambda i: choices[i].nats) for choices in results]
-        right.append(sum(a == b for a, b in zip(best, answers, strict=True)))
-        work.append(sum(choice.forwards for choices in results for choice in choices))
-    print("right of", len(questions), ":", right, "forwards:", work)
-    assert right[1] >= right[0]
-    assert work[0] >= 2 * work[1]
-
-
-@pytest.mark.parametrize(
-    ("errors", "rivals", "looks", "is_decided"),
-    [
-        # normal quantiles: 0.05 -> 1.64, 0.05 / 3 -> 2.13, 0.05 / 4 -> 2.24, 0.05 / 12 -> 2.64
-        (1.5, 1, 1, False), (1.9, 1, 1, True), (1.9, 3, 1, False), (1.9, 1, 4, False),
-        (2.4, 3, 1, True), (2.4, 1, 4, True), (2.4, 3, 4, False), (2.9, 3, 4, True),
-    ],
-)  # fmt: skip
-def test_doubt_is_shared_among_rivals_and_looks(errors, rivals, looks, is_decided):
-    """The paired difference is `errors` standard errors: units of +10 and -10 in turn have a mean of variance 1."""
-    units = torch.tensor([10.0, -10.0]).repeat(100).double()
-    rounds = {0: [units + errors], 1: [torch.zeros(200).double()]}
-    left = undecided(rounds, [[1.0, 1.0]], confidence=0.95, looks=looks, rivals=rivals)
-    assert left == (set() if is_decided else {0, 1})
-
-
-def test_both_rankings_must_be_decided_before_sampling_stops():
-    denoiser, questions, _ = four_choice_suite(2)
-    config = LikelihoodConfig(samples=32, confidence=0.9)
-    plain = score_questions(denoiser, questions, config)
-    even = score_questions(denoiser, questions, config, lengths=[[1.0] * 4] * 2)
-    tied = score_questions(denoiser, questions[:1], config, lengths=[[-c.nats for c in plain[0]]])
-    assert plain == even
-    assert sum(choice.forwards == 32 for choice in tied[0]) >= 2
-
-
 def test_rolling_windows_score_every_token_once():
     tokens = torch.arange(23)
-    for window, context in [(8, 0), (8, 3), (30, 0)]:
-        requests = rolling_requests(tokens, window=window, context=context)
+    for window in (8, 30):
+        requests = rolling_requests(tokens, window=window, key=5)
         assert torch.equal(torch.cat([r.continuation for r in requests]), tokens)
-        assert all(len(r.context) + len(r.continuation) <= window for r in requests)
-        for r in requests[1:]:
-            assert len(r.context) == context
+        assert all(len(r.context) == 0 and len(r.continuation) <= window for r in requests)
+        assert [r.key for r in requests] == list(range(5, 5 + len(requests)))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LikelihoodConfig(samples=5), "samples must be an even number of at least 4; got 5"),
-        (lambda: LikelihoodConfig(confidence=1.0), r"confidence is a probability in \[0.5, 1\); got 1.0"),
+        (lambda: LikelihoodConfig(num_samples=3), "num_samples must be at least 4; got 3"),
+        (lambda: LikelihoodConfig(cfg_scale=-1.0), "cfg_scale must be at least 0; got -1.0"),
+        (lambda: LikelihoodConfig(seed=-1), "seed must lie in .*; got -1"),
         (lambda: request([1], []), "at least one token"),
-        (lambda: rolling_requests(torch.arange(4), window=4, context=4), "must leave room in the window of 4"),
     ],
 )
 def test_mistakes_are_told(make, message):
@@ -354,11 +318,11 @@ def test_the_bound_of_a_uniform_model_is_unbiased_within_its_error():
     exact = exact_uniform_bound(lm.denoiser, context, continuation, cells=4000)
     asked = Request(context=context, continuation=continuation)
     for seed in range(3):
-        (found,) = loglikelihoods(lm.denoiser, [asked], LikelihoodConfig(samples=2048, seed=seed))
+        (found,) = loglikelihoods(lm.denoiser, [asked], LikelihoodConfig(num_samples=2048, seed=seed))
         assert abs(found.nats - exact) < 4 * found.standard_error
         assert found.standard_error < 0.1 * abs(exact)
         assert found.forwards == 2048
-    with pytest.raises(ValueError, match="knows no guidance; got cfg_scale 1.0"):
+    with pytest.raises(ValueError, match="guidance is not supported for a uniform process; got cfg_scale 1.0"):
         lm.loglikelihood(context, continuation, cfg_scale=1.0)
 
 
@@ -375,7 +339,7 @@ def autoregressive_lm():
 def test_an_autoregressive_likelihood_in_one_forward_is_that_of_blocks_of_one_token(num_context, length, cfg_scale):
     lm = autoregressive_lm()
     request = Request(context=torch.arange(3, 3 + num_context), continuation=torch.arange(10, 10 + length))
-    config = LikelihoodConfig(samples=4, cfg_scale=cfg_scale)
+    config = LikelihoodConfig(num_samples=4, cfg_scale=cfg_scale)
     (found,) = loglikelihoods(lm.denoiser, [request], config)
     blocks = replace(lm.denoiser.settings, process="masked")
     object.__setattr__(lm.denoiser, "settings", blocks)
@@ -408,10 +372,10 @@ def test_a_tokenizer_that_merges_across_the_boundary_keeps_the_context(lm):
 
 
 def test_the_model_scores_texts_and_token_ids(lm):
-    found = lm.loglikelihood([5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], samples=32)
+    found = lm.loglikelihood([5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], num_samples=32)
     assert found.nats < 0 < found.standard_error
     assert (found.num_tokens, found.forwards) == (8, 32)
     with pytest.raises(ValueError, match="context of 128 tokens; got 130"):
         lm.loglikelihood([5] * 100, [6] * 30)
-    with pytest.raises(ValueError, match="unknown setting 'sample'.*Did you mean 'samples'"):
-        lm.loglikelihood([5], [6], sample=3)
+    with pytest.raises(ValueError, match="unknown setting 'samples'.*Did you mean 'num_samples'"):
+        lm.loglikelihood([5], [6], samples=3)

@@ -7,11 +7,14 @@ import pytest
 import torch
 from tiny import tiny_lm
 
-from redraft.likelihood.blocks import ROOT, Tree
-from redraft.likelihood.estimate import loglikelihoods, score_questions
-from redraft.likelihood.requests import LikelihoodConfig, Request
+from redraft.likelihood import spans
+from redraft.likelihood.blocks import ROOT, SharedBlocks
+from redraft.likelihood.config import LikelihoodConfig
+from redraft.likelihood.estimate import Request, loglikelihoods, mask_bounds, score_questions
+from redraft.likelihood.masks import Masks
+from redraft.likelihood.spans import MaskedSpan
 
-CONFIG = LikelihoodConfig(samples=8)
+CONFIG = LikelihoodConfig(num_samples=8)
 
 
 def draw(generator, n):
@@ -44,24 +47,21 @@ def test_shared_blocks_give_the_likelihoods_of_whole_rows(
     questions = [question(context_len=context_len), question(context_len=context_len + 1, lengths=(7, 7), key=5)]
     config = replace(CONFIG, cfg_scale=cfg_scale)
     shared = score_questions(lm.denoiser, questions, config)
-    whole = score_questions(lm.denoiser, questions, replace(config, share_context=False))
-    for found, expected in zip(chain(*shared), chain(*whole), strict=True):
+    whole = mask_bounds(lm.denoiser, list(chain(*questions)), config, shares_blocks=False)
+    for found, expected in zip(chain(*shared), whole, strict=True):
         assert found.nats == pytest.approx(expected.nats, abs=1e-5)
         assert found.standard_error == pytest.approx(expected.standard_error, abs=1e-5)
         assert found.forwards == expected.forwards
 
 
-def test_small_forwards_and_rounds_change_nothing():
+@pytest.mark.parametrize("num_tokens", [1, 11])
+def test_small_forwards_change_nothing(monkeypatch, num_tokens):
     lm = tiny_lm(block_size=4)
     asked = question()
     expected = score_questions(lm.denoiser, [asked], CONFIG)[0]
-    for other in (replace(CONFIG, batch_tokens=11), replace(CONFIG, batch_tokens=1)):
-        found = score_questions(lm.denoiser, [asked], other)[0]
-        assert [one.nats for one in found] == pytest.approx([one.nats for one in expected], abs=1e-5)
-    in_rounds = replace(CONFIG, samples=64, confidence=0.99)
-    found = score_questions(lm.denoiser, [asked], in_rounds)[0]
-    rows = score_questions(lm.denoiser, [asked], replace(in_rounds, share_context=False))[0]
-    assert [one.nats for one in found] == pytest.approx([one.nats for one in rows], abs=1e-5)
+    monkeypatch.setitem(spans.TOKENS_PER_FORWARD, "cpu", num_tokens)
+    found = score_questions(lm.denoiser, [asked], CONFIG)[0]
+    assert [one.nats for one in found] == pytest.approx([one.nats for one in expected], abs=1e-5)
 
 
 @pytest.mark.parametrize("cfg_scale", [0.0, 0.7])
@@ -73,7 +73,7 @@ def test_an_autoregressive_model_runs_the_context_of_a_question_once(cfg_scale, 
     asked = question(context_len=context_len)
     config = replace(CONFIG, cfg_scale=cfg_scale)
     shared = score_questions(lm.denoiser, [asked], config)[0]
-    whole = score_questions(lm.denoiser, [asked], replace(config, share_context=False))[0]
+    whole = mask_bounds(lm.denoiser, asked, config, shares_blocks=False)
     for found, expected in zip(shared, whole, strict=True):
         assert found.nats == pytest.approx(expected.nats, abs=1e-5)
         assert (found.forwards, found.is_greedy) == (expected.forwards, expected.is_greedy)
@@ -94,18 +94,21 @@ def test_another_block_before_is_another_likelihood():
 def test_a_context_is_run_once_for_all_choices_and_samples():
     lm = tiny_lm(block_size=4)
     asked = question(context_len=64, lengths=(8, 8, 8, 8))
-    run = lambda config: count_positions(lm, lambda: score_questions(lm.denoiser, [asked], config))  # noqa: E731
     copies = 4 * 2 * 8 * 4  # choices, blocks, samples, tokens of a block
-    assert run(CONFIG) == 64 + 4 * 4 + copies  # the last block of a choice is never clean
-    assert run(replace(CONFIG, share_context=False)) >= 4 * 8 * (68 + 72)
-    assert run(replace(CONFIG, samples=64, confidence=0.999)) <= 64 + 4 * 4 + 8 * copies  # once for all rounds
+    shared = count_positions(lm, lambda: score_questions(lm.denoiser, [asked], CONFIG))
+    assert shared == 64 + 4 * 4 + copies  # the last block of a choice is never clean
+    whole = count_positions(lm, lambda: mask_bounds(lm.denoiser, asked, CONFIG, shares_blocks=False))
+    assert whole >= 4 * 8 * (68 + 72)
 
 
 def test_equal_blocks_after_equal_blocks_are_one():
     texts = [torch.tensor(text) for text in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 9], [1, 2, 7, 8, 9], [1, 2])]
-    tree = Tree.of(texts, 2)
-    assert tree.tokens.tolist() == [1, 2, 3, 4, 7, 8]
-    assert tree.positions.tolist() == [0, 1, 2, 3, 2, 3]
-    assert tree.before(texts[1], 4) == tree.before(texts[0], 4) != tree.before(texts[2], 4)
-    assert tree.before(texts[3], 1) == ROOT
-    assert tree.is_seen[tree.before(texts[2], 4)].tolist() == [True, True, False, False, True, True]
+    mask = Masks(is_masked=torch.ones(1, 1, dtype=torch.bool), weight=torch.ones(1))
+    asked = [MaskedSpan(tokens=text, masks=mask, context_len=0) for text in texts]
+    shared = SharedBlocks(tiny_lm(block_size=2).denoiser, asked, hides_context=False)
+    assert shared.tokens.tolist() == [1, 2, 3, 4, 7, 8]
+    assert shared.positions.tolist() == [0, 1, 2, 3, 2, 3]
+    first, second, third, fourth = (shared.parents[span] for span in asked)
+    assert first == second != third
+    assert fourth == ROOT
+    assert shared.is_seen[third].tolist() == [True, True, False, False, True, True]

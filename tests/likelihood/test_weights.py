@@ -7,10 +7,9 @@ import pytest
 import torch
 from tiny import tiny_lm
 
-from redraft.likelihood.objectives.block import BlockDiffusion
 from redraft.likelihood.objectives.diffusion import Diffusion, cart_weights, with_complement
 from redraft.likelihood.objectives.preference import bounds, preference_loss, preference_margins
-from redraft.likelihood.problem import CleanRows, NoiseKey, draw_noise, solve
+from redraft.likelihood.problem import CleanRows, NoiseKey, draw_noise, problem_loss
 from redraft.processes.masked import MaskedDiffusion
 
 LENGTH, MASK = 10, 2
@@ -45,7 +44,7 @@ def test_cart_weights_are_the_sum_over_clean_tokens_of_a_geometric_kernel():
 def test_the_cart_objective_weighs_each_cross_entropy_and_is_reported_as_the_plain_bound():
     lm = tiny_lm(scale=4.0)
     rows = clean_rows(2, segments=[1] * 4 + [2] * 4 + [0] * 2, isolate_segments=True)
-    objective = Diffusion(process=MASKED, cart_p=0.3)
+    objective = Diffusion(process=MASKED, cart=0.3)
     problem = objective.problem(rows, key(2))
     is_clean = (problem.query.input_ids != MASK) & (rows.segment_ids > 0)
     logits = torch.randn(len(problem.query.where), 40, generator=torch.Generator().manual_seed(2))
@@ -56,15 +55,15 @@ def test_the_cart_objective_weighs_each_cross_entropy_and_is_reported_as_the_pla
         apart[:, part] = cart_weights(is_clean[:, part], p=0.3)
     assert torch.allclose(problem.nats(logits, slice(None)), nats * apart.flatten()[problem.query.where], atol=1e-5)
     with torch.no_grad():
-        reported = solve(lm.denoiser, objective.evaluation().problem(rows, key(2)), num_rows=2)[1]
-        plain = solve(lm.denoiser, Diffusion(process=MASKED).problem(rows, key(2)), num_rows=2)[1]
+        reported = problem_loss(lm.denoiser, objective.evaluation().problem(rows, key(2)), num_rows=2)[1]
+        plain = problem_loss(lm.denoiser, Diffusion(process=MASKED).problem(rows, key(2)), num_rows=2)[1]
     assert torch.equal(reported, plain)
 
 
 def test_a_mask_and_its_complement_cover_every_target_exactly_once():
     rows = clean_rows(8, segments=[1] * 8 + [0] * 2)
     is_target = rows.is_target & (torch.arange(LENGTH) >= 2)
-    noised = draw_noise(MASKED, rows.x_0, key(8), can_change=is_target)
+    noised = draw_noise(MASKED, replace(rows, is_target=is_target), key(8))
     both = with_complement(MASKED, noised, can_change=is_target)
     first, second = both.is_target.chunk(2)
     assert torch.equal(first.int() + second.int(), is_target.int())
@@ -81,11 +80,7 @@ def test_complementary_masks_are_unbiased_and_lower_the_variance(block_size):
 
     def estimate(is_complementary, step):
         options = {"process": MASKED, "t_min": 0.0, "is_complementary": is_complementary}
-        if block_size is None:
-            objective = Diffusion(**options)
-        else:
-            objective = BlockDiffusion(block_size=block_size, **options)
-        problem = objective.problem(rows, key(samples, step=step))
+        problem = Diffusion(block_size=block_size, **options).problem(rows, key(samples, step=step))
         canvas = problem.query.input_ids[:, :LENGTH]
         hardness = (canvas == MASK).double().mean(dim=1)
         width = problem.query.input_ids.shape[1]
@@ -129,7 +124,7 @@ def test_the_bound_of_a_row_is_the_mean_of_its_draws():
     singly = []
     for sample in range(3):
         drawn = replace(key(2), rows=torch.arange(2) + 2 * sample, total_rows=6)
-        singly.append(solve(lm.denoiser, objective.problem(rows, drawn), num_rows=2)[1])
+        singly.append(problem_loss(lm.denoiser, objective.problem(rows, drawn), num_rows=2)[1])
     assert torch.allclose(found, torch.stack(singly).mean(0), atol=1e-4)
 
 

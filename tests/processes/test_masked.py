@@ -83,7 +83,7 @@ def test_stratified_times_have_a_smaller_variance_than_independent_ones():
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
     index = torch.arange(rows, dtype=torch.float64).expand(batches, -1)
-    stratified = stratified_times(index, total=rows, offset=draw(batches, 1), t_min=1e-3)
+    stratified = 1e-3 + (1 - 1e-3) * stratified_times(index, total=rows, offset=draw(batches, 1))
     independent = 1e-3 + (1 - 1e-3) * draw(batches, rows)
     variances = []
     for t in (stratified, independent):
@@ -106,7 +106,7 @@ def test_corrupt_is_the_identity_at_0_the_prior_at_1_and_nested_between(seed, t,
         return process.corrupt(x_0, torch.full((4,), time, dtype=torch.float64), u=u)
 
     assert torch.equal(corrupt(0.0).x_t, x_0)
-    assert torch.equal(corrupt(1.0).x_t, process.prior((4, 8)))
+    assert torch.equal(corrupt(1.0).x_t, process.prior(u))
     low, high = corrupt(min(s, t)), corrupt(max(s, t))
     assert (low.is_target <= high.is_target).all()
     assert torch.equal(low.x_t == MASK, low.is_target)
@@ -116,19 +116,19 @@ def test_time_per_position_and_fixed_positions_are_honoured():
     x_0 = torch.zeros(2, 4, dtype=torch.int64)
     t = torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
     can_change = torch.tensor([[True, True, True, True], [False, False, True, True]])
-    noised = MaskedDiffusion(mask_token_id=MASK).corrupt(x_0, t, can_change=can_change)
+    noised = MaskedDiffusion(mask_token_id=MASK).corrupt(x_0, t, u=torch.full((2, 4), 0.5), can_change=can_change)
     assert noised.is_target.int().tolist() == [[0, 1, 0, 1], [0, 0, 1, 1]]
 
 
 def test_a_literal_mask_token_in_the_text_is_no_target():
     x_0 = torch.full((1, 4), MASK)
-    noised = MaskedDiffusion(mask_token_id=MASK).corrupt(x_0, torch.tensor([0.0]))
+    noised = MaskedDiffusion(mask_token_id=MASK).corrupt(x_0, torch.tensor([0.0]), u=torch.rand(1, 4))
     assert not noised.is_target.any()
 
 
 def test_llada_differs_from_mdlm_by_the_mask_token_in_the_softmax():
     x_0 = torch.tensor([[0, 1]])
-    noised = MaskedDiffusion(mask_token_id=MASK).corrupt(x_0, torch.tensor([1.0]))
+    noised = MaskedDiffusion(mask_token_id=MASK).corrupt(x_0, torch.tensor([1.0]), u=torch.rand(1, 2))
     logits = torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.0, -1.0]])
     targets = noised.flatten()[noised.targets()]
     mdlm = MaskedDiffusion(mask_token_id=MASK).loss(logits, targets)

@@ -39,7 +39,7 @@ OBJECTIVES = {
     "uniform": ObjectiveConfig(kind="uniform"),
     "block": ObjectiveConfig(kind="block", block_size=8, t_min=0.2, t_max=0.8),
     "ar": ObjectiveConfig(kind="ar"),
-    "cart": ObjectiveConfig(weighting="cart"),
+    "cart": ObjectiveConfig(cart=0.1),
     "complementary": ObjectiveConfig(complementary=True),
 }
 KINDS = {name: objective for name, objective in OBJECTIVES.items() if name not in ("cart", "complementary")}
@@ -493,8 +493,8 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
         (TrainConfig, {"seed": -1}, "seed must lie in .*; got -1"),
         (ModelConfig, {"dropout": 1.5}, r"dropout is a probability in \[0, 1\); got 1.5"),
         (AdapterConfig, {"alpha": math.inf}, "alpha must be positive, and finite; got inf"),
-        (ObjectiveConfig, {"beta": math.inf}, "beta must be positive and finite.*got inf"),
-        (ObjectiveConfig, {"complementary": True, "t_min": 0.5}, r"must lie evenly about 0.5; got 0.5, 1.0"),
+        (ObjectiveConfig, {"beta": math.inf}, "beta must be a finite number; got inf"),
+        (ObjectiveConfig, {"complementary": True, "t_min": 0.5}, r"must be symmetric about 0.5; got 0.5, 1.0"),
         (RunConfig, {"out": ""}, "out must name the folder of the run"),
         (
             RunConfig,
@@ -507,11 +507,11 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
         (ObjectiveConfig, {"kind": "blok"}, "unknown objective.kind 'blok'.*Did you mean 'block'"),
         (ObjectiveConfig, {"kind": "block"}, "block_size goes with kind block; got None, block. Set it, e.g. to 16"),
         (ObjectiveConfig, {"block_size": 4}, "block_size goes with kind block; got 4, masked. Use --objective.kind"),
-        (ObjectiveConfig, {"kind": "block", "block_size": 0}, "block_size must be at least 1; got 0"),
+        (ObjectiveConfig, {"kind": "block", "block_size": 0}, r"block_size must lie in \[1, 1048576\]; got 0"),
         (ObjectiveConfig, {"kind": "uniform", "complementary": True}, "complementary needs masked noise.*got uniform"),
         (ObjectiveConfig, {"schedule": "cosine", "complementary": True}, "the linear schedule; got masked, cosine"),
-        (ObjectiveConfig, {"kind": "ar", "weighting": "cart"}, "weighting cart is for kind masked; got ar"),
-        (ObjectiveConfig, {"cart_p": 0.0}, r"cart_p must lie in \(0, 1\]; got 0.0"),
+        (ObjectiveConfig, {"kind": "ar", "cart": 0.1}, "cart is for kind masked; got kind ar"),
+        (ObjectiveConfig, {"cart": 0.0}, r"cart must lie in \(0, 1\]; got 0.0"),
         (ObjectiveConfig, {"kind": "no_such_module:Own"}, "no_such_module:Own cannot be imported.*PYTHONPATH"),
         (ObjectiveConfig, {"kind": "redraft.layouts:Layout"}, "no objective: it has no problem and no evaluation"),
         (

@@ -16,8 +16,8 @@ from redraft.models.query import Query
 class Autoregressive:
     """-log p(x_0) = sum over i of -log p(x_0^i | x_0^(<i)): blocks of one token, each predicted by its left neighbour.
 
-    The first token is counted too, so that the number compares with a NELBO: it is predicted from a mask token that no
-    other position sees, as a sampler without a prompt would predict it.
+    The first token is counted too, so that the number can be compared with a NELBO. It is predicted from a mask token
+    that no other position sees, as a sampler without a prompt would predict it.
     """
 
     mask_token_id: int
@@ -46,5 +46,5 @@ class Autoregressive:
         return Problem(query=query, row=where // length, nats=nats)
 
     def evaluation(self) -> "Autoregressive":
-        """Itself: nothing in it is an approximation."""
+        """Return itself: the likelihood is exact."""
         return self

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from redraft.likelihood.problem import CleanRows, NoiseKey, Objective, solve
+from redraft.likelihood.problem import CleanRows, NoiseKey, Objective, problem_loss
 from redraft.models.denoiser import Denoiser
 
 
 def preference_margins(policy: Float[Tensor, "rows"], reference: Float[Tensor, "rows"]) -> Float[Tensor, "pairs"]:
-    """Return how much more the policy has gained over the reference on the chosen answer than on the rejected one.
+    """Return the policy's gain over the reference on the chosen answer, less that on the rejected one.
 
     Rows are bounds (NELBO, nats) of all chosen answers, then of all rejected ones. With B = -NELBO the margin is
     (B_policy - B_reference)(chosen) - (B_policy - B_reference)(rejected), nats (Eq. 4, arXiv 2505.19223).
-    Raises ValueError for rows that are no pairs.
+    Raises ValueError for an odd number of rows.
     """
     if len(policy) % 2:
         raise ValueError(f"rows must be pairs, first all chosen, then all rejected; got {len(policy)} rows.")
@@ -42,9 +42,9 @@ def bounds(
 ) -> Float[Tensor, "rows"]:
     """Estimate the NELBO of each row by `num_samples` draws in one forward pass, in nats, with gradient.
 
-    Each draw has a time and a mask of its own, which VRPO found to be the best use of a budget; times are strata of
-    one partition over rows and draws. Equal keys draw equal noise: give policy and reference the same one (VRPO's
-    antithetic sampling). `has_plain_head`: take head and loss in chunks (`models.head`).
+    Each draw has its own time and mask, which VRPO found to be the best use of a budget; times are stratified over rows
+    and draws together. Equal keys draw equal noise: give policy and reference the same key (VRPO's antithetic
+    sampling). `has_plain_head`: compute head and loss in chunks (`models.head`).
     """
     count = len(rows.x_0)
     copies = replace(
@@ -56,7 +56,7 @@ def bounds(
     shifted = torch.cat([key.rows + sample * key.total_rows for sample in range(num_samples)])
     drawn = replace(key, rows=shifted, total_rows=num_samples * key.total_rows)
     problem = objective.problem(copies, drawn)
-    _, nats = solve(
+    _, nats = problem_loss(
         denoiser, problem, num_rows=num_samples * count, wrapped=wrapped, has_plain_head=has_plain_head, needs_rows=True
     )
     return nats.view(num_samples, count).mean(dim=0)

@@ -1,3 +1,5 @@
+"""Noise by keys: stratified over the global batch, whatever the batches."""
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ PROCESS = MaskedDiffusion(mask_token_id=2)
 def times(step, rows, total):
     ids = torch.zeros(len(rows), 4, dtype=torch.int64)
     key = NoiseKey(seed=0, step=step, rows=torch.tensor(rows), total_rows=total)
-    return draw_noise(PROCESS, ids, key, can_change=torch.ones_like(ids, dtype=torch.bool)).t[:, 0]
+    clean = CleanRows(x_0=ids, segment_ids=torch.ones_like(ids), is_target=torch.ones_like(ids, dtype=torch.bool))
+    return draw_noise(PROCESS, clean, key).t[:, 0]
 
 
 def test_every_stratum_is_drawn_once_in_each_step():
@@ -30,14 +33,14 @@ def test_noise_does_not_depend_on_the_split_into_batches():
 
 
 @pytest.mark.parametrize(
-    ("has_padding", "isolate_segments", "is_told"),
+    ("has_padding", "isolate_segments", "has_segments"),
     [(True, False, True), (False, True, True), (True, True, True), (False, False, False)],
 )
-def test_attention_is_told_of_segments_where_there_is_padding_or_documents_are_kept_apart(
-    has_padding, isolate_segments, is_told
+def test_attention_gets_segments_where_there_is_padding_or_documents_are_isolated(
+    has_padding, isolate_segments, has_segments
 ):
     ids = torch.tensor([[1, 1, 2, 2]])
     rows = CleanRows(
         x_0=ids, segment_ids=ids, is_target=ids > 0, has_padding=has_padding, isolate_segments=isolate_segments
     )
-    assert (rows.attended_segments is ids) == is_told
+    assert (rows.attended_segments is ids) == has_segments

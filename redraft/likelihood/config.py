@@ -1,0 +1,168 @@
+"""The settings of training objectives and likelihood estimates. This module imports no torch."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from redraft.errors import unknown_name
+from redraft.processes import PROCESSES, process_class
+from redraft.settings import Count, NonNegative, Positive, Seed, Settings, Within
+
+if TYPE_CHECKING:
+    from redraft.likelihood.problem import Objective
+    from redraft.models.settings import DiffusionSettings
+
+SMALLEST_T = 1e-3
+"""Likelihood bounds are taken over t in (SMALLEST_T, 1]: a thousandth of the noise levels is left out."""
+
+PROCESS_OF_KIND = {name: name for name in PROCESSES if name != "autoregressive"}
+PROCESS_OF_KIND |= {"block": "masked", "ar": "autoregressive"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig(Settings):
+    """How likelihoods are estimated."""
+
+    section: ClassVar[str] = "likelihood"
+
+    num_samples: Annotated[int, Within("[4, inf)")] = 128
+    """Monte-Carlo samples per continuation (for a block-causal model: per block)."""
+    cfg_scale: NonNegative = 0.0
+    """Guidance as in LLaDA: un + (scale + 1)(cond - un), where un sees a masked context; doubles the work. 0: off."""
+    seed: Seed = 0
+    """Seed of the masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(Settings):
+    """What is minimised: the noising process, its layout and its weights."""
+
+    section: ClassVar[str] = "objective"
+
+    kind: str = "masked"
+    """masked (MDLM, LLaDA), uniform (UDLM, Duo), block (BD3LM), ar (autoregressive), or your own as MODULE:CLASS."""
+    block_size: Count | None = None
+    """Tokens in a block; kind block needs it."""
+    smallest_block: Count | None = None
+    """Draw each step's block size among this, its doubles, and block_size, to sample with any of them; kind block."""
+    complementary: bool = False
+    """Take each row twice, under a mask and under its complement: twice the work, less variance. masked, block."""
+    cart: Annotated[float, Within("(0, 1]")] | None = None
+    """Weigh a noised token by the clean tokens near it, in place of the bound's weight (Dream's CART); the smaller, the
+    farther a clean token counts. kind masked."""
+    schedule: Literal["linear", "log-linear", "cosine", "polynomial", "geometric"] = "linear"
+    """Noise schedule; polynomial has power 2."""
+    t_min: float = SMALLEST_T
+    """Smallest time drawn in training. A larger one avoids rows with few masked tokens and large weights."""
+    t_max: float = 1.0
+    """Largest time drawn in training. (Clipped noise: arXiv 2503.09573. Evaluation always covers (0.001, 1].)"""
+    exclude_mask: bool = True
+    """Give the mask token probability 0 in the softmax (MDLM); LLaDA does not."""
+    beta: Positive = 0.1
+    """How strongly a preference holds the model to its start (DPO's beta; data.kind preference)."""
+    num_samples: Count = 8
+    """Draws of time and mask per answer of a pair; all are kept for the backward pass (data.kind preference)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.t_min < self.t_max <= 1:
+            raise ValueError(
+                f"objective.t_min and t_max must satisfy 0 <= t_min < t_max <= 1; got {self.t_min}, {self.t_max}."
+            )
+        if ":" in self.kind:
+            _find_class(self.kind)
+        elif self.kind not in PROCESS_OF_KIND:
+            raise unknown_name("objective.kind", self.kind, (*PROCESS_OF_KIND, "MODULE:CLASS"))
+        else:
+            self._check_kind()
+
+    def _check_kind(self) -> None:
+        """Raise ValueError for settings that this kind of objective does not have."""
+        if (self.kind == "block") != (self.block_size is not None):
+            advice = "Set it, e.g. to 16." if self.kind == "block" else "Use --objective.kind block, or leave it out."
+            raise ValueError(f"objective.block_size goes with kind block; got {self.block_size}, {self.kind}. {advice}")
+        if self.smallest_block is not None and self.smallest_block > (self.block_size or 0):
+            raise ValueError(
+                "objective.smallest_block must be at most block_size, of kind block; got "
+                f"{self.smallest_block}, {self.block_size}."
+            )
+        if self.complementary and (self.kind not in ("masked", "block") or self.schedule != "linear"):
+            raise ValueError(
+                f"objective.complementary needs masked noise (kind masked or block) and the linear schedule; "
+                f"got {self.kind}, {self.schedule}."
+            )
+        is_even = self.t_min + self.t_max == 1 or (self.t_min <= SMALLEST_T and self.t_max == 1)
+        if self.complementary and not is_even:
+            raise ValueError(
+                "objective.complementary noises at t and at 1 - t, so t_min and t_max must be symmetric about 0.5; got "
+                f"{self.t_min}, {self.t_max}. Use t_max = 1 - t_min."
+            )
+        if self.cart is not None and self.kind != "masked":
+            raise ValueError(f"objective.cart is for kind masked; got kind {self.kind}. Leave cart out.")
+
+    @property
+    def process(self) -> str:
+        """Name of the noising process; an objective of your own trains a masked model."""
+        return PROCESS_OF_KIND.get(self.kind, "masked")
+
+    @property
+    def fills_rows(self) -> bool:
+        """Whether all of a row is denoised together, so that its length is known beforehand."""
+        return self.kind in PROCESSES
+
+    @property
+    def measure(self) -> str:
+        """What an evaluation reports: a bound on the negative log-likelihood, or the likelihood itself."""
+        return "NLL" if self.kind == "ar" else "NELBO"
+
+    def build(self, *, mask_token_id: int, vocab_size: int) -> "Objective":
+        """Build the objective for a model's vocabulary. Your own class is called with the same and `config=self`."""
+        from redraft.likelihood.objectives.autoregressive import Autoregressive
+        from redraft.likelihood.objectives.diffusion import Diffusion
+        from redraft.schedules import schedule_from_name
+
+        if ":" in self.kind:
+            custom: Objective = _find_class(self.kind)(config=self, mask_token_id=mask_token_id, vocab_size=vocab_size)
+            return custom
+        if self.kind == "ar":
+            return Autoregressive(mask_token_id=mask_token_id)
+        process = process_class(self.process).build(
+            mask_token_id=mask_token_id,
+            vocab_size=vocab_size,
+            schedule=schedule_from_name(self.schedule),
+            exclude_mask=self.exclude_mask,
+        )
+        return Diffusion(
+            process=process,
+            block_size=self.block_size,
+            smallest_block=self.smallest_block,
+            t_min=self.t_min,
+            t_max=self.t_max,
+            is_complementary=self.complementary,
+            cart=self.cart,
+        )
+
+    def settings(self, mask_token_id: int) -> "DiffusionSettings":
+        """Return what the checkpoint says about the model that this objective trains."""
+        from redraft.models.settings import DiffusionSettings
+
+        is_ar = self.kind == "ar"
+        return DiffusionSettings(
+            mask_token_id=mask_token_id,
+            process=self.process,
+            schedule=self.schedule,
+            shift_logits=is_ar,
+            block_size=1 if is_ar else self.block_size,
+        )
+
+
+def _find_class(name: str) -> Any:
+    """Import MODULE:CLASS. Raises ValueError where it cannot be imported, or is no objective."""
+    module, _, attribute = name.partition(":")
+    try:
+        objective = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"objective.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    if missing := [method for method in ("problem", "evaluation") if not hasattr(objective, method)]:
+        raise ValueError(f"objective.kind {name} is no objective: it has no {' and no '.join(missing)}.")
+    return objective
