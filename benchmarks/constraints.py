@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from redraft.constraints.constraints import Choice, Constraint, Contains, JsonSchema, Length, Regex
+from redraft.constraints.kinds import Choice, Constraint, Contains, JsonSchema, Length, Regex
 
 PERSON = {
     "type": "object",

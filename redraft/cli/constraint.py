@@ -19,7 +19,7 @@ class ConstraintArguments:
 
     def constraint(self) -> Any:
         """Build the constraint; None where nothing is asked for. Raises ValueError for a file that cannot be read."""
-        from redraft.constraints.constraints import All, Choice, Constraint, JsonSchema, Regex
+        from redraft.constraints.kinds import All, Choice, Constraint, JsonSchema, Regex
 
         parts: list[Constraint] = [] if self.regex is None else [Regex(self.regex)]
         if self.json_schema is not None:
@@ -30,7 +30,7 @@ class ConstraintArguments:
 
 
 def _schema_text(given: str) -> str:
-    from redraft.constraints.json_schema import MAX_CHARACTERS
+    from redraft.constraints.schema import MAX_CHARACTERS
 
     if _is_json(given):
         return given

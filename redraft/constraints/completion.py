@@ -6,8 +6,9 @@ what is decided and what is open; and a walk back that takes it. After DINGO (ar
 left-to-right blocks; here decided tokens may lie anywhere.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,22 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.constraints.automaton import Bools, Floats, TokenAutomaton
-
-_LANES = 8
-_LOWEST = -1e9  # for tokens that the model rules out: the constraint is harder than the model's zeros
-
+from redraft.constraints.kinds import TokenLimits
 
 MAX_TAILS = 8
-"""The most lengths of a canvas for which a constraint keeps what can be filled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Bounds on the number of tokens before the end, and tokens fixed at positions."""
-
-    min_tokens: int = 0
-    max_tokens: int | None = None
-    spans: Mapping[int, int] = field(default_factory=dict)
+"""Number of canvas lengths for which a constraint remembers what can be filled."""
+_LANES = 8
+_LOWEST = -1e9  # for tokens that the model rules out: where nothing else satisfies the constraint they are used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +31,7 @@ class CompiledConstraint:
     """A constraint over a vocabulary. Its walks run on the CPU, on logits that were reduced where they are."""
 
     automaton: TokenAutomaton
-    limits: Limits
-    _tails: dict[int, Bools] = field(default_factory=dict, repr=False)
-    _on_device: dict[torch.device, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
+    limits: TokenLimits
 
     def check(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"]) -> None:
         """Raise ValueError with the reason if no completion of the canvas satisfies the constraint.
@@ -55,7 +44,7 @@ class CompiledConstraint:
                 f"the canvas must hold the spans, up to position {max(self.limits.spans)};"
                 f" got {length} tokens. Lengthen it."
             )
-        if not self._tail(length)[0, 0]:
+        if not self._fillable(length)[0, 0]:
             raise ValueError(self._why_not(length))
         self._weigh(self._classes(tokens, is_noise), {})
 
@@ -67,27 +56,21 @@ class CompiledConstraint:
         where: Int[Tensor, "n"],
         logits: Float[Tensor, "n vocab"],
         *,
-        temperature: float = 0.0,
         u: Float[Tensor, "n"] | None = None,
     ) -> Int[Tensor, "n"]:
         """Propose tokens for the open positions `where` (ascending) of one row, so that the whole can be completed.
 
-        At temperature 0 the most probable joint completion under independent positions; else an exact draw from the
-        product of softmax(logits / temperature) restricted to what can be completed, one number u in [0, 1) a position.
-        Any subset may be committed. Noise elsewhere may become anything. Where such noise lies before an open position,
-        a draw walks over it on the state with the most mass behind it: valid, but no longer exact.
+        Without `u` the most probable joint completion under independent positions; with `u`, one number in [0, 1) for
+        each position, an exact draw from the product of softmax(logits) restricted to what can be completed. Any subset
+        may be committed. Noise elsewhere may become anything. Where such noise lies before an open position, a draw
+        passes it by the state with the most mass behind it: valid, but no longer exact.
 
         Raises ValueError if there is no completion, which `check` at the start rules out.
         """
-        is_draw = temperature > 0
-        if is_draw and u is None:
-            raise ValueError(f"a temperature of {temperature} needs random numbers u; got None.")
-        if temperature not in (0, 1):
-            logits = logits.float() / temperature
-        automaton, spans = self.automaton, self.limits.spans
+        automaton, spans, is_draw = self.automaton, self.limits.spans, u is not None
         places: list[int] = where.tolist()  # sync: one transfer each of positions, scores and tokens
         scores = dict(zip(places, self._class_scores(logits, is_draw).double().cpu().numpy(), strict=True))
-        draws = dict(zip(places, u.tolist() if is_draw and u is not None else [None] * len(places), strict=True))
+        draws = {} if u is None else dict(zip(places, u.tolist(), strict=True))
         classes = self._classes(tokens, is_noise)
         state, first, beta = self._weigh(classes, scores, is_draw=is_draw)
         walk: dict[int, tuple[int, float]] = {}
@@ -100,11 +83,11 @@ class CompiledConstraint:
                 known = int(leaving[chosen])
                 walk[i] = known, rest
             state = automaton.next(state, known)
-        found = [
+        chosen_tokens = [
             where.new_tensor(spans[place]) if place in spans else self._token(*walk[place], of_place, is_draw).to(where)
             for place, of_place in zip(places, logits, strict=True)
         ]
-        return torch.stack(found)
+        return torch.stack(chosen_tokens)
 
     def _classes(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"]) -> list[int | None]:
         """Return the class of each decided token, None for noise."""
@@ -130,7 +113,7 @@ class CompiledConstraint:
         for known in classes[:first]:
             state = self.automaton.next(state, -1 if known is None else known)
         end = 1 + max((i for i, known in enumerate(classes) if known is not None or i in scores), default=-1)
-        beta = {end: np.where(self._tail(len(classes))[end], 0.0, -np.inf)}
+        beta = {end: np.where(self._fillable(len(classes))[end], 0.0, -np.inf)}
         for i in reversed(range(first, end)):
             beta[i] = self._before(i, beta[i + 1], classes[i], scores.get(i), is_draw)
         if beta[first][state] == -np.inf:
@@ -152,23 +135,23 @@ class CompiledConstraint:
     def _allowed(self, boundary: int) -> Bools:
         """Tell the states in which `boundary` tokens may leave the text, given the bounds on its length."""
         automaton, limits = self.automaton, self.limits
-        allowed = np.zeros(automaton.num_states, np.bool_)
-        allowed[: automaton.num_texts] = limits.max_tokens is None or boundary <= limits.max_tokens
-        allowed[automaton.num_texts : automaton.dead] = boundary > limits.min_tokens
+        allowed = np.ones(automaton.num_states, np.bool_)
+        allowed[: automaton.after_end] = limits.max_tokens is None or boundary <= limits.max_tokens
+        allowed[automaton.after_end] = boundary > limits.min_tokens
         return allowed
 
-    def _tail(self, length: int) -> Bools:
+    @cached_property
+    def _fillable(self) -> Callable[[int], Bools]:
         """Tell for each boundary and state whether the rest of a canvas without decided tokens can be filled."""
-        if length not in self._tails:
-            spans = self.limits.spans
-            tail = np.zeros((length + 1, self.automaton.num_states), np.bool_)
-            tail[length] = self.automaton.is_final & self._allowed(length) & (length >= self.limits.min_tokens)
-            for i in reversed(range(length)):
-                tail[i] = self._before(i, tail[i + 1], self._class(spans[i]) if i in spans else None)
-            while len(self._tails) >= MAX_TAILS:
-                self._tails.pop(next(iter(self._tails)))
-            self._tails[length] = tail
-        return self._tails[length]
+        return lru_cache(MAX_TAILS)(self._tail)
+
+    def _tail(self, length: int) -> Bools:
+        spans = self.limits.spans
+        tail = np.zeros((length + 1, self.automaton.num_states), np.bool_)
+        tail[length] = self.automaton.is_final & self._allowed(length) & (length >= self.limits.min_tokens)
+        for i in reversed(range(length)):
+            tail[i] = self._before(i, tail[i + 1], self._class(spans[i]) if i in spans else None)
+        return tail
 
     def _class_scores(self, logits: Float[Tensor, "n vocab"], is_draw: bool) -> Float[Tensor, "n classes"]:
         """Reduce logits to the best, or to the log of the sum, of each class."""
@@ -191,20 +174,19 @@ class CompiledConstraint:
         lanes = best.view(len(logits), -1, _LANES)[:, :-1]
         return lanes.logsumexp(dim=2) if is_draw else lanes.amax(dim=2)
 
-    def _vocabulary(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """Return the tokens to look at, None for all, and where their logits go; few are gathered, not all read.
+    @cached_property
+    def _vocabulary(self) -> Callable[[torch.device], tuple[Tensor | None, Tensor]]:
+        """Return the tokens whose logits are read, None for all, and the lane that each is reduced to."""
+        return cache(self._usable_tokens)
 
-        A class is reduced in lanes first: a sum into one place would wait for itself.
-        """
-        if device not in self._on_device:
-            class_of = self.automaton.class_of
-            usable = np.flatnonzero(class_of != self.automaton.num_classes)
-            is_few = 2 * len(usable) < len(class_of)
-            classes = class_of[usable] if is_few else class_of
-            lane_of = classes * _LANES + np.arange(len(classes)) % _LANES
-            kept = torch.from_numpy(usable).to(device) if is_few else None
-            self._on_device[device] = kept, torch.from_numpy(lane_of).to(device)
-        return self._on_device[device]
+    def _usable_tokens(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        # Each class has eight lanes for its partial results: additions to one address would wait for each other.
+        class_of = self.automaton.class_of
+        usable = np.flatnonzero(class_of != self.automaton.num_classes)
+        is_few = 2 * len(usable) < len(class_of)  # then gathering them is faster than reading all
+        classes = class_of[usable] if is_few else class_of
+        lane_of = classes * _LANES + np.arange(len(classes)) % _LANES
+        return torch.from_numpy(usable).to(device) if is_few else None, torch.from_numpy(lane_of).to(device)
 
     def _token(self, token_class: int, rest: float, logits: Float[Tensor, "vocab"], is_draw: bool) -> Int[Tensor, ""]:
         """Pick the best token of a class, or the one on which the draw falls."""
@@ -222,15 +204,15 @@ class CompiledConstraint:
     def _why_not(self, length: int) -> str:
         """Say which lengths would do, for a canvas of which nothing is given."""
         automaton, limits, possible = self.automaton, self.limits, []
-        can_end = automaton.is_final & (np.arange(automaton.num_states) < automaton.num_texts)  # by n more tokens
+        can_end = automaton.is_final & (np.arange(automaton.num_states) < automaton.after_end)  # by n more tokens
         for n in range(length + automaton.num_states + 1):
             if can_end[0] and n >= limits.min_tokens and (limits.max_tokens is None or n <= limits.max_tokens):
                 possible.append(n)
             if not can_end.any() or (len(possible) > 2 and possible[-3] > length):
                 break
             can_end = automaton.before_any(can_end)
-        most = "any number of" if limits.max_tokens is None else limits.max_tokens
-        bounds = f" of {limits.min_tokens} to {most} tokens" if limits != Limits() else ""
+        highest = "any number of" if limits.max_tokens is None else limits.max_tokens
+        bounds = f" of {limits.min_tokens} to {highest} tokens" if limits != TokenLimits() else ""
         if not possible:
             return f"no text{bounds} in this vocabulary satisfies the constraint. Loosen it."
         if length < possible[0]:

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from redraft.cli.constraint import ConstraintArguments
-from redraft.constraints.constraints import JsonSchema
-from redraft.constraints.json_schema import MAX_CHARACTERS
+from redraft.constraints.kinds import JsonSchema
+from redraft.constraints.schema import MAX_CHARACTERS
 
 
 def test_a_schema_is_read_from_its_file(tmp_path):

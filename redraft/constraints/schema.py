@@ -2,16 +2,13 @@
 
 The language is a subset of what the schema accepts, so that every match is valid: properties in the schema's order, no
 other properties beside listed ones, numbers of at most 15 digits before the point, no needless escapes in strings.
-What cannot be honoured is refused, never ignored.
+What cannot be followed is refused, never ignored.
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import combinations
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,9 +18,7 @@ from redraft.constraints.regex import Pattern
 
 CHARACTER = r'(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00[01][0-9a-f])'
 FREE_DEPTH = 2
-"""The most containers inside each other where a schema allows any value: their automata grow fourfold with each."""
-MAX_STEPS = 50_000
-"""The most subschemas and pairs of alternatives that are looked at, a few microseconds each."""
+"""Largest number of containers inside each other where a schema allows any value: automata grow fourfold with each."""
 MAX_CHARACTERS = 1_000_000
 _DATE = r"[1-9][0-9]{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:0[0-9]|1[0-2]):[0-5][0-9])"
@@ -35,27 +30,22 @@ FORMATS = {
 }
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
 _ANNOTATIONS |= {"$schema", "$id", "id", "$anchor", "$comment", "$defs", "definitions", "discriminator"}
-_DATA = {"default", "examples", "discriminator", "const", "enum"}
-"""Keywords whose values are no schemas, and hold no $id and no $anchor, whatever they look like."""
-_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"}
-"""Keywords whose values are objects of schemas by name."""
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_list(value: Any, of: type = object, least: int = 0) -> bool:
-    return isinstance(value, list) and len(value) >= least and all(isinstance(one, of) for one in value)
+def _is_list(value: Any, of: type = object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, of) for one in value)
 
 
 Check = tuple[str, Callable[[Any], bool]]
 """What the value of a keyword must be: in words, and as a test."""
 _TEXT: Check = "a text", lambda value: isinstance(value, str)
 _SCHEMA: Check = "an object or a boolean", lambda value: isinstance(value, bool | dict)
-_COUNT: Check = "a whole number from 0", lambda value: _is_number(value) and value >= 0 and value % 1 == 0
-_OPEN: Check = "a number, or a boolean beside minimum or maximum", _is_number
-_TYPES: Check = "a type or a list of types", lambda value: isinstance(value, str) or _is_list(value, str, 1)
+_COUNT: Check = "a whole number from 0", lambda value: _is_number(value) and isinstance(value, int) and value >= 0
+_TYPES: Check = "a type or a list of types", lambda value: isinstance(value, str) or (_is_list(value, str) and value)
 _RULES: tuple[tuple[str, Check, str], ...] = (
     ("object", ("an object", lambda value: isinstance(value, dict)), "properties"),
     ("object", ("a list of names", lambda value: _is_list(value, str)), "required"),
@@ -63,19 +53,18 @@ _RULES: tuple[tuple[str, Check, str], ...] = (
     ("object", _COUNT, "minProperties maxProperties"),
     ("array", _SCHEMA, "items unevaluatedItems"),
     ("array", _COUNT, "minItems maxItems"),
+    ("array", ("false", lambda value: value is False), "uniqueItems"),
     ("string", _COUNT, "minLength maxLength"),
     ("string", _TEXT, "pattern format"),
-    ("number", ("a number", _is_number), "minimum maximum"),
-    ("number", _OPEN, "exclusiveMinimum exclusiveMaximum"),
+    ("number", ("a number", _is_number), "minimum maximum exclusiveMinimum exclusiveMaximum"),
     ("any", _TYPES, "type"),
     ("alone", _TEXT, "$ref"),
     ("alone", ("a list", _is_list), "enum"),
     ("alone", ("anything", lambda _: True), "const"),
-    ("alone", ("a list of at least one", lambda value: _is_list(value, least=1)), "anyOf oneOf allOf"),
+    ("alone", ("a list of at least one", lambda value: _is_list(value) and value), "anyOf oneOf allOf"),
 )
 """The type that keywords speak of, what their values must be, and the keywords."""
 _KEYWORDS = {keyword: (kind, check) for kind, check, keywords in _RULES for keyword in keywords.split()}
-_ALONE = [keyword for keyword, (kind, _) in _KEYWORDS.items() if kind == "alone"]
 _KINDS = ("object", "array", "string", "integer", "number", "boolean", "null")
 _ANYTHING: dict[str, Any] = {}
 """The schema of any value."""
@@ -87,7 +76,7 @@ def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int, wh
     """Return the pattern of JSON texts that fit a schema, with at most `max_depth` nested containers.
 
     Supported: type, enum, const, anyOf, oneOf of alternatives that exclude each other by type, constant or a common
-    required property, $ref inside the schema (recursion up to the depth), and the keywords of `_RULES`.
+    required property, $ref by a path inside the schema (recursion up to the depth), and the keywords of `_RULES`.
     Raises ValueError for any other keyword, for values that a keyword cannot have, and if no value fits within the
     depth.
     """
@@ -107,38 +96,24 @@ def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int, wh
 
 
 def _document(schema: Any) -> Any:
-    """Read a schema as JSON; what Python holds beside JSON is refused."""
+    """Read a schema as JSON, whole numbers as integers; what Python holds beside JSON is refused."""
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"it has more than {MAX_CHARACTERS} characters")
-        document = json.loads(text)
-        json.dumps(document, allow_nan=False)
+        document = json.loads(text, parse_float=_number)
+        json.dumps(document, allow_nan=False, ensure_ascii=False).encode()  # refuses NaN and lone surrogates
     except (ValueError, TypeError) as error:
         raise ValueError(f"the JSON schema is not JSON: {error}; got {schema!r:.200}. Edit it.") from error
     return document
 
 
+def _number(text: str) -> float:
+    return int(float(text)) if float(text).is_integer() else float(text)
+
+
 def _refuse(what: str, got: Any, remedy: str) -> ValueError:
     return ValueError(f"the JSON schema cannot be a constraint: {what}; got {got!r:.200}. {remedy}")
-
-
-def _check(schema: Any) -> None:
-    """Raise ValueError for what is no schema, for keywords not supported and for values that a keyword cannot have."""
-    if not isinstance(schema, Mapping):
-        raise _refuse(f"a schema must be {_SCHEMA[0]}", schema, "Edit it.")
-    for key in sorted(schema.keys() - _ANNOTATIONS):
-        value = schema[key]
-        is_one_of_integers = _is_number(value) and value == 1 and schema.get("type") == "integer"
-        if (key == "uniqueItems" and value is False) or (key == "multipleOf" and is_one_of_integers):
-            continue
-        if key not in _KEYWORDS:
-            raise _refuse("unsupported keyword", key, f"Supported are {', '.join(sorted(_KEYWORDS))}.")
-        expected, fits = _KEYWORDS[key][1]
-        if key.startswith("exclusive") and isinstance(value, bool):  # draft 4: it says what the bound beside is
-            value = schema.get(key.removeprefix("exclusive").lower()) if value else 0
-        if not fits(value):
-            raise _refuse(f"{key} must be {expected}", schema[key], "Edit it.")
 
 
 @dataclass(kw_only=True)
@@ -150,15 +125,21 @@ class _Writer:
     comma: Pattern
     written: dict[tuple[int, int], Any] = field(default_factory=dict)
     """By schema and depth, so that equal parts are one object."""
-    steps: int = 0
 
-    def spend(self, steps: int) -> None:
-        self.steps += steps
-        if self.steps > MAX_STEPS:
-            raise _refuse("it is too large", f"more than {MAX_STEPS} subschemas and alternatives", "Make it smaller.")
+    def check(self, schema: Any) -> None:
+        """Raise ValueError for what is no schema, for unsupported keywords and values that a keyword cannot have."""
+        if not isinstance(schema, Mapping):
+            raise _refuse(f"a schema must be {_SCHEMA[0]}", schema, "Edit it.")
+        if schema is not self.root and schema.keys() & {"$id", "id"}:
+            raise _refuse("a part with an $id, in which $ref would start from there", schema, "Leave the $id out.")
+        for key in sorted(schema.keys() - _ANNOTATIONS):
+            if key not in _KEYWORDS:
+                raise _refuse("unsupported keyword", key, f"Supported are {', '.join(sorted(_KEYWORDS))}.")
+            expected, fits = _KEYWORDS[key][1]
+            if not fits(schema[key]):
+                raise _refuse(f"{key} must be {expected}", schema[key], "Edit it.")
 
     def value(self, schema: Any, depth: int) -> Pattern | None:
-        self.spend(1)
         if schema is True or (isinstance(schema, Mapping) and not schema.keys() - _ANNOTATIONS):
             schema, depth = _ANYTHING, min(depth, FREE_DEPTH)
         key = (id(schema), depth)
@@ -173,29 +154,26 @@ class _Writer:
     def _value(self, schema: Any, depth: int) -> Pattern | None:
         if schema is False:
             return None
-        _check(schema)
-        key = next((key for key in _ALONE if key in schema), None)
+        self.check(schema)
+        key = next((key for key in _KEYWORDS if key in schema and _KEYWORDS[key][0] == "alone"), None)
         if key is None:
-            return _either([self._of_type(kind, schema, depth) for kind in _kinds(schema)])
+            return _either([self._of_kind(kind, schema, depth) for kind in _kinds(schema)])
         beside = schema.keys() - _ANNOTATIONS - {key, "type" if key in ("enum", "const") else key}
         if beside:
             raise _refuse(f"{key} must stand alone", sorted(beside), "Write the combination out.")
         if key == "$ref":
-            return self.value(self._resolve(schema), depth)
+            return self.value(self._target(schema[key]), depth)
         if key in ("enum", "const"):
-            values = _constants(schema)
-            self.spend(len(values))
-            return _one_of([value for value in values if _kinds_of(value) & _types(schema)])
+            return _one_of([value for value in _constants(schema) if _kinds_of(value) & _types(schema)])
         options = schema[key]
+        pattern = _either([self.value(option, depth) for option in options])
         if key == "allOf" and len(options) > 1:
             raise _refuse("allOf of several schemas", options, "Merge them into one.")
-        patterns = [self.value(option, depth) for option in options]
-        for a, b in combinations(options, 2) if key == "oneOf" else ():
-            if not self._exclude(a, b):
-                raise _refuse("alternatives of oneOf may both fit", [a, b], "Use anyOf, or tell them apart by a const.")
-        return _either(patterns)
+        if key == "oneOf" and not self._are_exclusive(options):
+            raise _refuse("alternatives of oneOf may both fit", options, "Use anyOf, or tell them apart by a const.")
+        return pattern
 
-    def _of_type(self, kind: str, schema: Mapping[str, Any], depth: int) -> Pattern | None:
+    def _of_kind(self, kind: str, schema: Mapping[str, Any], depth: int) -> Pattern | None:
         if kind in ("object", "array"):
             write = self._object if kind == "object" else self._array
             return write(schema, depth - 1) if depth > 0 else None
@@ -211,14 +189,14 @@ class _Writer:
         required = set(schema.get("required", ()))
         for name in sorted(required - properties.keys()):
             properties[name] = others
-        least, most = schema.get("minProperties", 0), schema.get("maxProperties", math.inf)
-        if not properties and others is not False:
-            if least > 1:
-                raise _refuse("minProperties above 1 cannot tell equal names apart", least, "Name the properties.")
-            member = self._member(_quoted(_times(0, math.inf, CHARACTER)), self.value(others, depth))
-            return self._repeated("{}", member, least, most)
-        if least > len(required) or most < len(properties):
-            raise _refuse("minProperties and maxProperties with listed properties", sorted(schema), "Use required.")
+        fewest, most = schema.get("minProperties", 0), schema.get("maxProperties")
+        if not properties and others is not False and fewest < 2:
+            member = self._member(_quoted(("repeat", 0, None, CHARACTER)), self.value(others, depth))
+            return self._repeated("{}", member, fewest, most)
+        if fewest > len(required) or (most is not None and most < len(properties)):
+            raise _refuse(
+                "minProperties and maxProperties need the names of properties", sorted(schema), "Use required."
+            )
         members = [
             (self._member(_text(name), self.value(schema, depth)), name in required)
             for name, schema in properties.items()
@@ -233,88 +211,58 @@ class _Writer:
 
     def _array(self, schema: Mapping[str, Any], depth: int) -> Pattern | None:
         item = self.value(schema.get("items", schema.get("unevaluatedItems", True)), depth)
-        return self._repeated("[]", item, schema.get("minItems", 0), schema.get("maxItems", math.inf))
+        return self._repeated("[]", item, schema.get("minItems", 0), schema.get("maxItems"))
 
-    def _repeated(self, brackets: str, item: Pattern | None, least: float, most: float) -> Pattern | None:
-        """Write `least` to `most` items with commas between."""
-        if most < least or (item is None and least > 0):
+    def _repeated(self, brackets: str, item: Pattern | None, fewest: int, most: int | None) -> Pattern | None:
+        """Write `fewest` to `most` items with commas between."""
+        if (most is not None and most < fewest) or (item is None and fewest > 0):
             return None
         inside: Pattern = ("text", "")
-        if item is not None and most > 0:
-            tail = _times(max(least - 1, 0), most - 1, ("join", self.comma, item))
-            inside = ("join", item, tail) if least else ("either", ("join", item, tail), inside)
+        if item is not None and most != 0:
+            further = ("repeat", max(fewest - 1, 0), None if most is None else most - 1, ("join", self.comma, item))
+            inside = ("join", item, further) if fewest else ("either", ("join", item, further), inside)
         return ("join", ("text", brackets[0]), inside, ("text", brackets[1]))
 
-    def _exclude(self, a: Any, b: Any) -> bool:
-        """Tell that no value fits both, on the safe side."""
-        self.spend(1)
-        for one, other in ((a, b), (b, a)):
-            if isinstance(one, bool):
+    def _are_exclusive(self, options: Sequence[Any]) -> bool:
+        """Tell that no value fits two options, by its type, by constants, or by a property that all objects require.
+
+        False also where that cannot be told.
+        """
+        options = [self._resolved(option) for option in options]
+        if True in options or False in options:
+            return False
+        for kind in _KINDS:
+            rivals = [option for option in options if kind in _possible_kinds(option)]
+            constants = [value for option in rivals for value in {json.dumps(one) for one in _constants(option)}]
+            if len(rivals) < 2 or (
+                all(option.keys() & {"enum", "const"} for option in rivals) and len(set(constants)) == len(constants)
+            ):
+                continue
+            shared = set.intersection(*(set(_required(option)) for option in rivals)) if kind == "object" else ()
+            if not any(self._are_exclusive([_required(option)[name] for option in rivals]) for name in shared):
                 return False
-            _check(one)
-            if "$ref" in one:
-                return self._exclude(self._resolve(one), other)
-        common = _possible_kinds(a) & _possible_kinds(b)
-        if not common:
-            return True
-        if all("enum" in one or "const" in one for one in (a, b)):
-            self.spend(len(_constants(a)) * len(_constants(b)) // 10)
-            return not any(x == y for x in _constants(a) for y in _constants(b))
-        # Of values that are objects on both sides, a property that both require may decide.
-        ours, theirs = _required(a), _required(b)
-        shared = ours.keys() & theirs.keys()
-        return common == {"object"} and any(self._exclude(ours[name], theirs[name]) for name in shared)
+        return True
 
-    @cached_property
-    def references(self) -> tuple[dict[str, list[Any]], set[int]]:
-        """Return the schemas that a name leads to, and the ids of those whose $ref starts from the root."""
-        named: dict[str, list[Any]] = {}
-        inside = list(_subschemas(self.root))
-        for part in inside:
-            anchors = [f"#{part['$anchor']}"] if isinstance(part.get("$anchor"), str) else []
-            for name in anchors + _ids(part):
-                named.setdefault(name, []).append(part)
-        return named, {id(part) for part in inside}
+    def _resolved(self, schema: Any) -> Any:
+        if isinstance(schema, bool):
+            return schema
+        self.check(schema)
+        return self._resolved(self._target(schema["$ref"])) if "$ref" in schema else schema
 
-    def _resolve(self, schema: Mapping[str, Any]) -> Any:
-        reference = schema["$ref"]
-        if not reference.startswith("#"):
-            raise _refuse("a $ref must point into the schema itself", reference, "Copy what it names under $defs.")
-        named, from_root = self.references
-        if id(schema) not in from_root:
-            raise _refuse("a $ref inside data, or inside a part with an $id", reference, "Leave the $id out.")
-        path = unquote(reference)
-        if not path.startswith("#/") and path != "#":
-            found = named.get(path, [])
-            if len(found) != 1:
-                raise _refuse("a $ref to an $anchor must lead to one schema", reference, f"It leads to {len(found)}.")
-            return found[0]
+    def _target(self, reference: str) -> Any:
+        """Find the schema that a $ref leads to."""
+        if reference != "#" and not reference.startswith("#/"):
+            raise _refuse("a $ref must be a path inside the schema, '#/...'", reference, "Put what it names in $defs.")
         at = self.root
-        for part in path.split("/")[1:]:
+        for part in unquote(reference).split("/")[1:]:
             name = part.replace("~1", "/").replace("~0", "~")
             at = {str(i): inner for i, inner in enumerate(at)} if isinstance(at, list) else at
             if not isinstance(at, dict) or name not in at:
                 raise _refuse("a $ref that leads nowhere", reference, "Define it under $defs.")
+            if at is not self.root and isinstance(at.get("$id", at.get("id")), str):
+                raise _refuse("a $ref into a part with an $id", reference, "Leave the $id out.")
             at = at[name]
         return at
-
-
-def _ids(schema: Mapping[str, Any]) -> list[str]:
-    return [schema[key] for key in ("$id", "id") if isinstance(schema.get(key), str)]
-
-
-def _subschemas(root: Any) -> Iterator[Any]:
-    """Yield a schema and those inside, but for parts with an $id: theirs is another root. Data are not looked at."""
-    stack = [root]
-    while stack:
-        part = stack.pop()
-        if isinstance(part, list):
-            stack += part
-        elif isinstance(part, dict) and (part is root or all(name.startswith("#") for name in _ids(part))):
-            yield part
-            for key in part.keys() - _DATA:
-                value = part[key]
-                stack += value.values() if key in _MAPS and isinstance(value, dict) else [value]
 
 
 def _either(options: Sequence[Pattern | None]) -> Pattern | None:
@@ -334,15 +282,8 @@ def _quoted(*inside: Pattern) -> Pattern:
     return ("join", _QUOTE, *inside, _QUOTE)
 
 
-def _times(least: float, most: float, pattern: Pattern) -> Pattern:
-    return ("repeat", int(least), None if most == math.inf else int(most), pattern)
-
-
 def _text(value: Any) -> tuple[str, str]:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise _refuse("a text that UTF-8 cannot write", value, "Leave out lone surrogates.")
-    return ("text", text)
+    return ("text", json.dumps(value, ensure_ascii=False, separators=(",", ":")))
 
 
 def _kinds(schema: Mapping[str, Any]) -> list[str]:
@@ -362,8 +303,7 @@ def _required(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _constants(schema: Mapping[str, Any]) -> list[Any]:
-    values: list[Any] = schema["enum"] if "enum" in schema else [schema["const"]]
-    return values
+    return [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
 
 
 def _types(schema: Mapping[str, Any]) -> set[str]:
@@ -372,22 +312,22 @@ def _types(schema: Mapping[str, Any]) -> set[str]:
 
 def _kinds_of(value: Any) -> set[str]:
     if _is_number(value):
-        return {"number", "integer"} if value % 1 == 0 else {"number"}
+        return {"number", "integer"} if isinstance(value, int) else {"number"}
     return {{bool: "boolean", str: "string", list: "array", dict: "object"}.get(type(value), "null")}
 
 
 def _possible_kinds(schema: Mapping[str, Any]) -> set[str]:
     """Return the types a value may have; integers are numbers too."""
-    if "enum" in schema or "const" in schema:
+    if schema.keys() & {"enum", "const"}:
         return set().union(*map(_kinds_of, _constants(schema)))
     kinds = _types(schema)
     return kinds | {"number"} if "integer" in kinds else kinds
 
 
 def _string(schema: Mapping[str, Any]) -> Pattern | None:
-    least, most = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+    fewest, most = schema.get("minLength", 0), schema.get("maxLength")
     if "pattern" not in schema and "format" not in schema:
-        return _quoted(_times(least, most, CHARACTER)) if least <= most else None
+        return None if most is not None and most < fewest else _quoted(("repeat", fewest, most, CHARACTER))
     if len({"pattern", "format", "minLength", "maxLength"} & schema.keys()) > 1:
         raise _refuse("pattern, format and bounds on the length of one string", dict(schema), "Keep one of them.")
     if "pattern" in schema:
@@ -403,6 +343,6 @@ def _searched(pattern: str) -> list[Pattern]:
         remedy = "Leave out '{,', '[]' and '[^]'."
         raise _refuse("a pattern that Python and JavaScript read differently", pattern, remedy)
     at_start, at_end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
-    anything = _times(0, math.inf, CHARACTER)
+    anything = ("repeat", 0, None, CHARACTER)
     inner = ("searched", pattern[at_start : len(pattern) - at_end])
     return [*([] if at_start else [anything]), inner, *([] if at_end else [anything])]
