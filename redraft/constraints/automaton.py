@@ -96,15 +96,19 @@ def _distinct_columns(table: NDArray[np.int32]) -> tuple[Ints, Ints]:
 class TokenAutomaton:
     """A deterministic automaton over classes of tokens. The first state is the start, the last is dead.
 
-    The last but one is that behind the end token, which leads to it from all final states, itself included.
+    The last but one is that behind the end token, which leads to it from all final states, itself included. An edge
+    joins two states that are not dead; its label is the set of classes that lead across. Equal sets are one label, so
+    that the scores of its classes are reduced once for all edges that carry it.
     """
 
     state: Ints
-    """The transitions between states that are not dead, ordered by state and class: from where,"""
-    token_class: Ints
-    """by which class of tokens,"""
+    """Of each edge where it leaves, in order,"""
     to: Ints
-    """and where to."""
+    """where it leads,"""
+    label: Ints
+    """and the number of its label."""
+    labels: list[Ints]
+    """The classes of each label, in order."""
     class_of: Ints
     """(vocab,): the last class is that of tokens that fit nowhere."""
     is_final: Bools
@@ -117,88 +121,57 @@ class TokenAutomaton:
         return len(self.is_final)
 
     @property
-    def dead(self) -> int:
-        return self.num_states - 1
-
-    @property
     def after_end(self) -> int:
         return self.num_states - 2
 
     @cached_property
     def tokens_by_class(self) -> tuple[Ints, Ints]:
         """All tokens ordered by class, and where each class begins."""
-        return _ordered(self.class_of, self.num_classes + 2)
+        order = np.argsort(self.class_of, kind="stable")
+        return order, np.searchsorted(self.class_of[order], np.arange(self.num_classes + 2))
 
-    @cached_property
-    def _by_class(self) -> tuple[Ints, Ints]:
-        return _ordered(self.token_class, self.num_classes + 2)
-
-    @cached_property
-    def _begins(self) -> Ints:
-        return np.searchsorted(self.state, np.arange(self.num_states + 1))
+    def edges(self, state: int) -> slice:
+        return slice(*np.searchsorted(self.state, [state, state + 1]))
 
     def leaving(self, state: int) -> tuple[Ints, Ints]:
         """Return the classes that lead on from a state, in order, and where to."""
-        inside = slice(self._begins[state], self._begins[state + 1])
-        return self.token_class[inside], self.to[inside]
+        to, sets = self.to[self.edges(state)], [self.labels[label] for label in self.label[self.edges(state)]]
+        classes = np.concatenate([np.empty(0, np.int64), *sets])
+        order = np.argsort(classes)
+        return classes[order], np.repeat(to, [*map(len, sets)])[order]
 
     def next(self, state: int, token_class: int) -> int:
         classes, to = self.leaving(state)
-        return int(to[classes == token_class].min(initial=self.dead))
+        return int(to[classes == token_class].min(initial=self.num_states - 1))
 
     def can_end(self) -> bool:
         """Whether some tokens lead from the start to a final state."""
         seen, stack = {0}, [0]
-        while stack:
-            if self.is_final[at := stack.pop()]:
-                return True
-            following = set(self.leaving(at)[1].tolist()) - seen
+        while stack and not self.is_final[stack[-1]]:
+            following = set(self.to[self.edges(stack.pop())].tolist()) - seen
             seen |= following
             stack += following
-        return False
+        return bool(stack)
 
-    def before(self, after: NDArray[Any], token_class: int) -> NDArray[Any]:
-        """Return for each state what `after` holds for the state behind a class of tokens."""
-        order, starts = self._by_class
-        inside = order[starts[token_class] : starts[token_class + 1]]
-        found = np.full_like(after, after[self.dead])
-        found[self.state[inside]] = after[self.to[inside]]
-        return found
+    def before(self, after: Floats, scores: Floats | None = None, *, is_sum: bool = False) -> Floats:
+        """Return for each state the best, over the classes that lead on, of their score and what `after` holds behind.
 
-    def before_any(self, after: NDArray[Any], scores: Floats | None = None, is_sum: bool = False) -> NDArray[Any]:
-        """Return for each state the best over the classes that lead on of their score and what `after` holds behind.
-
-        With `is_sum` and scores the log of the sum over them, else the largest.
+        Without scores all classes are equally good. With `is_sum` the log of the sum over classes, else the largest.
         """
-        (to, label, from_states, state_starts), (members, starts) = self._edges
-        reduce = np.maximum.reduceat if scores is None or not is_sum else _logsumexp
-        ways = after[to] if scores is None else after[to] + reduce(scores[members], starts)[label]
-        found = np.full_like(after, after[self.dead])
-        found[from_states] = reduce(ways, state_starts)
-        return found
+        reduce = _logsumexp if is_sum else np.maximum.reduceat
+        members, label_begins, states, begins = self._layout
+        ways = after[self.to]
+        if scores is not None:
+            ways += reduce(scores[members], label_begins)[self.label]
+        before = np.full_like(after, -np.inf)
+        before[states] = reduce(ways, begins)
+        return before
 
     @cached_property
-    def _edges(self) -> tuple[tuple[Ints, Ints, Ints, Ints], tuple[Ints, Ints]]:
-        """The pairs of states that some token joins, and labels: the sets of classes that lead across.
-
-        Of each edge, ordered by where it leaves, where it leads and its label; the states that have edges, and where
-        the edges of each begin. The classes of the labels, one label after the other, and where each label begins.
-        """
-        order = np.argsort(self.state * self.num_states + self.to, kind="stable")
-        state, to, token_class = self.state[order], self.to[order], self.token_class[order]
-        starts = np.flatnonzero(np.diff(state * self.num_states + to, prepend=-1))
-        # Equal sets of classes are one label: their logits are reduced once for all edges that carry it.
-        label_of: dict[bytes, int] = {}
-        sets = [members.tobytes() for members in np.split(token_class, starts[1:])]
-        label = np.array([label_of.setdefault(members, len(label_of)) for members in sets])
-        members = np.frombuffer(b"".join(label_of), np.int64)
-        label_starts = np.cumsum([0, *map(len, label_of)])[:-1] // 8
-        return (to[starts], label, *np.unique(state[starts], return_index=True)), (members, label_starts)
-
-
-def _ordered(values: Ints, num: int) -> tuple[Ints, Ints]:
-    order = np.argsort(values, kind="stable")
-    return order, np.searchsorted(values[order], np.arange(num))
+    def _layout(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """The labels in one array, and where each begins; the states with edges, and where the edges of each begin."""
+        begins = np.cumsum([0, *map(len, self.labels)])[:-1]
+        return np.concatenate(self.labels), begins, *np.unique(self.state, return_index=True)
 
 
 def _logsumexp(values: Floats, starts: Ints) -> Floats:
@@ -233,11 +206,18 @@ def over_tokens(
     moves = [np.frombuffer(row, np.int32).reshape(2, -1) for row in classes]
     state, to = np.concatenate([np.empty((2, 0), np.int64), *moves], axis=1)
     token_class = np.repeat(np.arange(len(classes)), [move.shape[1] for move in moves])
-    order = np.lexsort((token_class, state))
+    order = np.lexsort((to, state))
+    state, to = state[order], to[order]
+    begins = np.flatnonzero(np.diff(state * len(is_final) + to, prepend=-1))
+    label_of: dict[bytes, int] = {}
+    sets = np.split(token_class[order], begins[1:])
+    label = np.array([label_of.setdefault(one.tobytes(), len(label_of)) for one in sets])
+    labels = [np.frombuffer(one, np.int64) for one in label_of]
     lifted = TokenAutomaton(
-        state=state[order],
-        token_class=token_class[order],
-        to=to[order],
+        state=state[begins],
+        to=to[begins],
+        label=label,
+        labels=labels,
         class_of=class_of,
         is_final=is_final,
         num_classes=len(classes),

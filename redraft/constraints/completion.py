@@ -8,7 +8,7 @@ left-to-right blocks; here decided tokens may lie anywhere.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from redraft.constraints.kinds import TokenLimits
 
 MAX_TAILS = 8
 """Number of canvas lengths for which a constraint remembers what can be filled."""
-_LANES = 8
 _LOWEST = -1e9  # for tokens that the model rules out: where nothing else satisfies the constraint they are used
 
 
@@ -115,7 +114,7 @@ class CompiledConstraint:
         end = 1 + max((i for i, known in enumerate(classes) if known is not None or i in scores), default=-1)
         beta = {end: np.where(self._fillable(len(classes))[end], 0.0, -np.inf)}
         for i in reversed(range(first, end)):
-            beta[i] = self._before(i, beta[i + 1], classes[i], scores.get(i), is_draw)
+            beta[i] = self._before(i, beta[i + 1], classes[i], scores.get(i), is_draw=is_draw)
         if beta[first][state] == -np.inf:
             raise ValueError(
                 f"the given tokens must leave a text of {len(classes)} tokens that satisfies the constraint;"
@@ -124,12 +123,13 @@ class CompiledConstraint:
         return state, first, beta
 
     def _before(
-        self, boundary: int, after: NDArray[Any], known: int | None, scores: Floats | None = None, is_draw: bool = False
-    ) -> NDArray[Any]:
+        self, boundary: int, after: Floats, known: int | None, scores: Floats | None = None, *, is_draw: bool = False
+    ) -> Floats:
         """Weigh the states at a boundary by the weights at the next one and the class, or the scores, between."""
-        automaton = self.automaton
-        before = automaton.before_any(after, scores, is_draw) if known is None else automaton.before(after, known)
-        before[~self._allowed(boundary)] = after[automaton.dead]
+        if known is not None:  # only this class may stand here
+            scores = np.where(np.arange(self.automaton.num_classes) == known, 0.0, -np.inf)
+        before = self.automaton.before(after, scores, is_sum=is_draw and known is None and scores is not None)
+        before[~self._allowed(boundary)] = -np.inf
         return before
 
     def _allowed(self, boundary: int) -> Bools:
@@ -147,54 +147,35 @@ class CompiledConstraint:
 
     def _tail(self, length: int) -> Bools:
         spans = self.limits.spans
-        tail = np.zeros((length + 1, self.automaton.num_states), np.bool_)
+        tail = np.full((length + 1, self.automaton.num_states), False)
         tail[length] = self.automaton.is_final & self._allowed(length) & (length >= self.limits.min_tokens)
+        after = np.where(tail[length], 0.0, -np.inf)
         for i in reversed(range(length)):
-            tail[i] = self._before(i, tail[i + 1], self._class(spans[i]) if i in spans else None)
+            after = self._before(i, after, self._class(spans[i]) if i in spans else None)
+            tail[i] = after == 0
         return tail
 
     def _class_scores(self, logits: Float[Tensor, "n vocab"], is_draw: bool) -> Float[Tensor, "n classes"]:
         """Reduce logits to the best, or to the log of the sum, of each class."""
-        usable, lane_of = self._vocabulary(logits.device)
-        logits = logits[:, : len(lane_of)] if usable is None else logits.index_select(1, usable)
-        logits = logits.float()
-        num_lanes = (self.automaton.num_classes + 1) * _LANES
+        class_of = torch.from_numpy(self.automaton.class_of).to(logits.device)
+        logits = logits[:, : len(class_of)].float()
+        empty = logits.new_zeros((len(logits), self.automaton.num_classes + 1))
         if is_draw:
             largest = logits.amax(dim=1, keepdim=True).clamp_(min=_LOWEST)
-            sums = logits.new_zeros((len(logits), num_lanes)).index_add_(1, lane_of, (logits - largest).exp_())
-            sums = sums.view(len(logits), -1, _LANES).sum(dim=2)[:, :-1]
-            if (sums > 1e-25).all():  # sync: else some class has nearly no mass, and its own scale
-                return sums.log_() + largest
-        best = logits.new_full((len(logits), num_lanes), _LOWEST)
-        best = best.scatter_reduce_(1, lane_of.expand(len(logits), -1), logits, "amax")
+            sums = empty.index_add(1, class_of, (logits - largest).exp_())[:, :-1]
+            if (sums > 1e-25).all():  # sync: else the exponentials of some class vanish, and it needs its own scale
+                return sums.log() + largest
+        best = (empty + _LOWEST).scatter_reduce_(1, class_of.expand(len(logits), -1), logits, "amax")
         if is_draw:
-            shares = (logits - best.index_select(1, lane_of)).exp_()
-            # Each sum holds a 1, but for lanes that the model rules out altogether.
-            best = best + torch.zeros_like(best).index_add_(1, lane_of, shares).clamp_(min=1).log_()
-        lanes = best.view(len(logits), -1, _LANES)[:, :-1]
-        return lanes.logsumexp(dim=2) if is_draw else lanes.amax(dim=2)
-
-    @cached_property
-    def _vocabulary(self) -> Callable[[torch.device], tuple[Tensor | None, Tensor]]:
-        """Return the tokens whose logits are read, None for all, and the lane that each is reduced to."""
-        return cache(self._usable_tokens)
-
-    def _usable_tokens(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        # Each class has eight lanes for its partial results: additions to one address would wait for each other.
-        class_of = self.automaton.class_of
-        usable = np.flatnonzero(class_of != self.automaton.num_classes)
-        is_few = 2 * len(usable) < len(class_of)  # then gathering them is faster than reading all
-        classes = class_of[usable] if is_few else class_of
-        lane_of = classes * _LANES + np.arange(len(classes)) % _LANES
-        return torch.from_numpy(usable).to(device) if is_few else None, torch.from_numpy(lane_of).to(device)
+            shares = (logits - best.index_select(1, class_of)).exp_()
+            # Each sum holds a 1, but for classes that the model rules out altogether.
+            best = best + empty.index_add(1, class_of, shares).clamp_(min=1).log_()
+        return best[:, :-1]
 
     def _token(self, token_class: int, rest: float, logits: Float[Tensor, "vocab"], is_draw: bool) -> Int[Tensor, ""]:
         """Pick the best token of a class, or the one on which the draw falls."""
         order, starts = self.automaton.tokens_by_class
-        members = order[starts[token_class] : starts[token_class + 1]]
-        if not is_draw and 8 * len(members) > len(order) and self._class(best := int(logits.argmax())) == token_class:
-            return torch.tensor(best)  # reading all in order is faster than gathering a large part
-        tokens = torch.from_numpy(members).to(logits.device)
+        tokens = torch.from_numpy(order[starts[token_class] : starts[token_class + 1]]).to(logits.device)
         inside = logits[tokens].float().clamp(min=_LOWEST)
         if not is_draw:
             return tokens[inside.argmax()]
@@ -204,13 +185,14 @@ class CompiledConstraint:
     def _why_not(self, length: int) -> str:
         """Say which lengths would do, for a canvas of which nothing is given."""
         automaton, limits, possible = self.automaton, self.limits, []
-        can_end = automaton.is_final & (np.arange(automaton.num_states) < automaton.after_end)  # by n more tokens
+        is_end = automaton.is_final & (np.arange(automaton.num_states) < automaton.after_end)
+        can_end = np.where(is_end, 0.0, -np.inf)  # 0 for the states from which n more tokens lead to an end
         for n in range(length + automaton.num_states + 1):
-            if can_end[0] and n >= limits.min_tokens and (limits.max_tokens is None or n <= limits.max_tokens):
+            if can_end[0] == 0 and n >= limits.min_tokens and (limits.max_tokens is None or n <= limits.max_tokens):
                 possible.append(n)
-            if not can_end.any() or (len(possible) > 2 and possible[-3] > length):
+            if not (can_end == 0).any() or (len(possible) > 2 and possible[-3] > length):
                 break
-            can_end = automaton.before_any(can_end)
+            can_end = automaton.before(can_end)
         highest = "any number of" if limits.max_tokens is None else limits.max_tokens
         bounds = f" of {limits.min_tokens} to {highest} tokens" if limits != TokenLimits() else ""
         if not possible:
