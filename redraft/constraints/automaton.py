@@ -8,7 +8,6 @@ searched grows with the automaton and not with the vocabulary.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +69,7 @@ def _merged(table: NDArray[np.int32], is_final: Bools) -> ByteAutomaton:
     A large automaton is left as it is where that takes many rounds: it comes from long texts or bounded repetitions,
     which are built with hardly any equal states.
     """
-    columns, column_of = _distinct_columns(table)
+    columns = _distinct_columns(table)[0]
     group, num_groups = is_final.astype(np.int64), 0
     for _ in range(_MERGE_WORK // len(table)):
         moves = np.column_stack([group, group[table[:, columns]]])

@@ -9,12 +9,10 @@ left-to-right blocks; here decided tokens may lie anywhere.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.constraints.automaton import Bools, Floats, TokenAutomaton
@@ -198,15 +196,11 @@ class CompiledConstraint:
         if not possible:
             return f"no text{bounds} in this vocabulary satisfies the constraint. Loosen it."
         if length < possible[0]:
-            return (
-                f"the canvas is too short: the shortest text{bounds} that satisfies the constraint has"
-                f" {possible[0]} tokens; got {length}. Set max_new_tokens to at least {possible[0]}."
-            )
+            shortest = f"the shortest text{bounds} that satisfies the constraint has {possible[0]} tokens; got {length}"
+            return f"the canvas is too short: {shortest}. Set max_new_tokens to at least {possible[0]}."
         near = ", ".join(str(n) for n in sorted(sorted(possible, key=lambda n: abs(n - length))[:3]))
-        return (
-            f"no text{bounds} that satisfies the constraint fills a canvas of {length} tokens;"
-            f" lengths near it that do are {near}. Use one of them, an end token or other spans."
-        )
+        misfit = f"no text{bounds} that satisfies the constraint fills a canvas of {length} tokens"
+        return f"{misfit}; lengths near it that do are {near}. Use one of them, an end token or other spans."
 
 
 def _choose(weights: Floats, draw: float | None) -> tuple[int, float]:

@@ -27,12 +27,13 @@ class TokenLimits:
     spans: Mapping[int, int] = field(default_factory=dict)
 
     def __and__(self, other: "TokenLimits") -> "TokenLimits":
-        highest = [limits.max_tokens for limits in (self, other) if limits.max_tokens is not None]
-        return TokenLimits(
-            min_tokens=max(self.min_tokens, other.min_tokens),
-            max_tokens=min(highest, default=None),
-            spans=_merged([self.spans, other.spans]),
-        )
+        for position in self.spans.keys() & other.spans.keys():
+            if self.spans[position] != other.spans[position]:
+                both = f"tokens {self.spans[position]} and {other.spans[position]} for position {position}"
+                raise ValueError(f"spans must agree; got {both}.")
+        highest = min([one.max_tokens for one in (self, other) if one.max_tokens is not None], default=None)
+        lowest = max(self.min_tokens, other.min_tokens)
+        return TokenLimits(min_tokens=lowest, max_tokens=highest, spans={**self.spans, **other.spans})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +87,14 @@ class JsonSchema(Constraint):
     """The schema, or its JSON text."""
     max_depth: int = 4
     """Largest number of objects and arrays inside each other."""
-    whitespace: str = " ?"
-    """Regular expression of what may stand after a comma or a colon."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.schema, dict | bool | str):
             raise ValueError(f"a JSON schema must be a dict, a boolean or a text; got {self.schema!r:.200}.")
         check_field("max_depth", self.max_depth, Natural)
-        _check_texts("whitespace", [self.whitespace])
 
     def automaton(self) -> ByteAutomaton:
-        return from_pattern(schema_pattern(self.schema, max_depth=self.max_depth, whitespace=self.whitespace))
+        return from_pattern(schema_pattern(self.schema, max_depth=self.max_depth))
 
 
 @dataclass(frozen=True)
@@ -164,9 +162,8 @@ class Spans(Constraint):
                 raise ValueError(f"a span is a position, from 0, and a list of token ids; got {start!r}: {ids!r:.200}.")
 
     def limits(self) -> TokenLimits:
-        return TokenLimits(
-            spans=_merged([{start + i: t for i, t in enumerate(ids)} for start, ids in self.spans.items()])
-        )
+        spans = ({start + i: token for i, token in enumerate(ids)} for start, ids in self.spans.items())
+        return reduce(and_, (TokenLimits(spans=span) for span in spans), TokenLimits())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,16 +182,6 @@ class All(Constraint):
 
     def limits(self) -> TokenLimits:
         return reduce(and_, (part.limits() for part in self.parts))
-
-
-def _merged(spans: Sequence[Mapping[int, int]]) -> dict[int, int]:
-    merged: dict[int, int] = {}
-    for span in spans:
-        for position, token in span.items():
-            if merged.setdefault(position, token) != token:
-                both = f"tokens {merged[position]} and {token} for position {position}"
-                raise ValueError(f"spans must agree; got {both}.")
-    return merged
 
 
 def _check_texts(name: str, texts: Any, of: str = "text") -> None:

@@ -7,14 +7,14 @@ What cannot be followed is refused, never ignored.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from redraft.constraints.automaton import from_pattern
 from redraft.constraints.number_patterns import number_patterns
 from redraft.constraints.regex import Pattern
+from redraft.settings import Natural, check_field
 
 CHARACTER = r'(?:[^"\\\x00-\x1F\x7F]|\\["\\bfnrt]|\\u00[01][0-9a-f])'
 FREE_DEPTH = 2
@@ -32,47 +32,25 @@ _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "re
 _ANNOTATIONS |= {"$schema", "$id", "id", "$anchor", "$comment", "$defs", "definitions", "discriminator"}
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_list(value: Any, of: type = object) -> bool:
-    return isinstance(value, list) and all(isinstance(one, of) for one in value)
-
-
-Check = tuple[str, Callable[[Any], bool]]
-"""What the value of a keyword must be: in words, and as a test."""
-_TEXT: Check = "a text", lambda value: isinstance(value, str)
-_SCHEMA: Check = "an object or a boolean", lambda value: isinstance(value, bool | dict)
-_COUNT: Check = "a whole number from 0", lambda value: _is_number(value) and isinstance(value, int) and value >= 0
-_TYPES: Check = "a type or a list of types", lambda value: isinstance(value, str) or (_is_list(value, str) and value)
-_RULES: tuple[tuple[str, Check, str], ...] = (
-    ("object", ("an object", lambda value: isinstance(value, dict)), "properties"),
-    ("object", ("a list of names", lambda value: _is_list(value, str)), "required"),
-    ("object", _SCHEMA, "additionalProperties unevaluatedProperties"),
-    ("object", _COUNT, "minProperties maxProperties"),
-    ("array", _SCHEMA, "items unevaluatedItems"),
-    ("array", _COUNT, "minItems maxItems"),
-    ("array", ("false", lambda value: value is False), "uniqueItems"),
-    ("string", _COUNT, "minLength maxLength"),
-    ("string", _TEXT, "pattern format"),
-    ("number", ("a number", _is_number), "minimum maximum exclusiveMinimum exclusiveMaximum"),
-    ("any", _TYPES, "type"),
-    ("alone", _TEXT, "$ref"),
-    ("alone", ("a list", _is_list), "enum"),
-    ("alone", ("anything", lambda _: True), "const"),
-    ("alone", ("a list of at least one", lambda value: _is_list(value) and value), "anyOf oneOf allOf"),
-)
-"""The type that keywords speak of, what their values must be, and the keywords."""
-_KEYWORDS = {keyword: (kind, check) for kind, check, keywords in _RULES for keyword in keywords.split()}
+_SCHEMA, _NUMBER = dict | bool, int | float
+_RULES: dict[str, dict[str, Any]] = {
+    "object": dict.fromkeys(("additionalProperties", "unevaluatedProperties"), _SCHEMA)
+    | {"properties": dict, "required": list[str]},
+    "array": {"items": _SCHEMA, "unevaluatedItems": _SCHEMA, "minItems": Natural, "maxItems": Natural},
+    "string": {"minLength": Natural, "maxLength": Natural, "pattern": str, "format": str},
+    "number": dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _NUMBER),
+    "any": {"type": str | list[str]},
+    "alone": {"$ref": str, "enum": list, "const": Any, "anyOf": list, "oneOf": list, "allOf": list},
+}
+"""The keywords that speak of a type, or that stand alone, and what their values must be."""
+_KEYWORDS = {keyword: (kind, value) for kind, keywords in _RULES.items() for keyword, value in keywords.items()}
 _KINDS = ("object", "array", "string", "integer", "number", "boolean", "null")
 _ANYTHING: dict[str, Any] = {}
 """The schema of any value."""
-_QUOTE = ("text", '"')
-_PENDING = "pending"
+_QUOTE, _COMMA, _COLON = '"', ", ?", ": ?"
 
 
-def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int, whitespace: str) -> Pattern:
+def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int) -> Pattern:
     """Return the pattern of JSON texts that fit a schema, with at most `max_depth` nested containers.
 
     Supported: type, enum, const, anyOf, oneOf of alternatives that exclude each other by type, constant or a common
@@ -80,16 +58,12 @@ def schema_pattern(schema: Mapping[str, Any] | bool | str, *, max_depth: int, wh
     Raises ValueError for any other keyword, for values that a keyword cannot have, and if no value fits within the
     depth.
     """
-    spaces = from_pattern(whitespace).table
-    others = [byte for byte in range(256) if chr(byte) not in " \t\n\r"]
-    if (spaces[:, others] != len(spaces) - 1).any():
-        raise ValueError(f"whitespace must match spaces, tabs and line ends only; got {whitespace!r}.")
     try:
         document = _document(schema)
-        comma = ("join", ("text", ","), whitespace)
-        pattern = _Writer(root=document, whitespace=whitespace, comma=comma).value(document, max_depth)
+        pattern = _Writer(root=document).value(document, max_depth)
     except RecursionError as error:
-        raise ValueError("the JSON schema is nested too deeply, or max_depth is too large. Flatten it.") from error
+        reason = "it or max_depth is too deep, or a $ref leads only to itself"
+        raise ValueError(f"the JSON schema is nested too deeply: {reason}. Flatten it.") from error
     if pattern is None:
         raise ValueError(f"no value fits the schema with max_depth={max_depth}. Raise max_depth or edit the schema.")
     return pattern
@@ -121,41 +95,33 @@ class _Writer:
     """Writes a pattern for each schema; None where nothing fits within the depth."""
 
     root: Any
-    whitespace: str
-    comma: Pattern
-    written: dict[tuple[int, int], Any] = field(default_factory=dict)
+    written: dict[tuple[int, int], Pattern | None] = field(default_factory=dict)
     """By schema and depth, so that equal parts are one object."""
 
     def check(self, schema: Any) -> None:
         """Raise ValueError for what is no schema, for unsupported keywords and values that a keyword cannot have."""
         if not isinstance(schema, Mapping):
-            raise _refuse(f"a schema must be {_SCHEMA[0]}", schema, "Edit it.")
+            raise _refuse("a schema must be an object or a boolean", schema, "Edit it.")
         if schema is not self.root and schema.keys() & {"$id", "id"}:
             raise _refuse("a part with an $id, in which $ref would start from there", schema, "Leave the $id out.")
         for key in sorted(schema.keys() - _ANNOTATIONS):
             if key not in _KEYWORDS:
                 raise _refuse("unsupported keyword", key, f"Supported are {', '.join(sorted(_KEYWORDS))}.")
-            expected, fits = _KEYWORDS[key][1]
-            if not fits(schema[key]):
-                raise _refuse(f"{key} must be {expected}", schema[key], "Edit it.")
+            check_field(f"{key} of the JSON schema", schema[key], _KEYWORDS[key][1])
 
     def value(self, schema: Any, depth: int) -> Pattern | None:
         if schema is True or (isinstance(schema, Mapping) and not schema.keys() - _ANNOTATIONS):
             schema, depth = _ANYTHING, min(depth, FREE_DEPTH)
         key = (id(schema), depth)
         if key not in self.written:
-            self.written[key] = _PENDING
             self.written[key] = self._value(schema, depth)
-        pattern: Pattern | None = self.written[key]
-        if pattern is _PENDING:
-            raise _refuse("a $ref that leads only to itself", schema, "Put an object or an array between.")
-        return pattern
+        return self.written[key]
 
     def _value(self, schema: Any, depth: int) -> Pattern | None:
         if schema is False:
             return None
         self.check(schema)
-        key = next((key for key in _KEYWORDS if key in schema and _KEYWORDS[key][0] == "alone"), None)
+        key = next((key for key in _RULES["alone"] if key in schema), None)
         if key is None:
             return _either([self._of_kind(kind, schema, depth) for kind in _kinds(schema)])
         beside = schema.keys() - _ANNOTATIONS - {key, "type" if key in ("enum", "const") else key}
@@ -164,7 +130,7 @@ class _Writer:
         if key == "$ref":
             return self.value(self._target(schema[key]), depth)
         if key in ("enum", "const"):
-            return _one_of([value for value in _constants(schema) if _kinds_of(value) & _types(schema)])
+            return _either([_text(value) for value in _constants(schema) if _kinds_of(value) & _types(schema)])
         options = schema[key]
         pattern = _either([self.value(option, depth) for option in options])
         if key == "allOf" and len(options) > 1:
@@ -189,14 +155,9 @@ class _Writer:
         required = set(schema.get("required", ()))
         for name in sorted(required - properties.keys()):
             properties[name] = others
-        fewest, most = schema.get("minProperties", 0), schema.get("maxProperties")
-        if not properties and others is not False and fewest < 2:
+        if not properties and others is not False:
             member = self._member(_quoted(("repeat", 0, None, CHARACTER)), self.value(others, depth))
-            return self._repeated("{}", member, fewest, most)
-        if fewest > len(required) or (most is not None and most < len(properties)):
-            raise _refuse(
-                "minProperties and maxProperties need the names of properties", sorted(schema), "Use required."
-            )
+            return self._repeated("{}", member, 0, None)
         members = [
             (self._member(_text(name), self.value(schema, depth)), name in required)
             for name, schema in properties.items()
@@ -204,10 +165,10 @@ class _Writer:
         if (None, True) in members:
             return None
         possible = [member for member in members if member[0] is not None]
-        return ("join", ("text", "{"), ("members", self.comma, possible), ("text", "}"))
+        return ("join", ("text", "{"), ("members", _COMMA, possible), ("text", "}"))
 
     def _member(self, name: Pattern, value: Pattern | None) -> Pattern | None:
-        return None if value is None else ("join", name, ("text", ":"), self.whitespace, value)
+        return None if value is None else ("join", name, _COLON, value)
 
     def _array(self, schema: Mapping[str, Any], depth: int) -> Pattern | None:
         item = self.value(schema.get("items", schema.get("unevaluatedItems", True)), depth)
@@ -219,29 +180,27 @@ class _Writer:
             return None
         inside: Pattern = ("text", "")
         if item is not None and most != 0:
-            further = ("repeat", max(fewest - 1, 0), None if most is None else most - 1, ("join", self.comma, item))
+            further = ("repeat", max(fewest - 1, 0), None if most is None else most - 1, ("join", _COMMA, item))
             inside = ("join", item, further) if fewest else ("either", ("join", item, further), inside)
         return ("join", ("text", brackets[0]), inside, ("text", brackets[1]))
 
     def _are_exclusive(self, options: Sequence[Any]) -> bool:
-        """Tell that no value fits two options, by its type, by constants, or by a property that all objects require.
+        """Tell that no value fits two options: by types, by constants, or as objects by a property that all require.
 
         False also where that cannot be told.
         """
         options = [self._resolved(option) for option in options]
         if True in options or False in options:
             return False
-        for kind in _KINDS:
-            rivals = [option for option in options if kind in _possible_kinds(option)]
-            constants = [value for option in rivals for value in {json.dumps(one) for one in _constants(option)}]
-            if len(rivals) < 2 or (
-                all(option.keys() & {"enum", "const"} for option in rivals) and len(set(constants)) == len(constants)
-            ):
-                continue
-            shared = set.intersection(*(set(_required(option)) for option in rivals)) if kind == "object" else ()
-            if not any(self._are_exclusive([_required(option)[name] for option in rivals]) for name in shared):
-                return False
-        return True
+        marks = [_possible_kinds(option) for option in options]
+        is_object = all(kinds == {"object"} for kinds in marks)
+        if all(option.keys() & {"enum", "const"} for option in options):
+            marks = [set(map(json.dumps, _constants(option))) for option in options]
+        if sum(map(len, marks)) == len(set().union(*marks)):
+            return True
+        required = [_required(option) for option in options]
+        shared = [name for name in required[0] if is_object and all(name in one for one in required)]
+        return any(self._are_exclusive([one[name] for one in required]) for name in shared)
 
     def _resolved(self, schema: Any) -> Any:
         if isinstance(schema, bool):
@@ -270,14 +229,6 @@ def _either(options: Sequence[Pattern | None]) -> Pattern | None:
     return ("either", *possible) if possible else None
 
 
-def _one_of(values: list[Any]) -> Pattern | None:
-    """Write constants; the marks around texts are written once, which saves a step for each text and place."""
-    texts = [_text(value)[1] for value in values]
-    inside = [("text", text[1:-1]) for text in texts if text[0] == '"']
-    others = [("text", text) for text in texts if text[0] != '"']
-    return _either([_quoted(("either", *inside)) if inside else None, *others])
-
-
 def _quoted(*inside: Pattern) -> Pattern:
     return ("join", _QUOTE, *inside, _QUOTE)
 
@@ -288,9 +239,9 @@ def _text(value: Any) -> tuple[str, str]:
 
 def _kinds(schema: Mapping[str, Any]) -> list[str]:
     """Return the types of a schema; a keyword that speaks of one type stands for it where none is given."""
-    implied = {_KEYWORDS[key][0] for key in schema.keys() & _KEYWORDS.keys()}.intersection(_KINDS)
-    given = schema.get("type", [kind for kind in _KINDS if kind in implied] or [*_KINDS])
-    kinds = [given] if isinstance(given, str) else list(given)
+    implied = [kind for kind in _KINDS if schema.keys() & _RULES.get(kind, {}).keys()]
+    given = schema.get("type", implied or [*_KINDS])
+    kinds = [given] if isinstance(given, str) else given
     for kind in kinds:
         if kind not in _KINDS:
             raise _refuse("unknown type", kind, f"Known are {', '.join(_KINDS)}.")
@@ -311,9 +262,8 @@ def _types(schema: Mapping[str, Any]) -> set[str]:
 
 
 def _kinds_of(value: Any) -> set[str]:
-    if _is_number(value):
-        return {"number", "integer"} if isinstance(value, int) else {"number"}
-    return {{bool: "boolean", str: "string", list: "array", dict: "object"}.get(type(value), "null")}
+    kinds = {bool: "boolean", str: "string", list: "array", dict: "object", float: "number", int: "number integer"}
+    return set(kinds.get(type(value), "null").split())
 
 
 def _possible_kinds(schema: Mapping[str, Any]) -> set[str]:

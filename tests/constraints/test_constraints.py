@@ -122,7 +122,7 @@ def random_schema(rng, depth=2):
         low = rng.randint(0, 2)
         return {"type": "array", "items": random_schema(rng, depth - 1), "minItems": low, "maxItems": low + 1}
     if kind == "map":
-        return {"type": "object", "additionalProperties": random_schema(rng, depth - 1), "maxProperties": 2}
+        return {"type": "object", "additionalProperties": random_schema(rng, depth - 1)}
     if kind == "anyOf":
         return {"anyOf": [random_schema(rng, depth - 1), random_schema(rng, depth - 1)]}
     if kind == "oneOf":
@@ -139,7 +139,8 @@ def test_200_random_json_schemas_are_satisfied_in_any_order_of_commits(part):
     for seed in range(50 * part, 50 * part + 50):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         schema = random_schema(rng)
-        compiled = JsonSchema(schema, whitespace=rng.choice(["", " ?"])).compile(VOCAB, eos_token_id=EOS)
+        rng.random()
+        compiled = JsonSchema(schema).compile(VOCAB, eos_token_id=EOS)
         length = least_length(compiled, 12) + rng.choice([0, 3, 20])
         how = {"temperature": rng.choice([0.0, 1.0]), "block": rng.choice([None, 8])}
         text = text_of(decode(compiled, length, generator=generator, **how))
@@ -278,7 +279,7 @@ def check(constraint, length, *, given=None, eos=EOS, vocab=VOCAB):
         (JsonSchema({"type": "integer", "multipleOf": 3}), {"length": 9}, "unsupported keyword; got 'multipleOf'"),
         (JsonSchema({"type": "text"}), {"length": 9}, "unknown type; got 'text'"),
         (JsonSchema({"$ref": "#/$defs/x"}), {"length": 9}, "a $ref that leads nowhere"),
-        (JsonSchema({"$ref": "#"}), {"length": 9}, "a $ref that leads only to itself"),
+        (JsonSchema({"$ref": "#"}), {"length": 9}, "or a $ref leads only to itself"),
         (JsonSchema({"oneOf": [{"type": "integer"}, {"type": "number"}]}), {"length": 9}, "oneOf may both fit"),
         (JsonSchema({"type": "string", "pattern": "^(?i:a)$"}), {"length": 9}, "the flags i, a and L"),
         (JsonSchema({"items": {"items": {}}, "minItems": 1}, max_depth=0), {"length": 9}, "with max_depth=0"),
@@ -321,7 +322,6 @@ def test_what_cannot_be_satisfied_is_refused_with_the_reason(constraint, how, re
         (lambda: JsonSchema(None), "a JSON schema must be a dict, a boolean or a text; got None"),
         (lambda: JsonSchema(True, max_depth=-1), "max_depth must be at least 0; got -1"),
         (lambda: JsonSchema(True, max_depth="3"), "max_depth must be of type int; got '3'"),
-        (lambda: JsonSchema(True, whitespace=None), "whitespace takes text; got None"),
     ],
 )
 def test_settings_are_checked_when_they_are_made(unchecked, make, reason):
@@ -349,7 +349,6 @@ HOSTILE = [
     JsonSchema({"oneOf": [{"$ref": "#"}, {"type": "null"}]}),
     JsonSchema({"oneOf": [{"required": [1]}, {"required": [2]}]}),
     JsonSchema({"items": {"$ref": "#"}}, max_depth=10**9),
-    JsonSchema({"type": "array"}, whitespace="("),
     Spans({0: [10**9]}),
     Spans({10**30: [5]}),
     Length(min_chars=10**30),

@@ -93,11 +93,9 @@ SUPPORTED = [
     {"items": {"type": "boolean"}, "minItems": 1, "maxItems": 3.0},
     {"type": "array", "items": False},
     {"type": "array", "unevaluatedItems": {"type": "null"}},
-    {"type": "array", "maxItems": 1, "uniqueItems": False},
     {"properties": {"a": {"type": "integer"}, "b": False, "c": {"const": 'x"'}}, "required": ["c"]},
-    {"properties": {f"p{i}": {"type": "null"} for i in range(5)}, "minProperties": 0, "maxProperties": 5},
     {"properties": {"a": {"type": "null"}}, "required": ["b"], "additionalProperties": {"type": "boolean"}},
-    {"additionalProperties": {"type": "integer"}, "minProperties": 1, "maxProperties": 2},
+    {"additionalProperties": {"type": "integer"}},
     {"type": "object", "additionalProperties": False},
     {"type": "object", "unevaluatedProperties": False},
     {"type": "object", "unevaluatedProperties": {"type": "null"}},
@@ -196,29 +194,28 @@ def test_what_a_schema_does_not_mean_is_not_let_through(schema, text):
 
 REFUSED = [
     *(({"type": "array", key: value}, f"unsupported keyword; got '{key}'") for key, value in [
-        ("contains", False), ("not", False), ("if", False), ("propertyNames", False),
+        ("contains", False), ("not", False), ("if", False), ("propertyNames", False), ("uniqueItems", False),
+        ("minProperties", 1), ("maxProperties", 2),
         ("patternProperties", {}), ("dependentRequired", {}), ("dependentSchemas", {}), ("minContains", 0),
         ("prefixItems", []), ("multipleOf", 2), ("$dynamicRef", "#a"), ("additionalItems", False), ("minLenght", 3),
     ]),
-    *(({key: value}, f"{key} must be a whole number from 0; got {value!r}")
-      for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-      for value in (-5, "5", None, True, 2.5, [1])),
-    *(({key: value}, f"{key} must be a number") for key in ("minimum", "maximum", "exclusiveMinimum")
-      for value in ("0", None, [])),
-    ({"minimum": 0, "exclusiveMinimum": True}, "exclusiveMinimum must be a number; got True"),
-    ({"type": "array", "uniqueItems": True}, "uniqueItems must be false; got True"),
-    ({"minimum": True}, "minimum must be a number; got True"),
-    ({"required": "abc"}, "required must be a list of names; got 'abc'"),
-    ({"required": True}, "required must be a list of names; got True"),
-    ({"type": "string", "required": [["a"]]}, "required must be a list of names"),
-    ({"properties": ["a"]}, "properties must be an object"),
+    *(({key: value}, f"{key} of the JSON schema must be {'at least 0' if value == -5 else 'of type int'}; got")
+      for key in ("minLength", "maxLength", "minItems", "maxItems") for value in (-5, "5", None, True, 2.5, [1])),
+    *(({key: value}, f"{key} of the JSON schema must be one of int, float")
+      for key in ("minimum", "maximum", "exclusiveMinimum") for value in ("0", None, [])),
+    ({"minimum": 0, "exclusiveMinimum": True}, "exclusiveMinimum of the JSON schema must be one of int, float"),
+    ({"minimum": True}, "minimum of the JSON schema must be one of int, float; got True"),
+    ({"required": "abc"}, "required of the JSON schema must be of type list; got 'abc'"),
+    ({"required": True}, "required of the JSON schema must be of type list; got True"),
+    ({"type": "string", "required": [["a"]]}, "required of the JSON schema must be of type list; got [['a']]"),
+    ({"properties": ["a"]}, "properties of the JSON schema must be of type dict"),
     ({"properties": {"a": None}}, "a schema must be an object or a boolean; got None"),
-    ({"items": [{}]}, "items must be an object or a boolean"),
-    ({"enum": "abc"}, "enum must be a list; got 'abc'"),
+    ({"items": [{}]}, "items of the JSON schema must be one of dict, bool"),
+    ({"enum": "abc"}, "enum of the JSON schema must be of type list; got 'abc'"),
     ({"enum": ["\ud800"]}, "surrogates not allowed"),
-    ({"anyOf": []}, "anyOf must be a list of at least one; got []"),
-    ({"type": []}, "type must be a type or a list of types; got []"),
-    ({"type": 5}, "type must be a type or a list of types; got 5"),
+    ({"anyOf": []}, "no value fits the schema"),
+    ({"type": []}, "no value fits the schema"),
+    ({"type": 5}, "type of the JSON schema must be one of str, list; got 5"),
     ({"pattern": "a{,3}"}, "Python and JavaScript read differently"),
     ({"format": "email"}, "unsupported format; got 'email'"),
     ({"$ref": "#nowhere"}, "a $ref must be a path inside the schema, '#/...'; got '#nowhere'"),
@@ -233,7 +230,6 @@ REFUSED = [
     ({"const": {1, 2}}, "the JSON schema is not JSON"),
     ('{"minimum": 1e999}', "the JSON schema is not JSON"),
     ('{"a":' * 5000 + "1" + "}" * 5000, "nested too deeply"),
-    ({"minProperties": 3, "properties": {"a": {}}}, "minProperties and maxProperties need the names"),
 ]  # fmt: skip
 
 
@@ -244,16 +240,10 @@ def test_what_cannot_be_followed_is_refused_by_name(schema, reason):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("whitespace", [".*", "x", r"\s", "|a"])
-def test_whitespace_cannot_break_the_json(whitespace):
-    with pytest.raises(ValueError, match="whitespace must match spaces, tabs and line ends only"):
-        JsonSchema({"type": "array"}, whitespace=whitespace).automaton()
-
-
 @pytest.mark.parametrize("key", ["unheard", "unsupported", "zone"])
 def test_a_keyword_behind_one_without_effect_is_refused_too(key):
     with pytest.raises(ValueError, match=f"unsupported keyword; got '{key}'"):
-        JsonSchema({"type": "array", "uniqueItems": False, key: 1}).automaton()
+        JsonSchema({"type": "array", "title": "x", key: 1}).automaton()
 
 
 @pytest.mark.parametrize("whole", [[{"type": "integer"}, True], [True, {"type": "integer"}]])
