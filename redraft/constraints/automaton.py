@@ -119,10 +119,6 @@ class TokenAutomaton:
     def num_states(self) -> int:
         return len(self.is_final)
 
-    @property
-    def after_end(self) -> int:
-        return self.num_states - 2
-
     @cached_property
     def tokens_by_class(self) -> tuple[Ints, Ints]:
         """All tokens ordered by class, and where each class begins."""

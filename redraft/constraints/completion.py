@@ -132,10 +132,9 @@ class CompiledConstraint:
 
     def _allowed(self, boundary: int) -> Bools:
         """Tell the states in which `boundary` tokens may leave the text, given the bounds on its length."""
-        automaton, limits = self.automaton, self.limits
-        allowed = np.ones(automaton.num_states, np.bool_)
-        allowed[: automaton.after_end] = limits.max_tokens is None or boundary <= limits.max_tokens
-        allowed[automaton.after_end] = boundary > limits.min_tokens
+        allowed = np.ones(self.automaton.num_states, np.bool_)
+        allowed[:-2] = self.limits.max_tokens is None or boundary <= self.limits.max_tokens
+        allowed[-2] = boundary > self.limits.min_tokens  # the state behind the end token
         return allowed
 
     @cached_property
@@ -183,8 +182,8 @@ class CompiledConstraint:
     def _why_not(self, length: int) -> str:
         """Say which lengths would do, for a canvas of which nothing is given."""
         automaton, limits, possible = self.automaton, self.limits, []
-        is_end = automaton.is_final & (np.arange(automaton.num_states) < automaton.after_end)
-        can_end = np.where(is_end, 0.0, -np.inf)  # 0 for the states from which n more tokens lead to an end
+        # 0 for the states from which n more tokens lead to an end of the text
+        can_end = np.where([*automaton.is_final[:-2], False, False], 0.0, -np.inf)
         for n in range(length + automaton.num_states + 1):
             if can_end[0] == 0 and n >= limits.min_tokens and (limits.max_tokens is None or n <= limits.max_tokens):
                 possible.append(n)

@@ -21,7 +21,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
         )
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     decoder = json.dumps(backend["decoder"])
     is_byte_level, is_word_piece = '"ByteLevel"' in decoder, '"WordPiece"' in decoder

@@ -85,6 +85,5 @@ def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | 
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         mass = ordered.softmax(dim=-1)
-        ordered = ordered.masked_fill(mass.cumsum(dim=-1) - mass >= top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter(-1, index, ordered)
+        logits = logits.scatter(-1, index, ordered.masked_fill(mass.cumsum(dim=-1) - mass >= top_p, -torch.inf))
     return logits
