@@ -31,12 +31,12 @@ def _bounds(schema: Mapping[str, Any], scale: int) -> tuple[float, float]:
     """Return the least and the largest whole number that fits when it is divided by a scale."""
     ends: list[float] = []
     for key, sign in (("minimum", 1), ("maximum", -1)):  # the largest x is minus the least -x
-        least = [-math.inf]
+        bounds = [-math.inf]
         if key in schema:
-            least.append(math.ceil(sign * Fraction(repr(schema[key])) * scale))
+            bounds.append(math.ceil(sign * Fraction(repr(schema[key])) * scale))
         if (key := f"exclusive{key.title()}") in schema:
-            least.append(math.floor(sign * Fraction(repr(schema[key])) * scale) + 1)
-        ends.append(sign * max(least))
+            bounds.append(math.floor(sign * Fraction(repr(schema[key])) * scale) + 1)
+        ends.append(sign * max(bounds))
     return ends[0], ends[1]
 
 

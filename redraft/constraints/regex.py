@@ -30,7 +30,7 @@ Ranges = tuple[tuple[int, int], ...]
 """Code points or bytes: disjoint closed intervals in order."""
 Pattern = str | tuple[Any, ...]
 """A regular expression, or ("text", text), ("searched", regular expression of a JSON schema inside a string),
-("characters", ranges), ("join", *patterns), ("either", *patterns), ("repeat", least, most or None, pattern), or
+("characters", ranges), ("join", *patterns), ("either", *patterns), ("repeat", low, high or None, pattern), or
 ("members", comma, ((pattern, is_required), ...)): the members in order, any that is not required may be missing, with
 a comma between neighbours. Parts are recognised by their id, so they must live as long as the whole."""
 K = TypeVar("K", bound=Hashable)
@@ -191,14 +191,14 @@ class _Nfa(Work):
             after = self.fork((self.build(comma, rest), *may_end))
         return self.fork((rest, *may_end))
 
-    def repeat(self, end: int, least: int, most: int | None, inner: Pattern) -> int:
+    def repeat(self, end: int, low: int, high: int | None, inner: Pattern) -> int:
         start = end
-        if most is None:
+        if high is None:
             start = len(self.states)  # a loop equals no other state: its number is needed before its content is known
             self.states.append(None)
             self.states[start] = frozenset((self.build(inner, start), end))
-        num_optional = 0 if most is None else most - least
-        for i in range(least + num_optional):
+        num_optional = 0 if high is None else high - low
+        for i in range(low + num_optional):
             self.spend(1)
             before = self.build(inner, start)
             if before == start:
@@ -213,7 +213,7 @@ class _Nfa(Work):
         return self.state((self.tries[characters], end))
 
     def trie(self, sequences: Sequence[Ranges]) -> int:
-        """Return the node from which one of the sequences of bytes is read; they begin alike, or with other bytes."""
+        """Return the node from which one of the sequences is read. Their first intervals are equal or disjoint."""
         behind: dict[tuple[int, int], list[Ranges]] = {}
         for sequence in sequences:
             behind.setdefault(sequence[0], []).append(sequence[1:])
@@ -242,8 +242,8 @@ class _Nfa(Work):
         if op == "BRANCH":
             return ("either", *(self.sequence(option, flags) for option in argument[1]))
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
-            least, most, inner = argument
-            return ("repeat", least, None if most is _sre.MAXREPEAT else most, self.sequence(inner, flags))
+            low, high, inner = argument
+            return ("repeat", low, None if high is _sre.MAXREPEAT else high, self.sequence(inner, flags))
         characters = self.characters(op, argument, flags)
         if not flags & _JSON_STRING:
             return ("characters", characters)

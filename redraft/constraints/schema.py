@@ -174,20 +174,20 @@ class _Writer:
         item = self.value(schema.get("items", schema.get("unevaluatedItems", True)), depth)
         return self._repeated("[]", item, schema.get("minItems", 0), schema.get("maxItems"))
 
-    def _repeated(self, brackets: str, item: Pattern | None, fewest: int, most: int | None) -> Pattern | None:
-        """Write `fewest` to `most` items with commas between."""
-        if (most is not None and most < fewest) or (item is None and fewest > 0):
+    def _repeated(self, brackets: str, item: Pattern | None, low: int, high: int | None) -> Pattern | None:
+        """Write `low` to `high` items with commas between."""
+        if (high is not None and high < low) or (item is None and low > 0):
             return None
         inside: Pattern = ("text", "")
-        if item is not None and most != 0:
-            further = ("repeat", max(fewest - 1, 0), None if most is None else most - 1, ("join", _COMMA, item))
-            inside = ("join", item, further) if fewest else ("either", ("join", item, further), inside)
+        if item is not None and high != 0:
+            further = ("repeat", max(low - 1, 0), None if high is None else high - 1, ("join", _COMMA, item))
+            inside = ("join", item, further) if low else ("either", ("join", item, further), inside)
         return ("join", ("text", brackets[0]), inside, ("text", brackets[1]))
 
     def _are_exclusive(self, options: Sequence[Any]) -> bool:
         """Tell that no value fits two options: by types, by constants, or as objects by a property that all require.
 
-        False also where that cannot be told.
+        False also where this is unclear.
         """
         options = [self._resolved(option) for option in options]
         if True in options or False in options:
@@ -275,9 +275,9 @@ def _possible_kinds(schema: Mapping[str, Any]) -> set[str]:
 
 
 def _string(schema: Mapping[str, Any]) -> Pattern | None:
-    fewest, most = schema.get("minLength", 0), schema.get("maxLength")
+    low, high = schema.get("minLength", 0), schema.get("maxLength")
     if "pattern" not in schema and "format" not in schema:
-        return None if most is not None and most < fewest else _quoted(("repeat", fewest, most, CHARACTER))
+        return None if high is not None and high < low else _quoted(("repeat", low, high, CHARACTER))
     if len({"pattern", "format", "minLength", "maxLength"} & schema.keys()) > 1:
         raise _refuse("pattern, format and bounds on the length of one string", dict(schema), "Keep one of them.")
     if "pattern" in schema:
