@@ -130,7 +130,7 @@ class _Writer:
         if key == "$ref":
             return self.value(self._target(schema[key]), depth)
         if key in ("enum", "const"):
-            return _either([_text(value) for value in _constants(schema) if _kinds_of(value) & _types(schema)])
+            return _one_of([value for value in _constants(schema) if _kinds_of(value) & _types(schema)])
         options = schema[key]
         pattern = _either([self.value(option, depth) for option in options])
         if key == "allOf" and len(options) > 1:
@@ -227,6 +227,14 @@ class _Writer:
 def _either(options: Sequence[Pattern | None]) -> Pattern | None:
     possible = [option for option in options if option is not None]
     return ("either", *possible) if possible else None
+
+
+def _one_of(values: list[Any]) -> Pattern | None:
+    """Write constants; the marks around texts are written once, which saves a step for each text and place."""
+    texts = [_text(value)[1] for value in values]
+    inside = [("text", text[1:-1]) for text in texts if text[0] == '"']
+    others = [("text", text) for text in texts if text[0] != '"']
+    return _either([_quoted(("either", *inside)) if inside else None, *others])
 
 
 def _quoted(*inside: Pattern) -> Pattern:
