@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from redraft.constraints.constraints import Choice, Constraint, Contains, JsonSchema, Length, Regex
+from redraft.constraints.kinds import Choice, Constraint, Contains, JsonSchema, Length, Regex
 
 PERSON = {
     "type": "object",
@@ -128,7 +128,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         where = torch.arange(args.open_positions)
         greedy = best_of(lambda: compiled.complete(tokens, is_noise, where, logits), 4)  # noqa: B023
-        drawn = best_of(lambda: compiled.complete(tokens, is_noise, where, logits, temperature=1.0, u=u), 4)  # noqa: B023
+        drawn = best_of(lambda: compiled.complete(tokens, is_noise, where, logits, u=u), 4)  # noqa: B023
         automaton = compiled.automaton
         print(
             f"{name:32} {seconds:9.2f} {automaton.num_states:7} {automaton.num_classes:7} {len(automaton.to):8}"

@@ -26,25 +26,26 @@ from typing import Any
 KEY = ("module_path", "start_pos_row", "operator_name", "operator_args", "occurrence")
 GROUPS = ("processes", "likelihood", "sampling")
 S = "tests/sampling/test_"
-CONSTRAINTS = [f"{S}constraints.py", f"{S}json_schema.py", f"{S}constrained_generation.py"]
+C = "tests/constraints/test_"
+CONSTRAINTS = [f"{C}constraints.py", f"{C}schema.py", f"{S}constrained_generation.py"]
 LOOP = [
     *(f"{S}{name}.py" for name in ("formulas", "policies", "progress", "generate", "control")),
     "tests/golden/test_golden_trajectories.py",
     f"{S}every_combination.py",
 ]
 TESTS = {
-    "json_schema.py": [CONSTRAINTS[1], CONSTRAINTS[0]],
+    "schema.py": [CONSTRAINTS[1], CONSTRAINTS[0]],
     "regex.py": CONSTRAINTS,
     "automaton.py": CONSTRAINTS,
     "completion.py": CONSTRAINTS,
-    "constraints.py": CONSTRAINTS,
+    "kinds.py": CONSTRAINTS,
     "constrain.py": [CONSTRAINTS[2], CONSTRAINTS[0], f"{S}ends.py"],
     "propose.py": [f"{S}{name}.py" for name in ("propose", "distributions", "generate", "formulas", "control")],
     "config.py": [f"{S}{name}.py" for name in ("saved_settings", "control", "generate", "policies")],
     "explain.py": [f"{S}explain.py"],
     "trace.py": [f"{S}explain.py", f"{S}trace_page.py"],
     "trace_page.py": [f"{S}trace_page.py"],
-    "token_bytes.py": [f"{S}token_bytes.py"],
+    "token_bytes.py": [f"{C}token_bytes.py"],
     "stop.py": [f"{S}ends.py", *LOOP],
     "preference.py": ["tests/training/test_preference.py"],
     "processes": ["tests/processes", "tests/test_gaussian_schedules.py"],

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redraft.constraints.constraints import Choice, Contains, JsonSchema, Length, Regex, Spans
+    from redraft.constraints.kinds import Choice, Contains, JsonSchema, Length, Regex, Spans
     from redraft.language_model import Generation, LanguageModel, load
     from redraft.latent.checkpoint import load_thinker
     from redraft.models.convert import convert
@@ -35,7 +35,7 @@ _HOME = {
     "LanguageModel": "redraft.language_model",
     "Generation": "redraft.language_model",
     **dict.fromkeys(
-        ("Choice", "Contains", "JsonSchema", "Length", "Regex", "Spans"), "redraft.constraints.constraints"
+        ("Choice", "Contains", "JsonSchema", "Length", "Regex", "Spans"), "redraft.constraints.kinds"
     ),
 }
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from redraft.constraints.completion import CompiledConstraint
-from redraft.constraints.constraints import Constraint, identity
+from redraft.constraints.kinds import Constraint, cache_key
 from redraft.constraints.token_bytes import leading_space, token_bytes
 from redraft.errors import unknown_name
 from redraft.layouts import Layout
@@ -40,7 +40,7 @@ from redraft.prompts import (
 from redraft.sampling.batch import Batch, denoise
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.config import SamplingConfig, with_saved
-from redraft.sampling.constrain import Constrained
+from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.policies import Blocks, GridBlocks
 from redraft.sampling.sampler import Sampler
@@ -389,7 +389,7 @@ class LanguageModel:
         if (space == "added" and is_infilling) or (space == "stripped" and not is_start):
             space = "text"
         ends = self.eos_token_ids
-        key = (identity(constraint), id(self.tokenizer), len(self.tokenizer), ends, is_infilling, space)
+        key = (cache_key(constraint), id(self.tokenizer), len(self.tokenizer), ends, is_infilling, space)
         found = self._compiled.get(key)
         if found is None:
             pieces = token_bytes(self.tokenizer)
@@ -410,7 +410,7 @@ class LanguageModel:
         befores: Sequence[Tensor],
         *,
         is_infilling: bool = False,
-    ) -> Constrained | None:
+    ) -> TextConstraint | None:
         """Prepare a constraint for rows that begin with these tokens."""
         if constraint is None:
             return None
@@ -424,19 +424,18 @@ class LanguageModel:
             is_start: self.compile(constraint, is_infilling=is_infilling, is_start=is_start)
             for is_start in {silent.issuperset(before.tolist()) for before in befores}
         }
-        return Constrained(
-            compiled=kinds[False] if False in kinds else kinds[True],
-            at_start=kinds.get(True),
-            silent=silent,
-            num_tokens=None if is_infilling else config.max_new_tokens,
-        )
+
+        def completion(before: Tensor) -> CompiledConstraint:
+            return kinds[silent.issuperset(before.tolist()) if len(kinds) > 1 else next(iter(kinds))]
+
+        return TextConstraint(completion=completion, num_tokens=None if is_infilling else config.max_new_tokens)
 
     def _sampler(
         self,
         config: SamplingConfig,
         guides: Sequence[Guide],
         logits_processor: Sequence[Any],
-        constraint: Constrained | None = None,
+        constraint: TextConstraint | None = None,
     ) -> Sampler:
         texts = None if self.tokenizer is None else partial(shown_and_raw, self.tokenizer)
         sampler = config.sampler(self.denoiser.settings, eos_token_ids=self.eos_token_ids, decode=texts)

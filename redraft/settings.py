@@ -86,8 +86,8 @@ def fits(value: Any, kind: Any) -> bool:
         return value in inner
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in inner)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(fits(one, inner[0]) for one in value)
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(fits(one, inner[0]) for one in value)
     if isinstance(value, bool):
         return kind in (bool, Any)
     return kind is Any or isinstance(value, {int: Integral, float: Real}.get(kind, origin or kind))

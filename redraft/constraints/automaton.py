@@ -1,33 +1,29 @@
 """Finite automata over bytes and over tokens: what constrained decoding walks on.
 
-A regular expression becomes a minimal automaton over bytes (`redraft.constraints.regex`), and that one an automaton
-over the tokens of a vocabulary. Tokens that act alike in every state form a class, so what is stored and searched grows
-with the automaton and not with the vocabulary.
+A regular expression becomes an automaton over bytes (`redraft.constraints.regex`), and that one an automaton over the
+tokens of a vocabulary. Tokens that lead from every state to the same next state form a class, so what is stored and
+searched grows with the automaton and not with the vocabulary.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redraft.constraints.regex import Pattern, determinise, explore, too_large
+from redraft.constraints.regex import Pattern, Work, determinise, explore
 from redraft.constraints.token_bytes import LeadingSpace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-MAX_WORK = 200_000_000
-"""States that tokens are followed through, some nanoseconds each."""
-MAX_LOOKS = 500_000
-"""Looks at a state while equal ones are merged, some microseconds each."""
+_MERGE_WORK = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByteAutomaton:
-    """A minimal deterministic automaton over bytes. State 0 is the start; no match lies behind the last."""
+    """A deterministic automaton over bytes. The first state is the start; the last is dead: no match lies behind it."""
 
     table: NDArray[np.int32]
     """(states, 256): the next state."""
@@ -37,11 +33,17 @@ class ByteAutomaton:
     def __and__(self, other: "ByteAutomaton") -> "ByteAutomaton":
         """Accept what both accept: the states are the reachable pairs. Raises ValueError where they are too many."""
         width = len(other.table)
-        columns, column_of = _alike(np.concatenate([self.table, other.table]))
-        ours, theirs = self.table[:, columns].astype(np.int64) * width, other.table[:, columns]
-        codes, table = explore(0, lambda code: ((ours[code // width] + theirs[code % width]).tolist(), 1))
-        first, second = np.divmod(codes, width)
-        return _minimal(table[:, column_of], self.is_final[first] & other.is_final[second])
+        columns, column_of = _distinct_columns(np.concatenate([self.table, other.table]))
+        ours, theirs = self.table[:, columns].astype(np.int64), other.table[:, columns]
+
+        def follow(pair: int) -> tuple[list[int], int]:
+            first, second = ours[pair // width], theirs[pair % width]
+            is_dead = (first == len(ours) - 1) | (second == width - 1)
+            return np.where(is_dead, -1, first * width + second).tolist(), 1
+
+        pairs, table = explore(0, -1, follow)
+        first, second = np.divmod(pairs, width)
+        return _merged(table[:, column_of], np.append(self.is_final[first] & other.is_final[second], False))
 
 
 def after_space(automaton: ByteAutomaton, leading_space: LeadingSpace) -> ByteAutomaton:
@@ -53,68 +55,37 @@ def after_space(automaton: ByteAutomaton, leading_space: LeadingSpace) -> ByteAu
     start[ord(" ")] = 0
     # The new start is put first, so every other state moves up by one.
     table = np.concatenate([start[None], automaton.table]) + 1
-    return _minimal(table, np.append(automaton.is_final[0], automaton.is_final))
+    return _merged(table, np.append(automaton.is_final[0], automaton.is_final))
 
 
 def from_pattern(pattern: Pattern) -> ByteAutomaton:
     """Build the automaton of the texts that a pattern matches as a whole (`regex.determinise`)."""
-    return _minimal(*determinise(pattern))
+    return _merged(*determinise(pattern))
 
 
-def _minimal(table: NDArray[np.int32], is_final: Bools) -> ByteAutomaton:
-    """Merge the states that no text tells apart; the dead state becomes the last."""
-    dead = len(table)  # one dead state more does no harm: it is merged with any other
-    columns, column_of = _alike(table)
-    narrow = np.concatenate([table[:, columns], np.full((1, len(columns)), dead, np.int32)])
-    is_final = np.append(is_final, False)
-    group = _equivalent(narrow, is_final)
-    if group[0] == group[dead]:
-        raise ValueError("nothing satisfies the constraint: its parts exclude each other. Loosen one of them.")
-    first = np.unique(group, return_index=True)[1]  # a state of each group
-    order = np.argsort(np.where(np.arange(len(first)) == group[dead], dead, first))
-    renumbered = np.argsort(order)[group].astype(np.int32)[narrow[first[order]]]
-    return ByteAutomaton(table=renumbered[:, column_of], is_final=is_final[first[order]])
+def _merged(table: NDArray[np.int32], is_final: Bools) -> ByteAutomaton:
+    """Merge the states that no text tells apart, by Moore's refinement: a group is split until it moves as one.
 
-
-def _equivalent(table: NDArray[np.int32], is_final: Bools) -> Ints:
-    """Group the states that no text tells apart (Hopcroft's refinement, many groups at a time).
-
-    A round splits groups by how their states lead to what was split off in the round before. The largest part of a
-    group keeps its number, so that a state is split off a logarithmic number of times.
+    A large automaton is left as it is where that takes many rounds: it comes from long texts or bounded repetitions,
+    which are built with hardly any equal states.
     """
-    num_states, num_columns = table.shape
-    transitions = np.argsort(table, axis=None, kind="stable")
-    begins = np.searchsorted(table.ravel()[transitions], np.arange(num_states + 1)).tolist()
-    group = is_final.astype(np.int64)
-    members = [set(np.flatnonzero(group == number).tolist()) for number in range(2)]
-    moved, work = list(members[1]), 0
-    while moved:
-        into = np.sort(np.concatenate([transitions[begins[state] : begins[state + 1]] for state in moved]))
-        states, starts = np.unique(into // num_columns, return_index=True)
-        work += len(states)
-        if work > MAX_LOOKS:
-            raise too_large(f"{MAX_LOOKS} steps to shrink")
-        ways = np.split(into % num_columns * num_states + group[table.flat[into]], starts[1:])
-        parts: dict[int, dict[bytes, list[int]]] = {}
-        for state, number, way in zip(states.tolist(), group[states].tolist(), ways, strict=False):
-            parts.setdefault(number, {}).setdefault(way.tobytes(), []).append(state)
-        moved = []
-        for number, by_way in parts.items():
-            split: list[Collection[int]] = [*by_way.values()]
-            largest = max(split, key=len)
-            if len(largest) > len(members[number]) - sum(map(len, split)):
-                others = members[number].difference(*split)
-                split = [others, *(part for part in split if part is not largest)]
-            for part in filter(None, split):
-                group[list(part)] = len(members)
-                members[number].difference_update(part)
-                members.append(set(part))
-                moved += part
-    return group
+    columns = _distinct_columns(table)[0]
+    group, num_groups = is_final.astype(np.int64), 0
+    for _ in range(_MERGE_WORK // len(table)):
+        moves = np.column_stack([group, group[table[:, columns]]])
+        first, group = np.unique(moves, axis=0, return_index=True, return_inverse=True)[1:]
+        group = group.ravel()
+        if len(first) == num_groups:
+            first[group[-1]] = len(table) - 1  # the dead state stays the last
+            order = np.argsort(first)
+            table, is_final = np.argsort(order)[group].astype(np.int32)[table[first[order]]], is_final[first[order]]
+            break
+        num_groups = len(first)
+    return ByteAutomaton(table=table, is_final=is_final)
 
 
-def _alike(table: NDArray[np.int32]) -> tuple[Ints, Ints]:
-    """Return one column of each kind, and the kind of each column."""
+def _distinct_columns(table: NDArray[np.int32]) -> tuple[Ints, Ints]:
+    """Return the index of one column of each kind, and the kind of each column."""
     kinds: dict[bytes, int] = {}
     kind_of = np.array([kinds.setdefault(column.tobytes(), len(kinds)) for column in table.T])
     return np.unique(kind_of, return_index=True)[1], kind_of
@@ -122,102 +93,80 @@ def _alike(table: NDArray[np.int32]) -> tuple[Ints, Ints]:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenAutomaton:
-    """A deterministic automaton over classes of tokens. State 0 is the start, the last state is dead.
+    """A deterministic automaton over classes of tokens. The first state is the start, the last is dead.
 
-    Where there is an end token, it leads from final states to the last state but one, and only it continues from there.
+    The last but one is that behind the end token, which leads to it from all final states, itself included. An edge
+    joins two states that are not dead; its label is the set of classes that lead across. Equal sets are one label, so
+    that the scores of its classes are reduced once for all edges that carry it.
     """
 
     state: Ints
-    """The transitions between states that are not dead, ordered by state and class: from where,"""
-    token_class: Ints
-    """by which class of tokens,"""
+    """Of each edge where it leaves, in order,"""
     to: Ints
-    """and where to."""
+    """where it leads,"""
+    label: Ints
+    """and the number of its label."""
+    labels: list[Ints]
+    """The classes of each label, in order."""
     class_of: Ints
     """(vocab,): the last class is that of tokens that fit nowhere."""
     is_final: Bools
     """(states,)"""
     num_classes: int
     """Without the last."""
-    has_end: bool
 
     @property
     def num_states(self) -> int:
         return len(self.is_final)
 
-    @property
-    def dead(self) -> int:
-        return self.num_states - 1
-
-    @property
-    def num_texts(self) -> int:
-        """The number of the states before the end token."""
-        return self.dead - self.has_end
-
     @cached_property
     def tokens_by_class(self) -> tuple[Ints, Ints]:
         """All tokens ordered by class, and where each class begins."""
-        return _ordered(self.class_of, self.num_classes + 2)
+        order = np.argsort(self.class_of, kind="stable")
+        return order, np.searchsorted(self.class_of[order], np.arange(self.num_classes + 2))
 
-    @cached_property
-    def _by_class(self) -> tuple[Ints, Ints]:
-        return _ordered(self.token_class, self.num_classes + 2)
-
-    @cached_property
-    def _begins(self) -> Ints:
-        return np.searchsorted(self.state, np.arange(self.num_states + 1))
+    def edges(self, state: int) -> slice:
+        return slice(*np.searchsorted(self.state, [state, state + 1]))
 
     def leaving(self, state: int) -> tuple[Ints, Ints]:
         """Return the classes that lead on from a state, in order, and where to."""
-        inside = slice(self._begins[state], self._begins[state + 1])
-        return self.token_class[inside], self.to[inside]
+        to, sets = self.to[self.edges(state)], [self.labels[label] for label in self.label[self.edges(state)]]
+        classes = np.concatenate([np.empty(0, np.int64), *sets])
+        order = np.argsort(classes)
+        return classes[order], np.repeat(to, [*map(len, sets)])[order]
 
     def next(self, state: int, token_class: int) -> int:
         classes, to = self.leaving(state)
-        return int(to[classes == token_class].min(initial=self.dead))
+        return int(to[classes == token_class].min(initial=self.num_states - 1))
 
-    def before(self, after: NDArray[Any], token_class: int) -> NDArray[Any]:
-        """Return for each state what `after` holds for the state behind a class of tokens."""
-        order, starts = self._by_class
-        inside = order[starts[token_class] : starts[token_class + 1]]
-        found = np.full_like(after, after[self.dead])
-        found[self.state[inside]] = after[self.to[inside]]
-        return found
+    def can_end(self) -> bool:
+        """Whether some tokens lead from the start to a final state."""
+        seen, stack = {0}, [0]
+        while stack and not self.is_final[stack[-1]]:
+            following = set(self.to[self.edges(stack.pop())].tolist()) - seen
+            seen |= following
+            stack += following
+        return bool(stack)
 
-    def before_any(self, after: NDArray[Any], scores: Floats | None = None, is_sum: bool = False) -> NDArray[Any]:
-        """Return for each state the best over the classes that lead on of their score and what `after` holds behind.
+    def before(self, after: Floats, scores: Floats | None = None, *, is_sum: bool = False) -> Floats:
+        """Return for each state the best, over the classes that lead on, of their score and what `after` holds behind.
 
-        With `is_sum` and scores the log of the sum over them, else the largest.
+        Without scores all classes are equally good. With `is_sum` the log of the sum over classes, else the largest.
         """
-        (to, label, from_states, state_starts), (members, starts) = self._edges
-        reduce = np.maximum.reduceat if scores is None or not is_sum else _logsumexp
-        ways = after[to] if scores is None else after[to] + reduce(scores[members], starts)[label]
-        found = np.full_like(after, after[self.dead])
-        found[from_states] = reduce(ways, state_starts)
-        return found
+        reduce = _logsumexp if is_sum else np.maximum.reduceat
+        members, label_begins, states, begins = self._layout
+        ways = after[self.to]
+        if scores is not None:
+            ways += reduce(scores[members], label_begins)[self.label]
+        before = np.full_like(after, -np.inf)
+        before[states] = reduce(ways, begins)
+        return before
 
     @cached_property
-    def _edges(self) -> tuple[tuple[Ints, Ints, Ints, Ints], tuple[Ints, Ints]]:
-        """The pairs of states that some token joins, and labels: the sets of classes that lead across.
-
-        Of each edge, ordered by where it leaves, where it leads and its label; the states that have edges, and where
-        the edges of each begin. The classes of the labels, one label after the other, and where each label begins.
-        """
-        order = np.argsort(self.state * self.num_states + self.to, kind="stable")
-        state, to, token_class = self.state[order], self.to[order], self.token_class[order]
-        starts = np.flatnonzero(np.diff(state * self.num_states + to, prepend=-1))
-        # Equal sets of classes are one label: their logits are reduced once for all edges that carry it.
-        label_of: dict[bytes, int] = {}
-        sets = [members.tobytes() for members in np.split(token_class, starts[1:])]
-        label = np.array([label_of.setdefault(members, len(label_of)) for members in sets])
-        members = np.frombuffer(b"".join(label_of), np.int64)
-        label_starts = np.cumsum([0, *map(len, label_of)])[:-1] // 8
-        return (to[starts], label, *np.unique(state[starts], return_index=True)), (members, label_starts)
-
-
-def _ordered(values: Ints, num: int) -> tuple[Ints, Ints]:
-    order = np.argsort(values, kind="stable")
-    return order, np.searchsorted(values[order], np.arange(num))
+    def _layout(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """The labels in one array, and where each begins; the states with edges, and where the edges of each begin."""
+        begins = np.cumsum([0, *map(len, self.labels)])[:-1]
+        return np.concatenate(self.labels), begins, *np.unique(self.state, return_index=True)
 
 
 def _logsumexp(values: Floats, starts: Ints) -> Floats:
@@ -237,95 +186,72 @@ def over_tokens(
     Raises ValueError if no sequence of tokens spells a match, and where the tokens do too many different things.
     """
     pieces = {i: piece for i, piece in enumerate(token_bytes) if piece and i != eos_token_id}
-    row_of, rows = _token_functions(automaton, pieces)
-    used = dict.fromkeys(row_of.values())
-    is_live = _live_states(automaton.is_final, *(_joined([rows[row][side] for row in used]) for side in (0, 1)))
-    if not is_live[0]:
-        raise ValueError(_unspellable(automaton, pieces.values()))
-    # Tokens may reach fewer states than bytes do: number what is left. Tokens that act alike there are one class.
-    number = (np.cumsum(is_live) - 1).astype(np.int32)
-    classes: dict[Row, int] = {}
-    class_of_row: dict[int, int] = {}
-    for row in used:  # ordered by their first token, and so are the classes
-        state, to = (_joined([side]) for side in rows[row])
-        is_left = is_live[state] & is_live[to]
-        if is_left.any():
-            left = number[state[is_left]].tobytes(), number[to[is_left]].tobytes()
-            class_of_row[row] = classes.setdefault(left, len(classes))
-    has_end = eos_token_id is not None
-    is_final = np.append(automaton.is_final[is_live], [True] * has_end + [False])
-    class_of = np.full(len(token_bytes), len(classes) + has_end)
-    class_of[[*row_of]] = [class_of_row.get(row, len(classes) + has_end) for row in row_of.values()]
-    if eos_token_id is not None:  # it leads from every end to one state more
+    row_of = _rows(automaton, pieces)
+    # Tokens with equal rows are interchangeable: they are one class. Classes are ordered by their first token.
+    classes = [row for row in dict.fromkeys(row_of.values()) if row]
+    end = len(automaton.table) - 1  # the state behind the end token; the dead state moves up by one
+    is_final = np.append(automaton.is_final[:-1], [True, False])
+    if eos_token_id is not None:
         ends = np.flatnonzero(is_final).astype(np.int32)
-        class_of[eos_token_id] = len(classes)
-        classes[ends.tobytes(), np.full_like(ends, is_live.sum()).tobytes()] = len(classes)
-    state, to = (_joined([left[side] for left in classes]) for side in (0, 1))
-    token_class = np.repeat(np.arange(len(classes)), [len(states) // 4 for states, _ in classes])
-    order = np.lexsort((token_class, state))
-    return TokenAutomaton(
-        state=state[order],
-        token_class=token_class[order],
-        to=to[order],
+        row_of[eos_token_id] = np.stack([ends, np.full_like(ends, end)]).tobytes()
+        classes.append(row_of[eos_token_id])
+    number = {row: i for i, row in enumerate(classes)}
+    class_of = np.full(len(token_bytes), len(classes))
+    class_of[[*row_of]] = [number.get(row, len(classes)) for row in row_of.values()]
+    moves = [np.frombuffer(row, np.int32).reshape(2, -1) for row in classes]
+    state, to = np.concatenate([np.empty((2, 0), np.int64), *moves], axis=1)
+    token_class = np.repeat(np.arange(len(classes)), [move.shape[1] for move in moves])
+    order = np.lexsort((to, state))
+    state, to = state[order], to[order]
+    begins = np.flatnonzero(np.diff(state * len(is_final) + to, prepend=-1))
+    label_of: dict[bytes, int] = {}
+    sets = np.split(token_class[order], begins[1:])
+    label = np.array([label_of.setdefault(one.tobytes(), len(label_of)) for one in sets])
+    labels = [np.frombuffer(one, np.int64) for one in label_of]
+    lifted = TokenAutomaton(
+        state=state[begins],
+        to=to[begins],
+        label=label,
+        labels=labels,
         class_of=class_of,
         is_final=is_final,
         num_classes=len(classes),
-        has_end=has_end,
     )
+    if end == 0 or not lifted.can_end():
+        raise ValueError(_unspellable(automaton, pieces))
+    return lifted
 
 
-Row = tuple[bytes, bytes]
-"""What a token does to the states in which it fits: they, and where it leads from each, as numbers of 32 bits."""
+def _rows(automaton: ByteAutomaton, pieces: Mapping[int, bytes]) -> dict[int, bytes]:
+    """Return what each token does to the states: those in which it fits, then where it leads from each, as int32.
 
-
-def _joined(parts: Sequence[bytes]) -> Ints:
-    return np.frombuffer(b"".join(parts), np.int32).astype(np.int64)
-
-
-def _token_functions(automaton: ByteAutomaton, pieces: Mapping[int, bytes]) -> tuple[dict[int, int], list[Row]]:
-    """Find what tokens do to states: the row of each, and the rows. Beginnings of tokens that act alike share one."""
-    columns, column_of = _alike(automaton.table)
+    Thousands of tokens times thousands of states would be too much to follow one by one. Tokens share the row of their
+    common beginning, and beginnings with equal rows (all runs of letters in a text without bound) share what follows:
+    the loop looks up one byte after the other, and only a new pair of row and byte is computed.
+    """
+    columns, column_of = _distinct_columns(automaton.table)
     table, in_columns = np.ascontiguousarray(automaton.table[:, columns].T), bytes(column_of.tolist())
-    dead, work = len(automaton.table) - 1, 0
-    everywhere = np.arange(dead, dtype=np.int32).tobytes()
-    rows, moves, row_of = [(everywhere, everywhere)], dict[tuple[int, int], int](), dict[int, int]()
-    number = {rows[0]: 0}
+    dead, work = len(automaton.table) - 1, Work()
+    everywhere = np.tile(np.arange(dead, dtype=np.int32), (2, 1)).tobytes()
+    rows, behind, row_of = {everywhere: everywhere}, dict[tuple[bytes, int], bytes](), dict[int, bytes]()
     for token, piece in pieces.items():
-        row = 0
+        row = everywhere
         for column in piece.translate(in_columns):
-            if (row, column) not in moves:
-                states, targets = (np.frombuffer(side, np.int32) for side in rows[row])
-                to = table[column][targets]
-                work += len(to) + 1000
-                if work > MAX_WORK:
-                    raise too_large("allowed with this vocabulary")
-                following = states[to != dead].tobytes(), to[to != dead].tobytes()
-                moves[row, column] = number.setdefault(following, len(rows))
-                if len(number) > len(rows):
-                    rows.append(following)
-            row = moves[row, column]
+            if (row, column) not in behind:
+                states, targets = np.frombuffer(row, np.int32).reshape(2, -1)
+                work.spend(1 + len(targets) // 1000)
+                moved = np.stack([states, table[column][targets]])
+                following = moved[:, moved[1] != dead].tobytes()
+                behind[row, column] = rows.setdefault(following, following)
+            row = behind[row, column]
         row_of[token] = row
-    return row_of, rows
+    return row_of
 
 
-def _live_states(is_final: Bools, state: Ints, to: Ints) -> Bools:
-    """Tell the states on some path of tokens from the start to a final state."""
-    state, to = np.divmod(np.unique(state * len(is_final) + to), len(is_final))
-    return _closure(np.arange(len(is_final)) == 0, state, to) & _closure(is_final, to, state)
-
-
-def _closure(seed: Bools, state: Ints, to: Ints) -> Bools:
-    """Add everything that steps lead to."""
-    is_in, count = seed.copy(), 0
-    while count < (count := int(is_in.sum())):
-        is_in[to[is_in[state]]] = True
-    return is_in
-
-
-def _unspellable(automaton: ByteAutomaton, pieces: Iterable[bytes]) -> str:
+def _unspellable(automaton: ByteAutomaton, pieces: Mapping[int, bytes]) -> str:
     """Say which bytes a vocabulary lacks."""
     needed = {int(byte) for byte in np.nonzero((automaton.table[:-1] != len(automaton.table) - 1).any(axis=0))[0]}
-    missing = sorted(needed - set(b"".join(pieces)))
+    missing = sorted(needed - set(b"".join(pieces.values())))
     names = ", ".join(repr(chr(byte)) if 32 <= byte < 127 else f"0x{byte:02X}" for byte in missing[:8])
-    lacks = f"no token holds the bytes {names}" if missing else "its tokens do not fit together"
+    lacks = f"no token holds the bytes {names}" if missing else "its parts exclude each other, or tokens do not fit"
     return f"this vocabulary spells no text that satisfies the constraint: {lacks}. Loosen the constraint."

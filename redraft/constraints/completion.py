@@ -6,33 +6,21 @@ what is decided and what is open; and a walk back that takes it. After DINGO (ar
 left-to-right blocks; here decided tokens may lie anywhere.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from redraft.constraints.automaton import Bools, Floats, TokenAutomaton
-
-_LANES = 8
-_LOWEST = -1e9  # for tokens that the model rules out: the constraint is harder than the model's zeros
-
+from redraft.constraints.kinds import TokenLimits
 
 MAX_TAILS = 8
-"""The most lengths of a canvas for which a constraint keeps what can be filled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Bounds on the number of tokens before the end, and tokens fixed at positions."""
-
-    min_tokens: int = 0
-    max_tokens: int | None = None
-    spans: Mapping[int, int] = field(default_factory=dict)
+"""Number of canvas lengths for which a constraint remembers what can be filled."""
+_LOWEST = -1e9  # for tokens that the model rules out: where nothing else satisfies the constraint they are used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +28,7 @@ class CompiledConstraint:
     """A constraint over a vocabulary. Its walks run on the CPU, on logits that were reduced where they are."""
 
     automaton: TokenAutomaton
-    limits: Limits
-    _tails: dict[int, Bools] = field(default_factory=dict, repr=False)
-    _on_device: dict[torch.device, tuple[Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
+    limits: TokenLimits
 
     def check(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"]) -> None:
         """Raise ValueError with the reason if no completion of the canvas satisfies the constraint.
@@ -55,7 +41,7 @@ class CompiledConstraint:
                 f"the canvas must hold the spans, up to position {max(self.limits.spans)};"
                 f" got {length} tokens. Lengthen it."
             )
-        if not self._tail(length)[0, 0]:
+        if not self._fillable(length)[0, 0]:
             raise ValueError(self._why_not(length))
         self._weigh(self._classes(tokens, is_noise), {})
 
@@ -67,27 +53,21 @@ class CompiledConstraint:
         where: Int[Tensor, "n"],
         logits: Float[Tensor, "n vocab"],
         *,
-        temperature: float = 0.0,
         u: Float[Tensor, "n"] | None = None,
     ) -> Int[Tensor, "n"]:
         """Propose tokens for the open positions `where` (ascending) of one row, so that the whole can be completed.
 
-        At temperature 0 the most probable joint completion under independent positions; else an exact draw from the
-        product of softmax(logits / temperature) restricted to what can be completed, one number u in [0, 1) a position.
-        Any subset may be committed. Noise elsewhere may become anything. Where such noise lies before an open position,
-        a draw walks over it on the state with the most mass behind it: valid, but no longer exact.
+        Without `u` the most probable joint completion under independent positions; with `u`, one number in [0, 1) for
+        each position, an exact draw from the product of softmax(logits) restricted to what can be completed. Any subset
+        may be committed. Noise elsewhere may become anything. Where such noise lies before an open position, a draw
+        passes it by the state with the most mass behind it: valid, but no longer exact.
 
         Raises ValueError if there is no completion, which `check` at the start rules out.
         """
-        is_draw = temperature > 0
-        if is_draw and u is None:
-            raise ValueError(f"a temperature of {temperature} needs random numbers u; got None.")
-        if temperature not in (0, 1):
-            logits = logits.float() / temperature
-        automaton, spans = self.automaton, self.limits.spans
+        automaton, spans, is_draw = self.automaton, self.limits.spans, u is not None
         places: list[int] = where.tolist()  # sync: one transfer each of positions, scores and tokens
         scores = dict(zip(places, self._class_scores(logits, is_draw).double().cpu().numpy(), strict=True))
-        draws = dict(zip(places, u.tolist() if is_draw and u is not None else [None] * len(places), strict=True))
+        draws = {} if u is None else dict(zip(places, u.tolist(), strict=True))
         classes = self._classes(tokens, is_noise)
         state, first, beta = self._weigh(classes, scores, is_draw=is_draw)
         walk: dict[int, tuple[int, float]] = {}
@@ -100,11 +80,11 @@ class CompiledConstraint:
                 known = int(leaving[chosen])
                 walk[i] = known, rest
             state = automaton.next(state, known)
-        found = [
+        chosen_tokens = [
             where.new_tensor(spans[place]) if place in spans else self._token(*walk[place], of_place, is_draw).to(where)
             for place, of_place in zip(places, logits, strict=True)
         ]
-        return torch.stack(found)
+        return torch.stack(chosen_tokens)
 
     def _classes(self, tokens: Int[Tensor, "seq"], is_noise: Bool[Tensor, "seq"]) -> list[int | None]:
         """Return the class of each decided token, None for noise."""
@@ -130,9 +110,9 @@ class CompiledConstraint:
         for known in classes[:first]:
             state = self.automaton.next(state, -1 if known is None else known)
         end = 1 + max((i for i, known in enumerate(classes) if known is not None or i in scores), default=-1)
-        beta = {end: np.where(self._tail(len(classes))[end], 0.0, -np.inf)}
+        beta = {end: np.where(self._fillable(len(classes))[end], 0.0, -np.inf)}
         for i in reversed(range(first, end)):
-            beta[i] = self._before(i, beta[i + 1], classes[i], scores.get(i), is_draw)
+            beta[i] = self._before(i, beta[i + 1], classes[i], scores.get(i), is_draw=is_draw)
         if beta[first][state] == -np.inf:
             raise ValueError(
                 f"the given tokens must leave a text of {len(classes)} tokens that satisfies the constraint;"
@@ -141,78 +121,58 @@ class CompiledConstraint:
         return state, first, beta
 
     def _before(
-        self, boundary: int, after: NDArray[Any], known: int | None, scores: Floats | None = None, is_draw: bool = False
-    ) -> NDArray[Any]:
+        self, boundary: int, after: Floats, known: int | None, scores: Floats | None = None, *, is_draw: bool = False
+    ) -> Floats:
         """Weigh the states at a boundary by the weights at the next one and the class, or the scores, between."""
-        automaton = self.automaton
-        before = automaton.before_any(after, scores, is_draw) if known is None else automaton.before(after, known)
-        before[~self._allowed(boundary)] = after[automaton.dead]
+        if known is not None:  # only this class may stand here
+            scores = np.where(np.arange(self.automaton.num_classes) == known, 0.0, -np.inf)
+        before = self.automaton.before(after, scores, is_sum=is_draw and known is None and scores is not None)
+        before[~self._allowed(boundary)] = -np.inf
         return before
 
     def _allowed(self, boundary: int) -> Bools:
         """Tell the states in which `boundary` tokens may leave the text, given the bounds on its length."""
-        automaton, limits = self.automaton, self.limits
-        allowed = np.zeros(automaton.num_states, np.bool_)
-        allowed[: automaton.num_texts] = limits.max_tokens is None or boundary <= limits.max_tokens
-        allowed[automaton.num_texts : automaton.dead] = boundary > limits.min_tokens
+        allowed = np.ones(self.automaton.num_states, np.bool_)
+        allowed[:-2] = self.limits.max_tokens is None or boundary <= self.limits.max_tokens
+        allowed[-2] = boundary > self.limits.min_tokens  # the state behind the end token
         return allowed
 
-    def _tail(self, length: int) -> Bools:
+    @cached_property
+    def _fillable(self) -> Callable[[int], Bools]:
         """Tell for each boundary and state whether the rest of a canvas without decided tokens can be filled."""
-        if length not in self._tails:
-            spans = self.limits.spans
-            tail = np.zeros((length + 1, self.automaton.num_states), np.bool_)
-            tail[length] = self.automaton.is_final & self._allowed(length) & (length >= self.limits.min_tokens)
-            for i in reversed(range(length)):
-                tail[i] = self._before(i, tail[i + 1], self._class(spans[i]) if i in spans else None)
-            while len(self._tails) >= MAX_TAILS:
-                self._tails.pop(next(iter(self._tails)))
-            self._tails[length] = tail
-        return self._tails[length]
+        return lru_cache(MAX_TAILS)(self._tail)
+
+    def _tail(self, length: int) -> Bools:
+        spans = self.limits.spans
+        tail = np.full((length + 1, self.automaton.num_states), False)
+        tail[length] = self.automaton.is_final & self._allowed(length) & (length >= self.limits.min_tokens)
+        after = np.where(tail[length], 0.0, -np.inf)
+        for i in reversed(range(length)):
+            after = self._before(i, after, self._class(spans[i]) if i in spans else None)
+            tail[i] = after == 0
+        return tail
 
     def _class_scores(self, logits: Float[Tensor, "n vocab"], is_draw: bool) -> Float[Tensor, "n classes"]:
         """Reduce logits to the best, or to the log of the sum, of each class."""
-        usable, lane_of = self._vocabulary(logits.device)
-        logits = logits[:, : len(lane_of)] if usable is None else logits.index_select(1, usable)
-        logits = logits.float()
-        num_lanes = (self.automaton.num_classes + 1) * _LANES
+        class_of = torch.from_numpy(self.automaton.class_of).to(logits.device)
+        logits = logits[:, : len(class_of)].float()
+        empty = logits.new_zeros((len(logits), self.automaton.num_classes + 1))
         if is_draw:
             largest = logits.amax(dim=1, keepdim=True).clamp_(min=_LOWEST)
-            sums = logits.new_zeros((len(logits), num_lanes)).index_add_(1, lane_of, (logits - largest).exp_())
-            sums = sums.view(len(logits), -1, _LANES).sum(dim=2)[:, :-1]
-            if (sums > 1e-25).all():  # sync: else some class has nearly no mass, and its own scale
-                return sums.log_() + largest
-        best = logits.new_full((len(logits), num_lanes), _LOWEST)
-        best = best.scatter_reduce_(1, lane_of.expand(len(logits), -1), logits, "amax")
+            sums = empty.index_add(1, class_of, (logits - largest).exp_())[:, :-1]
+            if (sums > 1e-25).all():  # sync: else the exponentials of some class vanish, and it needs its own scale
+                return sums.log() + largest
+        best = (empty + _LOWEST).scatter_reduce_(1, class_of.expand(len(logits), -1), logits, "amax")
         if is_draw:
-            shares = (logits - best.index_select(1, lane_of)).exp_()
-            # Each sum holds a 1, but for lanes that the model rules out altogether.
-            best = best + torch.zeros_like(best).index_add_(1, lane_of, shares).clamp_(min=1).log_()
-        lanes = best.view(len(logits), -1, _LANES)[:, :-1]
-        return lanes.logsumexp(dim=2) if is_draw else lanes.amax(dim=2)
-
-    def _vocabulary(self, device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """Return the tokens to look at, None for all, and where their logits go; few are gathered, not all read.
-
-        A class is reduced in lanes first: a sum into one place would wait for itself.
-        """
-        if device not in self._on_device:
-            class_of = self.automaton.class_of
-            usable = np.flatnonzero(class_of != self.automaton.num_classes)
-            is_few = 2 * len(usable) < len(class_of)
-            classes = class_of[usable] if is_few else class_of
-            lane_of = classes * _LANES + np.arange(len(classes)) % _LANES
-            kept = torch.from_numpy(usable).to(device) if is_few else None
-            self._on_device[device] = kept, torch.from_numpy(lane_of).to(device)
-        return self._on_device[device]
+            shares = (logits - best.index_select(1, class_of)).exp_()
+            # Each sum holds a 1, but for classes that the model rules out altogether.
+            best = best + empty.index_add(1, class_of, shares).clamp_(min=1).log_()
+        return best[:, :-1]
 
     def _token(self, token_class: int, rest: float, logits: Float[Tensor, "vocab"], is_draw: bool) -> Int[Tensor, ""]:
         """Pick the best token of a class, or the one on which the draw falls."""
         order, starts = self.automaton.tokens_by_class
-        members = order[starts[token_class] : starts[token_class + 1]]
-        if not is_draw and 8 * len(members) > len(order) and self._class(best := int(logits.argmax())) == token_class:
-            return torch.tensor(best)  # reading all in order is faster than gathering a large part
-        tokens = torch.from_numpy(members).to(logits.device)
+        tokens = torch.from_numpy(order[starts[token_class] : starts[token_class + 1]]).to(logits.device)
         inside = logits[tokens].float().clamp(min=_LOWEST)
         if not is_draw:
             return tokens[inside.argmax()]
@@ -222,27 +182,24 @@ class CompiledConstraint:
     def _why_not(self, length: int) -> str:
         """Say which lengths would do, for a canvas of which nothing is given."""
         automaton, limits, possible = self.automaton, self.limits, []
-        can_end = automaton.is_final & (np.arange(automaton.num_states) < automaton.num_texts)  # by n more tokens
+        # 0 for the states from which n more tokens lead to an end of the text
+        can_end = np.where([*automaton.is_final[:-2], False, False], 0.0, -np.inf)
         for n in range(length + automaton.num_states + 1):
-            if can_end[0] and n >= limits.min_tokens and (limits.max_tokens is None or n <= limits.max_tokens):
+            if can_end[0] == 0 and n >= limits.min_tokens and (limits.max_tokens is None or n <= limits.max_tokens):
                 possible.append(n)
-            if not can_end.any() or (len(possible) > 2 and possible[-3] > length):
+            if not (can_end == 0).any() or (len(possible) > 2 and possible[-3] > length):
                 break
-            can_end = automaton.before_any(can_end)
-        most = "any number of" if limits.max_tokens is None else limits.max_tokens
-        bounds = f" of {limits.min_tokens} to {most} tokens" if limits != Limits() else ""
+            can_end = automaton.before(can_end)
+        highest = "any number of" if limits.max_tokens is None else limits.max_tokens
+        bounds = f" of {limits.min_tokens} to {highest} tokens" if limits != TokenLimits() else ""
         if not possible:
             return f"no text{bounds} in this vocabulary satisfies the constraint. Loosen it."
         if length < possible[0]:
-            return (
-                f"the canvas is too short: the shortest text{bounds} that satisfies the constraint has"
-                f" {possible[0]} tokens; got {length}. Set max_new_tokens to at least {possible[0]}."
-            )
+            shortest = f"the shortest text{bounds} that satisfies the constraint has {possible[0]} tokens; got {length}"
+            return f"the canvas is too short: {shortest}. Set max_new_tokens to at least {possible[0]}."
         near = ", ".join(str(n) for n in sorted(sorted(possible, key=lambda n: abs(n - length))[:3]))
-        return (
-            f"no text{bounds} that satisfies the constraint fills a canvas of {length} tokens;"
-            f" lengths near it that do are {near}. Use one of them, an end token or other spans."
-        )
+        misfit = f"no text{bounds} that satisfies the constraint fills a canvas of {length} tokens"
+        return f"{misfit}; lengths near it that do are {near}. Use one of them, an end token or other spans."
 
 
 def _choose(weights: Floats, draw: float | None) -> tuple[int, float]:

@@ -30,30 +30,24 @@ def number_patterns(schema: Mapping[str, Any], *, is_integer: bool) -> list[str]
 def _bounds(schema: Mapping[str, Any], scale: int) -> tuple[float, float]:
     """Return the least and the largest whole number that fits when it is divided by a scale."""
     ends: list[float] = []
-    for key, sign in (("minimum", 1), ("maximum", -1)):
-        inclusive, exclusive = schema.get(key), schema.get(f"exclusive{key.title()}")
-        if isinstance(exclusive, bool):  # draft 4: it says of which kind the other is
-            inclusive, exclusive = (None, inclusive) if exclusive else (inclusive, None)
-        least = [math.ceil(sign * exact * scale) for exact in _exact(inclusive)]
-        least += [math.floor(sign * exact * scale) + 1 for exact in _exact(exclusive)]
-        ends.append(sign * max(least, default=-math.inf))
+    for key, sign in (("minimum", 1), ("maximum", -1)):  # the largest x is minus the least -x
+        bounds = [-math.inf]
+        if key in schema:
+            bounds.append(math.ceil(sign * Fraction(repr(schema[key])) * scale))
+        if (key := f"exclusive{key.title()}") in schema:
+            bounds.append(math.floor(sign * Fraction(repr(schema[key])) * scale) + 1)
+        ends.append(sign * max(bounds))
     return ends[0], ends[1]
-
-
-def _exact(bound: float | None) -> set[Fraction]:
-    """Return the decimal that stands for a bound, and the float: beyond 2^53 they are two, and both must hold."""
-    return set() if bound is None else {Fraction(repr(bound)), Fraction(bound if bound % 1 == 0 else repr(bound))}
 
 
 def _between(low: int, high: int, decimals: int) -> str:
     """Write the numbers of at most so many decimals from low to high, both scaled to whole numbers from 0."""
-    a, b = f"{low:0{decimals + 1}}", f"{high:0{decimals + 1}}"
-    if len(a) == len(b):
-        return _digits(a, b, decimals)
-    parts = [_digits(a, "9" * len(a), decimals), _digits("1" + "0" * (len(b) - 1), b, decimals)]
-    if len(b) - len(a) > 1:
-        whole = f"[1-9][0-9]{{{len(a) - decimals},{len(b) - decimals - 2}}}"
-        parts.append(whole + _digits("0" * decimals, "9" * decimals, decimals))
+    shortest, longest = (max(len(str(end)), decimals + 1) for end in (low, high))
+    parts = []
+    for size in range(shortest, longest + 1):
+        a = low if size == shortest else 10 ** (size - 1)
+        b = high if size == longest else 10**size - 1
+        parts.append(_digits(f"{a:0{size}}", f"{b:0{size}}", decimals))
     return f"(?:{'|'.join(parts)})"
 
 

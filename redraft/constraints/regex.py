@@ -1,4 +1,4 @@
-r"""Patterns to automata over the bytes of UTF-8.
+r"""Patterns (regular expressions and combinations of them) to automata over the bytes of UTF-8.
 
 Python's own parser reads regular expressions, so that what is generated is what `re.fullmatch` accepts. outlines-core
 0.2.14 was tried first: its automata drop what follows a match without completing another, it determinises the
@@ -19,56 +19,22 @@ from numpy.typing import NDArray
 
 MAX_STATES = 40_000
 MAX_WORK = 300_000
-"""Steps of the construction, a microsecond or two each: patterns that need more are refused."""
-MAX_LENGTH = 200_000
 _TOP = 0x10FFFF
 _LEAF = -1
 _JSON_STRING = 1 << 20
 """A flag beside those of `re`: the pattern is JSON schema's, its characters stand inside a JSON string."""
 _ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 _ESCAPED = ((0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\")), (0x7F, 0x7F), (0xFEFF, 0xFEFF))
-"""What does not stand as it is in such a string; U+FEFF is a space in JavaScript only."""
+"""Characters that are written as escapes in such a string, or not at all; U+FEFF is a space in JavaScript only."""
 Ranges = tuple[tuple[int, int], ...]
 """Code points or bytes: disjoint closed intervals in order."""
 Pattern = str | tuple[Any, ...]
 """A regular expression, or ("text", text), ("searched", regular expression of a JSON schema inside a string),
-("characters", ranges), ("join", *patterns), ("either", *patterns), ("repeat", least, most or None, pattern), or
-("members", comma, ((pattern, is_required), ...)): in order, those not required left out at will, a comma between those
-that stand. Parts that are one object are built once, so they must live as long as the whole."""
+("characters", ranges), ("join", *patterns), ("either", *patterns), ("repeat", low, high or None, pattern), or
+("members", comma, ((pattern, is_required), ...)): the members in order, any that is not required may be missing, with
+a comma between neighbours. Parts are recognised by their id, so they must live as long as the whole."""
 K = TypeVar("K", bound=Hashable)
 _sre: Any = import_module("re._parser")
-
-
-def determinise(pattern: Pattern) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    """Return a table (states, 256) of next states and which are final; state 0 is the start.
-
-    Raises ValueError for what automata cannot do (anchors, look-arounds, back references) or would do too largely.
-    """
-    nfa = _Nfa()
-    end = nfa.state(())
-    try:
-        start = nfa.closure(nfa.build(pattern, end))
-    except RecursionError as error:
-        raise ValueError("the constraint is nested too deeply to be an automaton. Flatten it.") from error
-    sets, table = explore(start, lambda items: _moves(items, nfa))
-    return table, np.array([(_LEAF, end) in items for items in sets])
-
-
-def explore(start: K, follow: Callable[[K], tuple[Sequence[K], Any]]) -> tuple[list[K], NDArray[np.int32]]:
-    """Find all that follows from a start: the states in order, and for each a row of numbers of those that follow it.
-
-    `follow` returns the states that follow one, and for how many columns in a row each of them stands.
-    """
-    number, states, rows = {start: 0}, [start], []
-    for state in states:  # grows while it is walked
-        following, widths = follow(state)
-        for new in following:
-            if number.setdefault(new, len(states)) == len(states):
-                states.append(new)
-        rows.append(np.repeat(np.array([number[one] for one in following], np.int32), widths))
-        if len(states) > MAX_STATES:
-            raise too_large(f"{MAX_STATES} states")
-    return states, np.stack(rows)
 
 
 def too_large(limit: str) -> ValueError:
@@ -78,23 +44,50 @@ def too_large(limit: str) -> ValueError:
     )
 
 
-def _refused(pattern: str, reason: str) -> ValueError:
-    shown = repr(pattern if len(pattern) <= 200 else pattern[:200] + "...")
-    return ValueError(
-        f"the regular expression cannot be an automaton: {reason}; got {shown}. The whole text is matched: leave out"
-        " ^, $, \\b, look-arounds, back references and the flags i and a."
-    )
+@dataclass(kw_only=True)
+class Work:
+    """Counts steps of a microsecond or two. Raises ValueError for a constraint that needs more than MAX_WORK."""
+
+    steps: int = 0
+
+    def spend(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_WORK:
+            raise too_large(f"{MAX_WORK} steps to build")
 
 
-def _parsed(pattern: str) -> Any:
-    if len(pattern) > MAX_LENGTH:
-        raise _refused(pattern, f"it has {len(pattern)} characters, more than {MAX_LENGTH}")
+def determinise(pattern: Pattern) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Return a table (states, 256) of next states, and which are final. The start is first, the dead state last.
+
+    Raises ValueError for what automata cannot do (anchors, look-arounds, back references) or would do too largely.
+    """
+    nfa = _Nfa()
+    end = nfa.state(())
     try:
-        with warnings.catch_warnings():  # about what a later syntax may mean
-            warnings.simplefilter("ignore")
-            return _sre.parse(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise _refused(pattern, str(error)) from error
+        start = nfa.closure(nfa.build(pattern, end))
+    except RecursionError as error:
+        raise ValueError("the constraint is nested too deeply to be an automaton. Flatten it.") from error
+    sets, table = explore(start, frozenset(), lambda items: _moves(items, nfa))
+    return table, np.array([*((_LEAF, end) in items for items in sets), False])
+
+
+def explore(start: K, dead: K, follow: Callable[[K], tuple[Sequence[K], Any]]) -> tuple[list[K], NDArray[np.int32]]:
+    """Find all states that follow from a start: a list of them, and a table of the numbers of those that follow each.
+
+    The dead state is not in the list; its row is the last of the table. `follow` returns the states that follow one,
+    and for how many columns in a row each of them stands.
+    """
+    number, states, rows = {dead: -1, start: 0}, [start], []
+    for state in states:  # grows while it is walked
+        following, widths = follow(state)
+        for new in following:
+            if number.setdefault(new, len(states)) == len(states):
+                states.append(new)
+        rows.append(np.repeat(np.array([number[one] for one in following], np.int32), widths))
+        if len(states) > MAX_STATES:
+            raise too_large(f"{MAX_STATES} states")
+    table = np.stack([*rows, np.full_like(rows[0], -1)])
+    return states, np.where(table < 0, np.int32(len(states)), table)
 
 
 Item = tuple[int, int]
@@ -102,7 +95,7 @@ Item = tuple[int, int]
 
 
 def _moves(items: frozenset[Item], nfa: "_Nfa") -> tuple[list[frozenset[Item]], NDArray[np.int64]]:
-    """Return where the bytes lead from a set of items, and for how many bytes in a row each set of items stands."""
+    """Return the sets of items that the bytes lead to, and for how many bytes in a row each set stands."""
     moves = [
         (low, high, frozenset([(child, target)]) if child != _LEAF else nfa.closure(target))
         for node, target in items
@@ -120,23 +113,20 @@ def _moves(items: frozenset[Item], nfa: "_Nfa") -> tuple[list[frozenset[Item]], 
 
 
 @dataclass(kw_only=True)
-class _Nfa:
-    """Thompson's construction from the end to the start, so that equal ways to the end share their states."""
+class _Nfa(Work):
+    """Thompson's construction from the end to the start, so that equal ways to the end share their states.
+
+    That makes the determinised automaton minimal, or nearly so, for constants, bounded lengths and JSON.
+    """
 
     states: list[Any] = field(default_factory=list)
     """(trie, state behind it) for a state that reads, a frozenset of states for a fork, () for the end; and nodes of
     tries, each with its edges (first byte, last byte, child). Equal ones are one."""
     number: dict[Any, int] = field(default_factory=dict)
     built: dict[tuple[int, int], int] = field(default_factory=dict)
-    parsed: dict[tuple[str, str], Pattern] = field(default_factory=dict)
+    parsed: dict[tuple[str, int], Pattern] = field(default_factory=dict)
     tries: dict[Ranges, int] = field(default_factory=dict)
     closures: dict[int, frozenset[Item]] = field(default_factory=dict)
-    work: int = 0
-
-    def spend(self, steps: int) -> None:
-        self.work += steps
-        if self.work > MAX_WORK:
-            raise too_large(f"{MAX_WORK} steps to build")
 
     def state(self, content: Any) -> int:
         self.spend(1)
@@ -175,9 +165,9 @@ class _Nfa:
         self.spend(1)
         kind, *parts = ("matched", pattern) if isinstance(pattern, str) else pattern
         if kind in ("matched", "searched"):
-            key = kind, parts[0]
-            if key not in self.parsed:  # kept, so that equal ones have one id
-                self.parsed[key] = self.regex(parts[0], _JSON_STRING if kind == "searched" else 0)
+            key = parts[0], _JSON_STRING if kind == "searched" else 0
+            if key not in self.parsed:  # one object for equal regular expressions, and it must live on
+                self.parsed[key] = self.regex(*key)
             return self.build(self.parsed[key], end)
         if kind == "characters":
             return self.read(parts[0], end)
@@ -201,40 +191,14 @@ class _Nfa:
             after = self.fork((self.build(comma, rest), *may_end))
         return self.fork((rest, *may_end))
 
-    def regex(self, pattern: str, flags: int) -> Pattern:
-        parsed = _parsed(pattern)
-        try:
-            return self.sequence(parsed, flags | parsed.state.flags)
-        except NotImplementedError as error:
-            raise _refused(pattern, str(error)) from error
-
-    def sequence(self, parsed: Any, flags: int) -> Pattern:
-        return ("join", *(self.element(str(op), argument, flags) for op, argument in parsed))
-
-    def element(self, op: str, argument: Any, flags: int) -> Pattern:
-        if op == "SUBPATTERN":
-            _, added, removed, inner = argument
-            return self.sequence(inner, (flags | added) & ~removed)
-        if op == "BRANCH":
-            return ("either", *(self.sequence(option, flags) for option in argument[1]))
-        if op in ("MAX_REPEAT", "MIN_REPEAT"):
-            least, most, inner = argument
-            return ("repeat", least, None if most is _sre.MAXREPEAT else most, self.sequence(inner, flags))
-        characters = self.characters(op, argument, flags)
-        if not flags & _JSON_STRING:
-            return ("characters", characters)
-        escapes = [_ESCAPES[c] for c in _ESCAPES if any(low <= ord(c) <= high for low, high in characters)]
-        raw = _without(_union([*_without(characters), *_ESCAPED]))
-        return ("either", ("characters", raw), *(("text", "\\" + letter) for letter in escapes))
-
-    def repeat(self, end: int, least: int, most: int | None, inner: Pattern) -> int:
+    def repeat(self, end: int, low: int, high: int | None, inner: Pattern) -> int:
         start = end
-        if most is None:
-            start = len(self.states)  # a loop is like no other state
+        if high is None:
+            start = len(self.states)  # a loop equals no other state: its number is needed before its content is known
             self.states.append(None)
             self.states[start] = frozenset((self.build(inner, start), end))
-        num_optional = 0 if most is None else most - least
-        for i in range(least + num_optional):
+        num_optional = 0 if high is None else high - low
+        for i in range(low + num_optional):
             self.spend(1)
             before = self.build(inner, start)
             if before == start:
@@ -249,16 +213,48 @@ class _Nfa:
         return self.state((self.tries[characters], end))
 
     def trie(self, sequences: Sequence[Ranges]) -> int:
-        """Return the node from which one of the sequences of bytes is read; they begin alike, or with other bytes."""
+        """Return the node from which one of the sequences is read. Their first intervals are equal or disjoint."""
         behind: dict[tuple[int, int], list[Ranges]] = {}
         for sequence in sequences:
             behind.setdefault(sequence[0], []).append(sequence[1:])
         return self.state(tuple((*first, self.trie(rest) if rest[0] else _LEAF) for first, rest in behind.items()))
 
+    def regex(self, pattern: str, flags: int) -> Pattern:
+        self.spend(len(pattern))
+        try:
+            with warnings.catch_warnings():  # about what a later syntax may mean
+                warnings.simplefilter("ignore")
+                parsed = _sre.parse(pattern)
+            return self.sequence(parsed, flags | parsed.state.flags)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"the regular expression cannot be an automaton: {error}; got {pattern!r:.200}. The whole text is"
+                " matched: leave out ^, $, \\b, look-arounds, back references and the flags i and a."
+            ) from error
+
+    def sequence(self, parsed: Any, flags: int) -> Pattern:
+        return ("join", *(self.element(str(op), argument, flags) for op, argument in parsed))
+
+    def element(self, op: str, argument: Any, flags: int) -> Pattern:
+        if op == "SUBPATTERN":
+            _, added, removed, inner = argument
+            return self.sequence(inner, (flags | added) & ~removed)
+        if op == "BRANCH":
+            return ("either", *(self.sequence(option, flags) for option in argument[1]))
+        if op in ("MAX_REPEAT", "MIN_REPEAT"):
+            low, high, inner = argument
+            return ("repeat", low, None if high is _sre.MAXREPEAT else high, self.sequence(inner, flags))
+        characters = self.characters(op, argument, flags)
+        if not flags & _JSON_STRING:
+            return ("characters", characters)
+        escapes = [_ESCAPES[c] for c in _ESCAPES if any(low <= ord(c) <= high for low, high in characters)]
+        raw = _without(_union([*_without(characters), *_ESCAPED]))
+        return ("either", ("characters", raw), *(("text", "\\" + letter) for letter in escapes))
+
     def characters(self, op: str, argument: Any, flags: int, *, is_negated: bool = False) -> Ranges:
         """Return the code points that an element stands for."""
         if flags & (re.IGNORECASE | re.ASCII | re.LOCALE):
-            raise NotImplementedError("the flags i, a and L are not supported")
+            raise re.error("the flags i, a and L are not supported")
         if op == "ANY":
             ends = ((10, 10), (13, 13), (0x2028, 0x2029)) if flags & _JSON_STRING else ((10, 10),)
             return _without(() if flags & re.DOTALL else ends)
@@ -276,7 +272,7 @@ class _Nfa:
             self.spend(sum(map(len, members)) // 8)
             union = _union([interval for member in members for interval in member])
             return _without(union) if is_negated else union
-        raise NotImplementedError(f"it uses {op.lower()}")
+        raise re.error(f"it uses {op.lower()}")
 
 
 def _union(intervals: Iterable[tuple[int, int]]) -> Ranges:

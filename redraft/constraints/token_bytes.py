@@ -2,7 +2,6 @@
 
 import json
 import re
-from functools import cache
 from typing import Any, Literal
 
 LeadingSpace = Literal["text", "stripped", "added"]
@@ -20,6 +19,9 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
             f"the tokenizer must be a fast one (with a tokenizer.json); got {type(tokenizer).__name__}."
             " Convert it with transformers' AutoTokenizer and save it again."
         )
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     decoder = json.dumps(backend["decoder"])
     is_byte_level, is_word_piece = '"ByteLevel"' in decoder, '"WordPiece"' in decoder
@@ -27,13 +29,15 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     pieces: dict[str, int] = tokenizer.get_vocab()
     added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids)
-    found: list[bytes | None] = [None] * (max(pieces.values()) + 1)
+    bytes_of: list[bytes | None] = [None] * (max(pieces.values()) + 1)
     for piece, id in pieces.items():
         if id in added:
-            found[id] = None if added[id].special or id in special else added[id].content.encode()
+            bytes_of[id] = None if added[id].special or id in special else added[id].content.encode()
+        elif id not in special and is_byte_level:
+            bytes_of[id] = bytes(map(byte_of.__getitem__, piece)) if byte_of.keys() >= set(piece) else piece.encode()
         elif id not in special:
-            found[id] = _from_alphabet(piece) if is_byte_level else _from_text(piece, is_word_piece, has_bytes)
-    return found
+            bytes_of[id] = _from_text(piece, is_word_piece, has_bytes)
+    return bytes_of
 
 
 def leading_space(tokenizer: Any) -> LeadingSpace:
@@ -45,22 +49,9 @@ def leading_space(tokenizer: Any) -> LeadingSpace:
     return "text" if word is None or tokenizer.decode([word]).startswith(" ") else "stripped"
 
 
-def _from_alphabet(piece: str) -> bytes:
-    alphabet = _byte_alphabet()
-    return bytes(alphabet[char] for char in piece) if all(char in alphabet for char in piece) else piece.encode()
-
-
 def _from_text(piece: str, is_word_piece: bool, has_bytes: bool) -> bytes:
     if has_bytes and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
         return bytes([int(piece[3:5], 16)])
     if is_word_piece:
         return piece.removeprefix("##").encode() if piece.startswith("##") else b" " + piece.encode()
     return piece.replace("▁", " ").encode()
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """Map the characters of GPT-2's byte alphabet to bytes: printable Latin-1 is itself, the rest begins at U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}

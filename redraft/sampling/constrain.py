@@ -1,34 +1,41 @@
-"""Where constraints meet the loop: the proposals of a step become one completion of each row."""
+"""Constraints in the loop: the proposals of a step become one completion of each row."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from redraft.constraints.completion import CompiledConstraint
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.propose import Proposal
 
 
+class Completion(Protocol):
+    """All that the sampler knows of a constraint on one text; `constraints.completion.CompiledConstraint` is one."""
+
+    def check(self, tokens: Tensor, is_noise: Tensor) -> None:
+        """Raise ValueError with the reason if no completion of the (seq,) new tokens satisfies the constraint."""
+
+    def complete(self, tokens: Tensor, is_noise: Tensor, where: Tensor, logits: Tensor, *, u: Tensor | None) -> Tensor:
+        """Propose tokens (n,) at the places (n,): the most probable that fit together, or a draw by u (n,)."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Constrained:
+class TextConstraint:
     """A constraint on the new text of every row: what was not given, up to `num_tokens` tokens."""
 
-    compiled: CompiledConstraint
+    completion: Callable[[Int[Tensor, "given"]], Completion]
+    """What holds for a text, given the tokens before it: some tokenizers drop a space at the start."""
     num_tokens: int | None = None
-    at_start: CompiledConstraint | None = None
-    """Where no text stands before the new one, if that makes a difference."""
-    silent: frozenset[int] = frozenset()
-    """Tokens without a text."""
 
     def check(self, canvas: Canvas) -> None:
         """Raise ValueError with the reason if a row cannot satisfy the constraint."""
-        for row, (text, compiled) in enumerate(self._rows(canvas)):
+        for row, (text, completion) in enumerate(self._rows(canvas)):
             if len(text) and int(text[-1] - text[0]) != len(text) - 1:  # sync: before the first step
                 raise ValueError(f"a constraint needs new text in one piece; got several in row {row}. Use one hole.")
-            compiled.check(canvas.tokens[row, text], canvas.is_noise[row, text])
+            completion.check(canvas.tokens[row, text], canvas.is_noise[row, text])
 
     def __call__(
         self,
@@ -42,42 +49,33 @@ class Constrained:
         top_p: float | None = None,
         with_best: bool = False,
     ) -> Proposal:
-        """Propose tokens of which every subset may be committed, and at a temperature, if asked, the best ones too.
+        """Propose tokens of which every subset may be committed; `with_best` adds the most probable to those drawn.
 
-        Drafts are proposed as they are: an edit of some drafts and not of others could break what holds; to make a
+        Drafts are proposed as they are: an edit of some drafts and not of others could break the constraint. To make a
         draft noise again breaks nothing.
         """
-        num_columns = canvas.tokens.shape[1]
-        row_of, column = where // num_columns, where % num_columns
+        row_of, column = torch.unravel_index(where, canvas.tokens.shape)
         is_noise = canvas.is_noise[row_of, column]
-        drafts = torch.where(is_noise, proposal.x_0, canvas.tokens[row_of, column])  # and what no constraint speaks of
-        rows = list(self._rows(canvas))
-
-        def completed(logits: Float[Tensor, "n vocab"], temperature: float) -> Int[Tensor, "n"]:
-            x_0 = drafts.clone()
-            for row, (text, compiled) in enumerate(rows):
-                mine = ((row_of == row) & torch.isin(column, text) & is_noise).nonzero()[:, 0]
-                if len(mine):
-                    known = canvas.tokens[row, text], canvas.is_noise[row, text]
-                    numbers = None if u is None else u[mine]
-                    x_0[mine] = compiled.complete(
-                        *known, column[mine] - text[0], logits[mine], temperature=temperature, u=numbers
-                    )
-            return x_0
-
-        best = completed(proposal.logits, 0.0) if with_best or temperature == 0 else None
-        if best is not None and temperature == 0:
-            x_0 = best
-        else:
-            x_0 = completed(_cut(proposal.logits.float() / temperature, top_k=top_k, top_p=top_p), 1.0)
+        x_0 = torch.where(
+            is_noise, proposal.x_0, canvas.tokens[row_of, column]
+        )  # drafts, and places outside of the text
+        best = x_0.clone() if with_best or u is None else None
+        logits = None if u is None else _cut(proposal.logits.float() / temperature, top_k=top_k, top_p=top_p)
+        for row, (text, completion) in enumerate(self._rows(canvas)):
+            mine = ((row_of == row) & torch.isin(column, text) & is_noise).nonzero()[:, 0]
+            state = canvas.tokens[row, text], canvas.is_noise[row, text], column[mine] - text[:1]
+            if len(mine) and best is not None:
+                best[mine] = completion.complete(*state, proposal.logits[mine], u=None)
+            if len(mine) and u is not None and logits is not None:
+                x_0[mine] = completion.complete(*state, logits[mine], u=u[mine])
+        x_0 = best if u is None and best is not None else x_0
         return replace(proposal, x_0=x_0, confidence=proposal.probability_of(x_0), best=best)
 
-    def _rows(self, canvas: Canvas) -> Iterator[tuple[Int[Tensor, "new"], CompiledConstraint]]:
+    def _rows(self, canvas: Canvas) -> Iterator[tuple[Int[Tensor, "new"], Completion]]:
         """Return the places of each row's new text, and what holds for it."""
         for tokens, status in zip(canvas.tokens, canvas.status, strict=True):
             text = ((status != Status.GIVEN) & (status != Status.PAD)).nonzero()[: self.num_tokens, 0]
-            before = tokens[: text[0]].tolist() if len(text) and self.at_start else []  # sync: the walk is on the CPU
-            yield text, self.at_start if self.at_start and self.silent.issuperset(before) else self.compiled
+            yield text, self.completion(tokens[: text[0]] if len(text) else tokens)
 
 
 def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | None) -> Float[Tensor, "n vocab"]:
@@ -87,6 +85,5 @@ def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | 
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         mass = ordered.softmax(dim=-1)
-        ordered = ordered.masked_fill(mass.cumsum(dim=-1) - mass >= top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter(-1, index, ordered)
+        logits = logits.scatter(-1, index, ordered.masked_fill(mass.cumsum(dim=-1) - mass >= top_p, -torch.inf))
     return logits

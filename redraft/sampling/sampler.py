@@ -9,7 +9,7 @@ from redraft.models.denoiser import Denoiser
 from redraft.sampling import policies
 from redraft.sampling.budget import Budget
 from redraft.sampling.caching import ApproximatePlanner, ExactPlanner, Planner
-from redraft.sampling.constrain import Constrained
+from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.guidance import Guide
 
 CacheKind = Literal["none", "exact", "prefix", "dual"]
@@ -42,7 +42,7 @@ class Sampler:
     budget: Budget = field(default_factory=Budget)
     guides: tuple[Guide, ...] = ()
     """Changes to the logits before the draw: rewards, logits processors, one's own."""
-    constraint: Constrained | None = None
+    constraint: TextConstraint | None = None
     """What the new text must be, whatever is decided in whatever order."""
     anneal: policies.Anneal | None = None
     """What the logits are divided by as a block goes on; `temperature` divides the draw alone, after it."""

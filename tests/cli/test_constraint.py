@@ -5,8 +5,8 @@ import re
 import pytest
 
 from redraft.cli.constraint import ConstraintArguments
-from redraft.constraints.constraints import JsonSchema
-from redraft.constraints.json_schema import MAX_CHARACTERS
+from redraft.constraints.kinds import JsonSchema
+from redraft.constraints.schema import MAX_CHARACTERS
 
 
 def test_a_schema_is_read_from_its_file(tmp_path):
@@ -43,7 +43,7 @@ def test_a_file_whose_name_begins_like_json_is_read(tmp_path, monkeypatch, name)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("latin.json", "it is no name of a text in UTF-8"),
+        ("latin.json", "it names no text file in UTF-8"),
         (".", "Is a directory"),
         ("x" * 300, "File name too long"),
         ("a\0", "UTF-8"),

@@ -12,7 +12,7 @@ import torch
 
 from redraft.constraints.automaton import ByteAutomaton
 from redraft.constraints.completion import MAX_TAILS
-from redraft.constraints.constraints import All, Choice, Contains, JsonSchema, Length, Regex, Spans
+from redraft.constraints.kinds import All, Choice, Contains, JsonSchema, Length, Regex, Spans
 
 PAD, EOS, MASK = 0, 1, 2
 MERGES = ["ab", "abc", "the", " a", '": ', '", "', '{"', '"}', "12", "tru", "日本", "é", "😀", "x日"]
@@ -26,6 +26,11 @@ def least_length(compiled, length):
     except ValueError as error:
         return int(re.search(r"has (\d+) tokens|that do are (?:\d+, )*(\d+)", str(error)).expand(r"\1\2"))
     return length
+
+
+def complete(compiled, tokens, is_noise, where, logits, *, temperature=0.0, u=None):
+    tempered, u = (logits.float() / temperature, u) if temperature else (logits, None)
+    return compiled.complete(tokens, is_noise, where, tempered, u=u)
 
 
 def decode(compiled, length, *, generator, temperature=0.0, given=None, block=None, eos=EOS):
@@ -42,7 +47,7 @@ def decode(compiled, length, *, generator, temperature=0.0, given=None, block=No
         where = where[: 1 + int((where < where[0] + (block or length)).sum()) - 1]
         logits = torch.randn(len(where), len(VOCAB), generator=generator) * 6
         u = torch.rand(len(where), generator=generator)
-        x_0 = compiled.complete(tokens, is_noise, where, logits, temperature=temperature, u=u)
+        x_0 = complete(compiled, tokens, is_noise, where, logits, temperature=temperature, u=u)
         chosen = torch.rand(len(where), generator=generator) < 0.4
         tokens[where[chosen]], is_noise[where[chosen]] = x_0[chosen], False
     assert not is_noise.any()
@@ -117,7 +122,7 @@ def random_schema(rng, depth=2):
         low = rng.randint(0, 2)
         return {"type": "array", "items": random_schema(rng, depth - 1), "minItems": low, "maxItems": low + 1}
     if kind == "map":
-        return {"type": "object", "additionalProperties": random_schema(rng, depth - 1), "maxProperties": 2}
+        return {"type": "object", "additionalProperties": random_schema(rng, depth - 1)}
     if kind == "anyOf":
         return {"anyOf": [random_schema(rng, depth - 1), random_schema(rng, depth - 1)]}
     if kind == "oneOf":
@@ -134,7 +139,8 @@ def test_200_random_json_schemas_are_satisfied_in_any_order_of_commits(part):
     for seed in range(50 * part, 50 * part + 50):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         schema = random_schema(rng)
-        compiled = JsonSchema(schema, whitespace=rng.choice(["", " ?"])).compile(VOCAB, eos_token_id=EOS)
+        rng.random()
+        compiled = JsonSchema(schema).compile(VOCAB, eos_token_id=EOS)
         length = least_length(compiled, 12) + rng.choice([0, 3, 20])
         how = {"temperature": rng.choice([0.0, 1.0]), "block": rng.choice([None, 8])}
         text = text_of(decode(compiled, length, generator=generator, **how))
@@ -228,7 +234,7 @@ def test_draws_follow_the_tempered_product_restricted_to_the_language(where):
     total, counts, num_draws = sum(weights.values()), {}, 1500
     u = torch.rand(num_draws, len(where), generator=torch.Generator().manual_seed(0))
     for row in u:
-        drawn = tuple(compiled.complete(tokens, is_noise, positions, logits, temperature=0.8, u=row).tolist())
+        drawn = tuple(compiled.complete(tokens, is_noise, positions, logits / 0.8, u=row).tolist())
         counts[drawn] = counts.get(drawn, 0) + 1
     assert set(counts) <= set(weights)
     distance = sum(abs(counts.get(ids, 0) / num_draws - weight / total) for ids, weight in weights.items()) / 2
@@ -242,9 +248,8 @@ def test_tokens_that_the_model_rules_out_are_used_where_the_constraint_needs_the
     logits[:, 4] = 0.0
     tokens, is_noise = torch.full((2,), MASK), torch.ones(2, dtype=torch.bool)
     for temperature in (0.0, 0.1):
-        x_0 = compiled.complete(
-            tokens, is_noise, torch.arange(2), logits.bfloat16(), temperature=temperature, u=torch.rand(2)
-        )
+        how = {"temperature": temperature, "u": torch.rand(2)}
+        x_0 = complete(compiled, tokens, is_noise, torch.arange(2), logits.bfloat16(), **how)
         assert x_0.tolist() == [6, 2]
 
 
@@ -274,7 +279,7 @@ def check(constraint, length, *, given=None, eos=EOS, vocab=VOCAB):
         (JsonSchema({"type": "integer", "multipleOf": 3}), {"length": 9}, "unsupported keyword; got 'multipleOf'"),
         (JsonSchema({"type": "text"}), {"length": 9}, "unknown type; got 'text'"),
         (JsonSchema({"$ref": "#/$defs/x"}), {"length": 9}, "a $ref that leads nowhere"),
-        (JsonSchema({"$ref": "#"}), {"length": 9}, "a $ref that leads only to itself"),
+        (JsonSchema({"$ref": "#"}), {"length": 9}, "or a $ref leads only to itself"),
         (JsonSchema({"oneOf": [{"type": "integer"}, {"type": "number"}]}), {"length": 9}, "oneOf may both fit"),
         (JsonSchema({"type": "string", "pattern": "^(?i:a)$"}), {"length": 9}, "the flags i, a and L"),
         (JsonSchema({"items": {"items": {}}, "minItems": 1}, max_depth=0), {"length": 9}, "with max_depth=0"),
@@ -293,8 +298,8 @@ def test_what_cannot_be_satisfied_is_refused_with_the_reason(constraint, how, re
         (lambda: Choice([]), "at least one option"),
         (lambda: Choice("yes"), "a list of at least one option; got 'yes'"),
         (lambda: Contains([]), "at least one substring"),
-        (lambda: Length(min_chars=4, max_chars=3), "min_chars must be in 0 ... max_chars; got 4 and 3"),
-        (lambda: Length(min_tokens=-1), "min_tokens must be in 0 ... max_tokens; got -1 and None"),
+        (lambda: Length(min_chars=4, max_chars=3), "min_chars must be at most max_chars; got 4 and 3"),
+        (lambda: Length(min_tokens=-1), "min_tokens must be at least 0; got -1"),
         (lambda: Length(max_chars=2.5), "max_chars must be one of int, NoneType; got 2.5"),
         (lambda: Length(min_chars=None), "min_chars must be of type int; got None"),
         (lambda: Length(max_tokens=float("nan")), "max_tokens must be one of int, NoneType; got nan"),
@@ -315,9 +320,8 @@ def test_what_cannot_be_satisfied_is_refused_with_the_reason(constraint, how, re
         (lambda: All(parts=()), "All needs at least one part"),
         (lambda: All(parts=(x for x in ())), "All needs at least one part"),
         (lambda: JsonSchema(None), "a JSON schema must be a dict, a boolean or a text; got None"),
-        (lambda: JsonSchema(True, max_depth=-1), "max_depth must be a whole number from 0; got -1"),
-        (lambda: JsonSchema(True, max_depth="3"), "max_depth must be a whole number from 0; got '3'"),
-        (lambda: JsonSchema(True, whitespace=None), "whitespace takes text; got None"),
+        (lambda: JsonSchema(True, max_depth=-1), "max_depth must be at least 0; got -1"),
+        (lambda: JsonSchema(True, max_depth="3"), "max_depth must be of type int; got '3'"),
     ],
 )
 def test_settings_are_checked_when_they_are_made(unchecked, make, reason):
@@ -345,7 +349,6 @@ HOSTILE = [
     JsonSchema({"oneOf": [{"$ref": "#"}, {"type": "null"}]}),
     JsonSchema({"oneOf": [{"required": [1]}, {"required": [2]}]}),
     JsonSchema({"items": {"$ref": "#"}}, max_depth=10**9),
-    JsonSchema({"type": "array"}, whitespace="("),
     Spans({0: [10**9]}),
     Spans({10**30: [5]}),
     Length(min_chars=10**30),
@@ -395,8 +398,7 @@ TOO_LARGE = [
     Contains([f"word{i:02}" for i in range(20)]),
     Choice([f"option {i}" for i in range(100_000)]),
     Length(max_chars=10**9),
-    JsonSchema({"oneOf": [{"const": i} for i in range(3000)]}),
-    JsonSchema({"oneOf": [{"enum": [f"a{i}", f"b{i}"]} for i in range(3000)]}),
+    JsonSchema({"enum": [f"option {i}" for i in range(40_000)]}),
     JsonSchema({"properties": {f"p{i}": {"type": "string"} for i in range(2000)}}),
     JsonSchema({"maxLength": 10**9}),
     JsonSchema({"type": "array", "minItems": 10**30}),
@@ -429,6 +431,7 @@ LEGITIMATE = {
         JsonSchema({"properties": {key: {"enum": [7, *(f"value_{i}" for i in range(5000)), 'a"b']} for key in "ab"}}),
         '{"a":"value_4999","b":"a\\"b"}',
     ),
+    "oneOf 3000 constants": (JsonSchema({"oneOf": [{"const": i} for i in range(3000)]}), "2999"),
     "100 objects of 3 strings": (
         JsonSchema(
             {
@@ -488,4 +491,4 @@ def test_a_constraint_keeps_what_can_be_filled_for_few_lengths():
     compiled = Regex("a*").compile(VOCAB, eos_token_id=EOS)
     for length in range(1, 40):
         compiled.check(torch.full((length,), MASK), torch.ones(length, dtype=torch.bool))
-    assert len(compiled._tails) == MAX_TAILS
+    assert compiled._fillable.cache_info().currsize == MAX_TAILS

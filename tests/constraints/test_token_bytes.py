@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from redraft.constraints.constraints import Regex
+from redraft.constraints.kinds import Regex
 from redraft.constraints.token_bytes import leading_space, token_bytes
 from redraft.data.tokenizer import train_tokenizer
 

@@ -22,7 +22,7 @@ from redraft.sampling import policies as p
 from redraft.sampling.batch import Batch, denoise
 from redraft.sampling.canvas import build_canvas
 from redraft.sampling.config import SamplingConfig
-from redraft.sampling.constrain import Constrained
+from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.presets import PRESETS
 from redraft.sampling.sampler import Sampler
 
@@ -50,7 +50,7 @@ def load(name):
 @cache
 def constraint():
     compiled = redraft.Regex("[a-m]{2,5}(-[0-9]{1,3}){0,2}").compile(WORDS, eos_token_id=1, leading_space="text")
-    return Constrained(compiled=compiled, num_tokens=NEW)
+    return TextConstraint(completion=lambda before: compiled, num_tokens=NEW)
 
 
 def some_sampler(rng, lm):

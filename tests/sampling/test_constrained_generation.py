@@ -12,11 +12,11 @@ from test_every_combination import MASK, choices, few, sampler_of, start
 from tiny import tiny_lm
 
 import redraft
-from redraft.constraints.constraints import Constraint
+from redraft.constraints.kinds import Constraint
 from redraft.data.tokenizer import train_tokenizer
 from redraft.language_model import MAX_COMPILED
 from redraft.sampling.batch import denoise
-from redraft.sampling.constrain import Constrained
+from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.presets import PRESETS
 
 TEXTS = ["the quick brown fox, 日本語", '{"name": "Ann", "age": 12}', "yes no 😀 it depends"]
@@ -53,7 +53,7 @@ def lm(request, tokenizer):
 def test_every_combination_of_policies_keeps_to_the_constraint(block_size, chosen):
     lm = tiny_lm(block_size=block_size)
     compiled = redraft.Regex(PATTERN).compile(VOCAB, eos_token_id=1)
-    sampler = replace(sampler_of(lm, **chosen), constraint=Constrained(compiled=compiled))
+    sampler = replace(sampler_of(lm, **chosen), constraint=TextConstraint(completion=lambda before: compiled))
     prompts = [[5], [9, 1, 2, 7], [30] * 6]
     canvas, keys = start(prompts)
     finals = {}

@@ -1,19 +1,39 @@
-"""Hard constraints on new text: what is asked for, as an automaton over bytes and limits on tokens."""
+"""The kinds of constraints: what a text must be, as an automaton over bytes and limits on tokens. No torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import and_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redraft.constraints.automaton import ByteAutomaton, after_space, from_pattern, over_tokens
-from redraft.constraints.completion import CompiledConstraint, Limits
-from redraft.constraints.json_schema import schema_pattern
+from redraft.constraints.schema import schema_pattern
 from redraft.constraints.token_bytes import LeadingSpace
-from redraft.errors import check_types, fits
+from redraft.settings import Natural, Settings, check_field, fits
+
+if TYPE_CHECKING:
+    from redraft.constraints.completion import CompiledConstraint
 
 _ANY = "(?s:.)"
 _ANYTHING = "(?s:.*)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLimits:
+    """Bounds on the number of tokens before the end token, and tokens fixed at positions."""
+
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    spans: Mapping[int, int] = field(default_factory=dict)
+
+    def __and__(self, other: "TokenLimits") -> "TokenLimits":
+        for position in self.spans.keys() & other.spans.keys():
+            if self.spans[position] != other.spans[position]:
+                both = f"tokens {self.spans[position]} and {other.spans[position]} for position {position}"
+                raise ValueError(f"spans must agree; got {both}.")
+        highest = min([one.max_tokens for one in (self, other) if one.max_tokens is not None], default=None)
+        lowest = max(self.min_tokens, other.min_tokens)
+        return TokenLimits(min_tokens=lowest, max_tokens=highest, spans={**self.spans, **other.spans})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,29 +44,26 @@ class Constraint:
         """Return the automaton of the texts that are allowed."""
         return from_pattern(_ANYTHING)
 
-    def limits(self) -> Limits:
-        """Return what is said about tokens rather than text."""
-        return Limits()
+    def limits(self) -> TokenLimits:
+        """Return what is required of tokens rather than text."""
+        return TokenLimits()
 
     def __and__(self, other: "Constraint") -> "Constraint":
         return All(parts=(*(self.parts if isinstance(self, All) else (self,)), other))
 
     def compile(
-        self,
-        token_bytes: Sequence[bytes | None],
-        *,
-        eos_token_id: int | None,
-        leading_space: LeadingSpace = "text",
-    ) -> CompiledConstraint:
+        self, token_bytes: Sequence[bytes | None], *, eos_token_id: int | None, leading_space: LeadingSpace = "text"
+    ) -> "CompiledConstraint":
         """Prepare for a vocabulary: bytes of each token, None for special tokens, which are never used.
 
         With an end token the text may end early: the end token fills what is left. Without, it fills the canvas.
         Raises ValueError for what can never be satisfied.
         """
+        from redraft.constraints.completion import CompiledConstraint
+
         automaton = after_space(self.automaton(), leading_space)
-        return CompiledConstraint(
-            automaton=over_tokens(automaton, token_bytes, eos_token_id=eos_token_id), limits=self.limits()
-        )
+        over_vocabulary = over_tokens(automaton, token_bytes, eos_token_id=eos_token_id)
+        return CompiledConstraint(automaton=over_vocabulary, limits=self.limits())
 
 
 @dataclass(frozen=True)
@@ -64,24 +81,20 @@ class Regex(Constraint):
 
 @dataclass(frozen=True)
 class JsonSchema(Constraint):
-    """The text is JSON that fits a schema (`json_schema.schema_pattern` says what is supported)."""
+    """The text is JSON that fits a schema (`schema.schema_pattern` says what is supported)."""
 
     schema: Mapping[str, Any] | bool | str
     """The schema, or its JSON text."""
     max_depth: int = 4
-    """The most objects and arrays inside each other."""
-    whitespace: str = " ?"
-    """Regular expression of what may stand after a comma or a colon."""
+    """Largest number of objects and arrays inside each other."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.schema, dict | bool | str):
             raise ValueError(f"a JSON schema must be a dict, a boolean or a text; got {self.schema!r:.200}.")
-        if not fits(self.max_depth, int) or self.max_depth < 0:
-            raise ValueError(f"max_depth must be a whole number from 0; got {self.max_depth!r}.")
-        _check_texts("whitespace", [self.whitespace])
+        check_field("max_depth", self.max_depth, Natural)
 
     def automaton(self) -> ByteAutomaton:
-        return from_pattern(schema_pattern(self.schema, max_depth=self.max_depth, whitespace=self.whitespace))
+        return from_pattern(schema_pattern(self.schema, max_depth=self.max_depth))
 
 
 @dataclass(frozen=True)
@@ -112,26 +125,26 @@ class Contains(Constraint):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Length(Constraint):
+class Length(Settings, Constraint):
     """Bounds on the number of characters (Unicode code points) and of tokens; the end token does not count."""
 
-    min_chars: int = 0
-    max_chars: int | None = None
-    min_tokens: int = 0
-    max_tokens: int | None = None
+    min_chars: Natural = 0
+    max_chars: Natural | None = None
+    min_tokens: Natural = 0
+    max_tokens: Natural | None = None
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         for unit in ("chars", "tokens"):
             low, high = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
-            if low < 0 or (high is not None and high < low):
-                raise ValueError(f"min_{unit} must be in 0 ... max_{unit}; got {low} and {high}.")
+            if high is not None and high < low:
+                raise ValueError(f"min_{unit} must be at most max_{unit}; got {low} and {high}.")
 
     def automaton(self) -> ByteAutomaton:
         return from_pattern(("repeat", self.min_chars, self.max_chars, _ANY))
 
-    def limits(self) -> Limits:
-        return Limits(min_tokens=self.min_tokens, max_tokens=self.max_tokens)
+    def limits(self) -> TokenLimits:
+        return TokenLimits(min_tokens=self.min_tokens, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -148,8 +161,9 @@ class Spans(Constraint):
             if not is_list or not all(fits(number, int) and number >= 0 for number in (start, *ids)):
                 raise ValueError(f"a span is a position, from 0, and a list of token ids; got {start!r}: {ids!r:.200}.")
 
-    def limits(self) -> Limits:
-        return Limits(spans=_merged([{start + i: t for i, t in enumerate(ids)} for start, ids in self.spans.items()]))
+    def limits(self) -> TokenLimits:
+        spans = ({start + i: token for i, token in enumerate(ids)} for start, ids in self.spans.items())
+        return reduce(and_, (TokenLimits(spans=span) for span in spans), TokenLimits())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,24 +180,8 @@ class All(Constraint):
     def automaton(self) -> ByteAutomaton:
         return reduce(and_, (part.automaton() for part in self.parts))
 
-    def limits(self) -> Limits:
-        limits = [part.limits() for part in self.parts]
-        highest = [limit.max_tokens for limit in limits if limit.max_tokens is not None]
-        return Limits(
-            min_tokens=max(limit.min_tokens for limit in limits),
-            max_tokens=min(highest, default=None),
-            spans=_merged([limit.spans for limit in limits]),
-        )
-
-
-def _merged(spans: Sequence[Mapping[int, int]]) -> dict[int, int]:
-    merged: dict[int, int] = {}
-    for span in spans:
-        for position, token in span.items():
-            if merged.setdefault(position, token) != token:
-                both = f"tokens {merged[position]} and {token} for position {position}"
-                raise ValueError(f"spans must agree; got {both}.")
-    return merged
+    def limits(self) -> TokenLimits:
+        return reduce(and_, (part.limits() for part in self.parts))
 
 
 def _check_texts(name: str, texts: Any, of: str = "text") -> None:
@@ -196,8 +194,8 @@ def _check_texts(name: str, texts: Any, of: str = "text") -> None:
             raise ValueError(f"{name} takes text that UTF-8 can write, without lone surrogates; got {text!r:.200}.")
 
 
-def identity(constraint: Constraint) -> object:
+def cache_key(constraint: Constraint) -> object:
     """Return a key that equal constraints of this module share; one of a user's own class is equal to itself only."""
     if isinstance(constraint, All):
-        return tuple(map(identity, constraint.parts))
+        return tuple(map(cache_key, constraint.parts))
     return repr(constraint) if type(constraint).__module__ == __name__ else id(constraint)

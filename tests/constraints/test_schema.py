@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from redraft.constraints.constraints import JsonSchema
+from redraft.constraints.kinds import JsonSchema
 
 
 def accepts(automaton, text):
@@ -42,10 +42,10 @@ def walk(automaton, distance, rng):
 
 
 PETS = {
-    "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/cat", "id": "#/$defs/id", "$anchor": "cat"}},
-    "oneOf": [{"$ref": "#cat"}, {"$ref": "#/$defs/id"}],
+    "discriminator": {"propertyName": "kind", "mapping": {"cat": "#/$defs/cat", "id": "#/$defs/id"}},
+    "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/id"}],
     "$defs": {
-        "cat": {"type": "object", "$anchor": "cat", "required": ["kind"], "properties": {"kind": {"const": "cat"}}},
+        "cat": {"type": "object", "required": ["kind"], "properties": {"kind": {"const": "cat"}}},
         "id": {
             "type": "object",
             "required": ["kind"],
@@ -79,8 +79,6 @@ SUPPORTED = [
     {"type": "number"},
     {"minimum": 0.1, "maximum": 0.9},
     {"exclusiveMinimum": 0, "exclusiveMaximum": 1},
-    {"minimum": 0, "exclusiveMinimum": True, "maximum": 1, "exclusiveMaximum": True},
-    {"minimum": 2, "exclusiveMinimum": False},
     {"minimum": -0.25, "exclusiveMaximum": 100},
     {"minimum": -1e-7, "maximum": 1e-7},
     {"exclusiveMinimum": 0.30000000000000004, "maximum": 0.31},
@@ -95,11 +93,9 @@ SUPPORTED = [
     {"items": {"type": "boolean"}, "minItems": 1, "maxItems": 3.0},
     {"type": "array", "items": False},
     {"type": "array", "unevaluatedItems": {"type": "null"}},
-    {"type": "array", "maxItems": 1, "uniqueItems": False},
     {"properties": {"a": {"type": "integer"}, "b": False, "c": {"const": 'x"'}}, "required": ["c"]},
-    {"properties": {f"p{i}": {"type": "null"} for i in range(5)}, "minProperties": 0, "maxProperties": 5},
     {"properties": {"a": {"type": "null"}}, "required": ["b"], "additionalProperties": {"type": "boolean"}},
-    {"additionalProperties": {"type": "integer"}, "minProperties": 1, "maxProperties": 2},
+    {"additionalProperties": {"type": "integer"}},
     {"type": "object", "additionalProperties": False},
     {"type": "object", "unevaluatedProperties": False},
     {"type": "object", "unevaluatedProperties": {"type": "null"}},
@@ -107,20 +103,14 @@ SUPPORTED = [
     {"oneOf": [{"type": "null"}, {"type": "string", "maxLength": 3}, {"type": "array", "maxItems": 0}]},
     {"allOf": [{"type": "boolean"}]},
     {"$ref": "#/$defs/a", "$defs": {"a": {"const": 1}}},
-    {"$ref": "#here", "$defs": {"a": {"$anchor": "here", "const": 2}}},
     {"$ref": "#/$defs/o/anyOf/1", "$defs": {"o": {"anyOf": [{"const": 1}, {"const": 2}]}}},
     {"$ref": "#/$defs/a%20b~1c~0d%25", "$defs": {"a b/c~d%": {"const": 3}}},
     {"items": {"$ref": "#/$defs/a"}, "examples": [{"id": "x"}], "$defs": {"a": {"type": "integer"}}},
     {"items": {"$ref": "#/$defs/a"}, "default": {"$id": "x"}, "$defs": {"a": {"enum": [{"$id": "http://x/y"}]}}},
     {"properties": {"id": {"const": {"id": "z"}}, "$id": {"$ref": "#/$defs/$id"}}, "$defs": {"$id": {"const": 1}}},
-    {"$ref": "#/$defs/a", "$defs": {"a": {"$id": "a.json", "type": "null"}}},
     {"items": {"$ref": "#"}, "maxItems": 2, "type": "array", "$defs": {"b": {"$id": "http://x/b"}}},
-    {"$ref": "#x", "examples": [{"$anchor": "x"}], "$defs": {"a": {"$anchor": "x", "const": {"$anchor": "x"}}}},
-    {"$ref": "#x", "$defs": {"a": {"$anchor": "x", "const": 4}, "b": {"$id": "b.json", "$anchor": "x", "const": 5}}},
     {"$ref": "#/$defs/group/a", "$defs": {"group": {"a": {"$ref": "#/$defs/b"}}, "b": {"const": 6}}},
     PETS,
-    {"type": "integer", "multipleOf": 1, "minimum": -2.5, "maximum": 11},
-    {"type": "integer", "multipleOf": 1.0},
     TREE,
     {"title": "t", "description": "d", "default": 1, "examples": [], "$comment": "c", "deprecated": True,
      "readOnly": True, "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "null"},
@@ -133,8 +123,7 @@ SUPPORTED = [
 def test_a_text_that_is_let_through_is_valid(schema):
     automaton = JsonSchema(schema).automaton()
     distance, rng = distances(automaton), random.Random(0)
-    is_draft_4 = isinstance(schema, dict) and isinstance(schema.get("exclusiveMinimum"), bool)
-    draft = jsonschema.Draft4Validator if is_draft_4 else jsonschema.Draft202012Validator
+    draft = jsonschema.Draft202012Validator
     validator = draft(schema, format_checker=draft.FORMAT_CHECKER)
     for _ in range(40):
         validator.validate(json.loads(walk(automaton, distance, rng)))
@@ -170,19 +159,14 @@ def test_numbers_inside_random_bounds_are_let_through_and_no_others(is_integer):
         ({"maxLength": 5.0}, '"abcde"'),
         ({"pattern": ".*"}, '"a\\"b\\\\😀"'),
         *(({"pattern": r"^[^a]$"}, f'"\\{letter}"') for letter in '"\\bfnrt'),
-        ({"minimum": 0, "exclusiveMinimum": True}, "0.001"),
         ({"exclusiveMinimum": 0, "exclusiveMaximum": 1}, "0.5"),
         ({"minimum": 0.1, "maximum": 0.9}, "0.1"),
         ({"type": "integer", "minimum": 2 * 10**18}, "2000000000000000001"),
         ({"type": "number", "minimum": 0.5, "maximum": 9.5}, "5"),
         ({"type": "number", "minimum": 0.5, "maximum": 9.5}, "5.0"),
         ({"type": "number", "minimum": -9.5, "maximum": -0.5}, "-5"),
-        ({"$ref": "#here", "$defs": {"a": {"$id": "#here", "const": 2}}}, "2"),
         ({"$ref": "#/$defs/a", "examples": [{"id": "x"}], "$defs": {"a": {"type": "integer"}}}, "12"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"$id": "a.json", "const": 3}}}, "3"),
-        ({"$ref": "#x", "default": {"$anchor": "x"}, "$defs": {"a": {"$anchor": "x", "const": 4}}}, "4"),
         (PETS, '{"kind":"id","no":7}'),
-        ({"type": "integer", "multipleOf": 1}, "-12"),
         ({"properties": {c: {"type": "null"} for c in "abcdef"}}, '{"b":null,"c":null,"f":null}'),
         ({"properties": {c: {"type": "null"} for c in "abc"}, "required": ["b"]}, '{"b":null,"c":null}'),
         ({"properties": {c: {"type": "null"} for c in "abc"}}, "{}"),
@@ -210,47 +194,42 @@ def test_what_a_schema_does_not_mean_is_not_let_through(schema, text):
 
 REFUSED = [
     *(({"type": "array", key: value}, f"unsupported keyword; got '{key}'") for key, value in [
-        ("contains", False), ("not", False), ("if", False), ("uniqueItems", True), ("propertyNames", False),
+        ("contains", False), ("not", False), ("if", False), ("propertyNames", False), ("uniqueItems", False),
+        ("minProperties", 1), ("maxProperties", 2),
         ("patternProperties", {}), ("dependentRequired", {}), ("dependentSchemas", {}), ("minContains", 0),
         ("prefixItems", []), ("multipleOf", 2), ("$dynamicRef", "#a"), ("additionalItems", False), ("minLenght", 3),
     ]),
-    *(({"type": kind, "multipleOf": value}, "unsupported keyword; got 'multipleOf'") for kind, value in [
-        ("integer", 2), ("integer", True), ("integer", "1"), ("integer", 0.5), ("number", 1), (["integer", "null"], 1),
-    ]),
-    *(({key: value}, f"{key} must be a whole number from 0; got {value!r}")
-      for key in ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-      for value in (-5, "5", None, True, 2.5, [1])),
-    *(({key: value}, f"{key} must be a number") for key in ("minimum", "maximum", "exclusiveMinimum")
-      for value in ("0", None, [])),
-    ({"exclusiveMinimum": True}, "exclusiveMinimum must be a number, or a boolean beside minimum"),
-    ({"minimum": True}, "minimum must be a number; got True"),
-    ({"required": "abc"}, "required must be a list of names; got 'abc'"),
-    ({"required": True}, "required must be a list of names; got True"),
-    ({"type": "string", "required": [["a"]]}, "required must be a list of names"),
-    ({"properties": ["a"]}, "properties must be an object"),
+    *(({key: value}, f"{key} of the JSON schema must be {'at least 0' if value == -5 else 'of type int'}; got")
+      for key in ("minLength", "maxLength", "minItems", "maxItems") for value in (-5, "5", None, True, 2.5, [1])),
+    *(({key: value}, f"{key} of the JSON schema must be one of int, float")
+      for key in ("minimum", "maximum", "exclusiveMinimum") for value in ("0", None, [])),
+    ({"minimum": 0, "exclusiveMinimum": True}, "exclusiveMinimum of the JSON schema must be one of int, float"),
+    ({"minimum": True}, "minimum of the JSON schema must be one of int, float; got True"),
+    ({"required": "abc"}, "required of the JSON schema must be of type list; got 'abc'"),
+    ({"required": True}, "required of the JSON schema must be of type list; got True"),
+    ({"type": "string", "required": [["a"]]}, "required of the JSON schema must be of type list; got [['a']]"),
+    ({"properties": ["a"]}, "properties of the JSON schema must be of type dict"),
     ({"properties": {"a": None}}, "a schema must be an object or a boolean; got None"),
-    ({"items": [{}]}, "items must be an object or a boolean"),
-    ({"enum": "abc"}, "enum must be a list; got 'abc'"),
-    ({"enum": ["\ud800"]}, "a text that UTF-8 cannot write"),
-    ({"anyOf": []}, "anyOf must be a list of at least one; got []"),
-    ({"type": []}, "type must be a type or a list of types; got []"),
-    ({"type": 5}, "type must be a type or a list of types; got 5"),
+    ({"items": [{}]}, "items of the JSON schema must be one of dict, bool"),
+    ({"enum": "abc"}, "enum of the JSON schema must be of type list; got 'abc'"),
+    ({"enum": ["\ud800"]}, "surrogates not allowed"),
+    ({"anyOf": []}, "no value fits the schema"),
+    ({"type": []}, "no value fits the schema"),
+    ({"type": 5}, "type of the JSON schema must be one of str, list; got 5"),
     ({"pattern": "a{,3}"}, "Python and JavaScript read differently"),
     ({"format": "email"}, "unsupported format; got 'email'"),
-    ({"$ref": "#nowhere"}, "a $ref to an $anchor must lead to one schema"),
+    ({"$ref": "#nowhere"}, "a $ref must be a path inside the schema, '#/...'; got '#nowhere'"),
     ({"$ref": "#/$defs/o/anyOf/7", "$defs": {"o": {"anyOf": [{}]}}}, "a $ref that leads nowhere"),
-    ({"$ref": "http://example.com/x"}, "a $ref must point into the schema itself"),
-    *(({"$ref": "#/$defs/b", "$defs": {"b": {key: name, "items": {"$ref": "#"}}}}, "inside a part with an $id; got '#'")
+    ({"$ref": "http://example.com/x"}, "a $ref must be a path inside the schema, '#/...'; got 'http"),
+    *(({"$ref": "#/$defs/b", "$defs": {"b": {key: name, "items": {"$ref": "#"}}}}, "a part with an $id")
       for key, name in [("$id", "http://x/b"), ("$id", "b.json"), ("id", "/b")]),
-    ({"$ref": "#/examples/0", "examples": [{"$id": "x", "$ref": "#/a"}]}, "inside data, or inside a part with an $id"),
-    ({"$ref": "#x", "$defs": {"a": {"$anchor": "x"}, "b": {"not": {"$anchor": "x"}}}}, "It leads to 2"),
-    ({"$ref": "#x", "$defs": {"b": {"$id": "b.json", "items": {"$anchor": "x"}}}}, "It leads to 0"),
+    ({"$ref": "#/examples/0", "examples": [{"$id": "x", "$ref": "#/a"}]}, "a part with an $id"),
+    ({"$ref": "#/$defs/b/items", "$defs": {"b": {"$id": "b.json", "items": {}}}}, "a $ref into a part with an $id"),
     ({"type": "integer", "minimum": 0.1, "maximum": 0.9}, "no value fits the schema"),
     ({"const": float("nan")}, "the JSON schema is not JSON"),
     ({"const": {1, 2}}, "the JSON schema is not JSON"),
     ('{"minimum": 1e999}', "the JSON schema is not JSON"),
     ('{"a":' * 5000 + "1" + "}" * 5000, "nested too deeply"),
-    ({"minProperties": 3, "properties": {"a": {}}}, "minProperties and maxProperties with listed properties"),
 ]  # fmt: skip
 
 
@@ -261,16 +240,10 @@ def test_what_cannot_be_followed_is_refused_by_name(schema, reason):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("whitespace", [".*", "x", r"\s", "|a"])
-def test_whitespace_cannot_break_the_json(whitespace):
-    with pytest.raises(ValueError, match="whitespace must match spaces, tabs and line ends only"):
-        JsonSchema({"type": "array"}, whitespace=whitespace).automaton()
-
-
 @pytest.mark.parametrize("key", ["unheard", "unsupported", "zone"])
 def test_a_keyword_behind_one_without_effect_is_refused_too(key):
     with pytest.raises(ValueError, match=f"unsupported keyword; got '{key}'"):
-        JsonSchema({"type": "array", "uniqueItems": False, key: 1}).automaton()
+        JsonSchema({"type": "array", "title": "x", key: 1}).automaton()
 
 
 @pytest.mark.parametrize("whole", [[{"type": "integer"}, True], [True, {"type": "integer"}]])
