@@ -151,9 +151,9 @@ def test_chat_forgets_what_stands_behind_the_end(model):
     conversation = Conversation(lm, {})
     for seed in range(40):
         conversation.reset()
-        conversation.given = {"max_new_tokens": 8, "temperature": 3.0, "seed": seed}
+        conversation.given = {"max_new_tokens": 8, "steps": 2, "temperature": 3.0, "seed": seed}
         list(conversation.reply("x"))
-        (text,) = lm.generate("x", max_new_tokens=8, temperature=3.0, seed=seed).texts
+        (text,) = lm.generate("x", **conversation.given).texts
         assert conversation.text == "x" + text + "\n"
 
 

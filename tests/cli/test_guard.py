@@ -1,6 +1,7 @@
 """What a command does with errors that nobody foresaw, with arguments that are no text, and without a reader."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -149,8 +150,11 @@ BODIES = {
 CODES = {"mistake": 2}
 
 
-def process(body, **streams):
-    return subprocess.run([sys.executable, "-c", PROGRAM.format(body)], stderr=subprocess.PIPE, text=True, **streams)
+def process(body, **options):
+    """Run a body in a process whose output is buffered, as it is for users."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"env": buffered, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.run([sys.executable, "-c", PROGRAM.format(body)], **options)
 
 
 @pytest.mark.parametrize("name", BODIES)
