@@ -151,9 +151,12 @@ def _explain(error: Exception, *, is_debugging: bool) -> tuple[int, str]:
 
 def _is_raised_here(error: Exception) -> bool:
     """Whether an error was made by a raise statement of this package, and not by Python or a library."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    is_ours = frame.f_globals.get("__name__", "").startswith("redraft")
-    return is_ours and dis.opname[frame.f_code.co_code[frame.f_lasti]] == "RAISE_VARARGS"
+    last = error.__traceback__
+    assert last is not None  # it was raised
+    while last.tb_next is not None:
+        last = last.tb_next
+    is_ours = last.tb_frame.f_globals.get("__name__", "").startswith("redraft")
+    return is_ours and dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _help() -> str:

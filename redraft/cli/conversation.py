@@ -47,12 +47,9 @@ class Conversation:
         if self.sampling.num_samples > 1:
             raise ValueError(f"a conversation has one reply at a time; got num_samples={self.sampling.num_samples}.")
         prompt: Any = [*self.messages, {"role": "user", "content": line}] if self.has_template else self.text + line
-        last: Step | None = None
         for step in self.lm.stream(prompt, batch=self.batch, **self.given):
-            last = step
             yield self._draft(step)
-        assert last is not None
-        tokens, status = last.canvas.tokens[0], last.canvas.status[0]
+        tokens, status = step.canvas.tokens[0], step.canvas.status[0]
         new = self.lm.new_tokens(tokens, status, self.sampling)
         warn_of_repetition(self.lm, [new], self.sampling)
         answer = self.lm.new_text(tokens[status == Status.GIVEN], new, self.sampling)

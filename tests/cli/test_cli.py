@@ -3,7 +3,6 @@
 import html.parser
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -53,25 +52,39 @@ def test_train_writes_all_that_belongs_to_a_run(model):
     assert config["generation"] == {"preset": "llada-random", "temperature": 0.9}
 
 
-@pytest.mark.parametrize(
-    ("command", "line"),
-    [
-        ("convert MODEL converted --check", "yes  padding is inert"),
-        ("eval MODEL --tasks infill-stdlib --items.limit 2 --out eval", "infill-stdlib"),
-        (
-            "data build stdlib built[/red] --max-documents 12 --seq-len 64 --vocab-size 400 --validation-fraction 0.2 "
-            "--cache-dir cache",
-            "saved to built[/red]. To train",
-        ),
-    ],
-)
-def test_a_process_prints_its_report_and_nothing_of_the_libraries(command, line, model, tmp_path):
-    """No progress bar off a terminal, and no notice of a library: standard error is empty. So are README's commands."""
-    arguments = [argument.replace("MODEL", str(model)) for argument in command.split()]
-    program = [sys.executable, "-m", "redraft.cli", *arguments]
-    done = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert line in done.stdout
+COMMANDS_IN_ONE_PROCESS = """
+import shlex, sys
+from redraft.cli import main
+for line in sys.argv[1:]:
+    sys.argv = shlex.split(line)
+    try:
+        main()
+    except SystemExit as exit_:
+        if exit_.code:
+            sys.exit(f"{line}: exit code {exit_.code}")
+"""
+
+
+def process(*lines, folder, then="", stdin=""):
+    """Run commands in a process of their own, in a folder; what they print, where nothing comes on standard error."""
+    program = [sys.executable, "-c", COMMANDS_IN_ONE_PROCESS + then, *lines]
+    done = subprocess.run(program, input=stdin, capture_output=True, text=True, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    return done.stdout
+
+
+def test_commands_print_their_report_and_nothing_of_the_libraries(model, tmp_path):
+    """No progress bar off a terminal, and no notice of a library; those that README shows are tested with it."""
+    printed = process(
+        f"redraft convert {model} converted --check",
+        f"redraft eval {model} --tasks infill-stdlib --items.limit 2 --out eval",
+        "redraft data build stdlib built[/red] --max-documents 12 --seq-len 64 --vocab-size 400 "
+        "--validation-fraction 0.2 --cache-dir cache",
+        folder=tmp_path,
+    )
+    for line in ("yes  padding is inert", "try next", "infill-stdlib", "saved to built[/red]. To train"):
+        assert line in printed
+    assert (tmp_path / "built[/red]").is_dir()
 
 
 def test_a_run_can_be_run_again_from_its_recipe(model, tmp_path):
@@ -232,19 +245,15 @@ def test_import_redraft_does_not_import_transformers():
 
 
 def test_the_commands_and_code_of_the_readme_run(tmp_path):
-    """Every `redraft` line of the README, in order, in an empty folder; then its Python."""
+    """Every `redraft` line of the README, in order, in an empty folder; then its Python. The script is there, too."""
     readme = (ROOT / "README.md").read_text()
     lines = [line.split("  #")[0].strip() for line in readme.splitlines() if line.startswith("redraft ")]
     assert len(lines) >= 6
-    for line in lines:
-        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        done = subprocess.run(
-            line, shell=True, cwd=tmp_path, input="import os\n/quit\n", capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        assert done.stderr == "", f"{line}\n{done.stderr}"
     (python,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    subprocess.run([sys.executable, "-c", python], cwd=tmp_path, check=True)
+    printed = process(*lines, folder=tmp_path, then=python, stdin="import os\n/quit\n")
+    assert "a tiny model runs" in printed
+    script = Path(sys.executable).with_name("redraft")
+    assert subprocess.run([script, "--version"], capture_output=True, text=True).stdout.startswith("redraft ")
 
 
 def test_the_policies_and_the_batch_of_the_sampling_page_run(lm):

@@ -65,9 +65,13 @@ def test_an_unexpected_error_is_one_line_that_names_the_file_of_its_traceback(bo
 def test_only_a_raise_statement_of_this_package_is_a_users_mistake(command):
     mine = {"__name__": "redraft.cli.mine"}
     exec(
-        "def ours(_): raise ValueError('steps must be at least 1;\\ngot 0.')\ndef pythons(_): return int('many')", mine
+        "def ours(_): raise ValueError('steps must be at least 1;\\ngot 0.')\n"
+        "def in_a_block(_):\n    with open('/dev/null'): raise ValueError('steps must be at least 1; got 0.')\n"
+        "def pythons(_): return int('many')",
+        mine,
     )
-    assert command(mine["ours"]) == (2, "", "redraft doctor: steps must be at least 1; got 0.\n")
+    for name in ("ours", "in_a_block"):
+        assert command(mine[name]) == (2, "", "redraft doctor: steps must be at least 1; got 0.\n")
     code, _, said = command(mine["pythons"], "--debug")
     assert code == 1
     assert "unexpected ValueError: invalid literal" in said
