@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redraft.cli.common import check_writable, load_quietly, plain_console, read_prompts, say
+from redraft.cli.common import check_writable, load_quietly, plain_console, print_text, read_prompts
 from redraft.cli.parsing import GenerationFlags
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def _print_texts(
                 styles = ["" if is_given else "bold green" for is_given in traces[row].is_given]
                 console.print(styled(lm, traces[row].token_ids, styles))
             else:
-                say(console, "" if is_infilling else prompt, style="dim", end="")
-                say(console, texts[row])
+                print_text(console, "" if is_infilling else prompt, style="dim", end="")
+                print_text(console, texts[row])
         if flags.vote and not flags.json:
             console.print(f"{votes[texts[rows[0]]]} of {num_samples} samples agree", style="dim")
     if not is_infilling and not flags.json:
