@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = ("module_path", "start_pos_row", "operator_name", "operator_args", "occurrence")
-GROUPS = ("processes", "likelihood", "sampling")
+GROUPS = ("processes", "likelihood", "sampling", "trace")
 S = "tests/sampling/test_"
 C = "tests/constraints/test_"
 CONSTRAINTS = [f"{C}constraints.py", f"{C}schema.py", f"{S}constrained_generation.py"]
@@ -42,9 +42,7 @@ TESTS = {
     "constrain.py": [CONSTRAINTS[2], CONSTRAINTS[0], f"{S}ends.py"],
     "propose.py": [f"{S}{name}.py" for name in ("propose", "distributions", "generate", "formulas", "control")],
     "config.py": [f"{S}{name}.py" for name in ("saved_settings", "control", "generate", "policies")],
-    "explain.py": [f"{S}explain.py"],
-    "trace.py": [f"{S}explain.py", f"{S}trace_page.py"],
-    "trace_page.py": [f"{S}trace_page.py"],
+    "trace": ["tests/trace/test_explain.py", "tests/trace/test_page.py"],
     "token_bytes.py": [f"{C}token_bytes.py"],
     "stop.py": [f"{S}ends.py", *LOOP],
     "preference.py": ["tests/training/test_preference.py"],

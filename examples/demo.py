@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import redraft
-from redraft.cli.common import write_trace
+from redraft.cli.generation import write_trace
 from redraft.cli.train import next_steps
 from redraft.data.sources import read_documents
 from redraft.data.splits import split_of

@@ -11,37 +11,19 @@ if TYPE_CHECKING:
     from redraft.transformers_generate import custom_generate
 
 __version__ = "0.1.0"
-__all__ = [
-    "Choice",
-    "Contains",
-    "Generation",
-    "JsonSchema",
-    "LanguageModel",
-    "Length",
-    "Regex",
-    "Spans",
-    "__version__",
-    "convert",
-    "custom_generate",
-    "load",
-    "load_thinker",
-]
-
-_HOME = {
-    "load": "redraft.language_model",
-    "load_thinker": "redraft.latent.checkpoint",
-    "convert": "redraft.models.convert",
-    "custom_generate": "redraft.transformers_generate",
-    "LanguageModel": "redraft.language_model",
-    "Generation": "redraft.language_model",
-    **dict.fromkeys(
-        ("Choice", "Contains", "JsonSchema", "Length", "Regex", "Spans"), "redraft.constraints.kinds"
-    ),
+_NAMES = {
+    "redraft.constraints.kinds": ("Choice", "Contains", "JsonSchema", "Length", "Regex", "Spans"),
+    "redraft.language_model": ("Generation", "LanguageModel", "load"),
+    "redraft.latent.checkpoint": ("load_thinker",),
+    "redraft.models.convert": ("convert",),
+    "redraft.transformers_generate": ("custom_generate",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, so that `import redraft` stays as cheap as `import torch`."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'redraft' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    raise AttributeError(f"module 'redraft' has no attribute {name!r}; it offers {', '.join(_HOME)}")

@@ -45,7 +45,7 @@ from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.policies import Blocks, GridBlocks
 from redraft.sampling.sampler import Sampler
 from redraft.sampling.step import Step
-from redraft.sampling.trace import Recorder, RowTrace
+from redraft.trace.record import Recorder, RowTrace
 
 _OF_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")
 """Saved settings that rest on the length of a new text, and say nothing of holes."""

@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 MOST = 2**20
-"""Largest number of tokens, steps or texts that is taken as meant."""
+"""Largest number of tokens, steps or texts: a larger one can only be a mistake."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def type_names(kind: Any) -> str:
-    """Say what an annotation allows: `one of 'a', 'b'`, or `of type int, NoneType`."""
+    """Say what an annotation allows: `one of 'a', 'b'`, `one of int, NoneType` or `of type int`."""
     names = _names(kind)
     return f"one of {', '.join(names)}" if len(names) > 1 else f"of type {names[0]}"
 

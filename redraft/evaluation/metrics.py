@@ -9,13 +9,6 @@ from statistics import fmean
 from typing import TypeVar
 
 T = TypeVar("T", bound=Hashable)
-Tokens = Sequence[Hashable]
-
-
-def distinct_n(texts: Sequence[Tokens], n: int) -> float:
-    """Share of the n-grams of all texts that are distinct (arXiv 1510.03055); 0 where there are none."""
-    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:

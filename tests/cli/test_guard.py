@@ -1,6 +1,7 @@
 """What a command does with errors that nobody foresaw, with arguments that are no text, and without a reader."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_an_unexpected_error_is_one_line_that_names_the_file_of_its_traceback(bo
     assert output == ""
     (line,) = said.splitlines()
     assert re.match(f"redraft doctor: unexpected {kind}", line), line
-    assert "To report it, send that file with what `redraft doctor` prints." in line
+    assert "To report it, send that file with the output of `redraft doctor`." in line
     file = Path(re.search(r"The traceback is in (\S+\.log)", line)[1])
     written = file.read_text()
     file.unlink()
@@ -64,9 +65,13 @@ def test_an_unexpected_error_is_one_line_that_names_the_file_of_its_traceback(bo
 def test_only_a_raise_statement_of_this_package_is_a_users_mistake(command):
     mine = {"__name__": "redraft.cli.mine"}
     exec(
-        "def ours(_): raise ValueError('steps must be at least 1;\\ngot 0.')\ndef pythons(_): return int('many')", mine
+        "def ours(_): raise ValueError('steps must be at least 1;\\ngot 0.')\n"
+        "def in_a_block(_):\n    with open('/dev/null'): raise ValueError('steps must be at least 1; got 0.')\n"
+        "def pythons(_): return int('many')",
+        mine,
     )
-    assert command(mine["ours"]) == (2, "", "redraft doctor: steps must be at least 1; got 0.\n")
+    for name in ("ours", "in_a_block"):
+        assert command(mine[name]) == (2, "", "redraft doctor: steps must be at least 1; got 0.\n")
     code, _, said = command(mine["pythons"], "--debug")
     assert code == 1
     assert "unexpected ValueError: invalid literal" in said
@@ -128,12 +133,15 @@ def test_an_interrupt_ends_with_130(command):
     assert command(raising(KeyboardInterrupt())) == (130, "", "interrupted\n")
 
 
-PRELUDE = """
+PROGRAM = """
 import sys
 from types import ModuleType
 from redraft import cli
 insides = sys.modules["redraft.cli.doctor"] = ModuleType("redraft.cli.doctor")
 sys.argv = ["redraft", "doctor"]
+{}
+insides.main = body
+cli.main()
 """
 BODIES = {
     "print": "def body(_): [print('x' * 99) for _ in range(5000)]; return 0",
@@ -141,12 +149,16 @@ BODIES = {
     "rich": "def body(_):\n    from rich.console import Console\n"
     "    [Console().print('x' * 99) for _ in range(500)]\n    return 0",
     "help": "def body(_): print('x'); raise SystemExit(0)",
+    "mistake": "def body(_): print('x'); return 2",
 }
+CODES = {"mistake": 2}
 
 
-def process(body, **streams):
-    code = f"{PRELUDE}\n{body}\ninsides.main = body\ncli.main()"
-    return subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, **streams)
+def process(body, **options):
+    """Run a body in a process whose output is buffered, as it is for users."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"env": buffered, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.run([sys.executable, "-c", PROGRAM.format(body)], **options)
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -155,18 +167,39 @@ def test_a_reader_that_leaves_ends_a_command_quietly(name):
     reader.wait()
     done = process(BODIES[name], stdout=reader.stdin)
     reader.stdin.close()
-    assert (done.returncode, done.stderr) == (141, "")
+    assert (done.returncode, done.stderr) == (CODES.get(name, 141), "")
 
 
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("name", sorted(set(BODIES) - set(CODES)))
 def test_output_that_cannot_be_written_is_told_in_one_line(name):
     with Path("/dev/full").open("w") as full:
         done = process(BODIES[name], stdout=full)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
+    if name in ("one line", "help"):
+        assert line == "redraft: the output could not be written: No space left on device"
     assert "No space left on device" in line
     for file in re.findall(r"is in (\S+\.log)", line):
         Path(file).unlink()
+
+
+def test_no_file_takes_the_place_of_an_output_that_the_shell_closed(tmp_path):
+    body = f"""
+def body(_):
+    import os
+    kept = open({str(tmp_path / "kept")!r}, "w")
+    os.write(1, b"a library's message")
+    os.write(2, b"another")
+    print("a line", flush=True)
+    print("a warning", file=sys.stderr)
+    kept.write("mine")
+    kept.close()
+    return 0
+"""
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM.format(body))
+    assert subprocess.run(["sh", "-c", f"'{sys.executable}' '{script}' <&- >&- 2>&-"]).returncode == 0
+    assert (tmp_path / "kept").read_text() == "mine"
 
 
 def test_text_that_the_terminal_cannot_show_is_escaped_and_bytes_that_are_no_text_are_refused():

@@ -7,7 +7,6 @@ from redraft.evaluation.metrics import (
     bootstrap,
     calibration,
     calibration_error,
-    distinct_n,
     pass_at_k,
     ratio_score,
     vote,
@@ -20,11 +19,6 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
         assert pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
     with pytest.raises(ValueError, match=r"k=3, 2 samples.*lower k"):
         pass_at_k(2, 1, 3)
-
-
-def test_distinct_ngrams():
-    assert distinct_n(["ab", "ab"], 1) == 0.5
-    assert distinct_n([""], 2) == 0
 
 
 def test_votes():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import tiny_lm
 
-from redraft.cli.explain import main
-from redraft.sampling.explain import Explanation, Watcher, _rank_correlation, explain
-from redraft.sampling.trace import Event, RowTrace
+from redraft.cli import infill, sample
+from redraft.trace.explain import Watcher, _rank_correlation, explain
+from redraft.trace.record import Event, RowTrace
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_entropy_and_alternatives_are_those_of_the_logits(watched):
 
 def test_the_page_holds_what_was_watched_in_bytes(watched):
     _, watcher, _ = watched
-    page = watcher.page(num_positions=11, text_of=str)
+    page = watcher.data(num_positions=11, text_of=str)
     heat = torch.frombuffer(bytearray(base64.b64decode(page["entropy"])), dtype=torch.uint8).view(8, 11)
     assert (heat[:, :3] == 255).all()
     assert (heat[0, 3:] < 255).all()
@@ -60,12 +60,12 @@ def test_the_page_holds_what_was_watched_in_bytes(watched):
 
 
 def test_the_alternatives_of_a_long_generation_are_thinned_and_its_entropy_is_not(monkeypatch):
-    monkeypatch.setattr("redraft.sampling.explain.MOST_CELLS", 100)
+    monkeypatch.setattr("redraft.trace.explain.MAX_CELLS", 100)
     watcher = Watcher(mask_token_id=0, top_k=2)
     where = torch.arange(10)
     row = (where, torch.rand(10), torch.randint(9, (10, 2)), torch.rand(10, 2))
     watcher.steps = [row] * 40
-    page = watcher.page(num_positions=10, text_of=str)
+    page = watcher.data(num_positions=10, text_of=str)
     assert page["stride"] == 4
     assert len(base64.b64decode(page["entropy"])) == 400
     assert len(base64.b64decode(page["probabilities"])) == 10 * 10 * 2
@@ -82,16 +82,15 @@ def test_a_summary_counts_order_confidence_and_revisions():
     watcher = Watcher(mask_token_id=0)
     none = torch.zeros(0, 1)
     watcher.steps = [(torch.tensor([1, 2, 3]), torch.tensor([1.0, 2.0, 3.0]), none, none)] * 4
-    found = explain(trace, watcher)
-    assert isinstance(found, Explanation)
-    assert (found.num_decided, found.num_revised, found.num_reopened) == (3, 0, 1)
-    assert found.mean_confidence == pytest.approx((0.9 + 0.3 + 0.7) / 3)
-    assert found.order == pytest.approx(0.5)  # steps 0, 3, 2
-    assert found.least_sure[0].confidence == 0.3
-    assert found.entropy_by_quarter == pytest.approx([2.0] * 4)
-    assert found.most_open[0] == (3, pytest.approx(12.0))
+    assert explain(trace, watcher, text_of=str) == [
+        "3 tokens in 4 steps; order: +0.50 (+1 is reading order)",  # steps 0, 3, 2
+        "mean confidence 63.3 %; least confident: '4' 30 % (step 4), '4' 70 % (step 3), '4' 90 % (step 1)",
+        "0 revised, 1 reopened",
+        "mean entropy of an open position in each quarter of the steps: 2.00, 2.00, 2.00, 2.00 nats",
+        "largest entropy summed over the steps: '4' 12.0 nats, '4' 8.0 nats, '4' 4.0 nats",
+    ]
     with pytest.raises(ValueError, match="nothing was decided"):
-        explain(RowTrace(token_ids=[], is_given=[], is_noise=[], num_steps=0, events=[]), watcher)
+        explain(RowTrace(token_ids=[], is_given=[], is_noise=[], num_steps=0, events=[]), watcher, text_of=str)
 
 
 def test_positions_decided_in_one_step_share_their_mean_rank():
@@ -118,27 +117,28 @@ def test_a_trace_ends_where_the_padding_of_its_batch_begins(padding):
 
 def test_the_command_writes_a_page_and_sums_up(model_folder, tmp_path, capsys):
     out = tmp_path / "page.html"
-    assert main([str(model_folder), "the ", "--out", str(out), "--max-new-tokens", "6", "--steps", "3"]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"6 tokens in 3 steps; order: [+-]\d\.\d\d", said)
-    assert "entropy of an open position by quarters" in said
+    flags = ["--explain", str(out)]
+    assert sample.main([str(model_folder), "the ", *flags, "--max-new-tokens", "6", "--steps", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"6 tokens in 3 steps; order: [+-]\d\.\d\d", printed)
+    assert "mean entropy of an open position in each quarter of the steps" in printed
     data = json.loads(re.search(r'<script id="trace" type="application/json">(.*?)</script>', out.read_text(), re.S)[1])
     watched = data["rows"][0]["watched"]
     assert len(base64.b64decode(watched["entropy"])) == 3 * len(data["rows"][0]["positions"])
-    assert main([str(model_folder), "a [MASK:4] b", "--out", str(out)]) == 0
+    assert infill.main([str(model_folder), "a [MASK:4] b", *flags]) == 0
     assert "4 tokens in 4 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "b"], "one prompt at a time can be explained; got 2"),
-        (["a", "--num-samples", "2"], "one sample at a time can be explained; got --num-samples 2"),
-        (["a", "--alternatives", "0"], "--alternatives must be at least 1; got 0"),
-        (["a", "--out", "/nowhere/page.html"], "cannot write /nowhere/page.html"),
+        (["a", "b", "--explain", "page.html"], "--explain takes one text; got 2"),
+        (["a", "--explain", "page.html", "--num-samples", "2"], "--explain takes one text; got 2"),
+        (["a", "--explain", "/nowhere/page.html"], "cannot write /nowhere/page.html"),
+        (["a", "--explain", "page.json"], "cannot write page.json: its name must end in .html"),
         (["a", "--preset", "llaada"], "Did you mean 'llada'"),
     ],
 )
 def test_bad_input_is_one_clear_error(model_folder, arguments, message):
     with pytest.raises(ValueError, match=message):
-        main([str(model_folder), *arguments])
+        sample.main([str(model_folder), *arguments])

@@ -1,8 +1,6 @@
 """The record of a generation: when each token was decided, and how sure the model was."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.step import Step
@@ -17,7 +15,7 @@ class Event:
     token_id: int
     confidence: float
     kind: str = "commit"
-    """commit, revise (a draft took another token), or reopen (it became noise again)."""
+    """commit, revise (a draft is replaced by another token) or reopen (a draft becomes noise again)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,26 +25,26 @@ class RowTrace:
     token_ids: list[int]
     is_given: list[bool]
     is_noise: list[bool]
-    """Positions never decided: behind an early end."""
+    """Positions that were never decided, as those after an early end."""
     num_steps: int
     events: list[Event]
 
 
 @dataclass
 class Recorder:
-    """Collect steps into one trace per row. Copies each step off the device, so only on request."""
+    """Collect steps into one trace per row. Each step is copied to the CPU, so this is done on request only."""
 
     rows: dict[int, list[Event]] = field(default_factory=dict)
     last: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
 
     def start(self, canvas: Canvas) -> None:
-        """Note the canvas before the first step."""
+        """Record the canvas before the first step."""
         for row, (tokens, status) in enumerate(zip(canvas.tokens.tolist(), canvas.status.tolist(), strict=True)):
             self.rows[row] = []
             self.last[row] = (tokens, status, 0)
 
     def add(self, step: Step) -> None:
-        """Note what a step decided."""
+        """Record the decisions of a step."""
         tokens, status = step.canvas.tokens.tolist(), step.canvas.status.tolist()
         rows, ages = step.rows.tolist(), step.age.tolist()
         for i, row in enumerate(rows):
@@ -71,34 +69,3 @@ class Recorder:
             num_steps=num_steps,
             events=self.rows[row],
         )
-
-
-def to_page(
-    traces: list[RowTrace], *, title: str, settings: dict[str, Any], text_of: Callable[[int], str]
-) -> dict[str, Any]:
-    """Lay traces out for `trace_page.render_page`; `text_of` decodes one token id."""
-    return {"title": title, "settings": settings, "rows": [_row(trace, text_of) for trace in traces]}
-
-
-def _row(trace: RowTrace, text_of: Callable[[int], str]) -> dict[str, Any]:
-    kept = [p for p, is_noise in enumerate(trace.is_noise) if not is_noise]
-    end = max(kept, default=-1) + 1  # noise behind an early end is not part of the text
-    return {
-        "num_steps": trace.num_steps,
-        "positions": [
-            {"given": trace.is_given[p], "id": trace.token_ids[p], "text": text_of(trace.token_ids[p])}
-            for p in range(end)
-        ],
-        "events": [
-            {
-                "step": event.step + 1,  # on the page, step 0 is the canvas before the first
-                "position": event.position,
-                "id": event.token_id,
-                "text": text_of(event.token_id),
-                "confidence": event.confidence,
-                "kind": event.kind,
-            }
-            for event in trace.events
-            if event.position < end
-        ],
-    }

@@ -7,8 +7,8 @@ from statistics import median
 import pytest
 import torch
 
-from redraft.sampling.explain import Watcher
-from redraft.sampling.trace_page import render_page
+from redraft.trace.explain import Watcher
+from redraft.trace.page import render_page
 
 pytestmark = pytest.mark.real
 
@@ -62,7 +62,7 @@ def a_trace(num_steps, num_positions, *, is_watched, top_k=5):
         for _ in range(num_steps):
             p = torch.rand(num_positions, top_k).sort(descending=True).values / top_k
             watcher.steps.append((where, torch.rand(num_positions), torch.randint(50, (num_positions, top_k)), p))
-        row["watched"] = watcher.page(num_positions=num_positions, text_of=lambda token: f"<b>{token}</b>")
+        row["watched"] = watcher.data(num_positions=num_positions, text_of=lambda token: f"<b>{token}</b>")
     return {"title": "a <b>title</b>", "settings": {"steps": num_steps}, "rows": [row]}
 
 

@@ -1,0 +1,1 @@
+"""What happened in a generation: its record, the page that replays it, and a summary of one generation."""

@@ -1,0 +1,52 @@
+"""Help and every error in the arguments come at once: nothing heavy is imported for them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from redraft.cli import COMMANDS
+
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "numpy", "jaxtyping")
+PROGRAM = f"""
+import sys
+from redraft.cli import _dispatch
+code = _dispatch(sys.argv[1:])
+print("heavy:", *[name for name in {HEAVY!r} if name in sys.modules])
+sys.exit(code)
+"""
+PREFIX = {"train": ["train", "stdlib-tiny"], "data": ["data", "build", "stdlib", "out"]}
+
+
+def run(*arguments):
+    """Run a command in a process that then lists the heavy modules which it imported."""
+    program = [sys.executable, "-c", PROGRAM, *arguments]
+    done = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_a_wrong_flag_import_nothing_heavy(command):
+    arguments = PREFIX.get(command, [command])
+    assert run(*arguments, "--help") == (0, "heavy:", "")
+    code, heavy, message = run(*arguments, "--no-such-flag")
+    assert (code, heavy) == (2, "heavy:"), message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["help"],
+        ["trian"],
+        ["train"],
+        ["sample", "MODEL"],
+        ["sample", "MODEL", "", "--chat"],
+        ["sample", "MODEL", "x", "--trace", "out.pdf"],
+        ["sample", "MODEL", "x", "y", "--explain", "out.html"],
+        ["infill", "MODEL", "x", "--steps", "many"],
+    ],
+    ids=" ".join,
+)
+def test_other_mistakes_import_nothing_heavy(arguments):
+    code, heavy, message = run(*arguments)
+    assert (code, heavy) == (0 if arguments in (["help"], ["train"]) else 2, "heavy:"), message
