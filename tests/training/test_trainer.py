@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import redraft
-from redraft.data.chat import ChatConfig
-from redraft.data.config import DataConfig
+from redraft.data.config import ChatConfig, DataConfig
 from redraft.data.prepare import prepare
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
