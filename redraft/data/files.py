@@ -88,24 +88,26 @@ def _read_json(path: Path) -> Iterator[Located]:
 
 def _read_csv(path: Path) -> Iterator[Located]:
     csv.field_size_limit(2**31 - 1)  # the default is less than a document
-    reader = csv.DictReader(StringIO(read_text(path), newline=""), strict=True)
-    line = 0
+    reader = csv.reader(StringIO(read_text(path), newline=""), strict=True)
+    header: list[str] = []
+    next_line = 1
     try:
-        names = reader.fieldnames or ()
-        if doubled := [name for name in names if name and names.count(name) > 1]:
-            raise ValueError(f"{path}: the header has {doubled[0]!r} twice. Rename one of them.")
         for row in reader:
-            line = reader.line_num
-            if not any(value and value.strip() for name, value in row.items() if name is not None):  # an empty line
+            where, next_line = f"{path}, line {next_line}", reader.line_num + 1
+            if len(row) < 2 and not "".join(row).strip():  # an empty line
                 continue
-            if None in row or None in row.values():
+            if header and len(row) != len(header):
                 raise ValueError(
-                    f"{path}, line {line}: more or fewer fields than the header, which has {', '.join(names)[:60]}."
+                    f"{where}: {len(row)} fields, but the header has {len(header)} ({', '.join(header)[:60]})."
                     " Put quotes around fields that hold commas, line ends or quotes."
                 )
-            yield f"{path}, line {line}", row
+            if header:
+                yield where, dict(zip(header, row, strict=True))
+            elif doubled := [name for name in row if name and row.count(name) > 1]:
+                raise ValueError(f"{where}: the header has {doubled[0]!r} twice. Rename one of them.")
+            header = header or row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line + 1}: not a CSV table ({error}). Quote such fields.") from error
+        raise ValueError(f"{path}, line {next_line}: not a CSV table ({error}). Quote such fields.") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Located]:

@@ -142,8 +142,8 @@ def pack(
     *,
     seq_len: int,
     eos_token_id: int,
-    tail: Integer[np.ndarray, "2 tokens"] = NO_TOKENS,
-) -> tuple[Windows, Integer[np.ndarray, "2 tokens"]]:
+    tail: Integer[np.ndarray, "2 before"] = NO_TOKENS,
+) -> tuple[Windows, Integer[np.ndarray, "2 after"]]:
     """Join `tail` and the documents, each followed by EOS, and cut the stream every `seq_len` tokens.
 
     The tail that comes back is to be passed with the next documents: packing in batches equals packing at once.

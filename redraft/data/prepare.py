@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
@@ -336,8 +336,8 @@ def _require_window(report: PackingReport, config: DataConfig, split: Split) -> 
     too_long = f", {report.num_too_long} conversations too long" if report.num_too_long else ""
     raise ValueError(
         f"the {split} split of {config.source!r} fills no window of seq_len={config.seq_len}: {report.num_tokens}"
-        f" tokens in {report.num_documents} documents{too_long}. Use another seq_len, more documents (a text file is one, a"
-        f" .jsonl holds many) or another validation_fraction than {config.validation_fraction} (0 for none)."
+        f" tokens in {report.num_documents} documents{too_long}. Use another seq_len, more documents (a text file is"
+        f" one, a .jsonl holds many) or another validation_fraction than {config.validation_fraction} (0 for none)."
     )
 
 

@@ -13,7 +13,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from redraft.constraints.token_bytes import token_bytes
-from redraft.models.load import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -64,6 +63,8 @@ def _cut_runs(document: str) -> Iterator[str]:
 
 def load_fast_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder or the hub; ValueError for none, or one that is not of the library tokenizers."""
+    from redraft.models.load import load_tokenizer
+
     if Path(path_or_id).is_file():
         raise ValueError(f"tokenizer must be a folder or a hub id; got the file {str(path_or_id)!r}. Give its folder.")
     tokenizer = load_tokenizer(path_or_id)

@@ -113,7 +113,7 @@ def test_bad_preferences_are_one_clear_line(pairs, flags, message, tmp_path, cac
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
     )
     flags = [str(same) if flag == "same" else flag for flag in flags]
-    own = ["--data.kind", "preference", "--data.source", pairs.data.source, "--data.cache-dir", str(cache)]
+    own = ["--data.kind", "preference", "--data.source", pairs.data.source]
     with pytest.raises(ValueError, match=message):
         main(["stdlib-tiny", *own, "--data.vocab-size", "270", "--out", str(tmp_path / "bad"), *flags])
     assert not (tmp_path / "bad").exists()
