@@ -120,14 +120,14 @@ def encode(tokenizer: Any, prompt: Prompt, *, is_inside: bool = False) -> Int[Te
 
 
 def render_chat(
-    tokenizer: Any, messages: list[Any], *, for_answer: bool = False, tools: list[Any] | None = None
+    tokenizer: Any, messages: Sequence[Any], *, for_answer: bool = False, tools: list[Any] | None = None
 ) -> str:
     """Render messages by the chat template, with the prompt for an answer behind them if one is to follow."""
     if tokenizer.chat_template is None:
         raise ValueError("this model has no chat template; give the prompt as text.")
     try:
         return str(
-            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=for_answer)
+            tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=for_answer)
         )
     except Exception as error:  # a template is a program: it may fail in any way
         raise ValueError(f"the chat template refuses the messages {str(messages)[:80]}: {error}.") from error

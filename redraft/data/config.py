@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from redraft.settings import Count, Fraction, Probability, Settings, Within
 
+DataKind = Literal["text", "chat", "preference", "thought"]
 SMALLEST_VOCAB_SIZE = 256 + 3
 """Every byte and the three special tokens."""
 Form = Literal["written", "direct", "pause"]
@@ -82,7 +83,7 @@ class DataConfig(Settings):
     SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents).
     Of kind thought: countdown, countdown-backwards, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks,
     answer."""
-    kind: Literal["text", "chat", "preference", "thought"] = "text"
+    kind: DataKind = "text"
     """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers;
     stdlib and text files mixed with them are learnt whole. preference: pairs (prompt, chosen, rejected) to learn the
     better answer by (VRPO; objective.beta). thought: tasks of latent thinking with their thoughts in words; split and

@@ -4,11 +4,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
+from redraft.data.config import DataKind
 from redraft.data.files import located, require_text
 
-DataKind = Literal["text", "chat", "preference"]
 Message = dict[str, Any]
 """Role, content, and where they are there: thoughts, tool calls, weight 0; the first message has the tools."""
 

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from redraft.data.config import DataKind
 from redraft.data.files import (
     TEXT_SUFFIXES,
     Located,
@@ -26,7 +27,7 @@ from redraft.data.files import (
     one_line,
     read_file,
 )
-from redraft.data.records import DataKind, as_conversation, record_parser
+from redraft.data.records import as_conversation, record_parser
 from redraft.errors import unknown_name
 
 logger = logging.getLogger(__name__)
