@@ -25,9 +25,8 @@ from outcome import whole
 from rich.console import Console
 
 import redraft
-from redraft.data.chat import ChatConfig
-from redraft.data.config import DataConfig
-from redraft.data.splits import split_of
+from redraft.data.config import ChatConfig, DataConfig
+from redraft.data.sources import split_of
 from redraft.data.tasks import Example, find_task, word_tokenizer
 from redraft.models.build import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
@@ -95,12 +94,12 @@ def train(args: Any, method: str, examples: list[Example], *, rate: float, seed:
         (Path(work) / "train.jsonl").write_text("\n".join(lines))
         (Path(work) / "template").write_text(TEMPLATE)
         word_tokenizer(examples).save_pretrained(f"{work}/tokenizer")
-        chat = ChatConfig(batching="grouped", eos="to-block-end", block_size=seq_len, template=f"{work}/template")
+        chat = ChatConfig(batching="grouped", eos_block=seq_len, template=f"{work}/template")
         config = RunConfig(
             out=f"{work}/run",
             data=DataConfig(
                 source=f"{work}/train.jsonl", kind="chat", chat=chat, seq_len=seq_len, validation_fraction=0.0,
-                tokenizer=f"{work}/tokenizer", cache_dir=f"{work}/cache",
+                tokenizer=f"{work}/tokenizer",
             ),
             model=ModelConfig(size="1m", num_heads=4, max_positions=64),
             objective=ObjectiveConfig(kind="masked" if method == "MDLM" else "ar"),

@@ -9,8 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from redraft.data.sources import NOT_SOURCES
-from redraft.data.splits import split_of
+from redraft.data.sources import NOT_SOURCES, split_of
 from redraft.data.tasks import Example
 from redraft.data.tokenizer import train_tokenizer
 

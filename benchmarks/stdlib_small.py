@@ -16,8 +16,7 @@ import torch
 from machine import describe
 
 import redraft
-from redraft.data.baselines import unigram_nats
-from redraft.data.collate import collate
+from redraft.data.collate import collate, unigram_nats
 from redraft.data.prepare import prepare
 from redraft.data.tokenizer import token_byte_lengths
 from redraft.likelihood.problem import CleanRows, NoiseKey, problem_loss

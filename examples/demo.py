@@ -6,8 +6,7 @@ from pathlib import Path
 import redraft
 from redraft.cli.generation import write_trace
 from redraft.cli.train import next_steps
-from redraft.data.sources import read_documents
-from redraft.data.splits import split_of
+from redraft.data.sources import read_documents, split_of
 from redraft.recipes import stdlib_demo
 from redraft.training.run import run
 

@@ -114,16 +114,21 @@ def encode(tokenizer: Any, prompt: Prompt, *, is_inside: bool = False) -> Int[Te
     if tokenizer is None:
         kind = "text" if isinstance(given, str) else "chat messages"
         raise ValueError(f"this model has no tokenizer, so prompts must be token ids; got {kind}.")
-    text = given if isinstance(given, str) else _rendered(tokenizer, given)
+    text = given if isinstance(given, str) else render_chat(tokenizer, given, for_answer=True)
     ids = _encode_inside(tokenizer, text) if is_inside else _encode_text(tokenizer, text)
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _rendered(tokenizer: Any, messages: list[Any]) -> str:
+def render_chat(
+    tokenizer: Any, messages: Sequence[Any], *, for_answer: bool = False, tools: list[Any] | None = None
+) -> str:
+    """Render messages by the chat template, with the prompt for an answer behind them if one is to follow."""
     if tokenizer.chat_template is None:
         raise ValueError("this model has no chat template; give the prompt as text.")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=for_answer)
+        )
     except Exception as error:  # a template is a program: it may fail in any way
         raise ValueError(f"the chat template refuses the messages {str(messages)[:80]}: {error}.") from error
 

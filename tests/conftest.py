@@ -15,6 +15,14 @@ hypothesis.settings.load_profile("any machine")
 install_import_hook("redraft", "shape_checks.checked")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_tokens(tmp_path_factory):
+    """Prepare data in a folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def unchecked():
     """Run without type checks: values of a wrong type reach the code, and small calls take their usual time."""

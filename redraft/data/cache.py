@@ -32,9 +32,8 @@ def cached_folder(folder: Path, *, build: Callable[[Path], None]) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"cache_dir must be a folder that can be written; got {str(folder.parent)!r} ({error})."
-        ) from error
+        reason = f"{str(folder.parent)!r} must be a folder that can be written ({error.strerror})"
+        raise ValueError(f"{reason}. XDG_CACHE_HOME says where the cache is.") from error
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if is_whole(folder):
             return folder

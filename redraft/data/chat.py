@@ -5,17 +5,18 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from redraft.data.messages import DOCUMENT, THOUGHTS, Message
-from redraft.data.tokenizer import Tokenizer, encode_documents, require_eos_token
-from redraft.prompts import PROBE, encode, turn_end
+from redraft.data.config import ChatConfig
+from redraft.data.records import DOCUMENT, THOUGHTS, Message
+from redraft.data.tokenizer import Tokenizer, encode_documents, encode_texts, require_eos_token
+from redraft.prompts import PROBE, encode, render_chat, special_token_ids, turn_end
 
 logger = logging.getLogger(__name__)
 
@@ -31,32 +32,6 @@ DEFAULT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    """How conversations become tokens and targets (kind chat)."""
-
-    loss_on: Literal["last", "all"] = "last"
-    """Which assistant turns are learnt. An earlier turn is learnt with all that was said after it in sight."""
-    eos: Literal["train", "ignore", "to-block-end"] = "train"
-    """train: the end-of-turn token after an answer is a target. ignore: it is there and is none. to-block-end: it is
-    one, and EOS follows up to the end of the block, attended to and learnt."""
-    block_size: int = 32
-    """Tokens per block for eos to-block-end, counted from the conversation's start; seq_len pads as LLaDA does."""
-    too_long: Literal["cut", "drop"] = "cut"
-    """A conversation longer than seq_len loses the left of its prompt, or is dropped. One whose last answer alone is
-    too long is dropped in any case. The report counts both."""
-    batching: Literal["packed", "grouped"] = "packed"
-    """packed: several conversations per window, blind to each other. grouped: one per row, like lengths together."""
-    skip_bad: bool = False
-    """Skip malformed records (an empty answer, none at all) with a warning instead of stopping at the first."""
-    template: str | None = None
-    """File of a Jinja chat template; by default the tokenizer's own, or a plain one if it has none."""
-
-    def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"chat.block_size must be at least 1; got {self.block_size}.")
-
-
 class Example(NamedTuple):
     """One conversation in tokens; at least one of them is a target."""
 
@@ -65,8 +40,8 @@ class Example(NamedTuple):
     is_cut: bool = False
 
 
-class Piece(NamedTuple):
-    """A stretch of rendered text."""
+class RenderedPart(NamedTuple):
+    """A stretch of a conversation's text: what is given, an answer, or what the template writes behind an answer."""
 
     text: str
     role: Literal["given", "answer", "ending"]
@@ -78,14 +53,14 @@ def with_chat_template(tokenizer: Tokenizer, config: ChatConfig) -> Tokenizer:
         try:
             template = Path(config.template).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"chat.template must be a text file; got {config.template!r} ({error}).") from error
+            raise ValueError(f"data.chat.template must be a text file; got {config.template!r} ({error}).") from error
     elif tokenizer.chat_template is not None:
         return tokenizer
     else:
         template = DEFAULT_TEMPLATE
         logger.warning(
             "the tokenizer has no chat template: the default is used and saved, User:\\n...\\n\\nAssistant:\\n...%s."
-            " Give another with chat.template.",
+            " Give another with data.chat.template.",
             tokenizer.eos_token or tokenizer.sep_token,
         )
     tokenizer = copy.deepcopy(tokenizer)
@@ -96,7 +71,7 @@ def with_chat_template(tokenizer: Tokenizer, config: ChatConfig) -> Tokenizer:
 def plain_text(document: str) -> str:
     """Join the contents of a conversation or a pair of them, in JSON: what a tokenizer is trained on."""
     read = json.loads(document)
-    messages = [message for one in read for message in one] if isinstance(read[0], list) else read
+    messages = chain.from_iterable(read) if isinstance(read[0], list) else read
     return "\n\n".join(message["content"] for message in messages)
 
 
@@ -108,38 +83,42 @@ def encode_conversations(
     Plain text among them (`data.records.DOCUMENT`) comes in pieces of `seq_len` tokens, all of it to be learnt.
     Raises ValueError where the template or a text does not allow it.
     """
-    eos_token_id = require_eos_token(tokenizer)
-    special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    eos_token_id, special = require_eos_token(tokenizer), special_token_ids(tokenizer)
     read = [json.loads(text) for text in conversations]
-    is_document = [messages[0]["role"] == DOCUMENT for messages in read]
-    texts = [messages[0]["content"] for messages, is_text in zip(read, is_document, strict=True) if is_text]
-    dialogues = [messages for messages, is_text in zip(read, is_document, strict=True) if not is_text]
-    _refuse_special_tokens(
-        [text for messages in dialogues for message in messages for text in _texts(message)], set(special.values())
-    )
-    rendered = [cut_at_turns(tokenizer, messages, loss_on=config.loss_on) for messages in dialogues]
-    answered: list[Example | None] = []
-    for pieces, tokens in zip(rendered, _encode_pieces(tokenizer, rendered), strict=True):
-        example = _with_targets(pieces, tokens, ends=set(special), eos_token_id=eos_token_id, config=config)
-        answer_tokens = len(example.input_ids) - sum(map(len, tokens[:-2]))
-        fitting = _fit(example, answer_tokens=answer_tokens, seq_len=seq_len, config=config)
-        answered.append(fitting and _with_tail(fitting, eos_token_id, config=config))
-    documents: list[list[Example]] = []
-    for encoded in encode_documents(tokenizer, texts):
-        ids = np.asarray([*encoded, eos_token_id], np.int32)
-        cut = np.split(ids, range(seq_len, len(ids), seq_len))
-        documents.append([Example(piece, np.ones(len(piece), bool)) for piece in cut])
+    dialogues = [[] if messages[0]["role"] == DOCUMENT else messages for messages in read]
+    _refuse_special_tokens(dialogues, {tokenizer.added_tokens_decoder[id].content for id in special})
+    rendered = [cut_at_turns(tokenizer, turns, loss_on=config.loss_on) if turns else [] for turns in dialogues]
     examples: list[Example | None] = []
-    next_document, next_answered = iter(documents), iter(answered)
-    for is_text in is_document:  # in the order they came in: a mixture stays one
-        if is_text:
-            examples += [_with_tail(example, eos_token_id, config=config) for example in next(next_document)]
+    for messages, parts, tokens in zip(read, rendered, _encode_parts(tokenizer, rendered), strict=True):
+        if not parts:  # plain text
+            [ids] = encode_documents(tokenizer, [messages[0]["content"]])
+            array = np.asarray([*ids, eos_token_id], np.int32)
+            pieces = np.split(array, range(seq_len, len(array), seq_len))
+            examples += [_fill_block(Example(ids, np.ones(len(ids), bool)), eos_token_id, config) for ids in pieces]
+            continue
+        example = _with_targets(parts, tokens, special=special, eos_token_id=eos_token_id)
+        answer_tokens = len(example.input_ids) - sum(map(len, tokens[:-2]))
+        if len(example.input_ids) > seq_len:  # at least one token before the last answer must be left
+            cut = Example(example.input_ids[-seq_len:], example.is_target[-seq_len:], is_cut=True)
+            examples.append(_fill_block(cut, eos_token_id, config) if answer_tokens < seq_len else None)
         else:
-            examples.append(next(next_answered))
+            examples.append(_fill_block(example, eos_token_id, config))
     return examples
 
 
-def cut_at_turns(tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: Literal["last", "all"]) -> list[Piece]:
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: Sequence[str], *, config: ChatConfig, seq_len: int
+) -> list[Example | None]:
+    """Encode preference pairs (JSON of two conversations): chosen, rejected, chosen, ... None for both if one is."""
+    conversations = [json.dumps(messages) for pair in pairs for messages in json.loads(pair)]
+    examples = encode_conversations(tokenizer, conversations, config=config, seq_len=seq_len)
+    both = zip(examples[::2], examples[1::2], strict=True)
+    return [example for pair in both for example in (pair if None not in pair else (None, None))]
+
+
+def cut_at_turns(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: Literal["last", "all"]
+) -> list[RenderedPart]:
     """Render a conversation that ends with an answer, and cut it: given, answer, ending, given, answer, ending, ...
 
     An answer begins where the generation prompt ends; one that begins the conversation, where its words do. A turn of
@@ -147,10 +126,11 @@ def cut_at_turns(tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: 
     answer is not in it as it was written, or the template leaves something out.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
-    render = partial(_render, tokenizer, tools=messages[0].get("tools"))
-    whole, position, pieces = render(messages), 0, []
+    render = partial(render_chat, tokenizer, tools=messages[0].get("tools"))
+    whole, position, parts = render(messages), 0, []
     _refuse_left_out(str(tokenizer.chat_template), render, messages, whole=whole)
     for i in turns if loss_on == "all" else turns[-1:]:
+        # What the template writes behind an answer is found by rendering one that stands nowhere else.
         head, _, ending = render([*messages[:i], {"role": "assistant", "content": PROBE}]).rpartition(PROBE)
         start = len(_beginning(render, messages, i, whole=whole, for_answer=True, head=head))
         stop = len(_beginning(render, messages, i + 1, whole=whole, for_answer=False, head=head))
@@ -159,11 +139,12 @@ def cut_at_turns(tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: 
         if whole[end:stop] != ending or not all(text.strip() in answer for text in _words(messages[i])):
             raise ValueError(
                 f"the chat template changes the answer {_excerpt(messages[i]['content'])}, so its tokens cannot be"
-                " found. Use another chat.template."
+                " found. Use another data.chat.template."
             )
-        pieces += [Piece(whole[position:start], "given"), Piece(answer, "answer"), Piece(ending, "ending")]
+        parts.append(RenderedPart(whole[position:start], "given"))
+        parts += [RenderedPart(answer, "answer"), RenderedPart(ending, "ending")]
         position = stop
-    return pieces
+    return parts
 
 
 def _words(message: Message) -> list[str]:
@@ -172,26 +153,13 @@ def _words(message: Message) -> list[str]:
     return [message["content"], *(message[name] for name in THOUGHTS if name in message), *calls]
 
 
-def _render(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, for_answer: bool = False, tools: list[Any] | None = None
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=for_answer
-        )
-    except Exception as error:  # a template is a program: it may fail in any way
-        first = _excerpt(messages[0]["content"])
-        raise ValueError(f"the chat template refuses the conversation that begins {first}: {error}.") from error
-    return str(text)
-
-
 def _refuse_left_out(template: str, render: Render, messages: Sequence[Message], *, whole: str) -> None:
     """Raise ValueError for fields that the template does not know, and for roles that it does not write."""
     for name in ("tools", "tool_calls", *THOUGHTS):
         if any(name in message for message in messages) and not re.search(rf"\b{name}\b", template):
             raise ValueError(
                 f"the chat template does not write {name!r}, which the conversation that begins"
-                f" {_excerpt(messages[0]['content'])} has. Remove the field, or use another chat.template."
+                f" {_excerpt(messages[0]['content'])} has. Remove the field, or use another data.chat.template."
             )
     for i, message in enumerate(messages):
         if message["role"] == "assistant" or message["content"].strip() in whole:
@@ -199,7 +167,7 @@ def _refuse_left_out(template: str, render: Render, messages: Sequence[Message],
         if render([*messages[:i], {**message, "content": PROBE}, *messages[i + 1 :]]) == whole:
             raise ValueError(
                 f"the chat template leaves out messages of role {message['role']!r}, such as"
-                f" {_excerpt(message['content'])}. Use another role, or another chat.template."
+                f" {_excerpt(message['content'])}. Use another role, or another data.chat.template."
             )
 
 
@@ -212,106 +180,71 @@ def _beginning(
         raise ValueError(
             f"the chat template rewrites earlier turns: its text of the first {count} messages is not the beginning of"
             f" that of all {len(messages)}, in the conversation that begins {_excerpt(messages[0]['content'])}."
-            " Use chat.loss_on last, or another chat.template."
+            " Use data.chat.loss_on last, or another data.chat.template."
         )
     return text
 
 
-def _texts(message: Message) -> list[str]:
-    """Return what a template may write of a message."""
-    values = [value for name, value in message.items() if name not in ("role", "weight")]
-    return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
-
-
-def _refuse_special_tokens(texts: Sequence[str], special: set[str]) -> None:
+def _refuse_special_tokens(dialogues: Sequence[Sequence[Message]], special: set[str]) -> None:
     """Raise ValueError for a literal special token in a message: the template's parser would take it for structure."""
     beginnings = {token[0] for token in special if token}
-    for text in texts:
-        if beginnings.isdisjoint(text):
-            continue
-        if found := next((token for token in special if token in text), None):
-            raise ValueError(
-                f"a message holds the special token {found!r}: {_excerpt(text)}. Is the data rendered already?"
-                " Remove such tokens; the template adds its own."
-            )
+    for message in chain.from_iterable(dialogues):
+        for value in (value for name, value in message.items() if name not in ("role", "weight")):
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            if beginnings.isdisjoint(text):
+                continue
+            if token := next((token for token in special if token in text), None):
+                raise ValueError(
+                    f"a message holds the special token {token!r}: {_excerpt(text)}. Is the data rendered already?"
+                    " Remove such tokens; the template adds its own."
+                )
 
 
-def _encode_pieces(tokenizer: Tokenizer, rendered: Sequence[Sequence[Piece]]) -> list[list[list[int]]]:
-    """Encode each piece as it stands after all before it, which is how a prompt is encoded at generation.
+def _encode_parts(tokenizer: Tokenizer, rendered: Sequence[Sequence[RenderedPart]]) -> list[list[list[int]]]:
+    """Encode each part as it stands after all before it, which is how a prompt is encoded at generation.
 
     Where the tokens of the longer text do not begin with those of the shorter one (a merge across the border), the
-    piece is encoded alone: a border between what is given and what is learnt is always one between tokens.
+    part is encoded alone: a border between what is given and what is learnt is always one between tokens.
     """
-    texts = ["".join(piece.text for piece in pieces[: i + 1]) for pieces in rendered for i in range(len(pieces))]
-    encoded = iter(_encode(tokenizer, texts))
+    texts = ["".join(part.text for part in parts[: i + 1]) for parts in rendered for i in range(len(parts))]
+    encoded = iter(encode_texts(tokenizer, texts))
     tokens: list[list[list[int]]] = []
-    for pieces in rendered:
+    for parts in rendered:
         before: list[int] = []
         tokens.append([])
-        for piece in pieces:
+        for part in parts:
             ids = next(encoded)
-            is_clean = ids[: len(before)] == before
-            alone = None if is_clean else encode(tokenizer, piece.text, is_inside=True).tolist()
-            tokens[-1].append(ids[len(before) :] if alone is None else alone)
-            before = before + tokens[-1][-1]
+            is_continued = ids[: len(before)] == before
+            new = ids[len(before) :] if is_continued else encode(tokenizer, part.text, is_inside=True).tolist()
+            tokens[-1].append(new)
+            before = before + new
     return tokens
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
-    return encoded
-
-
 def _with_targets(
-    pieces: Sequence[Piece],
-    tokens: Sequence[list[int]],
-    *,
-    ends: set[int],
-    eos_token_id: int,
-    config: ChatConfig,
+    parts: Sequence[RenderedPart], tokens: Sequence[list[int]], *, special: set[int], eos_token_id: int
 ) -> Example:
-    """Mark the answers, and the ends of turns as the EOS policy has it; nothing follows the last end of turn."""
+    """Mark the answers and the tokens that end their turns; nothing follows the end of the last turn."""
     input_ids: list[int] = []
     is_target: list[bool] = []
-    for number, (piece, ids) in enumerate(zip(pieces, tokens, strict=True), start=1):
-        if piece.role != "ending":
-            input_ids += ids
-            is_target += [piece.role == "answer"] * len(ids)
-            continue
-        end = turn_end(ids, ends)
-        if number == len(pieces):
-            ids = [*ids, eos_token_id] if end is None else ids[: end + 1]
-            end = len(ids) - 1
-        num_learnt = 0 if config.eos == "ignore" or end is None else end + 1
+    for number, (part, ids) in enumerate(zip(parts, tokens, strict=True), start=1):
+        num_learnt = len(ids) if part.role == "answer" else 0
+        if part.role == "ending":
+            end = turn_end(ids, special)
+            if number == len(parts):
+                ids = [*ids, eos_token_id] if end is None else ids[: end + 1]
+                end = len(ids) - 1
+            num_learnt = 0 if end is None else end + 1
         input_ids += ids
         is_target += [True] * num_learnt + [False] * (len(ids) - num_learnt)
-    if not any(is_target):
-        text = _excerpt("".join(piece.text for piece in pieces))
-        raise ValueError(f"all tokens of a conversation are left out of the loss: {text}. Mend or remove it.")
     return Example(np.asarray(input_ids, np.int32), np.asarray(is_target, bool))
 
 
-def _fit(example: Example, *, answer_tokens: int, seq_len: int, config: ChatConfig) -> Example | None:
-    """Cut the left of what comes before the last answer; None where not one token of it would be left."""
-    if len(example.input_ids) <= seq_len:
-        return example
-    if config.too_long == "drop" or answer_tokens >= seq_len:
-        return None
-    return Example(example.input_ids[-seq_len:], example.is_target[-seq_len:], is_cut=True)
-
-
-def _with_tail(example: Example, eos_token_id: int, *, config: ChatConfig) -> Example:
+def _fill_block(example: Example, eos_token_id: int, config: ChatConfig) -> Example:
     """Fill the last block with EOS: tokens like others, attended to and learnt."""
-    num_eos = -len(example.input_ids) % config.block_size if config.eos == "to-block-end" else 0
-    tail = np.full(num_eos, eos_token_id, np.int32)
-    return Example(
-        np.concatenate([example.input_ids, tail]), np.pad(example.is_target, (0, num_eos), constant_values=True),
-        is_cut=example.is_cut,
-    )  # fmt: skip
+    fill = (0, -len(example.input_ids) % config.eos_block)
+    input_ids = np.pad(example.input_ids, fill, constant_values=eos_token_id)
+    return Example(input_ids, np.pad(example.is_target, fill, constant_values=True), example.is_cut)
 
 
 def _excerpt(text: str) -> str:

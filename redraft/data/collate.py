@@ -1,5 +1,7 @@
-"""Rows of a dataset to one batch of tensors."""
+"""Rows of a dataset to batches of tensors: their order, their padding, and what a model must beat on them."""
 
+import gzip
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +43,7 @@ class PassSampler(Sampler[int]):
         if self.lengths is None:
             yield from order.tolist()
             return
+        # Rows are sorted by length within groups of many batches only, so that each pass has other batches.
         groups = order.split(BATCHES_PER_GROUP * self.batch_size)
         batches = [b for g in groups for b in g[self.lengths[g].argsort(stable=True)].split(self.batch_size)]
         for index in torch.randperm(len(batches), generator=chance).tolist():
@@ -58,26 +61,54 @@ def collate(
     """
     if not rows:
         raise ValueError("collate needs at least one row; got none. Is the dataset empty?")
-    input_ids = [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in rows]
-    segment_ids = [torch.as_tensor(row["segment_ids"], dtype=torch.int64) for row in rows]
-    for index, (ids, segments) in enumerate(zip(input_ids, segment_ids, strict=True)):
-        if len(ids) != len(segments):
+    for number, row in enumerate(rows):
+        if len(row["input_ids"]) != len(row["segment_ids"]):
             raise ValueError(
-                f"input_ids and segment_ids of a row must be equally long; got {len(ids)} and {len(segments)}"
-                f" in row {index}. Give each token its segment."
+                "input_ids and segment_ids of a row must be equally long; got"
+                f" {len(row['input_ids'])} and {len(row['segment_ids'])} in row {number}. Give each token its segment."
             )
-    batch: dict[str, Tensor] = {
-        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_token_id),  # (B, L)
-        "segment_ids": pad_sequence(segment_ids, batch_first=True, padding_value=PADDING_SEGMENT),
+
+    def padded(name: str, padding: int, dtype: torch.dtype) -> Tensor:
+        columns = [torch.as_tensor(row[name], dtype=dtype) for row in rows]
+        return pad_sequence(columns, batch_first=True, padding_value=padding)  # (B, L)
+
+    batch = {
+        "input_ids": padded("input_ids", pad_token_id, torch.int64),
+        "segment_ids": padded("segment_ids", PADDING_SEGMENT, torch.int64),
     }
     if "window" in rows[0]:
         batch["window"] = torch.stack([row["window"] for row in rows])
     if "is_target" in rows[0]:
-        is_target = [torch.as_tensor(row["is_target"], dtype=torch.bool) for row in rows]
-        batch["is_target"] = pad_sequence(is_target, batch_first=True, padding_value=False)
+        batch["is_target"] = padded("is_target", False, torch.bool)
     return batch
+
+
+def collate_preferences(
+    pairs: Sequence[Mapping[str, Any]], *, pad_token_id: int
+) -> dict[str, Int[Tensor, "batch ..."] | Bool[Tensor, "batch seq"]]:
+    """Put B pairs into one batch of 2B rows: the chosen ones, then the rejected ones in the same order."""
+    return collate([pair[name] for name in ("chosen", "rejected") for pair in pairs], pad_token_id=pad_token_id)
 
 
 def targets_of(batch: Mapping[str, Tensor]) -> Bool[Tensor, "*batch seq"]:
     """Say which positions may be noised and count in the loss: `is_target`, or all tokens where there is none."""
     return batch["is_target"] if "is_target" in batch else batch["segment_ids"] > PADDING_SEGMENT
+
+
+def unigram_nats(dataset: Any, *, vocab_size: int) -> float:
+    """Entropy of a dataset's tokens under their own frequencies, in nats per token."""
+    counts = torch.bincount(_tokens(dataset), minlength=vocab_size).to(torch.float64)
+    probabilities = counts[counts > 0] / counts.sum()
+    return float(-(probabilities * probabilities.log()).sum())
+
+
+def gzip_bits_per_byte(dataset: Any, tokenizer: Any) -> float:
+    """Compress the dataset's text as one stream with `gzip -9`: bits per byte of text."""
+    text = tokenizer.decode(_tokens(dataset).tolist(), skip_special_tokens=True).encode()
+    return 8 * len(gzip.compress(text, compresslevel=9)) / len(text) if text else math.nan
+
+
+def _tokens(dataset: Any) -> Tensor:
+    """All tokens of a dataset that a model is measured on, in order."""
+    rows = (dataset[i] for i in range(len(dataset)))
+    return torch.cat([row["input_ids"][targets_of(row)] for row in rows]).to(torch.int64)

@@ -1,19 +1,81 @@
-"""What training data are: a source, its kind, and how it becomes windows of tokens."""
+"""What training data are: a source, its kind, and how it becomes windows of tokens. No torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
-from redraft.data.chat import ChatConfig
-from redraft.data.tasks import find_task
-from redraft.data.thoughts import ThoughtConfig
-from redraft.data.tokenizer import SMALLEST_VOCAB_SIZE
+from redraft.settings import Count, Fraction, Probability, Settings, Within
 
+DataKind = Literal["text", "chat", "preference", "thought"]
+SMALLEST_VOCAB_SIZE = 256 + 3
+"""Every byte and the three special tokens."""
+Form = Literal["written", "direct", "pause"]
+FORMS: tuple[Form, ...] = get_args(Form)
+OLD_NAMES = {
+    "data.cache_dir": "the cache is redraft/data in $XDG_CACHE_HOME, by default ~/.cache",
+    "data.shuffle_seed": "training documents are always shuffled, with seed 0",
+    "data.validation_windows": "validation takes the first 64 held-out windows of a stream",
+    "data.chat.eos": "the end of an answer is always learnt; eos_block fills its block with EOS",
+    "data.chat.block_size": "eos_block",
+    "data.chat.too_long": "a conversation that is too long always loses the left of its prompt",
+    "data.chat.skip_bad": "a malformed record is always an error",
+}
+"""Settings of recipes that earlier versions saved: `section.name` to the new name, or what replaces it."""
 THOUGHT_SETTINGS = ("kind", "source", "thought", "seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class ChatConfig(Settings):
+    """How conversations become tokens and targets (kinds chat and preference)."""
+
+    section: ClassVar[str] = "data.chat"
+
+    loss_on: Literal["last", "all"] = "last"
+    """Which assistant turns are learnt. An earlier turn is learnt with all later turns in sight."""
+    eos_block: Count = 1
+    """Fill the last block of so many tokens with EOS, attended to and learnt; blocks are counted from the
+    conversation's start. 1 fills nothing; the value of seq_len pads as LLaDA does."""
+    batching: Literal["packed", "grouped"] = "packed"
+    """packed: several conversations per window, which do not see each other. grouped: one per row, and rows of about
+    equal length in a batch."""
+    template: str | None = None
+    """File of a Jinja chat template; by default the tokenizer's own, or a plain one if it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThoughtConfig:
+    """How the thoughts of a task become tokens (kind thought)."""
+
+    form: Form = "written"
+    """written: the thoughts, and after them the answer where they do not tell it. direct: the answer at once. pause:
+    the answer after as many pause tokens as the longest thoughts of its prompt have words (arXiv 2310.02226); these are
+    given, not learnt, when the model is judged too."""
+    pad_prompt: bool = False
+    """Mask tokens behind shorter prompts, up to the longest: each thought is as far from the prompt in every row."""
+    fill: bool = False
+    """EOS after every text up to the longest one, to be learnt: for masked and uniform diffusion, which begin with a
+    canvas of one length behind the prompt."""
+
+    def name_of(self, source: str) -> str:
+        """Name the task of `redraft eval` that gives prompts in this form: thought:SOURCE[:FORM[:padded]]."""
+        name = f"thought:{source}"
+        if self.form != "written" or self.pad_prompt:
+            name += f":{self.form}"
+        return f"{name}:padded" if self.pad_prompt else name
+
+    @classmethod
+    def from_name(cls, name: str) -> tuple[str, "ThoughtConfig"]:
+        """Read a name as `name_of` gives it: the source and the form of its prompts."""
+        rest, is_padded = name.removeprefix("thought:").removesuffix(":padded"), name.endswith(":padded")
+        before, _, form = rest.rpartition(":")
+        source, form = (before, form) if form in FORMS else (rest, "written")
+        return source, cls(form=form, pad_prompt=is_padded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings):
     """Where the text comes from and how it becomes windows of tokens."""
+
+    section: ClassVar[str] = "data"
 
     source: str = "stdlib"
     """stdlib (Python's own library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a dataset of
@@ -21,7 +83,7 @@ class DataConfig:
     SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents).
     Of kind thought: countdown, countdown-backwards, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks,
     answer."""
-    kind: Literal["text", "chat", "preference", "thought"] = "text"
+    kind: DataKind = "text"
     """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers;
     stdlib and text files mixed with them are learnt whole. preference: pairs (prompt, chosen, rejected) to learn the
     better answer by (VRPO; objective.beta). thought: tasks of latent thinking with their thoughts in words; split and
@@ -29,44 +91,30 @@ class DataConfig:
     text_field: str = "text"
     """Field that holds the text of a record (kind text)."""
     chat: ChatConfig = field(default_factory=ChatConfig)
-    """How conversations become tokens and targets (kind chat)."""
+    """How conversations become tokens and targets (kinds chat and preference)."""
     thought: ThoughtConfig = field(default_factory=ThoughtConfig)
     """How thoughts become tokens (kind thought)."""
-    seq_len: int = 256
+    seq_len: Annotated[int, Within("[2, 1048576]")] = 256
     """Tokens per window."""
-    validation_fraction: float = 0.05
+    validation_fraction: Fraction = 0.05
     """Fraction of the documents for validation, chosen by the hash of their text; 0 for none."""
     isolate_documents: bool = False
     """No attention across documents in a window; positions restart at each."""
-    random_length: float = 0.0
+    random_length: Probability = 0.0
     """Probability that a training window is cut to a uniformly random length (LLaDA's pretraining: 0.01; kind text)."""
-    max_documents: int | None = None
-    """Use the source's first documents only."""
+    max_documents: Annotated[int, Within("[1, inf)")] | None = None
+    """Use the source's first documents only; by default all."""
     streaming: bool = False
-    """Read and pack on the fly, without cache. Needs a tokenizer."""
-    validation_windows: int = 64
-    """Windows of the validation set when streaming: the first ones."""
-    shuffle_seed: int | None = 0
-    """Seed for the order of the training documents before packing (within 1000 documents); None keeps the source's."""
+    """Read and pack on the fly, without cache; the first 64 held-out windows are for validation. Needs a tokenizer."""
     tokenizer: str | None = None
     """Folder or hub id of a tokenizer; by default a byte-level BPE is trained on the training documents."""
-    vocab_size: int = 4096
+    vocab_size: Annotated[int, Within(f"[{SMALLEST_VOCAB_SIZE}, inf)")] = 4096
     """Size of the tokenizer that is trained."""
-    cache_dir: str | None = None
-    """Folder of the cache; by default redraft/data in $XDG_CACHE_HOME or ~/.cache."""
 
     def __post_init__(self) -> None:
-        for name, smallest in (("seq_len", 2), ("validation_windows", 1), ("vocab_size", SMALLEST_VOCAB_SIZE)):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} must be at least {smallest}; got {getattr(self, name)}.")
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be in [0, 1); got {self.validation_fraction}. 0.05 is usual.")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise ValueError(f"max_documents must be at least 1, or None for all; got {self.max_documents}.")
+        super().__post_init__()
         if not self.source:
-            raise ValueError("source must not be empty; got ''. Give 'stdlib', a path or a hub id.")
-        if not 0 <= self.random_length <= 1:
-            raise ValueError(f"random_length is a probability in [0, 1]; got {self.random_length}. LLaDA's is 0.01.")
+            raise ValueError("data.source must not be empty; got ''. Give 'stdlib', a path or a hub id.")
         if self.kind == "thought":
             self._check_thought()
         elif self.thought != ThoughtConfig():
@@ -75,6 +123,8 @@ class DataConfig:
             self._check_chat()
 
     def _check_thought(self) -> None:
+        from redraft.data.tasks import find_task
+
         if not self.source.endswith(".jsonl"):  # a file is looked for when it is read
             find_task(self.source)
         plain = DataConfig()
@@ -84,17 +134,17 @@ class DataConfig:
 
     def _check_chat(self) -> None:
         if self.streaming and self.kind == "preference":
-            raise ValueError("preference pairs are not streamed; got streaming with kind preference. Leave it out.")
+            raise ValueError("preference pairs are not streamed; got data.streaming True. Leave it out.")
         if self.streaming and self.chat.batching == "grouped":
-            raise ValueError("chat.batching grouped needs all lengths, which a stream does not tell. Use packed.")
+            raise ValueError("data.chat.batching grouped needs all lengths; a stream does not know them. Use packed.")
         if self.kind == "preference" and self.chat.loss_on == "all":
-            raise ValueError("of preference pairs only the last answer is learnt; got chat.loss_on all. Use last.")
+            raise ValueError("of preference pairs only the last answer is learnt; got data.chat.loss_on all. Use last.")
         if self.random_length:
-            raise ValueError("random_length is for kind text: a conversation cut anywhere may lose its answer. Use 0.")
-        if self.chat.eos == "to-block-end" and self.seq_len % self.chat.block_size:
+            raise ValueError("data.random_length is for kind text: a cut conversation may lose its answer. Use 0.")
+        if self.seq_len % self.chat.eos_block:
             raise ValueError(
-                f"chat.block_size must divide seq_len with chat.eos to-block-end; got {self.chat.block_size} and"
-                f" {self.seq_len}. Change one of them."
+                f"data.chat.eos_block must divide data.seq_len; got {self.chat.eos_block} and {self.seq_len}."
+                " Change one of them."
             )
 
     @property

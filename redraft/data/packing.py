@@ -1,8 +1,8 @@
-"""Documents' tokens packed into windows of one length, without padding and without loss."""
+"""Documents' tokens packed into windows of one length, without padding and without loss; conversations whole."""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from random import Random
 from typing import NamedTuple
@@ -22,37 +22,28 @@ RANDOM_LENGTH_KEY = 20250  # apart from the keys of noise, which begin with a ru
 
 
 class Windows(NamedTuple):
-    """Whole windows; `segment_ids` count the documents inside each window from 1 (0 is kept for padding)."""
+    """Whole windows; `segment_ids` count the documents inside each window from 1, and are 0 for padding.
+
+    Windows of conversations are padded on the right, and `is_target` is what may be noised and is learnt.
+    """
 
     input_ids: Integer[np.ndarray, "windows seq"]
     segment_ids: Integer[np.ndarray, "windows seq"]
+    is_target: Bool[np.ndarray, "windows seq"] | Integer[np.ndarray, "windows seq"] | None = None
 
-
-class TargetWindows(NamedTuple):
-    """Windows of conversations, padded on the right (segment 0); `is_target` is what may be noised and is learnt."""
-
-    input_ids: Integer[np.ndarray, "windows seq"]
-    segment_ids: Integer[np.ndarray, "windows seq"]
-    is_target: Bool[np.ndarray, "windows seq"]
-
-
-class Tail(NamedTuple):
-    """Tokens that do not fill a window yet, and the number of the document that each belongs to."""
-
-    tokens: Integer[np.ndarray, "tokens"]
-    owners: Integer[np.ndarray, "tokens"]
+    def columns(self) -> dict[str, np.ndarray]:
+        """Name the arrays that there are."""
+        return {name: rows for name, rows in self._asdict().items() if rows is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackingReport:
     """What went into the windows. num_tokens + num_padding_tokens == num_windows * seq_len + num_dropped_tokens.
 
-    (Except for conversations in rows of their own, whose padding is left out.)
+    (Except for conversations in rows of their own, whose padding is left out.) Reports of batches add up.
     """
 
     num_documents: int = 0
-    num_bytes: int = 0
-    """UTF-8 bytes of the documents (of a conversation, its JSON); the end-of-document tokens stand for none."""
     num_tokens: int = 0
     """Tokens with one end-of-document token per document."""
     num_windows: int = 0
@@ -66,6 +57,9 @@ class PackingReport:
     """Conversations that lost the left of their prompt."""
     num_too_long: int = 0
     """Conversations that were dropped."""
+
+    def __add__(self, other: "PackingReport") -> "PackingReport":
+        return PackingReport(**{name: count + getattr(other, name) for name, count in asdict(self).items()})
 
     @property
     def efficiency(self) -> float:
@@ -86,6 +80,10 @@ class PackingReport:
         )
 
 
+Packed = Iterator[tuple[Windows, PackingReport]]
+"""The windows of each batch of documents, and what went into them."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowDataset(Dataset[dict[str, Tensor]]):
     """Windows by index, in memory or mapped: `input_ids` and `segment_ids`, (seq_len,) int32; `is_target` if there.
@@ -93,7 +91,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
     A row says as `window` which one it is.
     """
 
-    windows: Windows | TargetWindows
+    windows: Windows
     is_trimmed: bool = False
     """Leave the padding of a row out; the batch pads to its longest row."""
     random_length: float = 0.0
@@ -110,7 +108,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         length = np.count_nonzero(self.windows.segment_ids[index]) if self.is_trimmed else None
         row = {
             name: torch.from_numpy(rows[index, :length].astype(bool if name == "is_target" else np.int32))
-            for name, rows in self.windows._asdict().items()
+            for name, rows in self.windows.columns().items()
         }
         if self.random_length:  # what is cut off stays as padding: all windows of a run have one shape
             chance, part = uniform(RANDOM_LENGTH_KEY, number, torch.arange(2)).tolist()
@@ -123,48 +121,56 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
         return np.count_nonzero(self.windows.segment_ids, axis=1).tolist()
 
 
-EMPTY_TAIL = Tail(np.empty(0, np.int32), np.empty(0, np.int64))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PairDataset(Dataset[dict[str, dict[str, Tensor]]]):
+    """Preference pairs by index: `chosen` and `rejected`, which are the rows 2 i and 2 i + 1."""
+
+    rows: WindowDataset
+
+    def __len__(self) -> int:
+        return len(self.rows) // 2
+
+    def __getitem__(self, index: int) -> dict[str, dict[str, Tensor]]:
+        return {"chosen": self.rows[2 * index], "rejected": self.rows[2 * index + 1]}
+
+
+NO_TOKENS = np.empty((2, 0), np.int32)
 
 
 def pack(
-    token_lists: Sequence[Sequence[int]], *, seq_len: int, eos_token_id: int, tail: Tail = EMPTY_TAIL
-) -> tuple[Windows, Tail]:
+    token_lists: Sequence[Sequence[int]],
+    *,
+    seq_len: int,
+    eos_token_id: int,
+    tail: Integer[np.ndarray, "2 before"] = NO_TOKENS,
+) -> tuple[Windows, Integer[np.ndarray, "2 after"]]:
     """Join `tail` and the documents, each followed by EOS, and cut the stream every `seq_len` tokens.
 
     The tail that comes back is to be passed with the next documents: packing in batches equals packing at once.
     A document's EOS belongs to its segment. A document cut by a window's edge begins the next window as segment 1.
     """
-    lengths = np.fromiter((len(tokens) + 1 for tokens in token_lists), np.int64, len(token_lists))
-    joined = np.empty(lengths.sum(), np.int32)
-    is_eos = np.zeros(len(joined), bool)
-    is_eos[np.cumsum(lengths) - 1] = True
-    joined[is_eos] = eos_token_id
-    if len(token_lists):
-        joined[~is_eos] = np.concatenate([np.asarray(tokens, np.int32) for tokens in token_lists])
-    first_owner = tail.owners[-1] + 1 if len(tail.owners) else 0
-    tokens = np.concatenate([tail.tokens, joined])
-    owners = np.concatenate([tail.owners, first_owner + np.repeat(np.arange(len(lengths)), lengths)])
-
-    end = len(tokens) // seq_len * seq_len
-    window_owners = owners[:end].reshape(-1, seq_len)  # (N, L)
-    segment_ids = window_owners - window_owners[:, :1] + 1
-    return Windows(tokens[:end].reshape(-1, seq_len), segment_ids.astype(np.int32)), Tail(tokens[end:], owners[end:])
+    documents = [np.array([[*tokens, eos_token_id], [1, *[0] * len(tokens)]], np.int32) for tokens in token_lists]
+    stream = np.concatenate([tail, *documents], axis=1)  # (2, tokens): each token, and whether it begins a document
+    end = stream.shape[1] // seq_len * seq_len
+    input_ids, is_first = stream[:, :end].reshape(2, -1, seq_len)  # (N, L) each
+    num_begun = is_first.cumsum(axis=1, dtype=np.int32)
+    return Windows(input_ids, num_begun - num_begun[:, :1] + 1), stream[:, end:]
 
 
-def pack_stream(
+def pack_documents(
     documents: Iterable[str], *, encode: Callable[[list[str]], list[list[int]]], seq_len: int, eos_token_id: int
-) -> Iterator[tuple[Windows, PackingReport]]:
-    """Encode and pack documents batch by batch; with the windows of each batch comes the report up to there."""
-    report, tail, documents = PackingReport(), EMPTY_TAIL, iter(documents)
+) -> Packed:
+    """Encode and pack documents batch by batch."""
+    tail, documents = NO_TOKENS, iter(documents)
     while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
+        num_before = tail.shape[1]
         windows, tail = pack(encode(batch), seq_len=seq_len, eos_token_id=eos_token_id, tail=tail)
-        num_windows = report.num_windows + len(windows.input_ids)
+        num_left = tail.shape[1] - num_before
         report = PackingReport(
-            num_documents=report.num_documents + len(batch),
-            num_bytes=report.num_bytes + sum(len(document.encode()) for document in batch),
-            num_tokens=num_windows * seq_len + len(tail.tokens),
-            num_windows=num_windows,
-            num_dropped_tokens=len(tail.tokens),
+            num_documents=len(batch),
+            num_tokens=windows.input_ids.size + num_left,
+            num_windows=len(windows.input_ids),
+            num_dropped_tokens=num_left,
         )
         yield windows, report
 
@@ -192,22 +198,23 @@ def best_fit(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
 
 def pack_examples(
     examples: Sequence[Example], *, seq_len: int, pad_token_id: int, one_per_window: bool = False
-) -> TargetWindows:
+) -> Windows:
     """Put whole conversations into windows, each a segment of its own; none is cut, what is left over is padding."""
     bins = [[i] for i in range(len(examples))]
     if not one_per_window:
         bins = best_fit([len(example.input_ids) for example in examples], capacity=seq_len)
     shape = (len(bins), seq_len)
-    windows = TargetWindows(np.full(shape, pad_token_id, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool))
+    input_ids, segment_ids = np.full(shape, pad_token_id, np.int32), np.zeros(shape, np.int32)
+    is_target = np.zeros(shape, bool)
     for row, items in enumerate(bins):
         start = 0
         for segment, item in enumerate(items, start=1):
             stop = start + len(examples[item].input_ids)
-            windows.input_ids[row, start:stop] = examples[item].input_ids
-            windows.segment_ids[row, start:stop] = segment
-            windows.is_target[row, start:stop] = examples[item].is_target
+            input_ids[row, start:stop] = examples[item].input_ids
+            segment_ids[row, start:stop] = segment
+            is_target[row, start:stop] = examples[item].is_target
             start = stop
-    return windows
+    return Windows(input_ids, segment_ids, is_target)
 
 
 def pack_conversations(
@@ -217,40 +224,21 @@ def pack_conversations(
     seq_len: int,
     pad_token_id: int,
     one_per_window: bool = False,
-) -> Iterator[tuple[TargetWindows, PackingReport]]:
-    """Encode and pack conversations buffer by buffer; with the windows of each comes the report up to there."""
-    report, conversations = PackingReport(), iter(conversations)
+) -> Packed:
+    """Encode and pack conversations buffer by buffer."""
+    conversations = iter(conversations)
     while buffer := list(islice(conversations, CONVERSATIONS_PER_BUFFER)):
         encoded = encode(buffer)
         examples = [example for example in encoded if example is not None]
         windows = pack_examples(examples, seq_len=seq_len, pad_token_id=pad_token_id, one_per_window=one_per_window)
         num_tokens = sum(len(example.input_ids) for example in examples)
         report = PackingReport(
-            num_documents=report.num_documents + len(buffer),
-            num_bytes=report.num_bytes + sum(len(text.encode()) for text in buffer),
-            num_tokens=report.num_tokens + num_tokens,
-            num_windows=report.num_windows + len(windows.input_ids),
-            num_padding_tokens=report.num_padding_tokens
-            + (0 if one_per_window else windows.input_ids.size - num_tokens),
-            num_target_tokens=report.num_target_tokens + int(windows.is_target.sum()),
-            num_cut=report.num_cut + sum(example.is_cut for example in examples),
-            num_too_long=report.num_too_long + len(encoded) - len(examples),
+            num_documents=len(buffer),
+            num_tokens=num_tokens,
+            num_windows=len(windows.input_ids),
+            num_padding_tokens=0 if one_per_window else windows.input_ids.size - num_tokens,
+            num_target_tokens=sum(int(example.is_target.sum()) for example in examples),
+            num_cut=sum(example.is_cut for example in examples),
+            num_too_long=len(encoded) - len(examples),
         )
         yield windows, report
-
-
-def join_windows(
-    batches: Iterable[tuple[Windows | TargetWindows, PackingReport]], *, seq_len: int, num_windows: int | None = None
-) -> tuple[Windows | TargetWindows, PackingReport]:
-    """Join the first `num_windows` windows (or fewer, if there are no more) in memory; nothing past them is read."""
-    parts, report = [], PackingReport()
-    for windows, report in batches:
-        parts.append(windows)
-        if num_windows is not None and report.num_windows >= num_windows:
-            break
-    if not parts:
-        return Windows(*np.empty((2, 0, seq_len), np.int32)), report
-    joined = type(parts[0])(*(np.concatenate(columns)[:num_windows] for columns in zip(*parts, strict=True)))
-    kept = len(joined.input_ids)
-    dropped = report.num_tokens + report.num_padding_tokens - kept * seq_len
-    return joined, replace(report, num_windows=kept, num_dropped_tokens=dropped)

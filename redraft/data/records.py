@@ -1,80 +1,65 @@
 """Records of chat and preference data, whatever their fields are called, as conversations of one form."""
 
 import json
-import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from redraft.data.messages import DOCUMENT, Message, checked, is_given, with_tools
+from redraft.data.config import DataKind
+from redraft.data.files import located, require_text
 
-logger = logging.getLogger(__name__)
+Message = dict[str, Any]
+"""Role, content, and where they are there: thoughts, tool calls, weight 0; the first message has the tools."""
 
-Kind = Literal["text", "chat", "preference"]
-
-CHAT_SCHEMAS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt/response": ("prompt", "response"),
-    "prompt/completion": ("prompt", "completion"),
-    "instruction/output": ("instruction", "output"),
+DOCUMENT = "\0document"
+"""Role of the one message that is no turn but plain text, beside conversations; a name that no record may have."""
+SCHEMAS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "chat": (("messages",), ("prompt", "response"), ("prompt", "completion"), ("instruction", "output")),
+    "preference": (
+        ("prompt", "chosen", "rejected"),
+        ("instruction", "chosen", "rejected"),
+        ("question", "chosen", "rejected"),
+        ("chosen", "rejected"),
+    ),
 }
-PREFERENCE_SCHEMAS: dict[str, tuple[str, ...]] = {
-    "prompt/chosen/rejected": ("prompt", "chosen", "rejected"),
-    "instruction/chosen/rejected": ("instruction", "chosen", "rejected"),
-    "question/chosen/rejected": ("question", "chosen", "rejected"),
-    "chosen/rejected": ("chosen", "rejected"),
-}
+"""The fields by which a record of each kind is known."""
 SYSTEM_FIELDS = ("system", "system_prompt")
 CONTEXT_FIELDS = (*SYSTEM_FIELDS, "history", "tools")
 """Fields that a record of any schema may have: what goes before its messages."""
 DIALOGUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """Turns in a text, as in hh-rlhf."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+WEIGHTS = ("weight", "train", "training", "loss")
+"""What OpenAI's files and other frameworks call it: 0 or false for an answer that is given and not learnt."""
+OF_TOOLS = ("name", "tool_call_id")
+MESSAGE_FIELDS = {"assistant": (*THOUGHTS, "tool_calls", *WEIGHTS), "tool": OF_TOOLS}
+"""Fields that a message of a role may have beside role and content."""
+AFTER_ANSWERS = ("system", "developer", "user", "tool", "function")
+"""Roles that may follow the last answer."""
 
 
-def record_parser(
-    kind: Kind, *, skip_bad: bool = False, unused: Counter[str] | None = None
-) -> Callable[[str, Any], str | None]:
+def record_parser(kind: DataKind, unused: Counter[str]) -> Callable[[Any], str]:
     """Make the parser of one source: a record to the JSON of its messages (chat) or of two conversations (preference).
 
-    The first record decides the schema. Raises ValueError at the first record that has another, and at a malformed one
-    unless `skip_bad`: then it gives None, and a warning for the first. Counts fields that are not used in `unused`.
+    The first record decides the schema. Raises ValueError at the first record that has another, and at a malformed one.
+    Counts fields that are not used in `unused`.
     """
-    schemas = CHAT_SCHEMAS if kind == "chat" else PREFERENCE_SCHEMAS
-    counts = Counter[str]() if unused is None else unused
-    first: tuple[str, str] | None = None
-    is_warned = False
+    first: tuple[str, ...] | None = None
 
-    def parse(where: str, record: Any) -> str | None:
-        nonlocal first, is_warned
-        schema = _schema_of(record, schemas, where=where)
-        first = first or (schema, where)
-        if schema != first[0]:
+    def parse(record: Any) -> str:
+        nonlocal first
+        schema = _schema_of(record, kind)
+        first = first or schema
+        if schema != first:
             raise ValueError(
-                f"{where}: a record of {schema}, but {first[1]} has {first[0]}. Use one schema in a source."
+                f"a record of {'/'.join(schema)}, but those before it have {'/'.join(first)}. Use one schema."
             )
-        read = _conversation if kind == "chat" else _pair
-        try:
-            _count_unused(record, schemas[schema], counts)
-            return json.dumps(read(record, schemas[schema], where=where, unused=counts), ensure_ascii=False)
-        except RecursionError as error:
-            raise ValueError(f"{where}: a record nested too deeply. Mend or remove it.") from error
-        except ValueError as error:
-            if not skip_bad:
-                raise
-            if not is_warned:
-                warn_once(f"Skipped a record, and skip others like it: {error}")
-            is_warned = True
-            return None
+        read = _read_conversation(record, schema) if kind == "chat" else _read_pair(record, schema)
+        unused.update(_unused_fields(record, schema))
+        return json.dumps(read, ensure_ascii=False)
 
     return parse
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Log a warning, which further passes over the same data do not repeat."""
-    logger.warning("%s", message)
 
 
 def as_conversation(document: str) -> str:
@@ -82,43 +67,47 @@ def as_conversation(document: str) -> str:
     return json.dumps([{"role": DOCUMENT, "content": document}], ensure_ascii=False)
 
 
-def _schema_of(record: Any, schemas: Mapping[str, tuple[str, ...]], *, where: str) -> str:
+def is_given(value: Any) -> bool:
+    """Say whether a field holds anything; tables fill absent fields with null or nothing."""
+    return value is not None and value not in ("", [], {})
+
+
+def _schema_of(record: Any, kind: DataKind) -> tuple[str, ...]:
     if not isinstance(record, Mapping):
-        raise ValueError(f"{where}: a record must be an object; got {type(record).__name__}. Wrap it.")
-    for name, fields in schemas.items():
+        raise ValueError(f"a record must be an object; got {type(record).__name__}. Edit or remove it.")
+    for fields in SCHEMAS[kind]:
         if all(record.get(field) is not None for field in fields):  # tables fill absent fields with null
-            return name
-    hint = " Pairs of answers are of --data.kind preference." if "chosen" in record and schemas is CHAT_SCHEMAS else ""
-    names = ", ".join(sorted(map(str, record)))
-    raise ValueError(f"{where}: no known schema; it has {names}. Known are {', '.join(schemas)}.{hint}")
+            return fields
+    hint = " Pairs of answers are of --data.kind preference." if "chosen" in record and kind == "chat" else ""
+    names, known = ", ".join(sorted(map(str, record))), ", ".join(map("/".join, SCHEMAS[kind]))
+    raise ValueError(f"no known schema; it has {names}. Known are {known}.{hint}")
 
 
-def _count_unused(record: Mapping[str, Any], fields: tuple[str, ...], unused: Counter[str]) -> None:
+def _unused_fields(record: Mapping[str, Any], fields: tuple[str, ...]) -> Iterator[str]:
     used = {*fields, *CONTEXT_FIELDS, *(("input",) if "instruction" in fields else ())}
-    unused.update(str(name) for name, value in record.items() if name not in used and is_given(value))
+    yield from (str(name) for name, value in record.items() if name not in used and is_given(value))
+    for message in (message for name in fields if isinstance(record[name], list) for message in record[name]):
+        known = ("role", "content", *MESSAGE_FIELDS.get(message["role"], ()))
+        for name, value in message.items():
+            if name not in known and is_given(value) and not (name in WEIGHTS and value == 0):
+                yield f"{name} of {message['role']} messages"
 
 
-def _conversation(
-    record: Mapping[str, Any], fields: tuple[str, ...], *, where: str, unused: Counter[str]
-) -> list[Message]:
+def _read_conversation(record: Mapping[str, Any], fields: tuple[str, ...]) -> list[Message]:
     messages = record[fields[0]]
     if len(fields) == 2:
-        messages = _joined(_question(record, fields[0]), record[fields[1]], where=where)
-    return _with_context(record, messages, where=where, unused=unused)
+        messages = _joined(_question(record, fields[0]), record[fields[1]])
+    return _with_context(record, messages)
 
 
-def _pair(
-    record: Mapping[str, Any], fields: tuple[str, ...], *, where: str, unused: Counter[str]
-) -> list[list[Message]]:
+def _read_pair(record: Mapping[str, Any], fields: tuple[str, ...]) -> list[list[Message]]:
     prompt = _question(record, fields[0]) if len(fields) == 3 else []
-    prompt, answers = _prompt_and_answers(prompt, [record["chosen"], record["rejected"]], where=where)
-    chosen, rejected = (
-        _with_context(record, _joined(prompt, answer, where=where), where=where, unused=unused) for answer in answers
-    )
+    prompt, answers = _prompt_and_answers(prompt, [record["chosen"], record["rejected"]])
+    chosen, rejected = (_with_context(record, _joined(prompt, answer)) for answer in answers)
     if chosen[:-1] != rejected[:-1]:
-        raise ValueError(f"{where}: chosen and rejected must answer the same prompt. Mend or remove it.")
+        raise ValueError("chosen and rejected must answer the same prompt. Edit or remove it.")
     if chosen == rejected:
-        raise ValueError(f"{where}: chosen and rejected are the same answer. Mend or remove it.")
+        raise ValueError("chosen and rejected are the same answer. Edit or remove it.")
     return [chosen, rejected]
 
 
@@ -128,26 +117,26 @@ def _question(record: Mapping[str, Any], field: str) -> Any:
     return record[field]
 
 
-def _prompt_and_answers(prompt: Any, answers: list[Any], *, where: str) -> tuple[Any, list[Any]]:
+def _prompt_and_answers(prompt: Any, answers: list[Any]) -> tuple[Any, list[Any]]:
     """Return a prompt and its two answers, with the turns of texts that hold the whole dialogue (hh-rlhf)."""
     if not is_given(prompt) or (isinstance(prompt, str) and not prompt.strip()):
         prompt = []
-    asked = _dialogue(prompt) if isinstance(prompt, str) else []
+    asked = _dialogue(prompt)
     if asked and asked[-1] == {"role": "assistant", "content": ""}:
         begins = prompt.strip()
         texts = [a if not isinstance(a, str) or a.strip().startswith(begins) else prompt + a for a in answers]
         return asked[:-1], [_dialogue(text) if isinstance(text, str) else text for text in texts]
-    turns = [_dialogue(answer) if isinstance(answer, str) else [] for answer in answers]
+    dialogues = [_dialogue(answer) for answer in answers]
     if prompt == []:
-        answers = [own if len(own) > 1 else answer for own, answer in zip(turns, answers, strict=True)]
+        answers = [turns if len(turns) > 1 else answer for turns, answer in zip(dialogues, answers, strict=True)]
         if any(isinstance(answer, str) for answer in answers):
             raise ValueError(
-                f"{where}: chosen and rejected are texts without a prompt. Give a field prompt, lists of messages, or"
-                " texts of 'Human:' and 'Assistant:' turns."
+                "chosen and rejected are texts without a prompt. Give a field prompt, lists of messages, or texts of"
+                " 'Human:' and 'Assistant:' turns."
             )
         return [], answers
-    if all(len(own) > 1 for own in turns):  # one alone is an answer that is written as a dialogue
-        return asked or prompt, turns
+    if all(len(turns) > 1 for turns in dialogues):  # one alone is an answer that is written as a dialogue
+        return asked or prompt, dialogues
     return prompt, _without_prompt(prompt, answers)
 
 
@@ -166,16 +155,16 @@ def _without_prompt(prompt: Any, answers: list[Any]) -> list[Any]:
     return [rest.removeprefix(" ").lstrip("\r\n") for rest in rests]
 
 
-def _dialogue(text: str) -> list[Message]:
+def _dialogue(text: Any) -> list[Message]:
     """Read a text that begins with `Human:` as turns; nothing for another."""
-    if not re.match(r"\s*Human:", text):
+    if not isinstance(text, str) or not re.match(r"\s*Human:", text):
         return []
     _, *parts = DIALOGUE.split(text)
     roles = ({"Human": "user", "Assistant": "assistant"}[name] for name in parts[::2])
     return [{"role": role, "content": part.strip()} for role, part in zip(roles, parts[1::2], strict=True)]
 
 
-def _joined(prompt: Any, answer: Any, *, where: str) -> list[Any]:
+def _joined(prompt: Any, answer: Any) -> list[Any]:
     """Put a prompt before an answer, each a text or messages.
 
     An answer that is the whole conversation has the prompt already, as its beginning or as its last question; a system
@@ -183,15 +172,15 @@ def _joined(prompt: Any, answer: Any, *, where: str) -> list[Any]:
     """
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    given, said = _turns(before), _turns(after)
+    asked, answered = _turns(before), _turns(after)
     is_whole = after and isinstance(after[0], Mapping) and after[0].get("role") in ("user", "system", "developer")
-    begins, ends = said[: len(given)] == given, said[-len(given) - 1 : -1] == given
-    if len(said) > len(given) and (begins or (is_whole and ends)):
-        return _with_system(_systems(before), after, where=where)
+    begins, ends = answered[: len(asked)] == asked, answered[-len(asked) - 1 : -1] == asked
+    if len(answered) > len(asked) and (begins or (is_whole and ends)):
+        return _with_system(_systems(before), after)
     if is_whole:
         raise ValueError(
-            f"{where}: the conversation of the answer begins otherwise than the prompt. Remove the prompt, or give the"
-            " answer alone, as messages."
+            "the conversation of the answer begins otherwise than the prompt. Remove the prompt, or give the answer"
+            " alone, as messages."
         )
     return [*before, *after]
 
@@ -210,27 +199,105 @@ def _turns(messages: list[Any]) -> list[Any]:
     ]
 
 
-def _with_system(systems: list[Any], messages: list[Any], *, where: str) -> list[Any]:
+def _with_system(systems: list[Any], messages: list[Any]) -> list[Any]:
     """Put system messages before a conversation, which may have them already."""
-    own = _systems(messages)
-    if systems and own and [m.get("content") for m in own] != [m.get("content") for m in systems]:
-        raise ValueError(f"{where}: two system messages that differ. Leave one of them out.")
-    return messages if own else [*systems, *messages]
+    present = _systems(messages)
+    if systems and present and [m.get("content") for m in present] != [m.get("content") for m in systems]:
+        raise ValueError("two system messages that differ. Leave one of them out.")
+    return messages if present else [*systems, *messages]
 
 
-def _with_context(record: Mapping[str, Any], messages: Any, *, where: str, unused: Counter[str]) -> list[Message]:
+def _with_context(record: Mapping[str, Any], messages: Any) -> list[Message]:
     """Put a record's system message and history before its messages, check them, and give them its tools."""
     if not isinstance(messages, list):
-        return checked(messages, where=where, unused=unused)  # which refuses it
+        return _read_messages(messages)  # which refuses it
     if is_given(history := record.get("history")):
         if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-            raise ValueError(f"{where}: history must be a list of [question, answer]; got {repr(history)[:60]}.")
+            raise ValueError(f"history must be a list of [question, answer]; got {_excerpt(history)}. Edit it.")
         roles = ("user", "assistant")
         before = [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn, strict=True)]
         systems = _systems(messages)
         messages = [*systems, *before, *(m for m in messages if m not in systems)]
     for name in SYSTEM_FIELDS:
         if is_given(record.get(name)):
-            messages = _with_system([{"role": "system", "content": record[name]}], messages, where=where)
-    read = checked(messages, where=where, unused=unused)
-    return with_tools(read, record.get("tools") or [], where=where)
+            messages = _with_system([{"role": "system", "content": record[name]}], messages)
+    read, tools = _read_messages(messages), _from_json(record.get("tools") or [], "tools")
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise ValueError(f"tools must be a list of functions' JSON schemas; got {_excerpt(tools)}. Edit it.")
+    return [read[0] | {"tools": list(tools)}, *read[1:]] if tools else read
+
+
+def _read_messages(messages: Any) -> list[Message]:
+    """Return the messages up to the last answer to be learnt, with the fields that are used.
+
+    Raises ValueError for what is malformed, and where there is no answer.
+    """
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
+        raise ValueError('messages must be a list of {"role": ..., "content": ...}. Edit or remove it.')
+    read: list[Message] = []
+    for number, message in enumerate(messages, start=1):
+        with located(f"message {number}"):
+            read.append(_read_message(message))
+    answers = [i for i, message in enumerate(read) if message["role"] == "assistant"]
+    learnt = [i for i in answers if "weight" not in read[i]]
+    if not learnt:
+        why = "every assistant turn has weight 0" if answers else "no assistant turn"
+        raise ValueError(f"{why}, so nothing of it would be learnt. Edit or remove it.")
+    for message in read[answers[-1] + 1 :]:
+        if message["role"] not in AFTER_ANSWERS:
+            raise ValueError(
+                f"a message of role {message['role']!r} follows the last answer and would be left out."
+                " Answers have role assistant."
+            )
+    return read[: learnt[-1] + 1]
+
+
+def _read_message(message: Mapping[str, Any]) -> Message:
+    role = message["role"]
+    if not (isinstance(role, str) and re.fullmatch(r"[\w .-]+", role)):
+        raise ValueError(f"role must be a name such as user; got {role!r}. Edit or remove it.")
+    read: Message = {"role": role, "content": message.get("content")}
+    if role == "assistant":
+        read |= {name: require_text(message[name], name) for name in THOUGHTS if is_given(message.get(name))}
+        if is_given(message.get("tool_calls")):
+            read["tool_calls"] = _tool_calls(message["tool_calls"])
+            read["content"] = read["content"] or ""
+        for name in WEIGHTS:
+            if (weight := message.get(name)) not in (None, 0, 1):
+                raise ValueError(f"{name} must be 0 or 1; got {weight!r}. Other weights of a loss are not supported.")
+            if weight == 0:
+                read["weight"] = 0
+    if role == "tool":
+        read |= {name: message[name] for name in OF_TOOLS if is_given(message.get(name))}
+    content = require_text(read["content"], "content")
+    if role == "assistant" and not content.strip() and "tool_calls" not in read:
+        raise ValueError("an empty assistant turn. Edit or remove it.")
+    return read
+
+
+def _from_json(value: Any, name: str) -> Any:
+    """Read JSON in a string, which is how tables and OpenAI's files hold objects without one form."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({error}). Edit or remove it.") from error
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]]:
+    """Return calls whose arguments are objects: templates write them as JSON themselves."""
+    calls = _from_json(calls, "tool_calls")
+    read = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f'tool_calls must be a list of {{"function": {{"name": ..., "arguments": ...}}}}; got {_excerpt(call)}.'
+                " Edit or remove it."
+            )
+        arguments = _from_json(function.get("arguments") or {}, "the arguments of a tool call")
+        read.append({**call, "function": {**function, "arguments": arguments}})
+    return read
+
+
+def _excerpt(value: Any) -> str:
+    return repr(value)[:60]

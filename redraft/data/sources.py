@@ -1,35 +1,38 @@
-"""Documents as plain strings from the standard library, files, folders, saved datasets and the hub."""
+"""Documents as plain strings from the standard library, files, folders, saved datasets, the hub, and their mixtures."""
 
 import hashlib
+import heapq
 import logging
+import math
 import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from redraft.data.config import DataKind
 from redraft.data.files import (
-    SUFFIXES,
     TEXT_SUFFIXES,
-    Record,
+    Located,
     cut_at_blank_lines,
-    listed,
+    field_text,
+    known_suffixes,
+    located,
+    numbered_rows,
     one_line,
-    read_records,
-    read_text,
-    rows_of_dataset,
-    text_of,
-    why_not_text,
+    read_file,
 )
-from redraft.data.mixture import interleave, parse_mixture
-from redraft.data.records import Kind, as_conversation, record_parser, warn_once
+from redraft.data.records import as_conversation, record_parser
+from redraft.errors import unknown_name
 
 logger = logging.getLogger(__name__)
+
+Split = Literal["train", "validation"]
 
 STDLIB = "stdlib"
 LONG_TEXT_CHARACTERS = 4096
@@ -37,19 +40,11 @@ NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "
 BUILT = "redraft-data.json"  # what a folder of `redraft data build` was built from
 SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
-
-
-Parse = Callable[[str, Any], str | None]
-"""Where a record stands and the record -> its document."""
+WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>[0-9.]+(e[+-]?[0-9]+)?)(/(?P<limit>[1-9][0-9]*))?")
 
 
 def read_documents(
-    source: str,
-    *,
-    text_field: str = "text",
-    kind: Kind = "text",
-    skip_bad: bool = False,
-    streaming: bool = False,
+    source: str, *, text_field: str = "text", kind: DataKind = "text", streaming: bool = False
 ) -> Iterator[str]:
     """Read a source's documents, always in the same order. Documents without a character (or null) are skipped.
 
@@ -58,61 +53,29 @@ def read_documents(
     records, or one), .csv and .parquet hold one per record in `text_field`. A folder: all such files below it sorted
     by path, without hidden ones; text that is not UTF-8 is skipped with a warning. A folder of datasets'
     `save_to_disk`, or a hub id, both with `@split` (default train), a hub id also with `:config`. A mixture of such
-    sources: `SOURCE:WEIGHT,SOURCE:WEIGHT` (`data.mixture`).
-    `kind="chat"` and `"preference"` read records as conversations and pairs; a document is their JSON (`data.records`);
-    `skip_bad` skips malformed ones. In a mixture of conversations `stdlib`, text files and folders of such alone may
-    take part, as plain text.
+    sources: `SOURCE:WEIGHT,SOURCE:WEIGHT` (`parse_mixture`, `interleave`).
+    `kind="chat"` and `"preference"` read records as conversations and pairs; a document is their JSON (`data.records`).
+    In a mixture of conversations `stdlib`, text files and folders of such alone may take part, as plain text.
     `streaming` does not download a hub dataset first; everything else is read lazily anyway.
 
     Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
     """
-    if not exists(Path(source).expanduser()) and (parts := parse_mixture(source)):
-        for part in parts:
-            if exists(Path(part.source).expanduser() / BUILT):
-                raise ValueError(
-                    f"built data cannot be mixed; got {part.source!r}. Build the mixture, or mix the sources."
-                )
-        read = partial(read_documents, text_field=text_field, kind=kind, skip_bad=skip_bad, streaming=streaming)
+    if not path_exists(source) and (parts := parse_mixture(source)):
+        read = partial(read_documents, text_field=text_field, kind=kind, streaming=streaming)
         is_plain = [kind == "chat" and _is_plain_text(part.source) for part in parts]
-        streams = [
-            map(as_conversation, read_documents(part.source)) if plain and not all(is_plain) else read(part.source)
-            for part, plain in zip(parts, is_plain, strict=True)
-        ]
-        return interleave([(islice(own, part.limit), part.weight) for own, part in zip(streams, parts, strict=True)])
+        streams = []
+        for part, plain in zip(parts, is_plain, strict=True):
+            if path_exists(f"{part.source}/{BUILT}"):
+                raise ValueError(f"built data cannot be mixed; got {part.source!r}. Mix the sources and build that.")
+            is_beside_chat = plain and not all(is_plain)
+            documents = map(as_conversation, read_documents(part.source)) if is_beside_chat else read(part.source)
+            streams.append((islice(documents, part.limit), part.weight))
+        return interleave(streams)
     unused = Counter[str]()
-    if source == STDLIB and kind == "text":
-        return _not_empty(_read_stdlib(), source, kind, unused)
-    field = text_field if kind == "text" else None
-    parse = _text_parser(text_field) if kind == "text" else record_parser(kind, skip_bad=skip_bad, unused=unused)
-    return _not_empty(_read_source(source, field=field, parse=parse, streaming=streaming), source, kind, unused)
-
-
-def _is_plain_text(source: str) -> bool:
-    path = Path(source).expanduser()
-    if source == STDLIB or not exists(path) or not path.is_dir():
-        return source == STDLIB or path.suffix in TEXT_SUFFIXES
-    suffixes = {file.suffix for file in _walk(path)} & {*SUFFIXES}
-    return bool(suffixes) and suffixes <= TEXT_SUFFIXES
-
-
-def _read_source(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
-    if exists(path := Path(source).expanduser()):
-        return _read_path(path, split=None, field=field, parse=parse)
-    if "@" in source and (path := Path(source.rpartition("@")[0]).expanduser()).is_dir():
-        return _read_path(path, split=source.rpartition("@")[2], field=field, parse=parse)
-    return _read_hub(source, field=field, parse=parse, streaming=streaming)
-
-
-def _text_parser(text_field: str) -> Parse:
-    return lambda where, record: text_of(record, text_field, where=where)
-
-
-def exists(path: Path) -> bool:
-    """Say whether there is such a path; one too long to be any is none."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
+    is_text = kind == "text"
+    records = _read_source(source, field=text_field if is_text else None, streaming=streaming)
+    parse = partial(field_text, field=text_field) if is_text else record_parser(kind, unused)
+    return _documents_of(records, parse, source=source, kind=kind, unused=unused)
 
 
 def source_fingerprint(source: str, *, max_documents: int | None = None, **settings: Any) -> str:
@@ -127,11 +90,98 @@ def source_fingerprint(source: str, *, max_documents: int | None = None, **setti
     return digest.hexdigest()
 
 
-def _not_empty(documents: Iterable[str | None], source: str, kind: Kind, unused: Mapping[str, int]) -> Iterator[str]:
-    """Raise ValueError where there is no document. At the end, or where reading stops, tell the fields not used."""
+def split_of(document: str, *, validation_fraction: float, seed: int = 0) -> Split:
+    """Put a document on one side of the split by the hash of its text alone.
+
+    P(validation) = validation_fraction over documents, not over tokens. Exact duplicates land on one side, and a
+    document stays where it is when the corpus is re-ordered or grows. A larger fraction only adds to validation.
+    """
+    digest = hashlib.sha256(f"{seed}:{document}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    return "validation" if position < validation_fraction else "train"
+
+
+class WeightedSource(NamedTuple):
+    """One source of a mixture; `limit` is the number of its first documents that are used, or None for all."""
+
+    source: str
+    weight: float
+    limit: int | None
+
+
+def parse_mixture(source: str) -> list[WeightedSource] | None:
+    """Read `SOURCE:WEIGHT[/LIMIT],...`; None for a text without a comma, which is one source.
+
+    The weight is what follows a part's last colon, so a hub id keeps its own: `owner/name:config@train:0.3`.
+    """
+    if "," not in source:
+        return None
+    parts = []
+    for text in map(str.strip, source.split(",")):
+        match = WEIGHTED.fullmatch(text)
+        try:
+            weight = float(match["weight"]) if match else 0.0
+        except ValueError:
+            weight = 0.0
+        if match is None or not 0 < weight < math.inf:
+            raise ValueError(
+                f"a mixture must be SOURCE:WEIGHT,SOURCE:WEIGHT with positive weights, and /LIMIT after a weight for"
+                f" the first LIMIT documents only; got {text!r} in {source!r}."
+            )
+        parts.append(WeightedSource(match["source"], weight, int(match["limit"]) if match["limit"] else None))
+    return parts
+
+
+def interleave(streams: Sequence[tuple[Iterator[str], float]]) -> Iterator[str]:
+    """Take documents in turns so that each stream's share of the text (UTF-8 bytes) follows its weight.
+
+    The next document comes from the stream with the smallest bytes / weight so far: no chance is involved, and any
+    beginning of the mixture has the shares, to within one document. Ends when the first stream does, so that no
+    document comes twice and the shares hold to the end.
+    """
+    queue = [(0.0, index) for index in range(len(streams))]
+    while True:
+        taken, index = heapq.heappop(queue)
+        documents, weight = streams[index]
+        if (document := next(documents, None)) is None:
+            return
+        heapq.heappush(queue, (taken + len(document.encode()) / weight, index))
+        yield document
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, which further passes over the same data do not repeat."""
+    logger.warning("%s", message)
+
+
+def path_exists(source: str) -> bool:
+    """Say whether a source is a path that exists; a text too long for a path is none."""
+    return os.path.exists(os.path.expanduser(source))  # noqa: PTH110, PTH111 (Path.exists raises for a long one)
+
+
+def _is_plain_text(source: str) -> bool:
+    path = Path(source).expanduser()
+    if source == STDLIB or not path_exists(source) or not path.is_dir():
+        return source == STDLIB or path.suffix in TEXT_SUFFIXES
+    suffixes = {file.suffix for file in _walk(path)} & {*known_suffixes("text")}
+    return bool(suffixes) and suffixes <= {*TEXT_SUFFIXES}
+
+
+def _documents_of(
+    records: Iterable[Located],
+    parse: Callable[[Any], str | None],
+    *,
+    source: str,
+    kind: DataKind,
+    unused: Counter[str],
+) -> Iterator[str]:
+    """Parse records. Raises ValueError where there is no document; warns of unused fields when reading ends."""
     is_empty = True
     try:
-        for document in documents:
+        for where, record in records:
+            with located(where):
+                document = parse(record)
             if document:
                 is_empty = False
                 yield document
@@ -144,10 +194,42 @@ def _not_empty(documents: Iterable[str | None], source: str, kind: Kind, unused:
         raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
 
 
+def _read_source(source: str, *, field: str | None, streaming: bool) -> Iterator[Located]:
+    """Find what a source is, and read its records; of datasets and parquet only `field`, if it is given."""
+    path, split = Path(source).expanduser(), ""
+    if source == STDLIB:
+        if field is None:
+            raise ValueError(
+                f"{STDLIB!r} holds documents, not records. Use data.kind text, or mix it with a source of records."
+            )
+        stdlib = _walk(Path(sysconfig.get_path("stdlib")), pruned=NOT_SOURCES)
+        return _read_files([path for path in stdlib if path.suffix == ".py"], field=field)
+    if not path_exists(source):
+        folder, _, split = source.rpartition("@")
+        path = Path(folder).expanduser()
+        if not folder or not path.is_dir():
+            return _read_hub(source, field=field, streaming=streaming)
+    if path.is_dir() and any((path / name).exists() for name in SAVED_DATASET_FILES):
+        return _rows_of(_load_saved(path, split=split or "train"), where=str(path), field=field)
+    if split:
+        raise ValueError(f"only a dataset has splits; {str(path)!r} is a folder of files. Leave @{split} out.")
+    if path.is_dir():
+        suffixes = known_suffixes(field)
+        if files := [file for file in _walk(path) if file.suffix in suffixes]:
+            return _read_files(files, field=field)
+        raise ValueError(f"folder {str(path)!r} holds no file to read. Known are {', '.join(suffixes)}.")
+    records = read_file(path, field=field)
+    if path.suffix not in TEXT_SUFFIXES:
+        return records
+    # The text is the whole corpus: as one document it could not be split into training and validation.
+    [(where, record)] = records
+    return ((where, {field: part}) for part in cut_at_blank_lines(record[field], min_characters=LONG_TEXT_CHARACTERS))
+
+
 def _walk(folder: Path, *, pruned: Collection[str] = ("__pycache__",)) -> list[Path]:
-    """List the files below a folder, sorted by path, without hidden ones; folders that are not read are told."""
+    """List the files below a folder, sorted by path, without hidden ones; warn of folders that are not read."""
     files: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=_tell_unread):
+    for parent, folders, names in os.walk(folder, onerror=_warn_of_folder):
         folders[:] = [name for name in folders if name not in pruned and not name.startswith(".")]
         for link in (path for name in folders if (path := Path(parent, name)).is_symlink()):
             warn_once(f"Skipped {link}: it is a link to a folder. Make that folder a source of its own.")
@@ -155,62 +237,24 @@ def _walk(folder: Path, *, pruned: Collection[str] = ("__pycache__",)) -> list[P
     return sorted(files, key=Path.as_posix)
 
 
-def _tell_unread(error: OSError) -> None:
+def _warn_of_folder(error: OSError) -> None:
     warn_once(f"Skipped {error.filename}: it cannot be read ({error.strerror}).")
 
 
-def _read_stdlib() -> Iterator[str]:
-    for path in _walk(Path(sysconfig.get_path("stdlib")), pruned=NOT_SOURCES):
-        if path.suffix == ".py" and not why_not_text(content := path.read_bytes()):
-            yield content.decode("utf-8-sig")
-
-
-def _read_path(path: Path, *, split: str | None, field: str | None, parse: Parse) -> Iterator[str | None]:
-    if path.is_dir() and any((path / name).exists() for name in SAVED_DATASET_FILES):
-        rows = rows_of_dataset(_load_saved(path, split=split or "train"), where=str(path), field=field)
-        return _parsed(rows, parse)
-    if split is not None:
-        raise ValueError(f"only a dataset has splits; {str(path)!r} is a folder of files. Leave @{split} out.")
-    if path.is_dir():
-        return _read_folder(path, field=field, parse=parse)
-    if reason := _why_unread(path):
-        raise ValueError(f"{str(path)!r} is no source: {reason}. Give a file or a folder.")
-    if field is None or path.suffix not in TEXT_SUFFIXES:
-        return _parsed(read_records(path, field=field), parse)
-    # The text is the whole corpus: as one document it could not be split into training and validation.
-    return cut_at_blank_lines(read_text(path), at_least=LONG_TEXT_CHARACTERS)
-
-
-def _parsed(records: Iterable[Record], parse: Parse) -> Iterator[str | None]:
-    return (parse(where, record) for where, record in records)
-
-
-def _read_folder(folder: Path, *, field: str | None, parse: Parse) -> Iterator[str | None]:
-    suffixes = [suffix for suffix in SUFFIXES if field is not None or suffix not in TEXT_SUFFIXES]
-    files = [path for path in _walk(folder) if path.suffix in suffixes]
-    if not files:
-        raise ValueError(f"folder {str(folder)!r} holds no file to read. Known are {', '.join(suffixes)}.")
+def _read_files(files: Iterable[Path], *, field: str | None) -> Iterator[Located]:
     for path in files:
-        if reason := _why_unread(path):
-            warn_once(f"Skipped {path}: {reason}.")
-        elif path.suffix not in TEXT_SUFFIXES:
-            yield from _parsed(read_records(path, field=field), parse)
-        elif reason := why_not_text(content := path.read_bytes()):
-            warn_once(f"Skipped {path}: it {reason}.")
+        try:
+            records = read_file(path, field=field)
+        except ValueError as error:
+            warn_once(f"Skipped a file: {error}")
         else:
-            yield content.decode("utf-8-sig")
+            yield from records
 
 
-def _why_unread(path: Path) -> str | None:
-    """Say why a path cannot be read as a file: opening a pipe would wait for a writer. None where it can."""
-    try:
-        if not path.is_file():
-            return "it is no regular file" if path.exists() else "it is a link to nothing"
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
-    return None
+def _rows_of(dataset: Any, *, where: str, field: str | None) -> Iterator[Located]:
+    if field in (dataset.column_names or ()):  # a stream may not know its columns
+        dataset = dataset.select_columns([field])
+    return numbered_rows(dataset, where=where)
 
 
 def _load_saved(folder: Path, *, split: str) -> Any:
@@ -218,37 +262,34 @@ def _load_saved(folder: Path, *, split: str) -> Any:
 
     try:
         loaded = datasets.load_from_disk(str(folder))
-        parts = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
-        if split in parts:  # a wrong offset in a mapped file would end the process
-            parts[split].data.table.validate(full=True)
+        splits = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
+        if split in splits:  # a wrong offset in a mapped file would end the process
+            splits[split].data.table.validate(full=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"dataset {str(folder)!r} is damaged ({one_line(error)}). Save it again.") from error
-    if split not in parts:
-        raise ValueError(f"{str(folder)!r} has no split {split!r}; it has {listed(split, parts)}.")
-    return parts[split]
+    if split not in splits:
+        raise unknown_name(f"split of {str(folder)!r}", split, splits)
+    return splits[split]
 
 
-def _read_hub(source: str, *, field: str | None, parse: Parse, streaming: bool) -> Iterator[str | None]:
-    if source == STDLIB:
-        raise ValueError(
-            f"{STDLIB!r} holds documents, not records. Use data.kind text, or mix it with a source of records."
-        )
+def _read_hub(source: str, *, field: str | None, streaming: bool) -> Iterator[Located]:
     match = HUB_ID.fullmatch(source)
-    if not match or Path(source).suffix in SUFFIXES:
-        raise ValueError(
-            f"no file or folder {source!r}.{_similar_paths(source)} Give an existing path, {STDLIB!r} or a hub id."
-        )
+    is_id = match is not None and Path(source).suffix not in known_suffixes("text")
+    remedy = f"{_similar_paths(source)} Give an existing path, {STDLIB!r} or a hub id"
+    if match is None or not is_id:
+        raise ValueError(f"no file or folder {source!r}.{remedy}.")
     import datasets
 
-    name, config, split = match["name"], match["config"], match["split"] or "train"
     try:
-        dataset = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        dataset = datasets.load_dataset(
+            match["name"], match["config"], split=match["split"] or "train", streaming=streaming
+        )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"no file or folder {source!r}, and the hub did not give it: {' '.join(str(error).split()).rstrip('.')}."
-            f"{_similar_paths(source)} Give an existing path, {STDLIB!r}, or a hub id that is reachable or cached."
+            f"no file or folder {source!r}, and the hub did not give it: {one_line(error)}."
+            f"{remedy} that is reachable or cached."
         ) from error
-    return _parsed(rows_of_dataset(dataset, where=source, field=field), parse)
+    return _rows_of(dataset, where=source, field=field)
 
 
 def _similar_paths(source: str) -> str:

@@ -2,49 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
 
 import numpy as np
 
 from redraft.data.chat import Example as Encoded
-from redraft.data.packing import PackingReport, TargetWindows, pack_examples
-from redraft.data.splits import Split
+from redraft.data.config import ThoughtConfig
+from redraft.data.packing import PackingReport, Windows, pack_examples
+from redraft.data.sources import Split
 from redraft.data.tasks import Example, Task, side_of, word_tokenizer
 from redraft.data.tokenizer import MASK, Tokenizer
 
 NEXT, ANSWER = "<|next|>", "<|answer|>"
-Form = Literal["written", "direct", "pause"]
-FORMS: tuple[Form, ...] = get_args(Form)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThoughtConfig:
-    """How the thoughts of a task become tokens (kind thought)."""
-
-    form: Form = "written"
-    """written: the thoughts, and after them the answer where they do not tell it. direct: the answer at once. pause:
-    the answer after as many pause tokens as the longest thoughts of its prompt have words (arXiv 2310.02226); these are
-    given, not learnt, when the model is judged too."""
-    pad_prompt: bool = False
-    """Mask tokens behind shorter prompts, up to the longest: each thought is as far from the prompt in every row."""
-    fill: bool = False
-    """EOS after every text up to the longest one, to be learnt: for masked and uniform diffusion, which begin with a
-    canvas of one length behind the prompt."""
-
-    def name_of(self, source: str) -> str:
-        """Name the task of `redraft eval` that gives prompts in this form: thought:SOURCE[:FORM[:padded]]."""
-        name = f"thought:{source}"
-        if self.form != "written" or self.pad_prompt:
-            name += f":{self.form}"
-        return f"{name}:padded" if self.pad_prompt else name
-
-    @classmethod
-    def from_name(cls, name: str) -> tuple[str, "ThoughtConfig"]:
-        """Read a name as `name_of` gives it: the source and the form of its prompts."""
-        rest, is_padded = name.removeprefix("thought:").removesuffix(":padded"), name.endswith(":padded")
-        before, _, form = rest.rpartition(":")
-        source, form = (before, form) if form in FORMS else (rest, "written")
-        return source, cls(form=form, pad_prompt=is_padded)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +108,7 @@ class WrittenTask:
         """Tokens of the longest text that is learnt, its EOS among them."""
         return max(len(after) for _, after in self._rows)
 
-    def windows(self, split: Split, *, seq_len: int) -> tuple[TargetWindows, PackingReport]:
+    def windows(self, split: Split, *, seq_len: int) -> tuple[Windows, PackingReport]:
         """Encode one side of the task's own split, a row an example.
 
         Raises ValueError for rows longer than `seq_len`, and where there is none to train on.
@@ -165,6 +133,6 @@ class WrittenTask:
             num_documents=len(encoded),
             num_tokens=sum(len(one.input_ids) for one in encoded),
             num_windows=len(encoded),
-            num_target_tokens=int(windows.is_target.sum()),
+            num_target_tokens=sum(int(one.is_target.sum()) for one in encoded),
         )
         return windows, report

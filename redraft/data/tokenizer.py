@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from redraft.constraints.token_bytes import token_bytes
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 else:
     Tokenizer = Any  # transformers is imported on use only
 
 PAD, EOS, MASK = "<|pad|>", "<|eos|>", "<|mask|>"
-SMALLEST_VOCAB_SIZE = 256 + 3  # every byte and the three special tokens
 LONGEST_WORD = 1000  # characters that a tokenizer is trained on as one word
 LONGEST_PIECE = 1_000_000  # characters that are encoded at once
 CUTS_TRIED, AROUND_A_CUT = 8, 64  # places, and characters to either side
@@ -35,10 +36,6 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
     from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < SMALLEST_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size must be at least {SMALLEST_VOCAB_SIZE} (256 bytes and 3 special tokens); got {vocab_size}."
-        )
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -49,11 +46,9 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(chain.from_iterable(map(_cut_runs, documents)), trainer)
-    if backend.get_vocab_size() < vocab_size:
-        raise ValueError(
-            f"the documents support a vocabulary of {backend.get_vocab_size()} tokens; got vocab_size={vocab_size}."
-            f" Use vocab_size={backend.get_vocab_size()} or less, or more text."
-        )
+    if (size := backend.get_vocab_size()) != vocab_size:
+        remedy = f"Use vocab_size={size}" + (" or less, or more text" if size < vocab_size else " or more")
+        raise ValueError(f"the documents support a vocabulary of {size} tokens; got vocab_size={vocab_size}. {remedy}.")
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS, mask_token=MASK)
 
 
@@ -66,23 +61,16 @@ def _cut_runs(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
-    """Load a tokenizer from a folder or the hub; remote code is never run."""
-    from transformers import AutoTokenizer
+def load_fast_tokenizer(path_or_id: str | Path) -> Tokenizer:
+    """Load a tokenizer from a folder or the hub; ValueError for none, or one that is not of the library tokenizers."""
+    from redraft.models.load import load_tokenizer
 
     if Path(path_or_id).is_file():
         raise ValueError(f"tokenizer must be a folder or a hub id; got the file {str(path_or_id)!r}. Give its folder.")
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(path_or_id))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"tokenizer {str(path_or_id)!r} cannot be loaded: {reason} Give a folder that holds tokenizer.json,"
-            " or the id of a hub model that is reachable or cached."
-        ) from error
+    tokenizer = load_tokenizer(path_or_id)
+    if tokenizer is None or len(tokenizer) == len(tokenizer.all_special_ids):  # made up from a config.json alone
+        raise ValueError(f"{str(path_or_id)!r} holds no tokenizer. Give a folder with tokenizer.json, or a hub id.")
     _require_fast(tokenizer)
-    if len(tokenizer) == len(tokenizer.all_special_ids):  # transformers makes one up from a config.json alone
-        raise ValueError(f"{str(path_or_id)!r} holds a model but no tokenizer. Save the tokenizer beside it.")
     return tokenizer
 
 
@@ -114,7 +102,7 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> list[lis
     as a clean token it would have probability 0 under the masked process.
     """
     short = [document for document in documents if len(document) <= LONGEST_PIECE]
-    of_short = iter(_encode(tokenizer, short))
+    of_short = iter(encode_texts(tokenizer, short, as_text=True))
     encoded = [
         next(of_short) if len(document) <= LONGEST_PIECE else _encode_long(tokenizer, document)
         for document in documents
@@ -127,18 +115,19 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> list[lis
     return encoded
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+def encode_texts(tokenizer: Tokenizer, texts: list[str], *, as_text: bool = False) -> list[list[int]]:
+    """Encode texts without the tokens that a tokenizer adds; `as_text` reads literal special tokens as text."""
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(
+    encoded: list[list[int]] = tokenizer(
         texts,
         add_special_tokens=False,
-        split_special_tokens=True,
+        split_special_tokens=as_text,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
-    return found
+    return encoded
 
 
 def _encode_long(tokenizer: Tokenizer, document: str) -> list[int]:
@@ -147,7 +136,7 @@ def _encode_long(tokenizer: Tokenizer, document: str) -> list[int]:
     start = 0
     while start < len(document):
         end = _cut(tokenizer, document, start + LONGEST_PIECE)
-        ids += _encode(tokenizer, [document[start:end]])[0]
+        ids += encode_texts(tokenizer, [document[start:end]], as_text=True)[0]
         start = end
     return ids
 
@@ -161,11 +150,11 @@ def _cut(tokenizer: Tokenizer, document: str, start: int) -> int:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.pre_tokenizer is None:
         return len(document)
-    for found in islice(re.compile("(?<=[a-zA-Z]) (?=[a-zA-Z])").finditer(document, start), CUTS_TRIED):
-        at = found.start()
+    for space in islice(re.compile("(?<=[a-zA-Z]) (?=[a-zA-Z])").finditer(document, start), CUTS_TRIED):
+        at = space.start()
         before, after = document[max(at - AROUND_A_CUT, 0) : at], document[at : at + AROUND_A_CUT]
         words = backend.pre_tokenizer.pre_tokenize_str(before + after)
-        whole, left, right = _encode(tokenizer, [before + after, before, after])
+        whole, left, right = encode_texts(tokenizer, [before + after, before, after], as_text=True)
         if any(begin == len(before) for _, (begin, _) in words) and whole == left + right:
             return at
     return len(document)
@@ -174,28 +163,10 @@ def _cut(tokenizer: Tokenizer, document: str, start: int) -> int:
 def token_byte_lengths(tokenizer: Tokenizer) -> Int[Tensor, "vocab"]:
     """Return how many UTF-8 bytes each token id stands for, 0 for special tokens: for bits per byte.
 
-    Exact for byte-level tokenizers. For others it is the length of the piece, with `▁` as one space, `##` as nothing
-    and `<0x0A>` as one byte: off by the spaces that such a tokenizer adds or forgets. The length is the largest id + 1,
-    which may be below the rows of a model's embedding.
+    Exact for byte-level tokenizers; others may be off by the spaces that they add or forget (`token_bytes`). The length
+    is the largest id + 1, which may be below the rows of a model's embedding.
     """
-    _require_fast(tokenizer)
-    is_byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
-    pieces = tokenizer.get_vocab()
-    lengths = torch.zeros(max(pieces.values()) + 1, dtype=torch.int64)
-    added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
-    for piece, id in pieces.items():
-        if id in added:
-            lengths[id] = len(added[id].encode())  # stands for its literal text
-        else:
-            lengths[id] = len(piece) if is_byte_level else _piece_bytes(piece)
-    lengths[tokenizer.all_special_ids] = 0
-    return lengths
-
-
-def _piece_bytes(piece: str) -> int:
-    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
-        return 1
-    return len(piece.replace("▁", " ").removeprefix("##").encode())
+    return torch.tensor([len(piece or b"") for piece in token_bytes(tokenizer)])
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:

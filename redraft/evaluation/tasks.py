@@ -13,8 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from redraft.data.sources import read_documents
-from redraft.data.splits import split_of
+from redraft.data.sources import read_documents, split_of
 from redraft.data.tasks import find_task, held_out_prompts
 from redraft.data.thoughts import ThoughtConfig, WrittenTask
 from redraft.errors import unknown_name

@@ -7,8 +7,7 @@ docs/recipes.md.
 
 from typing import Any
 
-from redraft.data.chat import ChatConfig
-from redraft.data.config import DataConfig
+from redraft.data.config import ChatConfig, DataConfig
 from redraft.models.build import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
@@ -106,7 +105,7 @@ def llada_pretrain() -> RunConfig:
 
 def _tulu() -> DataConfig:
     """The first 11,000 conversations, a tenth of them held out; the scripts take 10,000 and 1,000."""
-    chat = ChatConfig(eos="to-block-end", block_size=1024, batching="grouped")  # the script groups by length
+    chat = ChatConfig(eos_block=1024, batching="grouped")  # the script groups by length
     return DataConfig(
         source=TULU, kind="chat", seq_len=1024, max_documents=11_000, validation_fraction=1 / 11, chat=chat
     )
@@ -114,7 +113,7 @@ def _tulu() -> DataConfig:
 
 def _mixture(seq_len: int, *sources: str, eos_block: int | None = None) -> DataConfig:
     """Equal shares of the sources (ours: the published runs concatenate them)."""
-    chat = ChatConfig(eos="to-block-end", block_size=eos_block or seq_len, batching="grouped")
+    chat = ChatConfig(eos_block=eos_block or seq_len, batching="grouped")
     return DataConfig(source=",".join(f"{s}:1" for s in sources), kind="chat", seq_len=seq_len, chat=chat)
 
 

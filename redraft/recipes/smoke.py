@@ -24,12 +24,12 @@ def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
         return replace(config, out=f"{config.out}-smoke", train=_few_steps(config.train))
     data, chat = config.data, config.data.chat
     is_chat = data.kind == "chat"
-    eos_block = SEQ_LEN if chat.block_size == data.seq_len else chat.block_size
+    eos_block = SEQ_LEN if chat.eos_block == data.seq_len else chat.eos_block
     data = replace(
         data,
         source=str(CONVERSATIONS) if is_chat else "stdlib",
         seq_len=SEQ_LEN,
-        chat=replace(chat, block_size=eos_block),
+        chat=replace(chat, eos_block=eos_block),
         max_documents=None if is_chat else 10,
         validation_fraction=0.2,
         streaming=False,

@@ -12,7 +12,7 @@ from redraft.training.config import RECIPE_FILE
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.pace import Config
 
-PLACES = ("start", "source", "tokenizer", "cache_dir")  # what a run reads may be moved
+PLACES = ("start", "source", "tokenizer")  # what a run reads may be moved
 
 OTHERS = {
     "stage": "another task, or from other weights than its start holds now",

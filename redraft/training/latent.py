@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from redraft.data.splits import Split
+from redraft.data.sources import Split
 from redraft.data.tasks import Encoded, ExampleFile, Task, encode, find_task, held_out_prompts, word_tokenizer
 from redraft.data.tokenizer import require_eos_token
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from redraft.data.collate import targets_of
-from redraft.data.preferences import collate_preferences
+from redraft.data.collate import collate_preferences, targets_of
 from redraft.likelihood.objectives.preference import bounds, preference_loss, preference_margins
 from redraft.likelihood.problem import CleanRows, NoiseKey
 from redraft.models.denoiser import Denoiser

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from redraft.data.baselines import gzip_bits_per_byte, unigram_nats
+from redraft.data.collate import gzip_bits_per_byte, unigram_nats
 from redraft.data.prepare import PreparedData, StreamedWindows, prepare
 from redraft.data.tokenizer import token_byte_lengths
 from redraft.folders import one_writer

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from redraft.data import train_tokenizer
+from redraft.data.tokenizer import train_tokenizer
 
 SYLLABLES = ["ba", "lo", "mi", "ne", "ru", "sta", "ki", "ve", "on", "tra"]
 
@@ -23,6 +23,13 @@ def documents() -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizer(documents):
     return train_tokenizer(documents, vocab_size=320)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    """The folder of the cache, of each test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
+    return tmp_path / ".cache" / "redraft" / "data"
 
 
 @pytest.fixture

@@ -18,16 +18,18 @@ from pathlib import Path
 from filelock import FileLock
 from tokenizers import trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from redraft.data import DataConfig, prepare, tokenizer_fingerprint
+from redraft.data.config import DataConfig
+from redraft.data.prepare import prepare
+from redraft.data.tokenizer import tokenizer_fingerprint
 from redraft.data.cache import is_whole
 
-source, folder = sys.argv[1:]
-config = DataConfig(source=source, cache_dir=folder, vocab_size=300, seq_len=32, validation_fraction=0.2)
+source, folder = sys.argv[1], os.path.join(os.environ["XDG_CACHE_HOME"], "redraft", "data")
+config = DataConfig(source=source, vocab_size=300, seq_len=32, validation_fraction=0.2)
 
 def digest(data):
     digest = hashlib.sha256(tokenizer_fingerprint(data.tokenizer).encode())
     for dataset in (data.train, data.validation):
-        for column in dataset.windows:
+        for column in dataset.windows.columns().values():
             digest.update(column.tobytes())
     return digest.hexdigest()
 
@@ -88,14 +90,14 @@ print(json.dumps({"codes": codes, "digests": len(digests), "whole": whole}))
 """
 
 
-def run_child(script: str, source: Path, folder: Path) -> dict:
+def run_child(script: str, source: Path) -> dict:
     environment = os.environ | {
         "PYTHONPATH": str(Path(redraft.__file__).parents[1]),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     child = subprocess.run(
-        [sys.executable, "-c", COMMON + script, str(source), str(folder)],
+        [sys.executable, "-c", COMMON + script, str(source)],
         capture_output=True,
         text=True,
         env=environment,
@@ -104,15 +106,15 @@ def run_child(script: str, source: Path, folder: Path) -> dict:
     return json.loads(child.stdout)
 
 
-def test_a_run_killed_at_any_file_operation_leaves_no_cache_that_is_taken_for_whole(corpus, tmp_path):
-    outcome = run_child(KILL, corpus, tmp_path / "cache")
+def test_a_run_killed_at_any_file_operation_leaves_no_cache_that_is_taken_for_whole(corpus):
+    outcome = run_child(KILL, corpus)
     assert outcome["kills"] > 20
     assert outcome["outcomes"] == [-9, 0]
     assert outcome["digests"] == 1
 
 
-def test_processes_that_prepare_at_once_all_end_with_the_same_whole_cache(corpus, tmp_path):
-    outcome = run_child(AT_ONCE, corpus, tmp_path / "cache")
+def test_processes_that_prepare_at_once_all_end_with_the_same_whole_cache(corpus):
+    outcome = run_child(AT_ONCE, corpus)
     assert outcome == {"codes": [0] * 4, "digests": 1, "whole": [True, True]}
 
 
@@ -155,9 +157,9 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.lock"]
 
 
-def test_a_cache_dir_that_is_a_file_is_a_clear_error(tmp_path):
+def test_a_cache_below_a_file_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cache_dir must be a folder that can be written; got"):
+    with pytest.raises(ValueError, match="file' must be a folder that can be written .*. XDG_CACHE_HOME says where"):
         cached_folder(tmp_path / "file" / "x", build=build_two_files)
 
 

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_pieces import tokenizer_of
-from tokenizers import normalizers
 
-from redraft.data import train_tokenizer
 from redraft.data.chat import DEFAULT_TEMPLATE, ChatConfig, cut_at_turns, encode_conversations, with_chat_template
+from redraft.data.tokenizer import train_tokenizer
 from redraft.prompts import text_after
 
 TURNS = [
@@ -97,11 +96,9 @@ def test_a_piece_behind_an_undone_merge_gets_no_space_of_its_own():
         assert text_after(tokenizer, [5], learnt_ids, with_special=True) == f"{answer}</s>"
 
 
-def test_the_eos_policy_decides_what_of_the_end_is_learnt(chat_tokenizer):
-    train, ignore = (encode(chat_tokenizer, TURNS, eos=eos) for eos in ("train", "ignore"))
-    assert train.input_ids.tolist() == ignore.input_ids.tolist()
-    assert learnt(chat_tokenizer, ignore) == ["sta"]
-    padded = encode(chat_tokenizer, TURNS, eos="to-block-end", block_size=32)
+def test_eos_fills_the_last_block_and_is_learnt(chat_tokenizer):
+    train = encode(chat_tokenizer, TURNS)
+    padded = encode(chat_tokenizer, TURNS, eos_block=32)
     size = len(train.input_ids)
     assert len(padded.input_ids) == -(-size // 32) * 32 > size
     assert padded.input_ids[:size].tolist() == train.input_ids.tolist()
@@ -124,7 +121,7 @@ def test_a_template_without_an_end_gets_eos_and_the_default_is_said_and_saved(do
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m['content'] }};{% endfor %}")
     own = with_chat_template(bare, ChatConfig(template=str(tmp_path / "own.jinja")))
     assert learnt(own, encode(own, TURNS)) == ["sta;<|eos|>"]
-    with pytest.raises(ValueError, match="chat.template must be a text file; got 'absent.jinja'"):
+    with pytest.raises(ValueError, match="data.chat.template must be a text file; got 'absent.jinja'"):
         with_chat_template(bare, ChatConfig(template="absent.jinja"))
 
 
@@ -140,8 +137,6 @@ def test_truncation_always_leaves_the_whole_answer_and_something_of_its_prompt(c
     assert cut.is_target.sum() == answer
     assert not cut.is_target[0] or len(whole.input_ids) <= seq_len
     assert cut.is_cut == (len(whole.input_ids) > seq_len)
-    dropped = encode(chat_tokenizer, TURNS, seq_len=seq_len, too_long="drop")
-    assert (dropped is None) == cut.is_cut
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(chat_tokenizer):
@@ -152,7 +147,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(chat
     )
     assert "sta" in learnt(tokenizer, encode(tokenizer, TURNS[1:]))[0]
     with pytest.raises(
-        ValueError, match="the chat template rewrites earlier turns: .* first 2 messages .* Use chat.loss_on last"
+        ValueError, match="the chat template rewrites earlier turns: .* first 2 messages .* Use data.chat.loss_on last"
     ):
         encode(tokenizer, TURNS[1:], loss_on="all")
 
@@ -162,20 +157,13 @@ def test_what_cannot_be_rendered_is_one_clear_error(chat_tokenizer):
     with pytest.raises(ValueError, match="the chat template changes the answer 'sta', so its tokens cannot be found"):
         cut_at_turns(tokenizer, TURNS, loss_on="last")
     tokenizer = replace_template(chat_tokenizer, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match="refuses the conversation that begins 'be brief': roles must alternate"):
+    with pytest.raises(ValueError, match="the chat template refuses the messages .*be brief.*: roles must alternate"):
         encode(tokenizer, TURNS)
     for token in ("<|im_end|>", "<|mask|>"):
         with pytest.raises(ValueError, match=r"a message holds the special token .*Is the data rendered already\?"):
             encode(chat_tokenizer, [*TURNS[:-1], {"role": "assistant", "content": f"x {token}"}])
 
 
-def test_an_answer_without_a_token_is_an_error(documents):
-    tokenizer = with_chat_template(train_tokenizer(documents, vocab_size=300), ChatConfig())
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("sta", "")
-    with pytest.raises(ValueError, match="all tokens of a conversation are left out of the loss"):
-        encode(tokenizer, TURNS, eos="ignore")
-
-
 def test_a_wrong_setting_is_refused():
-    with pytest.raises(ValueError, match="chat.block_size must be at least 1; got 0"):
-        replace(ChatConfig(), block_size=0)
+    with pytest.raises(ValueError, match=r"data.chat.eos_block must lie in \[1, 1048576\]; got 0"):
+        replace(ChatConfig(), eos_block=0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 
-from redraft.data import collate
+from redraft.data.collate import collate
 
 checked = jaxtyped(typechecker=beartype)(collate)
 rows_of_tokens = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=5)

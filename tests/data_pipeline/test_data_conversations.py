@@ -15,22 +15,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from redraft.cli import main
-from redraft.data import (
-    ChatConfig,
-    DataConfig,
-    build_data,
-    collate,
-    collate_preferences,
-    encode_documents,
-    prepare,
-    read_documents,
-    read_preferences,
-    targets_of,
-)
 from redraft.data.chat import Example, encode_conversations
-from redraft.data.collate import PassSampler
+from redraft.data.collate import PassSampler, collate, collate_preferences, targets_of
+from redraft.data.config import ChatConfig, DataConfig
 from redraft.data.packing import best_fit, pack_examples
+from redraft.data.prepare import build_data, prepare
 from redraft.data.records import as_conversation
+from redraft.data.sources import read_documents
+from redraft.data.tokenizer import encode_documents
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +39,7 @@ def conversations(tmp_path_factory, documents):
 
 @pytest.fixture
 def config(conversations, tmp_path):
-    return DataConfig(
-        source=str(conversations), kind="chat", seq_len=128, validation_fraction=0.2, cache_dir=str(tmp_path / "cache")
-    )
+    return DataConfig(source=str(conversations), kind="chat", seq_len=128, validation_fraction=0.2)
 
 
 def segments(dataset):
@@ -62,15 +52,15 @@ def segments(dataset):
     return found
 
 
-@pytest.mark.parametrize(("eos", "is_folder"), [("train", False), ("to-block-end", False), ("train", True)])
+@pytest.mark.parametrize(("eos_block", "is_folder"), [(1, False), (16, False), (1, True)])
 def test_plain_text_beside_conversations_is_learnt_whole(
-    config, conversations, chat_tokenizer, documents, eos, is_folder, tmp_path
+    config, conversations, chat_tokenizer, documents, eos_block, is_folder, tmp_path
 ):
     text = tmp_path / ("books" if is_folder else "book.txt")
     text.mkdir() if is_folder else text.write_text("\n\n".join(documents))
     for number, document in enumerate(documents if is_folder else []):
         (text / f"{number}.md").write_text(document)
-    chat = ChatConfig(eos=eos, block_size=16)
+    chat = ChatConfig(eos_block=eos_block)
     alone = prepare(replace(config, chat=chat), tokenizer=chat_tokenizer)
     mixed = replace(config, chat=chat, source=f"{conversations}:0.2,{text}:0.8")
     data = prepare(mixed, tokenizer=chat_tokenizer)
@@ -89,7 +79,7 @@ def test_plain_text_beside_conversations_is_learnt_whole(
 
 
 def of_source(config, tokenizer, dataset_split):
-    from redraft.data import split_of
+    from redraft.data.sources import split_of
 
     texts = read_documents(config.source, kind="chat")
     own = [text for text in texts if split_of(text, validation_fraction=0.2) == dataset_split]
@@ -114,19 +104,19 @@ def test_packing_keeps_every_conversation_whole_and_wastes_little(lengths):
 
 
 @pytest.mark.parametrize(("batching", "streaming"), [("packed", False), ("packed", True), ("grouped", False)])
-@pytest.mark.parametrize("eos", ["train", "to-block-end"])
+@pytest.mark.parametrize("eos_block", [1, 16])
 def test_every_conversation_is_in_its_split_once_and_every_target_is_attended_to(
-    config, chat_tokenizer, batching, eos, streaming
+    config, chat_tokenizer, batching, eos_block, streaming, monkeypatch
 ):
-    chat = ChatConfig(batching=batching, eos=eos, block_size=16)
-    config = replace(config, chat=chat, streaming=streaming, validation_windows=999)
+    monkeypatch.setattr("redraft.data.prepare.STREAM_VALIDATION_WINDOWS", 999)
+    chat = ChatConfig(batching=batching, eos_block=eos_block)
+    config = replace(config, chat=chat, streaming=streaming)
     data = prepare(config, tokenizer=chat_tokenizer)
     train = list(data.train)
     assert segments(train) == of_source(config, chat_tokenizer, "train")
     assert segments(data.validation) == of_source(config, chat_tokenizer, "validation")
     assert all((row["segment_ids"][row["is_target"]] > 0).all() for row in train)
-    if eos == "to-block-end":
-        assert all(len(tokens) % 16 == 0 for tokens, _ in segments(train))
+    assert all(len(tokens) % eos_block == 0 for tokens, _ in segments(train))
     if not streaming:
         report = data.train_report
         assert report.num_tokens == sum(int((row["segment_ids"] > 0).sum()) for row in train)
@@ -168,12 +158,12 @@ def test_batches_of_like_lengths_waste_less_and_are_a_function_of_seed_and_pass(
     assert efficiency(orders[0]) > 0.9 > 0.5 > efficiency(range(1003))
 
 
-def test_a_setting_of_the_chat_changes_the_cache_and_the_template_too(config, chat_tokenizer, tmp_path):
+def test_a_setting_of_the_chat_changes_the_cache_and_the_template_too(config, chat_tokenizer, cache, tmp_path):
     (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
-    changes = [{}, {"loss_on": "all"}, {"eos": "ignore"}, {"template": str(tmp_path / "other.jinja")}]
+    changes = [{}, {"loss_on": "all"}, {"eos_block": 4}, {"template": str(tmp_path / "other.jinja")}]
     for change in changes:
         prepare(replace(config, chat=ChatConfig(**change)), tokenizer=chat_tokenizer)
-    folders = [path for path in (tmp_path / "cache").glob("windows-*") if path.is_dir()]
+    folders = [path for path in cache.glob("windows-*") if path.is_dir()]
     assert len(folders) == len(changes)
 
 
@@ -192,7 +182,9 @@ def test_conversations_that_do_not_fit_are_counted_and_all_of_them_is_an_error(c
     assert short.train_report.num_cut > 0
     assert short.train_report.num_too_long > 0
     assert f"{short.train_report.num_too_long} examples too long" in short.train_report.describe(seq_len=24)
-    with pytest.raises(ValueError, match=r"all \d+ conversations of the train split of .* longer than seq_len=2"):
+    with pytest.raises(
+        ValueError, match=r"the train split of .* no window of seq_len=2: .*, \d+ conversations too long"
+    ):
         prepare(replace(config, seq_len=2), tokenizer=chat_tokenizer)
 
 
@@ -200,9 +192,9 @@ def test_conversations_that_do_not_fit_are_counted_and_all_of_them_is_an_error(c
     ("change", "message"),
     [
         ({"random_length": 0.1}, "random_length is for kind text"),
-        ({"random_length": 2.0, "kind": "text"}, r"random_length is a probability in \[0, 1\]; got 2.0"),
-        ({"chat": ChatConfig(eos="to-block-end", block_size=48)}, "chat.block_size must divide seq_len .* 48 and 128"),
-        ({"chat": ChatConfig(batching="grouped"), "streaming": True}, "chat.batching grouped needs all lengths"),
+        ({"random_length": 2.0, "kind": "text"}, r"data.random_length must lie in \[0, 1\]; got 2.0"),
+        ({"chat": ChatConfig(eos_block=48)}, "data.chat.eos_block must divide data.seq_len; got 48 and 128"),
+        ({"chat": ChatConfig(batching="grouped"), "streaming": True}, "data.chat.batching grouped needs all lengths"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(config, change, message):
@@ -211,7 +203,7 @@ def test_settings_that_do_not_go_together_are_refused(config, change, message):
 
 
 def test_a_window_is_cut_to_a_random_length_as_often_as_asked(corpus, tokenizer, tmp_path):
-    config = DataConfig(source=str(corpus), seq_len=8, cache_dir=str(tmp_path), shuffle_seed=None, max_documents=24)
+    config = DataConfig(source=str(corpus), seq_len=8, max_documents=24)
     whole = prepare(config, tokenizer=tokenizer)
     cut = prepare(replace(config, random_length=0.3), tokenizer=tokenizer)
     streamed = prepare(replace(config, random_length=0.3, streaming=True), tokenizer=tokenizer)
@@ -230,7 +222,7 @@ def test_a_window_is_cut_to_a_random_length_as_often_as_asked(corpus, tokenizer,
 
 
 def test_an_endless_stream_is_exact_from_any_point_and_shuffles_each_pass_anew(corpus, tokenizer, tmp_path):
-    config = DataConfig(source=str(corpus), seq_len=32, streaming=True, validation_windows=1)
+    config = DataConfig(source=str(corpus), seq_len=32, streaming=True)
     finite = prepare(config, tokenizer=tokenizer).train
     num_windows = len(list(finite))
     endless = replace(finite, is_endless=True)
@@ -244,7 +236,7 @@ def test_an_endless_stream_is_exact_from_any_point_and_shuffles_each_pass_anew(c
         assert rows(first, 5) == whole[first : first + 5]
     assert whole[:num_windows] == [row["input_ids"].tolist() for row in finite]
     assert whole[:num_windows] != whole[num_windows : 2 * num_windows]
-    with pytest.raises(ValueError, match="the train split of .* one window needs"):
+    with pytest.raises(ValueError, match="the train split of .* fills no window"):
         next(iter(replace(endless, config=replace(config, seq_len=10**6))))
 
 
@@ -263,13 +255,12 @@ def built(config, chat_tokenizer, tmp_path):
 
 def test_built_data_are_the_prepared_data_without_their_source(built, tmp_path, monkeypatch):
     expected = prepare(built)
-    taken = replace(built, source=str(tmp_path / "built"), tokenizer=None, cache_dir="/absent")
+    taken = replace(built, source=str(tmp_path / "built"), tokenizer=None)
     data = prepare(taken)
     assert same(data, expected)
     assert data.train_report == expected.train_report
     assert data.tokenizer.chat_template == expected.tokenizer.chat_template
     assert same(prepare(replace(taken, tokenizer=built.tokenizer)), expected)
-    assert same(build_data(built, tmp_path / "built"), expected), "building again is nothing to do"
 
 
 def test_built_data_refuse_another_tokenizer_other_settings_and_damage(built, tokenizer, tmp_path):
@@ -282,11 +273,11 @@ def test_built_data_refuse_another_tokenizer_other_settings_and_damage(built, to
         prepare(replace(taken, seq_len=64))
     with pytest.raises(ValueError, match="was built with chat=.*'loss_on': 'last'.*got .*'loss_on': 'all'"):
         prepare(replace(taken, chat=ChatConfig(loss_on="all")))
-    with pytest.raises(ValueError, match="built data, whose documents are chosen.*got max_documents=5. Leave data.max"):
+    with pytest.raises(ValueError, match="was built with max_documents=None; got 5. Set data.max_documents to it"):
         prepare(replace(taken, max_documents=5))
     with pytest.raises(ValueError, match="built data cannot be mixed; got .*built'"):
         prepare(replace(taken, source=f"{taken.source}:0.5,stdlib:0.5"))
-    path = tmp_path / "built" / "train.input_ids.bin"
+    path = tmp_path / "built" / "train.bin"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="the built data in .* are damaged or not whole. Build them again"):
         prepare(taken)
@@ -295,16 +286,16 @@ def test_built_data_refuse_another_tokenizer_other_settings_and_damage(built, to
 def test_building_touches_no_folder_that_holds_something_else(built, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="mine' holds something else than this build. Choose another folder"):
+    with pytest.raises(ValueError, match="mine' exists. Choose another folder or remove it"):
         build_data(built, tmp_path / "mine")
-    with pytest.raises(ValueError, match="built' holds something else than this build"):
+    with pytest.raises(ValueError, match="built' exists"):
         build_data(replace(built, seq_len=256), tmp_path / "built")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
 def test_the_command_builds_and_tells_mistakes_in_one_line(corpus, tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    flags = ["--tokenizer", str(tmp_path / "tokenizer"), "--seq-len", "32", "--cache-dir", str(tmp_path / "cache")]
+    flags = ["--tokenizer", str(tmp_path / "tokenizer"), "--seq-len", "32"]
 
     def code(*arguments):
         with pytest.raises(SystemExit) as exit_:
@@ -319,7 +310,7 @@ def test_the_command_builds_and_tells_mistakes_in_one_line(corpus, tokenizer, tm
     for arguments, message in (
         (["bild"], "unknown command of redraft data 'bild'; known are build. Did you mean 'build'?"),
         (["build", str(corpus)], "redraft data build needs SOURCE and OUT"),
-        (["build", str(corpus), str(corpus), *flags], "holds something else than this build"),
+        (["build", str(corpus), str(corpus), *flags], "exists. Choose another folder or remove it"),
         (["build", str(corpus), "x", "--streaming"], "writes the whole source; got --streaming"),
     ):
         assert code(*arguments) == 2
@@ -346,9 +337,14 @@ def write(path: Path, records):
     return str(path)
 
 
+def pairs_of(source, tokenizer, *, seq_len=512, validation_fraction=0.0):
+    settings = {"kind": "preference", "seq_len": seq_len, "validation_fraction": validation_fraction}
+    return prepare(DataConfig(source=source, **settings), tokenizer=tokenizer)
+
+
 def test_pairs_share_their_prompt_and_only_the_answers_are_targets(tmp_path, chat_tokenizer):
     source = write(tmp_path / "pairs.jsonl", PAIRS)
-    data = read_preferences(source, tokenizer=chat_tokenizer, seq_len=512)
+    data = pairs_of(source, chat_tokenizer).train
     assert len(data) == 40
     batch = collate_preferences([data[i] for i in range(3)], pad_token_id=0)
     assert batch["input_ids"].shape[0] == 6
@@ -359,24 +355,21 @@ def test_pairs_share_their_prompt_and_only_the_answers_are_targets(tmp_path, cha
             batch["input_ids"][row][(batch["segment_ids"][row] > 0) & ~batch["is_target"][row]] for row in (i, i + 3)
         ]
         assert torch.equal(*prompts)
-    whole = read_preferences(
-        write(tmp_path / "m.jsonl", map(as_messages, PAIRS)), tokenizer=chat_tokenizer, seq_len=512
-    )
-    assert [pair[0].input_ids.tolist() for pair in whole.pairs] == [pair[0].input_ids.tolist() for pair in data.pairs]
+    whole = pairs_of(write(tmp_path / "m.jsonl", map(as_messages, PAIRS)), chat_tokenizer).train
+    for name in ("chosen", "rejected"):
+        texts = [[row[name]["input_ids"].tolist() for row in (rows[i] for i in range(40))] for rows in (whole, data)]
+        assert texts[0] == texts[1]
 
 
 def test_pairs_are_split_by_prompt_and_those_too_long_are_counted(tmp_path, chat_tokenizer):
     source = write(tmp_path / "pairs.jsonl", PAIRS)
-    parts = [
-        read_preferences(source, tokenizer=chat_tokenizer, seq_len=512, split=split, validation_fraction=0.3)
-        for split in ("train", "validation")
-    ]
-    assert len(parts[0]) + len(parts[1]) == 40
-    assert 0 < len(parts[1]) < 40
-    short = read_preferences(source, tokenizer=chat_tokenizer, seq_len=64)
-    assert 0 < len(short) == 40 - short.num_too_long < 40
-    with pytest.raises(ValueError, match="has no pair of answers that fit into seq_len=3: 40 were read"):
-        read_preferences(source, tokenizer=chat_tokenizer, seq_len=3)
+    data = pairs_of(source, chat_tokenizer, validation_fraction=0.3)
+    assert len(data.train) + len(data.validation) == 40
+    assert 0 < len(data.validation) < 40
+    short = pairs_of(source, chat_tokenizer, seq_len=64)
+    assert 0 < len(short.train) == 40 - short.train_report.num_too_long // 2 < 40
+    with pytest.raises(ValueError, match="seq_len=3: 0 tokens in 40 documents, 80 conversations too long"):
+        pairs_of(source, chat_tokenizer, seq_len=3)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +379,7 @@ def test_pairs_are_split_by_prompt_and_those_too_long_are_counted(tmp_path, chat
             {"prompt": "a", "response": "b"},
             "no known schema; it has prompt, response. Known are prompt/chosen/rejected",
         ),
-        ({"prompt": "a", "chosen": "b", "rejected": " "}, "message 2 is an empty assistant turn"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "message 2: an empty assistant turn"),
         (
             {"chosen": as_messages(PAIRS[0])["chosen"], "rejected": as_messages(PAIRS[1])["rejected"]},
             "chosen and rejected must answer the same prompt",
@@ -395,11 +388,11 @@ def test_pairs_are_split_by_prompt_and_those_too_long_are_counted(tmp_path, chat
 )
 def test_a_bad_pair_is_one_clear_error(tmp_path, chat_tokenizer, record, message):
     with pytest.raises(ValueError, match=message):
-        read_preferences(write(tmp_path / "a.jsonl", [record]), tokenizer=chat_tokenizer, seq_len=64)
+        pairs_of(write(tmp_path / "a.jsonl", [record]), chat_tokenizer, seq_len=64)
 
 
 def test_of_pairs_the_last_answer_alone_is_learnt():
-    with pytest.raises(ValueError, match="only the last answer is learnt; got chat.loss_on all. Use last"):
+    with pytest.raises(ValueError, match="only the last answer is learnt; got data.chat.loss_on all. Use last"):
         DataConfig(source="pairs.jsonl", kind="preference", chat=ChatConfig(loss_on="all"))
 
 

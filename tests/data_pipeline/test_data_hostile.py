@@ -13,9 +13,9 @@ import datasets
 import pandas
 import pytest
 
-from redraft.data import encode_documents, read_documents, train_tokenizer
 from redraft.data.files import cut_at_blank_lines
-from redraft.data.tokenizer import _cut_runs
+from redraft.data.sources import read_documents
+from redraft.data.tokenizer import _cut_runs, encode_documents, train_tokenizer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -55,8 +55,8 @@ BAD_CSV = {
     "after a quoted line end": (b'text,id\n"a\n\nb",1\nc\n', "line 5: 1 fields, but the header has 2"),
     "an end too many": (b"text,id\na,1,\n", "line 2: 3 fields, but the header has 2"),
     "a name twice": (b"text,id,text\na,1,b\n", "line 1: the header has 'text' twice. Rename one"),
-    "no header": (b"Hello there\nfoo\n", "line 1: no field 'text'; it has Hello there"),
-    "semicolons": (b"text;id\na;1\n", "line 1: no field 'text'; it has text;id"),
+    "no header": (b"Hello there\nfoo\n", "line 2: unknown field 'text'; known are Hello there"),
+    "semicolons": (b"text;id\na;1\n", "line 2: unknown field 'text'; known are text;id"),
     "an open quote": (b'text,id\na,1\n"b,2\nc,3\n', "line 3: not a CSV table .unexpected end of data.. Quote"),
     "text after a quote": (b'text\n"a"b\n', "line 2: not a CSV table"),
 }
@@ -103,14 +103,16 @@ def test_a_folder_skips_what_is_no_file_with_a_warning_each(tmp_path, caplog, su
             assert read(tmp_path) == ["good"]
     told = sorted(record.getMessage() for record in caplog.records)
     reasons = {
-        "device": "it is no regular file",
-        "loop": "it is a link to nothing",
-        "memory": "it cannot be read (Input/output error)",
-        "nothing": "it is a link to nothing",
-        "pipe": "it is no regular file",
-        "socket": "it is no regular file",
+        "device": "is no regular file, or a link to nothing",
+        "loop": "is no regular file, or a link to nothing",
+        "memory": "cannot be read (Input/output error)",
+        "nothing": "is no regular file, or a link to nothing",
+        "pipe": "is no regular file, or a link to nothing",
+        "socket": "is no regular file, or a link to nothing",
     }
-    assert told == [f"Skipped {tmp_path}/{name}{suffix}: {reason}." for name, reason in reasons.items()]
+    assert told == [
+        f"Skipped a file: {tmp_path}/{name}{suffix} {reason}. Leave it out." for name, reason in reasons.items()
+    ]
 
 
 def test_links_to_folders_are_told_and_never_followed_in_a_circle(tmp_path, caplog):
@@ -125,7 +127,7 @@ def test_links_to_folders_are_told_and_never_followed_in_a_circle(tmp_path, capl
 @pytest.mark.parametrize("name", ["pipe.txt", "pipe.jsonl", "pipe.csv"])
 def test_a_pipe_is_no_source(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name}' is no source: it is no regular file. Give a file or a folder."):
+    with pytest.raises(ValueError, match=rf"{name} is no regular file, or a link to nothing. Leave it out."):
         read(tmp_path / name)
 
 
@@ -183,14 +185,16 @@ def test_damaged_parquet_is_refused_in_one_line_or_read_whole(tmp_path):
         path.write_bytes(damaged)
         found.append(outcome(path))
         assert found[-1] != len(DOCUMENTS) or read(path) == DOCUMENTS
-    assert set(found) <= {len(DOCUMENTS), "not a parquet file", "no field"}
-    assert set(found[::2]) == {"not a parquet file"}, "every truncated file"
+    assert set(found) <= {len(DOCUMENTS), "damaged", "unknown field"}
+    assert set(found[::2]) == {"damaged"}, "every truncated file"
 
 
 def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     pandas.DataFrame({"text": ["caf\u00e9 ba lo"]}).to_parquet(path, compression=None, use_dictionary=False)
-    with pytest.raises(ValueError, match=r"a.parquet: not a parquet file, or damaged \('utf-8' codec can't decode"):
+    with pytest.raises(
+        ValueError, match=r"a.parquet: damaged, or of another format, after row 0 \('utf-8' codec can't"
+    ):
         records_of(path, path.read_bytes().replace("\u00e9".encode(), b"\xe9\xe9"))
 
 
@@ -209,7 +213,7 @@ def test_a_damaged_saved_dataset_is_refused_and_does_not_end_the_process(tmp_pat
 
 def test_long_runs_of_empty_lines_are_cut_as_short_ones_are():
     text = "a\n\n\nb \n \n\tc\n" + "\n" * 300_000 + " \n" * 100_000 + "d"  # quadratic time would be hours
-    parts = list(cut_at_blank_lines(text, at_least=1))
+    parts = list(cut_at_blank_lines(text, min_characters=1))
     assert "".join(parts) == text
     assert parts[:5] == ["a\n", "\n", "\nb \n", " \n\tc\n", "\n"]
     assert len(parts) == 400_004

@@ -6,8 +6,10 @@ import logging
 import pandas
 import pytest
 
-from redraft.data import ChatConfig, DataConfig, prepare, read_documents
 from redraft.data.chat import encode_conversations
+from redraft.data.config import ChatConfig, DataConfig
+from redraft.data.prepare import prepare
+from redraft.data.sources import read_documents
 
 U, A = {"role": "user", "content": "ba?"}, {"role": "assistant", "content": "lo"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -44,10 +46,10 @@ def test_an_answer_of_weight_0_is_kept_as_given_whatever_the_framework_calls_it(
     assert read_messages(U, masked, U, A) == [U, {**A, "weight": 0}, U, A]
     assert read_messages(U, A, U, masked) == [U, A], "after the last answer to be learnt nothing is learnt"
     assert read_messages({**U, name: 0}, {**A, name: 1}) == [U, A]
-    with pytest.raises(ValueError, match="line 1: every assistant turn has weight 0, so all of it would be left out"):
+    with pytest.raises(ValueError, match="line 1: every assistant turn has weight 0, so nothing of it would be learnt"):
         read_messages(U, masked)
     for other in (0.5, "no", [0, 1]):
-        with pytest.raises(ValueError, match=rf"line 1, message 2: {name} must be 0 or 1; got "):
+        with pytest.raises(ValueError, match=rf"line 1: message 2: {name} must be 0 or 1; got "):
             read_messages(U, {**A, name: other})
 
 
@@ -82,7 +84,7 @@ def test_tools_and_calls_are_read_whether_objects_or_json(read_one):
         ({"messages": [U, A], "tools": "f"}, "line 1: tools is not JSON"),
         ({"messages": [U, A], "tools": {"f": 1}}, "line 1: tools must be a list of functions' JSON schemas"),
         ({"messages": [U, {**A, "thinking": ["x"]}]}, "message 2: field 'thinking' must be a string; got list"),
-        ({"messages": [U, {**A, "content": None}]}, "the content of message 2 must be a string; got NoneType"),
+        ({"messages": [U, {**A, "content": None}]}, "message 2: field 'content' must be a string; got NoneType"),
         ({"messages": [U, {**A, "content": [{"type": "text", "text": "a"}]}]}, "must be a string; got list"),
         ({"messages": [U, {**A, "role": 3}]}, "message 2: role must be a name such as user; got 3"),
         ({"messages": [U, A, {**A, "role": "<|im_end|>"}]}, "message 3: role must be a name"),
@@ -90,7 +92,7 @@ def test_tools_and_calls_are_read_whether_objects_or_json(read_one):
         ({"messages": [{"role": "system", "content": "x"}, U, A], "system": "y"}, "two system messages that differ"),
         ({"instruction": "a", "output": "b", "history": "none"}, "history must be a list of .question, answer."),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, "history must be a list of .question, answer."),
-        ({"instruction": "a", "output": "b", "system": 3}, "content of message 1 must be a string; got int"),
+        ({"instruction": "a", "output": "b", "system": 3}, "message 1: field 'content' must be a string; got int"),
         ({"prompt": [U], "completion": [{**U, "content": "other"}, A]}, "begins otherwise than the prompt"),
         ({"messages": 3, "history": [["q", "a"]]}, "messages must be a list of"),
     ],
@@ -134,9 +136,7 @@ def test_fields_that_are_not_used_are_told_once_with_their_number(tmp_path, capl
         for i in range(9)
     ]
     source = write(tmp_path / "a.jsonl", [*records, {"messages": [U, {**A, "function_call": {"name": "f"}}], "id": ""}])
-    config = DataConfig(
-        source=str(source), kind="chat", seq_len=32, cache_dir=str(tmp_path / "cache"), validation_fraction=0.3
-    )
+    config = DataConfig(source=str(source), kind="chat", seq_len=32, validation_fraction=0.3)
     with caplog.at_level(logging.WARNING):
         prepare(config, tokenizer=chat_tokenizer)  # three passes over the source
     assert [record.getMessage() for record in caplog.records] == [

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redraft.data.packing import EMPTY_TAIL, PackingReport, join_windows, pack, pack_stream
-from redraft.data.store import open_windows, write_windows
+from redraft.data.packing import NO_TOKENS, PackingReport, pack, pack_documents
+from redraft.data.prepare import open_windows, write_windows
 
 EOS = 999
 token_lists = st.lists(st.lists(st.integers(0, 998), max_size=20), max_size=20)
@@ -25,7 +25,7 @@ def test_packing_equals_its_definition_and_loses_no_token(documents, seq_len):
     ids, segments, dropped = slow_pack(documents, seq_len)
     assert windows.input_ids.tolist() == ids
     assert windows.segment_ids.tolist() == segments
-    assert tail.tokens.tolist() == dropped
+    assert tail[0].tolist() == dropped
     assert windows.input_ids.dtype == windows.segment_ids.dtype == np.int32
     assert windows.input_ids.shape[1] == seq_len
 
@@ -46,23 +46,23 @@ def test_packing_in_two_batches_equals_packing_at_once(documents, seq_len, cut):
     for column in ("input_ids", "segment_ids"):
         joined = np.concatenate([getattr(first, column), getattr(second, column)])
         np.testing.assert_array_equal(joined, getattr(whole, column))
-    np.testing.assert_array_equal(tail.tokens, whole_tail.tokens)
+    np.testing.assert_array_equal(tail, whole_tail)
 
 
 @given(st.lists(st.text("aé", min_size=1, max_size=9), max_size=150), st.integers(1, 12))
 def test_the_report_adds_up(documents, seq_len):
-    batches = pack_stream(
+    batches = pack_documents(
         documents,
         encode=lambda batch: [list(document.encode()) for document in batch],
         seq_len=seq_len,
         eos_token_id=EOS,
     )
-    windows, report = join_windows(batches, seq_len=seq_len)
+    windows, reports = zip(*batches, strict=True) if documents else ((), ())
+    report = sum(reports, PackingReport())
     num_bytes = sum(len(document.encode()) for document in documents)
     assert report.num_documents == len(documents)
-    assert report.num_bytes == num_bytes
     assert report.num_tokens == num_bytes + len(documents)
-    assert report.num_windows == len(windows.input_ids)
+    assert report.num_windows == sum(len(batch.input_ids) for batch in windows)
     assert report.num_tokens == report.num_windows * seq_len + report.num_dropped_tokens
     assert report.num_dropped_tokens < seq_len
 
@@ -70,19 +70,13 @@ def test_the_report_adds_up(documents, seq_len):
 def test_no_documents_give_no_windows_and_an_empty_report():
     windows, tail = pack([], seq_len=4, eos_token_id=EOS)
     assert windows.input_ids.shape == (0, 4)
-    assert len(tail.tokens) == 0
-    joined, report = join_windows([], seq_len=4)
-    assert joined.segment_ids.shape == (0, 4)
-    assert report == PackingReport()
-    assert len(EMPTY_TAIL.tokens) == 0
+    assert tail.tolist() == NO_TOKENS.tolist() == [[], []]
+    assert not list(pack_documents([], encode=len, seq_len=4, eos_token_id=EOS))
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(255, np.uint8), (256, np.uint16), (65536, np.uint32)])
 def test_stored_windows_take_the_smallest_dtype_that_holds_them(tmp_path, largest, dtype):
-    batches = (
-        (pack([[token]], seq_len=2, eos_token_id=1)[0], PackingReport(num_windows=number))
-        for number, token in enumerate((3, largest), start=1)
-    )
+    batches = ((pack([[token]], seq_len=2, eos_token_id=1)[0], PackingReport(num_windows=1)) for token in (3, largest))
     write_windows(tmp_path, "train", batches, seq_len=2, vocab_size=largest)
     windows, _ = open_windows(tmp_path, "train")
     assert windows.input_ids.dtype == dtype
@@ -92,5 +86,5 @@ def test_stored_windows_take_the_smallest_dtype_that_holds_them(tmp_path, larges
 def test_two_million_tokens_keep_their_order():
     documents = [list(range(999))] * 2000
     windows, tail = pack(documents, seq_len=256, eos_token_id=EOS)
-    packed = np.concatenate([windows.input_ids.flatten(), tail.tokens])
+    packed = np.concatenate([windows.input_ids.flatten(), tail[0]])
     np.testing.assert_array_equal(packed, np.tile([*documents[0], EOS], 2000))

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from redraft.data import read_documents, read_preferences
+from redraft.data.config import DataConfig
+from redraft.data.prepare import prepare
+from redraft.data.sources import read_documents
 
 S = {"role": "system", "content": "be brief"}
 Q = {"role": "user", "content": "ba?"}
@@ -201,8 +203,10 @@ def test_a_completion_that_begins_with_its_prompt_stays_as_it_is(tmp_path):
 def test_every_form_gives_the_same_tokens_and_targets(tmp_path, chat_tokenizer):
     for number, record in enumerate(FORMS.values()):
         source = write(tmp_path / f"{number}.jsonl", [record])
-        [(chosen, rejected)] = read_preferences(source, tokenizer=chat_tokenizer, seq_len=99).pairs
-        texts = [chat_tokenizer.decode(side.input_ids) for side in (chosen, rejected)]
+        config = DataConfig(source=source, kind="preference", seq_len=99, validation_fraction=0.0)
+        pair = prepare(config, tokenizer=chat_tokenizer).train[0]
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        texts = [chat_tokenizer.decode(side["input_ids"]) for side in (chosen, rejected)]
         prompt = "<|im_start|>user\nba?<|im_end|>\n<|im_start|>assistant\n"
         assert texts == [f"{prompt}lo<|im_end|>", f"{prompt}mi<|im_end|>"]
-        assert chat_tokenizer.decode(chosen.input_ids[chosen.is_target]) == "lo<|im_end|>"
+        assert chat_tokenizer.decode(chosen["input_ids"][chosen["is_target"]]) == "lo<|im_end|>"

@@ -2,9 +2,11 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,14 +15,17 @@ import torch
 from torch.utils.data import DataLoader
 
 import redraft
-from redraft.data import DataConfig, collate, encode_documents, pack, prepare, read_documents, split_of
+from redraft.data.collate import collate
+from redraft.data.config import DataConfig
+from redraft.data.packing import pack
+from redraft.data.prepare import prepare
+from redraft.data.sources import read_documents, split_of
+from redraft.data.tokenizer import encode_documents
 
 
 @pytest.fixture
-def config(corpus, tmp_path):
-    return DataConfig(
-        source=str(corpus), cache_dir=str(tmp_path / "cache"), vocab_size=320, seq_len=32, validation_fraction=0.2
-    )
+def config(corpus):
+    return DataConfig(source=str(corpus), vocab_size=320, seq_len=32, validation_fraction=0.2)
 
 
 def all_ids(dataset):
@@ -33,18 +38,19 @@ def same_windows(first, second):
 
 
 def test_the_windows_are_exactly_the_documents_of_each_split(config, documents):
-    data = prepare(dataclasses.replace(config, shuffle_seed=None))
+    data = prepare(config)
     for split, dataset, report in (
         ("train", data.train, data.train_report),
         ("validation", data.validation, data.validation_report),
     ):
         own = [document for document in documents if split_of(document, validation_fraction=0.2) == split]
+        if split == "train":
+            Random(0).shuffle(own)
         stream = [token for tokens in encode_documents(data.tokenizer, own) for token in [*tokens, 1]]
         assert np.concatenate(dataset.windows.input_ids).tolist() == stream[: len(dataset) * 32]
         assert report.num_documents == len(own)
         assert report.num_tokens == len(stream)
         assert report.num_dropped_tokens == len(stream) - len(dataset) * 32 < 32
-        assert report.num_bytes == sum(len(document.encode()) for document in own)
 
 
 def test_rows_are_int32_tensors_that_collate_batches(config):
@@ -58,15 +64,16 @@ def test_rows_are_int32_tensors_that_collate_batches(config):
     assert (batch["segment_ids"] >= 1).all()
 
 
-def test_two_calls_and_two_caches_give_the_same_windows(config, tmp_path):
+def test_two_calls_and_two_caches_give_the_same_windows(config, tmp_path, monkeypatch):
     first = prepare(config)
     assert same_windows(first, prepare(config))
-    assert same_windows(first, prepare(dataclasses.replace(config, cache_dir=str(tmp_path / "other"))))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert same_windows(first, prepare(config))
 
 
 def test_a_warm_call_trains_and_tokenises_nothing(config, monkeypatch):
     prepare(config)
-    module = sys.modules["redraft.data.prepare"]  # redraft.data.prepare is the function
+    module = sys.modules["redraft.data.prepare"]
     monkeypatch.setattr(module, "encode_documents", None)
     monkeypatch.setattr(module, "train_tokenizer", None)
     prepare(config)
@@ -74,7 +81,7 @@ def test_a_warm_call_trains_and_tokenises_nothing(config, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"seq_len": 16}, {"validation_fraction": 0.3}, {"vocab_size": 330}, {"max_documents": 60}, {"shuffle_seed": 1}],
+    [{"seq_len": 16}, {"validation_fraction": 0.3}, {"vocab_size": 330}, {"max_documents": 60}],
 )
 def test_a_setting_that_changes_the_windows_changes_the_cache(config, change):
     assert not same_windows(prepare(config), prepare(dataclasses.replace(config, **change)))
@@ -90,17 +97,18 @@ def test_a_source_that_changes_is_read_again(config):
 
 
 def test_shuffling_permutes_the_training_documents_and_leaves_validation(config):
-    plain, shuffled = prepare(dataclasses.replace(config, shuffle_seed=None)), prepare(config)
-    assert plain.train_report.num_tokens == shuffled.train_report.num_tokens
-    assert all_ids(plain.train) != all_ids(shuffled.train)
-    assert all_ids(plain.validation) == all_ids(shuffled.validation)
+    data = prepare(config)
+    for dataset, is_shuffled in ((data.train, True), (data.validation, False)):
+        text = data.tokenizer.decode(dataset.windows.input_ids.reshape(-1))
+        numbers = [int(number) for number in re.findall(r"<\|eos\|>(\d+): ", text)]
+        assert (numbers != sorted(numbers)) == is_shuffled
 
 
-@pytest.mark.parametrize("name", ["train.input_ids.bin", "validation.segment_ids.bin", "train.json", "manifest.json"])
-def test_a_truncated_cache_is_built_again(config, caplog, name):
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "train.json", "manifest.json"])
+def test_a_truncated_cache_is_built_again(config, cache, caplog, name):
     before = prepare(config)
     expected = all_ids(before.train), all_ids(before.validation)
-    [path] = Path(config.cache_dir).glob(f"windows-*/{name}")
+    [path] = cache.glob(f"windows-*/{name}")
     content = path.read_bytes()
     path.unlink()  # the open map keeps the old file
     path.write_bytes(content[: len(content) // 2])
@@ -110,20 +118,23 @@ def test_a_truncated_cache_is_built_again(config, caplog, name):
     assert (all_ids(after.train), all_ids(after.validation)) == expected
 
 
-def test_a_tokenizer_is_taken_from_the_argument_or_from_a_folder(config, tokenizer, tmp_path):
+def test_a_tokenizer_is_taken_from_the_argument_or_from_a_folder(config, tokenizer, cache, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     from_folder = prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer")))
     from_argument = prepare(config, tokenizer=tokenizer)
     assert from_argument.tokenizer is tokenizer
     assert same_windows(from_folder, from_argument)
-    assert not list(Path(config.cache_dir).glob("tokenizer-*"))
-    assert len([path for path in Path(config.cache_dir).glob("windows-*") if path.is_dir()]) == 1
+    assert not list(cache.glob("tokenizer-*"))
+    assert len([path for path in cache.glob("windows-*") if path.is_dir()]) == 1
 
 
-def test_the_default_cache_is_below_xdg_cache_home(config, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    prepare(dataclasses.replace(config, cache_dir=None))
-    assert list((tmp_path / "xdg" / "redraft" / "data").glob("windows-*"))
+def test_the_cache_is_below_xdg_cache_home_or_in_the_home_folder(config, cache, monkeypatch, tmp_path):
+    prepare(config)
+    assert list(cache.glob("windows-*"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    prepare(config)
+    assert list((tmp_path / "home/.cache/redraft/data").glob("windows-*"))
 
 
 def test_no_validation_is_an_empty_dataset(config):
@@ -135,39 +146,38 @@ def test_no_validation_is_an_empty_dataset(config):
 
 def test_a_split_shorter_than_one_window_names_its_tokens_and_the_window(config, tokenizer, tmp_path):
     with pytest.raises(
-        ValueError, match=r"the validation split of .* has \d+ tokens in \d+ documents; .* seq_len=2000"
+        ValueError, match=r"the validation split of .* fills no window of seq_len=2000: \d+ tokens in \d+ doc"
     ):
         prepare(dataclasses.replace(config, seq_len=2000), tokenizer=tokenizer)
     (tmp_path / "short.txt").write_text("only this")
     short = dataclasses.replace(config, source=str(tmp_path / "short.txt"), validation_fraction=0.0)
     with pytest.raises(
-        ValueError, match=r"the train split of .*short.txt' has \d+ tokens in 1 documents; one window needs"
+        ValueError, match=r"the train split of .*short.txt' fills no window of seq_len=32: \d+ tokens in 1 documents"
     ):
         prepare(short, tokenizer=tokenizer)
 
 
 def test_a_corpus_that_falls_into_validation_whole_says_so_before_it_trains_a_tokenizer(config, tmp_path):
     (tmp_path / "one.txt").write_text("one document " * 100)
-    with pytest.raises(ValueError, match=r"the train split of .* has 0 tokens in 0 documents; .* \(a text file is one"):
+    with pytest.raises(ValueError, match=r"the train split of .* 0 tokens in 0 documents. .* \(a text file is one"):
         prepare(dataclasses.replace(config, source=str(tmp_path / "one.txt"), validation_fraction=0.999999))
 
 
-def test_a_failed_prepare_leaves_no_cache(config, tokenizer):
+def test_a_failed_prepare_leaves_no_cache(config, cache, tokenizer):
     with pytest.raises(ValueError):
         prepare(dataclasses.replace(config, seq_len=2000), tokenizer=tokenizer)
-    assert not [path for path in Path(config.cache_dir).iterdir() if path.is_dir()]
+    assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seq_len": 1}, "seq_len must be at least 2; got 1"),
-        ({"vocab_size": 10}, "vocab_size must be at least 259; got 10"),
-        ({"validation_windows": 0}, "validation_windows must be at least 1; got 0"),
-        ({"validation_fraction": 1.0}, r"validation_fraction must be in \[0, 1\); got 1.0"),
-        ({"validation_fraction": -0.1}, r"validation_fraction must be in \[0, 1\); got -0.1"),
-        ({"max_documents": 0}, "max_documents must be at least 1, or None for all; got 0"),
-        ({"source": ""}, "source must not be empty"),
+        ({"seq_len": 1}, r"data.seq_len must lie in \[2, 1048576\]; got 1"),
+        ({"vocab_size": 10}, "data.vocab_size must be at least 259; got 10"),
+        ({"validation_fraction": 1.0}, r"data.validation_fraction must lie in \[0, 1\); got 1.0"),
+        ({"validation_fraction": -0.1}, r"data.validation_fraction must lie in \[0, 1\); got -0.1"),
+        ({"max_documents": 0}, "data.max_documents must be at least 1; got 0"),
+        ({"source": ""}, "data.source must not be empty"),
     ],
 )
 def test_a_wrong_setting_is_refused_at_construction(change, message):
@@ -175,21 +185,20 @@ def test_a_wrong_setting_is_refused_at_construction(change, message):
         DataConfig(**change)
 
 
-def test_streaming_gives_the_windows_of_the_cache(config, tokenizer):
+def test_streaming_gives_the_windows_of_the_cache(config, tokenizer, monkeypatch):
+    monkeypatch.setattr("redraft.data.prepare.STREAM_VALIDATION_WINDOWS", 3)
     cached = prepare(config, tokenizer=tokenizer)
-    streamed = prepare(dataclasses.replace(config, streaming=True, validation_windows=3), tokenizer=tokenizer)
+    streamed = prepare(dataclasses.replace(config, streaming=True), tokenizer=tokenizer)
     assert all_ids(streamed.train) == all_ids(cached.train)
     assert all_ids(streamed.train) == all_ids(cached.train), "a second epoch"
     assert all_ids(streamed.validation) == all_ids(cached.validation)[:3]
-    assert streamed.train_report is None
-    report = streamed.validation_report
-    assert report.num_windows == 3
-    assert report.num_tokens == 3 * 32 + report.num_dropped_tokens
+    assert streamed.train_report is streamed.validation_report is None
 
 
 def test_streaming_workers_share_the_documents_without_overlap(config, tokenizer, documents, monkeypatch):
-    streamed = prepare(dataclasses.replace(config, streaming=True, shuffle_seed=None), tokenizer=tokenizer)
+    streamed = prepare(dataclasses.replace(config, streaming=True), tokenizer=tokenizer)
     own = [document for document in documents if split_of(document, validation_fraction=0.2) == "train"]
+    Random(0).shuffle(own)
     for number in range(2):  # what torch tells each worker; forked within the tests' threads some never come back
         worker = SimpleNamespace(id=number, num_workers=2)
         monkeypatch.setattr(sys.modules["redraft.data.prepare"], "get_worker_info", lambda worker=worker: worker)
@@ -198,7 +207,7 @@ def test_streaming_workers_share_the_documents_without_overlap(config, tokenizer
 
 
 def test_a_stream_stops_at_max_documents(config, tokenizer):
-    settings = {"streaming": True, "max_documents": 40, "validation_windows": 1}
+    settings = {"streaming": True, "max_documents": 40}
     streamed = prepare(dataclasses.replace(config, **settings), tokenizer=tokenizer)
     text = tokenizer.decode([token for row in streamed.train for token in row["input_ids"].tolist()])
     assert "41: " not in text
@@ -215,22 +224,25 @@ def test_streaming_without_a_tokenizer_or_with_too_little_text_is_an_error(confi
 
 
 def test_an_explicit_error_of_the_source_reaches_the_user(config):
-    with pytest.raises(ValueError, match="no field 'body'; it has text"):
+    with pytest.raises(ValueError, match="unknown field 'body'; known are text"):
         prepare(dataclasses.replace(config, text_field="body"))
 
 
 def test_importing_the_data_pipeline_imports_no_heavy_library():
     script = (
-        "import sys; import redraft.data; heavy = set(sys.modules)"
+        "import sys; import redraft.data.prepare; heavy = set(sys.modules)"
         " & {'transformers', 'datasets', 'tokenizers', 'pandas', 'pyarrow'}; assert not heavy, heavy"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(redraft.__file__).parents[1])}
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert child.returncode == 0, child.stderr
+    script = "import sys; import redraft.data.config; assert 'torch' not in sys.modules"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert child.returncode == 0, child.stderr
 
 
-def test_the_standard_library_prepares_and_keeps_its_splits_apart(tmp_path):
-    config = DataConfig(cache_dir=str(tmp_path), max_documents=40, vocab_size=1000, validation_fraction=0.2)
+def test_the_standard_library_prepares_and_keeps_its_splits_apart():
+    config = DataConfig(max_documents=40, vocab_size=1000, validation_fraction=0.2)
     data = prepare(config)
     assert len(data.train) > 100
     assert len(data.validation) > 10

@@ -5,7 +5,7 @@ import datasets
 import pandas
 import pytest
 
-from redraft.data import read_documents, source_fingerprint
+from redraft.data.sources import read_documents, source_fingerprint
 
 
 def read(source, **settings):
@@ -56,7 +56,7 @@ def test_a_folder_skips_text_that_is_not_utf8_and_says_so(tmp_path, caplog):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with caplog.at_level(logging.WARNING):
         assert read(tmp_path) == ["good"]
-    assert "latin.txt: it is not UTF-8 (byte 3)" in caplog.text
+    assert "latin.txt is not UTF-8 (byte 3)" in caplog.text
 
 
 def test_empty_and_null_documents_are_skipped(tmp_path):
@@ -70,9 +70,9 @@ def test_a_saved_dataset_is_recognised_with_and_without_splits(tmp_path):
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "many")
     assert read(tmp_path / "one") == read(tmp_path / "many") == ["a", "b"]
     assert read(f"{tmp_path / 'many'}@test") == ["c"]
-    with pytest.raises(ValueError, match=r"has no split 'tset'; it has test, train \(did you mean 'test'\?\)"):
+    with pytest.raises(ValueError, match=r"unknown split of .* 'tset'; known are train, test. Did you mean 'test'\?"):
         read(f"{tmp_path / 'many'}@tset")
-    with pytest.raises(ValueError, match="no field 'body'; it has text"):
+    with pytest.raises(ValueError, match="unknown field 'body'; known are text"):
         read(tmp_path / "one", text_field="body")
 
 
@@ -122,28 +122,28 @@ BAD_FILES = {
     "empty.json": (b"", "holds no text"),
     "empty.csv": (b"", "holds no text"),
     "null.json": (b"[]", "holds no text"),
-    "nul.txt": (b"a\0b", "nul.txt holds NUL bytes: not a text file"),
-    "latin.txt": (b"caf\xe9", r"latin.txt is not UTF-8 \(byte 3\): not a text file. Convert it"),
+    "nul.txt": (b"a\0b", "nul.txt holds NUL bytes, so it is no text. Convert it"),
+    "latin.txt": (b"caf\xe9", r"latin.txt is not UTF-8 \(byte 3\). Convert it"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', r"latin.jsonl, line 2 is not UTF-8 \(byte 10\)"),
     "nul.csv": (b"text\na\0b\n", "nul.csv holds NUL bytes"),
     "broken.jsonl": (b'{"text": "a"}\n\n{"text": \n', r"broken.jsonl, line 3: not JSON \(Expecting value, column"),
     "broken.json": (b'[{"text": "a"},\n{"text": }]', r"broken.json, line 2: not JSON|broken.json: not JSON"),
     "list.jsonl": (b'["a"]', r'list.jsonl, line 1: a record must be \{"text": "..."\}; got list'),
-    "field.jsonl": (b'{"txt": "a", "id": 1}', r"line 1: no field 'text'; it has id, txt \(did you mean 'txt'\?\)"),
+    "field.jsonl": (b'{"txt": "a", "id": 1}', r"line 1: unknown field 'text'; known are txt, id. Did you mean 'txt'\?"),
     "field.json": (
         b'[{"text": "a"}, {"body": "b"}]',
-        "field.json, record 2: no field 'text'; it has body. Set --data.text-field",
+        "field.json, record 2: unknown field 'text'; known are body. Set --data.text-field",
     ),
-    "chat.jsonl": (b'{"messages": []}', "no field 'text'; it has messages. Use --data.kind chat"),
-    "field.csv": (b"body,id\na,1\n", "field.csv, line 1: no field 'text'; it has body, id"),
+    "chat.jsonl": (b'{"messages": []}', "unknown field 'text'; known are messages. Use --data.kind chat"),
+    "field.csv": (b"body,id\na,1\n", "field.csv, line 2: unknown field 'text'; known are body, id"),
     "type.jsonl": (b'{"text": ["a"]}', "type.jsonl, line 1: field 'text' must be a string; got list"),
     "lone.jsonl": (b'{"text": "a\\ud800"}', "lone.jsonl, line 1: field 'text' holds a lone surrogate"),
     "broken.csv": (
         b'text,id\na,1\nb,2,3,4\n"',
         "broken.csv, line 3: 4 fields, but the header has 2",
     ),
-    "broken.parquet": (b"PAR1 no", "broken.parquet: not a parquet file"),
-    "image.png": (b"\x89PNG", r"'.*image.png' is of no known kind \('.png'\). Known are .md, .py, .txt, .jsonl"),
+    "broken.parquet": (b"PAR1 no", "broken.parquet: damaged, or of another format"),
+    "image.png": (b"\x89PNG", r"'.*image.png' holds no documents. Give a folder, or a file of .md, .py, .txt, .jsonl"),
 }
 
 
@@ -158,7 +158,7 @@ def test_a_bad_file_is_one_clear_error(tmp_path, name):
 
 def test_a_parquet_file_without_the_field_lists_its_fields(tmp_path):
     pandas.DataFrame({"body": ["a"], "n": [1]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="no field 'text'; it has body, n"):
+    with pytest.raises(ValueError, match="unknown field 'text'; known are body, n"):
         read(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="field 'n' must be a string; got int"):
         read(tmp_path / "a.parquet", text_field="n")

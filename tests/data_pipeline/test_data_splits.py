@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redraft.data import split_of
+from redraft.data.sources import split_of
 
 
 def sides(documents, fraction=0.3, seed=0):

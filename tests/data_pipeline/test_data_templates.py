@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from redraft.data import train_tokenizer
 from redraft.data.chat import DEFAULT_TEMPLATE, ChatConfig, encode_conversations
+from redraft.data.tokenizer import train_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -76,7 +76,7 @@ def test_targets_are_the_words_of_the_assistant_and_the_end_of_its_turn(tokenize
     tokenizer = with_template(tokenizer, template)
     messages = [{"role": ROLES[letter], "content": f"ba {i} lo\nmi"} for i, letter in enumerate(order)]
     if (style == "gemma" and "s" in order) or (style == "llama 2" and order not in ALTERNATING):
-        with pytest.raises(ValueError, match="the chat template refuses the conversation that begins 'ba 0 lo"):
+        with pytest.raises(ValueError, match="the chat template refuses the messages .*ba 0 lo"):
             learnt(tokenizer, messages)
         return
     expected = [answer.format(m["content"]) for m in messages if m["role"] == "assistant"]

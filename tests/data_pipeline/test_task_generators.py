@@ -5,7 +5,7 @@ from itertools import islice, permutations, product
 import pytest
 import torch
 
-from redraft.data.splits import split_of
+from redraft.data.sources import split_of
 from redraft.data.tasks import TASKS, Example, ExampleFile, encode, find_task, word_tokenizer
 from redraft.data.tasks.composition import Composition
 from redraft.data.tasks.sudoku import Sudoku

@@ -6,10 +6,10 @@ from itertools import islice
 
 import pytest
 
-from redraft.data.config import DataConfig
+from redraft.data.config import FORMS, DataConfig, ThoughtConfig
 from redraft.data.prepare import build_data, prepare
 from redraft.data.tasks import TASKS, Example, ExampleFile, encode, find_task, side_of
-from redraft.data.thoughts import FORMS, ThoughtConfig, WrittenTask
+from redraft.data.thoughts import WrittenTask
 from redraft.data.tokenizer import MASK
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from redraft.cli import _dispatch
-from redraft.data.splits import split_of
+from redraft.data.sources import split_of
 from redraft.latent.checkpoint import load_autoencoder
 from redraft.training.callbacks import read_log
 

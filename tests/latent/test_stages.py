@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import redraft
 from redraft.cli import _dispatch
-from redraft.data.splits import split_of
+from redraft.data.sources import split_of
 from redraft.data.tasks import Example, encode, find_task, word_tokenizer
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.recipes import RECIPES

@@ -10,7 +10,8 @@ from sentence_pieces import KINDS, Script, text_lm_of, tokenizer_of
 from tiny import tiny_lm
 
 import redraft
-from redraft.data.chat import ChatConfig, encode_conversations
+from redraft.data.chat import encode_conversations
+from redraft.data.config import ChatConfig
 from redraft.sampling.canvas import build_canvas
 from redraft.sampling.policies import EndOfSequence, Filled, StopStrings
 

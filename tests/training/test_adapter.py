@@ -52,7 +52,7 @@ def config(base, corpus, tmp_path):
     return RunConfig(
         out=str(tmp_path / "run"),
         data=DataConfig(
-            source=str(corpus), seq_len=32, validation_fraction=0.2, cache_dir=str(corpus.parent / "adapter-cache")
+            source=str(corpus), seq_len=32, validation_fraction=0.2
         ),
         model=ModelConfig(start=str(base)),
         adapter=AdapterConfig(rank=4, alpha=8, targets="all-linear"),

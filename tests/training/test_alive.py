@@ -42,7 +42,7 @@ def config(tmp_path):
         (corpus / f"module_{i}.py").write_text(text)
     return RunConfig(
         out=str(tmp_path / "run"),
-        data=DataConfig(source=str(corpus), seq_len=32, vocab_size=280, cache_dir=str(tmp_path / "cache")),
+        data=DataConfig(source=str(corpus), seq_len=32, vocab_size=280),
         model=ModelConfig(size="1m", hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64),
         train=TrainConfig(
             batch_size=4, max_steps=6, eval_every=0, final_eval_windows=2, save_every=2, log_every=1, device="cpu",

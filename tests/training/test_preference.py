@@ -104,7 +104,7 @@ def test_an_adapter_is_its_own_reference_while_it_is_switched_off(pairs, tmp_pat
         (["--data.streaming"], "preference pairs are not streamed"),
         (["--data.source", "same"], "line 2.*chosen and rejected are the same answer"),
         (["--train.batch-size", "200"], "the corpus fills .* pairs, fewer than the 200 of one step"),
-        (["--data.seq-len", "4"], "no pair of answers that fit into seq_len=4"),
+        (["--data.seq-len", "4"], "fills no window of seq_len=4: .* conversations too long"),
     ],
 )
 def test_bad_preferences_are_one_clear_line(pairs, flags, message, tmp_path, cache):
@@ -113,7 +113,7 @@ def test_bad_preferences_are_one_clear_line(pairs, flags, message, tmp_path, cac
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
     )
     flags = [str(same) if flag == "same" else flag for flag in flags]
-    own = ["--data.kind", "preference", "--data.source", pairs.data.source, "--data.cache-dir", str(cache)]
+    own = ["--data.kind", "preference", "--data.source", pairs.data.source]
     with pytest.raises(ValueError, match=message):
         main(["stdlib-tiny", *own, "--data.vocab-size", "270", "--out", str(tmp_path / "bad"), *flags])
     assert not (tmp_path / "bad").exists()

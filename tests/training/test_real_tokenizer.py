@@ -20,7 +20,7 @@ def test_a_pretrained_wordpiece_tokenizer_trains_a_model_with_its_own_mask_token
     config = RunConfig(
         out=str(tmp_path / "run"),
         data=DataConfig(
-            tokenizer=str(MINILM), seq_len=64, max_documents=20, validation_fraction=0.2, cache_dir=str(tmp_path)
+            tokenizer=str(MINILM), seq_len=64, max_documents=20, validation_fraction=0.2
         ),
         model=ModelConfig(size="1m"),
         train=TrainConfig(max_steps=3, batch_size=4, eval_windows=16, report_to=(), compile="off"),

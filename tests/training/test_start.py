@@ -70,7 +70,7 @@ def config(start, corpus, tmp_path):
     return RunConfig(
         out=str(tmp_path / "run"),
         data=DataConfig(
-            source=str(corpus), seq_len=32, validation_fraction=0.2, cache_dir=str(corpus.parent / "start-cache")
+            source=str(corpus), seq_len=32, validation_fraction=0.2
         ),
         model=ModelConfig(start=str(start)),
         train=TrainConfig(

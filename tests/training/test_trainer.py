@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import redraft
-from redraft.data.chat import ChatConfig
-from redraft.data.config import DataConfig
+from redraft.data.config import ChatConfig, DataConfig
 from redraft.data.prepare import prepare
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
@@ -66,7 +65,7 @@ def config(corpus, cache, tmp_path):
     return RunConfig(
         out=str(tmp_path / "run"),
         data=DataConfig(
-            source=str(corpus), seq_len=32, vocab_size=300, validation_fraction=0.2, cache_dir=str(cache)
+            source=str(corpus), seq_len=32, vocab_size=300, validation_fraction=0.2
         ),
         model=ModelConfig(size="1m", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
         train=TrainConfig(

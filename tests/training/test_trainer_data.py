@@ -10,7 +10,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from redraft.data import ChatConfig, DataConfig, prepare, train_tokenizer
+from redraft.data.config import ChatConfig, DataConfig
+from redraft.data.prepare import prepare
+from redraft.data.tokenizer import train_tokenizer
 from redraft.likelihood.problem import NoiseKey
 from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
@@ -35,7 +37,6 @@ def config(conversations, tmp_path):
         out=str(tmp_path / "run"),
         data=DataConfig(
             source=str(conversations), kind="chat", seq_len=64, vocab_size=270, validation_fraction=0.2,
-            cache_dir=str(tmp_path / "cache"),
         ),
         model=ModelConfig(size="1m", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
         train=TrainConfig(
@@ -148,7 +149,7 @@ def test_a_stream_is_resumed_exactly_in_a_later_pass(config, tmp_path):
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_tokenizer(texts, vocab_size=262).save_pretrained(tmp_path / "tokenizer")
     data = DataConfig(
-        source=str(corpus), seq_len=32, streaming=True, tokenizer=str(tmp_path / "tokenizer"), validation_windows=4,
+        source=str(corpus), seq_len=32, streaming=True, tokenizer=str(tmp_path / "tokenizer"),
         validation_fraction=0.2,
     )  # fmt: skip
     assert len(list(prepare(data).train)) < 4 * 8, "the checkpoint of step 8 is in the second pass or later"

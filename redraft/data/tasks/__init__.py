@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from redraft.data.splits import Split, split_of
+from redraft.data.sources import Split, split_of
 from redraft.data.tasks.composition import Composition
 from redraft.data.tasks.countdown import Countdown
 from redraft.data.tasks.example import Example

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from random import Random
 
-from redraft.data.splits import split_of
+from redraft.data.sources import split_of
 from redraft.data.tasks.example import Example
 
 WORDS = ["".join(p) for p in permutations("12345")]
