@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         row(name, _version(name) or f"not installed (pip install 'redraft[{extra}]')")
     row("device", str(choose_device(None)))
     row("threads", str(torch.get_num_threads()))
-    row("bfloat16", "faster than float32" if bfloat16_is_faster("auto") else "not faster than float32")
+    row("bfloat16", "faster than float32" if bfloat16_is_faster() else "not faster than float32")
     row("torch.compile", "a compiler is there" if can_compile() else "no compiler found")
     row("hub", _hub())
     try:

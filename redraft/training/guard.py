@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redraft.training.checkpoint import told_of_the_disk
+from redraft.training.checkpoint import explain_disk_errors
 
-MOST_KEPT = 5  # batches kept for inspection, of every process
+MAX_SKIPPED = 10  # steps; a run with more of them stops
+MAX_SAVED = 5  # batches saved for inspection, of every process
 
 
 class Guard:
@@ -19,9 +20,8 @@ class Guard:
     rate goes on. It is looked at when the loss is logged, which waits for the device anyway.
     """
 
-    def __init__(self, folder: Path, *, most: int, rank: int = 0) -> None:
+    def __init__(self, folder: Path, *, rank: int = 0) -> None:
         self.folder = folder
-        self.most = most
         self.rank = rank
         self.num_skipped = 0
         self._recent: list[tuple[int, Sequence[dict[str, Tensor]], Tensor]] = []
@@ -33,28 +33,28 @@ class Guard:
         return verdict
 
     def report(self) -> int:
-        """Count the steps skipped since the last call, and keep their batches."""
+        """Count the steps skipped since the last call, and save their batches."""
         if not self._recent:
             return 0
         verdicts = torch.stack([verdict for _, _, verdict in self._recent]).tolist()
         bad = [(step, batches) for (step, batches, _), skip in zip(self._recent, verdicts, strict=True) if skip]
-        for step, batches in bad[: max(0, MOST_KEPT - self.num_skipped)]:
-            self._keep(step, batches)
+        for step, batches in bad[: max(0, MAX_SAVED - self.num_skipped)]:
+            self._save(step, batches)
         self._recent.clear()
         self.num_skipped += len(bad)
         return len(bad)
 
     def check(self) -> None:
         """Raise ValueError where more steps were skipped than allowed."""
-        if self.num_skipped > self.most:
+        if self.num_skipped > MAX_SKIPPED:
             raise ValueError(
-                f"{self.num_skipped} steps had a gradient that is not finite, more than train.max_skipped={self.most}: "
-                f"the run diverged. The first such batches are in {self.folder}. Begin anew with a lower "
+                f"{self.num_skipped} steps had a gradient that is not finite, more than {MAX_SKIPPED}: the run "
+                f"diverged. The first such batches are in {self.folder}. Begin a new run with a lower "
                 "--train.learning-rate and another --out, or look at the data."
             )
 
-    def _keep(self, step: int, batches: Sequence[dict[str, Tensor]]) -> None:
+    def _save(self, step: int, batches: Sequence[dict[str, Tensor]]) -> None:
         tensors = {f"{i}.{name}": value.cpu().contiguous() for i, b in enumerate(batches) for name, value in b.items()}
-        with told_of_the_disk(f"the batch of step {step}", self.folder.parent):
+        with explain_disk_errors(f"the batch of step {step}", self.folder.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, self.folder / f"step-{step}-process-{self.rank}.safetensors")

@@ -129,7 +129,7 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
 
 
 def test_a_killed_process_ends_the_job_with_one_line(config):
-    config = with_train(config, max_steps=100_000, eval_every=0, save_every=100_000, warmup=0.0)
+    config = with_train(config, max_steps=100_000, save_every=100_000, warmup=0.0)
     with launched(config, flags=["--launch", "ddp", "--processes", "2"]) as process:
         wait_for_log(process, config, lines=3)
         workers = [child for child in psutil.Process(process.pid).children() if "redraft.cli" in child.cmdline()]
@@ -143,7 +143,7 @@ def test_a_killed_process_ends_the_job_with_one_line(config):
 
 
 def test_a_signal_to_the_launcher_saves_a_checkpoint(config):
-    config = with_train(config, max_steps=100_000, eval_every=0, save_every=100_000, warmup=0.0)
+    config = with_train(config, max_steps=100_000, save_every=100_000, warmup=0.0)
     with launched(config, flags=["--launch", "fsdp2", "--processes", "2"]) as process:
         wait_for_log(process, config, lines=3)
         process.send_signal(signal.SIGTERM)
@@ -198,9 +198,9 @@ def test_the_process_that_failed_is_told_from_those_that_fell_with_it(tmp_path, 
         ("--launch ddp --processes 3", "must be a multiple of the number of processes.*got 2 and 3"),
         ("--launch fsdp2 --processes 0", "--processes must be at least 1; got 0"),
         ("--launch=fsdp --processes 2", "--launch 'fsdp'.*ddp, fsdp2, deepspeed"),
-        ("--launch ddp", "--launch needs --processes and a number.*got None"),
-        ("--launch ddp --processes two", "--launch needs --processes and a number.*got two"),
-        ("--processes 2", "--processes goes with --launch; got 2 alone"),
+        ("--launch ddp", "--launch and --processes go together; got ddp and None"),
+        ("--launch ddp --processes two", "argument --processes: invalid int value: 'two'. See --help"),
+        ("--processes 2", "--launch and --processes go together; got None and 2"),
         ("--launch deepspeed --processes 2", "DeepSpeed, which is not installed"),
     ],
 )
