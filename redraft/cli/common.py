@@ -27,7 +27,7 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def say(console: Console, text: str, *, style: str | None = None, end: str = "\n") -> None:
+def print_text(console: Console, text: str, *, style: str | None = None, end: str = "\n") -> None:
     """Print a model's text: styled on a terminal, else to the byte (rich expands tabs and drops control characters)."""
     if console.is_terminal:
         console.print(text, style=style, end=end)

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         load_quietly,
         plain_console,
         read_prompts,
-        say,
+        print_text,
         text_of,
     )
     from redraft.prompts import HOLE
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     row["watched"] = watcher.page(num_positions=len(row["positions"]), text_of=text)
     args.out.write_text(render_page(page), encoding="utf-8")
     console = plain_console()
-    say(console, out.texts[0] if out.texts else " ".join(map(str, out.tokens[0].tolist())))
+    print_text(console, out.texts[0] if out.texts else " ".join(map(str, out.tokens[0].tolist())))
     for line in _lines(found, [text(token) for token in trace.token_ids], text):
         console.print(line, style="dim")
     console.print(f"page: {args.out}")

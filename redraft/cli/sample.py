@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
 
 def _print_samples(prompt: str, out: "Generation", rows: range, args: Arguments, console: Console) -> None:
     """Print a prompt's texts, or the one they agree on; several with a line on how different they are."""
-    from redraft.cli.common import say
+    from redraft.cli.common import print_text
     from redraft.evaluation.metrics import distinct_n, self_bleu, vote
 
     texts = [out.texts[row] if out.texts else " ".join(map(str, out.tokens[row].tolist())) for row in rows]
@@ -114,8 +114,8 @@ def _print_samples(prompt: str, out: "Generation", rows: range, args: Arguments,
                     return
         return
     for text in texts if chosen is None else [chosen]:
-        say(console, prompt, style="dim", end="")
-        say(console, text)
+        print_text(console, prompt, style="dim", end="")
+        print_text(console, text)
     if chosen is not None:
         console.print(f"{texts.count(chosen)} of {len(texts)} samples agree", style="dim")
     if len(rows) > 1:

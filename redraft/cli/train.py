@@ -44,10 +44,7 @@ def main(arguments: list[str]) -> int:
     if mode.launch or mode.processes:
         same_mode = [f"--{flag}" for flag in ("resume", "smoke") if getattr(mode, flag)]
         return _launch(mode.launch, mode.processes, config, [name, *same_mode, *flags])
-    from redraft.training.output import lasting_output
-
-    with lasting_output():
-        return _train(config, resume=mode.resume)
+    return _train(config, resume=mode.resume)
 
 
 def _take_mode(flags: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -64,23 +61,18 @@ def _take_mode(flags: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
-    from redraft.cli.common import plain_console
+    from redraft.training.output import lasting_output
 
-    console = plain_console()
+    train: Any
     if isinstance(config, LatentRunConfig):
-        from redraft.training.latent import run_stage
-
-        result = run_stage(config, resume=resume, console=console)
+        from redraft.training.latent import run_stage as train
     else:
-        from redraft.training.run import run  # heavy: transformers' trainer
-
-        result = run(config, resume=resume, console=console)
-    if result.signal:
-        return 128 + result.signal
-    if result.diverged:
-        return 1
-    print("try next:", *(f"  {step}" for step in next_steps(config)), sep="\n")
-    return 0
+        from redraft.training.run import run as train  # heavy: transformers' trainer
+    with lasting_output():
+        result = train(config, resume=resume)
+        if not (result.signal or result.diverged):
+            print("try next:", *(f"  {step}" for step in next_steps(config)), sep="\n")
+    return 128 + result.signal if result.signal else int(result.diverged is not None)
 
 
 def _launch(kind: str | None, processes: int | None, config: Any, arguments: list[str]) -> int:

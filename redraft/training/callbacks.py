@@ -148,9 +148,6 @@ class Stop(TrainerCallback):
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        hang_up = self._previous.pop(_HANG_UP, None) if _HANG_UP else None
-        self.restore()
-        if _HANG_UP and hang_up is not None:
-            self._previous[_HANG_UP] = hang_up  # until the end
-            signal.signal(_HANG_UP, signal.SIG_IGN)
+        for each, handler in self._previous.items():
+            signal.signal(each, signal.SIG_IGN if each == _HANG_UP else handler)
         say(self.console, f"{self.received.name}: saving a checkpoint after this step (again to stop at once)")

@@ -86,6 +86,15 @@ def tidy(run: Path, *, step: int, keep: int) -> None:
             delete_checkpoint(folder)
 
 
+def publish(checkpoint: Path, run: Path, *, keep: int) -> None:
+    """Hash a checkpoint that was written aside, and move it to the others: a killed run leaves no half of one."""
+    with explain_disk_errors(checkpoint.name, run):
+        write_hashes(checkpoint)
+    delete_checkpoint(run / checkpoint.name)  # a damaged one that was passed over
+    checkpoint.rename(run / checkpoint.name)
+    tidy(run, step=step_of(checkpoint), keep=keep)
+
+
 def step_of(checkpoint: str | Path) -> int:
     """Read the step of a checkpoint off its name."""
     return int(Path(checkpoint).name.removeprefix("checkpoint-"))

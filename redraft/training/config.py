@@ -313,13 +313,15 @@ class RunConfig(BaseRunConfig):
                 f"objective.block_size must not exceed data.seq_len; got {self.objective.block_size} and "
                 f"{self.data.seq_len}. Lower it."
             )
-        if self.model.start is not None and self.data.tokenizer is not None:
+        is_thought, tokenizer = self.data.kind == "thought", self.data.tokenizer
+        if self.model.start is not None and (is_thought or tokenizer is not None):
+            other = "data.kind thought" if is_thought else f"data.tokenizer {tokenizer!r}"
+            raise ValueError(f"model.start brings its own tokenizer; got {other} beside it. Leave one of them out.")
+        if is_thought and self.objective.kind in ("masked", "uniform") and not self.data.thought.fill:
             raise ValueError(
-                f"model.start brings its own tokenizer; got data.tokenizer={self.data.tokenizer!r} beside it. Leave "
-                "out one or the other."
+                f"objective.kind {self.objective.kind} fills a canvas of one length; got data.thought.fill False, by "
+                "which the length of a row tells that of its answer. Add --data.thought.fill."
             )
-        if self.data.kind == "thought":
-            self._check_thought()
         self._check_adapter()
         if self.model.max_positions is not None and self.data.seq_len > self.model.max_positions:
             raise ValueError(
@@ -329,18 +331,6 @@ class RunConfig(BaseRunConfig):
         if self.objective.kind == "ar" and self.model.architecture == "modernbert":
             raise ValueError(
                 "objective.kind ar needs a decoder; got model.architecture modernbert, an encoder. Use llama."
-            )
-
-    def _check_thought(self) -> None:
-        if self.model.start is not None:
-            raise ValueError(
-                f"kind thought makes a tokenizer of the task's words; got model.start {self.model.start!r}, which "
-                "brings its own. Leave it out."
-            )
-        if self.objective.kind in ("masked", "uniform") and not self.data.thought.fill:
-            raise ValueError(
-                f"objective.kind {self.objective.kind} fills a canvas of one length; got data.thought.fill False, by "
-                "which the length of a row tells that of its answer. Add --data.thought.fill."
             )
 
     def _check_adapter(self) -> None:
@@ -359,10 +349,10 @@ class RunConfig(BaseRunConfig):
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Add the examples of thoughts, if a file holds them."""
-        has_file = self.data.kind == "thought" and self.data.source.endswith(".jsonl")
-        return super().identity() | (
-            {"examples": {"hash of the examples": hash_of(Path(self.data.source))}} if has_file else {}
-        )
+        identity = super().identity()
+        if self.data.kind == "thought" and self.data.source.endswith(".jsonl"):
+            identity["examples"] = {"hash of the examples": hash_of(Path(self.data.source))}
+        return identity
 
 
 def from_dict(kind: Any, saved: Any, *, where: str, section: str = "") -> Any:

@@ -1,9 +1,16 @@
-"""What happens to a step whose gradient is not finite: it is skipped, counted, and its batch kept."""
+"""Steps whose gradient is not finite are skipped and counted; a logged loss that jumps is traced to its window.
+
+Neither waits for the device before the loss is logged.
+"""
 
 from collections.abc import Sequence
+from math import inf, isfinite
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -11,6 +18,8 @@ from redraft.training.checkpoint import explain_disk_errors
 
 MAX_SKIPPED = 10  # steps; a run with more of them stops
 MAX_SAVED = 5  # batches saved for inspection, of every process
+HISTORY, MIN_LOSSES = 20, 10  # logged losses
+DEVIATIONS, SHARE = 10, 0.1
 
 
 class Guard:
@@ -58,3 +67,42 @@ class Guard:
         with explain_disk_errors(f"the batch of step {step}", self.folder.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, self.folder / f"step-{step}-process-{self.rank}.safetensors")
+
+
+def usual_loss(losses: Sequence[float]) -> tuple[float, float]:
+    """Return the median of the last losses, and the limit above which a loss has jumped; infinity if too few.
+
+    That is 10 median absolute deviations above the median and a tenth above it: means and deviations would follow the
+    jumps, and the losses of few rows have a heavy tail.
+    """
+    recent = [loss for loss in losses if isfinite(loss)][-HISTORY:]
+    if len(recent) < MIN_LOSSES:
+        return inf, inf
+    middle = median(recent)
+    deviation = median(abs(loss - middle) for loss in recent)
+    return middle, middle + max(DEVIATIONS * deviation, SHARE * abs(middle))
+
+
+class Spikes:
+    """Remember on the device which row had the highest loss since the last log; read it if the logged loss jumped."""
+
+    def __init__(self) -> None:
+        self._worst: tuple[Tensor, Tensor] | None = None  # its nats, (1,); its step and window, (1, 2)
+
+    def record(self, nats: Float[Tensor, "rows"], windows: Int[Tensor, "rows"], *, step: int) -> None:
+        """Compare one forward pass with the worst row so far; waits for nothing."""
+        highest, row = nats.detach().max(0, keepdim=True)
+        place = torch.stack([torch.full_like(row, step), windows[row]], dim=1)  # (1, 2)
+        before, place_before = self._worst or (torch.full_like(highest, -inf), place)
+        # fmax ignores NaN, which the guard counts.
+        self._worst = torch.fmax(before, highest), torch.where(highest > before, place, place_before)
+
+    def report(self, loss: float, earlier: Sequence[float], *, accelerator: Any) -> dict[str, Any]:
+        """Return the window and step behind a jump, nothing where there is none. All processes call it."""
+        worst, self._worst = self._worst, None
+        usual, limit = usual_loss(earlier)
+        if not limit < loss < inf or worst is None:
+            return {}
+        nats, places = accelerator.gather(worst)
+        step, window = places[nats.argmax()].tolist()
+        return {"usual_loss": usual, "spike_step": step + 1, "spike_window": window}

@@ -17,14 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from redraft.data.collate import PassSampler
 from redraft.folders import write_whole
-from redraft.training.checkpoint import (
-    IDENTITY_FILE,
-    STAGING,
-    delete_checkpoint,
-    explain_disk_errors,
-    tidy,
-    write_hashes,
-)
+from redraft.training.checkpoint import IDENTITY_FILE, STAGING, explain_disk_errors, publish
 from redraft.training.config import BaseRunConfig
 from redraft.training.ema import WeightAverage
 from redraft.training.guard import Guard
@@ -211,9 +204,8 @@ class KeyedTrainer(Trainer):
         return self._checkpoint_parent or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint aside and rename it when it is whole: a killed run leaves no half of one."""
-        assert self.args.output_dir is not None
-        out = Path(self.args.output_dir)
+        """Write the checkpoint aside, and publish it when all processes have written their parts."""
+        out = Path(cast(str, self.args.output_dir))
         staging = out / STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -232,11 +224,7 @@ class KeyedTrainer(Trainer):
             self._checkpoint_parent = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            with explain_disk_errors(name, out):
-                write_hashes(staging / name)  # of every process' files: all have written them
-            delete_checkpoint(out / name)  # a damaged one that was passed over
-            (staging / name).rename(out / name)
-            tidy(out, step=self.state.global_step, keep=cast(int, self.args.save_total_limit))
+            publish(staging / name, out, keep=cast(int, self.args.save_total_limit))
         self.accelerator.wait_for_everyone()
 
     def _describe(self, folder: Path) -> None:

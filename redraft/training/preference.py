@@ -71,19 +71,14 @@ class PreferenceTrainer(DiffusionTrainer):
                 fixed = bounds(reference, objective, rows, key, **settings)
             return preference_margins(bounds(self.denoiser, objective, rows, key, wrapped=wrapped, **settings), fixed)
 
-    def compute_loss(
-        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
-    ) -> Any:
-        """Return this process' share of the mean loss over the pairs of the global batch."""
-        assert num_items_in_batch is not None
-        count = len(inputs["input_ids"]) // 2
-        pair = inputs["row"][0] // 2 + torch.arange(count, device=inputs["row"].device)  # whatever the split
+    def total_loss(self, batch: Batch, *, wrapped: Any) -> Tensor:
+        """Sum the losses of the pairs of a batch, with gradient."""
+        count = len(batch["input_ids"]) // 2
+        pair = batch["row"][0] // 2 + torch.arange(count, device=batch["row"].device)  # whatever the split
         step, total = self.state.global_step, self._global_rows // 2
-        margins = self.margins(inputs, pair, seed=self.args.seed, step=step, total=total, wrapped=model)
-        losses = preference_loss(margins, beta=self.beta)
+        margins = self.margins(batch, pair, seed=self.args.seed, step=step, total=total, wrapped=wrapped)
         self._sums += _sums_of(margins)
-        loss = losses.sum() * self.args.world_size / num_items_in_batch  # DDP averages over processes: undone
-        return (loss, None) if return_outputs else loss
+        return preference_loss(margins, beta=self.beta).sum()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean margin and the share of right pairs since the last line."""

@@ -32,15 +32,7 @@ from redraft.training.pace import compile_if_it_pays, fit_to_minutes
 from redraft.training.preference import PreferenceTrainer
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer, spread
-from redraft.training.verdict import (
-    CURVE_FILE,
-    RunResult,
-    announce,
-    divergence,
-    draw_curve,
-    weight_norm,
-    worse_than_chance,
-)
+from redraft.training.verdict import RunResult, announce, divergence, draw_curve, weight_norm, worse_than_chance
 
 FROM_SCRATCH = {"preset": "llada-random", "temperature": 0.9}
 """Sampler that a model of random weights is saved with: taking the surest first, a small one repeats one token."""
@@ -246,8 +238,7 @@ def _finish(
             unigram, gzip = unigram_nats(windows, vocab_size=vocab_size), gzip_bits_per_byte(windows, data.tokenizer)
             result = replace(result, unigram_nats=unigram, gzip_bits_per_byte=gzip)
     if trainer.is_world_process_zero():
-        with explain_disk_errors(CURVE_FILE, result.folder):
-            draw_curve(trainer.state.log_history, config, console=console)
+        draw_curve(trainer.state.log_history, config, console=console)
         announce(result, console, measure=measure)
     return result
 

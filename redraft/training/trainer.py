@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,26 +18,17 @@ from redraft.likelihood.problem import CleanRows, NoiseKey, Objective, solve
 from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_is_plain
-from redraft.training.adapter import enable_checkpointing, has_adapter, read_adapter
+from redraft.training.adapter import enable_checkpointing
 from redraft.training.config import RunConfig
-from redraft.training.loop import Batch, KeyedTrainer
-from redraft.training.sharding import (
-    OPTIMIZER_FILE,
-    SCHEDULER_FILE,
-    load_moments,
-    restore_weights,
-    shard_on_cpu,
-    whole,
-    whole_weights,
-)
-from redraft.training.spikes import Spikes
+from redraft.training.guard import Spikes
+from redraft.training.loop import Batch
+from redraft.training.sharding import WholeCheckpoints
 
 EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
 VALIDATION_WINDOWS = 512  # of the evaluations before the end
-SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP", "DEEPSPEED")
 
 
-class DiffusionTrainer(KeyedTrainer):
+class DiffusionTrainer(WholeCheckpoints):
     """Minimise an objective in nats per target token of the global batch, whatever it is split into."""
 
     def __init__(self, config: RunConfig, data: PreparedData, denoiser: Denoiser) -> None:
@@ -57,8 +47,6 @@ class DiffusionTrainer(KeyedTrainer):
         )
         self.data_config = config.data
         self.pad_token_id = data.tokenizer.pad_token_id or 0  # some have none; the segment marks padding
-        self.is_sharded = self.accelerator.distributed_type is DistributedType.FSDP
-        self._check_parallelism()
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         is_eager_gpu = train.compile == "off" and self.args.device.type == "cuda"  # flex attention is compiled
         wanted = "mask" if is_eager_gpu else "auto"
@@ -71,21 +59,6 @@ class DiffusionTrainer(KeyedTrainer):
         is_deepspeed = self.accelerator.distributed_type is DistributedType.DEEPSPEED
         self._has_plain_head = not is_deepspeed and head_is_plain(model)
         self.spikes = Spikes()
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator, and let it shard on the CPU too."""
-        super().create_accelerator_and_postprocess()
-        shard_on_cpu(self.accelerator)
-        self.is_fsdp_enabled = self.accelerator.distributed_type is DistributedType.FSDP
-
-    def _check_parallelism(self) -> None:
-        """Raise ValueError for what cannot be trained in the way that the processes were launched."""
-        kind = self.accelerator.distributed_type.value
-        if kind not in SUPPORTED or (self.is_sharded and self.accelerator.state.fsdp_plugin.fsdp_version != 2):
-            raise ValueError(f"training under {kind} (or FSDP 1) is not supported. Use ddp, fsdp2 or deepspeed.")
-        if self.is_sharded and (self.average or has_adapter(self.model)):
-            what = "train.ema_decay" if self.average else "an adapter"
-            raise ValueError(f"{what} is not supported over sharded weights (fsdp2). Leave it out, or use ddp.")
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         return collate(rows, pad_token_id=self.pad_token_id)
@@ -110,23 +83,20 @@ class DiffusionTrainer(KeyedTrainer):
         )
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return this process' share of the loss of the global batch, in nats per token."""
-        assert num_items_in_batch is not None
-        key = NoiseKey(
-            seed=self.args.seed, step=self.state.global_step, rows=inputs["row"], total_rows=self._global_rows
-        )
-        with self.accelerator.autocast():  # the head runs outside of the forward that accelerate wraps
-            total, nats = self.score(self.objective, inputs, key, wrapped=model)
+        """Return this process' share of the loss of the global batch: nats per token, or per pair."""
         # DDP averages gradients over processes, and the logged loss is averaged too: undo both.
-        loss = total * self.args.world_size / num_items_in_batch
-        self.spikes.record(nats, inputs.get("window", inputs["row"]), step=self.state.global_step)
-        return (loss, None) if return_outputs else loss
+        return self.total_loss(inputs, wrapped=model) * self.args.world_size / num_items_in_batch
+
+    def total_loss(self, batch: Batch, *, wrapped: Any) -> Tensor:
+        """Sum the losses of a batch, with gradient."""
+        step = self.state.global_step
+        key = NoiseKey(seed=self.args.seed, step=step, rows=batch["row"], total_rows=self._global_rows)
+        with self.accelerator.autocast():  # the head runs outside of the forward that accelerate wraps
+            total, nats = self.score(self.objective, batch, key, wrapped=wrapped)
+        self.spikes.record(nats, batch.get("window", batch["row"]), step=step)
+        return total
 
     def score(self, objective: Objective, batch: Batch, key: NoiseKey, *, wrapped: Any = None) -> tuple[Tensor, Tensor]:
         """Score a batch: the sum over it, with gradient, and each row's, in nats."""
@@ -197,47 +167,6 @@ class DiffusionTrainer(KeyedTrainer):
                 index, is_counted = index[is_counted], is_counted[is_counted]
             batch = self._collate([dataset[int(i)] for i in index]) | {"row": index, "is_counted": is_counted}
             yield self._prepare_inputs(batch)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if has_adapter(self.model) and self.args.should_save:  # whose settings may not be those of its base
-            self.denoiser.model.config.save_pretrained(output_dir or self.args.output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if has_adapter(self.model):
-            read_adapter(self.model, resume_from_checkpoint)
-        else:
-            restore_weights(self.model, resume_from_checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the whole model, whatever it is sharded over; all processes take part."""
-        if not self.is_sharded:
-            return super().save_model(output_dir, _internal_call)
-        weights = whole_weights(self.model, keep=self.args.should_save)
-        if self.args.should_save:
-            self._save(output_dir, state_dict=weights)
-        return None
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_sharded:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        optimizer: Any = self.optimizer
-        scheduler: Any = self.lr_scheduler
-        state = whole(optimizer.state_dict(), keep=self.args.should_save)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
-        return None
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_sharded or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer: Any = self.optimizer  # accelerate's wrapper
-        scheduler: Any = self.lr_scheduler
-        saved = torch.load(Path(checkpoint) / OPTIMIZER_FILE, mmap=True, weights_only=True)
-        load_moments(optimizer.optimizer, saved)
-        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
-        return None
 
 
 def spread(dataset: Any, count: int) -> Any:

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 
 from redraft.likelihood.problem import Estimate
+from redraft.training.checkpoint import explain_disk_errors
 from redraft.training.config import RunConfig
 from redraft.training.output import say
 
@@ -103,7 +104,8 @@ def draw_curve(history: list[dict[str, Any]], config: RunConfig, *, console: Con
     axes.set_ylabel("nats per pair" if is_preference else "nats per token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(Path(config.out) / CURVE_FILE, dpi=150)
+    with explain_disk_errors(CURVE_FILE, Path(config.out)):
+        figure.savefig(Path(config.out) / CURVE_FILE, dpi=150)
 
 
 def _series(history: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:

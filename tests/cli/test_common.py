@@ -14,18 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import redraft
 from redraft.cli import common, doctor, main
-from redraft.cli.common import check_prompts, check_writable, plain_console, read_prompts, say, warn_of_repetition
+from redraft.cli.common import check_prompts, check_writable, plain_console, read_prompts, print_text, warn_of_repetition
 
 
 @pytest.mark.parametrize("text", ["x[a:cat:2] :100:", "[red]a[/red] [/b]", "1.5 'a' http://b", "y " * 90])
 def test_a_text_is_printed_as_it_is(text, capsys):
     plain_console().print(text)
-    say(plain_console(), text)
+    print_text(plain_console(), text)
     assert capsys.readouterr().out == f"{text}\n" * 2
 
 
 def test_off_a_terminal_tabs_and_control_characters_stay(capsys):
-    say(plain_console(), "if x:\n\ty\x0c\r\n", end="")
+    print_text(plain_console(), "if x:\n\ty\x0c\r\n", end="")
     assert capsys.readouterr().out == "if x:\n\ty\x0c\r\n"
 
 

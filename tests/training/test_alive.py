@@ -26,9 +26,9 @@ from redraft.training import trainer as trainer_module
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage, last_whole_checkpoint, tidy
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
+from redraft.training.guard import Spikes
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.run import run
-from redraft.training.spikes import Spikes
 
 QUIET = Console(quiet=True)
 
@@ -130,8 +130,8 @@ def test_a_full_disk_is_one_line_wherever_it_is_found_and_says_what_is_left(conf
     replaced = {
         "recipe": ("redraft.training.config.write_whole", full),
         "batch": ("redraft.training.guard.save_file", full),
-        "curve": ("redraft.training.run.draw_curve", full),
-        "hashes": ("redraft.training.loop.write_hashes", full),
+        "curve": ("matplotlib.figure.Figure.savefig", full),
+        "hashes": ("redraft.training.checkpoint.write_hashes", full),
         "log": (
             "pathlib.Path.open",
             lambda self, mode="r", **more: full() if mode == "a" else opened(self, mode, **more),

@@ -42,7 +42,7 @@ from redraft.cli.train import main
 from redraft.training.checkpoint import damage
 from redraft.training.config import ObjectiveConfig
 from redraft.training.launch import KINDS as LAUNCHES
-from redraft.training.launch import _verdict, check_division, config_file
+from redraft.training.launch import _describe_failure, check_division, config_file
 from redraft.training.run import run
 
 
@@ -187,7 +187,7 @@ def test_the_process_that_failed_is_told_from_those_that_fell_with_it(tmp_path, 
     failures = {
         rank: SimpleNamespace(exitcode=code, pid=100 + rank, local_rank=rank) for rank, code in enumerate(codes)
     }
-    code, reason = _verdict(failures, 2, tmp_path)
+    code, reason = _describe_failure(failures, 2, tmp_path)
     assert re.match(cause, reason)
     assert code == (codes[1] if codes[1] > 0 else 128 - codes[1])
 

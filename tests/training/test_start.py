@@ -207,7 +207,7 @@ def test_a_shape_beside_a_start_is_told(given):
 
 
 def test_a_tokenizer_beside_a_start_is_told():
-    with pytest.raises(ValueError, match="model.start brings its own tokenizer; got data.tokenizer='other'"):
+    with pytest.raises(ValueError, match="model.start brings its own tokenizer; got data.tokenizer 'other'"):
         RunConfig(model=ModelConfig(start="some/model"), data=DataConfig(tokenizer="other"))
 
 
