@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> int:
         check_writable,
         load_quietly,
         plain_console,
-        read_prompts,
         print_text,
+        read_prompts,
         text_of,
     )
     from redraft.prompts import HOLE

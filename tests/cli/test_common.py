@@ -14,7 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import redraft
 from redraft.cli import common, doctor, main
-from redraft.cli.common import check_prompts, check_writable, plain_console, read_prompts, print_text, warn_of_repetition
+from redraft.cli.common import (
+    check_prompts,
+    check_writable,
+    plain_console,
+    print_text,
+    read_prompts,
+    warn_of_repetition,
+)
 
 
 @pytest.mark.parametrize("text", ["x[a:cat:2] :100:", "[red]a[/red] [/b]", "1.5 'a' http://b", "y " * 90])
