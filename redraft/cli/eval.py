@@ -1,6 +1,5 @@
 """`redraft eval MODEL --tasks ...`: measure a model; an interrupted evaluation goes on where it stopped."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -143,10 +142,7 @@ def _launch(args: Arguments, arguments: list[str]) -> int:
     if args.processes < 1:
         raise ValueError(f"--processes must be at least 1; got {args.processes}.")
     go_on = f"The same command goes on with what is in {args.out}"
-    code, reason = launch("ddp", args.processes, ["eval", *arguments, "--processes", "1"], go_on=go_on)
-    if reason:
-        print(f"redraft eval: {reason}", file=sys.stderr)
-    return code
+    return launch("ddp", args.processes, ["eval", *arguments, "--processes", "1"], go_on=go_on)
 
 
 def _run_offline(

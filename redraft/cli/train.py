@@ -3,7 +3,6 @@
 import argparse
 import re
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ MODES = """--resume goes on with the run in --out from its last checkpoint.
 def main(arguments: list[str]) -> int:
     """Resolve the recipe and its flags, train, and say what came out; 1 for a run that diverged."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, RECIPES))
-        lines = [f"  {name:<{width}}  {default_doc(name).splitlines()[0]}" for name in RECIPES]
+        lines = [f"  {name:<20}{default_doc(name).splitlines()[0]}" for name in RECIPES]
         print(USAGE, MODES, "", *lines, sep="\n")
         return 0
     name, *flags = arguments
@@ -39,8 +37,7 @@ def main(arguments: list[str]) -> int:
         default = replace(default, model=ModelConfig())  # the recipe's shape gives way; one asked for is refused
     if "-h" in flags or "--help" in flags:
         print(f"{default_doc(name)}\n\n{MODES}\n")
-    kind: type[Any] = type(default)
-    config = parse(kind, flags, command=f"train {name}", default=default)
+    config: Any = parse(type(default), flags, command=f"train {name}", default=default)
     if mode.launch or mode.processes:
         same_mode = [f"--{flag}" for flag in ("resume", "smoke") if getattr(mode, flag)]
         return _launch(mode.launch, mode.processes, config, [name, *same_mode, *flags])
@@ -84,10 +81,7 @@ def _launch(kind: str | None, processes: int | None, config: Any, arguments: lis
     if isinstance(config, LatentRunConfig):
         raise ValueError(f"latent stages train in one process; got --launch {kind}. Leave it out.")
     check_launch(kind, processes, batch_size=config.train.batch_size)
-    code, reason = launch(kind, processes, ["train", *arguments])
-    if reason:
-        print(f"redraft train: {reason}", file=sys.stderr)
-    return code
+    return launch(kind, processes, ["train", *arguments])
 
 
 def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
@@ -119,10 +113,8 @@ def _after_stage(config: LatentRunConfig, folder: str) -> list[str]:
     from redraft.data.tasks import find_task
 
     prompt = next(iter(find_task(str(config.task)).examples())).prompt
-    steps = [f"redraft think {folder} {shlex.quote(prompt)} --show"]
-    if config.stage == "denoiser":
-        steps.append(f"redraft train latent-rollout --start {folder} --task {task}")
-    return steps
+    rollout = f"redraft train latent-rollout --start {folder} --task {task}"
+    return [f"redraft think {folder} {shlex.quote(prompt)} --show", *([rollout] if config.stage == "denoiser" else [])]
 
 
 def default_doc(name: str) -> str:
@@ -137,8 +129,7 @@ def _find(name: str) -> RunConfig | LatentRunConfig:
         return RECIPES[name]()  # type: ignore[return-value]
     path = Path(name)
     if path.is_dir() and not (path / RECIPE_FILE).exists():
-        known = ", ".join(RECIPES)
-        raise ValueError(f"{path} holds no {RECIPE_FILE}, so it is not a run to continue. The recipes are {known}.")
+        raise ValueError(f"{path} is no run: it holds no {RECIPE_FILE}. The recipes are {', '.join(RECIPES)}.")
     if not path.is_dir() and path.suffix != ".json":
         raise unknown_name("recipe", name, RECIPES)
     file = path / RECIPE_FILE if path.is_dir() else path

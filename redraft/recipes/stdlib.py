@@ -27,7 +27,7 @@ def stdlib_demo() -> RunConfig:
 
 
 def stdlib_small() -> RunConfig:
-    """Train 12 M parameters for at most 90 minutes on 2 cores, to compress held-out modules."""
+    """Train 12 M parameters for at most 90 minutes on 2 cores, to compress modules that it has not seen."""
     return RunConfig(
         out="runs/stdlib-small",
         data=DataConfig(seq_len=256, vocab_size=4096),

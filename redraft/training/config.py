@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -379,15 +380,13 @@ def from_dict(kind: Any, saved: Any, *, where: str, section: str = "") -> Any:
 
 def differences(old: Any, new: Any) -> list[str]:
     """List the settings in which two runs differ, as `section.name: old -> new`."""
-    a, b = _flat(asdict(old)), _flat(asdict(new))
+    a, b = dict(_flat(asdict(old))), dict(_flat(asdict(new)))
     return [f"{name}: {a[name]!r} -> {b[name]!r}" for name in a if a[name] != b[name]]
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in nested.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            yield prefix + name, value

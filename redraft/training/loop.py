@@ -28,7 +28,7 @@ Batch = dict[str, Tensor]
 
 
 def log_interval(max_steps: int) -> int:
-    """Steps between log lines: one for each percent of the run, and one for at most 100 steps."""
+    """Return the steps between log lines: a percent of the run, at least 1 and at most 100."""
     return min(max(max_steps // 100, 1), 100)
 
 
@@ -146,10 +146,9 @@ class KeyedTrainer(Trainer):
         return batches, num_items
 
     def get_train_dataloader(self) -> Any:
-        """Build the loader, and tell it where its sampler is: with many processes it would not look deep enough.
+        """Build the loader and give it its sampler, which must learn the number of the pass (`set_epoch`).
 
-        (It has to reach the sampler to tell it the pass, through the batches of the processes and those that a resumed
-        run skips.)
+        With many processes, or batches that a resumed run skips, accelerate's wrappers hide the sampler from it.
         """
         self._sampler = None
         loader: Any = super().get_train_dataloader()

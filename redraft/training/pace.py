@@ -32,7 +32,7 @@ def fit_to_minutes(config: Run, trainer: KeyedTrainer, console: Console) -> Run:
     train = config.train
     assert train.max_minutes is not None
     start = time.monotonic()
-    seconds = _measure_step(trainer, at_most=3 * train.max_minutes)
+    seconds = _measure_step(trainer, max_seconds=3 * train.max_minutes)
     spent = time.monotonic() - start
     per_step = seconds * (MUON if trainer.uses_muon else ADAMW)
     if trainer.eval_dataset is not None:
@@ -45,8 +45,8 @@ def fit_to_minutes(config: Run, trainer: KeyedTrainer, console: Console) -> Run:
     return replace(config, train=replace(train, max_steps=steps))
 
 
-def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
-    """Time one optimizer step's forwards and backwards: several, or what `at_most` seconds hold, but three at least.
+def _measure_step(trainer: KeyedTrainer, *, max_seconds: float) -> float:
+    """Time an optimizer step's forwards and backwards: at least three times, until `max_seconds` or `timed_steps`.
 
     Weights, buffers and data order stay as they were.
     """
@@ -65,7 +65,7 @@ def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - start)
-        if any_process(step >= 2 and sum(times) > at_most, device=device):
+        if any_process(step >= 2 and sum(times) > max_seconds, device=device):
             break
     for buffer, before in buffers:
         buffer.copy_(before)

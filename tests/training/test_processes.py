@@ -53,7 +53,7 @@ def launch_all(kind, configs):
         paths.append(Path(one.out).with_suffix(".json"))
         paths[-1].write_text(json.dumps(asdict(one)))
     code = "import sys; from redraft.training.launch import launch; "
-    code += f"code, reason = launch({kind!r}, 2, sys.argv[1:], module='many_runs'); print(reason); sys.exit(code)"
+    code += f"sys.exit(launch({kind!r}, 2, sys.argv[1:], module='many_runs'))"
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", code, *map(str, paths)]

@@ -361,10 +361,8 @@ def test_block_diffusion_in_pieces_trains_as_under_a_mask(config, train, tmp_pat
     )
     found = []
     for attention in ("mask", "auto"):
-        choose = partial(choose_attention, wanted=attention)
-        monkeypatch.setattr(
-            "redraft.training.trainer.choose_attention", lambda model, _, choose=choose, **more: choose(model, **more)
-        )
+        choose = lambda model, _, way=attention, **more: choose_attention(model, way, **more)  # noqa: E731
+        monkeypatch.setattr("redraft.training.trainer.choose_attention", choose)
         one = with_train(block, batch_size=2, max_steps=3, **train)
         run(replace(one, out=str(tmp_path / attention)), console=QUIET)
         found.append(losses(tmp_path / attention))
@@ -400,7 +398,7 @@ def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measure
     monkeypatch.setattr(
         "redraft.training.callbacks.time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter)
     )
-    outcome = run(with_train(config, max_steps=9, max_minutes=minutes), console=QUIET)
+    outcome = run(with_train(config, max_steps=9, max_minutes=minutes, save_every=1000), console=QUIET)
     assert outcome.steps == RunConfig.read(outcome.folder / "recipe.json").train.max_steps == steps
     assert len(calls) == measured + steps
 

@@ -1,8 +1,9 @@
-"""Start a training again in many processes, under accelerate's launcher, and say in one line how it failed."""
+"""Start a command again in many processes, under accelerate's launcher, and say in one line how it failed."""
 
 import logging
 import shutil
 import signal
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,10 +41,8 @@ def check_division(batch_size: int, processes: int) -> None:
         )
 
 
-def launch(
-    kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli", go_on: str = GO_ON
-) -> tuple[int, str | None]:
-    """Run `python -m MODULE ARGUMENTS` in every process. Returns the exit code, and the reason where it is not 0.
+def launch(kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli", go_on: str = GO_ON) -> int:
+    """Run `python -m MODULE ARGUMENTS` in every process; return the exit code, and print why it is not 0.
 
     `go_on` is what to do where the system killed a process.
     What the processes write on standard error goes to files of their own, kept where the reason names them.
@@ -56,7 +55,7 @@ def launch(
     parsed = launch_command_parser().parse_args([*options, "--module", module, *arguments])
     logs = Path(tempfile.mkdtemp(prefix="redraft-launch-"))
     parsed.log_dir, parsed.redirects = str(logs), "2"
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the reason is returned
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the reason is printed
     code, reason = 0, None
     try:
         launch_command(parsed)
@@ -66,7 +65,9 @@ def launch(
         code, reason = 128 + error.sigval, f"stopped by {error.sigval.name}"
     if reason is None or str(logs) not in reason:
         shutil.rmtree(logs)
-    return code, reason
+    if reason:
+        print(f"redraft {arguments[0]}: {reason}", file=sys.stderr)
+    return code
 
 
 def _describe_failure(failures: dict[int, Any], processes: int, logs: Path, *, go_on: str = GO_ON) -> tuple[int, str]:
