@@ -47,8 +47,7 @@ def recipe(start: Path, out: Path, *, block_size: int, steps: int, minutes: floa
     assert isinstance(published, RunConfig)
     train = replace(
         published.train, batch_size=BATCH_SIZE, accumulation=1, epochs=None, max_steps=steps, max_minutes=minutes,
-        eval_every=0, final_eval_windows=64, save_every=10_000, log_every=5, precision="bfloat16", compile="off",
-        report_to=(),
+        max_validation_windows=64, save_every=10_000, precision="bfloat16", compile="off",
     )  # fmt: skip
     return RunConfig(
         out=str(out), data=DataConfig(seq_len=SEQ_LEN), model=ModelConfig(start=str(start)),
@@ -60,7 +59,7 @@ def held_out_before(start: Path, out: Path, *, block_size: int) -> str:
     """Evaluate the converted model: a run of one step that moves nothing that float32 can hold."""
     config = recipe(start, out, block_size=block_size, steps=1, minutes=None)
     config = replace(config, train=replace(config.train, learning_rate=1e-20, weight_decay=0.0))
-    return str(run(config, console=Console(quiet=True)).held_out)
+    return str(run(config, console=Console(quiet=True)).validation)
 
 
 def curve(folder: Path) -> list[str]:
@@ -134,7 +133,7 @@ def main() -> None:
         config = recipe(start, out, block_size=args.block_size, steps=100_000, minutes=args.minutes)
         outcome = run(config, console=Console(stderr=True))
         print(describe(Path(__file__).name, sys.argv[1:]))
-        print(f"Held out before: {before}; after {outcome.steps} steps: {outcome.held_out}.")
+        print(f"Held out before: {before}; after {outcome.steps} steps: {outcome.validation}.")
         print(f"Unigram entropy: {outcome.unigram_nats:.3f} nats per token.\n")
         print("| step | training loss | seconds per step, AdamW included |\n|---|---|---|")
         print("\n".join(curve(out)), flush=True)

@@ -68,9 +68,8 @@ def train(method: str, args: argparse.Namespace, *, rate: float, steps: int, see
             objective=METHODS[method],
             train=TrainConfig(
                 learning_rate=rate, batch_size=args.batch_size, max_steps=steps, warmup=20 / max(steps, 40),
-                decay="constant", seed=seed, eval_every=min(args.eval_every, steps), eval_windows=args.windows,
-                final_eval_windows=args.windows, save_every=steps, precision=args.precision, compile=args.compile,
-                device="cpu", report_to=(),
+                decay="constant", seed=seed, save_every=min(args.eval_every, steps), precision=args.precision,
+                max_validation_windows=args.windows, compile=args.compile,
             ),
         )  # fmt: skip
         whole(run(config, console=Console(quiet=True)))

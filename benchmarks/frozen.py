@@ -102,7 +102,7 @@ def _losses(recipes: list[str] | None, steps: int) -> dict[str, Any]:
     found = {}
     for name in RECIPES if recipes is None else recipes:
         config = smoke(RECIPES[name]())
-        train = replace(config.train, max_steps=steps, save_every=steps, device="cpu")
+        train = replace(config.train, max_steps=steps, save_every=steps)
         config = replace(config, train=train)
         if isinstance(config, LatentRunConfig):
             from redraft.training.latent import run_stage as run

@@ -133,7 +133,7 @@ class Models:
             recipe = RECIPES["latent-denoiser"]()
             settings = self.training(recipe.train, steps=self.args.llama_steps, ema_decay=None)
             config = replace(recipe, out=str(folder), train=settings)
-            whole(drive(config, stage_trainer(config, stage), tokenizer=tokenizer, checkpoint=None, console=quiet()))
+            whole(drive(config, stage_trainer(config, stage), checkpoint=None, console=quiet()))
             model.save_pretrained(folder)
 
         return self.trained("llama", run)

@@ -308,7 +308,7 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
     recipe, thought = baselines(table.task)[name]
     config = RECIPES[recipe]()
     train = replace(
-        config.train, seed=seed, max_steps=args.steps, optimizer=args.optimizer, eval_every=0, final_eval_windows=1
+        config.train, seed=seed, max_steps=args.steps, optimizer=args.optimizer, max_validation_windows=1
     )  # fmt: skip
     data, model = replace(config.data, source=args.task, thought=thought), replace(config.model, num_layers=args.layers)
     whole(run(replace(config, out=str(folder), data=data, model=model, train=train), console=QUIET))

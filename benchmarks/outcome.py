@@ -2,10 +2,10 @@
 
 import sys
 
-from redraft.training.run import Outcome
+from redraft.training.run import RunResult
 
 
-def whole(outcome: Outcome) -> Outcome:
+def whole(outcome: RunResult) -> RunResult:
     """Return what a finished run left; end the benchmark where a signal ended the run."""
     if outcome.signal:
         sys.exit(128 + outcome.signal)

@@ -105,7 +105,7 @@ def train(args: Any, method: str, examples: list[Example], *, rate: float, seed:
             objective=ObjectiveConfig(kind="masked" if method == "MDLM" else "ar"),
             train=TrainConfig(
                 learning_rate=rate, batch_size=args.batch_size, max_steps=steps, weight_decay=0.01, seed=seed,
-                eval_every=0, save_every=steps, precision="float32", compile="off", device="cpu", report_to=(),
+                save_every=steps, precision="float32", compile="off",
             ),
         )  # fmt: skip
         folder = whole(run(config, console=Console(quiet=True))).folder

@@ -98,17 +98,16 @@ def finetune(start: Path, *, rate: float, steps: int, seed: int) -> dict[str, fl
             model=ModelConfig(start=str(start)),
             objective=ObjectiveConfig(t_min=0.02, t_max=0.7),
             train=TrainConfig(
-                learning_rate=rate, batch_size=8, max_steps=steps, warmup=0.1, seed=seed, eval_every=0,
-                final_eval_windows=128, save_every=steps, precision="bfloat16", compile="off", device="cpu",
-                report_to=(),
+                learning_rate=rate, batch_size=8, max_steps=steps, warmup=0.1, seed=seed,
+                max_validation_windows=128, save_every=steps, precision="bfloat16", compile="off",
             ),
         )  # fmt: skip
         outcome = run(config, console=Console(quiet=True))
     gc.collect()
     return {
-        "nats": outcome.held_out.nats_per_token,
-        "error": outcome.held_out.standard_error,
-        "bits": outcome.held_out.bits_per_byte,
+        "nats": outcome.validation.nats_per_token,
+        "error": outcome.validation.standard_error,
+        "bits": outcome.validation.bits_per_byte,
         "unigram": outcome.unigram_nats,
         "seconds": round(time.monotonic() - begun),
     }

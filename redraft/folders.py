@@ -1,6 +1,7 @@
-"""One writer per folder: two processes that write into one leave the weights of one and the settings of the other."""
+"""Folders with one writer (two would leave the weights of one and the settings of the other), and whole files."""
 
 import errno
+import hashlib
 import logging
 import os
 import platform
@@ -76,3 +77,16 @@ def _unlock(folder: Path, file: int) -> None:
     with suppress(OSError):  # the folder was moved, the disk is read-only now
         (folder / LOCK_FILE).unlink()  # before it is let go: who has opened it meanwhile finds it gone
     os.close(file)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text to another file and rename it: a killed process leaves the old text or the new one."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def hash_of(path: Path) -> str:
+    """Return the BLAKE2b hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         **{name: _version(name, f"not installed (pip install 'redraft[{extra}]')") for name, extra in extras.items()},
         "device": str(choose_device(None)),
         "threads": str(torch.get_num_threads()),
-        "bfloat16": "faster than float32" if bfloat16_is_faster("auto") else "not faster than float32",
+        "bfloat16": "faster than float32" if bfloat16_is_faster() else "not faster than float32",
         "torch.compile": "a compiler is installed" if can_compile() else "no compiler found",
         "hub": "offline: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set" if is_offline_mode() else ENDPOINT,
     }

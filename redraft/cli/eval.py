@@ -1,6 +1,5 @@
 """`redraft eval MODEL --tasks ...`: measure a model; an interrupted evaluation goes on where it stopped."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -128,10 +127,7 @@ def _launch(args: EvalFlags, arguments: list[str]) -> int:
     from redraft.training.launch import launch
 
     go_on = f"The same command goes on with what is in {args.out}"
-    code, reason = launch("ddp", args.processes, ["eval", *arguments, "--processes", "1"], go_on=go_on)
-    if reason:
-        print(f"redraft eval: {reason}", file=sys.stderr)
-    return code
+    return launch("ddp", args.processes, ["eval", *arguments, "--processes", "1"], go_on=go_on)
 
 
 def _run_offline(

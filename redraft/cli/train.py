@@ -1,8 +1,8 @@
 """`redraft train RECIPE`: one run from data to checkpoint."""
 
+import argparse
 import re
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,97 +12,76 @@ from redraft.errors import unknown_name
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
-from redraft.training.config import RECIPE_FILE, RunConfig, TrainConfig, read_recipe
+from redraft.training.config import RECIPE_FILE, RunConfig, read_recipe
 from redraft.training.latent_config import LatentRunConfig
 
-SMOKE = "--smoke runs it in seconds, offline: a tiny random model, tiny data, 3 steps; the objective as it is."
-LAUNCH = "--launch ddp|fsdp2|deepspeed --processes N trains in N processes here, which share the batch."
+USAGE = """usage: redraft train RECIPE [--resume] [--smoke] [--launch KIND --processes N] [--SECTION.NAME VALUE ...]
+
+RECIPE is a name below, a recipe.json, or the folder of a run.
+`redraft train RECIPE --help` lists the settings with their defaults and units."""
+MODES = """--resume goes on with the run in --out from its last checkpoint.
+--smoke runs the recipe in seconds, offline: a tiny random model, tiny data, 3 steps; the objective as it is.
+--launch ddp|fsdp2|deepspeed --processes N trains in N processes here, which share the batch."""
 
 
 def main(arguments: list[str]) -> int:
     """Resolve the recipe and its flags, train, and say what came out; 1 for a run that diverged."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_help())
+        lines = [f"  {name:<20}{default_doc(name).splitlines()[0]}" for name in RECIPES]
+        print(USAGE, MODES, "", *lines, sep="\n")
         return 0
     name, *flags = arguments
-    resume = "--resume" in flags
-    is_smoke = "--smoke" in flags
-    (kind_of_launch, flags), given = _take("--launch", flags), flags
-    processes, flags = _take("--processes", flags)
-    flags = [flag for flag in flags if flag not in ("--resume", "--smoke")]
-    default = smoke(_find(name)) if is_smoke else _find(name)
+    mode, flags = _take_mode(flags)
+    default = smoke(_find(name)) if mode.smoke else _find(name)
     if isinstance(default, RunConfig) and re.search(r"--model\.start[ =](?!None)", " ".join(flags)):
         default = replace(default, model=ModelConfig())  # the recipe's shape gives way; one asked for is refused
     if "-h" in flags or "--help" in flags:
-        about = "--resume goes on with the run in --out from its last checkpoint."
-        print(f"{default_doc(name)}\n\n{about}\n{SMOKE}\n{LAUNCH}\n")
-    kind: type[Any] = type(default)
-    config = parse(kind, flags, command=f"train {name}", default=default)
-    _check_length(config.train, default.train)
-    if kind_of_launch or processes:
-        without = [name, *_take("--processes", _take("--launch", given)[1])[1]]
-        return _launch(kind_of_launch, processes, config, without)
-    from redraft.training.output import lasting_output
+        print(f"{default_doc(name)}\n\n{MODES}\n")
+    config: Any = parse(type(default), flags, command=f"train {name}", default=default)
+    if mode.launch or mode.processes:
+        same_mode = [f"--{flag}" for flag in ("resume", "smoke") if getattr(mode, flag)]
+        return _launch(mode.launch, mode.processes, config, [name, *same_mode, *flags])
+    return _train(config, resume=mode.resume)
 
-    with lasting_output():
-        return _train(config, resume=resume)
+
+def _take_mode(flags: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Take the flags that are no settings out of the others. Raises ValueError where they cannot be read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--launch")
+    parser.add_argument("--processes", type=int)
+    try:
+        return parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error}. See --help.") from error
 
 
 def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
-    from redraft.cli.common import plain_console
+    from redraft.training.output import lasting_output
 
-    console = plain_console()
+    train: Any
     if isinstance(config, LatentRunConfig):
-        from redraft.training.latent import run_stage
-
-        outcome = run_stage(config, resume=resume, console=console)
+        from redraft.training.latent import run_stage as train
     else:
-        from redraft.training.run import run  # heavy: transformers' trainer
-
-        outcome = run(config, resume=resume, console=console)
-    if outcome.signal:
-        return 128 + outcome.signal
-    if outcome.diverged:
-        return 1
-    for line in ["try next:", *(f"  {step}" for step in next_steps(config))]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return 0
+        from redraft.training.run import run as train  # heavy: transformers' trainer
+    with lasting_output():
+        result = train(config, resume=resume)
+        if not (result.signal or result.diverged):
+            print("try next:", *(f"  {step}" for step in next_steps(config)), sep="\n")
+    return 128 + result.signal if result.signal else int(result.diverged is not None)
 
 
-def _check_length(train: TrainConfig, default: TrainConfig) -> None:
-    """Raise ValueError where steps are asked for beside epochs, which go before them."""
-    if train.epochs is not None and train.max_steps != default.max_steps:
-        raise ValueError(
-            f"train.epochs {train.epochs:g} decides the number of steps; got train.max_steps {train.max_steps} beside "
-            "it. Add --train.epochs None to count in steps."
-        )
-
-
-def _launch(kind: str | None, wished: str | None, config: Any, arguments: list[str]) -> int:
+def _launch(kind: str | None, processes: int | None, config: Any, arguments: list[str]) -> int:
     """Start the command again in several processes. Raises ValueError for what can be known to fail."""
     from redraft.training.launch import check_launch, launch
 
-    if kind is None:
-        raise ValueError(f"--processes goes with --launch; got {wished} alone. Add --launch ddp or fsdp2.")
-    if wished is None or not wished.lstrip("-").isdigit():
-        raise ValueError(f"--launch needs --processes and a number, e.g. 8; got {wished}.")
+    if kind is None or processes is None:
+        raise ValueError(f"--launch and --processes go together; got {kind} and {processes}. Add the other one.")
     if isinstance(config, LatentRunConfig):
         raise ValueError(f"latent stages train in one process; got --launch {kind}. Leave it out.")
-    check_launch(kind, int(wished), batch_size=config.train.batch_size)
-    code, reason = launch(kind, int(wished), ["train", *arguments])
-    if reason:
-        print(f"redraft train: {reason}", file=sys.stderr)
-    return code
-
-
-def _take(name: str, flags: list[str]) -> tuple[str | None, list[str]]:
-    """Take a flag and its value out of the others, in either spelling."""
-    for i, flag in enumerate(flags):
-        if flag == name and i + 1 < len(flags):
-            return flags[i + 1], flags[:i] + flags[i + 2 :]
-        if flag == name or flag.startswith(f"{name}="):
-            return flag.removeprefix(name).removeprefix("="), flags[:i] + flags[i + 1 :]
-    return None, flags
+    check_launch(kind, processes, batch_size=config.train.batch_size)
+    return launch(kind, processes, ["train", *arguments])
 
 
 def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
@@ -134,10 +113,8 @@ def _after_stage(config: LatentRunConfig, folder: str) -> list[str]:
     from redraft.data.tasks import find_task
 
     prompt = next(iter(find_task(str(config.task)).examples())).prompt
-    steps = [f"redraft think {folder} {shlex.quote(prompt)} --show"]
-    if config.stage == "denoiser":
-        steps.append(f"redraft train latent-rollout --start {folder} --task {task}")
-    return steps
+    rollout = f"redraft train latent-rollout --start {folder} --task {task}"
+    return [f"redraft think {folder} {shlex.quote(prompt)} --show", *([rollout] if config.stage == "denoiser" else [])]
 
 
 def default_doc(name: str) -> str:
@@ -149,38 +126,13 @@ def default_doc(name: str) -> str:
 def _find(name: str) -> RunConfig | LatentRunConfig:
     """Read a recipe by its name, its file, or the folder of a run."""
     if name in RECIPES:
-        return RECIPES[name]()
+        return RECIPES[name]()  # type: ignore[return-value]
     path = Path(name)
-    if path.is_dir():
-        if not (path / RECIPE_FILE).exists():
-            raise ValueError(f"{path} holds no {RECIPE_FILE}, so it is not a run to continue. {_known()}")
-        return replace(_read(path / RECIPE_FILE), out=str(path))
-    if path.suffix == ".json":
-        return _read(path)
-    raise unknown_name("recipe", name, RECIPES)
-
-
-def _read(path: Path) -> RunConfig | LatentRunConfig:
-    kind: type[Any] = LatentRunConfig if "stage" in read_recipe(path) else RunConfig
-    return kind.read(path)
-
-
-def _known() -> str:
-    return f"The recipes are {', '.join(RECIPES)}."
-
-
-def _help() -> str:
-    width = max(map(len, RECIPES))
-    lines = [f"  {name:<{width}}  {default_doc(name).splitlines()[0]}" for name in RECIPES]
-    return "\n".join(
-        [
-            "usage: redraft train RECIPE [--resume] [--smoke] [--launch KIND --processes N] [--SECTION.NAME VALUE ...]",
-            "",
-            "RECIPE is a name below, a recipe.json, or the folder of a run.",
-            "`redraft train RECIPE --help` lists the settings with their defaults and units.",
-            SMOKE,
-            LAUNCH,
-            "",
-            *lines,
-        ]
-    )
+    if path.is_dir() and not (path / RECIPE_FILE).exists():
+        raise ValueError(f"{path} is no run: it holds no {RECIPE_FILE}. The recipes are {', '.join(RECIPES)}.")
+    if not path.is_dir() and path.suffix != ".json":
+        raise unknown_name("recipe", name, RECIPES)
+    file = path / RECIPE_FILE if path.is_dir() else path
+    kind: type[Any] = LatentRunConfig if "stage" in read_recipe(file) else RunConfig
+    config: RunConfig | LatentRunConfig = kind.read(file)
+    return replace(config, out=str(path)) if path.is_dir() else config

@@ -2,42 +2,26 @@
 
 from collections.abc import Callable
 
-from redraft.recipes.latent import (
-    latent_autoencoder,
-    latent_denoiser,
-    latent_rollout,
-    thought_ar,
-    thought_masked,
-)
-from redraft.recipes.published import (
-    a2d_bd3lm,
-    a2d_mdlm,
-    bd3lm_owt,
-    bert_chat,
-    dream_sft,
-    llada_pretrain,
-    llada_sft,
-    mdlm_owt,
-)
+from redraft.recipes import latent, published
 from redraft.recipes.stdlib import stdlib_demo, stdlib_small, stdlib_tiny
-from redraft.training.config import RunConfig
-from redraft.training.latent_config import LatentRunConfig
+from redraft.training.config import BaseRunConfig
 
-RECIPES: dict[str, Callable[[], RunConfig | LatentRunConfig]] = {
-    "stdlib-tiny": stdlib_tiny,
-    "stdlib-demo": stdlib_demo,
-    "stdlib-small": stdlib_small,
-    "llada-sft": llada_sft,
-    "dream-sft": dream_sft,
-    "a2d-mdlm": a2d_mdlm,
-    "a2d-bd3lm": a2d_bd3lm,
-    "bert-chat": bert_chat,
-    "mdlm-owt": mdlm_owt,
-    "bd3lm-owt": bd3lm_owt,
-    "llada-pretrain": llada_pretrain,
-    "latent-autoencoder": latent_autoencoder,
-    "latent-denoiser": latent_denoiser,
-    "latent-rollout": latent_rollout,
-    "thought-ar": thought_ar,
-    "thought-masked": thought_masked,
-}
+_ALL: tuple[Callable[[], BaseRunConfig], ...] = (
+    stdlib_tiny,
+    stdlib_demo,
+    stdlib_small,
+    published.llada_sft,
+    published.dream_sft,
+    published.a2d_mdlm,
+    published.a2d_bd3lm,
+    published.bert_chat,
+    published.mdlm_owt,
+    published.bd3lm_owt,
+    published.llada_pretrain,
+    latent.latent_autoencoder,
+    latent.latent_denoiser,
+    latent.latent_rollout,
+    latent.thought_ar,
+    latent.thought_masked,
+)
+RECIPES = {recipe.__name__.replace("_", "-"): recipe for recipe in _ALL}

@@ -21,7 +21,6 @@ def latent_autoencoder() -> LatentRunConfig:
             max_steps=2000,
             weight_decay=0.01,
             decay="cosine",
-            log_every=100,
             precision="float32",
         ),
     )
@@ -42,7 +41,6 @@ def latent_denoiser() -> LatentRunConfig:
             weight_decay=0.01,
             precision="float32",
             ema_decay=0.995,
-            log_every=50,
         ),
     )
 
@@ -62,7 +60,6 @@ def latent_rollout() -> LatentRunConfig:
             weight_decay=0.01,
             precision="float32",
             ema_decay=0.995,
-            log_every=50,
         ),
     )
 

@@ -58,9 +58,6 @@ def _few_steps(train: TrainConfig) -> TrainConfig:
         max_minutes=None,
         precision="float32",
         compile="off",
-        eval_every=0,
-        final_eval_windows=4,
         save_every=3,
-        log_every=1,
-        report_to=(),
+        max_validation_windows=4,
     )

@@ -11,9 +11,7 @@ def stdlib_tiny() -> RunConfig:
         out="runs/stdlib-tiny",
         data=DataConfig(seq_len=64, vocab_size=1024, max_documents=40, validation_fraction=0.2),
         model=ModelConfig(size="1m", max_positions=512),
-        train=TrainConfig(
-            learning_rate=2e-3, batch_size=16, max_steps=60, eval_every=30, save_every=30, eval_windows=64
-        ),
+        train=TrainConfig(learning_rate=2e-3, batch_size=16, max_steps=60, save_every=30),
     )
 
 
@@ -24,19 +22,15 @@ def stdlib_demo() -> RunConfig:
         data=DataConfig(seq_len=256, vocab_size=4096),
         model=ModelConfig(size="5m"),
         objective=ObjectiveConfig(t_min=0.02, t_max=0.7),  # learns to use context sooner: docs/lab-notes.md
-        train=TrainConfig(
-            learning_rate=1e-3, batch_size=32, max_steps=600, max_minutes=4.8, eval_every=0, save_every=200
-        ),
+        train=TrainConfig(learning_rate=1e-3, batch_size=32, max_steps=600, max_minutes=4.8, save_every=200),
     )
 
 
 def stdlib_small() -> RunConfig:
-    """Train 12 M parameters for at most 90 minutes on 2 cores, to compress held-out modules."""
+    """Train 12 M parameters for at most 90 minutes on 2 cores, to compress modules that it has not seen."""
     return RunConfig(
         out="runs/stdlib-small",
         data=DataConfig(seq_len=256, vocab_size=4096),
         model=ModelConfig(size="14m"),
-        train=TrainConfig(
-            learning_rate=1e-3, batch_size=32, max_steps=1800, max_minutes=90.0, eval_every=600, save_every=300
-        ),
+        train=TrainConfig(learning_rate=1e-3, batch_size=32, max_steps=1800, max_minutes=90.0, save_every=300),
     )

@@ -1,27 +1,28 @@
-"""Checkpoints that know whether they are whole."""
+"""Checkpoints that know whether they are whole, and of which run they are."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
+from redraft.folders import hash_of
+from redraft.training.config import RECIPE_FILE
 from redraft.training.output import say
 
-RECIPE_FILE = "recipe.json"
 HASHES_FILE = "hashes.json"
-OBJECTIVE_FILE = "objective.json"  # what a checkpoint was trained with
+IDENTITY_FILE = "objective.json"  # what a checkpoint was trained with
 STAGING = ".saving"  # where checkpoints are written
 
 
 @contextmanager
-def told_of_the_disk(what: str, run: Path) -> Iterator[None]:
-    """Raise ValueError in place of what a disk says that is full or gone; torch and safetensors wrap it."""
+def explain_disk_errors(what: str, run: Path) -> Iterator[None]:
+    """Turn errors of a disk that is full or gone into a ValueError; torch and safetensors wrap them."""
     try:
         yield
     except (NotImplementedError, torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors, not the disk's
@@ -35,33 +36,19 @@ def told_of_the_disk(what: str, run: Path) -> Iterator[None]:
         raise ValueError(f"{what} could not be written: {error}. {advice}.") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text aside and rename it: a kill leaves the old one or the new one."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text)
-    aside.replace(path)
-
-
 def write_hashes(folder: Path) -> None:
     """Write the BLAKE2b hash of every file of a checkpoint beside them."""
     (folder / HASHES_FILE).write_text(json.dumps(_hashes(folder), indent=2) + "\n")
 
 
-def hash_of(path: Path) -> str:
-    """Return the BLAKE2b hash of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
 def damage(folder: Path) -> str | None:
     """Say which file of a checkpoint is missing or altered; None for a whole one."""
-    path = folder / HASHES_FILE
     try:
-        written = json.loads(path.read_text())
+        written = json.loads((folder / HASHES_FILE).read_text())
     except (OSError, ValueError):
         return f"{HASHES_FILE} cannot be read"
-    found = _hashes(folder)
-    return next((f"{name} is not as it was written" for name in written if found.get(name) != written[name]), None)
+    present = _hashes(folder)
+    return next((f"{name} is not as it was written" for name in written if present.get(name) != written[name]), None)
 
 
 def last_whole_checkpoint(run: Path, console: Console) -> str | None:
@@ -87,7 +74,7 @@ def delete_checkpoint(folder: Path) -> None:
 
 
 def tidy(run: Path, *, step: int, keep: int) -> None:
-    """Delete what kills left, and all checkpoints but the newest up to a step; 0 keeps all of these.
+    """Delete what kills left, and all checkpoints but the newest `keep` up to a step.
 
     Later ones were damaged and passed over, or the run would not be at this step.
     """
@@ -99,9 +86,35 @@ def tidy(run: Path, *, step: int, keep: int) -> None:
             delete_checkpoint(folder)
 
 
+def publish(checkpoint: Path, run: Path, *, keep: int) -> None:
+    """Hash a checkpoint that was written aside, and move it to the others: a killed run leaves no half of one."""
+    with explain_disk_errors(checkpoint.name, run):
+        write_hashes(checkpoint)
+    delete_checkpoint(run / checkpoint.name)  # a damaged one that was passed over
+    checkpoint.rename(run / checkpoint.name)
+    tidy(run, step=step_of(checkpoint), keep=keep)
+
+
 def step_of(checkpoint: str | Path) -> int:
     """Read the step of a checkpoint off its name."""
     return int(Path(checkpoint).name.removeprefix("checkpoint-"))
+
+
+def check_identity(checkpoint: Path, wanted: dict[str, dict[str, Any]]) -> None:
+    """Raise ValueError for a checkpoint of another run: an edited recipe, a copied folder.
+
+    One that an earlier version wrote does not say all of its identity.
+    """
+    path = checkpoint / IDENTITY_FILE
+    saved = json.loads(path.read_text()) if path.exists() else {}
+    saved["diffusion"] = json.loads((checkpoint / "config.json").read_text()).get("diffusion", {})
+    for section, values in wanted.items():
+        for name, value in values.items():
+            if (before := saved.get(section, {}).get(name, value)) != value:
+                raise ValueError(
+                    f"{checkpoint} was trained with {name} {before!r}, not {value!r} as {RECIPE_FILE} has it now. Take "
+                    "the change back, or start a new run with another --out."
+                )
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -110,8 +123,5 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    hashes = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != HASHES_FILE:
-            hashes[str(path.relative_to(folder))] = hash_of(path)
-    return hashes
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != HASHES_FILE]
+    return {str(path.relative_to(folder)): hash_of(path) for path in files}

@@ -1,118 +1,128 @@
 """The whole configuration of a training run: what a recipe returns, flags change, and the checkpoint carries."""
 
-import dataclasses
 import json
-import math
-from dataclasses import asdict, dataclass, field
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
+from redraft.data import config as data_config
 from redraft.data.config import DataConfig
-from redraft.errors import fits, type_names, unknown_name
+from redraft.errors import unknown_name
+from redraft.folders import hash_of, write_whole
 from redraft.likelihood.config import ObjectiveConfig
 from redraft.models.build import ModelConfig
 from redraft.models.quantize import UNDER_ADAPTERS
+from redraft.settings import Count, Fraction, NonNegative, Positive, Seed, Settings, Within, check_field
 from redraft.training.adapter import AdapterConfig
-from redraft.training.checkpoint import RECIPE_FILE, write_whole
+
+RECIPE_FILE = "recipe.json"
+DEFAULT_STEPS = 1000
+PLACES = ("start", "source", "tokenizer", "cache_dir")
+"""Settings that say where a run reads something: the files may be moved before it is resumed."""
+OLD_NAMES = {
+    "train.keep_checkpoints": "max_checkpoints",
+    "train.eval_windows": "max_validation_windows",
+    "train.final_eval_windows": "max_validation_windows also limits the evaluation at the end",
+    "train.eval_every": "every checkpoint is evaluated (train.save_every)",
+    "train.log_every": "the interval follows from train.max_steps",
+    "train.max_grad_norm": "gradients are always clipped to norm 1",
+    "train.max_skipped": "a run always stops after 10 skipped steps",
+    "train.attention": "it is chosen by the device; train.compile off does without flex attention",
+    "train.device": "CUDA_VISIBLE_DEVICES= trains on the CPU",
+    "train.report_to": "log.jsonl holds every number",
+    "objective.weighting": "objective.cart P weighs by CART; without it the weight is that of the bound",
+    "objective.cart_p": "objective.cart; delete it where the weighting was bound",
+} | data_config.OLD_NAMES
+"""Settings of recipes that earlier versions saved: `section.name` to the new name, or what replaces it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Optimisation, evaluation and bookkeeping."""
+class TrainConfig(Settings):
+    """Optimisation, evaluation and checkpoints."""
 
-    learning_rate: float = 1e-3
+    section: ClassVar[str] = "train"
+
+    learning_rate: Positive = 1e-3
     """Peak learning rate."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: the matrices of the layers by Muon, at the learning rate and weight decay of AdamW, which trains the rest;
     not for sharded weights."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Windows in a forward pass, all processes together: how many share them changes no result."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Forward passes per optimizer step."""
-    max_steps: int = 1000
+    max_steps: Annotated[int, Within("[1, inf)")] = DEFAULT_STEPS
     """Optimizer steps."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Passes over the training windows, in place of max_steps."""
-    max_minutes: float | None = None
+    max_minutes: Positive | None = None
     """Fit the run into this time: a measurement before the start lowers max_steps, and a clock stops the rest."""
-    warmup: float = 0.05
+    warmup: Fraction = 0.05
     """Fraction of the steps in which the learning rate rises."""
     decay: Literal["cosine", "linear", "constant"] = "linear"
     """How the learning rate falls to 0 after the warm-up."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Decoupled weight decay (not on norms and biases)."""
-    beta_2: float = 0.98
+    beta_2: Fraction = 0.98
     """AdamW's second-moment decay."""
-    max_grad_norm: float = 1.0
-    """Gradient clipping, global norm."""
-    max_skipped: int = 10
-    """Steps whose gradient is not finite are skipped and their batches kept; a run with more of them stops."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype; auto takes bfloat16 where this device multiplies faster in it."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the transformer; auto compiles where a compiler is found and the run is long enough."""
-    attention: Literal["auto", "mask", "pieces", "flex"] = "auto"
-    """How rows attend: mask (all pairs, under a mask), pieces (leaving out what no query sees), flex (torch's, on
-    CUDA). auto: flex on CUDA where it can be had, pieces on a CPU, else mask."""
+    compile: Literal["auto", "off"] = "auto"
+    """auto: torch.compile of the transformer where a compiler is available and the run is long enough, and flex
+    attention on CUDA. off: neither."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and compute the others again in the backward pass: less memory, a third slower."""
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Within("(0, 1)")] | None = None
     """Average the weights with this decay per step; evaluation and the saved model then use the average."""
-    eval_every: int = 500
-    """Steps between evaluations (and at the end); 0 for none before the end."""
-    eval_windows: int = 512
-    """Held-out windows per evaluation, spread evenly."""
-    final_eval_windows: int | None = None
-    """Held-out windows of the evaluation at the end, spread evenly; by default all of them."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept."""
-    log_every: int = 10
-    """Steps between log lines."""
-    seed: int = 0
+    save_every: Annotated[int, Within("[1, inf)")] = 500
+    """Steps between checkpoints; each is evaluated on validation windows."""
+    max_checkpoints: Count = 2
+    """Checkpoints that are kept; older ones are deleted."""
+    max_validation_windows: Count | None = None
+    """Validation windows per evaluation, spread evenly; by default 512, and all of them at the end."""
+    seed: Seed = 0
     """Seed of the weights, the order of the data and the noise."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes an accelerator if there is one."""
-    report_to: tuple[str, ...] = ("tensorboard",)
-    """Loggers of transformers beside console and log.jsonl: tensorboard, wandb, trackio."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "accumulation",
-            "max_steps",
-            "eval_windows",
-            "final_eval_windows",
-            "save_every",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"train.{name} must be at least 1; got {value}.")
-        if self.max_skipped < 0:
-            raise ValueError(f"train.max_skipped must not be negative; got {self.max_skipped}. Use 0 to allow none.")
-        if self.eval_every < 0:
-            raise ValueError(f"train.eval_every must not be negative; got {self.eval_every}. Use 0 for the end only.")
-        for name in ("learning_rate", "max_minutes", "epochs"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"train.{name} must be positive, and finite; got {value}.")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"train.{name} must not be negative, and finite; got {getattr(self, name)}.")
-        if not 0 <= self.beta_2 < 1:
-            raise ValueError(f"train.beta_2 must lie in [0, 1); got {self.beta_2}. 0.98 is ours, 0.999 is usual.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"train.seed must lie in [0, 2**32); got {self.seed}.")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"train.warmup is a fraction of the steps in [0, 1); got {self.warmup}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay must lie in (0, 1); got {self.ema_decay}. Leave it out for no average.")
+        super().__post_init__()
+        if self.epochs is not None and self.max_steps != DEFAULT_STEPS:
+            raise ValueError(
+                f"train.epochs {self.epochs:g} decides the number of steps; got train.max_steps {self.max_steps} too. "
+                "Add --train.epochs None to count in steps."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """A configuration that the folder of its run keeps."""
+class BaseRunConfig(Settings):
+    """What the configurations of all runs share; the folder of a run keeps its own in recipe.json."""
+
+    out: str = "runs/model"
+    """Folder of the run: model, tokenizer, checkpoints, logs, loss curve."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimisation, evaluation and checkpoints."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.out:
+            raise ValueError("out must name the folder of the run; got ''.")
+        if "\0" in self.out or any(0xD800 <= ord(character) < 0xE000 for character in self.out):
+            raise ValueError(f"out must be a name in UTF-8; got {self.out!a}. Choose another --out.")
+
+    @property
+    def resume_command(self) -> str:
+        """How to go on with the run."""
+        return f"redraft train {shlex.quote(self.out)} --resume"
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """List what a checkpoint must have been trained with to be of this run: model, data and objective."""
+        sections = {name: values for name, values in asdict(self).items() if name not in ("train", "adapter")}
+        return {
+            section: {k: v for k, v in values.items() if k not in PLACES and not isinstance(v, dict)}
+            for section, values in json.loads(json.dumps(sections)).items()
+            if isinstance(values, dict)
+        }
 
     def save(self, folder: Path) -> None:
         """Write recipe.json, which `redraft train FOLDER/recipe.json --out OTHER` runs again."""
@@ -122,13 +132,16 @@ class Recorded:
     def read(cls, path: Path, *, is_whole: bool = False) -> Any:
         """Read recipe.json. Raises ValueError that names what does not fit, and where `is_whole` what is missing."""
         saved = read_recipe(path)
-        missing = [f.name for f in dataclasses.fields(cls) if f.name not in saved]
+        missing = [f.name for f in fields(cls) if f.name not in saved]
         if is_whole and missing:
             raise ValueError(
                 f"{path} has no {missing[0]!r}, which it had when it was written: it was edited or damaged. Put it "
                 "back, or start a new run with another --out."
             )
         return from_dict(cls, saved, where=str(path))
+
+
+Run = TypeVar("Run", bound=BaseRunConfig)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -142,20 +155,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return saved
 
 
-def check_out(out: str) -> None:
-    """Raise ValueError for a folder that cannot be written: safetensors and tokenizers take UTF-8 names only."""
-    if not out:
-        raise ValueError("out must name the folder of the run; got ''.")
-    if "\0" in out or any(0xD800 <= ord(character) < 0xE000 for character in out):
-        raise ValueError(f"out must be a name in UTF-8; got {out!a}. Choose another --out.")
-
-
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Recorded):
+class RunConfig(BaseRunConfig):
     """One training run from data to checkpoint."""
 
-    out: str = "runs/model"
-    """Folder of the run: model, tokenizer, checkpoints, logs, loss curve."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where the text comes from and how it is cut."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -164,23 +167,23 @@ class RunConfig(Recorded):
     """What is minimised: the noising process, its layout and its weights."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """LoRA over the frozen weights of model.start; rank 0 trains all weights instead."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """Optimisation, evaluation and bookkeeping."""
 
     def __post_init__(self) -> None:
-        check_out(self.out)
+        super().__post_init__()
         if self.objective.kind == "block" and (self.objective.block_size or 0) > self.data.seq_len:
             raise ValueError(
                 f"objective.block_size must not exceed data.seq_len; got {self.objective.block_size} and "
                 f"{self.data.seq_len}. Lower it."
             )
-        if self.model.start is not None and self.data.tokenizer is not None:
+        is_thought, tokenizer = self.data.kind == "thought", self.data.tokenizer
+        if self.model.start is not None and (is_thought or tokenizer is not None):
+            other = "data.kind thought" if is_thought else f"data.tokenizer {tokenizer!r}"
+            raise ValueError(f"model.start brings its own tokenizer; got {other} beside it. Leave one of them out.")
+        if is_thought and self.objective.fills_rows and not self.data.thought.fill:
             raise ValueError(
-                f"model.start brings its own tokenizer; got data.tokenizer={self.data.tokenizer!r} beside it. Leave "
-                "out one or the other."
+                f"objective.kind {self.objective.kind} fills a canvas of one length; got data.thought.fill False, by "
+                "which the length of a row tells that of its answer. Add --data.thought.fill."
             )
-        if self.data.kind == "thought":
-            self._check_thought()
         self._check_adapter()
         if self.model.max_positions is not None and self.data.seq_len > self.model.max_positions:
             raise ValueError(
@@ -190,18 +193,6 @@ class RunConfig(Recorded):
         if self.objective.kind == "ar" and self.model.architecture == "modernbert":
             raise ValueError(
                 "objective.kind ar needs a decoder; got model.architecture modernbert, an encoder. Use llama."
-            )
-
-    def _check_thought(self) -> None:
-        if self.model.start is not None:
-            raise ValueError(
-                f"kind thought makes a tokenizer of the task's words; got model.start {self.model.start!r}, which "
-                "brings its own. Leave it out."
-            )
-        if self.objective.fills_rows and not self.data.thought.fill:
-            raise ValueError(
-                f"objective.kind {self.objective.kind} fills a canvas of one length; got data.thought.fill False, by "
-                "which the length of a row tells that of its answer. Add --data.thought.fill."
             )
 
     def _check_adapter(self) -> None:
@@ -218,38 +209,45 @@ class RunConfig(Recorded):
                 "Add --adapter.rank 16, or leave it out."
             )
 
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Add the examples of thoughts, if a file holds them."""
+        identity = super().identity()
+        if self.data.kind == "thought" and self.data.source.endswith(".jsonl"):
+            identity["examples"] = {"hash of the examples": hash_of(Path(self.data.source))}
+        return identity
 
-def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
-    """Build nested dataclasses from a dictionary; JSON's lists become tuples."""
+
+def from_dict(kind: Any, saved: Any, *, where: str, section: str = "") -> Any:
+    """Build nested settings from a dictionary; JSON's lists become tuples. Raises ValueError for what does not fit."""
     if not isinstance(saved, dict):
         raise ValueError(f"{where} must hold an object of settings; got {type(saved).__name__}.")
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    types = get_type_hints(kind)
+    old = {name: OLD_NAMES[section + name] for name in saved if section + name in OLD_NAMES}
+    if removed := [f"{section}{name}: {new}" for name, new in old.items() if not new.isidentifier()]:
+        raise ValueError(f"{where} has settings that were removed. Delete them from the file: {'; '.join(removed)}.")
+    known = {f.name: f for f in fields(kind)}
+    types = get_type_hints(kind, include_extras=True)
     values: dict[str, Any] = {}
-    for name, value in saved.items():
+    for saved_name, value in saved.items():
+        name = old.get(saved_name) or saved_name
         if name not in known:
             raise unknown_name(f"setting in {where}", name, known)
-        nested = types[name]
-        if dataclasses.is_dataclass(nested):
-            values[name] = from_dict(nested, value, where=f"{where}: {name}")
-            continue
-        values[name] = tuple(value) if isinstance(value, list) else value
-        if not fits(values[name], nested):
-            raise ValueError(f"{where}: {name} must be one of {type_names(nested)}; got {value!r}. Mend the file.")
+        if is_dataclass(types[name]):
+            values[name] = from_dict(types[name], value, where=f"{where}: {name}", section=f"{section}{name}.")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+            check_field(f"{where}: {name}", values[name], types[name])
     return kind(**values)
 
 
 def differences(old: Any, new: Any) -> list[str]:
     """List the settings in which two runs differ, as `section.name: old -> new`."""
-    a, b = _flat(asdict(old)), _flat(asdict(new))
+    a, b = dict(_flat(asdict(old))), dict(_flat(asdict(new)))
     return [f"{name}: {a[name]!r} -> {b[name]!r}" for name in a if a[name] != b[name]]
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in nested.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            yield prefix + name, value

@@ -7,17 +7,24 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 AVERAGE_FILE = "average.safetensors"
 
 
-class WeightAverage:
-    """Keep avg <- decay * avg + (1 - decay) * weights after every optimizer step."""
+class WeightAverage(TrainerCallback):
+    """Keep avg <- decay * avg + (1 - decay) * weights after every optimizer step.
+
+    torch's AveragedModel copies the whole module; this keeps the trained weights only.
+    """
 
     def __init__(self, model: Any, *, decay: float) -> None:
         self.decay = decay
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.weights.items()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.update()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -36,9 +43,9 @@ class WeightAverage:
     @torch.no_grad()
     def _swap(self) -> None:
         for name, weight in self.weights.items():
-            kept = weight.detach().clone()
+            weight_before = weight.detach().clone()
             weight.copy_(self.averages[name])
-            self.averages[name].copy_(kept)
+            self.averages[name].copy_(weight_before)
 
     def save(self, folder: Path) -> None:
         """Write the average beside a checkpoint."""

@@ -1,15 +1,25 @@
-"""What happens to a step whose gradient is not finite: it is skipped, counted, and its batch kept."""
+"""Steps whose gradient is not finite are skipped and counted; a logged loss that jumps is traced to its window.
+
+Neither waits for the device before the loss is logged.
+"""
 
 from collections.abc import Sequence
+from math import inf, isfinite
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redraft.training.checkpoint import told_of_the_disk
+from redraft.training.checkpoint import explain_disk_errors
 
-MOST_KEPT = 5  # batches kept for inspection, of every process
+MAX_SKIPPED = 10  # steps; a run with more of them stops
+MAX_SAVED = 5  # batches saved for inspection, of every process
+HISTORY, MIN_LOSSES = 20, 10  # logged losses
+DEVIATIONS, SHARE = 10, 0.1
 
 
 class Guard:
@@ -19,9 +29,8 @@ class Guard:
     rate goes on. It is looked at when the loss is logged, which waits for the device anyway.
     """
 
-    def __init__(self, folder: Path, *, most: int, rank: int = 0) -> None:
+    def __init__(self, folder: Path, *, rank: int = 0) -> None:
         self.folder = folder
-        self.most = most
         self.rank = rank
         self.num_skipped = 0
         self._recent: list[tuple[int, Sequence[dict[str, Tensor]], Tensor]] = []
@@ -33,28 +42,67 @@ class Guard:
         return verdict
 
     def report(self) -> int:
-        """Count the steps skipped since the last call, and keep their batches."""
+        """Count the steps skipped since the last call, and save their batches."""
         if not self._recent:
             return 0
         verdicts = torch.stack([verdict for _, _, verdict in self._recent]).tolist()
         bad = [(step, batches) for (step, batches, _), skip in zip(self._recent, verdicts, strict=True) if skip]
-        for step, batches in bad[: max(0, MOST_KEPT - self.num_skipped)]:
-            self._keep(step, batches)
+        for step, batches in bad[: max(0, MAX_SAVED - self.num_skipped)]:
+            self._save(step, batches)
         self._recent.clear()
         self.num_skipped += len(bad)
         return len(bad)
 
     def check(self) -> None:
         """Raise ValueError where more steps were skipped than allowed."""
-        if self.num_skipped > self.most:
+        if self.num_skipped > MAX_SKIPPED:
             raise ValueError(
-                f"{self.num_skipped} steps had a gradient that is not finite, more than train.max_skipped={self.most}: "
-                f"the run diverged. The first such batches are in {self.folder}. Begin anew with a lower "
+                f"{self.num_skipped} steps had a gradient that is not finite, more than {MAX_SKIPPED}: the run "
+                f"diverged. The first such batches are in {self.folder}. Begin a new run with a lower "
                 "--train.learning-rate and another --out, or look at the data."
             )
 
-    def _keep(self, step: int, batches: Sequence[dict[str, Tensor]]) -> None:
+    def _save(self, step: int, batches: Sequence[dict[str, Tensor]]) -> None:
         tensors = {f"{i}.{name}": value.cpu().contiguous() for i, b in enumerate(batches) for name, value in b.items()}
-        with told_of_the_disk(f"the batch of step {step}", self.folder.parent):
+        with explain_disk_errors(f"the batch of step {step}", self.folder.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, self.folder / f"step-{step}-process-{self.rank}.safetensors")
+
+
+def usual_loss(losses: Sequence[float]) -> tuple[float, float]:
+    """Return the median of the last losses, and the limit above which a loss has jumped; infinity if too few.
+
+    That is 10 median absolute deviations above the median and a tenth above it: means and deviations would follow the
+    jumps, and the losses of few rows have a heavy tail.
+    """
+    recent = [loss for loss in losses if isfinite(loss)][-HISTORY:]
+    if len(recent) < MIN_LOSSES:
+        return inf, inf
+    middle = median(recent)
+    deviation = median(abs(loss - middle) for loss in recent)
+    return middle, middle + max(DEVIATIONS * deviation, SHARE * abs(middle))
+
+
+class Spikes:
+    """Remember on the device which row had the highest loss since the last log; read it if the logged loss jumped."""
+
+    def __init__(self) -> None:
+        self._worst: tuple[Tensor, Tensor] | None = None  # its nats, (1,); its step and window, (1, 2)
+
+    def record(self, nats: Float[Tensor, "rows"], windows: Int[Tensor, "rows"], *, step: int) -> None:
+        """Compare one forward pass with the worst row so far; waits for nothing."""
+        highest, row = nats.detach().max(0, keepdim=True)
+        place = torch.stack([torch.full_like(row, step), windows[row]], dim=1)  # (1, 2)
+        before, place_before = self._worst or (torch.full_like(highest, -inf), place)
+        # fmax ignores NaN, which the guard counts.
+        self._worst = torch.fmax(before, highest), torch.where(highest > before, place, place_before)
+
+    def report(self, loss: float, earlier: Sequence[float], *, accelerator: Any) -> dict[str, Any]:
+        """Return the window and step behind a jump, nothing where there is none. All processes call it."""
+        worst, self._worst = self._worst, None
+        usual, limit = usual_loss(earlier)
+        if not limit < loss < inf or worst is None:
+            return {}
+        nats, places = accelerator.gather(worst)
+        step, window = places[nats.argmax()].tolist()
+        return {"usual_loss": usual, "spike_step": step + 1, "spike_window": window}

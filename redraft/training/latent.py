@@ -23,18 +23,18 @@ from redraft.models.device import choose_device
 from redraft.models.load import load_tokenizer, read_config, read_raw_config
 from redraft.randomness import normal, uniform
 from redraft.training.adapter import num_parameters
-from redraft.training.checkpoint import told_of_the_disk
+from redraft.training.checkpoint import explain_disk_errors
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.latent_stage import Losses, Rows, Stage, stage_trainer
 from redraft.training.loop import Batch
 from redraft.training.output import say
 from redraft.training.run import alone, begin, check_disk, drive, save_model
-from redraft.training.verdict import Outcome, announce
+from redraft.training.verdict import RunResult, announce
 
 
 def run_stage(
     config: LatentRunConfig, *, resume: bool = False, console: Console | None = None, task: Task | None = None
-) -> Outcome:
+) -> RunResult:
     """Train one stage and save it; `task` overrules the named one. Raises ValueError for mistakes, before it trains."""
     if task is not None:
         config = replace(config, task=None)
@@ -42,7 +42,7 @@ def run_stage(
         return _run_stage(config, resume=resume, console=console or Console(), task=task)
 
 
-def _run_stage(config: LatentRunConfig, *, resume: bool, console: Console, task: Task | None) -> Outcome:
+def _run_stage(config: LatentRunConfig, *, resume: bool, console: Console, task: Task | None) -> RunResult:
     config, checkpoint = begin(config, resume=resume, console=console)
     if task is None and config.task is None:
         raise ValueError(
@@ -57,7 +57,7 @@ def _run_stage(config: LatentRunConfig, *, resume: bool, console: Console, task:
     check_disk(config, num_trained)
     say(console, f"{config.stage}: {num_trained / 1e6:.2f} M parameters, {len(stage.rows):,} rows")
     trainer = stage_trainer(config, stage)
-    outcome = drive(config, trainer, tokenizer=stage.tokenizer, checkpoint=checkpoint, console=console)
+    outcome = drive(config, trainer, checkpoint=checkpoint, console=console)
     if outcome.signal:
         return outcome
     stage.model.eval()
@@ -65,7 +65,7 @@ def _run_stage(config: LatentRunConfig, *, resume: bool, console: Console, task:
     with averaged():
         stage.finish(console)
     if stage.autoencoder is not None:
-        with told_of_the_disk("the autoencoder", outcome.folder):
+        with explain_disk_errors("the autoencoder", outcome.folder):
             stage.autoencoder.save_pretrained(outcome.folder / AUTOENCODER_FOLDER)
     save_model(trainer, outcome.folder)
     with averaged():
@@ -153,7 +153,7 @@ def _denoiser(config: LatentRunConfig, task: Task) -> Stage:
     require_stage(config.start, "autoencoder")
     autoencoder, tokenizer = load_autoencoder(config.start)
     check_gate(autoencoder, config.start, force=config.force)
-    torch.nn.Module.to(autoencoder, choose_device(config.train.device))
+    torch.nn.Module.to(autoencoder, choose_device(None))
     examples = list(task.examples())
     train = encode(examples, tokenizer, split="train", held_out=task.held_out)
     check_fits(train, tokenizer, config.start, block_tokens=autoencoder.config.block_tokens)
@@ -184,7 +184,7 @@ def _denoiser(config: LatentRunConfig, task: Task) -> Stage:
 def _rollout(config: LatentRunConfig, task: Task) -> Stage:
     assert config.start is not None
     require_stage(config.start, "denoiser")
-    thinker = load_thinker(config.start, device=config.train.device)
+    thinker = load_thinker(config.start)
     with_answer = thinker.denoiser.config.answer_tokens > 0
     if config.rollout.weight and not with_answer:
         raise ValueError(

@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from redraft.data.tasks import find_task
+from redraft.folders import hash_of
 from redraft.latent.objective import ThoughtObjective
 from redraft.latent.rollout import RolloutObjective
 from redraft.processes.gaussian import GaussianDiffusion
 from redraft.schedules import gaussian_schedule
-from redraft.training.config import Recorded, TrainConfig, check_out
+from redraft.training.config import BaseRunConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ def _require_positive(section: str, shape: Any, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentRunConfig(Recorded):
+class LatentRunConfig(BaseRunConfig):
     """One stage from data to checkpoint."""
 
     out: str = "runs/latent"
@@ -112,7 +114,7 @@ class LatentRunConfig(Recorded):
     """Optimisation and bookkeeping."""
 
     def __post_init__(self) -> None:
-        check_out(self.out)
+        super().__post_init__()
         if self.task is not None:
             find_task(self.task)
         self._check_unused()
@@ -148,6 +150,20 @@ class LatentRunConfig(Recorded):
                 )
         if self.stage == "autoencoder" and self.start is not None:
             raise ValueError(f"an autoencoder is the first stage; got start {self.start!r}. Leave it out.")
-        for name, plain in (("compile", ("auto", "off")), ("attention", ("auto", "mask"))):
-            if (value := getattr(self.train, name)) not in plain:
-                raise ValueError(f"train.{name} {value} is not for latent thinking. Leave it out.")
+
+    @property
+    def resume_command(self) -> str:
+        """How to go on with the run; no command can name a task that Python handed over."""
+        return super().resume_command if self.task is not None else "run_stage(config, task=..., resume=True)"
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Add the task, its examples if a file holds them, and the weights that the stage begins from."""
+        from redraft.latent.checkpoint import AUTOENCODER_FOLDER  # imports torch
+
+        folders = [] if self.start is None else [Path(self.start), Path(self.start) / AUTOENCODER_FOLDER]
+        weights = [path / "model.safetensors" for path in folders]
+        hashes = [hash_of(path) for path in weights if path.exists()]
+        stage = {"task": self.task, "weights of the start": hashes}
+        if self.task is not None and self.task.endswith(".jsonl"):
+            stage["hash of the examples"] = hash_of(Path(self.task))
+        return super().identity() | {"stage": stage}

@@ -12,8 +12,6 @@ from torch.utils.data import Dataset, default_collate
 
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.latent.sequence import Part
-from redraft.training.arguments import arguments_of
-from redraft.training.ema import WeightAverage
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.loop import Batch, KeyedTrainer
 
@@ -47,13 +45,13 @@ class StageTrainer(KeyedTrainer):
 
     timed_steps = 32  # chance decides whether a step has a second pass
 
-    def __init__(self, model: Any, losses: LossFunction, **kwargs: Any) -> None:
-        super().__init__(model, data_collator=_collate, **kwargs)
+    def __init__(self, config: LatentRunConfig, stage: "Stage") -> None:
+        super().__init__(config, stage.model, stage.tokenizer, train_dataset=stage.rows, data_collator=_collate)
         if self.args.world_size > 1:
             raise ValueError(
                 f"latent stages train in one process; got {self.args.world_size}. Start it without torchrun."
             )
-        self.losses = losses
+        self.losses = stage.losses
         self._sums: dict[str, Tensor] = {}
         self._passes: Counter[str] = Counter()
 
@@ -124,14 +122,4 @@ def stage_trainer(config: LatentRunConfig, stage: Stage) -> StageTrainer:
             f"the task has {len(stage.rows)} rows, fewer than the {train.batch_size * train.accumulation} of one step "
             "(batch_size x accumulation). Lower --train.batch-size."
         )
-    arguments = arguments_of(train, out=config.out, eval_strategy="no")
-    stage.model.to(arguments.device)  # before the average is copied from it
-    return StageTrainer(
-        stage.model,
-        stage.losses,
-        args=arguments,
-        train_dataset=stage.rows,
-        average=WeightAverage(stage.model, decay=train.ema_decay) if train.ema_decay else None,
-        max_skipped=train.max_skipped,
-        uses_muon=train.optimizer == "muon",
-    )
+    return StageTrainer(config, stage)

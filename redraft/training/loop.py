@@ -2,32 +2,68 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from redraft.data.collate import PassSampler
-from redraft.training.checkpoint import (
-    OBJECTIVE_FILE,
-    STAGING,
-    delete_checkpoint,
-    tidy,
-    told_of_the_disk,
-    write_hashes,
-    write_whole,
-)
+from redraft.folders import write_whole
+from redraft.training.checkpoint import IDENTITY_FILE, STAGING, explain_disk_errors, publish
+from redraft.training.config import BaseRunConfig
 from redraft.training.ema import WeightAverage
 from redraft.training.guard import Guard
+from redraft.training.machine import runs_on_cpu
 from redraft.training.muon import MuonAdamW, layer_matrices
 
 Batch = dict[str, Tensor]
+
+
+def log_interval(max_steps: int) -> int:
+    """Return the steps between log lines: a percent of the run, at least 1 and at most 100."""
+    return min(max(max_steps // 100, 1), 100)
+
+
+def training_arguments(config: BaseRunConfig, *, evaluates: bool) -> TrainingArguments:
+    """Translate the settings of a run into those of transformers."""
+    train = config.train
+    arguments = TrainingArguments(
+        output_dir=config.out,
+        per_device_train_batch_size=train.batch_size // PartialState().num_processes,
+        gradient_accumulation_steps=train.accumulation,
+        max_steps=train.max_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.decay, train.decay),
+        warmup_steps=train.warmup,
+        weight_decay=train.weight_decay,
+        adam_beta2=train.beta_2,
+        optim="adamw_torch_fused",
+        bf16=train.precision == "bfloat16",
+        use_cpu=runs_on_cpu(),
+        seed=train.seed,
+        logging_steps=log_interval(train.max_steps),
+        logging_nan_inf_filter=False,  # a loss that is not a number must be seen
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train.save_every,
+        save_steps=train.save_every,
+        save_total_limit=train.max_checkpoints,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    # One process drives one device: transformers would replicate the model by threads over all that it sees.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class KeyedTrainer(Trainer):
@@ -44,52 +80,53 @@ class KeyedTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        args: TrainingArguments,
-        average: WeightAverage | None,
-        max_skipped: int,
-        uses_muon: bool = False,
-        **data: Any,
+        self, config: BaseRunConfig, model: Any, tokenizer: Any, *, eval_dataset: Any = None, **data: Any
     ) -> None:
-        super().__init__(model, args=args, **data)
-        self.uses_muon = uses_muon
-        if uses_muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        arguments = training_arguments(config, evaluates=eval_dataset is not None)
+        model.to(arguments.device)  # before the average is copied from it
+        train = config.train
+        self.average = WeightAverage(model, decay=train.ema_decay) if train.ema_decay else None
+        super().__init__(model, args=arguments, eval_dataset=eval_dataset, **data)
+        self.uses_muon = train.optimizer == "muon"
+        if self.uses_muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("train.optimizer muon needs whole matrices; got sharded weights. Use adamw, or ddp.")
         self.remove_callback(PrinterCallback)
-        self.average = average
-        self.tokens_seen = 0
-        self.tokens_per_step = 0
-        self.useful_tokens: Tensor | int = 0
-        """Tokens of this process that are not padding, and how many it has forwarded, since the last log."""
-        self.forwarded_tokens = 0
-        self.objective: dict[str, Any] | None = None
-        """Settings of what is minimised: every checkpoint says what it was trained with."""
-        self.saved_tokenizer: Any = None
+        if self.average:
+            self.add_callback(self.average)
+        self.identity = config.identity()
+        """What every checkpoint says that it was trained with."""
+        self.tokenizer = tokenizer
         """Saved with every checkpoint, which can be loaded like a finished model."""
         self._checkpoint_parent: str | None = None
         self._sampler: PassSampler | None = None
         self._global_rows = 0
         self._batches: list[Batch] = []
-        folder = Path(args.output_dir or ".") / "skipped"
-        self.guard = Guard(folder, most=max_skipped, rank=args.process_index)
-
-    def efficiency(self) -> float:
-        """Useful tokens / forwarded tokens of this process since the last call."""
-        fraction = float(self.useful_tokens) / max(self.forwarded_tokens, 1)
-        self.useful_tokens, self.forwarded_tokens = 0, 0
-        return fraction
+        self.guard = Guard(Path(config.out) / "skipped", rank=self.args.process_index)
+        self.forget_counts()
 
     def forget_counts(self) -> None:
-        """Forget the steps that were only timed."""
-        self.tokens_seen = 0
-        self.efficiency()
+        """Begin to count tokens and time anew: after a log line, and what would distort it."""
+        self._counted_since: float | None = None
+        self._useful_tokens: Tensor | int = 0
+        self._forwarded_tokens = 0
+
+    def efficiency(self) -> float:
+        """Tokens that are not padding / forwarded tokens of this process since the last log line."""
+        return float(self._useful_tokens) / max(self._forwarded_tokens, 1)
+
+    def _speed(self) -> dict[str, float]:
+        """Tokens per second of all processes since the last log line, and the efficiency."""
+        seconds = time.perf_counter() - (self._counted_since or 0.0)
+        tokens_per_second = self.args.world_size * self._forwarded_tokens / max(seconds, 1e-9)
+        logs = {"tokens_per_second": max(round(tokens_per_second), 1), "efficiency": round(self.efficiency(), 4)}
+        self.forget_counts()
+        return logs
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
         """Number the rows over the global batch of the coming step, and count what its loss is divided by."""
+        self._counted_since = self._counted_since or time.perf_counter()
         batches = list(islice(epoch_iterator, num_batches))
         world, rank = self.args.world_size, self.args.process_index
         first = 0
@@ -104,17 +141,14 @@ class KeyedTrainer(Trainer):
         num_items = torch.stack(items).sum(0).to(device)
         if world > 1:
             num_items = self.accelerator.reduce(num_items, "sum")
-        self.useful_tokens += sum(useful)
-        self.forwarded_tokens += sum(positions)
-        self.tokens_per_step = world * sum(positions)
-        self.tokens_seen += self.tokens_per_step
+        self._useful_tokens += sum(useful)
+        self._forwarded_tokens += sum(positions)
         return batches, num_items
 
     def get_train_dataloader(self) -> Any:
-        """Build the loader, and tell it where its sampler is: with many processes it would not look deep enough.
+        """Build the loader and give it its sampler, which must learn the number of the pass (`set_epoch`).
 
-        (It has to reach the sampler to tell it the pass, through the batches of the processes and those that a resumed
-        run skips.)
+        With many processes, or batches that a resumed run skips, accelerate's wrappers hide the sampler from it.
         """
         self._sampler = None
         loader: Any = super().get_train_dataloader()
@@ -131,7 +165,7 @@ class KeyedTrainer(Trainer):
         return self._sampler
 
     def _lengths(self) -> list[int] | None:
-        """Tell the rows' lengths where they are to be grouped by them."""
+        """Return the rows' lengths where they are to be grouped by them."""
         return None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,10 +190,11 @@ class KeyedTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the number of steps skipped since the last loss. Raises ValueError where they are too many."""
+        """Log, with the steps skipped since the last loss, and the speed. Raises ValueError for too many skipped."""
         if "loss" in logs:
-            self._tr_loss.zero_()  # transformers takes it from itself, and an infinite one would be NaN from then on
-        if logs.keys() & {"loss", "train_loss"} and (skipped := self.guard.report()):  # and what came after the last
+            self._tr_loss.zero_()  # Trainer subtracts it from itself, and inf - inf is NaN
+            logs |= self._speed()
+        if logs.keys() & {"loss", "train_loss"} and (skipped := self.guard.report()):  # and those after the last loss
             logs["skipped_steps"] = skipped
         super().log(logs, *args, **kwargs)
         self.guard.check()
@@ -168,9 +203,8 @@ class KeyedTrainer(Trainer):
         return self._checkpoint_parent or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint aside and rename it when it is whole: a killed run leaves no half of one."""
-        assert self.args.output_dir is not None
-        out = Path(self.args.output_dir)
+        """Write the checkpoint aside, and publish it when all processes have written their parts."""
+        out = Path(cast(str, self.args.output_dir))
         staging = out / STAGING
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -178,7 +212,7 @@ class KeyedTrainer(Trainer):
         self._checkpoint_parent = str(staging)
         name = f"checkpoint-{self.state.global_step}"
         try:
-            with told_of_the_disk(name, out):
+            with explain_disk_errors(name, out):
                 super()._save_checkpoint(model, trial)
                 if self.args.should_save:
                     self._describe(staging / name)
@@ -189,18 +223,12 @@ class KeyedTrainer(Trainer):
             self._checkpoint_parent = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            with told_of_the_disk(name, out):
-                write_hashes(staging / name)  # of every process' files: all have written them
-            delete_checkpoint(out / name)  # a damaged one that was passed over
-            (staging / name).rename(out / name)
-            tidy(out, step=self.state.global_step, keep=self.args.save_total_limit or 0)
+            publish(staging / name, out, keep=cast(int, self.args.save_total_limit))
         self.accelerator.wait_for_everyone()
 
     def _describe(self, folder: Path) -> None:
         """Write what a checkpoint of ours has beside weights and moments."""
         if self.average:
             self.average.save(folder)
-        if self.objective is not None:
-            write_whole(folder / OBJECTIVE_FILE, json.dumps(self.objective, indent=2) + "\n")
-        if self.saved_tokenizer is not None:
-            self.saved_tokenizer.save_pretrained(folder)
+        write_whole(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")
+        self.tokenizer.save_pretrained(folder)

@@ -11,14 +11,14 @@ from redraft.models.device import choose_device
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of mallopt(3)
 
 
-def runs_on_cpu(device: str) -> bool:
-    """Tell whether the setting of a device (cpu, cuda, auto) means the CPU here; ValueError if it is not there."""
-    return choose_device(device).type == "cpu"
+def runs_on_cpu() -> bool:
+    """Whether there is no accelerator that training can use."""
+    return choose_device(None).type == "cpu"
 
 
-def bfloat16_is_faster(device: str) -> bool:
-    """Tell whether matrices multiply at least a fifth faster in bfloat16 than in float32: on a CPU by trying."""
-    if not runs_on_cpu(device):
+def bfloat16_is_faster() -> bool:
+    """Whether matrices multiply at least a fifth faster in bfloat16 than in float32; measured on a CPU."""
+    if not runs_on_cpu():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return _multiply_seconds(torch.bfloat16) * 1.2 < _multiply_seconds(torch.float32)
 

@@ -13,21 +13,24 @@ ITERATION = (3.4445, -4.7750, 2.0315)
 
 def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     """List the trained matrices of the repeated layers: no embedding, no head, nothing with another number of axes."""
-    found: dict[int, nn.Parameter] = {}
+    matrices: dict[int, nn.Parameter] = {}  # by id: a stack in a stack is walked through twice
     for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         for module in stack.modules():
-            if isinstance(module, nn.Embedding):
-                continue
             weight = dict(module.named_parameters(recurse=False)).get("weight")
-            if weight is not None and weight.ndim == 2 and weight.requires_grad:
-                found[id(weight)] = weight
-    return list(found.values())
+            if (
+                weight is not None
+                and weight.ndim == 2
+                and weight.requires_grad
+                and not isinstance(module, nn.Embedding)
+            ):
+                matrices[id(weight)] = weight
+    return list(matrices.values())
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """Bring the singular values of matrices (n, rows, columns) near 1 by five iterations of Newton-Schulz.
 
-    In bfloat16, as published, but for the CPU: many have none, and were 80 times slower at it where it was measured.
+    In bfloat16, as published, but in float32 on a CPU: many have no bfloat16 arithmetic (80 times slower on one).
     """
     x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
     is_tall = x.shape[1] > x.shape[2]
@@ -44,7 +47,8 @@ class Muon(Optimizer):
     """Muon with Nesterov momentum (Jordan et al. 2024), its steps scaled to the size of AdamW's (2502.16982, eq. 4).
 
     As fused AdamW does, it leaves weights and momentum as they are where `found_inf` is 1, without waiting for the
-    device. Matrices of one shape are iterated together. torch's own iterates in bfloat16 on every device, one by one.
+    device. Matrices of one shape are iterated together. torch.optim.Muon iterates in bfloat16
+    on every device, one matrix at a time.
     """
 
     found_inf: Tensor | None = None
@@ -56,22 +60,22 @@ class Muon(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step. `closure` is not for this optimizer."""
         for group in self.param_groups:
-            alike: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+            same_shape: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    alike[matrix.shape, matrix.device, matrix.dtype].append(matrix)
-            for matrices in alike.values():
-                self._step_alike(matrices, **{name: group[name] for name in ("lr", "weight_decay", "momentum")})
+                    same_shape[matrix.shape, matrix.device, matrix.dtype].append(matrix)
+            for matrices in same_shape.values():
+                self._step_together(matrices, **{name: group[name] for name in ("lr", "weight_decay", "momentum")})
 
-    def _step_alike(self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float, momentum: float) -> None:
+    def _step_together(self, matrices: list[nn.Parameter], *, lr: float, weight_decay: float, momentum: float) -> None:
         gradients = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
         buffers = torch.stack([self._momentum(matrix) for matrix in matrices])
         moved = buffers.lerp(gradients, 1 - momentum)
         updates = orthogonal(gradients.lerp(moved, momentum)) * (0.2 * max(gradients.shape[1:]) ** 0.5)
         for matrix, buffer, update in zip(matrices, moved, updates, strict=True):
             stepped = matrix * (1 - lr * weight_decay) - lr * update
-            self._keep_or_take(matrix, stepped)
-            self._keep_or_take(self._momentum(matrix), buffer)
+            self._unless_skipped(matrix, stepped)
+            self._unless_skipped(self._momentum(matrix), buffer)
 
     def _momentum(self, matrix: nn.Parameter) -> Tensor:
         state = self.state[matrix]
@@ -79,7 +83,7 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(matrix)
         return state["momentum_buffer"]
 
-    def _keep_or_take(self, old: Tensor, new: Tensor) -> None:
+    def _unless_skipped(self, old: Tensor, new: Tensor) -> None:
         old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
 
 

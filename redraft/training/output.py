@@ -28,30 +28,20 @@ class Lasting:
         except UnicodeEncodeError as error:
             self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a signal came while a line was written
-            self._note(error)
+            self._drop(error)
         return len(text)
 
-    def flush(self) -> None:
+    def flush(self, *, is_last: bool = False) -> None:
         try:
             self._stream.flush()
         except (OSError, RuntimeError, ValueError) as error:
-            self._note(error)
+            self._drop(error, is_last=is_last)
 
-    def _note(self, error: Exception) -> None:
-        if isinstance(error, OSError) and error.errno not in _PASSES:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        """Let the stream lead nowhere, so that what is buffered does not fail again."""
-        with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), self._stream.fileno())
-
-    def end(self) -> None:
-        """Flush a last time."""
-        try:
-            self._stream.flush()
-        except (OSError, RuntimeError, ValueError):
-            self._give_up()
+    def _drop(self, error: Exception, *, is_last: bool = False) -> None:
+        """Drop the text. A stream that is gone leads nowhere from now on, so that its buffer does not fail again."""
+        if is_last or (isinstance(error, OSError) and error.errno not in _PASSES):
+            with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 @contextmanager
@@ -65,9 +55,9 @@ def lasting_output() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = before
         for stream in filter(None, lasting):
-            stream.end()
+            stream.flush(is_last=True)
 
 
 def say(console: Console, text: str) -> None:
     """Print a line as it is: no markup and no emoji, which the name of a folder may look like, and no wrapping."""
-    console.print(text, markup=False, emoji=False, soft_wrap=True)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,9 +1,9 @@
 """What a run can do in its minutes: how long a step takes, how many fit, whether compiling pays."""
 
-import dataclasses
 import time
+from dataclasses import replace
 from itertools import cycle, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -11,45 +11,42 @@ from rich.console import Console
 
 from redraft.models.device import can_compile
 from redraft.training.callbacks import any_process
-from redraft.training.config import RunConfig, TrainConfig
-from redraft.training.latent_config import LatentRunConfig
-from redraft.training.loop import KeyedTrainer
+from redraft.training.config import Run, TrainConfig
+from redraft.training.loop import KeyedTrainer, log_interval
 from redraft.training.output import say
 from redraft.training.trainer import DiffusionTrainer
 
-Config = TypeVar("Config", RunConfig, LatentRunConfig)
+MUON, ADAMW = 1.1, 1.03  # a step with its optimizer update / its forwards and backwards, which are timed
 
 
 def compile_if_it_pays(train: TrainConfig, trainer: DiffusionTrainer, console: Console) -> None:
-    """Compile the transformer if that pays."""
+    """Compile the transformer where the run is long enough; FSDP gathers each layer, which breaks the graph."""
     is_long = train.max_minutes > 2 if train.max_minutes else train.max_steps >= 500  # compiling takes about 20 s
-    pays = is_long and can_compile() and not trainer.is_sharded  # each layer's gathering breaks the graph
-    if train.compile == "on" or (train.compile == "auto" and pays):
+    if train.compile == "auto" and is_long and can_compile() and not trainer.is_sharded:
         trainer.denoiser.model.base_model.compile()
-        if train.compile == "auto":
-            say(console, "compiling the transformer (--train.compile off to do without)")
+        say(console, "compiling the transformer (--train.compile off to do without)")
 
 
-def fitted_to_minutes(config: Config, trainer: KeyedTrainer, console: Console) -> Config:
+def fit_to_minutes(config: Run, trainer: KeyedTrainer, console: Console) -> Run:
     """Lower the number of steps to what fits into the minutes."""
     train = config.train
     assert train.max_minutes is not None
     start = time.monotonic()
-    seconds = _measure_step(trainer, at_most=3 * train.max_minutes)
+    seconds = _measure_step(trainer, max_seconds=3 * train.max_minutes)
     spent = time.monotonic() - start
-    evaluations = train.eval_every if trainer.eval_dataset is not None else 0
-    evaluation = seconds / 3 * train.eval_windows / (train.batch_size * train.accumulation)
-    update = 1.1 if trainer.uses_muon else 1.03  # the optimizer's own part of a step, which is not timed
-    per_step = seconds * update + (evaluation / evaluations if evaluations else 0)
+    per_step = seconds * (MUON if trainer.uses_muon else ADAMW)
+    if trainer.eval_dataset is not None:
+        batches = len(trainer.eval_dataset) / (train.batch_size * train.accumulation)  # type: ignore[arg-type]
+        per_step += seconds / 3 * batches / train.save_every  # a forward takes a third
     steps = min(train.max_steps, max(1, int((60 * train.max_minutes - spent) / per_step)))
     (steps,) = broadcast_object_list([steps])
     say(console, f"{seconds:.2g} s per step: {steps} steps fit in {train.max_minutes:g} minutes")
-    trainer.args.max_steps = steps
-    return dataclasses.replace(config, train=dataclasses.replace(train, max_steps=steps))
+    trainer.args.max_steps, trainer.args.logging_steps = steps, log_interval(steps)
+    return replace(config, train=replace(train, max_steps=steps))
 
 
-def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
-    """Time one optimizer step's forwards and backwards: several, or what `at_most` seconds hold, but three at least.
+def _measure_step(trainer: KeyedTrainer, *, max_seconds: float) -> float:
+    """Time an optimizer step's forwards and backwards: at least three times, until `max_seconds` or `timed_steps`.
 
     Weights, buffers and data order stay as they were.
     """
@@ -68,7 +65,7 @@ def _measure_step(trainer: KeyedTrainer, *, at_most: float) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - start)
-        if any_process(step >= 2 and sum(times) > at_most, device=device):
+        if any_process(step >= 2 and sum(times) > max_seconds, device=device):
             break
     for buffer, before in buffers:
         buffer.copy_(before)

@@ -6,25 +6,85 @@ A checkpoint is written whole, as by an unsharded run: it resumes under any numb
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from redraft.models.load import load_weights
+from redraft.training.adapter import has_adapter, read_adapter
+from redraft.training.loop import KeyedTrainer
 
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP", "DEEPSPEED")
 
 
-def shard_on_cpu(accelerator: Accelerator) -> None:
-    """Take up FSDP where it was launched on the CPU: accelerate does so on accelerators alone, fully_shard on both."""
-    state: Any = accelerator.state
-    if state.distributed_type is DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+class WholeCheckpoints(KeyedTrainer):
+    """Write and read the checkpoints of one process, whatever holds the weights: shards, or an adapter beside them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        kind = self.accelerator.distributed_type.value
+        self.is_sharded = kind == "FSDP"
+        if kind not in SUPPORTED or (self.is_sharded and self.accelerator.state.fsdp_plugin.fsdp_version != 2):
+            raise ValueError(f"training under {kind} (or FSDP 1) is not supported. Use ddp, fsdp2 or deepspeed.")
+        if self.is_sharded and (self.average or has_adapter(self.model)):
+            what = "train.ema_decay" if self.average else "an adapter"
+            raise ValueError(f"{what} is not supported over sharded weights (fsdp2). Leave it out, or use ddp.")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, and let it shard on the CPU too: accelerate shards on accelerators alone."""
+        super().create_accelerator_and_postprocess()
+        state: Any = self.accelerator.state
+        if state.distributed_type is DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+        self.is_fsdp_enabled = state.distributed_type is DistributedType.FSDP
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if has_adapter(self.model) and self.args.should_save:  # whose settings may not be those of its base
+            cast(Any, self.model).config.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if has_adapter(self.model):
+            read_adapter(self.model, resume_from_checkpoint)
+        else:
+            restore_weights(self.model, resume_from_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the whole model, whatever it is sharded over; all processes take part."""
+        if not self.is_sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        model: Any = self.model
+        weights = whole(dict(model.state_dict(keep_vars=True)), keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer: Any = self.optimizer
+        scheduler: Any = self.lr_scheduler
+        state = whole(optimizer.state_dict(), keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_FILE)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+        return None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer: Any = self.optimizer  # accelerate's wrapper
+        scheduler: Any = self.lr_scheduler
+        saved = torch.load(Path(checkpoint) / OPTIMIZER_FILE, mmap=True, weights_only=True)
+        load_moments(optimizer.optimizer, saved)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+        return None
 
 
 def whole(tree: Any, *, keep: bool) -> Any:
@@ -43,12 +103,6 @@ def whole(tree: Any, *, keep: bool) -> Any:
         return gathered[id(leaf)]
 
     return tree_map(gather, tree)
-
-
-def whole_weights(model: Any, *, keep: bool) -> dict[str, Tensor]:
-    """Gather the weights of a model."""
-    weights: dict[str, Tensor] = whole(dict(model.state_dict(keep_vars=True)), keep=keep)
-    return weights
 
 
 @torch.no_grad()

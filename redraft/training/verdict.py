@@ -1,4 +1,4 @@
-"""What a run ended with, and whether that is worth anything."""
+"""What a run ended with, whether that is worth anything, and its loss curve."""
 
 import math
 from dataclasses import dataclass
@@ -11,27 +11,28 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 
 from redraft.likelihood.problem import Estimate
-from redraft.training.callbacks import LOG_FILE, read_log
-from redraft.training.curve import series
+from redraft.training.checkpoint import explain_disk_errors
+from redraft.training.config import RunConfig
 from redraft.training.output import say
 
-MOST_GROWTH = 1000  # of the norm of the trained weights; a run that learns stays far below
-MOST_RISE = 10  # of the training loss
+MAX_GROWTH = 1000  # of the norm of the trained weights; a run that learns stays far below
+MAX_RISE = 10  # of the training loss
+CURVE_FILE = "loss.png"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunResult:
     """What a run ended with."""
 
     folder: Path
     steps: int
-    held_out: Estimate | None = None
+    validation: Estimate | None = None
     unigram_nats: float | None = None
-    """Entropy of the held-out tokens under their own frequencies, nats per token."""
+    """Entropy of the validation tokens under their own frequencies, nats per token."""
     gzip_bits_per_byte: float | None = None
-    """`gzip -9` on the held-out text."""
+    """`gzip -9` on the validation text."""
     diverged: str | None = None
-    """By what one sees that the run diverged; None where it did not."""
+    """The sign that the run diverged; None where it did not."""
     signal: int | None = None
     """The signal that ended the run early."""
 
@@ -42,46 +43,72 @@ def weight_norm(model: Any) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def divergence(folder: Path, *, norm_before: float, norm: float) -> str | None:
-    """Say by what a run has diverged: weights that exploded, or a training loss that rose; None where it did not."""
-    if not norm < MOST_GROWTH * max(norm_before, 1):
+def divergence(history: list[dict[str, Any]], *, norm_before: float, norm: float) -> str | None:
+    """Say why a run has diverged: weights that exploded, or a training loss that rose; None where it did not."""
+    if not norm < MAX_GROWTH * max(norm_before, 1):
         return f"the norm of its weights went from {norm_before:.3g} to {norm:.3g}"
-    _, losses = series(read_log(folder / LOG_FILE), "loss")
-    losses = [loss for loss in losses if math.isfinite(loss)]  # of a step that is not finite the guard tells
-    if losses and (last := median(losses[-5:])) > MOST_RISE * max(losses[0], 1):
+    losses = [line["loss"] for line in history if math.isfinite(line.get("loss", math.nan))]  # the guard counts others
+    if losses and (last := median(losses[-5:])) > MAX_RISE * max(losses[0], 1):
         return f"its training loss went from {losses[0]:.4g} to {last:.4g}"
     return None
 
 
-def worse_than_chance(held_out: Estimate, *, chance: float, measure: str) -> str | None:
-    """Say so where a held-out loss is twice what guessing at random costs, or is no number."""
-    if held_out.nats_per_token < 2 * chance:
+def worse_than_chance(validation: Estimate, *, chance: float, measure: str) -> str | None:
+    """Say so where a validation loss is twice what guessing at random costs, or is no number."""
+    if validation.nats_per_token < 2 * chance:
         return None
-    return (
-        f"its held-out {measure} is {held_out.nats_per_token:.4g} nats per token; guessing at random costs {chance:.4g}"
-    )
+    nats = f"{validation.nats_per_token:.4g} nats per token"
+    return f"its validation {measure} is {nats}; guessing at random costs {chance:.4g}"
 
 
-def announce(outcome: Outcome, console: Console, *, measure: str = "NELBO") -> None:
-    """Say what a finished run ended with, in words where that is worth nothing."""
-    if outcome.held_out:
-        say(console, f"{f'held-out {measure}:':<17} {outcome.held_out}")
-    if outcome.held_out and outcome.unigram_nats:
-        below = 100 * (1 - outcome.held_out.nats_per_token / outcome.unigram_nats)
+def announce(result: RunResult, console: Console, *, measure: str = "NELBO") -> None:
+    """Print what a finished run ended with, and in words if that is worth nothing."""
+    if result.validation:
+        say(console, f"validation {measure}: {result.validation}")
+    if result.validation and result.unigram_nats:
+        below = 100 * (1 - result.validation.nats_per_token / result.unigram_nats)
         compared = f"the {measure} is {abs(below):.1f} % {'below' if below > 0 else 'above'}"
-        say(console, f"unigram entropy:  {outcome.unigram_nats:.4f} nats per token ({compared})")
-        say(console, f"gzip -9:          {outcome.gzip_bits_per_byte:.3f} bits per byte on the same text")
+        say(console, f"unigram entropy:  {result.unigram_nats:.4f} nats per token ({compared})")
+        say(console, f"gzip -9:          {result.gzip_bits_per_byte:.3f} bits per byte on the same text")
         if not below > 0:
             say(
                 console,
                 "the model is worse than guessing each token by its frequency, so what it generates is noise. Train "
                 "it for more steps, or on more data.",
             )
-    if outcome.diverged:
+    if result.diverged:
         say(
             console,
-            f"the run diverged: {outcome.diverged}. The model in {outcome.folder} is of no use. Start another --out "
+            f"the run diverged: {result.diverged}. The model in {result.folder} is of no use. Start another --out "
             "with a lower --train.learning-rate.",
         )
     else:
-        say(console, f"saved to {outcome.folder}")
+        say(console, f"saved to {result.folder}")
+
+
+def draw_curve(history: list[dict[str, Any]], config: RunConfig, *, console: Console) -> None:
+    """Draw the log of a run into loss.png: training and validation loss against steps."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say(console, "no loss curve: matplotlib is not installed (pip install 'redraft[plots]')")
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    objective, is_preference = config.objective, config.data.kind == "preference"
+    drawn = "training" if objective.kind == "ar" else f"training, t in ({objective.t_min:g}, {objective.t_max:g}]"
+    validation = "validation preference loss" if is_preference else f"validation {objective.measure}"
+    axes.plot(*_series(history, "loss"), color="#9db4c0", linewidth=1, label=drawn)
+    axes.plot(*_series(history, "eval_loss"), color="#253237", marker="o", markersize=4, label=validation)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("nats per pair" if is_preference else "nats per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with explain_disk_errors(CURVE_FILE, Path(config.out)):
+        figure.savefig(Path(config.out) / CURVE_FILE, dpi=150)
+
+
+def _series(history: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Return the steps at which a number was logged, and the numbers."""
+    lines = [line for line in history if name in line]
+    return [line["step"] for line in lines], [line[name] for line in lines]

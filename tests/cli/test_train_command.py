@@ -47,10 +47,10 @@ EDITS = {
     "model a list": (lambda saved: saved | {"model": []}, "model must hold an object of settings; got list"),
     "an unknown section": (lambda saved: saved | {"modle": {}}, "'modle'; .*Did you mean 'model'"),
     "an unknown name": (having("train", learnin_rate=1), "'learnin_rate'; .*Did you mean 'learning_rate'"),
-    "a text for a number": (having("data", seq_len="32"), "data: seq_len must be one of int; got '32'"),
+    "a text for a number": (having("data", seq_len="32"), "data: seq_len must be of type int; got '32'"),
     "a wrong value": (
         having("train", learning_rate=float("nan")),
-        "learning_rate must be positive, and finite; got nan",
+        "learning_rate must be a finite number; got nan",
     ),
     "a stage by value": (lambda saved: saved | {"train": "stage"}, "train must hold an object of settings; got str"),
     "out of bytes": (lambda saved: saved | {"out": "a\udcff"}, r"out must be a name in UTF-8; got 'a\\udcff'"),

@@ -206,7 +206,7 @@ def test_prompts_that_differ_in_spaces_are_on_one_side(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": ModelConfig(start="runs/other")}, "kind thought makes a tokenizer of the task's words"),
+        ({"model": ModelConfig(start="runs/other")}, "model.start brings its own tokenizer; got data.kind thought"),
         ({"objective": ObjectiveConfig()}, "kind masked fills a canvas of one length.*Add --data.thought.fill"),
     ],
 )

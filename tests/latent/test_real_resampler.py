@@ -27,7 +27,7 @@ def test_a_resampler_over_minilm_learns_to_give_unseen_sentences_back(tmp_path):
     )
     flags = (
         "--autoencoder.kind resampler --autoencoder.num-latents 4 --autoencoder.latent-dim 32 --train.batch-size 16 "
-        "--train.max-steps 260 --train.log-every 20 --train.learning-rate 1e-3 --train.report-to --train.device cpu "
+        "--train.max-steps 260 --train.learning-rate 1e-3 "
         f"--train.precision float32 --autoencoder.encoder {MINILM} --task {task} --out {out}"
     )
     assert _dispatch(["train", "latent-autoencoder", *flags.split()]) == 0

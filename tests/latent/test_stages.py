@@ -39,11 +39,8 @@ def shrunk(config, **changes):
             config.train,
             batch_size=8,
             max_steps=4,
-            log_every=2,
-            device="cpu",
             precision="float32",
             max_minutes=None,
-            report_to=(),
         ),
         **changes,
     )
@@ -192,7 +189,6 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
             [*from_autoencoder, *out, "--rollout.steps", "9"],
             "settings of rollout are for stage rollout; this is stage d",
         ),
-        ([*from_autoencoder, *out, "--train.compile", "on"], "train.compile on is not for latent thinking"),
         (["train", "latent-autoencoder", *out, "--start", autoencoder], "an autoencoder is the first stage; got start"),
         (
             ["train", "latent-autoencoder", *out, "--autoencoder.encoder", "x"],
@@ -384,7 +380,7 @@ def test_stages_over_an_encoder_whose_texts_end_with_a_separator(tmp_path):
 
 @pytest.mark.slow
 def test_the_recipes_autoencoder_passes_the_gate_on_countdown(tmp_path, capsys):
-    assert _dispatch(["train", "latent-autoencoder", "--out", str(tmp_path / "ae"), "--train.report-to"]) == 0
+    assert _dispatch(["train", "latent-autoencoder", "--out", str(tmp_path / "ae")]) == 0
     assert _dispatch(["latent", "check", str(tmp_path / "ae")]) == 0
     assert "the gate is passed" in capsys.readouterr().out
 

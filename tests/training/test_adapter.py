@@ -57,8 +57,8 @@ def config(base, corpus, tmp_path):
         model=ModelConfig(start=str(base)),
         adapter=AdapterConfig(rank=4, alpha=8, targets="all-linear"),
         train=TrainConfig(
-            batch_size=4, max_steps=4, eval_every=0, save_every=2, final_eval_windows=8, precision="float32",
-            compile="off", device="cpu", report_to=(), learning_rate=1e-2, log_every=1,
+            batch_size=4, max_steps=4, save_every=2, max_validation_windows=8, precision="float32",
+            compile="off", learning_rate=1e-2,
         ),
     )  # fmt: skip
 

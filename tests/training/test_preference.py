@@ -57,7 +57,7 @@ def test_a_run_starts_at_its_reference_and_four_pairs_at_once_equal_one_pair_fou
 
 
 def test_preferences_are_learnt_and_hold_for_prompts_not_seen(pairs):
-    out = run(with_train(pairs, max_steps=40, learning_rate=3e-3, log_every=10), console=QUIET).folder
+    out = run(with_train(pairs, max_steps=40, learning_rate=3e-3), console=QUIET).folder
     assert lines(out, "accuracy")[-1] == 1.0
     assert lines(out, "eval_accuracy")[-1] == 1.0
     assert lines(out, "eval_loss")[-1] < 0.5
@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_with_the_reference_it_began_with(pairs, tmp_path)
 def test_an_adapter_is_its_own_reference_while_it_is_switched_off(pairs, tmp_path):
     start = run(with_train(replace(pairs, out=str(tmp_path / "start")), max_steps=1), console=QUIET).folder
     model, adapter = ModelConfig(start=str(start)), AdapterConfig(rank=4, targets="all-linear")
-    tuned = with_train(replace(pairs, model=model, adapter=adapter), max_steps=30, learning_rate=1e-2, log_every=1)
+    tuned = with_train(replace(pairs, model=model, adapter=adapter), max_steps=30, learning_rate=1e-2)
     out = run(tuned, console=QUIET).folder
     assert losses(out)[0] == pytest.approx(math.log(2), abs=1e-5)
     assert lines(out, "eval_accuracy")[-1] > 0.9

@@ -42,7 +42,7 @@ from redraft.cli.train import main
 from redraft.training.checkpoint import damage
 from redraft.training.config import ObjectiveConfig
 from redraft.training.launch import KINDS as LAUNCHES
-from redraft.training.launch import _verdict, check_division, config_file
+from redraft.training.launch import _describe_failure, check_division, config_file
 from redraft.training.run import run
 
 
@@ -53,7 +53,7 @@ def launch_all(kind, configs):
         paths.append(Path(one.out).with_suffix(".json"))
         paths[-1].write_text(json.dumps(asdict(one)))
     code = "import sys; from redraft.training.launch import launch; "
-    code += f"code, reason = launch({kind!r}, 2, sys.argv[1:], module='many_runs'); print(reason); sys.exit(code)"
+    code += f"sys.exit(launch({kind!r}, 2, sys.argv[1:], module='many_runs'))"
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-c", code, *map(str, paths)]
@@ -129,7 +129,7 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
 
 
 def test_a_killed_process_ends_the_job_with_one_line(config):
-    config = with_train(config, max_steps=100_000, eval_every=0, save_every=100_000, warmup=0.0)
+    config = with_train(config, max_steps=100_000, save_every=100_000, warmup=0.0)
     with launched(config, flags=["--launch", "ddp", "--processes", "2"]) as process:
         wait_for_log(process, config, lines=3)
         workers = [child for child in psutil.Process(process.pid).children() if "redraft.cli" in child.cmdline()]
@@ -143,7 +143,7 @@ def test_a_killed_process_ends_the_job_with_one_line(config):
 
 
 def test_a_signal_to_the_launcher_saves_a_checkpoint(config):
-    config = with_train(config, max_steps=100_000, eval_every=0, save_every=100_000, warmup=0.0)
+    config = with_train(config, max_steps=100_000, save_every=100_000, warmup=0.0)
     with launched(config, flags=["--launch", "fsdp2", "--processes", "2"]) as process:
         wait_for_log(process, config, lines=3)
         process.send_signal(signal.SIGTERM)
@@ -187,7 +187,7 @@ def test_the_process_that_failed_is_told_from_those_that_fell_with_it(tmp_path, 
     failures = {
         rank: SimpleNamespace(exitcode=code, pid=100 + rank, local_rank=rank) for rank, code in enumerate(codes)
     }
-    code, reason = _verdict(failures, 2, tmp_path)
+    code, reason = _describe_failure(failures, 2, tmp_path)
     assert re.match(cause, reason)
     assert code == (codes[1] if codes[1] > 0 else 128 - codes[1])
 
@@ -198,9 +198,9 @@ def test_the_process_that_failed_is_told_from_those_that_fell_with_it(tmp_path, 
         ("--launch ddp --processes 3", "must be a multiple of the number of processes.*got 2 and 3"),
         ("--launch fsdp2 --processes 0", "--processes must be at least 1; got 0"),
         ("--launch=fsdp --processes 2", "--launch 'fsdp'.*ddp, fsdp2, deepspeed"),
-        ("--launch ddp", "--launch needs --processes and a number.*got None"),
-        ("--launch ddp --processes two", "--launch needs --processes and a number.*got two"),
-        ("--processes 2", "--processes goes with --launch; got 2 alone"),
+        ("--launch ddp", "--launch and --processes go together; got ddp and None"),
+        ("--launch ddp --processes two", "argument --processes: invalid int value: 'two'. See --help"),
+        ("--processes 2", "--launch and --processes go together; got None and 2"),
         ("--launch deepspeed --processes 2", "DeepSpeed, which is not installed"),
     ],
 )

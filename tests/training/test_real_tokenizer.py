@@ -23,11 +23,11 @@ def test_a_pretrained_wordpiece_tokenizer_trains_a_model_with_its_own_mask_token
             tokenizer=str(MINILM), seq_len=64, max_documents=20, validation_fraction=0.2
         ),
         model=ModelConfig(size="1m"),
-        train=TrainConfig(max_steps=3, batch_size=4, eval_windows=16, report_to=(), compile="off"),
+        train=TrainConfig(max_steps=3, batch_size=4, max_validation_windows=16, compile="off"),
     )  # fmt: skip
     outcome = run(config, console=Console(quiet=True))
-    assert outcome.held_out.nats_per_token > 0
-    assert outcome.held_out.bits_per_byte > 0
+    assert outcome.validation.nats_per_token > 0
+    assert outcome.validation.bits_per_byte > 0
 
 
 @pytest.mark.real

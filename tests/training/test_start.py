@@ -25,7 +25,7 @@ from redraft.data.tokenizer import train_tokenizer
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
-from redraft.training.run import Outcome, run
+from redraft.training.run import RunResult, run
 from redraft.training.start import load_start
 
 QUIET = Console(quiet=True)
@@ -74,8 +74,8 @@ def config(start, corpus, tmp_path):
         ),
         model=ModelConfig(start=str(start)),
         train=TrainConfig(
-            batch_size=4, max_steps=4, eval_every=0, save_every=2, final_eval_windows=8, precision="float32",
-            compile="off", device="cpu", report_to=(), learning_rate=1e-2,
+            batch_size=4, max_steps=4, save_every=2, max_validation_windows=8, precision="float32",
+            compile="off", learning_rate=1e-2,
         ),
     )  # fmt: skip
 
@@ -207,7 +207,7 @@ def test_a_shape_beside_a_start_is_told(given):
 
 
 def test_a_tokenizer_beside_a_start_is_told():
-    with pytest.raises(ValueError, match="model.start brings its own tokenizer; got data.tokenizer='other'"):
+    with pytest.raises(ValueError, match="model.start brings its own tokenizer; got data.tokenizer 'other'"):
         RunConfig(model=ModelConfig(start="some/model"), data=DataConfig(tokenizer="other"))
 
 
@@ -217,7 +217,7 @@ def test_the_shape_of_a_recipe_gives_way_to_a_start_on_the_command_line(monkeypa
 
     def take(config, **_):
         taken.append(config)
-        return Outcome(folder=Path(config.out), steps=0)
+        return RunResult(folder=Path(config.out), steps=0)
 
     monkeypatch.setattr("redraft.training.run.run", take)
     with pytest.raises(SystemExit):

@@ -18,11 +18,11 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
 
 import redraft
 from redraft.data.config import ChatConfig, DataConfig
 from redraft.data.prepare import prepare
+from redraft.models.attention import choose_attention
 from redraft.models.build import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.training.adapter import AdapterConfig
@@ -69,8 +69,8 @@ def config(corpus, cache, tmp_path):
         ),
         model=ModelConfig(size="1m", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
         train=TrainConfig(
-            batch_size=8, max_steps=6, eval_every=3, save_every=2, eval_windows=20, log_every=1, precision="float32",
-            compile="off", device="cpu", report_to=(), learning_rate=1e-2, keep_checkpoints=10,
+            batch_size=8, max_steps=6, save_every=2, max_validation_windows=20, precision="float32", compile="off",
+            learning_rate=1e-2, max_checkpoints=10,
         ),
     )  # fmt: skip
 
@@ -179,13 +179,12 @@ def built(config):
     """Build the model and the trainer of a run."""
     from redraft.models.build import build_model
     from redraft.models.denoiser import Denoiser
-    from redraft.training.run import _build_trainer
 
     data = prepare(config.data)
     torch.manual_seed(0)
     settings = config.objective.settings(data.tokenizer.mask_token_id)
     model = build_model(config.model, settings, tokenizer=data.tokenizer)
-    return model, _build_trainer(config, data, Denoiser(model, settings))
+    return model, DiffusionTrainer(config, data, Denoiser(model, settings))
 
 
 def gradients(config, batches_per_step):
@@ -215,14 +214,6 @@ def test_loss_and_gradients_of_a_step_do_not_depend_on_how_the_batch_is_split(co
     assert any((unequal[name] - expected[name]).abs().max() > 1e-3 for name in expected)
 
 
-def test_a_logger_that_is_not_installed_is_told(config):
-    with pytest.raises(ValueError, match="train.report_to names trackio, which is not installed"):
-        run(with_train(config, report_to=("trackio",)), console=QUIET)
-    with pytest.raises(ValueError, match="unknown train.report_to 'tensorbord'.*Did you mean 'tensorboard'"):
-        run(with_train(config, report_to=("tensorbord",)), console=QUIET)
-    assert not Path(config.out).exists()
-
-
 @every_objective
 def test_every_objective_resumes_bitwise_however_its_batch_is_split_and_its_checkpoint_says_what_it_is(
     config, objective
@@ -240,7 +231,7 @@ def test_every_objective_resumes_bitwise_however_its_batch_is_split_and_its_chec
     resumed = run(config, resume=True, console=QUIET)
     assert all(torch.equal(expected[name], found) for name, found in weights(resumed.folder).items())
     assert losses(resumed.folder) == logged
-    assert resumed.held_out == outcome.held_out
+    assert resumed.validation == outcome.validation
     loaded = redraft.load(outcome.folder).denoiser.settings
     process = {"uniform": "uniform", "ar": "autoregressive"}.get(objective.kind, "masked")
     assert (loaded.process, loaded.block_size) == (process, {"block": 8, "ar": 1}.get(objective.kind))
@@ -312,14 +303,14 @@ def test_an_objective_of_ones_own_is_one_file(config, tmp_path, monkeypatch):
     plain = run(config, console=QUIET)
     outcome = run(replace(config, out=config.out + "-own", objective=own), console=QUIET)
     assert losses(outcome.folder)[0] < losses(plain.folder)[0]
-    assert abs(outcome.held_out.nats_per_token - plain.held_out.nats_per_token) < 1  # reported as the same bound
+    assert abs(outcome.validation.nats_per_token - plain.validation.nats_per_token) < 1  # reported as the same bound
     assert RunConfig.read(outcome.folder / "recipe.json").objective == own
 
 
 def test_a_run_killed_between_two_checkpoints_and_resumed_ends_bitwise_as_one_never_stopped(config):
     """With its average of the weights, which is killed before it takes up a step. Many more kills: test_alive.py."""
     torch.set_num_threads(1)
-    config = with_train(config, max_steps=60, eval_every=0, ema_decay=0.9)
+    config = with_train(config, max_steps=60, ema_decay=0.9)
     with launched(replace(config, out=config.out + "-whole")) as whole:
         finish(whole)
     with launched(config, program=("-c", KILLED_IN_STEP_35)) as killed:
@@ -347,11 +338,11 @@ def test_evaluation_gives_the_same_number_twice_and_its_standard_error(config):
     outcome = run(config, console=QUIET)
     again = [line for line in read_log(outcome.folder / "log.jsonl") if "eval_nats_per_token" in line]
     assert again[-2]["eval_nats_per_token"] > 0  # at the last step, over 20 windows
-    assert again[-1]["eval_nats_per_token"] == outcome.held_out.nats_per_token
-    assert 0 < outcome.held_out.standard_error < outcome.held_out.nats_per_token
-    assert outcome.held_out.bits_per_byte > 0
+    assert again[-1]["eval_nats_per_token"] == outcome.validation.nats_per_token
+    assert 0 < outcome.validation.standard_error < outcome.validation.nats_per_token
+    assert outcome.validation.bits_per_byte > 0
     repeated = run(replace(config, out=config.out + "-again"), console=QUIET)
-    assert repeated.held_out == outcome.held_out
+    assert repeated.validation == outcome.validation
 
 
 def test_resuming_does_not_warn_of_tied_weights(config, monkeypatch):
@@ -363,24 +354,20 @@ def test_resuming_does_not_warn_of_tied_weights(config, monkeypatch):
 
 
 @pytest.mark.parametrize("train", [{}, {"precision": "bfloat16"}], ids=["float32", "bfloat16"])
-def test_block_diffusion_in_pieces_trains_as_under_a_mask(config, train, tmp_path):
+def test_block_diffusion_in_pieces_trains_as_under_a_mask(config, train, tmp_path, monkeypatch):
     block = replace(
         config, data=replace(config.data, seq_len=256), objective=ObjectiveConfig(kind="block", block_size=8)
     )
     found = []
     for attention in ("mask", "auto"):
-        one = with_train(block, batch_size=2, max_steps=3, attention=attention, **train)
+        choose = lambda model, _, way=attention, **more: choose_attention(model, way, **more)  # noqa: E731
+        monkeypatch.setattr("redraft.training.trainer.choose_attention", choose)
+        one = with_train(block, batch_size=2, max_steps=3, **train)
         run(replace(one, out=str(tmp_path / attention)), console=QUIET)
         found.append(losses(tmp_path / attention))
     assert found[0] == pytest.approx(found[1], abs=1e-4 if not train else 2e-2)
     under_a_mask, in_pieces = (weights(tmp_path / attention) for attention in ("mask", "auto"))
     assert any((in_pieces[name] != under_a_mask[name]).any() for name in in_pieces)  # another way: rounding shows
-
-
-def test_an_attention_that_is_not_there_is_told_before_the_first_step(config):
-    with pytest.raises(ValueError, match=r"train\.attention flex needs CUDA; got device cpu\. Use auto or mask\."):
-        run(with_train(config, attention="flex"), console=QUIET)
-    assert not (Path(config.out) / "recipe.json").exists()
 
 
 def test_a_finished_folder_holds_all_that_is_needed(config):
@@ -392,7 +379,7 @@ def test_a_finished_folder_holds_all_that_is_needed(config):
 
 
 def test_training_lowers_the_loss_and_averaged_weights_are_saved(config):
-    outcome = run(with_train(config, max_steps=80, eval_every=0, ema_decay=0.8), console=QUIET)
+    outcome = run(with_train(config, max_steps=80, ema_decay=0.8), console=QUIET)
     assert losses(outcome.folder)[-1] < losses(outcome.folder)[0] - 1
     last = Path(outcome.folder) / "checkpoint-80"
     saved, averaged = weights(outcome.folder), load_file(last / "average.safetensors")
@@ -407,8 +394,10 @@ def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measure
     calls, compute_loss, ticks = [], DiffusionTrainer.compute_loss, itertools.count()
     monkeypatch.setattr(DiffusionTrainer, "compute_loss", lambda *a, **k: calls.append(1) or compute_loss(*a, **k))
     monkeypatch.setattr("redraft.training.pace.time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    monkeypatch.setattr("redraft.training.run.Clock", lambda *_, **__: TrainerCallback())
-    outcome = run(with_train(config, max_steps=9, max_minutes=minutes, eval_every=0), console=QUIET)
+    monkeypatch.setattr(
+        "redraft.training.callbacks.time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter)
+    )
+    outcome = run(with_train(config, max_steps=9, max_minutes=minutes, save_every=1000), console=QUIET)
     assert outcome.steps == RunConfig.read(outcome.folder / "recipe.json").train.max_steps == steps
     assert len(calls) == measured + steps
 
@@ -437,7 +426,7 @@ def test_a_corpus_that_cannot_be_used_is_told_before_anything_is_written(config,
 
 def test_a_run_without_held_out_documents_trains_and_saves(config):
     outcome = run(replace(config, data=replace(config.data, validation_fraction=0)), console=QUIET)
-    assert outcome.held_out is None
+    assert outcome.validation is None
     assert redraft.load(outcome.folder)
 
 
@@ -483,11 +472,11 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
     [
         (TrainConfig, {"max_steps": -5}, "train.max_steps must be at least 1; got -5"),
         (TrainConfig, {"learning_rate": 0.0}, "learning_rate must be positive"),
-        (TrainConfig, {"learning_rate": math.inf}, "learning_rate must be positive, and finite; got inf"),
-        (TrainConfig, {"max_minutes": math.inf}, "max_minutes must be positive, and finite; got inf"),
-        (TrainConfig, {"epochs": math.inf}, "epochs must be positive, and finite; got inf"),
-        (TrainConfig, {"weight_decay": -1.0}, "weight_decay must not be negative, and finite; got -1.0"),
-        (TrainConfig, {"max_grad_norm": math.nan}, "max_grad_norm must not be negative, and finite; got nan"),
+        (TrainConfig, {"learning_rate": math.inf}, "learning_rate must be a finite number; got inf"),
+        (TrainConfig, {"max_minutes": math.inf}, "max_minutes must be a finite number; got inf"),
+        (TrainConfig, {"epochs": math.inf}, "epochs must be a finite number; got inf"),
+        (TrainConfig, {"weight_decay": -1.0}, "weight_decay must be at least 0; got -1.0"),
+        (TrainConfig, {"epochs": 2.0, "max_steps": 9}, "epochs 2 decides the number of steps; got train.max_steps 9"),
         (TrainConfig, {"beta_2": 1.5}, r"beta_2 must lie in \[0, 1\); got 1.5"),
         (TrainConfig, {"seed": -1}, "seed must lie in .*; got -1"),
         (ModelConfig, {"dropout": 1.5}, r"dropout is a probability in \[0, 1\); got 1.5"),
@@ -500,7 +489,7 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
             {"objective": ObjectiveConfig(kind="block", block_size=64), "data": DataConfig(seq_len=32)},
             "block_size must not exceed data.seq_len; got 64 and 32",
         ),
-        (TrainConfig, {"warmup": 1.5}, "warmup is a fraction"),
+        (TrainConfig, {"warmup": 1.5}, r"warmup must lie in \[0, 1\); got 1.5"),
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay must lie in"),
         (DataConfig, {"seq_len": 1}, "seq_len must be at least 2"),
         (ObjectiveConfig, {"kind": "blok"}, "unknown objective.kind 'blok'.*Did you mean 'block'"),
@@ -546,12 +535,12 @@ def test_a_recipe_file_with_an_unknown_setting_is_told(tmp_path):
     ("section", "name", "value"),
     [
         ("data", "seq_len", "many"), ("train", "max_steps", 1.5), ("train", "warmup", True), ("train", "epochs", "2"),
-        ("train", "decay", "cos"), ("train", "report_to", [1]), ("data", "source", None),
+        ("train", "decay", "cos"), ("train", "seed", [1]), ("data", "source", None),
     ],
 )  # fmt: skip
 def test_a_recipe_file_with_a_value_of_another_type_is_told(tmp_path, section, name, value):
     (tmp_path / "recipe.json").write_text(json.dumps({section: {name: value}}))
-    with pytest.raises(ValueError, match=f"recipe.json: {section}: {name} must be one of .*; got .*Mend"):
+    with pytest.raises(ValueError, match=f"recipe.json: {section}: {name} must be .*; got"):
         RunConfig.read(tmp_path / "recipe.json")
 
 

@@ -18,7 +18,8 @@ from redraft.models.build import ModelConfig, build_model
 from redraft.models.denoiser import Denoiser
 from redraft.training.callbacks import read_log
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
-from redraft.training.run import _build_trainer, run
+from redraft.training.run import run
+from redraft.training.trainer import DiffusionTrainer
 
 QUIET = Console(quiet=True)
 
@@ -40,8 +41,8 @@ def config(conversations, tmp_path):
         ),
         model=ModelConfig(size="1m", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
         train=TrainConfig(
-            batch_size=4, max_steps=12, eval_every=0, save_every=4, eval_windows=8, log_every=2, precision="float32",
-            compile="off", device="cpu", report_to=(), learning_rate=1e-2, keep_checkpoints=10,
+            batch_size=4, max_steps=12, save_every=4, max_validation_windows=8, precision="float32", compile="off",
+            learning_rate=1e-2, max_checkpoints=10,
         ),
     )  # fmt: skip
 
@@ -51,7 +52,7 @@ def build(config):
     torch.manual_seed(0)
     settings = config.objective.settings(data.tokenizer.mask_token_id)
     model = build_model(config.model, settings, tokenizer=data.tokenizer)
-    return _build_trainer(config, data, Denoiser(model, settings))
+    return DiffusionTrainer(config, data, Denoiser(model, settings))
 
 
 def first_batch(trainer):
@@ -61,7 +62,7 @@ def first_batch(trainer):
 def loss_of(trainer, batch, **changes):
     """The loss of a batch in nats, changed or not, under one fixed noise."""
     key = NoiseKey(seed=0, step=0, rows=batch["row"], total_rows=len(batch["row"]))
-    return trainer.score(trainer.training_objective, batch | changes, key)[0]
+    return trainer.score(trainer.objective, batch | changes, key)[0]
 
 
 KINDS = {"masked": None, "uniform": None, "block": 4, "ar": None}

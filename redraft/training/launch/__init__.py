@@ -1,8 +1,9 @@
-"""Start a training again in many processes, under accelerate's launcher, and say in one line how it failed."""
+"""Start a command again in many processes, under accelerate's launcher, and say in one line how it failed."""
 
 import logging
 import shutil
 import signal
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,63 +41,55 @@ def check_division(batch_size: int, processes: int) -> None:
         )
 
 
-def launch(
-    kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli", go_on: str = GO_ON
-) -> tuple[int, str | None]:
-    """Run `python -m MODULE ARGUMENTS` in every process. Returns the exit code, and the reason where it is not 0.
+def launch(kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli", go_on: str = GO_ON) -> int:
+    """Run `python -m MODULE ARGUMENTS` in every process; return the exit code, and print why it is not 0.
 
     `go_on` is what to do where the system killed a process.
     What the processes write on standard error goes to files of their own, kept where the reason names them.
     """
-    from accelerate.commands.launch import _validate_launch_command, deepspeed_launcher, launch_command_parser
-    from accelerate.commands.launch import multi_gpu_launcher as torch_launcher
+    from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = ["--config_file", str(config_file(kind)), "--num_processes", str(processes), "--main_process_port", "0"]
     parsed = launch_command_parser().parse_args([*options, "--module", module, *arguments])
-    parsed, defaults, _ = _validate_launch_command(parsed)
     logs = Path(tempfile.mkdtemp(prefix="redraft-launch-"))
     parsed.log_dir, parsed.redirects = str(logs), "2"
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the reason is told below
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the reason is printed
     code, reason = 0, None
     try:
-        if kind == "deepspeed":
-            parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-            deepspeed_launcher(parsed)
-        else:
-            torch_launcher(parsed)
+        launch_command(parsed)
     except ChildFailedError as error:
-        code, reason = _verdict(error.failures, processes, logs, go_on=go_on)
+        code, reason = _describe_failure(error.failures, processes, logs, go_on=go_on)
     except SignalException as error:
         code, reason = 128 + error.sigval, f"stopped by {error.sigval.name}"
     if reason is None or str(logs) not in reason:
         shutil.rmtree(logs)
-    return code, reason
+    if reason:
+        print(f"redraft {arguments[0]}: {reason}", file=sys.stderr)
+    return code
 
 
-def _verdict(failures: dict[int, Any], processes: int, logs: Path, *, go_on: str = GO_ON) -> tuple[int, str]:
-    """Tell the process that failed by itself from those that fell with it, and say what happened to it."""
-    said = {rank: _last_line(logs, failure.local_rank) for rank, failure in failures.items()}
-    rank = min(failures, key=lambda rank: _innocence(failures[rank].exitcode, said[rank]))
-    failure = failures[rank]
+def _describe_failure(failures: dict[int, Any], processes: int, logs: Path, *, go_on: str = GO_ON) -> tuple[int, str]:
+    """Choose the process that failed first, and say what happened to it."""
+    last_lines = {rank: _last_line(logs, failure.local_rank) for rank, failure in failures.items()}
+    rank = min(failures, key=lambda rank: _is_consequence(failures[rank].exitcode, last_lines[rank]))
+    failure, line = failures[rank], last_lines[rank]
     who = f"process {rank} of {processes} (pid {failure.pid})"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = " (the system does so where memory runs out)" if name == "SIGKILL" else ""
         return 128 - failure.exitcode, f"{who} was killed by {name}{hint}. {go_on}"
-    if failure.exitcode == 2 and said[rank].startswith("redraft "):
-        return 2, said[rank].split(": ", 1)[-1]
-    return failure.exitcode, f"{who} ended with exit code {failure.exitcode}: {said[rank]} (all of it is below {logs})"
+    if failure.exitcode == 2 and line.startswith("redraft "):
+        return 2, line.split(": ", 1)[-1]
+    return failure.exitcode, f"{who} ended with exit code {failure.exitcode}: {line} (all of it is below {logs})"
 
 
-def _innocence(code: int, said: str) -> int:
-    """Order failures by how likely they follow from another's: our signal and a lost connection do."""
-    if code in (-signal.SIGTERM, -signal.SIGABRT):  # the launcher's; NCCL's watchdog
-        return 3
+def _is_consequence(code: int, last_line: str) -> int:
+    """Order failures by how likely they follow from another's: the launcher's signals do, a lost connection may."""
     if code < 0:
-        return 0
-    return 2 if "onnection" in said or "NCCL" in said else 1
+        return 3 if code in (-signal.SIGTERM, -signal.SIGABRT) else 0  # the launcher's; NCCL's watchdog
+    return 2 if "onnection" in last_line or "NCCL" in last_line else 1
 
 
 def _last_line(logs: Path, local_rank: int) -> str:
