@@ -28,7 +28,8 @@ import redraft
 from redraft.evaluation.tasks import TaskOptions, make_task
 from redraft.likelihood.estimate import loglikelihoods, score_questions
 from redraft.likelihood.requests import LikelihoodConfig, Request
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 

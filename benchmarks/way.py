@@ -18,7 +18,8 @@ import torch
 from machine import describe
 
 from redraft.language_model import LanguageModel
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 
@@ -86,7 +87,7 @@ def way_of(lm: LanguageModel, **settings: Any) -> dict[str, list[str]]:
 def main() -> None:
     """Print both ways."""
     print(describe(Path(__file__).name, sys.argv[1:]))
-    shape = ModelConfig(size="1m", hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
+    shape = ModelConfig(size="hidden=32,layers=1,heads=2,intermediate=64")
     for name, block_size, preset in (("full", None, {}), ("block-causal", 4, {"preset": "sdar"})):
         settings = DiffusionSettings(mask_token_id=2, block_size=block_size)
         model = build_model(shape, settings, tokenizer=Tokens()).eval()

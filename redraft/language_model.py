@@ -20,7 +20,7 @@ from redraft.likelihood.estimate import loglikelihoods
 from redraft.likelihood.requests import LikelihoodConfig, LogLikelihood, Request
 from redraft.models.denoiser import Denoiser
 from redraft.models.encoder_decoder import EncoderDecoder
-from redraft.models.load import adapter_config, load_denoiser, read_raw_config, split_adapter
+from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
 from redraft.prompts import (
     Prompt,
@@ -88,7 +88,7 @@ def load(
     template, and what config.json and generation_config.json list. `compile` is for long runs with equal shapes: see
     `Denoiser.compiled`.
     """
-    denoiser, tokenizer = load_denoiser(
+    denoiser, tokenizer, raw = load_denoiser(
         path,
         mask_token_id=mask_token_id,
         dtype=dtype,
@@ -99,8 +99,7 @@ def load(
     )
     listed = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
     if listed is None:
-        base, adapter = split_adapter(path) if adapter is None else (path, adapter)
-        listed = end_token_ids(denoiser.model, tokenizer, raw=read_raw_config(base) | adapter_config(adapter))
+        listed = end_token_ids(denoiser.model, tokenizer, raw=raw)
     if compile:
         denoiser = denoiser.compiled()
     return LanguageModel(denoiser=denoiser, tokenizer=tokenizer, eos_token_ids=tuple(listed))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from redraft.likelihood.requests import LikelihoodConfig
 from redraft.likelihood.rows import Part, token_scores
-from redraft.models.cache import Slots, Spans
+from redraft.models.cache import Slots, SlotSpans
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query
 from redraft.sampling.guidance import guided
@@ -120,7 +120,7 @@ class SharedBlocks:
         after: int,
     ) -> Float[Tensor, "m vocab"]:
         device, end = self.denoiser.device, after + len(tokens)
-        spans = Spans(starts=[after], ends=[end], key_ends=[end], reads_all=False)
+        spans = SlotSpans(starts=[after], ends=[end], key_ends=[end], reads_all=False)
         query = Query(
             input_ids=tokens[None].to(device),
             where=where.to(device),

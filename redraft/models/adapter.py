@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from redraft.models.files import check_kinds, first_line, read_json, reading
+from redraft.models.files import Raw, check_raw, first_line, read_json, reading
 from redraft.models.finite import check_finite
 from redraft.models.probe import difference, is_equal, sequence
-from redraft.models.translations import Raw
 
 
 def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
@@ -33,7 +32,7 @@ def adapter_config(adapter: str | Path | None) -> Raw:
     """Read the config.json that training saved beside an adapter; empty for adapters from elsewhere."""
     file = Path(adapter or "") / "config.json"
     raw = read_json(file) if adapter and file.is_file() else {}
-    check_kinds(raw)
+    check_raw(raw)
     return raw
 
 

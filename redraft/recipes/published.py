@@ -9,7 +9,7 @@ from typing import Any
 
 from redraft.data.chat import ChatConfig
 from redraft.data.config import DataConfig
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
 TULU, SMOLTALK = "allenai/tulu-3-sft-mixture@train", "HuggingFaceTB/smoltalk:all@train"
@@ -128,7 +128,7 @@ def _mdlm_small() -> ModelConfig:
 
     Our head is the embedding; theirs is a matrix of its own (`tie_word_embeddings: False`).
     """
-    return ModelConfig(hidden_size=768, num_layers=12, num_heads=12, intermediate_size=2048, dropout=0.1)
+    return ModelConfig(size="hidden=768,layers=12,heads=12,intermediate=2048", dropout=0.1)
 
 
 def _mdlm() -> TrainConfig:

@@ -52,7 +52,7 @@ def test_commands_print_what_they_have_to_say_and_nothing_else(model, tmp_path):
     short = ["--max-new-tokens", "8", "--steps", "4"]
     redraft("explain", model, "x = ", *short, "--out", tmp_path / "page.html")
     assert "try next" in redraft("convert", model, tmp_path / "converted").stdout
-    assert "yes  padding is inert" in redraft("convert", tmp_path / "converted", "--check").stdout
+    assert "yes  padding is inert" in redraft("convert", tmp_path / "converted").stdout
     items = ["--tasks", "infill-stdlib", "--items.limit", "2", "--out", tmp_path / "eval"]
     assert "infill-stdlib" in redraft("eval", model, *items).stdout
     data = ["--max-documents", "12", "--seq-len", "64", "--vocab-size", "400", "--validation-fraction", "0.2"]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from redraft.data import ChatConfig, DataConfig, prepare, train_tokenizer
 from redraft.likelihood.problem import NoiseKey
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.training.callbacks import read_log
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
@@ -37,7 +38,7 @@ def config(conversations, tmp_path):
             source=str(conversations), kind="chat", seq_len=64, vocab_size=270, validation_fraction=0.2,
             cache_dir=str(tmp_path / "cache"),
         ),
-        model=ModelConfig(size="1m", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
+        model=ModelConfig(size="hidden=32,layers=2,heads=2,intermediate=64"),
         train=TrainConfig(
             batch_size=4, max_steps=12, eval_every=0, save_every=4, eval_windows=8, log_every=2, precision="float32",
             compile="off", device="cpu", report_to=(), learning_rate=1e-2, keep_checkpoints=10,
