@@ -21,10 +21,8 @@ def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
     if not file.is_file():
         return path, None
     base = read_json(file).get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
-        raise ValueError(f"the adapter {path} does not name its base. Load the base, with adapter={str(path)!r}.")
-    if Path(base).absolute() == Path(path).absolute():
-        raise ValueError(f"the adapter {path} names itself as its base. Load the base, with adapter={str(path)!r}.")
+    if not isinstance(base, str) or not base or Path(base).absolute() == Path(path).absolute():
+        raise ValueError(f"the adapter {path} names no base model. Load the base, with adapter={str(path)!r}.")
     return base, path
 
 

@@ -1,7 +1,7 @@
 """Settings of a run's model: its shape or the model to continue from, and a LoRA over it. No torch."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from redraft.errors import unknown_name
 from redraft.settings import Count, Fraction, Natural, Positive, Settings
@@ -99,23 +99,3 @@ class AdapterConfig(Settings):
     targets: str = "auto"
     """Linear layers to adapt: names by commas (q_proj,v_proj), all-linear (all but the head), or auto (peft's for the
     architecture, else all-linear)."""
-
-
-_OLD_SIZES = dict(zip(("hidden_size", "num_layers", "num_heads", "intermediate_size"), _NUMBERS, strict=True))
-"""Settings of ModelConfig that became part of `size`."""
-
-
-def with_current_names(kind: type, saved: dict[str, Any]) -> dict[str, Any]:
-    """Read the settings of an older recipe.json by their present names.
-
-    Raises ValueError for a setting that is gone and was in use.
-    """
-    if kind is ModelConfig and saved.keys() & _OLD_SIZES.keys():
-        numbers = [f"{new}={saved[old]}" for old, new in _OLD_SIZES.items() if saved.get(old) is not None]
-        size = ",".join([saved.get("size", DEFAULT_SIZE), *numbers])
-        return {name: value for name, value in saved.items() if name not in _OLD_SIZES} | {"size": size}
-    if kind is AdapterConfig and "dropout" in saved:
-        if saved["dropout"]:
-            raise ValueError(f"adapter.dropout is no setting any more; got {saved['dropout']}. Remove it.")
-        return {name: value for name, value in saved.items() if name != "dropout"}
-    return saved

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,46 +158,46 @@ def _read(
     block_size: int | None,
 ) -> tuple[Any, Any, DiffusionSettings | None]:
     """Read a model, its tokenizer and its settings (None: not yet a diffusion model); note what was created."""
-    if str(source).endswith(".gguf"):
-        return (*_read_gguf(Path(source), dtype, notes), None)
-    raw = read_raw_config(source)
-    if raw.get("diffusion") or find_family(raw, name=family, hub_id=str(source)) is not None:
-        denoiser, tokenizer, _ = load_denoiser(
-            source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family, block_size=block_size
-        )
-        settings = denoiser.settings
-        return denoiser.model, tokenizer, None if settings.is_autoregressive else settings
-    config = read_config(source, raw)
-    model_class = _convertible_class(source, config)
-    tokenizer = read_tokenizer(source)
-    check_tokenizer(source, tokenizer, config)
-    created: list[str] = []
-    model = load_weights(
-        model_class, source, config=config, dtype=dtype, may_differ=_head_of(config, model_class, created)
-    )
-    if created:
-        notes.append("created the vocabulary head: the checkpoint had none, so it must be trained")
-    return model, tokenizer, None
-
-
-def _read_gguf(path: Path, dtype: str | torch.dtype, notes: list[str]) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
-    if not path.is_file():
-        raise ValueError(f"no model at {path}: the file does not exist.")
-    with reading(str(path)):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model_class = _convertible_class(path, config)
-    notes.append("unpacked the GGUF blocks")
-    return load_weights(model_class, path.parent, config=config, dtype=dtype, gguf_file=path.name), tokenizer
-
-
-def _convertible_class(source: str | Path, config: Any) -> Any:
+    path, gguf_file = source, None
+    if str(source).endswith(".gguf"):
+        if not Path(source).is_file():
+            raise ValueError(f"no model at {source}: the file does not exist.")
+        path, gguf_file = Path(source).parent, Path(source).name
+        with reading(str(source)):
+            config = AutoConfig.from_pretrained(path, gguf_file=gguf_file)
+            tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
+        notes.append("unpacked the GGUF blocks")
+    else:
+        raw = read_raw_config(source)
+        if raw.get("diffusion") or find_family(raw, name=family, hub_id=str(source)) is not None:
+            denoiser, tokenizer, _ = load_denoiser(
+                source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family, block_size=block_size
+            )
+            settings = denoiser.settings
+            return denoiser.model, tokenizer, None if settings.is_autoregressive else settings
+        config, tokenizer = read_config(source, raw), read_tokenizer(source)
     model_class = language_model_class(config)
     if (reason := refusal(config, model_class)) is not None:
         raise ValueError(f"{source} cannot be converted: {reason}.")
-    return model_class
+    check_tokenizer(source, tokenizer, config)
+    created: list[str] = []
+
+    def may_differ(what: str, name: str) -> bool:
+        """Let an encoder lack its vocabulary head, and bring heads for other tasks."""
+        if not is_encoder(config):
+            return False
+        if _OTHER_HEAD.search(name):
+            return what == "unexpected"
+        is_head = what == "missing" and not name.startswith(f"{model_class.base_model_prefix}.")
+        created.extend([name] * is_head)
+        return is_head
+
+    model = load_weights(model_class, path, config=config, dtype=dtype, gguf_file=gguf_file, may_differ=may_differ)
+    if created:
+        notes.append("created the vocabulary head: the checkpoint had none, so it must be trained")
+    return model, tokenizer, None
 
 
 def refusal(config: Any, model_class: Any) -> str | None:
@@ -213,21 +212,6 @@ def refusal(config: Any, model_class: Any) -> str | None:
         what = "recurrent, convolutional, sparse or compressing layers"
         return f"{config.model_type} has {what}{kinds}, made for reading left to right"
     return None
-
-
-def _head_of(config: Any, model_class: Any, created: list[str]) -> Callable[[str, str], bool]:
-    """Let an encoder lack its vocabulary head, and bring heads for other tasks; list the weights that are created."""
-
-    def may_differ(what: str, name: str) -> bool:
-        if not is_encoder(config):
-            return False
-        if _OTHER_HEAD.search(name):
-            return what == "unexpected"
-        is_head = what == "missing" and not name.startswith(f"{model_class.base_model_prefix}.")
-        created.extend([name] * is_head)
-        return is_head
-
-    return may_differ
 
 
 # --- The mask token --------------------------------------------------------------------------------------------------

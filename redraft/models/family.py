@@ -153,7 +153,7 @@ class Family:
         saved = config.to_dict()
         saved |= saved.pop("rope_parameters", None) or {}  # older code reads rope_theta among the other fields
         raw = {self.fields.get(name, name): value for name, value in saved.items() if value is not None}
-        for name in ("is_causal", "layer_types", "rope_type"):
+        for name in ("is_causal", "layer_types", "rope_type", "_name_or_path", "id2label", "label2id"):
             raw.pop(name, None)
         own: Raw = {"model_type": self.model_types[0], "architectures": list(self.architectures)}
         own |= {"mask_token_id": diffusion.get("mask_token_id"), "diffusion": diffusion}

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from redraft.settings import check_field
+
 Raw = dict[str, Any]
 """A config.json as it stands on disk."""
 
@@ -57,24 +59,22 @@ def read_json(file: Path) -> Raw:
 CUT_SHORT = "Is a file cut short?"
 _LARGEST = {r"(layers?|heads?|experts|labels|groups)$": 10_000, r"(size|dim|d_model|n_embd|n_inner)$": 2**31}
 """Names of counts and sizes, and what is more than any model has."""
-_KINDS: dict[str, tuple[type, str]] = {
-    "model_type": (str, "text"),
-    "architectures": (list, "list of texts"),
-    "dtype": (str, "text"),
-    "torch_dtype": (str, "text"),
-    "diffusion": (dict, "object"),
-    "generation": (dict, "object"),
-    "mask_token_id": (int, "whole number"),
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("model_type", "dtype", "torch_dtype"), str),
+    "architectures": tuple[str, ...],
+    "diffusion": dict,
+    "generation": dict,
+    "mask_token_id": int,
 }
+"""Types of the entries of config.json that are read here."""
 
 
 def check_raw(raw: Raw) -> None:
     """Raise ValueError for an entry of config.json that is read here and is of another type, and for its numbers."""
-    for name, (kind, what) in _KINDS.items():
-        value = raw.get(name)
-        is_fine = value is None or isinstance(value, kind)
-        if not is_fine or (kind is list and not all(isinstance(one, str) for one in value or ())):
-            raise ValueError(f"config.json: {name} must be a JSON {what}; got {value!r:.100}.")
+    for name, kind in _KINDS.items():
+        value = tuple(raw[name]) if isinstance(raw.get(name), list) else raw.get(name)
+        if value is not None:
+            check_field(f"config.json: {name}", value, kind)
     _check_numbers(raw)
 
 

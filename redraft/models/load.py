@@ -155,8 +155,7 @@ def read_config(path: str | Path, raw: Raw) -> Any:
                 f"cannot read a model config from {path}: model_type {model_type!r} is computed by code inside the "
                 f"checkpoint, which is never run. Families that load without it: {', '.join(known_model_types())}."
             )
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
-        error = unknown_name("model_type", model_type, [*known_model_types(), *near])
+        error = unknown_name("model_type", model_type, known_model_types())
         raise ValueError(
             f"cannot read a model config from {path}: {error} `redraft convert` makes a diffusion model of any "
             "architecture of transformers."
@@ -202,8 +201,8 @@ def _diffusion_config(path: str | Path, raw: Raw) -> Any:
         by_name = ", ".join(family.name for family in FAMILIES if not family.model_types)
         raise ValueError(
             f"{path} is autoregressive ({architecture}; its config.json has no diffusion entry). Make it a diffusion "
-            f"model with `redraft convert {path} OUT` (--autoregressive "
-            f"keeps it as a baseline), or name its format by family=: {by_name}."
+            f"model with `redraft convert {path} OUT` (--autoregressive keeps "
+            f"it as a baseline), or name its format by family=: {by_name}."
         )
     return config
 

@@ -1,12 +1,15 @@
 """What a checkpoint says about its own diffusion: the `diffusion` entry of config.json. No torch."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from redraft.errors import unknown_name
 from redraft.settings import Count, Settings
 
 if TYPE_CHECKING:
     from redraft.layouts import Layout
+
+PROCESSES = ("masked", "uniform", "autoregressive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,7 @@ class DiffusionSettings(Settings):
     section: ClassVar[str] = "config.json: diffusion"
 
     mask_token_id: int
-    process: Literal["masked", "uniform", "autoregressive"] = "masked"
+    process: str = "masked"
     schedule: str = "linear"
     shift_logits: bool = False
     """Position i is predicted by the logits of position i - 1, as an autoregressive model was trained to."""
@@ -57,7 +60,10 @@ class DiffusionSettings(Settings):
             raise ValueError(
                 "this model names no mask token (config.json has no diffusion.mask_token_id). Pass mask_token_id=."
             )
-        return cls(**chosen)
+        settings = cls(**chosen)
+        if settings.process not in PROCESSES:
+            raise unknown_name("diffusion.process in config.json", settings.process, PROCESSES)
+        return settings
 
     @classmethod
     def read_from(cls, config: Any, **overrides: Any) -> "DiffusionSettings":

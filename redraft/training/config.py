@@ -15,7 +15,7 @@ from redraft.likelihood.objectives.autoregressive import Autoregressive
 from redraft.likelihood.objectives.block import BlockDiffusion
 from redraft.likelihood.objectives.diffusion import Diffusion
 from redraft.likelihood.problem import SMALLEST_T, Objective
-from redraft.models.config import UNDER_ADAPTERS, AdapterConfig, ModelConfig, with_current_names
+from redraft.models.config import UNDER_ADAPTERS, AdapterConfig, ModelConfig
 from redraft.models.settings import DiffusionSettings
 from redraft.processes.masked import MaskedDiffusion
 from redraft.processes.noised import Process
@@ -132,7 +132,7 @@ class ObjectiveConfig:
         is_ar = self.kind == "ar"
         return DiffusionSettings(
             mask_token_id=mask_token_id,
-            process={"uniform": "uniform", "ar": "autoregressive"}.get(self.kind, "masked"),  # type: ignore[arg-type]
+            process={"uniform": "uniform", "ar": "autoregressive"}.get(self.kind, "masked"),
             schedule=self.schedule,
             shift_logits=is_ar,
             block_size=1 if is_ar else self.block_size,
@@ -358,7 +358,6 @@ def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
     """Build nested dataclasses from a dictionary; JSON's lists become tuples."""
     if not isinstance(saved, dict):
         raise ValueError(f"{where} must hold an object of settings; got {type(saved).__name__}.")
-    saved = with_current_names(kind, saved)
     known = {f.name: f for f in dataclasses.fields(kind)}
     types = get_type_hints(kind)
     values: dict[str, Any] = {}

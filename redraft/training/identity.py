@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from redraft.latent.checkpoint import AUTOENCODER_FOLDER
-from redraft.models.config import ModelConfig, with_current_names
 from redraft.models.denoiser import Denoiser
 from redraft.training.checkpoint import OBJECTIVE_FILE, hash_of
 from redraft.training.config import RECIPE_FILE
@@ -50,7 +49,6 @@ def check_identity(checkpoint: Path, wanted: dict[str, Any]) -> None:
     """Raise ValueError for a checkpoint of another `identity`; one of an earlier version does not say all of it."""
     if (checkpoint / OBJECTIVE_FILE).exists():
         saved = json.loads((checkpoint / OBJECTIVE_FILE).read_text())
-        saved["model"] = with_current_names(ModelConfig, saved.get("model", {}))
         for part, other in OTHERS.items():
             if saved.get(part, wanted.get(part)) != wanted.get(part):
                 raise ValueError(

@@ -5,7 +5,7 @@ import pytest
 from tiny import TinyTokenizer
 
 from redraft.models.build import build_model
-from redraft.models.config import AdapterConfig, ModelConfig, with_current_names
+from redraft.models.config import ModelConfig
 from redraft.models.settings import DiffusionSettings
 
 
@@ -37,15 +37,6 @@ def test_explicit_numbers_overrule_the_size():
 def test_mistakes_are_told(settings, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**settings)
-
-
-def test_an_older_recipe_is_read_and_a_setting_that_is_gone_is_refused_where_it_was_in_use():
-    old = {"start": None, "size": "1m", "hidden_size": None, "num_heads": 4, "dropout": 0.0}
-    assert with_current_names(ModelConfig, old) == {"start": None, "size": "1m,heads=4", "dropout": 0.0}
-    assert with_current_names(ModelConfig, {"size": "5m", "hidden_size": None}) == {"size": "5m"}
-    assert with_current_names(AdapterConfig, {"rank": 4, "dropout": 0.0}) == {"rank": 4}
-    with pytest.raises(ValueError, match="adapter.dropout is no setting any more; got 0.1. Remove it"):
-        with_current_names(AdapterConfig, {"rank": 4, "dropout": 0.1})
 
 
 def test_settings_are_read_without_torch():

@@ -175,7 +175,7 @@ SPOILT = [
     ("llada", {"mlp_hidden_size": None, "mlp_ratio": None}, "cannot read config.json as one of llada"),
     ("llada", {"n_layers": 10**9}, "n_layers must be at most 10000"),
     ("llada", {"activation_type": "nonesuch"}, "cannot read the model config"),
-    ("llada", {"mask_token_id": "x"}, "mask_token_id must be a JSON whole number; got 'x'"),
+    ("llada", {"mask_token_id": "x"}, "mask_token_id must be of type int; got 'x'"),
     ("llada2", {"num_experts": 10**8}, "num_experts must be at most 10000"),
     ("llada2", {"n_group": 3}, "n_group must divide 8 experts; got 3"),
     ("llada2", {"n_group": 0}, "cannot read config.json as one of llada2"),

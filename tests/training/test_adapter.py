@@ -256,7 +256,7 @@ def test_an_adapter_without_its_base_and_one_as_a_start_are_told(config, base, t
     with pytest.raises(ValueError, match=r"no model at .*gone: the folder does not exist"):
         redraft.load(config.out)
     file.write_text(json.dumps(saved | {"base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="does not name its base. Load the base, with adapter="):
+    with pytest.raises(ValueError, match="names no base model. Load the base, with adapter="):
         redraft.load(config.out)
 
 
