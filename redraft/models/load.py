@@ -109,9 +109,15 @@ def read_raw_config(path: str | Path) -> Raw:
         if (folder / "generation_config.json").is_file():
             read_json(folder / "generation_config.json")  # transformers reads it with the weights
     else:
-        offline = "The hub is offline (HF_HUB_OFFLINE)." if is_offline_mode() else ""
-        with reading(f"a model config from {path}", hint=f"{offline}{_near(folder)}".strip()):
+        try:
             raw, _ = PreTrainedConfig.get_config_dict(path)
+        except Exception as error:  # the hub's client fails with errors of many types
+            near = _near(folder)
+            if folder.parent != Path() and folder.parent.is_dir():  # runs/nope: a folder was meant
+                reason = f"the folder does not exist, and the hub gave none.{near}"
+                raise ValueError(f"no model at {path}: {reason}") from error
+            hint = f"{' The hub is offline (HF_HUB_OFFLINE).' if is_offline_mode() else ''}{near}"
+            raise ValueError(f"cannot read a model config from {path}: {first_line(error)}.{hint}") from error
     check_raw(raw)
     return dict(raw)
 
