@@ -31,7 +31,7 @@ from redraft.data.config import DataConfig
 from redraft.data.prepare import prepare
 from redraft.likelihood.objectives.diffusion import Diffusion
 from redraft.likelihood.problem import CleanRows, NoiseKey, problem_loss
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.processes.masked import MaskedDiffusion
 from redraft.recipes import RECIPES
 from redraft.training.config import RunConfig

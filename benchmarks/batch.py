@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling.batch import Batch, denoise
@@ -35,12 +36,8 @@ from redraft.sampling.sampler import Sampler
 
 VOCAB_SIZE = 64
 TICKS_PER_ROUND = 4  # of the part "leave", and its block size: a block begins when a row joins
-LEAVING_SHAPE = ModelConfig(
-    size="1m", hidden_size=512, num_layers=8, num_heads=8, intermediate_size=1024, max_positions=4096
-)
-DECIDING_SHAPE = ModelConfig(
-    size="1m", hidden_size=16, num_layers=1, num_heads=1, intermediate_size=16, max_positions=8192
-)
+LEAVING_SHAPE = ModelConfig(size="hidden=512,layers=8,heads=8,intermediate=1024", max_positions=4096)
+DECIDING_SHAPE = ModelConfig(size="hidden=16,layers=1,heads=1,intermediate=16", max_positions=8192)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +129,7 @@ def leave(setup: Setup, rounds: int, clock: Callable[[], float]) -> None:
     After each row that leaves another one joins. An ordinary tick is the second one after a row left: so both ticks
     have as many rows, and all rows are in the middle of a block.
     """
-    shape = LEAVING_SHAPE.shape
+    shape = LEAVING_SHAPE.dimensions
     new = TICKS_PER_ROUND * (setup.rows + 4)  # no row ends before it leaves
     running = Running(setup, new=new)
     times = []
@@ -144,8 +141,8 @@ def leave(setup: Setup, rounds: int, clock: Callable[[], float]) -> None:
     del times[0]
     running.batch.tick()
 
-    width, row_bytes = shape.hidden_size // shape.num_heads, 2 * shape.num_layers * shape.hidden_size * setup.cached * 4
-    after, ordinary = (Copies(width=width, at_least=row_bytes // (4 * shape.num_layers)) for _ in range(2))
+    width, row_bytes = shape.hidden // shape.heads, 2 * shape.layers * shape.hidden * setup.cached * 4
+    after, ordinary = (Copies(width=width, at_least=row_bytes // (4 * shape.layers)) for _ in range(2))
     with after:
         running.leave()
         running.batch.tick()
@@ -153,8 +150,8 @@ def leave(setup: Setup, rounds: int, clock: Callable[[], float]) -> None:
         running.batch.tick()
 
     kept = torch.arange(1, setup.rows)
-    like = (setup.rows, shape.num_heads, setup.cached + new + 1, width)
-    states = [torch.randn(like) for _ in range(2 * shape.num_layers)]
+    like = (setup.rows, shape.heads, setup.cached + new + 1, width)
+    states = [torch.randn(like) for _ in range(2 * shape.layers)]
     one = [seconds(clock, lambda: [x[0].copy_(x[-1]) for x in states]) for _ in range(rounds + 1)][1:]
     others = [seconds(clock, lambda: [x[kept] for x in states]) for _ in range(rounds + 1)][1:]
 

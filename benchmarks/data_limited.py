@@ -27,7 +27,7 @@ from rich.console import Console
 from redraft.data.config import DataConfig
 from redraft.data.prepare import prepare
 from redraft.data.sources import read_documents
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training.callbacks import LOG_FILE, read_log
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run

@@ -31,7 +31,8 @@ from redraft.likelihood.config import LikelihoodConfig
 from redraft.likelihood.estimate import Request, loglikelihoods, mask_bounds, score_spans
 from redraft.likelihood.masks import Masks, draw_masks
 from redraft.likelihood.spans import MaskedSpan, WholeRows
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 from redraft.randomness import uniform

@@ -36,13 +36,14 @@ class Ids:
 def model(*, block_size: int | None, shift_logits: bool, process: str) -> Any:
     """Build a random model in float64 whose predictions differ clearly."""
     from redraft.language_model import LanguageModel
-    from redraft.models.build import ModelConfig, build_model
+    from redraft.models.build import build_model
+    from redraft.models.config import ModelConfig
     from redraft.models.denoiser import Denoiser
     from redraft.models.settings import DiffusionSettings
 
     torch.manual_seed(0)
     settings = DiffusionSettings(mask_token_id=2, shift_logits=shift_logits, block_size=block_size, process=process)
-    shape = ModelConfig(size="1m", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=128)
+    shape = ModelConfig(size="hidden=32,layers=2,heads=2,intermediate=64", max_positions=128)
     network = build_model(shape, settings, tokenizer=Ids()).double().eval()
     with torch.no_grad():
         for parameter in network.parameters():

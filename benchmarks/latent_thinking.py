@@ -310,7 +310,10 @@ def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *,
     train = replace(
         config.train, seed=seed, max_steps=args.steps, optimizer=args.optimizer, max_validation_windows=1
     )  # fmt: skip
-    data, model = replace(config.data, source=args.task, thought=thought), replace(config.model, num_layers=args.layers)
+    data, model = (
+        replace(config.data, source=args.task, thought=thought),
+        replace(config.model, size=f"{config.model.size},layers={args.layers}"),
+    )
     whole(run(replace(config, out=str(folder), data=data, model=model, train=train), console=QUIET))
     table.trained()
     lm, written = redraft.load(folder, device="cpu"), WrittenTask(task=table.task, config=thought)

@@ -28,7 +28,7 @@ import redraft
 from redraft.data.config import ChatConfig, DataConfig
 from redraft.data.sources import split_of
 from redraft.data.tasks import Example, find_task, word_tokenizer
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run
 
@@ -101,7 +101,7 @@ def train(args: Any, method: str, examples: list[Example], *, rate: float, seed:
                 source=f"{work}/train.jsonl", kind="chat", chat=chat, seq_len=seq_len, validation_fraction=0.0,
                 tokenizer=f"{work}/tokenizer",
             ),
-            model=ModelConfig(size="1m", num_heads=4, max_positions=64),
+            model=ModelConfig(size="1m,heads=4", max_positions=64),
             objective=ObjectiveConfig(kind="masked" if method == "MDLM" else "ar"),
             train=TrainConfig(
                 learning_rate=rate, batch_size=args.batch_size, max_steps=steps, weight_decay=0.01, seed=seed,

@@ -30,7 +30,7 @@ from rich.console import Console
 
 import redraft
 from redraft.data.config import DataConfig
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run
 

@@ -29,7 +29,8 @@ from paired import Worker, with_interval
 
 import redraft
 from redraft.language_model import LanguageModel
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling.propose import propose
@@ -54,7 +55,7 @@ class Setup:
 LARGE = Setup(shape=ModelConfig(size="30m"), vocab_size=151936, dtype=torch.bfloat16)  # 103 M parameters
 DEMO = Setup(shape=ModelConfig(size="5m"), vocab_size=4096)
 TINY = Setup(
-    shape=ModelConfig(size="1m", hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64),
+    shape=ModelConfig(size="hidden=32,layers=1,heads=2,intermediate=64"),
     vocab_size=600,
     prompt=8,
     new=8,
@@ -285,7 +286,7 @@ def autoregressive(setups: dict[str, Setup], rounds: int) -> None:
 def scaling(setups: dict[str, Setup], rounds: int) -> None:
     """(e) Scaling with batch, canvas and vocabulary, on two layers."""
     setup = next(iter(setups.values()))
-    shape = replace(setup.shape, num_layers=min(2, setup.shape.shape.num_layers))
+    shape = replace(setup.shape, size=f"{setup.shape.size},layers={min(2, setup.shape.dimensions.layers)}")
     is_tiny = setup is TINY
     base = replace(setup, shape=shape, vocab_size=min(8192, setup.vocab_size), new=2 * setup.block)
     points = [("batch", 1), ("batch", 8), ("batch", 32), ("canvas", 64), ("canvas", 512), ("canvas", 2048)]

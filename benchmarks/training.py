@@ -36,13 +36,13 @@ from redraft.language_model import load
 from redraft.likelihood.objectives.diffusion import Diffusion
 from redraft.likelihood.problem import CleanRows, NoiseKey, Objective, problem_loss
 from redraft.models.attention import choose_attention
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import UNDER_ADAPTERS, AdapterConfig, ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import chunked_loss
-from redraft.models.quantize import UNDER_ADAPTERS
 from redraft.models.settings import DiffusionSettings
 from redraft.processes.masked import MaskedDiffusion
-from redraft.training.adapter import AdapterConfig, add_adapter, enable_checkpointing, num_parameters
+from redraft.training.adapter import add_adapter, enable_checkpointing, num_parameters
 from redraft.training.machine import keep_freed_memory
 
 MODELS = {  # model size, vocabulary, tokens per row, rows per step
@@ -284,18 +284,18 @@ def measure(name: str, way: str, dtype: str, steps: str) -> dict[str, float]:
     rate = sum(useful[2:]) / sum(seconds[2:])
     embedding = model.get_output_embeddings().weight
     body = sum(p.numel() for p in model.parameters()) - embedding.numel()
-    shape = ModelConfig(size=size).shape
-    flops = 6 * body + 6 * embedding.numel() / 2 + 12 * shape.num_layers * shape.hidden_size * seq_len
+    shape = ModelConfig(size=size).dimensions
+    flops = 6 * body + 6 * embedding.numel() / 2 + 12 * shape.layers * shape.hidden * seq_len
     return {"tokens_per_second": rate, "peak_mb": peak / 1024, "flops_per_second": rate * flops}
 
 
 def matmul_rate(name: str, dtype: str) -> float:
     """Multiply matrices of the model's feed-forward shape: FLOPs per second, best of 20."""
     shape, (_, _, seq_len, rows) = ModelConfig(size=MODELS[name][0]).shape, MODELS[name]
-    a = torch.randn(rows * seq_len, shape.hidden_size, dtype=DTYPES[dtype])
-    b = torch.randn(shape.intermediate_size, shape.hidden_size, dtype=DTYPES[dtype])
+    a = torch.randn(rows * seq_len, shape.hidden, dtype=DTYPES[dtype])
+    b = torch.randn(shape.intermediate, shape.hidden, dtype=DTYPES[dtype])
     best = min(_time(lambda: F.linear(a, b)) for _ in range(20))
-    return 2 * a.numel() * shape.intermediate_size / best
+    return 2 * a.numel() * shape.intermediate / best
 
 
 def _time(action: Callable[[], object]) -> float:

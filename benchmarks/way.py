@@ -30,7 +30,8 @@ from rich.console import Console
 
 from redraft.data.prepare import prepare
 from redraft.language_model import LanguageModel
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 from redraft.recipes import RECIPES
@@ -150,7 +151,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             show("training", way_of_row(Path(folder)))
         return
-    shape = ModelConfig(size="1m", hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64)
+    shape = ModelConfig(size="hidden=32,layers=1,heads=2,intermediate=64")
     for name, block_size, preset in (("full", None, {}), ("block-causal", 4, {"preset": "sdar"})):
         settings = DiffusionSettings(mask_token_id=2, block_size=block_size)
         model = build_model(shape, settings, tokenizer=Tokens()).eval()

@@ -20,7 +20,7 @@ from redraft.likelihood.config import LikelihoodConfig
 from redraft.likelihood.estimate import LogLikelihood, Request, loglikelihoods
 from redraft.models.denoiser import Denoiser
 from redraft.models.encoder_decoder import EncoderDecoder
-from redraft.models.load import adapter_config, load_denoiser, read_raw_config, split_adapter
+from redraft.models.load import load_denoiser
 from redraft.models.masks import first_position
 from redraft.processes import process_class
 from redraft.prompts import (
@@ -89,7 +89,7 @@ def load(
     template, and what config.json and generation_config.json list. `compile` is for long runs with equal shapes: see
     `Denoiser.compiled`.
     """
-    denoiser, tokenizer = load_denoiser(
+    denoiser, tokenizer, raw = load_denoiser(
         path,
         mask_token_id=mask_token_id,
         dtype=dtype,
@@ -101,8 +101,7 @@ def load(
     process_class(denoiser.settings.process)  # refuses an unknown name
     listed = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
     if listed is None:
-        base, adapter = split_adapter(path) if adapter is None else (path, adapter)
-        listed = end_token_ids(denoiser.model, tokenizer, raw=read_raw_config(base) | adapter_config(adapter))
+        listed = end_token_ids(denoiser.model, tokenizer, raw=raw)
     if compile:
         denoiser = denoiser.compiled()
     return LanguageModel(denoiser=denoiser, tokenizer=tokenizer, eos_token_ids=tuple(listed))

@@ -3,7 +3,8 @@
 import torch
 
 from redraft.language_model import LanguageModel
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 
@@ -30,9 +31,8 @@ def tiny_lm(
     torch.manual_seed(seed)
     settings = DiffusionSettings(mask_token_id=2, shift_logits=shift_logits, block_size=block_size)
     config = ModelConfig(
-        size="1m", architecture=architecture, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64,
-        max_positions=128,
-    )  # fmt: skip
+        size="hidden=32,layers=2,heads=2,intermediate=64", architecture=architecture, max_positions=128
+    )
     model = build_model(config, settings, tokenizer=TinyTokenizer(vocab_size)).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import track
 
 from redraft.cli.parsing import parse
 
@@ -23,7 +21,7 @@ class ConvertFlags:
     source: Annotated[str, tyro.conf.Positional] = ""
     """Folder, hub id or .gguf file."""
     out: Annotated[str, tyro.conf.Positional] = ""
-    """Folder to write; without it, `--check` measures SOURCE as it is."""
+    """Folder to write; without it, SOURCE is only measured, as it is."""
     mask_token_id: int | None = None
     """Row of the mask token; found or made where absent."""
     shift_logits: bool = False
@@ -38,33 +36,20 @@ class ConvertFlags:
     """Write a family's own names: llada, llada2, llada2.1 or dream."""
     family: str | None = None
     """Format of a SOURCE whose config.json looks autoregressive: diffullama, diffugpt or open-dcoder."""
-    dtype: str = "auto"
-    """Data type of the weights written; auto keeps SOURCE's."""
-    check: bool = False
-    """Print what was measured."""
-    matrix: bool = False
-    """Measure a tiny random model of every decoder of the installed transformers, and print the table."""
 
 
 def main(arguments: list[str]) -> int:
-    """Convert, check, or print the table."""
+    """Convert, or only measure; print what was found."""
     flags = parse(ConvertFlags, arguments or ["--help"], command="convert")
-    from redraft.cli.common import be_quiet, plain_console
-
-    console = plain_console()
-    be_quiet()
-    if flags.matrix:
-        return _matrix(console)
     if not flags.source:
         raise ValueError("name a model to convert: redraft convert SOURCE OUT.")
-    if not flags.out:
-        if not flags.check:
-            raise ValueError("name the folder to write: redraft convert SOURCE OUT (or --check to only measure).")
-        return _check(flags, console)
-    return _convert(flags, console)
+    from redraft.cli.common import be_quiet
+
+    be_quiet()
+    return _convert(flags) if flags.out else _check(flags)
 
 
-def _convert(flags: ConvertFlags, console: Console) -> int:
+def _convert(flags: ConvertFlags) -> int:
     from redraft.models.convert import convert
 
     made = convert(
@@ -76,23 +61,21 @@ def _convert(flags: ConvertFlags, console: Console) -> int:
         adapter=flags.merge,
         to=flags.to,
         family=flags.family,
-        dtype=flags.dtype,
         autoregressive=flags.autoregressive,
     )
     block_size = made.settings.block_size
     layout = "full attention" if block_size is None else f"block-causal attention, {block_size} tokens"
     shift = ", logits shifted" if made.settings.shift_logits else ""
-    console.print(f"{made.folder}: {made.architecture}, {layout}{shift}")
+    print(f"{made.folder}: {made.architecture}, {layout}{shift}")
     for note in made.notes:
-        console.print(f"  {note}")
-    if flags.check:
-        _print_checks(made.checks, console)
-    console.print(f"try next:\n  redraft convert {made.folder} --check\n{_next_step(made)}")
+        print(f"  {note}")
+    _print_checks(made.checks)
+    print(f"try next:\n{_next_step(made)}")
     return 0
 
 
 def _next_step(made: "Conversion") -> str:
-    """Name the command to go on with: weights that have never seen their mask token have to be trained."""
+    """Name the next command: weights that have never seen their mask token have to be trained."""
     folder = shlex.quote(str(made.folder))
     is_untrained = any(note.startswith("mask token") for note in made.notes)
     if made.settings.is_autoregressive or not is_untrained:
@@ -100,29 +83,17 @@ def _next_step(made: "Conversion") -> str:
     return f"  redraft train stdlib-small --model.start {folder} --data.source my_texts/ --out {folder}-trained"
 
 
-def _check(flags: ConvertFlags, console: Console) -> int:
+def _check(flags: ConvertFlags) -> int:
+    """Measure SOURCE as it is; 1 where a claim fails that every diffusion model must meet."""
     from redraft.models.load import load_denoiser
-    from redraft.models.probe import check_model
+    from redraft.models.probe import NEEDED, check_model
 
-    denoiser, _ = load_denoiser(flags.source, mask_token_id=flags.mask_token_id, family=flags.family)
+    denoiser, *_ = load_denoiser(flags.source, mask_token_id=flags.mask_token_id, family=flags.family)
     checks = check_model(denoiser.model, denoiser.settings)
-    _print_checks(checks, console)
-    return 0 if all(check.passed for check in checks[:4]) else 1
+    _print_checks(checks)
+    return 1 if any(check.claim in NEEDED and not check.passed for check in checks) else 0
 
 
-def _print_checks(checks: "Sequence[Check]", console: Console) -> None:
+def _print_checks(checks: "Sequence[Check]") -> None:
     for check in checks:
-        console.print(f"  {'yes' if check.passed else 'NO '}  {check.claim}: {check.measured}")
-
-
-def _matrix(console: Console) -> int:
-    import warnings
-
-    from redraft.models.matrix import architectures, measure, table
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        names = architectures()
-        rows = [measure(name) for name in track(names, "measuring", console=Console(stderr=True), transient=True)]
-    console.print(table(rows))
-    return 0
+        print(f"  {'yes' if check.passed else 'NO '}  {check.claim}: {check.measured}")

@@ -56,7 +56,8 @@ def _try_tiny_model() -> str:
     """Build a random model, denoise a few tokens and time it."""
     from redraft.data.tokenizer import train_tokenizer
     from redraft.language_model import LanguageModel
-    from redraft.models.build import ModelConfig, build_model
+    from redraft.models.build import build_model
+    from redraft.models.config import ModelConfig
     from redraft.models.denoiser import Denoiser
     from redraft.models.settings import DiffusionSettings
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from redraft.cli.parsing import parse
 from redraft.errors import unknown_name
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
 from redraft.training.config import RECIPE_FILE, RunConfig, read_recipe

@@ -63,11 +63,11 @@ def _cut_runs(document: str) -> Iterator[str]:
 
 def load_fast_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """Load a tokenizer from a folder or the hub; ValueError for none, or one that is not of the library tokenizers."""
-    from redraft.models.load import load_tokenizer
+    from redraft.models.load import read_tokenizer
 
     if Path(path_or_id).is_file():
         raise ValueError(f"tokenizer must be a folder or a hub id; got the file {str(path_or_id)!r}. Give its folder.")
-    tokenizer = load_tokenizer(path_or_id)
+    tokenizer = read_tokenizer(path_or_id)
     if tokenizer is None or len(tokenizer) == len(tokenizer.all_special_ids):  # made up from a config.json alone
         raise ValueError(f"{str(path_or_id)!r} holds no tokenizer. Give a folder with tokenizer.json, or a hub id.")
     _require_fast(tokenizer)

@@ -13,7 +13,7 @@ from redraft.latent.thinking import Thinker
 from redraft.models.device import choose_device
 from redraft.models.files import reading
 from redraft.models.finite import check_finite, floats_of
-from redraft.models.load import load_tokenizer, load_weights, read_raw_config
+from redraft.models.load import load_weights, read_raw_config, read_tokenizer
 
 STAGES = ("autoencoder", "denoiser", "rollout")
 MADE_BY = {"autoencoder": "latent-autoencoder", "denoiser": "latent-denoiser", "rollout": "latent-rollout"}
@@ -53,7 +53,7 @@ def _load(kind: Any, path: str | Path) -> Any:
 
 
 def _tokenizer(path: str | Path) -> Any:
-    tokenizer = load_tokenizer(path)
+    tokenizer = read_tokenizer(path)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer. Give the folder as its training saved it.")
     return tokenizer

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from redraft.likelihood.spans import MaskedSpan, Sample, tokens_per_forward
-from redraft.models.cache import Slots, Spans
+from redraft.models.cache import Slots, SlotSpans
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query
 
@@ -102,7 +102,7 @@ class SharedBlocks:
     ) -> Float[Tensor, "m vocab"]:
         """Run tokens, whose keys and values go into the slots `after` the clean ones; logits at `where`."""
         device, end = self.denoiser.device, after + len(tokens)
-        spans = Spans(starts=[after], ends=[end], key_ends=[end], reads_all=False)
+        spans = SlotSpans(starts=[after], ends=[end], key_ends=[end], reads_all=False)
         query = Query(
             input_ids=tokens[None].to(device),
             where=where.to(device),

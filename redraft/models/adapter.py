@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from redraft.models.files import check_kinds, first_line, read_json, reading
+from redraft.models.files import Raw, check_raw, first_line, read_json, reading
 from redraft.models.finite import check_finite
 from redraft.models.probe import difference, is_equal, sequence
-from redraft.models.translations import Raw
 
 
 def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
@@ -22,10 +21,8 @@ def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
     if not file.is_file():
         return path, None
     base = read_json(file).get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
-        raise ValueError(f"the adapter {path} does not name its base. Load the base, with adapter={str(path)!r}.")
-    if Path(base).absolute() == Path(path).absolute():
-        raise ValueError(f"the adapter {path} names itself as its base. Load the base, with adapter={str(path)!r}.")
+    if not isinstance(base, str) or not base or Path(base).absolute() == Path(path).absolute():
+        raise ValueError(f"the adapter {path} names no base model. Load the base, with adapter={str(path)!r}.")
     return base, path
 
 
@@ -33,7 +30,7 @@ def adapter_config(adapter: str | Path | None) -> Raw:
     """Read the config.json that training saved beside an adapter; empty for adapters from elsewhere."""
     file = Path(adapter or "") / "config.json"
     raw = read_json(file) if adapter and file.is_file() else {}
-    check_kinds(raw)
+    check_raw(raw)
     return raw
 
 

@@ -1,4 +1,4 @@
-"""Attention that leaves out what no query sees: in pieces on the CPU, torch's flex attention on a GPU.
+"""Attention that skips keys which no query sees: in pieces on the CPU, torch's flex attention on a GPU.
 
 Both are exact, and both take who sees whom from `layouts`. Registered with transformers as one implementation, which is
 "sdpa" wherever it gets neither pieces nor a BlockMask.
@@ -22,25 +22,25 @@ FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_FLEX_HEAD = 16
 
 
-def choose_attention(model: Any, wanted: str, *, device: torch.device, dtype: torch.dtype) -> Attention:
-    """Resolve "auto", and let the model attend so: flex on CUDA where it can, pieces on a CPU, else mask.
+def choose_attention(model: Any, name: str, *, device: torch.device, dtype: torch.dtype) -> Attention:
+    """Resolve "auto" and set up the model: flex on CUDA where it can be used, pieces on a CPU, else mask.
 
-    Raises ValueError where a way that was asked for by name cannot be had.
+    Raises ValueError where an attention that was named cannot be used.
     """
-    hinders = {"pieces": _hinders_ours(model), "flex": _hinders_flex(model, device, dtype), "mask": None}
-    if wanted == "auto":
+    obstacles = {"pieces": _obstacle(model), "flex": _obstacle_to_flex(model, device, dtype), "mask": None}
+    if name == "auto":
         best: Attention = "pieces" if device.type == "cpu" else "flex"
-        wanted = "mask" if hinders[best] else best
-    if hinders[wanted]:
-        raise ValueError(f"train.attention {wanted} {hinders[wanted]}. Use auto or mask.")
-    if wanted != "mask":
+        name = "mask" if obstacles[best] else best
+    if obstacles[name]:
+        raise ValueError(f"train.attention {name} {obstacles[name]}. Use auto or mask.")
+    if name != "mask":
         _register()
         model.set_attn_implementation(NAME)
-    return wanted  # type: ignore[return-value]
+    return name  # type: ignore[return-value]
 
 
-def _hinders_ours(model: Any) -> str | None:
-    """Say why the model cannot take an attention of ours."""
+def _obstacle(model: Any) -> str | None:
+    """Say why the model's attention cannot be exchanged for ours."""
     config = model.config.get_text_config()
     takes_more = any(each.kind is each.VAR_KEYWORD for each in signature(model.forward).parameters.values())
     is_known = config._attn_implementation in ("sdpa", NAME)
@@ -49,7 +49,7 @@ def _hinders_ours(model: Any) -> str | None:
     return None
 
 
-def _hinders_flex(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+def _obstacle_to_flex(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     config = model.config.get_text_config()
     if device.type != "cuda":
         return f"needs CUDA; got device {device.type}"
@@ -63,13 +63,13 @@ def _hinders_flex(model: Any, device: torch.device, dtype: torch.dtype) -> str |
         return f"needs float32, bfloat16 or float16; got {dtype}"
     if getattr(config, "attention_dropout", 0.0):
         return f"knows no dropout; got attention_dropout {config.attention_dropout}"
-    return _hinders_ours(model)
+    return _obstacle(model)
 
 
 def flex_mask(
     layout: Layout, positions: Tensor, *, segment_ids: Tensor | None, isolate_segments: bool
 ) -> Any:  # BlockMask | None
-    """Build flex attention's mask, or None where all attend to all; it is kept where it is the same every time."""
+    """Build flex attention's mask, or None where all attend to all; without segments it is cached."""
     if segment_ids is None:
         return _fixed_mask(layout, positions.shape[1], positions.device)
     rule = pair_rule(layout, positions, segment_ids=segment_ids, isolate_segments=isolate_segments)
@@ -78,7 +78,7 @@ def flex_mask(
 
 @lru_cache(maxsize=16)
 def _fixed_mask(layout: Layout, length: int, device: torch.device) -> Any:
-    """Build the mask of rows without segments: alike in every row and in every step."""
+    """Build the mask of rows without segments: the same in every row and in every step."""
     half = length // 2 if layout.is_two_copy else length
     positions = torch.arange(length, device=device)[None] % half
     rule = pair_rule(layout, positions)
@@ -120,8 +120,8 @@ def attend(
 ) -> tuple[Tensor, Any]:
     """Attend as transformers' attention functions do: query (B, H, Q, D) to (B, Q, H, D).
 
-    With `pieces` each piece of queries meets its keys alone, under its part of the boolean mask: exact, whatever the
-    mask, as long as the pieces hold every pair that it shows.
+    With `pieces`, each piece of queries attends to its own keys under its part of the boolean mask. This is exact as
+    long as the pieces hold every pair that the mask allows.
     """
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -132,14 +132,14 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     queries = _Cut(query, [ranges for ranges, _ in pieces])
     keys, values = (_Cut(tensor, [ranges for _, ranges in pieces]) for tensor in (key, value))
-    found: dict[int, Tensor] = {}
+    parts: dict[int, Tensor] = {}
     for of_query, of_key in pieces:
         mask = _slices(_slices(attention_mask, of_query, dim=2), of_key, dim=3)
         out, _ = sdpa_attention_forward(
             module, queries.at(of_query), keys.at(of_key), values.at(of_key), mask, **options
         )
-        found |= zip((start for start, _ in of_query), out.split([b - a for a, b in of_query], dim=1), strict=True)
-    return torch.cat([found[start] for start in sorted(found)], dim=1), None
+        parts |= zip((start for start, _ in of_query), out.split([b - a for a, b in of_query], dim=1), strict=True)
+    return torch.cat([parts[start] for start in sorted(parts)], dim=1), None
 
 
 class _Cut:

@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spans:
-    """Which slots a forward writes and reads: contiguous in every row, and known to the host."""
+class SlotSpans:
+    """Which slots a forward writes and reads: contiguous in every row; the numbers are on the host."""
 
     starts: list[int]
     """First slot written, per row."""
@@ -39,7 +39,7 @@ class Spans:
         """Whether all rows feed the same span."""
         return len(set(self.starts)) == 1 and len(set(self.ends)) == 1
 
-    def repeated(self, times: int) -> "Spans":
+    def repeated(self, times: int) -> "SlotSpans":
         """Repeat each row."""
         starts, ends, key_ends = (
             [number for number in numbers for _ in range(times)] for numbers in (self.starts, self.ends, self.key_ends)
@@ -47,11 +47,11 @@ class Spans:
         return replace(self, starts=starts, ends=ends, key_ends=key_ends)
 
     def positions(self, device: torch.device) -> Int[Tensor, "batch query"]:
-        """Lay the spans out slot by slot; what a shorter row lacks repeats its last one."""
+        """List the slots of each span; a shorter span repeats its last slot."""
         return torch.minimum(self._unbounded(device), torch.tensor(self.ends, device=device)[:, None] - 1)
 
     def is_fed(self, device: torch.device) -> Bool[Tensor, "batch query"]:
-        """Tell the slots of a row from what fills it up."""
+        """Tell the slots of a span from those that only fill up a shorter one."""
         return self._unbounded(device) < torch.tensor(self.ends, device=device)[:, None]
 
     def is_read(self, device: torch.device, num_keys: int) -> Bool[Tensor, "batch key"]:
@@ -65,9 +65,9 @@ class Spans:
 
 
 class Slots:
-    """Keys and values of many rows, `num_positions` slots each and a spare one. A row is a place, whoever has it.
+    """Keys and values of many rows, `num_positions` slots each and a spare one.
 
-    Slots hold whatever was last written: what is read, and when it is final, is for the caller to plan.
+    Slots hold what was last written. The caller plans which slots are read, and when their content is final.
     """
 
     def __init__(self, num_rows: int, num_positions: int) -> None:
@@ -77,16 +77,16 @@ class Slots:
 
     def view(
         self,
-        spans: Spans,
+        spans: SlotSpans,
         device: torch.device,
         *,
         first: int = 0,
         rows: list[int] | None = None,
         is_static: bool = False,
     ) -> "View":
-        """See the rows from `first` on, or some `rows` in any order (their keys and values are copied when read).
+        """View the rows from `first` on, or some `rows` in any order (their keys and values are copied when read).
 
-        Static: where the spans lie is a tensor alone, and all slots are in view, so that a compiled forward fits all.
+        Static: all slots are in view and only a tensor says where the spans lie, so one compiled forward fits all.
         """
         return View(self, spans, device, first=first, rows=rows, is_static=is_static and bool(self.layers))
 
@@ -98,21 +98,21 @@ class Slots:
         return self.layers[layer]
 
     def reserve(self, num_rows: int, num_positions: int) -> None:
-        """Have room for so many rows and positions; what is there is copied if there was not, for twice the rows."""
-        kept_rows, kept = self.num_rows, self.num_positions
-        if num_rows <= kept_rows and num_positions <= kept:
+        """Make room for so many rows and positions; where slots are copied for it, the number of rows doubles."""
+        old_rows, old_positions = self.num_rows, self.num_positions
+        if num_rows <= old_rows and num_positions <= old_positions:
             return
-        if self.layers and num_rows > kept_rows:
-            num_rows = max(num_rows, 2 * kept_rows)
-        num_rows, num_positions = max(num_rows, kept_rows), max(num_positions, kept)
+        if self.layers and num_rows > old_rows:
+            num_rows = max(num_rows, 2 * old_rows)
+        num_rows, num_positions = max(num_rows, old_rows), max(num_positions, old_positions)
 
         def grown(old: Tensor) -> Tensor:
             new = old.new_zeros(num_rows, old.shape[1], num_positions + 1, old.shape[3])
-            new[:kept_rows, :, :kept] = old[:, :, :kept]
+            new[:old_rows, :, :old_positions] = old[:, :, :old_positions]
             return new
 
         self.layers = [(grown(keys), grown(values)) for keys, values in self.layers]
-        self.num_rows, self.num_positions = num_rows, num_positions  # not before the memory was there
+        self.num_rows, self.num_positions = num_rows, num_positions  # only once the copies exist
 
     def copy(self, source: int, to: int, num_positions: int) -> None:
         """Copy the first positions of a row to another one."""
@@ -122,10 +122,17 @@ class Slots:
 
 
 class View(Cache):
-    """Some rows of the slots as one forward has them: transformers' cache interface. It writes in place."""
+    """Some rows of the slots in one forward, as a cache of transformers that writes in place."""
 
     def __init__(
-        self, slots: Slots, spans: Spans, device: torch.device, *, first: int, rows: list[int] | None, is_static: bool
+        self,
+        slots: Slots,
+        spans: SlotSpans,
+        device: torch.device,
+        *,
+        first: int,
+        rows: list[int] | None,
+        is_static: bool,
     ) -> None:
         super().__init__(layers=[])
         self.slots, self.spans, self.is_static = slots, spans, is_static
@@ -138,24 +145,25 @@ class View(Cache):
         self._is_contiguous = rows is None and spans.is_even and not is_static
         if not self._is_contiguous:
             index = self._rows if isinstance(self._rows, Tensor) else torch.arange(first, end, device=device)
-            # What only fills a row up is written to the spare slot.
+            # A shorter span feeds repeated tokens: they go to the spare slot, so that they overwrite no real one.
             slot = torch.where(spans.is_fed(device), self.positions, slots.num_positions)
             self._where = (index[:, None], slice(None), slot)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values, and return all in view."""
-        found = []
+        """Write a layer's new keys and values (B, heads, Q, dim), and return all in view (B, heads, K, dim)."""
+        in_view = []
         fed = (key_states, value_states)
-        for kept, states in zip(self.slots.of_layer(layer_idx, fed), fed, strict=True):
-            # Indices around a slice put the axes that they index first: (B, Q, heads, dim).
-            kept[self._where] = states if self._is_contiguous else states.transpose(1, 2)
-            # Static: no number of the spans may be looked at: it would be compiled in.
-            found.append(kept[self._rows] if self.is_static else kept[self._rows, :, : self.num_keys])
-        return found[0], found[1]
+        for pool, states in zip(self.slots.of_layer(layer_idx, fed), fed, strict=True):
+            # Where rows or slots are given by index tensors, `_where` is (rows, slice, slots): torch puts the indexed
+            # axes before the sliced one, so the place written to has the shape (B, Q, heads, dim).
+            pool[self._where] = states if self._is_contiguous else states.transpose(1, 2)
+            # A static view reads the whole pool: a compiled forward would be compiled anew for each `num_keys`.
+            in_view.append(pool[self._rows] if self.is_static else pool[self._rows, :, : self.num_keys])
+        return in_view[0], in_view[1]
 
-    def over(self, spans: Spans, device: torch.device) -> "View":
+    def over(self, spans: SlotSpans, device: torch.device) -> "View":
         """See other spans of the same rows."""
         return self.slots.view(spans, device, first=self._first, rows=self._row_list)
 
@@ -168,7 +176,7 @@ class View(Cache):
         return self.num_keys, 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Say how many keys stand before the queries; positions are always given, so nobody counts from it."""
+        """Say how many keys stand before the queries; positions are always given, so nothing is counted from it."""
         return self.spans.starts[0]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

@@ -13,20 +13,23 @@ from redraft.folders import LOCK_FILE, one_writer
 from redraft.layouts import Layout
 from redraft.models import encoder_decoder
 from redraft.models.adapter import adapter_config, merge_adapter, split_adapter
-from redraft.models.families import Family, find_family
+from redraft.models.families import FAMILIES, find_family
+from redraft.models.family import Family
 from redraft.models.files import reading
 from redraft.models.finite import check_finite, floats_of
 from redraft.models.head import head_at
 from redraft.models.load import (
     check_tokenizer,
+    is_encoder,
+    language_model_class,
     load_denoiser,
-    load_tokenizer,
     load_weights,
     read_config,
     read_raw_config,
+    read_tokenizer,
     renaming_class,
 )
-from redraft.models.probe import BIDIRECTIONAL, BLOCKS, ISOLATED, PADDING, POSITIONS, Check, check_model, sequence
+from redraft.models.probe import BIDIRECTIONAL, BLOCKS, NEEDED, PADDING, Check, check_model, sequence
 from redraft.models.settings import DiffusionSettings
 
 MASK_TOKEN = "<|mask|>"
@@ -46,16 +49,6 @@ class Conversion:
     notes: tuple[str, ...]
     """What was chosen or created: the mask token, a missing head, a merged adapter."""
     checks: tuple[Check, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A model as it was read, and the settings it came with (None: not yet a diffusion model)."""
-
-    model: Any
-    tokenizer: Any
-    settings: DiffusionSettings | None
-    notes: list[str]
 
 
 def convert(
@@ -84,28 +77,39 @@ def convert(
     out = Path(out)
     _check_new(out)
     Layout(block_size=block_size)  # refuses a size that is none, before the weights are read
-    written_as = None if to is None else find_family({}, name=to)
+    written_as = None if to is None else _family_to_write(to)
     if adapter is None:
         source, adapter = split_adapter(source)
-    read = _read(source, mask_token_id=mask_token_id, family=family, dtype=dtype, block_size=block_size)
-    model, notes = read.model, read.notes
+    notes: list[str] = []
+    model, tokenizer, settings = _read(
+        source, notes, mask_token_id=mask_token_id, family=family, dtype=dtype, block_size=block_size
+    )
+    is_causal = settings is None and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     check_finite(source, floats_of(model))
     if adapter is not None:
         model = merge_adapter(model, adapter)
-        read = _as_trained(read, adapter)
         notes.append(f"merged the adapter {adapter}")
-    require_head(source, model)
-    settings = read.settings or _new_settings(read, mask_token_id)
+        if trained := adapter_config(adapter).get("diffusion"):
+            settings, tokenizer = DiffusionSettings.from_saved(trained), read_tokenizer(adapter) or tokenizer
+    _check_head(source, model)
+    if settings is None:
+        mask, note = choose_mask(model, tokenizer, mask_token_id)
+        notes.append(note)
+        settings = DiffusionSettings(mask_token_id=mask)
     chosen: dict[str, Any] = {"shift_logits": shift_logits, "block_size": block_size}
     settings = replace(settings, **{name: value for name, value in chosen.items() if value is not None})
     if autoregressive:
-        settings = _baseline(source, read, settings)
+        if not is_causal:
+            raise ValueError(f"{source} is not autoregressive ({type(model).__name__}); leave autoregressive out.")
+        settings = replace(settings, process="autoregressive", shift_logits=True, block_size=1)
     settings.save_to(model.config)
     checks = check_model(model, settings)
-    require(source, checks, settings)
+    _check_claims(source, checks, settings)
     with one_writer(out):
         _check_new(out)  # another process may have written there meanwhile
-        _save(model, read.tokenizer, out, family=written_as)
+        _save(model, out, family=written_as)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out)
     return Conversion(
         folder=out, architecture=type(model).__name__, settings=settings, notes=tuple(notes), checks=tuple(checks)
     )
@@ -116,32 +120,8 @@ def _check_new(out: Path) -> None:
         raise ValueError(f"{out} exists and is not an empty folder; name a new one.")
 
 
-def _as_trained(read: _Source, adapter: str | Path) -> _Source:
-    """Take the settings and the tokenizer that an adapter was trained with, where they lie beside it."""
-    saved = adapter_config(adapter).get("diffusion")
-    if not saved:
-        return read
-    return replace(
-        read, settings=DiffusionSettings.from_saved(saved), tokenizer=load_tokenizer(adapter) or read.tokenizer
-    )
-
-
-def _new_settings(read: _Source, mask_token_id: int | None) -> DiffusionSettings:
-    """Find or make the mask token, and note which it is."""
-    mask, note = choose_mask(read.model, read.tokenizer, mask_token_id)
-    read.notes.append(note)
-    return DiffusionSettings(mask_token_id=mask)
-
-
-def _baseline(source: str | Path, read: _Source, settings: DiffusionSettings) -> DiffusionSettings:
-    """Describe a causal model as it stands. Raises ValueError for an encoder and for a diffusion model."""
-    if read.settings is not None or not type(read.model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        raise ValueError(f"{source} is not autoregressive ({type(read.model).__name__}); leave autoregressive out.")
-    return replace(settings, process="autoregressive", shift_logits=True, block_size=1)
-
-
 @torch.no_grad()
-def require_head(source: str | Path, model: Any) -> None:
+def _check_head(source: str | Path, model: Any) -> None:
     """Raise ValueError for a model whose logits are not the output embedding's, which is called where they are read."""
     if model.config.model_type in encoder_decoder.MODEL_TYPES:
         return  # refused by the checks
@@ -151,13 +131,13 @@ def require_head(source: str | Path, model: Any) -> None:
     if num_rows != 1:
         raise ValueError(
             f"{source} cannot be converted: {model.config.model_type} computes its logits without calling its output "
-            "embedding, and so they cannot be had for some positions alone."
+            "embedding, so they cannot be computed at chosen positions only."
         )
 
 
-def require(source: str | Path, checks: list[Check], settings: DiffusionSettings) -> None:
+def _check_claims(source: str | Path, checks: list[Check], settings: DiffusionSettings) -> None:
     """Raise ValueError where a claim that the settings rest on does not hold."""
-    needed = {BIDIRECTIONAL, POSITIONS, ISOLATED, PADDING} | ({BLOCKS} if settings.block_size else set())
+    needed = set(NEEDED) | ({BLOCKS} if settings.block_size else set())
     if settings.is_autoregressive:  # both of the others are of full attention
         needed -= {BIDIRECTIONAL, PADDING}
     for check in checks:
@@ -170,65 +150,54 @@ def require(source: str | Path, checks: list[Check], settings: DiffusionSettings
 
 def _read(
     source: str | Path,
+    notes: list[str],
     *,
     mask_token_id: int | None,
     family: str | None,
     dtype: str | torch.dtype,
     block_size: int | None,
-) -> _Source:
-    if str(source).endswith(".gguf"):
-        return _read_gguf(Path(source), dtype)
-    raw = read_raw_config(source)
-    if raw.get("diffusion") or find_family(raw, name=family, hub_id=str(source)) is not None:
-        denoiser, tokenizer = load_denoiser(
-            source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family, block_size=block_size
-        )
-        settings = None if denoiser.settings.is_autoregressive else denoiser.settings
-        return _Source(model=denoiser.model, tokenizer=tokenizer, settings=settings, notes=[])
-    config = read_config(source, raw)
-    model_class = language_model_class(config)
-    if (why := refusal(config, model_class)) is not None:
-        raise ValueError(f"{source} cannot be converted: {why}.")
-    tokenizer = load_tokenizer(source)
-    check_tokenizer(source, tokenizer, config)
-    notes: list[str] = []
-    model = load_weights(
-        model_class, source, config=config, dtype=dtype, may_differ=_head_of(config, model_class, notes)
-    )
-    return _Source(model=model, tokenizer=tokenizer, settings=None, notes=notes[:1])
-
-
-def _read_gguf(path: Path, dtype: str | torch.dtype) -> _Source:
+) -> tuple[Any, Any, DiffusionSettings | None]:
+    """Read a model, its tokenizer and its settings (None: not yet a diffusion model); note what was created."""
     from transformers import AutoConfig, AutoTokenizer
 
-    if not path.is_file():
-        raise ValueError(f"no model at {path}: the file does not exist.")
-    with reading(str(path)):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    path, gguf_file = source, None
+    if str(source).endswith(".gguf"):
+        if not Path(source).is_file():
+            raise ValueError(f"no model at {source}: the file does not exist.")
+        path, gguf_file = Path(source).parent, Path(source).name
+        with reading(str(source)):
+            config = AutoConfig.from_pretrained(path, gguf_file=gguf_file)
+            tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
+        notes.append("unpacked the GGUF blocks")
+    else:
+        raw = read_raw_config(source)
+        if raw.get("diffusion") or find_family(raw, name=family, hub_id=str(source)) is not None:
+            denoiser, tokenizer, _ = load_denoiser(
+                source, mask_token_id=mask_token_id, dtype=dtype, device="cpu", family=family, block_size=block_size
+            )
+            settings = denoiser.settings
+            return denoiser.model, tokenizer, None if settings.is_autoregressive else settings
+        config, tokenizer = read_config(source, raw), read_tokenizer(source)
     model_class = language_model_class(config)
     if (reason := refusal(config, model_class)) is not None:
-        raise ValueError(f"{path} cannot be converted: {reason}.")
-    model = load_weights(model_class, path.parent, config=config, dtype=dtype, gguf_file=path.name)
-    return _Source(model=model, tokenizer=tokenizer, settings=None, notes=["unpacked the GGUF blocks"])
+        raise ValueError(f"{source} cannot be converted: {reason}.")
+    check_tokenizer(source, tokenizer, config)
+    created: list[str] = []
 
+    def may_differ(what: str, name: str) -> bool:
+        """Let an encoder lack its vocabulary head, and bring heads for other tasks."""
+        if not is_encoder(config):
+            return False
+        if _OTHER_HEAD.search(name):
+            return what == "unexpected"
+        is_head = what == "missing" and not name.startswith(f"{model_class.base_model_prefix}.")
+        created.extend([name] * is_head)
+        return is_head
 
-def language_model_class(config: Any) -> Any:
-    """Return the class with a vocabulary head: the masked-language model of an encoder, else the causal one.
-
-    Raises ValueError where transformers has neither.
-    """
-    import transformers
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    model_type = config.model_type
-    name = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if name is None:
-        raise ValueError(f"transformers has no language model of architecture {model_type!r}, so there is no head.")
-    return getattr(transformers, name)
+    model = load_weights(model_class, path, config=config, dtype=dtype, gguf_file=gguf_file, may_differ=may_differ)
+    if created:
+        notes.append("created the vocabulary head: the checkpoint had none, so it must be trained")
+    return model, tokenizer, None
 
 
 def refusal(config: Any, model_class: Any) -> str | None:
@@ -243,25 +212,6 @@ def refusal(config: Any, model_class: Any) -> str | None:
         what = "recurrent, convolutional, sparse or compressing layers"
         return f"{config.model_type} has {what}{kinds}, made for reading left to right"
     return None
-
-
-def _head_of(config: Any, model_class: Any, notes: list[str]) -> Any:
-    """Let an encoder lack its vocabulary head, and bring heads for other tasks; write down what was made."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    if config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return lambda what, name: False
-    prefix = f"{model_class.base_model_prefix}."
-
-    def may_differ(what: str, name: str) -> bool:
-        if _OTHER_HEAD.search(name):
-            return what == "unexpected"
-        if what == "missing" and not name.startswith(prefix):
-            notes.append("created the vocabulary head: the checkpoint had none, so it must be trained")
-            return True
-        return False
-
-    return may_differ
 
 
 # --- The mask token --------------------------------------------------------------------------------------------------
@@ -279,29 +229,23 @@ def choose_mask(model: Any, tokenizer: Any, mask_token_id: int | None) -> tuple[
         if tokenizer is not None and mask_token_id < len(tokenizer):
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
         return mask_token_id, f"mask token: {mask_token_id}, as asked"
-    if tokenizer is None:
-        _add_row(model, rows)
-        return rows, f"mask token: {rows}, a new row at the mean of the others"
-    if tokenizer.mask_token_id is not None:
-        own = int(tokenizer.mask_token_id)
-        return own, f"mask token: {own}, the tokenizer's own {tokenizer.mask_token}"
-    reserved = sorted(
-        (index, token) for token, index in tokenizer.get_vocab().items() if RESERVED.match(token) and index < rows
-    )
-    if reserved:
-        tokenizer.add_special_tokens({"mask_token": reserved[0][1]})
-        what = f"the reserved {reserved[0][1]}, its row set to the mean of the others"
-    else:
-        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-        is_new = tokenizer.mask_token_id >= rows
-        what = f"{'a new' if is_new else 'a spare'} row, set to the mean of the others"
-    chosen = int(tokenizer.convert_tokens_to_ids(tokenizer.mask_token))
-    _add_row(model, chosen)
-    return chosen, f"mask token: {chosen}, {what}"
+    if tokenizer is not None and tokenizer.mask_token_id is not None:
+        chosen = int(tokenizer.mask_token_id)
+        return chosen, f"mask token: {chosen}, the tokenizer's own {tokenizer.mask_token}"
+    chosen, what = rows, "a new row"
+    if tokenizer is not None:
+        vocabulary = tokenizer.get_vocab().items()
+        reserved = sorted((index, token) for token, index in vocabulary if RESERVED.match(token) and index < rows)
+        tokenizer.add_special_tokens({"mask_token": reserved[0][1] if reserved else MASK_TOKEN})
+        chosen = int(tokenizer.mask_token_id)
+        if chosen < rows:
+            what = f"the reserved {reserved[0][1]}" if reserved else "a spare row"
+    _set_to_mean(model, chosen)
+    return chosen, f"mask token: {chosen}, {what}, set to the mean of the other rows"
 
 
 @torch.no_grad()
-def _add_row(model: Any, row: int) -> None:
+def _set_to_mean(model: Any, row: int) -> None:
     """Set a row of the embedding and of the head to the mean of the others; make the row where there is none."""
     if row >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(row + 1, mean_resizing=False)
@@ -314,17 +258,19 @@ def _add_row(model: Any, row: int) -> None:
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def _save(model: Any, tokenizer: Any, out: Path, *, family: Family | None) -> None:
+def _family_to_write(name: str) -> Family | None:
+    family = find_family({}, name=name)
+    if family is not None and family.original is None:
+        names = [family.name for family in FAMILIES if family.original is not None]
+        raise ValueError(f"a checkpoint cannot be written as {name}; can be: {', '.join(names)}.")
+    return family
+
+
+def _save(model: Any, out: Path, *, family: Family | None) -> None:
     """Save under the stock names, or under a family's own."""
     if family is None:
         model.save_pretrained(out)
-    else:
-        _save_as(model, out, family)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-
-
-def _save_as(model: Any, out: Path, family: Family) -> None:
+        return
     raw = family.original_config(model.config)
     stock_class = type(model)
     try:

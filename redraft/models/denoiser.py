@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from redraft.layouts import attention_mask, block_mask, segment_positions
+from redraft.layouts import Layout, attention_mask, block_mask, segment_positions
 from redraft.models.attention import Attention, flex_mask
 from redraft.models.cache import View
 from redraft.models.device import can_compile
@@ -21,7 +21,7 @@ from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
 
 _STANCE = RLock()
-"""Torch's stance towards compiling is the whole process's: two threads that set it would leave it set."""
+"""`torch.compiler.set_stance` acts on the whole process: two threads that set it at once would leave it set."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class Denoiser:
     model: Any
     settings: DiffusionSettings
     is_self_conditioned: ClassVar[bool] = False
-    """Whether it is told its last prediction (`Query.previous`)."""
+    """Whether it is given its last prediction (`Query.previous`)."""
     is_compiled: bool = False
-    """Whether the model's body was compiled: then forwards with a cache keep one shape in every block."""
+    """Whether the model's body was compiled: then forwards with a cache have one shape in every block."""
 
     attention: Attention = "mask"
-    """How whole rows are attended to; another than "mask" is set up by `choose_attention`."""
+    """How whole rows attend; `choose_attention` sets up "pieces" and "flex"."""
 
     def compiled(self) -> "Denoiser":
         """Compile the model's body for fixed shapes. Raises ValueError where no compiler is found.
 
-        The first forward of each shape takes from seconds to a minute; a generation with the exact cache has two that
-        come again (one block, and two when one is finished), and one with the whole canvas has one.
+        The first forward of each shape takes from seconds to a minute. A generation with the exact cache has two shapes
+        (one block, and two blocks when one is finished), a generation with the whole canvas has one.
         """
         if not can_compile():
             raise ValueError(
@@ -54,7 +54,7 @@ class Denoiser:
 
     @property
     def can_append(self) -> bool:
-        """Whether a query may have a view of slots: the model keeps keys and values, and is told its positions."""
+        """Whether a query may have a view of slots: the model takes a cache and positions."""
         return {"past_key_values", "position_ids"} <= set(signature(self.model.forward).parameters)
 
     @property
@@ -71,15 +71,15 @@ class Denoiser:
 
     def hidden(self, query: Query, *, wrapped: Any = None) -> Float[Tensor, "n dim"]:
         """Return what enters the head, for `head.chunked_loss`."""
-        _, found = self._run(query, wrapped, is_skipped=True)
-        assert found.hidden is not None
-        return found.hidden
+        _, at_head = self._run(query, wrapped, is_skipped=True)
+        assert at_head.hidden is not None
+        return at_head.hidden
 
     def loss(self, query: Query, row_loss: RowLoss, *, wrapped: Any) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
         """Take `head.chunked_loss` inside of the `wrapped` forward, where sharded weights are whole."""
-        total, found = self._run(query, wrapped, row_loss=row_loss)
-        assert found.losses is not None
-        return total.sum(), found.losses
+        total, at_head = self._run(query, wrapped, row_loss=row_loss)
+        assert at_head.losses is not None
+        return total.sum(), at_head.losses
 
     def logits(self, input_ids: Int[Tensor, "batch seq"], **others: Any) -> Float[Tensor, "batch seq vocab"]:
         """Predict every position of whole rows; `others` are further fields of the query."""
@@ -87,14 +87,13 @@ class Denoiser:
 
     def inputs(self, query: Query) -> dict[str, Any]:
         """Build the arguments of the model's forward."""
-        query = self._counted(query)
-        positions, layout = query.positions, query.layout
-        assert positions is not None
-        assert layout is not None
+        return self._inputs(query, *self._placed(query))
+
+    def _inputs(self, query: Query, positions: Int[Tensor, "batch query"], layout: Layout) -> dict[str, Any]:
         counted = positions + first_position(self.model.config)
         inputs: dict[str, Any] = {"input_ids": query.input_ids, "position_ids": counted}
         if query.view is not None:
-            mask = self._cached_mask(query, query.view)
+            mask = self._cached_mask(query, query.view, positions, layout)
             return inputs | {"attention_mask": mask, "past_key_values": query.view, "use_cache": True}
         inputs["use_cache"] = False
         segments: dict[str, Any] = {"segment_ids": query.segment_ids, "isolate_segments": query.isolate_segments}
@@ -102,23 +101,24 @@ class Denoiser:
             mask = attention_mask(layout, positions - query.grid_origin[:, None], **segments)
             return inputs | {"attention_mask": model_masks(self.model, mask, positions, positions)}
         if self.attention != "mask" and query.segment_ids is None:
-            positions = positions[:1]  # alike in all rows
-        if self.attention == "flex" and self._has_no_window(positions):
+            positions = positions[:1]  # the same in all rows, so one row's mask serves all
+        text_config = self.model.config.get_text_config()
+        if self.attention == "flex" and layer_masks(text_config, None, positions, positions) is None:  # no window
             return inputs | {"attention_mask": flex_mask(layout, positions, **segments)}
         masks = model_masks(self.model, attention_mask(layout, positions, **segments), positions, positions)
         pieces = layout.pieces(positions.shape[1], is_aligned=not query.isolate_segments)
         more = {"pieces": pieces} if pieces and self.attention == "pieces" else {}
         return inputs | {"attention_mask": masks} | more
 
-    def _cached_mask(self, query: Query, view: View) -> Any:
-        """Say which slots each fed token sees: as the query says, or as the layout does, of those its row reads."""
-        positions, layout, device = query.positions, query.layout, query.input_ids.device
-        assert positions is not None
-        assert layout is not None
+    def _cached_mask(self, query: Query, view: View, positions: Int[Tensor, "batch query"], layout: Layout) -> Any:
+        """Build the mask over slots: as the query says, or as the layout does, among the slots that a row reads."""
+        device = query.input_ids.device
         keys = query.slot_positions
         if keys is None:
             keys = torch.arange(view.num_keys, device=device).expand(len(positions), -1)
         mask = query.sees
+        # No mask is needed where every query reads every slot. A static view shows all slots of the pool, also those
+        # that no row has written yet, so it always needs one.
         if mask is None and (view.is_static or not view.spans.reads_all):
             origin = torch.zeros_like(positions[:, :1]) if query.grid_origin is None else query.grid_origin[:, None]
             causal = block_mask(layout, positions - origin, keys - origin)
@@ -127,55 +127,49 @@ class Denoiser:
         return model_masks(self.model, None if mask is None else mask[:, None], positions, keys)
 
     def _run(self, query: Query, wrapped: Any, **how: Any) -> tuple[Tensor, AtHead]:
-        """Return the logits, or what stands in their place, and what was found at the head."""
-        query = self._counted(query)
-        rows = self._predictors(query)
-        with self._stance(query.view), head_at(self.model, rows, **how) as found:
-            return (self.model if wrapped is None else wrapped)(**self.inputs(query)).logits, found
+        """Return the logits, or what takes their place, and what was computed at the head."""
+        positions, layout = self._placed(query)
+        inputs = self._inputs(query, positions, layout)
+        rows = self._predictors(query, positions, layout)
+        with self._stance(query.view), head_at(self.model, rows, **how) as at_head:
+            return (self.model if wrapped is None else wrapped)(**inputs).logits, at_head
 
-    def _counted(self, query: Query) -> Query:
-        """Fill in the layout where none is given, and the positions."""
+    def _placed(self, query: Query) -> tuple[Int[Tensor, "batch query"], Layout]:
+        """Return the positions of what is fed and the layout; where the query has none, the view's and the model's."""
         layout = query.layout or self.settings.layout
-        if query.positions is not None and query.layout is not None:
-            return query
         if query.positions is not None:
-            return replace(query, layout=layout)
+            return query.positions, layout
         if query.view is not None:
-            return replace(query, layout=layout, positions=query.view.positions)
+            return query.view.positions, layout
         batch, length = query.input_ids.shape
         length = length // 2 if layout.is_two_copy else length
         if query.isolate_segments and query.segment_ids is not None:
             positions = segment_positions(query.segment_ids[:, :length])
         else:
             positions = torch.arange(length, device=query.input_ids.device).expand(batch, -1)
-        return replace(query, layout=layout, positions=positions.repeat(1, 2) if layout.is_two_copy else positions)
+        return (positions.repeat(1, 2) if layout.is_two_copy else positions), layout
 
-    def _predictors(self, query: Query) -> Int[Tensor, "n"]:
-        """Find the fed tokens whose logits predict `where`: themselves, or their left neighbours.
-
-        What is first in its segment has no neighbour. The left neighbour of a noisy block is the clean block before it.
-        """
-        assert query.positions is not None
-        assert query.layout is not None
+    def _predictors(self, query: Query, positions: Int[Tensor, "batch query"], layout: Layout) -> Int[Tensor, "n"]:
+        """Find the fed tokens whose logits predict `where`: themselves, or their left neighbours under a shift."""
         if not (self.settings.shift_logits if query.shift is None else query.shift):
             return query.where
-        position = query.positions.flatten()[query.where]
+        position = positions.flatten()[query.where]
+        # The first position of a segment has no neighbour: it is predicted by its own logits.
         has_neighbour = position > 0
         rows = query.where - has_neighbour.to(query.where.dtype)
-        if not query.layout.is_two_copy or query.layout.block_size is None:
+        if not layout.is_two_copy or layout.block_size is None:
             return rows
-        is_first = has_neighbour & (position % query.layout.block_size == 0)
+        # In [x_t ; x_0] the left neighbour of a noisy block is the last token of the clean block before it, which
+        # stands half a row later.
+        is_first = has_neighbour & (position % layout.block_size == 0)
         return rows + is_first.to(rows.dtype) * (query.input_ids.shape[1] // 2)
 
     @contextmanager
     def _stance(self, view: View | None) -> Iterator[None]:
-        """Run a shape that does not come again without compiling it; compiled models run one at a time."""
+        """Run a shape that occurs once without compiling it; compiled models run one at a time."""
         once = view is not None and not view.is_static
         if not self.is_compiled:
             yield
             return
         with _STANCE, torch.compiler.set_stance("force_eager") if once else nullcontext():
             yield
-
-    def _has_no_window(self, positions: Int[Tensor, "batch seq"]) -> bool:
-        return layer_masks(self.model.config.get_text_config(), None, positions, positions) is None

@@ -8,7 +8,7 @@ USABLE = ("cuda", "xpu")  # MPS has no float64, which noise and quotas are compu
 
 
 def choose_device(name: str | torch.device | None) -> torch.device:
-    """Resolve a device: the one named, or the best there is. Raises ValueError for one that is not there."""
+    """Resolve a device: the one named, or the best available. Raises ValueError for one that is not available."""
     present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name is None or name == "auto":
         return present if present is not None and present.type in USABLE else torch.device("cpu")
@@ -17,7 +17,7 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown. Use cpu, cuda or auto.") from error
     if device.type not in ("cpu", "meta") and (present is None or present.type != device.type):
-        raise ValueError(f"device {name} was asked for, but torch sees no such device here. Use cpu or auto.")
+        raise ValueError(f"device {name} is not available: torch sees no such device here. Use cpu or auto.")
     return device
 
 

@@ -1,10 +1,11 @@
 """DiffusionGemma behind the denoiser's interface: a causal encoder for what is decided, a decoder for one canvas.
 
 The encoder writes keys and values and nothing else; the decoder reads those before the canvas, and attends inside the
-canvas in both directions. It may be told its own last prediction (self-conditioning).
+canvas in both directions. It may be given its own last prediction (self-conditioning).
 """
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -12,41 +13,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from redraft.layouts import Layout
-from redraft.models.cache import Slots, Spans, View
+from redraft.models.cache import Slots, SlotSpans, View
 from redraft.models.denoiser import Denoiser
 from redraft.models.head import head_at
 from redraft.models.masks import additive_where_eager
 from redraft.models.query import Query, SelfConditioning
 
 MODEL_TYPES = {"diffusion_gemma"}
-
-
-@dataclass(frozen=True)
-class _Canvases:
-    """Where canvases lie in a batch: canvas i holds `length` positions of row `rows[i]` from `starts[i]` on."""
-
-    rows: Int[Tensor, "canvases"]
-    starts: Int[Tensor, "canvases"]
-    length: int
-
-    @property
-    def positions(self) -> Int[Tensor, "canvases length"]:
-        """Positions of each canvas in its row."""
-        return self.starts[:, None] + torch.arange(self.length, device=self.starts.device)
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """Keys and values of the context as the decoder looks them up: it reads and never writes."""
-
-    layers: list[Any]
-    is_compileable: bool = False
-
-
-@dataclass(frozen=True)
-class _PrefixLayer:
-    keys: Tensor
-    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,69 +35,65 @@ class EncoderDecoder(Denoiser):
         """
         if query.isolate_segments or query.shift or wrapped is not None:
             raise self._no_training()
-        query = self._counted(query)
+        length = (query.layout or self.settings.layout).block_size
+        if length is None:
+            raise ValueError("this model denoises one canvas at a time; give layout=('block-causal', canvas length).")
         if query.view is not None:
-            return self._from_slots(query, query.view)
-        input_ids, length = query.input_ids, self._canvas_length(query.layout)
+            return self._from_slots(query, query.view, length)
+        input_ids = query.input_ids
         batch, seq_len = input_ids.shape
         row, position = query.where // seq_len, query.where % seq_len
         origin = torch.zeros_like(input_ids[:, 0]) if query.grid_origin is None else query.grid_origin
         start = origin[row] + (position - origin[row]).div(length, rounding_mode="floor") * length
-        found, of = torch.unique(torch.stack([row, start]), dim=1, return_inverse=True)
-        spans = Spans(starts=[0] * batch, ends=[seq_len] * batch, key_ends=[seq_len] * batch, reads_all=False)
+        # Each canvas that holds a wanted position is denoised once, however many of its positions are wanted.
+        (rows, starts), canvas = torch.unique(torch.stack([row, start]), dim=1, return_inverse=True)
+        spans = SlotSpans(starts=[0] * batch, ends=[seq_len] * batch, key_ends=[seq_len] * batch, reads_all=False)
         view = Slots(batch, seq_len).view(spans, input_ids.device)
         self._encode(input_ids, view)
-        is_seen = torch.ones_like(input_ids, dtype=torch.bool) if query.segment_ids is None else query.segment_ids > 0
-        canvases = _Canvases(found[0], found[1], length)
-        there = canvases.positions.clamp(max=seq_len - 1)
-        is_real = is_seen[canvases.rows[:, None], there] & (canvases.positions == there)
-        ids = input_ids[canvases.rows[:, None], there]
-        return self._decode(of * length + position - start, ids, canvases, view, is_real, query.previous)
+        positions = starts[:, None] + torch.arange(length, device=input_ids.device)  # (canvases, length)
+        inside = positions.clamp(max=seq_len - 1)  # the last canvas may reach beyond its row
+        is_real = inside == positions
+        if query.segment_ids is not None:
+            is_real = is_real & (query.segment_ids[rows[:, None], inside] > 0)
+        fed = canvas * length + position - start
+        return self._decode(fed, input_ids[rows[:, None], inside], rows, positions, view, is_real, query.previous)
 
-    def _from_slots(self, query: Query, view: View) -> Float[Tensor, "n vocab"]:
+    def _from_slots(self, query: Query, view: View, length: int) -> Float[Tensor, "n vocab"]:
         input_ids, spans, device = query.input_ids, view.spans, query.input_ids.device
         if not len(query.where):  # a context alone
             self._encode(input_ids, view)
             return torch.empty(0, self.model.config.get_text_config().vocab_size, device=device)
-        length = self._canvas_length(query.layout)
         first = [end - length for end in spans.ends]
         if any(start < end for start, end in zip(spans.starts, first, strict=True)):
             context = replace(spans, ends=first, key_ends=first)
             view = view.over(context, device)
             self._encode(input_ids[:, : context.num_queries], view)
         starts = torch.tensor(first, device=device)
-        canvases = _Canvases(torch.arange(len(first), device=device), starts, length)
-        skipped = starts - torch.tensor(spans.starts, device=device)
+        skipped = starts - torch.tensor(spans.starts, device=device)  # what a row feeds before its canvas
         row, fed = query.where // input_ids.shape[1], query.where % input_ids.shape[1]
-        ids = input_ids.gather(1, skipped[:, None] + torch.arange(length, device=device))
-        is_real = torch.ones_like(ids, dtype=torch.bool)
-        return self._decode(row * length + fed - skipped[row], ids, canvases, view, is_real, query.previous)
+        offsets = torch.arange(length, device=device)
+        ids = input_ids.gather(1, skipped[:, None] + offsets)
+        rows, is_real = torch.arange(len(first), device=device), torch.ones_like(ids, dtype=torch.bool)
+        fed = row * length + fed - skipped[row]
+        return self._decode(fed, ids, rows, starts[:, None] + offsets, view, is_real, query.previous)
 
     def _no_training(self) -> ValueError:
         return ValueError(f"{self.model.config.model_type} can be sampled from, and not be trained here.")
 
-    def inputs(self, query: Query) -> dict[str, Any]:
+    def _inputs(self, query: Query, positions: Int[Tensor, "batch query"], layout: Layout) -> dict[str, Any]:
         """Refuse what trains a decoder-only model."""
         raise self._no_training()
-
-    def _canvas_length(self, layout: Layout | None) -> int:
-        length = (layout or self.settings.layout).block_size
-        if length is None:
-            raise ValueError("this model denoises one canvas at a time; give layout=('block-causal', canvas length).")
-        return length
 
     def _encode(self, input_ids: Int[Tensor, "batch query"], view: View) -> None:
         """Write keys and values of the view's spans, causally; a row that is shorter is filled up by anything."""
         if not max(view.spans.ends):
             return
-        device = input_ids.device
         positions = view.positions.clamp(min=0)  # (B, Q)
-        distance = positions[:, :, None] - torch.arange(view.num_keys, device=device)  # (B, Q, K)
+        distance = positions[:, :, None] - torch.arange(view.num_keys, device=input_ids.device)  # (B, Q, K)
         window = self.model.config.get_text_config().sliding_window
-        masks = {"full_attention": distance >= 0, "sliding_attention": (distance >= 0) & (distance < window)}
         self.model.model.encoder(
             input_ids=input_ids,
-            attention_mask=self._masks(masks),
+            attention_mask=self._masks(distance >= 0, (distance >= 0) & (distance < window)),
             position_ids=positions,
             past_key_values=view,
         )
@@ -132,44 +101,44 @@ class EncoderDecoder(Denoiser):
     def _decode(
         self,
         fed: Int[Tensor, "n"],
-        canvas_ids: Int[Tensor, "canvases length"],
-        canvases: _Canvases,
+        ids: Int[Tensor, "canvases length"],
+        rows: Int[Tensor, "canvases"],
+        positions: Int[Tensor, "canvases length"],
         view: View,
         is_real: Bool[Tensor, "canvases length"],
         previous: SelfConditioning | None,
     ) -> Float[Tensor, "n vocab"]:
         """Denoise canvases over the slots before them; `fed` are the positions wanted, in canvases * length."""
-        starts, slots = canvases.starts[:, None], view.slots
-        slot = torch.arange(slots.num_positions if slots.layers else 0, device=canvas_ids.device)
-        context = slot < starts  # (M, K)
+        starts, slots = positions[:, :1], view.slots
+        slot = torch.arange(slots.num_positions if slots.layers else 0, device=ids.device)
         window = self.model.config.get_text_config().sliding_window
+        context = slot < starts  # (canvases, K)
         near = context & (slot >= starts - (window - 1))  # as much as transformers' cache of a windowed layer keeps
-        kinds = {"full_attention": context, "sliding_attention": near}
-        masks = {
-            kind: torch.cat([read, is_real], dim=1)[:, None].expand(-1, canvases.length, -1)
-            for kind, read in kinds.items()
-        }
+        masks = (torch.cat([read, is_real], dim=1)[:, None].expand(-1, ids.shape[1], -1) for read in (context, near))
         with head_at(self.model, fed):
             return self.model(
-                decoder_input_ids=canvas_ids,
-                past_key_values=self._prefix(view, canvases.rows),
-                decoder_attention_mask=self._masks(masks),
-                decoder_position_ids=canvases.positions,
+                decoder_input_ids=ids,
+                past_key_values=self._prefix(view, rows),
+                decoder_attention_mask=self._masks(*masks),
+                decoder_position_ids=positions,
                 self_conditioning_logits=None if previous is None else previous.logits.to(self.model.dtype),
-                self_conditioning_mask=None if previous is None else previous.is_told,
+                self_conditioning_mask=None if previous is None else previous.is_present,
             ).logits
 
-    def _prefix(self, view: View, rows: Int[Tensor, "canvases"]) -> _Prefix:
-        """Show the slots of each canvas' row; without any context, keys and values of no length."""
+    def _prefix(self, view: View, rows: Int[Tensor, "canvases"]) -> Any:
+        """Show the slots of each canvas' row, to be read and never written; without a context, of no length."""
         if view.slots.layers:
             shown = [(keys[:, :, :-1][rows], values[:, :, :-1][rows]) for keys, values in view.everything()]
-            return _Prefix([_PrefixLayer(*pair) for pair in shown])
-        config = self.model.config.get_text_config()
-        empty = [
-            torch.empty(len(rows), of.num_key_value_heads, 0, of.head_dim, device=rows.device, dtype=self.model.dtype)
-            for of in (config.per_layer_config[layer] for layer in range(config.num_hidden_layers))
-        ]
-        return _Prefix([_PrefixLayer(states, states) for states in empty])
+        else:
+            config = self.model.config.get_text_config()
+            layers = (config.per_layer_config[layer] for layer in range(config.num_hidden_layers))
+            like = {"device": rows.device, "dtype": self.model.dtype}
+            empty = (torch.empty(len(rows), of.num_key_value_heads, 0, of.head_dim, **like) for of in layers)
+            shown = [(states, states) for states in empty]
+        layers_of = [SimpleNamespace(keys=keys, values=values) for keys, values in shown]
+        return SimpleNamespace(layers=layers_of, is_compileable=False)
 
-    def _masks(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {kind: additive_where_eager(self.model, mask[:, None]) for kind, mask in masks.items()}
+    def _masks(self, full: Bool[Tensor, "batch query key"], near: Bool[Tensor, "batch query key"]) -> dict[str, Tensor]:
+        """Give each kind of layer its mask."""
+        kinds = {"full_attention": full, "sliding_attention": near}
+        return {kind: additive_where_eager(self.model, mask[:, None]) for kind, mask in kinds.items()}

@@ -10,12 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from redraft.models.translations import Raw
+import torch
+
+from redraft.settings import check_field
+
+Raw = dict[str, Any]
+"""A config.json as it stands on disk."""
 
 
 @contextmanager
 def reading(what: str, *, hint: str = "", passing: type[Exception] | None = None) -> Iterator[None]:
-    """Turn whatever a library raises while it reads a checkpoint into a ValueError of one line; `passing` is ours."""
+    """Turn any error that a library raises while it reads a checkpoint into a ValueError of one line.
+
+    Errors of the type `passing` are our own and pass.
+    """
     try:
         yield
     except Exception as error:  # damaged files fail anywhere in the libraries, with errors of any kind
@@ -25,16 +33,16 @@ def reading(what: str, *, hint: str = "", passing: type[Exception] | None = None
 
 
 def first_line(error: BaseException) -> str:
-    """Return what a library's error says, as one line that is short enough to be read, without its last stop."""
+    """Shorten a library's error to one line of at most 300 characters, without its last stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = next(iter(lines), "")
-    if said.endswith(":"):  # the reason stands in the lines below
-        said = " ".join(lines[:3])
-    if "weights_only" in said:  # torch's message says how to run what is in the file
+    message = next(iter(lines), "")
+    if message.endswith(":"):  # the reason stands in the lines below
+        message = " ".join(lines[:3])
+    if "weights_only" in message:  # torch's message says how to run what is in the file
         return "it holds more than tensors (objects, or code), and nothing else is read from a pickle"
-    if isinstance(error, KeyError) or len(said) < 4:  # a key alone
-        said = f"{type(error).__name__} {said}".strip()
-    return (said if len(said) <= 300 else f"{said[:300]}...").rstrip(".")
+    if isinstance(error, KeyError) or len(message) < 4:  # a key alone
+        message = f"{type(error).__name__} {message}".strip()
+    return (message if len(message) <= 300 else f"{message[:300]}...").rstrip(".")
 
 
 def read_json(file: Path) -> Raw:
@@ -48,47 +56,42 @@ def read_json(file: Path) -> Raw:
 
 # --- config.json -----------------------------------------------------------------------------------------------------
 
-_COUNTS = re.compile(r"(layers?|heads?|experts|labels|groups)$")
-_SIZES = re.compile(r"(size|dim|d_model|n_embd|n_inner)$")
 CUT_SHORT = "Is a file cut short?"
-MOST_OF_A_COUNT, MOST_OF_A_SIZE = 10_000, 2**31
-
-
+_LARGEST = {r"(layers?|heads?|experts|labels|groups)$": 10_000, r"(size|dim|d_model|n_embd|n_inner)$": 2**31}
+"""Names of counts and sizes, and what is more than any model has."""
 _KINDS: dict[str, Any] = {
-    "model_type": str,
-    "architectures": list,
-    "dtype": str,
-    "torch_dtype": str,
+    **dict.fromkeys(("model_type", "dtype", "torch_dtype"), str),
+    "architectures": tuple[str, ...],
     "diffusion": dict,
     "generation": dict,
     "mask_token_id": int,
 }
+"""Types of the entries of config.json that are read here."""
 
 
-def check_kinds(raw: Raw) -> None:
-    """Raise ValueError for an entry of config.json that is read here and is not of its kind."""
+def check_raw(raw: Raw) -> None:
+    """Raise ValueError for an entry of config.json that is read here and is of another type, and for its numbers."""
     for name, kind in _KINDS.items():
-        value = raw.get(name)
-        is_fine = value is None or isinstance(value, kind)
-        if not is_fine or (kind is list and not all(isinstance(one, str) for one in value or ())):
-            raise ValueError(f"config.json: {name} must be a JSON {_JSON[kind]}; got {value!r:.100}.")
+        value = tuple(raw[name]) if isinstance(raw.get(name), list) else raw.get(name)
+        if value is not None:
+            check_field(f"config.json: {name}", value, kind)
+    _check_numbers(raw)
 
 
-_JSON = {str: "text", list: "list of texts", dict: "object", int: "whole number"}
-
-
-def check_numbers(raw: Raw, *, where: str = "config.json") -> None:
+def _check_numbers(raw: Raw) -> None:
     """Raise ValueError for a NaN, an infinity, and a size beyond every model (a config builds lists by its counts)."""
     for name, value in raw.items():
         if isinstance(value, dict):
-            check_numbers(value, where=where)
+            _check_numbers(value)
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where}: {name} must be a finite number; got {value}.")
+            raise ValueError(f"config.json: {name} must be a finite number; got {value}.")
         if isinstance(value, list) and any(isinstance(one, float) and math.isnan(one) for one in value):
-            raise ValueError(f"{where}: {name} must hold numbers; got NaN among them.")
-        most = MOST_OF_A_COUNT if _COUNTS.search(name) else MOST_OF_A_SIZE if _SIZES.search(name) else math.inf
-        if isinstance(value, int | float) and value > most:
-            raise ValueError(f"{where}: {name} must be at most {most}; got {value}. Is it a model's own config?")
+            raise ValueError(f"config.json: {name} must hold numbers; got NaN among them.")
+        for names, largest in _LARGEST.items():
+            if re.search(names, name) and isinstance(value, int | float) and value > largest:
+                raise ValueError(
+                    f"config.json: {name} must be at most {largest}; got {value}. Is it a model's own config?"
+                )
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
@@ -107,24 +110,23 @@ def weight_files(path: str | Path) -> list[Path]:
         return None if found is None else Path(found)
 
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (whole := find(name)) is not None:
-            files: list[Path | None] = [whole]
-        elif (index := find(f"{name}.index.json")) is not None:
-            names = _shards(index)
-            files = [find(shard) for shard in names]
-            if missing := [shard for shard, file in zip(names, files, strict=True) if file is None]:
-                raise ValueError(
-                    f"cannot read the weights of {path}: {missing[0]} is missing, which {index.name} names."
-                )
-        else:
+        index = None if find(name) is not None else find(f"{name}.index.json")
+        names = [name] if index is None else _shards(index)
+        files = {one: find(one) for one in names}
+        missing = [one for one, file in files.items() if file is None]
+        if missing and index is None:
             continue
+        if missing:
+            raise ValueError(
+                f"cannot read the weights of {path}: {missing[0]} is missing, which {name}.index.json names."
+            )
         if name.endswith(".bin"):
             warnings.warn(
                 f"{path} holds its weights as pickles (.bin). Only tensors are read from them (weights_only=True); no "
                 "code in them is run.",
                 stacklevel=2,
             )
-        return [file for file in files if file is not None]
+        return [file for file in files.values() if file is not None]
     raise ValueError(f"cannot read the weights of {path}: there is no model.safetensors. Is the folder a whole model?")
 
 
@@ -141,32 +143,33 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def check_size(path: str | Path, skeleton: Any, files: list[Path]) -> None:
-    """Raise ValueError for a config that asks for more memory than the files could fill, before any is taken."""
-    num_bytes = sum(file.stat().st_size for file in files)
-    asked = sum(parameter.numel() for parameter in skeleton.parameters())
-    if asked > 8 * num_bytes:  # one bit a weight
-        raise ValueError(
-            f"{path}: config.json asks for {asked:.3g} weights, and the files hold {num_bytes:.3g} bytes. Do they "
-            "belong together?"
-        )
+def check_fit(path: str | Path, model_class: Any, config: Any, files: list[Path]) -> None:
+    """Raise ValueError for a config that asks for more than the files hold, and for integer weights.
 
-
-def check_layers(path: str | Path, config: Any, files: list[Path]) -> None:
-    """Raise ValueError for more layers than the files have tensors, before one is built, and for integer weights."""
-    asked = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    Layers are counted before any is built, and the model is built without memory for its weights.
+    """
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     kinds: dict[str, str] = {}
     with reading(f"the weights of {path}", hint=CUT_SHORT):
         for file in files:
             kinds |= _kinds(file)
-    if isinstance(asked, int) and asked > len(kinds):
+    if isinstance(num_layers, int) and num_layers > len(kinds):
         raise ValueError(
-            f"{path}: config.json has {asked} layers, and the files hold {len(kinds)} weights. Do they belong together?"
+            f"{path}: config.json has {num_layers} layers, and the files hold {len(kinds)} weights. Do they belong "
+            "together?"
         )
     if getattr(config, "quantization_config", None) is None:
         for name, kind in kinds.items():
             if name.endswith(".weight") and kind.startswith(("I", "U", "B8", "BOOL")):
                 raise ValueError(f"{path}: {name} holds integers ({kind}), and config.json says of no quantisation.")
+    with reading(f"the model config of {path}"), torch.device("meta"):
+        num_weights = sum(parameter.numel() for parameter in model_class(config).parameters())
+    num_bytes = sum(file.stat().st_size for file in files)
+    if num_weights > 8 * num_bytes:  # one bit a weight
+        raise ValueError(
+            f"{path}: config.json asks for {num_weights:.3g} weights, and the files hold {num_bytes:.3g} bytes. Do "
+            "they belong together?"
+        )
 
 
 def _kinds(file: Path) -> dict[str, str]:
@@ -177,6 +180,6 @@ def _kinds(file: Path) -> dict[str, str]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     if not zipfile.is_zipfile(file):  # torch's format before 1.6
-        return dict.fromkeys(map(str, range(MOST_OF_A_COUNT)), "")
+        return dict.fromkeys(map(str, range(10_000)), "")
     with zipfile.ZipFile(file) as entries:
         return dict.fromkeys(entries.namelist(), "")

@@ -2,8 +2,8 @@
 
 The head and its cross-entropy are a fifth to a half of the work of a small model and most of its memory, and diffusion
 reads them at the noised positions alone. Hooks on the output embedding, one pair for each model, select those rows, so
-every model of transformers is served, whatever it does to its logits afterwards (scaling, soft-capping). What they do
-in a forward is told by a context variable, of which every thread has its own: two may call one model.
+every model of transformers is served, whatever it does to its logits afterwards (scaling, soft-capping). A context
+variable, which every thread has for itself, says what they do in a forward: two threads may call one model.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ LOGITS_PER_CHUNK = 2**24
 
 @dataclass
 class AtHead:
-    """What the head does in the forward that runs now, and what it found."""
+    """What the head does in the forward that runs now, and what it computed."""
 
     head: nn.Module
     rows: Int[Tensor, "n"]
@@ -73,7 +73,7 @@ def head_at(
 ) -> Iterator[AtHead]:
     """Make the model return logits (n, V) at these rows alone, in this thread.
 
-    Skipped, it returns none, and the hidden states are kept for `chunked_loss`. With a `row_loss` it returns
+    Skipped, it returns none, and the hidden states are recorded for `chunked_loss`. With a `row_loss` it returns
     `chunked_loss` in their place: head and loss are then taken inside of the forward, where sharded weights are whole,
     and the backward pass begins at the model's output, as sharding expects.
     """
@@ -105,11 +105,11 @@ def head_is_plain(model: Any) -> bool:
     ids = (rows + 1)[None] * (model.config.vocab_size - 1) // 8  # unlike each other: some rows may be all zero
     is_training = model.training
     model.eval()
-    with head_at(model, rows, is_skipped=True) as captured:
+    with head_at(model, rows, is_skipped=True) as at_head:
         model(input_ids=ids)
     logits = model(input_ids=ids).logits.flatten(0, 1)
     model.train(is_training)
-    return bool(torch.equal(output_embeddings(model)(captured.hidden), logits))
+    return bool(torch.equal(output_embeddings(model)(at_head.hidden), logits))
 
 
 def chunked_loss(
@@ -143,9 +143,9 @@ def chunked_rows(head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowL
     return torch.cat([checkpoint(loss_of, rows, use_reentrant=False) for rows in _chunks(head, len(hidden))])
 
 
-def _chunks(head: nn.Module, num_rows: int) -> list[slice]:
+def _chunks(head: Any, num_rows: int) -> list[slice]:
     """Cut rows so that the logits of a chunk are few enough; no rows are one chunk, whose gradient is zero."""
-    size = max(1, LOGITS_PER_CHUNK // _num_outputs(head))
+    size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
     return [slice(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size)]
 
 
@@ -188,9 +188,3 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_grad, *parameter_grads = ctx.saved_tensors
         scaled = [grad * total_grad.to(grad.dtype) for grad in parameter_grads]
         return (hidden_grad * total_grad.to(hidden_grad.dtype), None, None, None, *scaled)
-
-
-def _num_outputs(head: nn.Module) -> int:
-    """Count the rows of the vocabulary a head maps to."""
-    weight: Any = head.weight
-    return int(weight.shape[0])

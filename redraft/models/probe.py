@@ -1,18 +1,18 @@
 """Is a model what its settings say? Measured on a few forwards of a short random sequence, never read off its name."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from redraft.layouts import Layout
 from redraft.models import encoder_decoder
+from redraft.models.cache import Slots, SlotSpans
 from redraft.models.denoiser import Denoiser
-from redraft.models.masks import first_position, model_masks
 from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
 
@@ -22,6 +22,8 @@ ISOLATED = "nothing leaks past the mask"
 PADDING = "padding is inert"
 BLOCKS = "blocks are causal"
 CACHED = "cached blocks equal uncached"
+NEEDED = (BIDIRECTIONAL, POSITIONS, ISOLATED, PADDING)
+"""What holds of every diffusion model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +46,14 @@ def check_model(model: Any, settings: DiffusionSettings, *, block_size: int = 4)
     denoiser = Denoiser(model.eval(), DiffusionSettings(mask_token_id=settings.mask_token_id))
     size = settings.block_size or block_size
     ids = sequence(model, length=3 * size)
-    checks = {
-        BIDIRECTIONAL: lambda: _check_bidirectional(denoiser, ids),
-        POSITIONS: lambda: _check_positions(denoiser, ids),
-        ISOLATED: lambda: _check_isolated(denoiser, ids),
-        PADDING: lambda: _check_padding(denoiser, ids),
-        BLOCKS: lambda: _check_blocks(denoiser, ids, size),
-        CACHED: lambda: _check_cached(denoiser, ids, size),
-    }
-    return [_measured(claim, check) for claim, check in checks.items()]
+    return [
+        _measured(BIDIRECTIONAL, lambda: _check_bidirectional(denoiser, ids)),
+        _measured(POSITIONS, lambda: _check_positions(denoiser, ids)),
+        _measured(ISOLATED, lambda: _check_isolated(denoiser, ids)),
+        _measured(PADDING, lambda: _check_padding(denoiser, ids)),
+        _measured(BLOCKS, lambda: _check_blocks(denoiser, ids, size)),
+        _measured(CACHED, lambda: _check_cached(denoiser, ids, size)),
+    ]
 
 
 @torch.no_grad()
@@ -73,11 +74,11 @@ def _measured(claim: str, check: Callable[[], tuple[bool, str]]) -> Check:
 def sequence(model: Any, *, length: int) -> Int[Tensor, "1 seq"]:
     """Draw token ids, the same for every run."""
     generator = torch.Generator().manual_seed(0)
-    vocab_size = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab_size, (1, length), generator=generator)
-    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    config = model.config.get_text_config()
+    ids = torch.randint(0, config.vocab_size, (1, length), generator=generator)
+    padding = getattr(config, "pad_token_id", None)
     if padding is not None:  # some models do not count padding as a position
-        ids = torch.where(ids == padding, (ids + 1) % vocab_size, ids)
+        ids = torch.where(ids == padding, (ids + 1) % config.vocab_size, ids)
     return ids.to(next(model.parameters()).device)
 
 
@@ -89,20 +90,21 @@ def _changed(ids: Tensor, position: int) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference, in units of the logits' own size."""
+    """Return the largest difference, in units of the logits' own size."""
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return float("nan")
     return ((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-9)).item()
 
 
 def is_equal(difference: float, model: Any) -> bool:
+    """Whether a difference is within the rounding of the model's dtype."""
     return difference <= (1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1)
 
 
 def _check_bidirectional(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     """Change the last token: the logits before it must move, and each layer must carry the change backwards.
 
-    The first position's must move too, unless windows shorter than the sequence keep the news from it.
+    The first position's must move too, unless windows shorter than the sequence keep the change from it.
     """
     changed, plain = denoiser.logits(_changed(ids, -1)), denoiser.logits(ids)
     first, nearest = difference(changed[:, 0], plain[:, 0]), difference(changed[:, -2], plain[:, -2])
@@ -117,69 +119,35 @@ def _check_bidirectional(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
 def _causal_layers(denoiser: Denoiser, ids: Tensor) -> list[str]:
     """Name the layers whose output before the last position does not depend on the last position.
 
-    Each layer gets the input it had before, with only the last position disturbed, so that layers cannot answer for
-    one another.
+    Each layer is called a second time, with only the last position of its own input disturbed. Otherwise the
+    attention layers of a hybrid would hide that its recurrent layers still read from left to right.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    causal: list[str] = []
     modules = denoiser.model.named_modules()
-    layers: Layers = {name: module for name, module in modules if isinstance(module, GradientCheckpointingLayer)}
-    with _recorded(layers) as before:
-        denoiser.logits(ids)
-    with _disturbed(layers, before) as after:
-        denoiser.logits(ids)
-    return [name for name in before if torch.equal(before[name][1][:, -2], after[name][1][:, -2]) and name in after]
+    names = {module: name for name, module in modules if isinstance(module, GradientCheckpointingLayer)}
 
+    def call_again(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if layer not in names:
+            return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        disturbed = hidden.clone()
+        disturbed[:, -1] = disturbed[:, -1].flip(-1) * 1.5 + 0.5
+        if args:
+            again = layer.forward(disturbed, *args[1:], **kwargs)
+        else:
+            again = layer.forward(**kwargs | {"hidden_states": disturbed})
+        before, after = (one[0] if isinstance(one, tuple) else one for one in (output, again))
+        if torch.equal(before[:, -2], after[:, -2]):
+            causal.append(names[layer])
 
-Layers = dict[str, nn.Module]
-Record = dict[str, tuple[Tensor, Tensor]]
-"""name of a layer -> its input and its output, (1, seq, dim)."""
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple) else value
-
-
-@contextmanager
-def _recorded(layers: Layers) -> Iterator[Record]:
-    """Keep each layer's input and output."""
-    record: Record = {}
-
-    def hook(name: str) -> Any:
-        def keep(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            entered = args[0] if args else kwargs["hidden_states"]
-            record[name] = (entered.clone(), _first(output).clone())
-
-        return keep
-
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    handle = register_module_forward_hook(call_again, with_kwargs=True)  # called after every module
     try:
-        yield record
+        denoiser.logits(ids)
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _disturbed(layers: Layers, before: Record) -> Iterator[Record]:
-    """Feed each layer what it had before, but for the last position."""
-
-    def hook(name: str) -> Any:
-        def disturb(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            entered = before[name][0].clone()
-            entered[:, -1] = entered[:, -1].flip(-1) * 1.5 + 0.5
-            return ((entered, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": entered})
-
-        return disturb
-
-    reached = {name: layer for name, layer in layers.items() if name in before}
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in reached.items()]
-    try:
-        with _recorded(layers) as after:
-            yield after
-    finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+    return causal
 
 
 def _check_positions(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
@@ -193,22 +161,21 @@ def _check_positions(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
 def _check_isolated(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     """Let every position see itself alone: a change at one must stay there. Recurrence and convolution leak."""
     alone = torch.arange(1, ids.shape[1] + 1, device=ids.device)[None]
-    where = ids.shape[1] // 2
-
-    def logits(row: Tensor) -> Tensor:
-        return denoiser.logits(row, segment_ids=alone, isolate_segments=True)[0]
-
-    others = torch.arange(ids.shape[1], device=ids.device) != where
-    leaked = difference(logits(_changed(ids, where))[others], logits(ids)[others])
+    middle = ids.shape[1] // 2
+    others = alone[0] != middle + 1
+    plain, changed = (
+        denoiser.logits(row, segment_ids=alone, isolate_segments=True)[0] for row in (ids, _changed(ids, middle))
+    )
+    leaked = difference(changed[others], plain[others])
     return is_equal(leaked, denoiser.model), f"a masked token moves other positions by {leaked:.1e}"
 
 
 def _check_padding(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
     """Hide a tail: logits before it must be those of the row without it, whatever stands there."""
-    kept = ids.shape[1] * 2 // 3
-    segments = (torch.arange(ids.shape[1], device=ids.device) < kept).long()[None]
-    padded = denoiser.logits(ids, segment_ids=segments)[:, :kept]
-    moved = difference(padded, denoiser.logits(ids[:, :kept]))
+    length = ids.shape[1] * 2 // 3
+    segments = (torch.arange(ids.shape[1], device=ids.device) < length).long()[None]
+    padded = denoiser.logits(ids, segment_ids=segments)[:, :length]
+    moved = difference(padded, denoiser.logits(ids[:, :length]))
     return is_equal(moved, denoiser.model), f"padding moves logits by {moved:.1e}"
 
 
@@ -223,30 +190,13 @@ def _check_blocks(denoiser: Denoiser, ids: Tensor, size: int) -> tuple[bool, str
 
 
 def _check_cached(denoiser: Denoiser, ids: Tensor, size: int) -> tuple[bool, str]:
-    """Go block by block over a cache of keys and values: logits must be those of one block-causal forward."""
-    whole = denoiser.logits(ids, layout=Layout(block_size=size))
-    moved = difference(cached_logits(denoiser, ids, block_size=size), whole)
+    """Feed block by block over cached keys and values: logits must be those of one block-causal forward."""
+    layout, slots = Layout(block_size=size), Slots(1, ids.shape[1])
+    blocks = []
+    for start in range(0, ids.shape[1], size):
+        end = start + size
+        spans = SlotSpans(starts=[start], ends=[end], key_ends=[end], reads_all=True)
+        view = slots.view(spans, ids.device)
+        blocks.append(denoiser.logits(ids[:, start:end], layout=layout, view=view))
+    moved = difference(torch.cat(blocks, dim=1), denoiser.logits(ids, layout=layout))
     return is_equal(moved, denoiser.model), f"cached and uncached logits differ by {moved:.1e}"
-
-
-def cached_logits(
-    denoiser: Denoiser, ids: Int[Tensor, "batch seq"], *, block_size: int
-) -> Float[Tensor, "batch seq vocab"]:
-    """Forward a sequence block by block, each block over the cached keys and values of those before it (unshifted)."""
-    from transformers import DynamicCache
-
-    cache, pieces = DynamicCache(), []  # with a config, it would drop what windows have left behind
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    for start in range(0, ids.shape[1], block_size):
-        end = min(start + block_size, ids.shape[1])
-        seen = torch.ones((ids.shape[0], 1, end - start, end), dtype=torch.bool, device=ids.device)
-        block = positions[:, start:end]
-        output = denoiser.model(
-            input_ids=ids[:, start:end],
-            attention_mask=model_masks(denoiser.model, seen, block, positions[:, :end]),
-            position_ids=block + first_position(denoiser.model.config),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        pieces.append(output.logits)
-    return torch.cat(pieces, dim=1)

@@ -8,8 +8,6 @@ import torch
 from redraft.errors import unknown_name
 
 QUANTIZATIONS = ("int8", "int4", "nf4")
-UNDER_ADAPTERS = ("int8", "nf4")
-"""Those with a gradient for what enters a layer, which an adapter below it needs."""
 INT4_GROUP = 32
 """Weights that share a scale and a zero in int4: 32 divides the widths of nearly every model, at 5 bits a weight."""
 
@@ -18,14 +16,14 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 """It warns that a kernel is missing which `keep_format` never reaches, whenever peft is imported."""
 
 
-def quantization_config(
+def quantizer(
     name: str, *, config: Any, model_class: Any, device: torch.device, dtype: str | torch.dtype
-) -> Any:
-    """Choose the kernel for a device: one scale per row for int8, groups of 32 for int4, of 64 for nf4.
+) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that pack each matrix where it will run.
 
-    int8 and int4 are torchao's; nf4 is the 4-bit NormalFloat of QLoRA (2305.14314), its scales quantised again, and
-    bitsandbytes': products are taken in `dtype` ("auto": the checkpoint's). Embeddings, the head, norms and, for int4,
-    linear layers whose width 32 does not divide keep the model's dtype.
+    One scale per row for int8, groups of 32 for int4 (both torchao's), of 64 for nf4: the 4-bit NormalFloat of QLoRA
+    (2305.14314), its scales quantised again, by bitsandbytes; products are taken in `dtype` ("auto": the checkpoint's).
+    Embeddings, the head, norms and, for int4, linear layers whose width 32 does not divide keep the model's dtype.
 
     Raises ValueError for another name, without the package, for a checkpoint that is quantised already and for a
     mixture of experts, whose fused experts are no linear layers.
@@ -46,12 +44,11 @@ def quantization_config(
         raise ValueError(
             f"quantization={name!r} needs {package}, which is not installed: pip install 'redraft[quant]'."
         )
-    if name == "nf4":
-        return _nf4_config(config.dtype if dtype == "auto" else dtype)
-    return _torchao_config(name, device)
+    kernel = _nf4(config.dtype if dtype == "auto" else dtype) if name == "nf4" else _torchao(name, device)
+    return {"quantization_config": kernel, "device_map": {"": device}}
 
 
-def _nf4_config(dtype: str | torch.dtype | None) -> Any:
+def _nf4(dtype: str | torch.dtype | None) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -59,7 +56,7 @@ def _nf4_config(dtype: str | torch.dtype | None) -> Any:
     )
 
 
-def _torchao_config(name: str, device: torch.device) -> Any:
+def _torchao(name: str, device: torch.device) -> Any:
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 

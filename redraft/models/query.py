@@ -15,7 +15,7 @@ class SelfConditioning:
     """What a model predicted for the same canvases one step before."""
 
     logits: Float[Tensor, "canvases length vocab"]
-    is_told: Bool[Tensor, "canvases"]
+    is_present: Bool[Tensor, "canvases"]
     """False where a canvas is new."""
 
 
@@ -28,8 +28,8 @@ class Query:
     where: Int[Tensor, "n"]
     """Positions to be predicted, as indices into the flattened `input_ids`; the head runs nowhere else."""
     positions: Int[Tensor, "batch query"] | None = None
-    """By default those of the view's spans; without one counted over the row, or in each isolated segment; both copies
-    of [x_t ; x_0] alike."""
+    """By default those of the view's spans; without a view they count the row, or each isolated segment. Both copies of
+    [x_t ; x_0] have the same positions."""
     segment_ids: Int[Tensor, "batch query"] | None = None
     """As in `layouts.attention_mask`."""
     isolate_segments: bool = False
@@ -47,7 +47,7 @@ class Query:
     slot_positions: Int[Tensor, "batch slots"] | None = None
     """By default slot i holds position i."""
     previous: SelfConditioning | None = None
-    """For models that are told their last prediction."""
+    """For models that are given their last prediction."""
 
     @classmethod
     def everywhere(cls, input_ids: Int[Tensor, "batch query"], **others: object) -> "Query":

@@ -1,15 +1,19 @@
-"""What a checkpoint says about its own diffusion: the `diffusion` entry of config.json."""
+"""What a checkpoint says about its own diffusion: the `diffusion` entry of config.json. No torch."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from redraft.errors import fits, type_names
-from redraft.layouts import Layout
+from redraft.settings import Count, Settings
+
+if TYPE_CHECKING:
+    from redraft.layouts import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionSettings:
-    """The facts a denoiser and a sampler need to know about a model; saved with it, so that no command needs flags."""
+class DiffusionSettings(Settings):
+    """What a denoiser and a sampler need to know about a model; saved with it, so that no command needs flags."""
+
+    section: ClassVar[str] = "config.json: diffusion"
 
     mask_token_id: int
     process: str = "masked"
@@ -17,12 +21,8 @@ class DiffusionSettings:
     schedule: str = "linear"
     shift_logits: bool = False
     """Position i is predicted by the logits of position i - 1, as an autoregressive model was trained to."""
-    block_size: int | None = None
+    block_size: Count | None = None
     """Tokens in a block of block-causal attention; absent for full attention."""
-
-    def __post_init__(self) -> None:
-        if self.block_size is not None and self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1 token; got {self.block_size}.")
 
     @property
     def is_autoregressive(self) -> bool:
@@ -30,14 +30,16 @@ class DiffusionSettings:
         return self.process == "autoregressive"
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> "Layout":
         """The attention the model was trained with."""
+        from redraft.layouts import Layout  # torch
+
         return Layout(block_size=self.block_size)
 
     def save_to(self, config: Any) -> None:
         """Write the settings into a transformers config, and make it bidirectional unless it is autoregressive."""
         config.diffusion = asdict(self)
-        if config.get_text_config() is config:  # DiffusionGemma's stacks are as they should be
+        if config.get_text_config() is config:  # DiffusionGemma's two stacks say it themselves
             config.is_causal = self.is_autoregressive
 
     @classmethod
@@ -56,11 +58,6 @@ class DiffusionSettings:
             raise ValueError(
                 "this model names no mask token (config.json has no diffusion.mask_token_id). Pass mask_token_id=."
             )
-        for name, kind in get_type_hints(cls).items():
-            if name in chosen and not fits(chosen[name], kind):
-                raise ValueError(
-                    f"config.json: diffusion.{name} must be one of {type_names(kind)}; got {chosen[name]!r}."
-                )
         return cls(**chosen)
 
     @classmethod

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from redraft.data.config import DataConfig
 from redraft.data.thoughts import ThoughtConfig
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.latent_config import AutoencoderShape, LatentRunConfig
 
@@ -69,7 +69,7 @@ def thought_ar() -> RunConfig:
     return RunConfig(
         out="runs/thought-ar",
         data=DataConfig(kind="thought", source="countdown", seq_len=64),
-        model=ModelConfig(size="1m", num_heads=4, intermediate_size=512),
+        model=ModelConfig(size="1m,heads=4,intermediate=512"),
         objective=ObjectiveConfig(kind="ar"),
         train=replace(latent_denoiser().train, learning_rate=2e-3, max_steps=1500, max_minutes=None, compile="off"),
     )

@@ -8,7 +8,7 @@ docs/recipes.md.
 from dataclasses import replace
 
 from redraft.data.config import ChatConfig, DataConfig
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
 TULU, SMOLTALK = "allenai/tulu-3-sft-mixture@train", "HuggingFaceTB/smoltalk:all@train"
@@ -89,7 +89,7 @@ def mdlm_owt() -> RunConfig:
         # configs/model/small.yaml: windows of 1024; a tokenizer of our own in the size of GPT-2's.
         data=DataConfig(source="dylanebert/openwebtext@train", seq_len=1024, vocab_size=50_257),
         # The same; a stock Llama instead of a DiT, whose head is the embedding (theirs: `tie_word_embeddings: False`).
-        model=ModelConfig(hidden_size=768, num_layers=12, num_heads=12, intermediate_size=2048, dropout=0.1),
+        model=ModelConfig(size="hidden=768,layers=12,heads=12,intermediate=2048", dropout=0.1),
         train=MDLM,
     )
 

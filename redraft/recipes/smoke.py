@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training.config import RunConfig, TrainConfig
 from redraft.training.latent_config import LatentRunConfig
 
@@ -39,10 +39,7 @@ def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
     name = f"{config.model.start} {config.model.architecture}".lower()
     shape = ModelConfig(
         architecture="modernbert" if "bert" in name else "llama",
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        intermediate_size=64,
+        size="hidden=32,layers=2,heads=2,intermediate=64",
         dropout=config.model.dropout,
     )
     return replace(config, out=f"{config.out}-smoke", data=data, model=shape, train=_few_steps(config.train))

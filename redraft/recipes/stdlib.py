@@ -1,7 +1,7 @@
 """Masked diffusion from scratch on the running Python's standard library."""
 
 from redraft.data.config import DataConfig
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redraft.layouts import Layout
-from redraft.models.cache import Spans
+from redraft.models.cache import SlotSpans
 
 
 @dataclass(eq=False)
@@ -51,7 +51,7 @@ class ExactPlanner:
     shift: bool
     """Whether logits come from the left neighbour, which then must be fed too."""
 
-    def plan(self, places: Sequence[Place]) -> Spans:
+    def plan(self, places: Sequence[Place]) -> SlotSpans:
         starts = [max(0, place.final - self.shift) for place in places]
         ends = [min(place.length, self.floor(place.end - 1, place.origin) + self._size) for place in places]
         edges = list(zip(starts, ends, strict=True))
@@ -61,7 +61,7 @@ class ExactPlanner:
         )
         is_steady = max(end - start for start, end in edges) <= 2 * self._size + self.shift
         reads_all = len(set(edges)) == 1 and all(in_one_block)
-        return Spans(starts=starts, ends=ends, key_ends=ends, reads_all=reads_all, is_steady=is_steady)
+        return SlotSpans(starts=starts, ends=ends, key_ends=ends, reads_all=reads_all, is_steady=is_steady)
 
     def note(self, places: Sequence[Place]) -> None:
         for place in places:
@@ -97,12 +97,12 @@ class ApproximatePlanner:
     shift: bool
     refresh: int | None = None
 
-    def plan(self, places: Sequence[Place]) -> Spans:
+    def plan(self, places: Sequence[Place]) -> SlotSpans:
         pairs = [(place, self._is_fresh(place)) for place in places]
         starts = [max(0, place.start - self.shift) if fresh else 0 for place, fresh in pairs]
         ends = [place.end if fresh and self.is_dual else place.length for place, fresh in pairs]
         lengths = [place.length for place in places]
-        return Spans(starts=starts, ends=ends, key_ends=lengths, reads_all=len(set(lengths)) == 1)
+        return SlotSpans(starts=starts, ends=ends, key_ends=lengths, reads_all=len(set(lengths)) == 1)
 
     def note(self, places: Sequence[Place]) -> None:
         for place in places:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from redraft.models.cache import Slots, Spans, View
+from redraft.models.cache import Slots, SlotSpans, View
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query, SelfConditioning
 from redraft.sampling.caching import ApproximatePlanner, ExactPlanner, Place
@@ -130,7 +130,7 @@ class Forward:
             return canvas.tokens[:, None]
         return torch.stack([canvas.tokens, unconditional(canvas, group.prior[0])], dim=1)
 
-    def _view(self, spans: Spans, places: Sequence[Place]) -> View:
+    def _view(self, spans: SlotSpans, places: Sequence[Place]) -> View:
         slots = [place.slot * self.branches + branch for place in places for branch in range(self.branches)]
         is_run = slots == list(range(slots[0], slots[0] + len(slots)))
         return self.slots.view(
@@ -221,7 +221,7 @@ class Forward:
         if chunk is not None:
             ends = [min(ends[0], max(planner.floor(fed[0].final + chunk, fed[0].origin), planner.after(fed[0])))]
         starts = [place.final for place in fed]
-        view = self._view(Spans(starts=starts, ends=ends, key_ends=ends, reads_all=False), fed)
+        view = self._view(SlotSpans(starts=starts, ends=ends, key_ends=ends, reads_all=False), fed)
         tokens = self._tokens(group)[list(rows)].flatten(0, 1).gather(1, view.positions)
         origin = tokens.new_tensor([place.origin for place in fed for _ in range(self.branches)])
         with torch.no_grad():

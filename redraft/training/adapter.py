@@ -1,38 +1,15 @@
 """LoRA (arXiv 2106.09685): low-rank matrices beside frozen linear layers; QLoRA (2305.14314) if these are quantised."""
 
-import math
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-AUTO, ALL_LINEAR = "auto", "all-linear"
+from redraft.models.config import AdapterConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """LoRA over the frozen weights of model.start; rank 0 trains all weights instead."""
-
-    rank: int = 0
-    """Rank of the matrices that are trained (LoRA); 0 trains all weights."""
-    alpha: float = 32.0
-    """The matrices' product is added alpha / rank times."""
-    dropout: float = 0.0
-    """Dropout of what enters the matrices, as a probability."""
-    targets: str = AUTO
-    """Linear layers to adapt: names by commas (q_proj,v_proj), all-linear (all but the head), or auto (peft's for the
-    architecture, else all-linear)."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"adapter.rank must not be negative; got {self.rank}. Use 0 to train all weights.")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"adapter.alpha must be positive, and finite; got {self.alpha}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"adapter.dropout is a probability in [0, 1); got {self.dropout}.")
+ALL_LINEAR = "all-linear"
 
 
 def add_adapter(model: Any, config: AdapterConfig) -> None:
@@ -45,12 +22,11 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft's annotation says int; it only divides it
-        lora_dropout=config.dropout,
         target_modules=_targets(model, config.targets),
     )
     model.requires_grad_(False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # they are untied when it is merged
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # merging unties them
         model.add_adapter(lora)
     if Path(model.name_or_path).is_dir():
         lora.base_model_name_or_path = str(Path(model.name_or_path).resolve())
@@ -59,25 +35,25 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _targets(model: Any, wished: str) -> str | list[str]:
+def _targets(model: Any, targets: str) -> str | list[str]:
     """Resolve the targets to what peft takes. Raises ValueError for a name without a linear layer."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
     from transformers.pytorch_utils import Conv1D
 
-    if wished == AUTO:
-        wished = ",".join(KNOWN.get(model.config.model_type, [ALL_LINEAR]))
-    if wished == ALL_LINEAR:
-        return wished
+    if targets == "auto":
+        targets = ",".join(PEFT_TARGETS.get(model.config.model_type, [ALL_LINEAR]))
+    if targets == ALL_LINEAR:
+        return targets
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    targets = [target.strip() for target in wished.split(",")]
-    for target in targets:
+    chosen = [target.strip() for target in targets.split(",")]
+    for target in chosen:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             candidates = sorted({name.rsplit(".", 1)[-1] for name in names})
             raise ValueError(
                 f"adapter.targets names no linear layer of {model.config.model_type}; got {target!r}. Choose among "
                 f"{', '.join(candidates)}, or use {ALL_LINEAR}."
             )
-    return targets
+    return chosen
 
 
 def has_adapter(model: Any) -> bool:
@@ -94,7 +70,7 @@ def read_adapter(model: Any, folder: str) -> None:
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Keep the inputs of each layer alone for the backward pass. Raises ValueError for a model that cannot."""
+    """Keep only the inputs of each layer for the backward pass. Raises ValueError for a model that cannot."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 

@@ -12,10 +12,8 @@ from redraft.data.config import DataConfig
 from redraft.errors import unknown_name
 from redraft.folders import hash_of, write_whole
 from redraft.likelihood.config import ObjectiveConfig
-from redraft.models.build import ModelConfig
-from redraft.models.quantize import UNDER_ADAPTERS
+from redraft.models.config import AdapterConfig, ModelConfig
 from redraft.settings import Count, Fraction, NonNegative, Positive, Seed, Settings, Within, check_field
-from redraft.training.adapter import AdapterConfig
 
 RECIPE_FILE = "recipe.json"
 DEFAULT_STEPS = 1000
@@ -32,6 +30,11 @@ OLD_NAMES = {
     "train.attention": "it is chosen by the device; train.compile off does without flex attention",
     "train.device": "CUDA_VISIBLE_DEVICES= trains on the CPU",
     "train.report_to": "log.jsonl holds every number",
+    **dict.fromkeys(
+        (f"model.{name}" for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size")),
+        "it is part of model.size: 1m,layers=3 or hidden=256,layers=4,heads=4,intermediate=672",
+    ),
+    "adapter.dropout": "adapters have no dropout",
     "objective.weighting": "objective.cart P weighs by CART; without it the weight is that of the bound",
     "objective.cart_p": "objective.cart; delete it where the weighting was bound",
 } | data_config.OLD_NAMES
@@ -201,8 +204,6 @@ class RunConfig(BaseRunConfig):
             raise ValueError(
                 f"an adapter goes over model.start; got adapter.rank {rank} without. Name a --model.start."
             )
-        if quantization not in (None, *UNDER_ADAPTERS):
-            raise unknown_name("model.quantization for training", quantization, UNDER_ADAPTERS)
         if quantization is not None and not rank:
             raise ValueError(
                 f"quantised weights cannot be trained; got model.quantization {quantization!r} without an adapter. "

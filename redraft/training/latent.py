@@ -20,7 +20,7 @@ from redraft.latent.rollout import Known
 from redraft.latent.sequence import Part, ThoughtBatch
 from redraft.latent.thinking import Thinker
 from redraft.models.device import choose_device
-from redraft.models.load import load_tokenizer, read_config, read_raw_config
+from redraft.models.load import read_config, read_raw_config, read_tokenizer
 from redraft.randomness import normal, uniform
 from redraft.training.adapter import num_parameters
 from redraft.training.checkpoint import explain_disk_errors
@@ -126,7 +126,7 @@ def _autoencoder(config: LatentRunConfig, task: Task) -> Stage:
 def _tokenizer_of(encoder: str) -> Any:
     """Load an encoder's tokenizer; BERT's separator ends its texts. Raises ValueError where none would."""
     read_config(encoder, read_raw_config(encoder))
-    tokenizer = load_tokenizer(encoder)
+    tokenizer = read_tokenizer(encoder)
     require_eos_token(tokenizer)
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token

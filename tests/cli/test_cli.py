@@ -76,7 +76,7 @@ def process(*lines, folder, then="", stdin=""):
 def test_commands_print_their_report_and_nothing_of_the_libraries(model, tmp_path):
     """No progress bar off a terminal, and no notice of a library; those that README shows are tested with it."""
     printed = process(
-        f"redraft convert {model} converted --check",
+        f"redraft convert {model} converted",
         f"redraft eval {model} --tasks infill-stdlib --items.limit 2 --out eval",
         "redraft data build stdlib built[/red] --max-documents 12 --seq-len 64 --vocab-size 400 "
         "--validation-fraction 0.2 --cache-dir cache",

@@ -11,7 +11,7 @@ from redraft.data.prepare import build_data, prepare
 from redraft.data.tasks import TASKS, Example, ExampleFile, encode, find_task, side_of
 from redraft.data.thoughts import WrittenTask
 from redraft.data.tokenizer import MASK
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.training.config import ObjectiveConfig
 

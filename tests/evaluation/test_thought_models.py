@@ -35,7 +35,7 @@ DIRECT = "--data.thought.form direct --train.max-steps 400"
 )
 def test_a_model_learns_a_task_and_is_judged_on_held_out_prompts(swaps, tmp_path, capsys, recipe, flags, task):
     out, task = tmp_path / "run", task.format(swaps)
-    size = "--model.hidden-size 64 --model.num-layers 2"
+    size = "--model.size 1m,heads=4,intermediate=512,hidden=64,layers=2"
     train = "--train.batch-size 32 --train.learning-rate 5e-3 --train.ema-decay 0.9"
     train = f"--data.source {swaps} {size} {train}"
     assert _dispatch(["train", recipe, "--out", str(out), *train.split(), *flags.split()]) == 0
@@ -50,7 +50,7 @@ def test_a_model_learns_a_task_and_is_judged_on_held_out_prompts(swaps, tmp_path
 def test_a_run_goes_on_with_the_examples_it_was_begun_on_alone(swaps, tmp_path, capsys):
     own, out = tmp_path / "own.jsonl", tmp_path / "run"
     own.write_text(swaps.read_text())
-    size = "--model.hidden-size 64 --model.num-layers 1 --train.batch-size 32 --train.max-steps 2"
+    size = "--model.size 1m,heads=4,intermediate=512,hidden=64,layers=1 --train.batch-size 32 --train.max-steps 2"
     command = ["train", "thought-ar", "--out", str(out), "--data.source", str(own), *size.split()]
     assert _dispatch(command) == 0
     own.write_text(swaps.read_text().replace("pink", "plum"))

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MptCon
 from redraft.layouts import Layout, attention_mask, pair_rule, segment_positions
 from redraft.models import attention
 from redraft.models.attention import choose_attention, flex_mask
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
@@ -199,7 +200,7 @@ def test_flex_attention_uncompiled_equals_the_mask_forward_and_backward(family, 
 
 def built(**changes):
     settings = DiffusionSettings(mask_token_id=2)
-    return build_model(ModelConfig(**{"size": "1m", "num_layers": 1} | changes), settings, tokenizer=TinyTokenizer(40))
+    return build_model(ModelConfig(**{"size": "1m,layers=1"} | changes), settings, tokenizer=TinyTokenizer(40))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -215,7 +216,7 @@ def test_on_cuda_flex_is_chosen(dtype, monkeypatch):
     [
         ({}, CPU, torch.float32, True, "needs CUDA; got device cpu"),
         ({}, CUDA, torch.float64, True, "needs float32, bfloat16 or float16; got torch.float64"),
-        ({"hidden_size": 16, "num_heads": 2}, CUDA, torch.float32, True, "at least 16 dimensions; got 8"),
+        ({"size": "1m,layers=1,hidden=16,heads=2"}, CUDA, torch.float32, True, "at least 16 dimensions; got 8"),
         ({"dropout": 0.1}, CUDA, torch.float32, True, "knows no dropout; got attention_dropout 0.1"),
         ({}, CUDA, torch.float32, False, "compile"),
     ],

@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import pytest
 from tiny import TinyTokenizer
 
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.settings import DiffusionSettings
 
 
@@ -13,19 +17,28 @@ def test_a_size_has_about_as_many_parameters_as_its_name_says(size, low, high):
 
 
 def test_explicit_numbers_overrule_the_size():
-    shape = ModelConfig(size="1m", num_layers=3).shape
-    assert (shape.num_layers, shape.hidden_size) == (3, 128)
+    size = ModelConfig(size="1m, layers=3").dimensions
+    assert (size.layers, size.hidden) == (3, 128)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"size": "5mm"}, "unknown model.size '5mm'.*Did you mean '5m'"),
-        ({"architecture": "lama"}, "Did you mean 'llama'"),
-        ({"num_layers": 0}, "model.num_layers must be at least 1; got 0"),
-        ({"num_heads": 3}, "num_heads must divide model.hidden_size; got 3 heads and 256"),
+        ({"architecture": "lama"}, "model.architecture must be one of 'llama', 'modernbert'; got 'lama'"),
+        ({"size": "layers=0"}, "model.size must be a name, or positive numbers .* got 'layers=0'"),
+        ({"size": "1m,layers=2,width=3"}, "got 'width=3' in '1m,layers=2,width=3'"),
+        ({"size": "heads=3"}, "heads must divide hidden; got 3 heads and 256"),
+        ({"max_positions": 0}, r"model.max_positions must lie in \[1, 1048576\]; got 0"),
+        ({"dropout": 1.0}, r"model.dropout must lie in \[0, 1\); got 1.0"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_told(settings, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**settings)
+
+
+def test_settings_are_read_without_torch():
+    code = "import sys, redraft.models.config, redraft.models.settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -67,7 +67,7 @@ def test_logits_equal_the_models_own_forward(attention, window):
     told = SelfConditioning(torch.randn(3, CANVAS, VOCAB, dtype=torch.float64), torch.tensor([True, False, True]))
     conditioned = canvas_logits(denoiser, rows, previous=told)
     for i, row in enumerate(rows):
-        previous = told.logits[i : i + 1] if told.is_told[i] else None
+        previous = told.logits[i : i + 1] if told.is_present[i] else None
         assert torch.allclose(conditioned[i], own_logits(model, row, previous=previous), atol=1e-5)
     assert not torch.allclose(conditioned[0], ours[0], atol=1e-2)
     assert torch.allclose(conditioned[1], ours[1], atol=1e-6)

@@ -77,7 +77,7 @@ def drop_a_weight(folder):
         (lambda f: edit_config(f, diffusion=None), "names no mask token.*Pass mask_token_id="),
         (lambda f: edit_config(f, diffusion={"mask_token_id": 40}), "vocabulary of 40 tokens; got 40"),
         (lambda f: edit_config(f, diffusion={"mask_token": 2}), "unknown entries.*mask_token"),
-        (lambda f: edit_config(f, architectures=["NoSuchModel"]), "has no class NoSuchModel"),
+        (lambda f: edit_config(f, architectures=["NoSuchModel"]), "NoSuchModel is not transformers' class"),
         (lambda f: edit_config(f, model_type="no_such_type"), "cannot read a model config"),
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot read the weights"),

@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_lm
 
 from redraft.layouts import Layout
-from redraft.models.cache import Slots, Spans
+from redraft.models.cache import Slots, SlotSpans
 from redraft.models.query import Query
 
 CPU, SIZE, LENGTHS = torch.device("cpu"), 4, (16, 8, 12)
@@ -28,7 +28,7 @@ def draw(*shape, seed=0):
 
 def feed(denoiser, slots, ids, *, starts, ends, **chosen):
     """Feed a span of each row; return the logits of all that is fed, (row, query, vocabulary)."""
-    spans = Spans(starts=starts, ends=ends, key_ends=ends, reads_all=False)
+    spans = SlotSpans(starts=starts, ends=ends, key_ends=ends, reads_all=False)
     positions = spans.positions(CPU)
     query = Query.everywhere(
         ids.gather(1, positions), layout=Layout(block_size=SIZE), shift=False, view=slots.view(spans, CPU, **chosen)
@@ -81,7 +81,7 @@ def test_a_shift_counts_from_what_is_fed(denoiser):
     """The first position of a row has no neighbour; any other's must be fed."""
     ids, slots = draw(1, 8), Slots(1, 8)
     feed(denoiser, slots, ids, starts=[0], ends=[4])
-    spans = Spans(starts=[3], ends=[8], key_ends=[8], reads_all=False)
+    spans = SlotSpans(starts=[3], ends=[8], key_ends=[8], reads_all=False)
     query = Query(
         input_ids=ids[:, 3:], where=torch.arange(1, 5), positions=torch.arange(3, 8)[None],
         layout=Layout(block_size=SIZE), view=slots.view(spans, CPU),
@@ -92,7 +92,7 @@ def test_a_shift_counts_from_what_is_fed(denoiser):
         first = Query(
             input_ids=ids[:, :4], where=torch.arange(4), positions=torch.arange(4)[None],
             layout=Layout(block_size=SIZE),
-            view=slots.view(Spans(starts=[0], ends=[4], key_ends=[4], reads_all=True), CPU),
+            view=slots.view(SlotSpans(starts=[0], ends=[4], key_ends=[4], reads_all=True), CPU),
         )  # fmt: skip
         assert (denoiser(first) - expected[0, :4]).abs().max() < 1e-10
 
@@ -124,7 +124,7 @@ def test_a_position_fed_twice_gives_each_copy_what_it_gets_alone(denoiser):
     slots = Slots(1, 16)
     copy = torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
     position = torch.cat([torch.arange(4), torch.arange(4, 8), torch.arange(4, 8)])
-    spans = Spans(starts=[0], ends=[12], key_ends=[12], reads_all=False)
+    spans = SlotSpans(starts=[0], ends=[12], key_ends=[12], reads_all=False)
     query = Query.everywhere(
         torch.cat([clean, *drafts])[None], positions=position[None], shift=False, view=slots.view(spans, CPU),
         sees=((copy == 0) | (copy[:, None] == copy))[None], slot_positions=position[None],

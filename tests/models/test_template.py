@@ -1,6 +1,4 @@
-"""Chat templates that never end or fill the memory are refused at loading; the others cost next to nothing."""
-
-import subprocess
+"""Chat templates that never end or fill the memory are refused at loading."""
 
 import pytest
 
@@ -44,6 +42,7 @@ def test_a_template_by_itself_is_refused_too():
     "given",
     [
         None,
+        LLAMA_2,
         "{% macro shout(x) %}{{ x|upper }}{% endmacro %}{% for m in messages %}{{ shout(m['content']) }}{% endfor %}",
         "{% for i in range(messages|length) %}{{ messages[i]['content'] }}{% endfor %}",
         "{{ raise_exception('roles must alternate') }}{{ 2 * 2 }}",
@@ -52,10 +51,4 @@ def test_a_template_by_itself_is_refused_too():
     ],
 )
 def test_a_template_that_ends_is_taken_whatever_it_says(given):
-    check_template("here", given)
-
-
-@pytest.mark.parametrize("given", [LLAMA_2, CHATML])
-def test_a_plain_template_needs_no_process(monkeypatch, given):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
     check_template("here", given)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import redraft
 from redraft.data.config import DataConfig
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training import trainer as trainer_module
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage, last_whole_checkpoint, tidy
@@ -43,7 +43,7 @@ def config(tmp_path):
     return RunConfig(
         out=str(tmp_path / "run"),
         data=DataConfig(source=str(corpus), seq_len=32, vocab_size=280),
-        model=ModelConfig(size="1m", hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64),
+        model=ModelConfig(size="hidden=32,layers=1,heads=2,intermediate=64"),
         train=TrainConfig(
             batch_size=4, max_steps=6, max_validation_windows=2, save_every=2, precision="float32", compile="off",
             max_checkpoints=20,
@@ -209,7 +209,12 @@ def test_a_checkpoint_of_a_stopped_run_can_be_used_and_its_folder_says_so(config
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "value"), [("data", "seq_len", 16), ("data", "vocab_size", 270), ("model", "hidden_size", 64)]
+    ("section", "name", "value"),
+    [
+        ("data", "seq_len", 16),
+        ("data", "vocab_size", 270),
+        ("model", "size", "hidden=64,layers=1,heads=2,intermediate=64"),
+    ],
 )
 def test_a_checkpoint_of_another_model_or_cut_of_the_data_is_not_gone_on_with(config, section, name, value):
     config = replace(config, train=replace(config.train, max_steps=2))

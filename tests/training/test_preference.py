@@ -16,8 +16,7 @@ import redraft
 from redraft.cli.train import main
 from redraft.data.config import DataConfig
 from redraft.data.prepare import build_data
-from redraft.models.build import ModelConfig
-from redraft.training.adapter import AdapterConfig
+from redraft.models.config import AdapterConfig, ModelConfig
 from redraft.training.callbacks import read_log
 from redraft.training.config import ObjectiveConfig
 from redraft.training.run import run

@@ -8,7 +8,7 @@ from rich.console import Console
 from redraft.data.config import DataConfig
 from redraft.data.prepare import prepare
 from redraft.data.tokenizer import token_byte_lengths
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.training.config import RunConfig, TrainConfig
 from redraft.training.run import run
 

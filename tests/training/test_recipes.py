@@ -12,7 +12,7 @@ from redraft.cli.train import main
 from redraft.data.config import DataConfig
 from redraft.data.prepare import prepare
 from redraft.data.sources import read_documents
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig

@@ -22,7 +22,7 @@ import redraft
 from redraft.cli import main
 from redraft.data.config import DataConfig
 from redraft.data.tokenizer import train_tokenizer
-from redraft.models.build import ModelConfig
+from redraft.models.config import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import RunResult, run
@@ -200,7 +200,9 @@ def test_windows_beyond_the_context_of_the_start_are_told(config):
         run(longer, console=QUIET)
 
 
-@pytest.mark.parametrize("given", [{"size": "1m"}, {"num_layers": 3}, {"architecture": "modernbert", "dropout": 0.1}])
+@pytest.mark.parametrize(
+    "given", [{"size": "1m"}, {"max_positions": 64}, {"architecture": "modernbert", "dropout": 0.1}]
+)
 def test_a_shape_beside_a_start_is_told(given):
     with pytest.raises(ValueError, match=f"model.start brings its own shape; got model.{next(iter(given))}"):
         ModelConfig(start="some/model", **given)
@@ -225,6 +227,6 @@ def test_the_shape_of_a_recipe_gives_way_to_a_start_on_the_command_line(monkeypa
     assert taken[0].model == ModelConfig(start="a/b")
     assert taken[0].train == RECIPES["stdlib-tiny"]().train
     with pytest.raises(SystemExit) as exit_:
-        main(["train", "stdlib-tiny", *flag, "--model.num-layers", "3"])
+        main(["train", "stdlib-tiny", *flag, "--model.size", "1m,layers=3"])
     assert exit_.value.code == 2
-    assert "got model.num_layers beside it" in capsys.readouterr().err
+    assert "got model.size beside it" in capsys.readouterr().err

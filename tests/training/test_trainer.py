@@ -23,9 +23,8 @@ import redraft
 from redraft.data.config import ChatConfig, DataConfig
 from redraft.data.prepare import prepare
 from redraft.models.attention import choose_attention
-from redraft.models.build import ModelConfig
+from redraft.models.config import AdapterConfig, ModelConfig
 from redraft.recipes import RECIPES
-from redraft.training.adapter import AdapterConfig
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import write_hashes
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
@@ -67,7 +66,7 @@ def config(corpus, cache, tmp_path):
         data=DataConfig(
             source=str(corpus), seq_len=32, vocab_size=300, validation_fraction=0.2
         ),
-        model=ModelConfig(size="1m", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
+        model=ModelConfig(size="hidden=32,layers=2,heads=2,intermediate=64"),
         train=TrainConfig(
             batch_size=8, max_steps=6, save_every=2, max_validation_windows=20, precision="float32", compile="off",
             learning_rate=1e-2, max_checkpoints=10,

@@ -14,7 +14,8 @@ from redraft.data.config import ChatConfig, DataConfig
 from redraft.data.prepare import prepare
 from redraft.data.tokenizer import train_tokenizer
 from redraft.likelihood.problem import NoiseKey
-from redraft.models.build import ModelConfig, build_model
+from redraft.models.build import build_model
+from redraft.models.config import ModelConfig
 from redraft.models.denoiser import Denoiser
 from redraft.training.callbacks import read_log
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
@@ -39,7 +40,7 @@ def config(conversations, tmp_path):
         data=DataConfig(
             source=str(conversations), kind="chat", seq_len=64, vocab_size=270, validation_fraction=0.2,
         ),
-        model=ModelConfig(size="1m", hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64),
+        model=ModelConfig(size="hidden=32,layers=2,heads=2,intermediate=64"),
         train=TrainConfig(
             batch_size=4, max_steps=12, save_every=4, max_validation_windows=8, precision="float32", compile="off",
             learning_rate=1e-2, max_checkpoints=10,

@@ -1,8 +1,13 @@
 """The compatibility table: every decoder-only architecture of the installed transformers, built and measured."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from redraft.models.matrix import Row, architectures, measure, table
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from architectures import Row, architectures, measure, table
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma2", "gpt2", "deepseek_v3"])

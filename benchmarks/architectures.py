@@ -1,9 +1,17 @@
-"""Which architectures of the installed transformers convert: a tiny random model of each, built and measured."""
+"""Which architectures of the installed transformers convert: a tiny random model of each, built and measured.
 
+python benchmarks/architectures.py
+
+Prints the table in docs/convert.md; takes some minutes.
+"""
+
+import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from redraft.models.convert import language_model_class, refusal
 from redraft.models.denoiser import Denoiser
@@ -188,3 +196,15 @@ def table(rows: list[Row]) -> str:
         lines.append(f"| {' | '.join((row.model_type, *marks, row.reason.replace('|', '/')))} |")
     counts = f"{sum(row.works for row in rows)} of {len(rows)} architectures work fully"
     return "\n".join([*lines, "", f"{counts}; {sum(row.bidirectional for row in rows)} as bidirectional models."])
+
+
+def main() -> None:
+    """Measure every architecture and print the table."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    print(table([measure(name) for name in architectures()]))
+
+
+if __name__ == "__main__":
+    main()
