@@ -16,7 +16,7 @@ class Within:
 
     interval: str
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         low, high = (float(end) for end in self.interval[1:-1].split(","))
         above = value >= low if self.interval[0] == "[" else value > low
         below = value <= high if self.interval[-1] == "]" else value < high
@@ -57,7 +57,7 @@ def check_field(name: str, value: Any, kind: Any) -> None:
     if isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number; got {value}.")
     for bound in declared_bounds(kind):
-        if isinstance(value, Real) and not isinstance(value, bool) and float(value) not in bound:
+        if isinstance(value, Real) and not isinstance(value, bool) and value not in bound:
             raise ValueError(f"{name} must {bound}; got {value}.")
 
 

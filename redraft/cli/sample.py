@@ -134,5 +134,5 @@ def _asks_for_presets(arguments: list[str]) -> bool:
 def _print_presets() -> None:
     width = max(map(len, PRESETS))
     for name, preset in PRESETS.items():
-        defaults = ", ".join(f"{key}={value}" for key, value in preset.defaults.items())
+        defaults = ", ".join(f"{key}={value}" for key, value in preset.defaults.items() if value is not None)
         print(f"{name:<{width}}  {preset.source}{f' [{defaults}]' if defaults else ''}")
