@@ -34,7 +34,7 @@ def sweep_steps(
     plot: Path | None,
 ) -> list[Point]:
     """Generate with all steps, a half, a quarter, ..., and print a table; `plot` is drawn with matplotlib."""
-    for name in ("steps", "steps_per_block", "budget", "forwards", "seconds"):
+    for name in ("steps", "steps_per_block", "budget", "forwards"):
         if name in settings:
             raise ValueError(f"--sweep chooses the steps; got --{name.replace('_', '-')}. Leave it out.")
     most = lm.sampling_config(**settings).max_new_tokens
