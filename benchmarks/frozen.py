@@ -21,6 +21,12 @@ from typing import Any
 
 import torch
 
+PRESETS = (
+    "llada", "llada-random", "dream-confidence", "dream-margin", "dream-entropy", "fast-dllm", "bd3lm", "sdar",
+    "llada2", "llada2.1", "mdlm", "remdm", "p2", "eb", "duo",
+)  # fmt: skip
+"""Presets that every checkout has: a list that grew would draw other settings."""
+
 
 class Ids:
     """Special ids of a model that is never asked for text."""
@@ -54,10 +60,8 @@ def model(*, block_size: int | None, shift_logits: bool, process: str) -> Any:
 
 def draw(rng: random.Random) -> tuple[dict[str, Any], dict[str, Any], list[list[int]]]:
     """Draw a model, settings of `generate` and prompts."""
-    from redraft.sampling.presets import PRESETS
-
     process = rng.choice(["masked"] * 4 + ["uniform"])
-    names = [name for name in PRESETS if name != "diffusion-gemma" and (name == "duo") == (process == "uniform")]
+    names = [name for name in PRESETS if (name == "duo") == (process == "uniform")]
     of_model = {"block_size": rng.choice([None, None, 4]), "shift_logits": rng.random() < 0.3, "process": process}
     if process == "uniform":
         of_model |= {"block_size": None, "shift_logits": False}

@@ -42,15 +42,15 @@ from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.guidance import Guide, Processors
-from redraft.sampling.policies import Blocks, GridBlocks
-from redraft.sampling.sampler import Sampler
+from redraft.sampling.policies.frontier import Blocks
+from redraft.sampling.sampler import Sampler, build_sampler
 from redraft.sampling.step import Step
 from redraft.trace.record import Recorder, RowTrace
 
-_OF_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")
-"""Saved settings that rest on the length of a new text, and say nothing of holes."""
+FOR_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")
+"""Saved settings that depend on the length of a new text, so infilling does not use them."""
 MAX_COMPILED = 16
-"""The most constraints that a model keeps prepared."""
+"""Constraints that a model keeps prepared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,8 @@ class LanguageModel:
     @property
     def context_length(self) -> int | None:
         """Longest canvas the model was built for, in tokens."""
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if most is None else most - first_position(self.model.config)
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if positions is None else positions - first_position(self.model.config)
 
     @property
     def saved_sampling(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class LanguageModel:
         return with_saved({"preset": self.process.default_preset} | self.saved_sampling, settings)
 
     def _config(self, settings: dict[str, Any], constraint: Constraint | None) -> SamplingConfig:
-        """Resolve settings; under a constraint, stop strings that nobody gave but the checkpoint do not count."""
+        """Resolve settings; under a constraint, stop strings of the checkpoint do not count."""
         if constraint is not None and self.saved_sampling.get("stop", "eos") not in ("eos", None):
             settings = {"stop": "eos"} | settings
         return self.sampling_config(**settings)
@@ -193,19 +193,18 @@ class LanguageModel:
         """
         config = self._config(settings, constraint)
         rows = self._encode_all(prompts, config)
-        sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config, rows))
-        canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
-        steps = self._denoise(canvas, rows, config, sampler)
+        canvas, steps = self._start(rows, config, guides, logits_processor, constraint)
         if streamer is not None:
             steps = self._feed(streamer, rows, config, steps)
+        # A constraint speaks of the text behind the space that word pieces bring.
+        added = " " if constraint is not None and leading_space(self.tokenizer) == "added" else ""
 
-        def text_of(i: int, new: Tensor, sequence: Tensor) -> str:
-            text = self.new_text(rows[i], new, config)
-            # A constraint speaks of the text behind the space that word pieces bring.
-            is_space_added = constraint is not None and leading_space(self.tokenizer) == "added"
-            return text.removeprefix(" ") if is_space_added else text
+        def finish(i: int, tokens: Tensor, status: Tensor) -> tuple[Tensor, Tensor, str | None]:
+            new = self.new_tokens(tokens, status, config)
+            text = None if self.tokenizer is None else self.new_text(rows[i], new, config).removeprefix(added)
+            return new, torch.cat([rows[i], new]), text
 
-        return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=False, text_of=text_of)
+        return _collect(canvas, steps, finish, trace=trace)
 
     def stream(
         self,
@@ -223,9 +222,7 @@ class LanguageModel:
         """
         config = self._config(settings, constraint)
         rows = self._encode_all(prompts, config)
-        sampler = self._sampler(config, guides, logits_processor, self._constrained(constraint, config, rows))
-        canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
-        return self._denoise(canvas, rows, config, sampler, batch)
+        return self._start(rows, config, guides, logits_processor, constraint, batch)[1]
 
     def infill(
         self,
@@ -245,7 +242,7 @@ class LanguageModel:
         """
         if isinstance(self.denoiser, EncoderDecoder):
             raise ValueError(f"{self.model.config.model_type} writes behind its prompt; it cannot fill holes.")
-        given = {name: None for name in _OF_A_LENGTH if name in self.saved_sampling} | settings
+        given = {name: None for name in FOR_A_LENGTH if name in self.saved_sampling} | settings
         size = given.get("block_size")  # blocks of holes lie on the grid: no length need be a multiple of them
         config = self._config(given | {"block_size": None}, constraint)
         mask_token_id = self.denoiser.settings.mask_token_id
@@ -260,21 +257,22 @@ class LanguageModel:
             self._check_length(len(row))
         config = config.for_infilling(num_holes=max(int(holes.sum()) for holes in is_hole))
         befores = [row[: int(holes.long().argmax())] for row, holes in encoded]
-        constrained = self._constrained(constraint, config, befores, is_infilling=True)
-        sampler = self._sampler(config, guides, logits_processor, constrained)
+        sampler = self._sampler(config, guides, logits_processor, constraint, befores, is_infilling=True)
         if config.steps is None and config.forwards is None:
             sampler = replace(sampler, steps=None)  # as many as a row has holes, whatever stands beside it
-        if size is not None:
-            sampler = replace(sampler, frontier=GridBlocks(size=size), is_grid_from_prompt=False)
-        elif isinstance(sampler.frontier, Blocks):  # there is no prompt whose end could begin a grid
-            sampler = replace(sampler, frontier=GridBlocks(size=sampler.frontier.size), is_grid_from_prompt=False)
+        if isinstance(sampler.frontier, Blocks):  # on the grid: there is no prompt whose end could begin the blocks
+            frontier = replace(sampler.frontier, size=size or sampler.frontier.size, on_grid=True)
+            sampler = replace(sampler, frontier=frontier, is_grid_from_prompt=False)
         canvas = self._build_canvas(rows, is_hole)
-        steps = self._denoise(canvas, rows, config, sampler)
+        steps = denoise(self.denoiser, canvas, sampler, row_keys=self._row_keys(rows, config))
 
-        def text_of(i: int, new: Tensor, sequence: Tensor) -> str:
-            return filled_text(self.tokenizer, given_prompts[i], sequence, is_hole[i])
+        def finish(i: int, tokens: Tensor, status: Tensor) -> tuple[Tensor, Tensor, str | None]:
+            sequence = tokens[status != Status.PAD].cpu()
+            has_text = self.tokenizer is not None
+            text = filled_text(self.tokenizer, given_prompts[i], sequence, is_hole[i]) if has_text else None
+            return tokens[status == Status.COMMITTED].cpu(), sequence, text
 
-        return self._collect(canvas, rows, config, steps, trace=trace, is_infilling=True, text_of=text_of)
+        return _collect(canvas, steps, finish, trace=trace)
 
     def loglikelihood(self, context: Prompt, continuation: Prompt, **settings: Any) -> LogLikelihood:
         """Bound log p(continuation | context), in nats with its standard error. Settings: `LikelihoodConfig`.
@@ -330,48 +328,7 @@ class LanguageModel:
     def _encode_all(self, prompts: Prompt | Sequence[Prompt], config: SamplingConfig) -> list[Tensor]:
         return [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
 
-    def _collect(
-        self,
-        canvas: Canvas,
-        rows: list[Tensor],
-        config: SamplingConfig,
-        steps: Iterator[Step],
-        *,
-        trace: bool,
-        is_infilling: bool,
-        text_of: Callable[[int, Tensor, Tensor], str],
-    ) -> Generation:
-        start = time.perf_counter()
-        recorder = Recorder()
-        if trace:
-            recorder.start(canvas)
-        finals: list[tuple[Tensor, Tensor]] = [(canvas.tokens[i], canvas.status[i]) for i in range(len(rows))]
-        forwards = [0] * len(rows)
-        for step in steps:
-            if trace:
-                recorder.add(step)
-            for i, row in _finished(step):
-                finals[row] = (step.canvas.tokens[i], step.canvas.status[i])
-                forwards[row] = int(step.num_forwards[i])
-        if is_infilling:
-            sequences = [tokens[status != Status.PAD].cpu() for tokens, status in finals]
-            new = [tokens[status == Status.COMMITTED].cpu() for tokens, status in finals]
-        else:
-            new = [self.new_tokens(tokens, status, config) for tokens, status in finals]
-            sequences = [torch.cat([row, tokens]) for row, tokens in zip(rows, new, strict=True)]
-        texts = None
-        if self.tokenizer is not None:
-            texts = [text_of(i, tokens, whole) for i, (tokens, whole) in enumerate(zip(new, sequences, strict=True))]
-        return Generation(
-            tokens=new,
-            sequences=sequences,
-            texts=texts,
-            forwards=forwards,
-            seconds=time.perf_counter() - start,
-            trace=recorder.traces() if trace else None,
-        )
-
-    def compile(
+    def compile_constraint(
         self, constraint: Constraint, *, is_infilling: bool = False, is_start: bool = True
     ) -> CompiledConstraint:
         """Prepare a constraint for this model's vocabulary, once. A hole has no end token: what fits fills it.
@@ -403,16 +360,9 @@ class LanguageModel:
         return found[0]
 
     def _constrained(
-        self,
-        constraint: Constraint | None,
-        config: SamplingConfig,
-        befores: Sequence[Tensor],
-        *,
-        is_infilling: bool = False,
-    ) -> TextConstraint | None:
+        self, constraint: Constraint, config: SamplingConfig, befores: Sequence[Tensor], *, is_infilling: bool
+    ) -> TextConstraint:
         """Prepare a constraint for rows that begin with these tokens."""
-        if constraint is None:
-            return None
         if isinstance(config.stop, tuple):
             raise ValueError(
                 f"a constraint holds for the whole text, which stop strings would cut; got stop={config.stop!r}."
@@ -420,7 +370,7 @@ class LanguageModel:
             )
         silent = frozenset(() if self.tokenizer is None else special_token_ids(self.tokenizer))
         kinds = {
-            is_start: self.compile(constraint, is_infilling=is_infilling, is_start=is_start)
+            is_start: self.compile_constraint(constraint, is_infilling=is_infilling, is_start=is_start)
             for is_start in {silent.issuperset(before.tolist()) for before in befores}
         }
 
@@ -434,10 +384,17 @@ class LanguageModel:
         config: SamplingConfig,
         guides: Sequence[Guide],
         logits_processor: Sequence[Any],
-        constraint: TextConstraint | None = None,
+        constraint: Constraint | None,
+        befores: Sequence[Tensor],
+        *,
+        is_infilling: bool = False,
     ) -> Sampler:
+        """Build the sampler of rows that begin with these tokens."""
+        held = None
+        if constraint is not None:
+            held = self._constrained(constraint, config, befores, is_infilling=is_infilling)
         texts = None if self.tokenizer is None else partial(shown_and_raw, self.tokenizer)
-        sampler = config.sampler(self.denoiser.settings, eos_token_ids=self.eos_token_ids, decode=texts)
+        sampler = build_sampler(config, self.denoiser.settings, eos_token_ids=self.eos_token_ids, decode=texts)
         if sampler.noise != self.process.noise:
             raise ValueError(
                 f"preset {config.preset!r} starts from {sampler.noise} noise, and this model was trained on "
@@ -448,18 +405,25 @@ class LanguageModel:
         if logits_processor:
             never = self.denoiser.settings.mask_token_id if sampler.noise == "mask" else None
             guides = (*guides, Processors(processors=tuple(logits_processor), never=never))
-        return replace(sampler, guides=tuple(guides), constraint=constraint)
+        return replace(sampler, guides=tuple(guides), constraint=held)
 
-    def _denoise(
+    def _start(
         self,
-        canvas: Canvas,
         rows: list[Tensor],
         config: SamplingConfig,
-        sampler: Sampler,
+        guides: Sequence[Guide],
+        logits_processor: Sequence[Any],
+        constraint: Constraint | None,
         batch: Batch | None = None,
-    ) -> Iterator[Step]:
-        keys = row_keys(rows, seed=config.seed).to(self.denoiser.device)
-        return denoise(self.denoiser, canvas, sampler, row_keys=keys, batch=batch)
+    ) -> tuple[Canvas, Iterator[Step]]:
+        """Lay out the new tokens behind the prompts, and begin to denoise them."""
+        sampler = self._sampler(config, guides, logits_processor, constraint, rows)
+        canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
+        keys = self._row_keys(rows, config)
+        return canvas, denoise(self.denoiser, canvas, sampler, row_keys=keys, batch=batch)
+
+    def _row_keys(self, rows: list[Tensor], config: SamplingConfig) -> Int[Tensor, "batch"]:
+        return row_keys(rows, seed=config.seed).to(self.denoiser.device)
 
     def _feed(self, streamer: Any, rows: list[Tensor], config: SamplingConfig, steps: Iterator[Step]) -> Iterator[Step]:
         """Pass on to a streamer what is decided, in reading order, and the drafts where it takes them."""
@@ -499,14 +463,14 @@ class LanguageModel:
 
     def _canvas_after(self, rows: list[Tensor], max_new_tokens: int, sampler: Sampler) -> Canvas:
         whole, is_noise = [], []
+        frontier = sampler.frontier
+        size, on_grid = (frontier.size, frontier.on_grid) if isinstance(frontier, Blocks) else (None, True)
         for row in rows:
-            length = len(row) + max_new_tokens
-            if isinstance(sampler.frontier, Blocks):  # of DiffusionGemma: the canvases of others divide the length
-                length = len(row) + -(-max_new_tokens // sampler.frontier.size) * sampler.frontier.size
+            # Only DiffusionGemma can need rounding up: the blocks of other presets divide max_new_tokens.
+            length = len(row) + (max_new_tokens if on_grid else _round_up(max_new_tokens, size))
             self._check_length(length)
-            if isinstance(sampler.frontier, GridBlocks):  # the last block is a whole one; what is too much is cut off
-                whole_blocks = -(-length // sampler.frontier.size) * sampler.frontier.size
-                length = min(whole_blocks, self.context_length or whole_blocks)
+            if on_grid:  # the last block is a whole one, unless the context ends before it; the rest is cut off later
+                length = min(_round_up(length, size), self.context_length or _round_up(length, size))
             whole.append(torch.cat([row, row.new_zeros(length - len(row))]))
             is_noise.append(torch.arange(length) >= len(row))
         return self._build_canvas(whole, is_noise)
@@ -524,7 +488,36 @@ class LanguageModel:
             )
 
 
-def _finished(step: Step) -> list[tuple[int, int]]:
-    """Pair the places in the step's batch with the rows that ended there."""
-    places = step.is_done.nonzero()[:, 0].tolist()  # sync: results leave the device here
-    return [(place, int(step.rows[place])) for place in places]
+def _collect(
+    canvas: Canvas,
+    steps: Iterator[Step],
+    finish: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, str | None]],
+    *,
+    trace: bool,
+) -> Generation:
+    """Run all steps. `finish` makes of a row's tokens and status its new tokens, its whole sequence and its text."""
+    start, recorder = time.perf_counter(), Recorder()
+    if trace:
+        recorder.start(canvas)
+    finals = list(zip(canvas.tokens, canvas.status, strict=True))
+    forwards = [0] * len(finals)
+    for step in steps:
+        if trace:
+            recorder.add(step)
+        for place in step.is_done.nonzero()[:, 0].tolist():  # sync: results leave the device here
+            row = int(step.rows[place])
+            finals[row] = (step.canvas.tokens[place], step.canvas.status[place])
+            forwards[row] = int(step.num_forwards[place])
+    new, sequences, texts = zip(*(finish(i, *final) for i, final in enumerate(finals)), strict=True)
+    return Generation(
+        tokens=list(new),
+        sequences=list(sequences),
+        texts=None if None in texts else list(texts),
+        forwards=forwards,
+        seconds=time.perf_counter() - start,
+        trace=recorder.traces() if trace else None,
+    )
+
+
+def _round_up(length: int, size: int | None) -> int:
+    return length if size is None else -(-length // size) * size

@@ -31,21 +31,23 @@ def as_batch(prompts: Any) -> list[Any]:
     The rows of a 2-D array are prompts. What a tokenizer returns loses the padding that its attention_mask marks.
     Raises ValueError where there is no prompt, and for what is none.
     """
-    if isinstance(prompts, np.ndarray):
+    shown = type(prompts).__name__
+    if isinstance(prompts, Tensor) and prompts.ndim in (1, 2):
+        prompts = [prompts.tolist()] if prompts.ndim == 1 else prompts.tolist()
+    elif isinstance(prompts, np.ndarray):
         prompts = prompts.tolist()
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, Mapping) and "input_ids" in prompts:
-        return _without_padding(prompts["input_ids"], prompts.get("attention_mask"))
-    if isinstance(prompts, Mapping) and "role" in prompts:
-        return [[prompts]]
-    if isinstance(prompts, Tensor) and prompts.ndim in (1, 2):
-        return [_token_ids(row) for row in (prompts[None] if prompts.ndim == 1 else prompts)]
+    if isinstance(prompts, Mapping):
+        if "input_ids" in prompts:
+            return _without_padding(prompts["input_ids"], prompts.get("attention_mask"))
+        if "role" in prompts:
+            return [[prompts]]
+        shown = f"{shown} with the keys {list(prompts)}"
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        shown = f" with the keys {list(prompts)}" if isinstance(prompts, Mapping) else ""
         raise ValueError(
             "a prompt is a text, token ids, chat messages ({'role': ..., 'content': ...}) or what a tokenizer returns;"
-            f" got {type(prompts).__name__}{shown}."
+            f" got {shown}."
         )
     if not len(prompts):
         raise ValueError("there is no prompt; give at least one.")
@@ -60,11 +62,10 @@ def _single(prompt: Any) -> Any:
     """Read a prompt that is one; no ids at all are one too."""
     if isinstance(prompt, np.ndarray):
         prompt = prompt.tolist()
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and not len(prompt):
-        return torch.empty(0, dtype=torch.int64)
-    batch = as_batch(prompt)
+    is_empty = isinstance(prompt, Sequence) and not isinstance(prompt, str) and not len(prompt)
+    batch = [_token_ids([])] if is_empty else as_batch(prompt)
     if len(batch) != 1:
-        raise ValueError(f"one prompt must stand here; got {len(batch)} of them.")
+        raise ValueError(f"there must be one prompt here; got {len(batch)} of them.")
     return batch[0]
 
 
@@ -72,33 +73,26 @@ def _is_number(item: Any) -> bool:
     return isinstance(item, int | float | np.number | np.bool_) or (isinstance(item, Tensor) and item.ndim == 0)
 
 
-def _token_ids(values: Any) -> Int[Tensor, "seq"]:
+def _token_ids(values: Sequence[Any]) -> Int[Tensor, "seq"]:
     """Take token ids as they are. Raises ValueError for what is no id."""
-    if not isinstance(values, Tensor):
-        numbers = [value.item() if isinstance(value, Tensor | np.generic) else value for value in values]
-        for value in numbers:
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-                raise ValueError(f"token ids must be whole numbers from 0 on; got {value!r} ({type(value).__name__}).")
-        return torch.tensor(numbers, dtype=torch.int64)
-    if len(values) and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
-        raise ValueError(f"token ids must be whole numbers; got a tensor of {values.dtype}.")
-    ids = values.to("cpu", torch.int64)
-    if len(ids) and int(ids.min()) < 0:
-        raise ValueError(f"token ids must be whole numbers from 0 on; got {int(ids.min())}.")
-    return ids
+    numbers = [value.item() if isinstance(value, Tensor | np.generic) else value for value in values]
+    for value in numbers:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+            raise ValueError(f"token ids must be whole numbers from 0 on; got {value!r} ({type(value).__name__}).")
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _without_padding(input_ids: Any, attention_mask: Any) -> list[Int[Tensor, "seq"]]:
     """Read what a tokenizer returned: the ids that its attention mask keeps."""
-    rows = as_batch(input_ids) if input_ids is None or len(input_ids) else [_single([])]
+    rows = as_batch(input_ids) if input_ids is None or len(input_ids) else [_token_ids([])]
     if any(not isinstance(row, Tensor) for row in rows):
         raise ValueError(f"input_ids must be token ids; got {str(input_ids)[:80]}.")
     if attention_mask is None:
         return rows
     is_one = not len(attention_mask) or _is_number(attention_mask[0])
     masks = [torch.as_tensor(mask).bool().cpu() for mask in ([attention_mask] if is_one else attention_mask)]
-    if [len(mask) for mask in masks] != [len(row) for row in rows]:
-        sizes = [len(row) for row in rows], [len(mask) for mask in masks]
+    sizes = [len(row) for row in rows], [len(mask) for mask in masks]
+    if sizes[0] != sizes[1]:
         raise ValueError(f"attention_mask must fit input_ids; got rows of {sizes[0]} ids and of {sizes[1]} marks.")
     return [row[mask] for row, mask in zip(rows, masks, strict=True)]
 

@@ -16,7 +16,7 @@ class Within:
 
     interval: str
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         low, high = (float(end) for end in self.interval[1:-1].split(","))
         above = value >= low if self.interval[0] == "[" else value > low
         below = value <= high if self.interval[-1] == "]" else value < high
@@ -58,7 +58,7 @@ def check_field(name: str, value: Any, kind: Any) -> None:
         raise ValueError(f"{name} must be a finite number; got {value}.")
     for one in value if isinstance(value, tuple) else (value,):
         for bound in declared_bounds(kind):
-            if isinstance(one, Real) and not isinstance(one, bool) and float(one) not in bound:
+            if isinstance(one, Real) and not isinstance(one, bool) and one not in bound:
                 raise ValueError(f"{name} must {bound}; got {one}.")
 
 

@@ -12,7 +12,6 @@ from redraft.models.denoiser import Denoiser
 from redraft.models.settings import DiffusionSettings
 
 _CARRIED_OVER = ("MaxLengthCriteria", "EosTokenCriteria")
-_OF_THE_LOOP = ("preset", "steps", "block_size", "threshold", "cfg_scale")
 _LEFT_TO_RIGHT = {
     "num_beams": 1,
     "prompt_lookup_num_tokens": None,
@@ -47,14 +46,13 @@ def custom_generate(
     _check(generation_config, stopping_criteria, inputs)
     ends = generation_config.eos_token_id
     listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    lm = LanguageModel(
-        denoiser=Denoiser(model, DiffusionSettings.read_from(model.config)),
-        eos_token_ids=tuple(listed),
-    )
+    denoiser = Denoiser(model, DiffusionSettings.read_from(model.config))
+    lm = LanguageModel(denoiser=denoiser, eos_token_ids=tuple(listed))
     attention_mask = inputs.get("attention_mask")
     is_token = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    values = (preset, steps, block_size, threshold, cfg_scale)
-    given: dict[str, Any] = {k: v for k, v in zip(_OF_THE_LOOP, values, strict=True) if v is not None}
+    chosen: dict[str, Any] = {"preset": preset, "steps": steps, "block_size": block_size}
+    chosen |= {"threshold": threshold, "cfg_scale": cfg_scale}
+    given = {name: value for name, value in chosen.items() if value is not None}
     if generation_config.do_sample:
         given["temperature"] = 1.0  # the processors hold the temperature and the cuts
     out = lm.generate(

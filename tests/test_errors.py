@@ -58,10 +58,10 @@ def test_settings_of_thinking_and_of_sampling_are_checked():
 from redraft.latent.thinking import ThinkingConfig
 from redraft.sampling.config import SamplingConfig
 from redraft.sampling.sampler import Sampler
-from redraft.sampling.policies import Posterior, Threshold
+from redraft.sampling.policies import Remasking, Threshold
 for kind, given in ((ThinkingConfig, {"steps": 2.5}), (ThinkingConfig, {"early_exit": "no"}),
                     (SamplingConfig, {"steps": 2.5}), (SamplingConfig, {"max_new_tokens": "8"}),
-                    (Sampler, {"noise": "gauss"}), (Sampler, {"cache": "full"}), (Posterior, {"kind": "x"}),
+                    (Sampler, {"noise": "gauss"}), (Sampler, {"cache": "full"}), (Remasking, {"kind": "x"}),
                     (Threshold, {"threshold": 0.5, "at_least": "all"})):
     try:
         kind(**given)
@@ -76,6 +76,6 @@ for kind, given in ((ThinkingConfig, {"steps": 2.5}), (ThinkingConfig, {"early_e
         "max_new_tokens must be of type int; got '8'.",
         "noise must be one of 'mask', 'uniform'; got 'gauss'.",
         "cache must be one of 'none', 'exact', 'prefix', 'dual'; got 'full'.",
-        "kind must be one of 'plug_in', 'mixture'; got 'x'.",
+        "kind must be one of 'cap', 'rescale', 'conf', 'loop'; got 'x'.",
         "at_least must be one of 'one', 'quota'; got 'all'.",
     ]

@@ -41,7 +41,7 @@ def test_a_streamer_is_refused_as_it_would_get_nothing(lm):
 
 
 @pytest.mark.parametrize(
-    "saved", [{"preset": "llada-random", "temperature": 1.5}, {"steps": 2}, {"preset": "remdm", "eta": 0.4}]
+    "saved", [{"preset": "llada-random", "temperature": 1.5}, {"steps": 2}, {"preset": "eb", "entropy_bound": 0.4}]
 )
 def test_settings_that_the_checkpoint_carries_hold_where_nothing_is_given(lm, saved):
     lm.model.config.generation = saved

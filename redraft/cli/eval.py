@@ -77,7 +77,7 @@ def _sweep(args: EvalFlags, sampling: dict[str, Any]) -> int:
     """Evaluate with several numbers of steps, one after the other, and draw what they cost and give."""
     from redraft.evaluation.report import plot_frontier, provenance
 
-    for name in ("steps", "steps_per_block", "budget", "forwards", "seconds"):
+    for name in ("steps", "steps_per_block", "budget", "forwards"):
         if name in sampling:
             raise ValueError(f"--sweep-steps chooses the steps; got --{name.replace('_', '-')}. Leave it out.")
     folders = [args.out / f"steps-{steps}" for steps in args.sweep_steps]

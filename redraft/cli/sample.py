@@ -25,6 +25,6 @@ def _print_presets() -> int:
 
     width = max(map(len, PRESETS))
     for name, preset in PRESETS.items():
-        defaults = ", ".join(f"{key}={value}" for key, value in preset.defaults.items())
+        defaults = ", ".join(f"{key}={value}" for key, value in preset.defaults.items() if value is not None)
         print(f"{name:<{width}}  {preset.source}{f' [{defaults}]' if defaults else ''}")
     return 0

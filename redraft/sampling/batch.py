@@ -1,6 +1,5 @@
 """A batch of rows that are denoised together: they join and leave at any forward, and none changes another."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from redraft.models.denoiser import Denoiser
 from redraft.models.finite import explain_nan
-from redraft.sampling.budget import Clock
 from redraft.sampling.canvas import Canvas
 from redraft.sampling.forward import Forward
 from redraft.sampling.rows import Rows
@@ -35,12 +33,11 @@ class Batch:
     ) -> None:
         self.denoiser, self.chunk = denoiser, chunk
         self.size = (max_rows, max_positions)
-        self.clock = Clock()
         self._groups: list[Rows] = []
         self._waiting: list[Rows] = []
         self._forwards: dict[object, Forward] = {}
         self._steps: list[Step] = []
-        self._num_joined = self._num_forwards = 0
+        self._num_joined = 0
 
     def __len__(self) -> int:
         return sum(len(group.places) for group in self._groups + self._waiting)
@@ -59,10 +56,10 @@ class Batch:
         ids = list(range(self._num_joined, self._num_joined + len(row_keys)))
         self._num_joined += len(ids)
         prior = self.denoiser.settings.mask_token_id, self.denoiser.model.config.get_text_config().vocab_size
-        group = Rows.begin(sampler, canvas, row_keys, ids=ids, prior=prior)
+        group = Rows(sampler, canvas, row_keys, ids=ids, prior=prior)
         if self.denoiser.is_self_conditioned:
             length = (sampler.layout or self.denoiser.settings.layout).block_size or 0
-            group.told = group.told.new_zeros(len(ids), length, prior[1], dtype=self.denoiser.model.dtype)
+            group.predicted = group.predicted.new_zeros(len(ids), length, prior[1], dtype=self.denoiser.model.dtype)
         self._waiting.append(group)
         self._drop(group, group.num_left.eq(0).tolist())  # sync: what has nothing to decide is done
         return ids
@@ -77,24 +74,23 @@ class Batch:
 
         Returns a step for each sampler; rows that are done have left. Where it raises, nothing is lost: what was
         decided comes with the next tick, and what was not is decided then. Raises ValueError for logits that are NaN,
-        for a policy that makes no progress (a step changes something once the clock of its block is at its end), and
+        for a policy that makes no progress (from a block's last step on, each step must change something), and
         for a budget of fewer forwards than a model has canvases that it can only denoise one after the other.
         """
         self._admit()
-        begun = time.perf_counter()
         for forward in self._forwards.values():
             if groups := self._sharing(forward):
                 self._step(forward, groups)
-        self.clock.count(time.perf_counter() - begun, self._num_forwards)
         steps, self._steps = self._steps, []
         return steps
 
     def _step(self, forward: Forward, groups: list[Rows]) -> None:
-        questions = [group.ask(self.clock, is_every_step=not forward.is_repeatable) for group in groups]
-        self._num_forwards += forward(groups, questions)
-        for group, question in zip(groups, questions, strict=True):
-            step, found = decide(group, question)
-            is_done, is_stuck, is_nan, is_finished, first = found.tolist()  # sync: the one question per step
+        for group in groups:
+            group.ask(is_every_step=not forward.is_repeatable)
+        forward(groups)
+        for group in groups:
+            step, facts = decide(group)
+            is_done, is_stuck, is_nan, is_finished, first = facts.tolist()  # sync: the one question per step
             for row, place in enumerate(group.places):
                 place.is_finished, place.unfinished = is_finished[row] > 0, first[row]
             error = no_progress(group, step, is_stuck.index(1)) if any(is_stuck) else None
@@ -124,10 +120,10 @@ class Batch:
     def _drop(self, group: Rows, is_gone: Sequence[bool]) -> None:
         if not any(is_gone):
             return
-        kept = [row for row, gone in enumerate(is_gone) if not gone]
+        remaining = [row for row, gone in enumerate(is_gone) if not gone]
         self._forward_of(group.sampler).leave(group, [row for row, gone in enumerate(is_gone) if gone])
-        if kept:
-            group.keep(kept)
+        if remaining:
+            group.keep(remaining)
         else:
             for groups in (self._groups, self._waiting):
                 groups[:] = [other for other in groups if other is not group]
@@ -138,7 +134,7 @@ class Batch:
     def _forward_of(self, sampler: Sampler) -> Forward:
         """Find the forward that rows of a sampler take part in."""
         layout = sampler.layout or self.denoiser.settings.layout
-        kind = (layout, sampler.cache, sampler.refresh, bool(sampler.cfg_scale))
+        kind = (layout, sampler.cache, bool(sampler.cfg_scale))
         if kind not in self._forwards:
             used = {id(self._forward_of(rows.sampler)) for rows in self._groups + self._waiting}
             self._forwards = {key: forward for key, forward in self._forwards.items() if id(forward) in used}
@@ -147,12 +143,7 @@ class Batch:
 
 
 def denoise(
-    denoiser: Denoiser,
-    canvas: Canvas,
-    sampler: Sampler,
-    *,
-    row_keys: Int[Tensor, "batch"],
-    batch: Batch | None = None,
+    denoiser: Denoiser, canvas: Canvas, sampler: Sampler, *, row_keys: Int[Tensor, "batch"], batch: Batch | None = None
 ) -> Iterator[Step]:
     """Denoise a canvas step by step: a batch that these rows join, and that ticks until they are done.
 

@@ -6,6 +6,7 @@ from enum import IntEnum
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Status(IntEnum):
@@ -78,11 +79,9 @@ def build_canvas(
     rows: list[Tensor], is_noise: list[Tensor], *, noise_token_id: int, device: torch.device | str = "cpu"
 ) -> Canvas:
     """Lay rows of unequal length into one canvas; positions of `is_noise` become noise, the others are given."""
-    longest = max(len(row) for row in rows)
-    tokens = torch.full((len(rows), longest), noise_token_id, dtype=torch.int64)
-    status = torch.full((len(rows), longest), Status.PAD, dtype=torch.uint8)
-    for i, (row, noise) in enumerate(zip(rows, is_noise, strict=True)):
-        tokens[i, : len(row)] = torch.where(noise, noise_token_id, row)
-        status[i, : len(row)] = torch.where(noise, int(Status.NOISE), int(Status.GIVEN)).to(torch.uint8)
-    confidence = torch.zeros((len(rows), longest))
-    return Canvas(tokens=tokens.to(device), status=status.to(device), confidence=confidence.to(device))
+    pairs = list(zip(rows, is_noise, strict=True))
+    tokens = [torch.where(noise, noise_token_id, row) for row, noise in pairs]
+    status = [torch.where(noise, int(Status.NOISE), int(Status.GIVEN)).to(torch.uint8) for _, noise in pairs]
+    whole = pad_sequence(tokens, batch_first=True, padding_value=noise_token_id).to(device)
+    padded = pad_sequence(status, batch_first=True, padding_value=int(Status.PAD)).to(device)
+    return Canvas(tokens=whole, status=padded, confidence=torch.zeros(whole.shape, device=device))

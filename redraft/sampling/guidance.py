@@ -2,23 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from redraft.errors import check_types
 from redraft.sampling.canvas import Canvas, Status
+from redraft.settings import Count, Settings
 
+Guide = Callable[[Float[Tensor, "n vocab"], Canvas, Int[Tensor, "n"]], Float[Tensor, "n vocab"]]
+"""(logits at the n open positions, canvas, these positions as indices into batch * seq) -> the logits, changed.
 
-@runtime_checkable
-class Guide(Protocol):
-    """Change the logits at the n open positions (`where`: indices into batch * seq); may work in place."""
-
-    def __call__(
-        self, logits: Float[Tensor, "n vocab"], canvas: Canvas, where: Int[Tensor, "n"]
-    ) -> Float[Tensor, "n vocab"]: ...
+It may work in place."""
 
 
 def unconditional(canvas: Canvas, mask_token_id: int) -> Int[Tensor, "batch seq"]:
@@ -34,20 +30,12 @@ def guided(
 
 
 _ORDERLESS = (
-    "EpsilonLogitsWarper",
-    "EtaLogitsWarper",
     "InfNanRemoveLogitsProcessor",
     "LogitNormalization",
-    "MinPLogitsWarper",
     "RepetitionPenaltyLogitsProcessor",
     "SuppressTokensLogitsProcessor",
-    "TemperatureLogitsWarper",
-    "TopHLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "TypicalLogitsWarper",
 )
-"""Processors of transformers that do not ask where in the text a token stands."""
+"""Processors of transformers, beside its warpers, that do not depend on where in the text a token stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +52,13 @@ class Processors:
     def __post_init__(self) -> None:
         for processor in self.processors:
             name, home = type(processor).__name__, type(processor).__module__
-            is_orderless = name in _ORDERLESS
+            is_orderless = name in _ORDERLESS or name.endswith("LogitsWarper")
             if name in ("NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"):
                 is_orderless = all(len(ids) == 1 for ids in processor.sequence_bias)
             if home == "transformers.generation.logits_process" and not is_orderless:
                 raise ValueError(
                     f"{name} counts the tokens before the next one, and a diffusion model writes in any order. "
-                    f"Leave it out, or use {', '.join(_ORDERLESS)}, a constraint, or a processor of your own."
+                    f"Leave it out, or use a warper, {', '.join(_ORDERLESS)}, a constraint, or a processor of your own."
                 )
 
     def __call__(
@@ -85,7 +73,7 @@ class Processors:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reward:
+class Reward(Settings):
     """Prefer clean estimates that a reward likes: log p(token) + strength * reward(estimate with that token there).
 
     Discrete classifier-based guidance (D-CBG, Section 3.2 of arXiv 2412.10193) over the `top_k` likeliest tokens of
@@ -95,12 +83,7 @@ class Reward:
     reward: Callable[[Int[Tensor, "m seq"]], Float[Tensor, "m"]]
     """Scores whole rows, noise filled in by the model's likeliest tokens; padding holds the mask token."""
     strength: float = 1.0
-    top_k: int = 8
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.top_k < 1:
-            raise ValueError(f"a reward needs at least 1 token to choose from; got top_k={self.top_k}.")
+    top_k: Count = 8
 
     def __call__(
         self, logits: Float[Tensor, "n vocab"], canvas: Canvas, where: Int[Tensor, "n"]

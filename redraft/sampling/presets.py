@@ -1,14 +1,11 @@
-"""Samplers by the names users know: their policies, defaults and sources."""
+"""Samplers by the names users know: their policies, defaults and sources. The table itself needs no torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
-from redraft.sampling import policies
-
-Build = Callable[[Any], dict[str, Any]]
-"""SamplingConfig -> the policies of a `Sampler`."""
-AttentionKind = Literal["model", "grid", "prompt"]
+from redraft.errors import unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,158 +13,134 @@ class Preset:
     """A named sampler: its policies, its published defaults, and where it comes from."""
 
     source: str
-    build: Build
+    build: Callable[[Any, Any], dict[str, Any]] = lambda policies, config: {}
+    """(the package `policies`, a SamplingConfig with the defaults filled in) -> fields of its `Sampler`. What is not
+    there is as in `Sampler`: an even quota, the surest first."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """Settings that this sampler sets where the user does not."""
-    takes: tuple[str, ...] = ()
-    """Settings that mean something to this sampler and not to every other."""
-    attention: AttentionKind = "model"
-    """The model's own, or block-causal: on the absolute grid, or from each row's prompt end."""
+    """Settings that it sets where the user does not. It takes those of `OF_SOME_PRESETS` that stand here."""
+    blocks: Literal["model", "grid", "prompt"] = "model"
+    """Whose blocks it decodes: the model's, or its own, with block-causal attention too: those of the absolute grid, or
+    those that begin where each row's prompt ends."""
 
 
-def _scored(score: policies.Score) -> Build:
-    """Commit an even quota by a score."""
-
-    def build(config: Any) -> dict[str, Any]:
-        perturbed = config.alg_temperature
-        return {
-            "score": policies.Perturbed(score=score, temperature=perturbed) if perturbed else score,
-            "unmask": policies.Quota(),
-        }
-
-    return build
+OF_SOME_PRESETS = ("alg_temperature", "threshold", "factor", "entropy_bound", "editing_threshold")
+"""Settings that a preset takes only if its defaults name them."""
 
 
-def _sure(**rule: Any) -> Build:
-    """Commit what passes a threshold, by default one at least; without one, an even quota."""
+def preset_from_name(name: str) -> Preset:
+    """Return a preset of the table, or your own, given as MODULE:NAME.
 
-    def build(config: Any) -> dict[str, Any]:
-        if config.factor is not None:
-            return {"unmask": policies.Factor(factor=config.factor)}
-        threshold = config.threshold
-        return {"unmask": policies.Quota() if threshold is None else policies.Threshold(threshold=threshold, **rule)}
+    Raises ValueError for an unknown name, and for what is no preset.
+    """
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        if name not in PRESETS:
+            raise unknown_name("preset", name, (*PRESETS, "MODULE:NAME"))
+        return PRESETS[name]
+    try:
+        preset = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"preset {name!r} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    if not isinstance(preset, Preset):
+        raise ValueError(f"preset {name!r} must be a redraft.sampling.presets.Preset; got {type(preset).__name__}.")
+    return preset
 
-    return build
+
+def _sure(policies: Any, config: Any, **rule: Any) -> dict[str, Any]:
+    """Commit what passes a threshold, by default one token at least; without a threshold, an even quota."""
+    if config.factor is not None:
+        return {"unmask": policies.Factor(factor=config.factor)}
+    return {} if config.threshold is None else {"unmask": policies.Threshold(threshold=config.threshold, **rule)}
+
+
+def _edited(policies: Any, config: Any) -> dict[str, Any]:
+    """Commit what passes a threshold, and edit drafts."""
+    return _sure(policies, config, strict=True) | {"revise": policies.TokenEdit(threshold=config.editing_threshold)}
 
 
 def _both(policy: Any) -> dict[str, Any]:
+    """Use one policy as `unmask` and as `revise`."""
     return {"unmask": policy.unmask, "revise": policy}
 
 
-def _edited(config: Any) -> dict[str, Any]:
-    edit = policies.TokenEdit(threshold=config.editing_threshold, max_post_steps=config.max_post_steps)
-    return {"unmask": policies.Threshold(threshold=config.threshold, strict=True), "revise": edit}
+def _renoised(policies: Any, config: Any) -> dict[str, Any]:
+    """Keep what an entropy bound accepts and draw the rest anew."""
+    both = _both(policies.Renoise(accept=policies.EntropyBound(bound=config.entropy_bound)))
+    return {"noise": "uniform", "anneal": policies.LinearAnneal()} | both
 
 
-def _renoised(config: Any) -> dict[str, Any]:
-    accept = policies.EntropyBound(bound=config.entropy_bound)
-    return {"noise": "uniform", "anneal": policies.LinearAnneal()} | _both(policies.Renoise(accept=accept))
-
-
-_OF_FAST = {"block_size": 32, "threshold": 0.9}
+_DREAM = {"alg_temperature": None}
 PRESETS = {
-    "llada": Preset(
-        source="low-confidence remasking, LLaDA, Section 2.4 of arXiv 2502.09992",
-        build=_scored(policies.Confidence()),
-        takes=("alg_temperature",),
-    ),
+    "llada": Preset(source="low-confidence remasking, LLaDA, Section 2.4 of arXiv 2502.09992", defaults=_DREAM),
     "llada-random": Preset(
-        source="random remasking, LLaDA, Algorithm 4 of arXiv 2502.09992",
-        build=_scored(policies.Random()),
+        source="random remasking, LLaDA, Algorithm 4 of arXiv 2502.09992", build=lambda p, _: {"score": p.random_order}
     ),
-    "dream-confidence": Preset(
-        source="maskgit_plus of Dream 7B, arXiv 2508.15487",
-        build=_scored(policies.Confidence()),
-        takes=("alg_temperature",),
-    ),
+    "dream-confidence": Preset(source="maskgit_plus of Dream 7B, arXiv 2508.15487", defaults=_DREAM),
     "dream-margin": Preset(
-        source="topk_margin of Dream 7B, arXiv 2508.15487",
-        build=_scored(policies.Margin()),
-        takes=("alg_temperature",),
+        source="topk_margin of Dream 7B, arXiv 2508.15487", build=lambda p, _: {"score": p.margin}, defaults=_DREAM
     ),
     "dream-entropy": Preset(
         source="entropy of Dream 7B, arXiv 2508.15487",
-        build=_scored(policies.NegativeEntropy()),
-        takes=("alg_temperature",),
+        build=lambda p, _: {"score": p.negative_entropy},
+        defaults=_DREAM,
     ),
     "fast-dllm": Preset(
-        source="parallel decoding without a cache, Fast-dLLM, arXiv 2505.22618",
-        build=_sure(),
-        defaults=_OF_FAST,
-        takes=("threshold", "factor"),
-    ),
-    "fast-dllm-prefix": Preset(
-        source="prefix cache, Fast-dLLM, arXiv 2505.22618",
-        build=_sure(),
-        defaults=_OF_FAST | {"cache": "prefix"},
-        takes=("threshold", "factor"),
-    ),
-    "fast-dllm-dual": Preset(
-        source="dual cache, Fast-dLLM, arXiv 2505.22618",
-        build=_sure(),
-        defaults=_OF_FAST | {"cache": "dual"},
-        takes=("threshold", "factor"),
+        source="parallel decoding, Fast-dLLM, arXiv 2505.22618; cache prefix and dual are its caches",
+        build=_sure,
+        defaults={"block_size": 32, "threshold": 0.9, "factor": None},
     ),
     "bd3lm": Preset(
         source="block diffusion, BD3LM, arXiv 2503.09573; surest first",
-        build=_scored(policies.Confidence()),
-        defaults={"block_size": 8},
-        attention="prompt",
-        takes=("alg_temperature",),
+        defaults={"block_size": 8, "alg_temperature": None},
+        blocks="prompt",
     ),
     "sdar": Preset(
         source="dynamic low-confidence remasking, SDAR, arXiv 2510.06303",
-        build=_sure(at_least="quota"),
+        build=lambda p, c: _sure(p, c, at_least="quota"),
         defaults={"block_size": 4, "threshold": 0.85},
-        attention="grid",
-        takes=("threshold",),
+        blocks="grid",
     ),
     "llada2": Preset(
         source="threshold decoding, LLaDA2.0, arXiv 2512.15745",
-        build=_sure(strict=True, at_least="quota"),
+        build=lambda p, c: _sure(p, c, strict=True, at_least="quota"),
         defaults={"block_size": 32, "threshold": 0.95},
-        attention="grid",
-        takes=("threshold",),
+        blocks="grid",
     ),
     "llada2.1": Preset(
         source="threshold decoding with token editing, LLaDA2.1",
         build=_edited,
-        defaults={"block_size": 32, "threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": 16},
-        attention="grid",
-        takes=("threshold", "editing_threshold", "max_post_steps"),
+        defaults={"block_size": 32, "threshold": 0.7, "editing_threshold": 0.5},
+        blocks="grid",
     ),
     "mdlm": Preset(
         source="ancestral sampling, MDLM, Eq. 7 of arXiv 2406.07524",
-        build=lambda _: {"unmask": policies.Bernoulli()},
+        build=lambda p, _: {"unmask": p.Bernoulli()},
         defaults={"temperature": 1.0},
     ),
     "remdm": Preset(
         source="remasking diffusion, ReMDM, arXiv 2503.00307",
-        build=lambda config: _both(policies.Remasking(kind=config.remasking, eta=config.eta)),
-        defaults={"temperature": 1.0, "remasking": "cap", "eta": 0.02},
-        takes=("remasking", "eta"),
+        build=lambda p, _: _both(p.Remasking()),
+        defaults={"temperature": 1.0},
     ),
     "p2": Preset(
         source="path planning with the model as its own planner, P2, arXiv 2502.03540",
-        build=lambda _: _both(policies.Rerank()),
+        build=lambda p, _: _both(p.Rerank()),
         defaults={"temperature": 1.0},
     ),
     "eb": Preset(
         source="entropy-bounded unmasking, EB-Sampler, arXiv 2505.24857",
-        build=lambda c: {"score": policies.NegativeEntropy(), "unmask": policies.EntropyBound(bound=c.entropy_bound)},
+        build=lambda p, c: {"score": p.negative_entropy, "unmask": p.EntropyBound(bound=c.entropy_bound)},
         defaults={"entropy_bound": 0.1},
-        takes=("entropy_bound",),
     ),
     "duo": Preset(
         source="ancestral sampling under uniform noise with a greedy tail, Duo, arXiv 2506.10892",
-        build=lambda _: {"noise": "uniform", "unmask": policies.AtTheEnd(), "revise": policies.Posterior()},
+        build=lambda p, _: {"noise": "uniform", "unmask": p.at_the_end, "revise": p.Posterior()},
         defaults={"temperature": 1.0},
     ),
     "diffusion-gemma": Preset(
         source="entropy-bounded acceptance and renoising, DiffusionGemma in transformers 5",
         build=_renoised,
         defaults={"entropy_bound": 0.1, "temperature": 1.0, "steps_per_block": 48},
-        takes=("entropy_bound",),
-        attention="prompt",
+        blocks="prompt",
     ),
 }

@@ -40,11 +40,6 @@ class Proposal:
         """Return the probability of one token at each position."""
         return (_at(self.logits, tokens) - self.log_normaliser).exp()
 
-    def margin(self) -> Float[Tensor, "n"]:
-        """Return the probability of the likeliest token less that of the second."""
-        top = (self.logits.topk(2, dim=-1).values.float() - self.log_normaliser[:, None]).exp()
-        return top[:, 0] - top[:, 1]
-
     def entropy(self) -> Float[Tensor, "n"]:
         """Return the entropy in nats."""
         entropy = torch.empty_like(self.log_normaliser)
@@ -195,10 +190,12 @@ def _draw_of_best(scan: _Scan, u: Float[Tensor, "n"], *, top_k: int, top_p: floa
 
 
 def _draw_nucleus(scan: _Scan, u: Float[Tensor, "n"], *, top_p: float) -> Int[Tensor, "n"]:
-    """Draw among the likeliest tokens that together hold p of the mass, without sorting them.
+    """Draw among the likeliest tokens that together hold p of the mass, without sorting the vocabulary.
 
-    Rejection: a draw is inside if the tokens above it hold less than p. One that is outside shows that all below it are
-    outside too: the next is drawn from those above it. Exact, and 1 / p passes are expected at most.
+    Rejection sampling: draw from the whole distribution. The token lies in the nucleus if the tokens with larger logits
+    hold less than p of the mass. If it does not, no token with a smaller logit does either, so the next draw is from
+    those above it alone (`floor`). Every token of the nucleus stays above the floor, so accepted draws have exactly the
+    distribution of the nucleus. A draw is accepted with probability p or more: 1 / p passes are expected at most.
     """
     total = scan.chunk_mass.sum(dim=-1, dtype=torch.float64)
     x_0, left = scan.draw(u), torch.arange(len(u), device=u.device)
@@ -208,7 +205,7 @@ def _draw_nucleus(scan: _Scan, u: Float[Tensor, "n"], *, top_p: float) -> Int[Te
         out = (above.sum(dim=-1, dtype=torch.float64) >= top_p * total[left]).nonzero()[:, 0]  # sync
         if not len(out):
             return x_0
-        left, u = left[out], uniform(u.to(torch.float64)[out].view(torch.int64))  # as random as u, and fixed by it
+        left, u = left[out], uniform(u.to(torch.float64)[out].view(torch.int64))  # hash u: the next one
         scan = replace(
             scan,
             logits=scan.logits[out],
@@ -228,12 +225,8 @@ def _mass_above(scan: _Scan, value: Float[Tensor, "n"]) -> Float[Tensor, "n chun
         is_out = z <= value[rows, None]
         if scan.never is not None:
             is_out[:, scan.never] = True
-        z = (
-            (z - scan.chunk_max[rows].amax(dim=-1, keepdim=True))
-            .div_(scan.temperature)
-            .exp_()
-            .masked_fill_(is_out, 0.0)
-        )
+        z = (z - scan.chunk_max[rows].amax(dim=-1, keepdim=True)).div_(scan.temperature)
+        z = z.exp_().masked_fill_(is_out, 0.0)
         mass[rows] = F.pad(z, (0, -z.shape[1] % VOCAB_CHUNK)).view(len(z), -1, VOCAB_CHUNK).sum(dim=-1)
     return mass
 

@@ -1,36 +1,38 @@
 """Samplers: a combination of policies, and how tokens are drawn."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from redraft.errors import check_count, check_types
+from jaxtyping import Float
+from torch import Tensor
+
 from redraft.layouts import Layout
-from redraft.models.denoiser import Denoiser
+from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies
-from redraft.sampling.budget import Budget
-from redraft.sampling.caching import ApproximatePlanner, ExactPlanner, Planner
+from redraft.sampling.config import SamplingConfig, Share
 from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.guidance import Guide
-
-CacheKind = Literal["none", "exact", "prefix", "dual"]
+from redraft.sampling.presets import preset_from_name
+from redraft.settings import Count, NonNegative, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler:
+class Sampler(Settings):
     """A combination of policies, and how tokens are drawn."""
 
-    steps: int | None = None
+    steps: Count | None = None
     """Denoising steps for a whole row, shared evenly by its blocks (rounded up); None: one for each of its tokens."""
-    steps_per_block: int | None = None
+    steps_per_block: Count | None = None
     """Steps for each block instead."""
-    frontier: policies.Frontier = field(default_factory=policies.WholeCanvas)
-    score: policies.Score = field(default_factory=policies.Confidence)
+    forwards: Count | None = None
+    """Forwards at most. Whatever the policies say, every step commits its share of what is left."""
+    frontier: policies.Frontier = field(default_factory=policies.Blocks)
+    score: policies.Score = policies.confidence
     unmask: policies.Unmask = field(default_factory=policies.Quota)
     revise: policies.Revise | None = None
-    stop: policies.Stop = field(default_factory=policies.Filled)
-    cache: CacheKind = "none"
-    refresh: int | None = None
-    """Steps after which an approximate cache is filled anew inside a block; by default only when a block opens."""
+    stop: policies.Stop = policies.filled
+    cache: Literal["none", "exact", "prefix", "dual"] = "none"
     layout: Layout | None = None
     """Attention; by default the model's own."""
     is_grid_from_prompt: bool = False
@@ -39,46 +41,63 @@ class Sampler:
     """What noise looks like: the mask token, or any token of the vocabulary."""
     cfg_scale: float = 0.0
     """Classifier-free guidance; 0 for none."""
-    budget: Budget = field(default_factory=Budget)
     guides: tuple[Guide, ...] = ()
-    """Changes to the logits before the draw: rewards, logits processors, one's own."""
+    """Changes to the logits before the draw: rewards, logits processors, your own."""
     constraint: TextConstraint | None = None
     """What the new text must be, whatever is decided in whatever order."""
-    anneal: policies.Anneal | None = None
-    """What the logits are divided by as a block goes on; `temperature` divides the draw alone, after it."""
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
+    anneal: Callable[[policies.Window], Float[Tensor, "batch"]] | None = None
+    """What each row's logits are divided by as a block goes on; `temperature` divides the draw alone, after it."""
+    temperature: NonNegative = 0.0
+    top_p: Share | None = None
+    top_k: Count | None = None
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_count("steps", self.steps)
-        check_count("steps_per_block", self.steps_per_block)
-        if self.temperature < 0:
-            raise ValueError(
-                f"temperature must not be negative; got {self.temperature}. Use 0 for the likeliest token."
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is a share of the mass in (0, 1]; got {self.top_p}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1; got {self.top_k}. Leave it out for the whole vocabulary.")
-        if self.refresh is not None and self.refresh < 1:
-            raise ValueError(f"refresh must be at least 1 step; got {self.refresh}.")
+    @property
+    def needs_all_steps(self) -> bool:
+        """Whether nothing in a block is final before its last step."""
+        return self.revise is not None and self.revise.needs_all_steps
 
-    def planner(self, denoiser: Denoiser) -> Planner | None:
-        """Choose how keys and values are kept. Raises ValueError for a cache that the attention does not allow."""
-        layout, shift = self.layout or denoiser.settings.layout, denoiser.settings.shift_logits
-        if self.cache == "none":
-            return None
-        if self.cache == "exact":
-            if layout.block_size is None:
-                raise ValueError(
-                    "cache 'exact' needs block-causal attention, and this model attends to everything. Use 'prefix' "
-                    "or 'dual' (approximate), or 'none'."
-                )
-            return ExactPlanner(layout=layout, shift=shift)
-        if layout.block_size is not None:
-            raise ValueError(
-                f"cache {self.cache!r} approximates full attention, and this model is block-causal. Use 'exact'."
-            )
-        return ApproximatePlanner(is_dual=self.cache == "dual", shift=shift, refresh=self.refresh)
+
+def build_sampler(
+    config: SamplingConfig,
+    settings: DiffusionSettings,
+    *,
+    eos_token_ids: tuple[int, ...] = (),
+    decode: Callable[[Any, Any], Sequence[str]] | None = None,
+) -> Sampler:
+    """Build the combination of policies for a model. `decode` gives the texts that stop strings are looked for in."""
+    preset, chosen = preset_from_name(config.preset), config.resolved()
+    forwards = config.forwards
+    if config.budget is not None:
+        forwards = max(1, round(config.budget * config.max_new_tokens))
+    has_blocks = preset.blocks != "model" or settings.block_size is not None
+    layout = (
+        Layout(block_size=config.block_size or settings.block_size or chosen.block_size) if has_blocks else Layout()
+    )
+    stop: policies.Stop = policies.filled
+    if config.stop is not None and eos_token_ids:
+        stop = policies.EndOfSequence(eos_token_ids=eos_token_ids)
+    if isinstance(config.stop, tuple) and decode is not None:
+        stop = policies.StopStrings(strings=config.stop, decode=decode, otherwise=stop)
+    frontier = policies.Blocks(
+        size=layout.block_size or chosen.block_size, on_grid=has_blocks and preset.blocks != "prompt"
+    )
+    fields: dict[str, Any] = {"frontier": frontier, "score": policies.confidence} | preset.build(policies, chosen)
+    if chosen.alg_temperature:
+        fields["score"] = policies.GumbelScore(score=fields["score"], temperature=chosen.alg_temperature)
+    cache = chosen.cache or "auto"
+    if cache == "auto":
+        cache = "none" if layout.block_size is None else "exact"
+    return Sampler(
+        steps=config.steps or forwards or config.max_new_tokens,
+        steps_per_block=chosen.steps_per_block,
+        forwards=forwards,
+        stop=stop,
+        cache=cache,
+        layout=layout,
+        is_grid_from_prompt=preset.blocks == "prompt",
+        cfg_scale=config.cfg_scale,
+        temperature=chosen.temperature or 0.0,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        **fields,
+    )

@@ -8,12 +8,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from redraft.sampling.canvas import Canvas, Status
-from redraft.sampling.policies import Action, Candidates, Draws, Kind
-from redraft.sampling.policies.action import setting
-from redraft.sampling.policies.candidates import DRAW_TOKEN
+from redraft.sampling.policies.candidates import DRAW_TOKEN, Candidates
+from redraft.sampling.policies.revise import Action, Kind
 from redraft.sampling.policies.unmask import best
 from redraft.sampling.propose import Proposal, propose
-from redraft.sampling.rows import Question, Rows
+from redraft.sampling.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class Step:
     """The columns that the step worked on: those below; None for all."""
     kind: UInt8[Tensor, "batch width"]
     proposed: Int[Tensor, "batch width"]
-    sureness: Float[Tensor, "batch width"]
+    proposed_confidence: Float[Tensor, "batch width"]
 
     @property
     def x_0(self) -> Int[Tensor, "batch seq"]:
@@ -44,7 +43,9 @@ class Step:
     @property
     def confidence(self) -> Float[Tensor, "batch seq"]:
         """Probability of the proposals; 0 where nothing was open."""
-        return self._spread(self.sureness, torch.zeros_like(self.canvas.confidence, dtype=self.sureness.dtype))
+        return self._spread(
+            self.proposed_confidence, torch.zeros_like(self.canvas.confidence, dtype=self.proposed_confidence.dtype)
+        )
 
     @property
     def is_committed(self) -> Bool[Tensor, "batch seq"]:
@@ -68,43 +69,34 @@ class Step:
         return part if self.at is None else elsewhere.scatter(1, self.at, part)
 
 
-def decide(rows: Rows, question: Question) -> tuple[Step, Int[Tensor, "5 batch"]]:
+def decide(rows: Rows) -> tuple[Step, Int[Tensor, "5 batch"]]:
     """Turn logits into a step; where a policy raises, the rows are as they were.
 
     Also says of each row whether it is done, is stuck, met NaN, and has finished its block, and where its first
     undecided position is.
     """
-    sampler, logits = rows.sampler, rows.logits
+    sampler, window, logits, before = rows.sampler, rows.window, rows.logits, rows.part
     assert logits is not None
-    draws, before = question.draws, rows.part
     if sampler.guides:
         logits = logits.clone()  # they may work in place, and the next step may ask for the same logits
-    whole = draws.rows * rows.canvas.tokens.shape[1] + draws.positions
+    where = window.rows * rows.canvas.tokens.shape[1] + window.positions
     for guide in sampler.guides:
-        logits = guide(logits, rows.canvas, whole)
+        logits = guide(logits, rows.canvas, where)
     if sampler.anneal is not None:
-        logits = logits / sampler.anneal(question.window)[draws.rows, None]
-    candidates = Candidates(
-        canvas=before,
-        window=question.window,
-        where=question.where,
-        proposal=_propose(rows, logits, draws, whole),
-        previous=rows.seen(rows.previous),
-        draws=draws,
-    )
+        logits = logits / sampler.anneal(window)[window.rows, None]
+    proposal = _propose(rows, logits, where)
+    candidates = Candidates(canvas=before, window=window, proposal=proposal, previous=rows.in_columns(rows.previous))
     score = candidates.spread(sampler.score(candidates))
     is_set = sampler.unmask(score, candidates) & candidates.is_open_noise
-    if question.least is not None:  # more, the surest first, where the policy committed too few
-        count = torch.maximum(question.least, is_set.sum(dim=1))
+    if rows.num_required is not None:  # more, the surest first, where the policy committed too few
+        count = torch.maximum(rows.num_required, is_set.sum(dim=1))
         is_set = best(score.masked_fill(is_set, torch.inf), candidates, count)
-    action = setting(is_set, candidates.x_0)
+    is_last_forward = torch.zeros_like(is_set[:, 0]) if rows.left is None else rows.left == 1
+    action = Action(kind=is_set.to(torch.uint8), tokens=candidates.x_0, closes_block=is_last_forward)
     if sampler.revise is None:
         after, kind = before.place(is_set, candidates.x_0, candidates.confidence), action.kind
     else:
-        action = sampler.revise(action, candidates)
-        if question.left is not None:
-            action = action.closing(question.left == 1)
-        after, kind = _revised(rows, action, candidates)
+        after, kind, action = _revised(rows, action, candidates)
     canvas = after if rows.at is None else rows.canvas.with_columns(rows.at, after)
     is_done = sampler.stop(canvas, after)
     step = Step(
@@ -116,63 +108,60 @@ def decide(rows: Rows, question: Question) -> tuple[Step, Int[Tensor, "5 batch"]
         at=rows.at,
         kind=kind,
         proposed=candidates.x_0,
-        sureness=candidates.confidence,
+        proposed_confidence=candidates.confidence,
     )
-    if rows.told.numel():
-        rows.told = logits.view_as(rows.told).to(rows.told.dtype)
-    is_stuck, is_finished, first = rows.take(canvas, after, action.tokens, question.window)
-    is_nan = candidates.proposal.log_normaliser.isnan().any().expand_as(is_done)
+    if rows.predicted.numel():
+        rows.predicted = logits.view_as(rows.predicted).to(rows.predicted.dtype)
+    is_stuck, is_finished, first = rows.take(canvas, after, action.tokens)
+    is_nan = proposal.log_normaliser.isnan().any().expand_as(is_done)
     return step, torch.stack([is_done.long(), is_stuck * ~is_done, is_nan.long(), is_finished, first])
 
 
-def _propose(rows: Rows, logits: Float[Tensor, "n vocab"], draws: Draws, where: Int[Tensor, "n"]) -> Proposal:
+def _propose(rows: Rows, logits: Float[Tensor, "n vocab"], where: Int[Tensor, "n"]) -> Proposal:
     sampler = rows.sampler
     never = rows.prior[0] if sampler.noise == "mask" else None
-    how: dict[str, Any] = {
-        "u": draws.uniform(DRAW_TOKEN) if sampler.temperature else None,
-        "temperature": sampler.temperature,
-        "top_k": sampler.top_k,
-        "top_p": sampler.top_p,
-    }
+    u = rows.window.uniform(DRAW_TOKEN) if sampler.temperature else None
+    draw: dict[str, Any] = {"u": u, "temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
     if sampler.constraint is None:
-        return propose(logits, never=never, **how)
+        return propose(logits, never=never, **draw)
     plain = propose(logits, never=never)
-    return sampler.constraint(plain, rows.canvas, where, with_best=sampler.noise == "uniform", **how)
+    return sampler.constraint(plain, rows.canvas, where, with_best=sampler.noise == "uniform", **draw)
 
 
-def _revised(rows: Rows, action: Action, candidates: Candidates) -> tuple[Canvas, UInt8[Tensor, "batch width"]]:
-    """Do what fits: set and redraw open noise, edit and reopen drafts, and close what is finished."""
-    canvas, kind, noise = candidates.canvas, action.kind, action.noise
+def _revised(rows: Rows, action: Action, candidates: Candidates) -> tuple[Canvas, UInt8[Tensor, "batch width"], Action]:
+    """Do what fits: set and redraw open noise, edit and reopen drafts, and close what is finished.
+
+    In the last forward of a budget a block closes, so nothing of it becomes or stays noise.
+    """
+    assert rows.sampler.revise is not None
+    is_last_forward, action = action.closes_block, rows.sampler.revise(action, candidates)
+    canvas, kind = candidates.canvas, action.kind
     is_set = (kind == Kind.SET) & candidates.is_open_noise
     is_edit = (kind == Kind.EDIT) & canvas.is_draft
-    is_reopened = (kind == Kind.REOPEN) & canvas.is_draft
-    is_noised = is_reopened | (kind == Kind.RENOISE) & candidates.is_open_noise
+    is_reopened = (kind == Kind.REOPEN) & canvas.is_draft & ~is_last_forward[:, None]
+    is_renoised = (kind == Kind.RENOISE) & candidates.is_open_noise & ~is_last_forward[:, None]
     canvas = canvas.place(is_set | is_edit, action.tokens, candidates.confidence, status=Status.DRAFT)
-    canvas = canvas.reopen(is_noised, rows.noise(rows.age, rows.columns) if noise is None else noise)
+    noise = rows.noise(rows.age, rows.columns) if action.noise is None else action.noise
+    canvas = canvas.reopen(is_reopened | is_renoised, noise)
     has_noise = (candidates.window.is_open & canvas.is_noise).any(dim=1)
-    canvas = canvas.settle((action.may_close & ~has_noise)[:, None].expand_as(is_set))
-    return canvas, kind.masked_fill(~(is_set | is_edit | is_reopened), 0)
+    closes = (action.closes_block | is_last_forward) & ~has_noise
+    canvas = canvas.settle(closes[:, None].expand_as(is_set))
+    return canvas, kind.masked_fill(~(is_set | is_edit | is_reopened), 0), action
 
 
 def no_progress(rows: Rows, step: Step, place: int) -> ValueError:
-    """Say which policy keeps a row from its end."""
+    """Make the error that says which policy keeps a row from its end."""
     sampler = rows.sampler
     is_noise, is_draft = rows.canvas.is_noise[place], rows.canvas.is_draft[place]
     is_open = (is_noise | is_draft) & (rows.block_of[place] <= rows.last_block[place])
-    is_revised = sampler.revise is not None and bool(
-        not is_noise.any() or step.is_committed[place].any() or rows.num_stalled[place]
-    )
-    policy: object
+    has_committed = not is_noise.any() or step.is_committed[place].any() or rows.num_stalled[place]
+    policy: object = sampler.unmask
+    what = "noise is left after a block's last step. An Unmask must commit some in each step"
     if not (is_noise | is_draft).any():
         policy, what = sampler.stop, "everything is decided, and it is not done. A Stop must end such a row"
     elif not is_open.any():
         policy, what = sampler.frontier, "no block is open. A Frontier must have at least one block in flight"
-    elif is_revised:
+    elif sampler.revise is not None and bool(has_committed):
         policy, what = sampler.revise, "a block stays open after its last step. A Revise must let it close then"
-    else:
-        policy, what = (
-            sampler.unmask,
-            "noise is left after a block's last step. An Unmask must commit some in each step",
-        )
     name = getattr(policy, "__qualname__", type(policy).__name__)
     return ValueError(f"{name} makes no progress in row {int(step.rows[place])}: {what}.")

@@ -9,12 +9,22 @@ import torch
 from safetensors.torch import load_file
 
 import redraft
+from redraft.sampling.presets import PRESETS
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = {"fast_dllm_llada": "llada"}
 LEFT_PADDED = {"Dream", "BD3LM"}
 DREAM = {"maskgit_plus": "dream-confidence", "topk_margin": "dream-margin", "entropy": "dream-entropy"}
 MASK = 255
+
+
+def short_edits(policies, config):
+    """Edit as LLaDA2.1 does, at most 4 times."""
+    edit = policies.TokenEdit(threshold=config.editing_threshold, max_post_steps=4)
+    return PRESETS["llada2.1"].build(policies, config) | {"revise": edit}
+
+
+SHORT_EDITS = replace(PRESETS["llada2.1"], build=short_edits)
 
 
 def cases():
@@ -26,7 +36,7 @@ def cases():
 
 SETTINGS = (
     "max_new_tokens", "steps", "steps_per_block", "block_size", "cfg_scale", "threshold", "factor",
-    "editing_threshold", "max_post_steps",
+    "editing_threshold",
 )  # fmt: skip
 
 
@@ -38,11 +48,11 @@ def settings(case):
     elif case["sampler"] == "Dream":
         name = DREAM[case["alg"]]
     elif case["sampler"] == "Fast-dLLM LLaDA":
-        name = {None: "fast-dllm", "prefix": "fast-dllm-prefix", "dual": "fast-dllm-dual"}[case["use_cache"]]
+        name, chosen["cache"] = "fast-dllm", case["use_cache"] or "none"
         if "threshold" not in case and "factor" not in case:
-            name, chosen["cache"] = "llada", case["use_cache"] or "none"
+            name = "llada"
     else:
-        name = {"BD3LM": "bd3lm", "LLaDA2.0": "llada2", "LLaDA2.1": "llada2.1"}[case["sampler"]]
+        name = {"BD3LM": "bd3lm", "LLaDA2.0": "llada2", "LLaDA2.1": f"{__name__}:SHORT_EDITS"}[case["sampler"]]
     return chosen | {"preset": name, "stop": None, "temperature": 0.0, "top_p": None, "alg_temperature": None}
 
 

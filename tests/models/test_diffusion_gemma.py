@@ -15,6 +15,7 @@ from redraft.prompts import row_keys
 from redraft.sampling.batch import denoise
 from redraft.sampling.canvas import Status, build_canvas
 from redraft.sampling.config import SamplingConfig
+from redraft.sampling.sampler import build_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # their generate
 
@@ -90,7 +91,7 @@ PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3, 9, 8], [20]]
 def generated(lm, prompts, *, confident=0.005, **settings):
     """Generate as the preset does, with another threshold of confidence; return tokens and steps of each row."""
     config = SamplingConfig(preset="diffusion-gemma", **settings)
-    sampler = config.sampler(lm.denoiser.settings)
+    sampler = build_sampler(config, lm.denoiser.settings)
     renoise = replace(sampler.revise, confident=confident)
     sampler = replace(sampler, unmask=renoise.unmask, revise=renoise)
     rows = [torch.tensor(prompt + [0] * config.max_new_tokens) for prompt in prompts]

@@ -15,6 +15,7 @@ from tiny_gemma import CANVAS, tiny_gemma
 
 import redraft
 from redraft.language_model import LanguageModel
+from redraft.layouts import Layout
 from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.settings import DiffusionSettings
 from redraft.prompts import row_keys
@@ -24,7 +25,7 @@ from redraft.sampling.canvas import build_canvas
 from redraft.sampling.config import SamplingConfig
 from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.presets import PRESETS
-from redraft.sampling.sampler import Sampler
+from redraft.sampling.sampler import Sampler, build_sampler
 
 MASK, NEW = 2, 12
 MODELS = ("full", "block-causal", "shifted", "encoder-decoder")
@@ -61,7 +62,7 @@ def some_sampler(rng, lm):
         config = SamplingConfig(
             preset="diffusion-gemma", steps_per_block=rng.randint(1, 6), block_size=CANVAS, **settings
         )
-        sampler = config.sampler(lm.denoiser.settings, eos_token_ids=ends)
+        sampler = build_sampler(config, lm.denoiser.settings, eos_token_ids=ends)
         return replace(sampler, cache=rng.choice(["exact", "none"]))
     settings["cfg_scale"] = rng.choice([0.0, 0.0, 0.0, 1.5])
     if rng.random() < 0.3:
@@ -70,18 +71,19 @@ def some_sampler(rng, lm):
         settings["steps_per_block"] = rng.randint(1, 5)
     if rng.random() < 0.3:
         settings |= {"top_p": 0.9} if rng.random() < 0.5 else {"top_k": 5}
-    if rng.random() < 0.3:
-        settings["blocks_in_flight"] = 2
+    in_flight = 2 if rng.random() < 0.3 else 1
     settings["block_size"] = 4
     preset = rng.choice(sorted(PRESETS))
-    sampler = SamplingConfig(preset=preset, **settings).sampler(lm.denoiser.settings, eos_token_ids=ends)
+    config = SamplingConfig(preset=preset, **settings)
+    sampler = build_sampler(config, lm.denoiser.settings, eos_token_ids=ends)
+    sampler = replace(sampler, frontier=replace(sampler.frontier, in_flight=in_flight))
     has_blocks = (sampler.layout or lm.denoiser.settings.layout).block_size is not None
     kinds = ("exact", "exact", "none") if has_blocks else ("none", "prefix", "dual")
-    sampler = replace(sampler, cache=rng.choice(kinds), refresh=rng.choice([None, 2]))
+    sampler = replace(sampler, cache=rng.choice(kinds))
     if rng.random() < 0.15 and sampler.noise == "mask":
         sampler = replace(sampler, constraint=constraint())
     if rng.random() < 0.15 and sampler.revise is None:
-        sampler = replace(sampler, score=p.Perturbed(score=p.Margin(), temperature=0.3), unmask=p.Bernoulli())
+        sampler = replace(sampler, score=p.GumbelScore(score=p.margin, temperature=0.3), unmask=p.Bernoulli())
     return sampler
 
 
@@ -182,7 +184,7 @@ def fed(monkeypatch):
     return counts
 
 
-EXACT = Sampler(cache="exact", frontier=p.GridBlocks(size=4), steps_per_block=4)
+EXACT = Sampler(cache="exact", frontier=p.Blocks(size=4, on_grid=True), steps_per_block=4)
 KEY = torch.tensor([7])
 
 
@@ -285,7 +287,7 @@ def test_a_row_that_leaves_moves_one_row_of_the_slots():
 
 def test_rows_of_unlike_samplers_share_a_forward(fed):
     batch = Batch(load("block-causal").denoiser)
-    greedy, drawn = replace(EXACT, steps_per_block=2), replace(EXACT, temperature=0.7, score=p.Margin())
+    greedy, drawn = replace(EXACT, steps_per_block=2), replace(EXACT, temperature=0.7, score=p.margin)
     batch.join(canvas_of([5] * 4), greedy, row_keys=KEY)
     batch.join(canvas_of([6] * 4, [7] * 4), drawn, row_keys=torch.arange(2))
     batch.tick()
@@ -349,7 +351,7 @@ def test_a_generator_that_is_closed_lets_its_rows_go():
 @pytest.mark.parametrize("preset", ["llada", "duo", "p2", "mdlm"])
 def test_a_forward_that_was_interrupted_is_made_again(preset):
     lm, fails = load("full"), []
-    sampler = SamplingConfig(preset=preset, max_new_tokens=NEW, steps=6).sampler(lm.denoiser.settings)
+    sampler = build_sampler(SamplingConfig(preset=preset, max_new_tokens=NEW, steps=6), lm.denoiser.settings)
     expected = [of_row(step, 0, 15) for step in denoise(lm.denoiser, canvas_of([5, 6, 7]), sampler, row_keys=KEY)]
 
     def interrupt(*_):
@@ -448,10 +450,10 @@ def test_a_row_that_is_stuck_leaves_its_neighbours_running():
 
     class Some:
         def __call__(self, score, candidates):
-            return candidates.is_open_noise & (candidates.draws.row_keys != 99)[:, None]
+            return candidates.is_open_noise & (candidates.window.row_keys != 99)[:, None]
 
     batch = Batch(lm.denoiser)
-    sampler = Sampler(frontier=p.GridBlocks(size=4), steps_per_block=2, unmask=Some())
+    sampler = Sampler(frontier=p.Blocks(size=4, on_grid=True), steps_per_block=2, unmask=Some())
     _, bad = batch.join(canvas_of([5] * 4, [6] * 4), sampler, row_keys=torch.tensor([1, 99]))
     with pytest.raises(ValueError, match="Some makes no progress in row 1"):
         drain(batch)
@@ -493,8 +495,9 @@ def test_conversations_that_begin_alike_keep_what_they_have(fed):
 def test_slots_of_a_kind_that_no_row_needs_are_given_back():
     lm = load("full")
     batch = Batch(lm.denoiser, max_rows=4, max_positions=40)
-    for refresh in range(1, 9):
-        sampler = Sampler(cache="dual", refresh=refresh, frontier=p.GridBlocks(size=4), steps_per_block=1)
+    for size in range(1, 9):
+        frontier = p.Blocks(size=4, on_grid=True)
+        sampler = Sampler(cache="exact", layout=Layout(block_size=size), frontier=frontier, steps_per_block=1)
         list(denoise(lm.denoiser, canvas_of([5]), sampler, row_keys=KEY, batch=batch))
     assert len(batch._forwards) == 1
 
@@ -509,14 +512,14 @@ def test_a_position_that_was_filled_and_reopened_between_forwards_is_no_new_inpu
     lm = load("full")
 
     class Blinks:
-        looks_at_drafts, is_clocked = False, True
+        looks_at_drafts, needs_all_steps = False, True
 
         def unmask(self, score, candidates):
             return candidates.is_open_noise
 
         def __call__(self, action, candidates):
             is_reopened = candidates.canvas.is_draft & ~candidates.window.is_last[:, None]
-            return replace(action.having(p.Kind.REOPEN, is_reopened), may_close=candidates.window.is_last)
+            return replace(action.with_kind(p.Kind.REOPEN, is_reopened), closes_block=candidates.window.is_last)
 
     both = Blinks()
     sampler = Sampler(steps=7, unmask=both.unmask, revise=both)
@@ -527,7 +530,7 @@ def test_a_position_that_was_filled_and_reopened_between_forwards_is_no_new_inpu
 def test_logits_are_known_for_the_same_rows_and_positions_alone():
     """One row asks again what it asked before, and another no more: as many logits as the last forward gave."""
     lm, both = load("full"), p.Remasking(kind="conf", eta=0.3)
-    sampler = Sampler(steps=14, frontier=p.GridBlocks(size=4), unmask=both.unmask, revise=both)
+    sampler = Sampler(steps=14, frontier=p.Blocks(size=4, on_grid=True), unmask=both.unmask, revise=both)
     prompts = [[13, 0, 12], [34, 0, 18, 38, 0, 21, 0]]
     keys = row_keys([torch.tensor(prompt) for prompt in prompts], seed=3)
     together = list(denoise(lm.denoiser, canvas_of(*prompts), sampler, row_keys=keys))

@@ -113,8 +113,8 @@ def test_what_cannot_be_satisfied_fails_before_the_first_forward(lm, monkeypatch
 
 
 def test_a_constraint_is_compiled_once(lm):
-    assert lm.compile(redraft.Regex("a+b")) is lm.compile(redraft.Regex("a+b"))
-    assert lm.compile(redraft.Regex("a+b")) is not lm.compile(redraft.Regex("a+c"))
+    assert lm.compile_constraint(redraft.Regex("a+b")) is lm.compile_constraint(redraft.Regex("a+b"))
+    assert lm.compile_constraint(redraft.Regex("a+b")) is not lm.compile_constraint(redraft.Regex("a+c"))
 
 
 @dataclass(frozen=True)
@@ -135,30 +135,34 @@ def test_a_users_own_constraints_are_told_apart_whatever_their_repr(lm):
         pattern = "a+" if constraint is a or getattr(constraint, "parts", [None])[0] is a else "b+"
         texts = lm.generate("the", constraint=constraint, max_new_tokens=8, steps=8).texts
         assert re.fullmatch(pattern, texts[0])
-    assert lm.compile(a) is lm.compile(a)
+    assert lm.compile_constraint(a) is lm.compile_constraint(a)
 
 
 def test_equal_constraints_are_prepared_once_and_those_that_only_compare_equal_are_not(lm):
-    assert lm.compile(redraft.JsonSchema({"const": 1})) is lm.compile(redraft.JsonSchema({"const": 1}))
-    assert lm.compile(redraft.JsonSchema({"const": 1})) is not lm.compile(redraft.JsonSchema({"const": True}))
+    assert lm.compile_constraint(redraft.JsonSchema({"const": 1})) is lm.compile_constraint(
+        redraft.JsonSchema({"const": 1})
+    )
+    assert lm.compile_constraint(redraft.JsonSchema({"const": 1})) is not lm.compile_constraint(
+        redraft.JsonSchema({"const": True})
+    )
     schema = {"const": 1}
-    before = lm.compile(redraft.JsonSchema(schema))
+    before = lm.compile_constraint(redraft.JsonSchema(schema))
     schema["const"] = 2
-    assert lm.compile(redraft.JsonSchema(schema)) is not before
+    assert lm.compile_constraint(redraft.JsonSchema(schema)) is not before
 
 
 def test_a_constraint_is_prepared_anew_for_another_tokenizer_or_end(lm):
     constraint = redraft.Regex("[a-z]+")
-    compiled = lm.compile(constraint)
+    compiled = lm.compile_constraint(constraint)
     other = replace(lm, tokenizer=train_tokenizer(["xyz " * 9, "the quick"], vocab_size=262))
-    assert len(other.compile(constraint).automaton.class_of) == len(other.tokenizer)
-    assert replace(lm, eos_token_ids=(5,)).compile(constraint) is not compiled
-    assert lm.compile(constraint) is compiled
+    assert len(other.compile_constraint(constraint).automaton.class_of) == len(other.tokenizer)
+    assert replace(lm, eos_token_ids=(5,)).compile_constraint(constraint) is not compiled
+    assert lm.compile_constraint(constraint) is compiled
 
 
 def test_a_model_keeps_few_constraints_prepared(lm):
     for i in range(MAX_COMPILED + 5):
-        lm.compile(redraft.Regex("a" * (i + 1)))
+        lm.compile_constraint(redraft.Regex("a" * (i + 1)))
     assert len(lm._compiled) == MAX_COMPILED
 
 

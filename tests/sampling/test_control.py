@@ -1,8 +1,8 @@
 """What a caller can lay hands on: guides, streamers, transformers' own generate, sessions, samples, budgets."""
 
 import math
-from dataclasses import fields, replace
-from typing import get_args
+from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,12 +15,11 @@ from redraft.models.encoder_decoder import EncoderDecoder
 from redraft.models.settings import DiffusionSettings
 from redraft.sampling import policies as p
 from redraft.sampling.batch import Batch, denoise
-from redraft.sampling.budget import Budget
 from redraft.sampling.canvas import Status
 from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.guidance import Reward
 from redraft.sampling.presets import PRESETS
-from redraft.sampling.sampler import Sampler
+from redraft.sampling.sampler import Sampler, build_sampler
 
 PROMPT = [5, 6, 7, 8, 9]
 
@@ -119,7 +118,8 @@ def test_guides_that_work_in_place_see_fresh_logits_in_every_step(lm):
 
 def test_the_models_own_blocks_go_before_a_presets(blocks):
     for name in ("sdar", "llada2", "bd3lm", "fast-dllm"):
-        assert blocks.sampling_config(preset=name, max_new_tokens=32).layout(blocks.denoiser.settings).block_size == 4
+        config = blocks.sampling_config(preset=name, max_new_tokens=32)
+        assert build_sampler(config, blocks.denoiser.settings).layout.block_size == 4
 
 
 def test_a_session_of_other_blocks_is_not_taken_over(blocks):
@@ -138,12 +138,6 @@ def test_an_infilled_row_does_not_depend_on_the_holes_beside_it(lm):
         alone = lm.infill(row, preset=preset).sequences[0]
         assert torch.equal(lm.infill([row, other], preset=preset).sequences[0], alone)
     assert 2 not in lm.infill(other, block_size=24).tokens[0]
-
-
-def test_time_that_is_short_still_runs_the_clock_to_its_end(lm):
-    remdm = lm.generate(PROMPT, preset="remdm", max_new_tokens=100, seconds=0.05, stop=None)
-    assert remdm.forwards[0] < 100
-    assert 2 not in remdm.tokens[0]
 
 
 def test_a_session_feeds_only_what_is_new_and_changes_nothing(blocks, monkeypatch):
@@ -216,7 +210,7 @@ def test_neighbours_change_no_rows_forwards(lm):
 
 def test_a_budget_of_forwards_is_spent_on_forwards_alone(lm):
     canvas = lm._canvas_after([torch.tensor(PROMPT)], 6, Sampler())
-    lazy = Sampler(steps=12, unmask=p.AtTheEnd(), revise=p.Remasking(), budget=Budget(forwards=3))
+    lazy = Sampler(steps=12, unmask=p.at_the_end, revise=p.Remasking(), forwards=3)
     *_, last = denoise(lm.denoiser, canvas, lazy, row_keys=torch.tensor([0]))
     assert (last.age.tolist(), last.num_forwards.tolist()) == ([2], [1])  # the clock has three steps with one input
 
@@ -225,13 +219,13 @@ def test_a_budget_of_forwards_is_spent_on_forwards_alone(lm):
     ("chosen", "message"),
     [
         ({"budget": 0.5, "steps": 3}, "steps and budget each say what a text may cost"),
-        ({"budget": 1.5}, "budget is a share of one forward per token"),
-        ({"forwards": 0}, "forwards must be at least 1"),
-        ({"seconds": 0.0}, "seconds must be positive"),
-        ({"num_samples": 0}, "num_samples must be at least 1"),
-        ({"threshold": 0.5}, "threshold means nothing to preset 'llada'.*fast-dllm"),
+        ({"budget": 1.5}, "budget must lie in .0, 1.; got 1.5"),
+        ({"forwards": 0}, "forwards must lie in .1, 1048576.; got 0"),
+        ({"num_samples": 0}, "num_samples must lie in .1, 1048576.; got 0"),
+        ({"threshold": 0.5}, "preset 'llada' has no setting 'threshold'; got 0.5. It is for fast-dllm"),
         ({"cache": "exact"}, "needs block-causal attention"),
-        ({"preset": "remdm", "remasking": "sometimes"}, "cap, rescale, conf or loop; got 'sometimes'"),
+        ({"seconds": 2.0}, "setting 'seconds' was removed; got 2.0. Use forwards"),
+        ({"preset": "remdm", "eta": 0.1}, r"setting 'eta' was removed; got 0.1.*MODULE:NAME.*Remasking\(eta=...\)"),
     ],
 )
 def test_what_does_not_fit_is_told(lm, chosen, message):
@@ -241,8 +235,7 @@ def test_what_does_not_fit_is_told(lm, chosen, message):
 
 FLOATS = {
     "temperature": "llada", "top_p": "llada", "cfg_scale": "llada", "alg_temperature": "llada", "budget": "llada",
-    "seconds": "llada", "threshold": "sdar", "factor": "fast-dllm", "entropy_bound": "eb", "eta": "remdm",
-    "editing_threshold": "llada2.1",
+    "threshold": "sdar", "factor": "fast-dllm", "entropy_bound": "eb", "editing_threshold": "llada2.1",
 }  # fmt: skip
 
 
@@ -250,14 +243,13 @@ FLOATS = {
     ("name", "preset"),
     [
         *((name, "llada") for name in ("max_new_tokens", "steps", "forwards", "num_samples", "block_size")),
-        ("steps_per_block", "mdlm"), ("blocks_in_flight", "sdar"), ("block_size", "sdar"),
-        ("max_post_steps", "llada2.1"),
+        ("steps_per_block", "mdlm"), ("block_size", "sdar"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [10**9, 10**18, 10**30])
 def test_counts_that_can_only_be_mistakes_are_refused_at_once(lm, name, preset, value, monkeypatch):
     monkeypatch.setattr(type(lm), "encode", None)  # refused before a prompt is looked at
-    with pytest.raises(ValueError, match=rf"{name} must be .*; got {value}\."):
+    with pytest.raises(ValueError, match=rf"{name} must lie in .*; got {value}\."):
         lm.generate(PROMPT, preset=preset, **{name: value})
 
 
@@ -273,13 +265,13 @@ def test_a_saved_block_size_makes_way_for_a_length_without_trying_all_its_diviso
     saved = {"preset": "sdar", "block_size": 32}
     assert with_saved(saved, {"max_new_tokens": 999_983}).block_size == 1  # a prime
     assert with_saved(saved, {"max_new_tokens": 40}).block_size == 20
-    with pytest.raises(ValueError, match="max_new_tokens must be at most 1048576"):
+    with pytest.raises(ValueError, match="max_new_tokens must lie in .1, 1048576."):
         with_saved(saved, {"max_new_tokens": 10**18 + 1})
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**30])
 def test_a_seed_has_64_bits(seed):
-    with pytest.raises(ValueError, match="seed must be a 64-bit integer"):
+    with pytest.raises(ValueError, match="seed must lie in"):
         SamplingConfig(seed=seed)
     assert SamplingConfig(seed=2**63 - 1).seed == 2**63 - 1
 
@@ -289,16 +281,17 @@ def test_no_setting_may_be_infinite_or_nan(value):
     for name, preset in FLOATS.items():
         with pytest.raises(ValueError, match=f"{name} must be a finite number; got {value}"):
             SamplingConfig(preset=preset, **{name: value})
-    assert set(FLOATS) == {f.name for f in fields(SamplingConfig) if float in (f.type, *get_args(f.type))}
+    hints = get_type_hints(SamplingConfig)
+    assert set(FLOATS) == {name for name, kind in hints.items() if float in (kind, *get_args(kind))}
 
 
 @pytest.mark.parametrize(
     "build",
     [
         lambda x: Sampler(temperature=x), lambda x: Sampler(cfg_scale=x), lambda x: Sampler(top_p=x),
-        lambda x: Budget(seconds=x), lambda x: p.LinearAnneal(start=x), lambda x: p.Factor(factor=x),
-        lambda x: p.EntropyBound(bound=x), lambda x: p.Perturbed(score=p.Random(), temperature=x),
-        lambda x: p.WithPositionPrior(score=p.Random(), weight=x), lambda x: p.Threshold(threshold=x),
+        lambda x: p.LinearAnneal(start=x), lambda x: p.Factor(factor=x),
+        lambda x: p.EntropyBound(bound=x), lambda x: p.GumbelScore(score=p.random_order, temperature=x),
+        lambda x: p.Threshold(threshold=x),
         lambda x: p.Remasking(loop_on=x), lambda x: p.TokenEdit(threshold=x),
         lambda x: p.Renoise(accept=p.EntropyBound(bound=0.1), confident=x),
         lambda x: Reward(reward=torch.ones_like, strength=x),
@@ -320,7 +313,7 @@ def test_every_preset_fills_every_position(name, blocks):
     else:
         lm = tiny_lm() if name.startswith("fast") else blocks
     config = lm.sampling_config(preset=name, max_new_tokens=8, stop=None)
-    sampler = config.sampler(lm.denoiser.settings)
+    sampler = build_sampler(config, lm.denoiser.settings)
     canvas = lm._canvas_after([torch.tensor(PROMPT)], 8, sampler)
     num_asked = int(canvas.is_noise.sum())
     assert num_asked >= 8

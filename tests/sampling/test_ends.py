@@ -13,7 +13,7 @@ import redraft
 from redraft.data.chat import encode_conversations
 from redraft.data.config import ChatConfig
 from redraft.sampling.canvas import build_canvas
-from redraft.sampling.policies import EndOfSequence, Filled, StopStrings
+from redraft.sampling.policies import EndOfSequence, StopStrings, filled
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -134,10 +134,10 @@ def test_stop_strings_end_the_rows_whose_decided_text_holds_one():
         seen.append((given.tolist(), new.tolist()))
         return "", "".join(chr(ord("a") + token) for token in new.tolist())
 
-    stop = StopStrings(strings=("xyz", "h"), decode=decode, otherwise=Filled())
+    stop = StopStrings(strings=("xyz", "h"), decode=decode, otherwise=filled)
     assert stop(built, built).tolist() == [True, False, False]
     assert seen == [([9], [7]), ([9], []), ([9], [8])]
-    assert StopStrings(strings=("xyz", "i"), decode=decode, otherwise=Filled())(built, built).tolist() == [
+    assert StopStrings(strings=("xyz", "i"), decode=decode, otherwise=filled)(built, built).tolist() == [
         False,
         False,
         True,

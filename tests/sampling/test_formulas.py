@@ -1,7 +1,6 @@
 """Scores, clocks, budgets and revisions against their formulas, worked out by hand or over thousands of draws."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -9,10 +8,8 @@ from tiny import tiny_lm
 
 from redraft.sampling import policies as p
 from redraft.sampling.batch import denoise
-from redraft.sampling.budget import Budget, Clock
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.guidance import Reward
-from redraft.sampling.policies.action import setting
 from redraft.sampling.propose import propose
 from redraft.sampling.sampler import Sampler
 
@@ -37,35 +34,23 @@ def candidates(probability, *, status=None, tokens=None, placed=None, step=0, nu
         canvas=canvas,
         window=p.Window(
             is_open=is_open, step=number + step, num_steps=number + num_steps, block_size=number + size,
-            steps_since_filled=number,
+            steps_since_filled=number, row_keys=torch.arange(rows), age=number + step, where=where,
+            rows=where // size, positions=where % size, columns=torch.arange(size)[None],
         ),
-        where=where,
         proposal=propose(logits, never=None),
         previous=torch.full_like(tokens, -1),
-        draws=p.Draws(
-            row_keys=torch.arange(rows), age=number + step, rows=where // size, positions=where % size,
-            columns=torch.arange(size)[None],
-        ),
     )  # fmt: skip
 
 
-def test_reading_order_puts_the_leftmost_first():
-    at = candidates([0.5, 0.5, 0.5])
-    assert p.LeftToRight()(at).tolist() == [0, -1, -2]
-    assert p.TopK()(at.spread(p.LeftToRight()(at)), at)[0].tolist() == [True, False, False]
-
-
-def test_a_position_prior_pulls_towards_reading_order():
-    at = candidates([0.5, 0.5, 0.52])
-    score = p.WithPositionPrior(score=p.Confidence(), weight=0.015)(at)
-    assert torch.allclose(score, torch.tensor([0.5, 0.485, 0.49]))
+def setting(is_set, at):
+    return p.Action(kind=is_set.to(torch.uint8), tokens=at.x_0, closes_block=torch.zeros_like(is_set[:, 0]))
 
 
 def test_perturbed_scores_draw_without_replacement_by_their_softmax():
     """P(first = i) = softmax(score / T)_i, and P(i, then j) = p_i p_j / (1 - p_i)."""
     rows, temperature = 20_000, 0.2
     at = candidates([0.7, 0.5, 0.3], rows=rows)
-    score = at.spread(p.Perturbed(score=p.Confidence(), temperature=temperature)(at))
+    score = at.spread(p.GumbelScore(score=p.confidence, temperature=temperature)(at))
     share = (torch.tensor([0.7, 0.5, 0.3]) / temperature).softmax(dim=0)
     first, second = score.argsort(dim=1, descending=True)[:, :2].unbind(dim=1)
     for i in range(3):
@@ -89,8 +74,9 @@ class Watch:
         self.seen = []
 
     def __call__(self, score, candidates):
-        self.seen.append(candidates.draws.columns[0, candidates.window.is_open[0]].tolist())
-        return p.Sequential()(score, candidates)
+        self.seen.append(candidates.window.columns[0, candidates.window.is_open[0]].tolist())
+        leftmost = -candidates.window.columns.expand_as(score).float()
+        return p.best(leftmost, candidates, torch.ones_like(candidates.window.step))
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
@@ -103,69 +89,13 @@ def test_as_many_blocks_are_open_as_are_in_flight(in_flight):
 
 
 def test_a_budget_shares_what_is_left_over_the_forwards_left_rounded_up():
-    steps = steps_of(tiny_lm(), Sampler(unmask=p.TopK(k=1), budget=Budget(forwards=5)))
+    steps = steps_of(tiny_lm(), Sampler(unmask=p.TopK(k=1), forwards=5))
     assert [int(step.is_committed.sum()) for step in steps] == [3, 3, 2, 2, 2]
-
-
-class Stopwatch:
-    """A clock that a test moves."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr("redraft.sampling.budget.time.perf_counter", lambda: self.now)
-
-
-def test_the_time_of_a_forward_is_a_moving_average_that_leaves_out_the_first(monkeypatch):
-    watch, clock, budget = Stopwatch(monkeypatch), Clock(), Budget(seconds=100.0)
-    deadline = torch.full((2,), watch.now + 100.0, dtype=torch.float64)
-    left = lambda: budget.forwards_left(torch.zeros(2, dtype=torch.int64), deadline, clock)  # noqa: E731
-    assert left() is None
-    expected = {10.0: 9, 2.0: 44, 4.0: 28, 5.0: 19}  # a forward takes 10, 2, (2 + 4) / 2 = 3 and (3 + 5) / 2 = 4 s
-    for number, (took, forwards) in enumerate(expected.items(), start=1):
-        watch.now += took
-        clock.count(took, number)
-        assert left().tolist() == [forwards, forwards]
-
-
-def test_rows_that_began_apart_have_their_own_time(monkeypatch):
-    watch, clock = Stopwatch(monkeypatch), Clock(per_forward=2.0)
-    deadline = watch.now + torch.tensor([10.0, 4.0, -1.0], dtype=torch.float64)
-    left = Budget(seconds=10.0).forwards_left(torch.zeros(3, dtype=torch.int64), deadline, clock)
-    assert left.tolist() == [5, 2, 1]
-
-
-def test_the_time_of_a_step_without_a_forward_counts_to_the_next():
-    clock = Clock()
-    for number in (1, 1, 2):
-        clock.count(4.0, number)
-    assert clock.per_forward == 8.0
-
-
-def test_time_is_shared_by_the_blocks_that_are_left(monkeypatch):
-    """12 blocks and 24 seconds, a second a forward: each block has two of its twelve steps."""
-    clock, lm, counts = Stopwatch(monkeypatch), tiny_lm(), []
-
-    def tick(*_):
-        clock.now += 1.0
-        counts.append(None)
-
-    handle = lm.model.register_forward_pre_hook(tick)
-    both = p.Rerank()
-    sampler = Sampler(
-        steps_per_block=12, frontier=p.Blocks(size=4), unmask=both.unmask, revise=both, temperature=1.0,
-        budget=Budget(seconds=24.0),
-    )  # fmt: skip
-    steps = steps_of(lm, sampler, length=48)
-    handle.remove()
-    assert len(counts) <= 24
-    filled = [int((step.canvas.status[0] == Status.COMMITTED).sum()) for step in steps]
-    taken = [filled.index(4 * block) for block in range(1, 13)]
-    assert max(b - a for a, b in pairwise(taken)) <= 3
 
 
 def test_forwards_are_shared_by_the_blocks_that_run_by_a_clock():
     both = p.Rerank()
-    sampler = Sampler(frontier=p.Blocks(size=4), unmask=both.unmask, revise=both, budget=Budget(forwards=8))
+    sampler = Sampler(frontier=p.Blocks(size=4), unmask=both.unmask, revise=both, forwards=8)
     filled = [
         int((step.canvas.status[0] == Status.COMMITTED).sum()) for step in steps_of(tiny_lm(), sampler, length=16)
     ]
@@ -188,7 +118,7 @@ def test_loop_remasking_happens_while_alpha_rests_and_commits_at_its_pace():
     for step, (reopened, committed) in cases.items():
         at = candidates([0.5, 0.5], status="ND", tokens=[MASK, 5], step=step, num_steps=100, rows=20_000)
         is_committed = both.unmask(at.confidence, at)
-        is_reopened = both(setting(is_committed, at.x_0), at).kind == p.Kind.REOPEN
+        is_reopened = both(setting(is_committed, at), at).kind == p.Kind.REOPEN
         assert abs(share(is_committed)[0] - committed) < 0.012
         assert abs(share(is_reopened)[1] - reopened) < 0.012
         assert not is_reopened[:, 0].any()
@@ -199,7 +129,7 @@ def test_conf_remasking_shares_the_bound_by_the_softmax_of_minus_the_confidence_
     placed = [0.0, 0.1, 0.9]
     both = p.Remasking(kind="conf")
     at = candidates([0.5] * 3, status="NDD", tokens=[MASK, 5, 5], placed=placed, step=6, num_steps=10, rows=20_000)
-    action = both(setting(at.is_open_noise & False, at.x_0), at)
+    action = both(setting(at.is_open_noise & False, at), at)
     weights = torch.tensor([-0.1, -0.9]).softmax(dim=0)
     expected = [0.0, 0.5 * float(weights[0]), 0.5 * float(weights[1])]
     assert share(action.kind == p.Kind.REOPEN) == pytest.approx(expected, abs=0.012)
@@ -212,7 +142,7 @@ def test_a_placed_token_is_kept_by_the_probability_that_it_has_now():
     chances = [0.9, 0.6, 0.8, 0.5]  # of token 7; another token has (1 - chance) / 9
     at = candidates(chances, status="DDNN", tokens=[5, TOKEN, MASK, MASK], placed=[0.99, 0.1, 0, 0], num_steps=2)
     assert both.unmask(at.confidence, at)[0].tolist() == [False, False, True, False]
-    action = both(setting(at.is_open_noise & False, at.x_0), at)
+    action = both(setting(at.is_open_noise & False, at), at)
     assert (action.kind == p.Kind.REOPEN)[0].tolist() == [True, False, False, False]
 
 

@@ -10,6 +10,7 @@ from tiny import tiny_lm
 
 from redraft.sampling.batch import denoise
 from redraft.sampling.canvas import Status
+from redraft.sampling.sampler import build_sampler
 
 few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 prompt = st.lists(st.integers(0, 39), min_size=0, max_size=9)
@@ -128,11 +129,10 @@ def test_an_eos_that_is_decided_before_its_left_neighbours_ends_nothing_until_th
 
     class Order:
         def __call__(self, candidates):
-            return order[candidates.draws.positions].to(candidates.proposal.confidence.dtype)
+            return order[candidates.window.positions].to(candidates.proposal.confidence.dtype)
 
-    sampler = replace(
-        lm.sampling_config(max_new_tokens=8).sampler(lm.denoiser.settings, eos_token_ids=(1,)), score=Order()
-    )
+    config = lm.sampling_config(max_new_tokens=8)
+    sampler = replace(build_sampler(config, lm.denoiser.settings, eos_token_ids=(1,)), score=Order())
     canvas = lm._canvas_after([torch.tensor([5])], 8, sampler)
     sampler = replace(sampler, guides=(eos_third,))
     steps = list(denoise(lm.denoiser, canvas, sampler, row_keys=torch.tensor([0])))
@@ -168,15 +168,15 @@ def test_a_trace_tells_every_decision(lm):
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"steps": -1}, "steps must be at least 1; got -1"),
+        ({"steps": -1}, "steps must lie in .1, 1048576.; got -1"),
         ({"block_size": 5}, "block_size must divide max_new_tokens; got 5 and 12. Use 3, 4, 6"),
-        ({"temperature": -0.1}, "temperature must not be negative"),
-        ({"top_p": 0.0}, "top_p is a share of the mass"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"temperature": -0.1}, "temperature must be at least 0; got -0.1"),
+        ({"top_p": 0.0}, "top_p must lie in .0, 1.; got 0.0"),
+        ({"top_k": 0}, "top_k must lie in .1, 1048576.; got 0"),
         ({"preset": "lada"}, "unknown preset 'lada'.*Did you mean 'llada'"),
         ({"stop": "bos"}, "stop strings need a tokenizer"),
         ({"stop": ("",)}, "must not be empty"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must lie in .1, 1048576.; got 0"),
         ({"max_new_tokens": 200}, "context of 128 tokens; got 201"),
         ({"temprature": 1.0}, "unknown setting 'temprature'.*Did you mean 'temperature'"),
     ],

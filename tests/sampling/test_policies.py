@@ -5,25 +5,22 @@ from hypothesis import strategies as st
 
 from redraft.sampling.canvas import Canvas, Status, build_canvas
 from redraft.sampling.policies import (
+    Action,
     Blocks,
     Candidates,
-    Draws,
     EndOfSequence,
     EntropyBound,
     Factor,
-    Filled,
     Kind,
     LinearAnneal,
     Quota,
     Rerank,
-    Sequential,
     Threshold,
     TokenEdit,
     TopK,
-    WholeCanvas,
     Window,
+    filled,
 )
-from redraft.sampling.policies.action import setting
 from redraft.sampling.policies.unmask import best
 from redraft.sampling.propose import propose
 from redraft.schedules import SCHEDULES, schedule_from_name
@@ -45,15 +42,11 @@ def candidates(score, *, status=None, step=0, num_steps=1, tokens=None, since_fi
         canvas=canvas,
         window=Window(
             is_open=is_open, step=number + step, num_steps=number + num_steps, block_size=number + len(score),
-            steps_since_filled=number + since_filled,
+            steps_since_filled=number + since_filled, row_keys=number, age=number + step, where=where,
+            rows=torch.zeros_like(where), positions=where, columns=torch.arange(len(score))[None],
         ),
-        where=where,
         proposal=propose(logits, never=2),
         previous=torch.full_like(tokens, -1),
-        draws=Draws(
-            row_keys=number, age=number + step, rows=torch.zeros_like(where), positions=where,
-            columns=torch.arange(len(score))[None],
-        ),
     )  # fmt: skip
 
 
@@ -102,7 +95,6 @@ def test_the_surest_are_committed_first_and_of_equals_the_leftmost():
     assert chosen(TopK(k=1), score) == [0, 1, 0, 0]
     assert chosen(TopK(k=3), score) == [0, 1, 1, 1]
     assert chosen(TopK(k=1), score, status="NcgN") == [0, 0, 0, 1]
-    assert chosen(Sequential(k=2), score, status="gNNN") == [0, 1, 1, 0]
 
 
 NEAR = 0.4 * (1 + 4e-7)  # equal to 0.4 but for rounding
@@ -169,11 +161,16 @@ def test_the_entropy_bound_equals_its_definition(score, bound):
     assert abs(sum(chosen(EntropyBound(bound=bound), score)) - max(allowed)) == 0
 
 
+def nothing(at):
+    kind = torch.zeros_like(at.canvas.status)
+    return Action(kind=kind, tokens=at.x_0, closes_block=torch.zeros(len(kind), dtype=torch.bool))
+
+
 def test_an_edit_replaces_drafts_that_the_model_now_doubts():
     at = candidates([0.9, 0.9, 0.3, 0.9], status="DDDN", tokens=[7, 5, 5, 2])
-    action = TokenEdit(threshold=0.5, max_post_steps=3)(setting(at.window.is_open & False, at.x_0), at)
+    action = TokenEdit(threshold=0.5, max_post_steps=3)(nothing(at), at)
     assert (action.kind == Kind.EDIT)[0].int().tolist() == [0, 1, 0, 0]
-    assert not action.may_close.any()  # noise is left, and something was edited
+    assert not action.closes_block.any()  # noise is left, and something was edited
 
 
 @pytest.mark.parametrize(
@@ -181,8 +178,8 @@ def test_an_edit_replaces_drafts_that_the_model_now_doubts():
 )
 def test_a_block_closes_when_a_pass_edits_nothing_or_the_passes_are_over(tokens, since_filled, closes):
     at = candidates([0.9, 0.9], status="DD", tokens=tokens, since_filled=since_filled)
-    action = TokenEdit(threshold=0.5, max_post_steps=3)(setting(at.window.is_open & False, at.x_0), at)
-    assert action.may_close.tolist() == [closes]
+    action = TokenEdit(threshold=0.5, max_post_steps=3)(nothing(at), at)
+    assert action.closes_block.tolist() == [closes]
 
 
 def canvas(*rows):
@@ -199,13 +196,13 @@ def test_blocks_begin_at_each_rows_prompt_end():
     built = canvas("ppp....", "p....")
     assert Blocks(size=2).blocks(built.status)[0, 3:].tolist() == [0, 0, 1, 1]
     assert Blocks(size=2).blocks(built.status)[1, 1:5].tolist() == [0, 0, 1, 1]
-    assert not WholeCanvas().blocks(built.status).any()
+    assert not Blocks().blocks(built.status).any()
 
 
 def test_a_row_ends_at_an_eos_with_everything_before_it_decided():
     built = canvas("pe..", "p.e.", "pp..", "pee")
     assert EndOfSequence(eos_token_ids=(1,))(built, built).tolist() == [True, False, False, True]
-    assert Filled()(built, built).tolist() == [False, False, False, True]
+    assert filled(built, built).tolist() == [False, False, False, True]
 
 
 def test_an_eos_in_the_prompt_ends_nothing():
@@ -215,7 +212,7 @@ def test_an_eos_in_the_prompt_ends_nothing():
 
 @pytest.mark.parametrize("build", [lambda: TopK(k=0), lambda: Blocks(size=0)])
 def test_mistakes_are_told(build):
-    with pytest.raises(ValueError, match="must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="must lie in .1, 1048576.; got 0"):
         build()
 
 
@@ -223,9 +220,10 @@ def test_a_temperature_falls_in_even_steps_and_stops_one_short_of_its_end():
     step = torch.arange(4)
     window = Window(
         is_open=torch.ones(4, 1, dtype=torch.bool), step=step, num_steps=torch.full_like(step, 4),
-        block_size=torch.ones_like(step), steps_since_filled=torch.zeros_like(step),
+        block_size=torch.ones_like(step), steps_since_filled=torch.zeros_like(step), row_keys=step, age=step,
+        where=step, rows=step, positions=torch.zeros_like(step), columns=torch.zeros(1, 1, dtype=torch.int64),
     )  # fmt: skip
     assert torch.allclose(LinearAnneal(start=0.8, end=0.4)(window), torch.tensor([0.8, 0.7, 0.6, 0.5]))
-    for start, end in ((0.4, 0.8), (0.5, 0.0)):
-        with pytest.raises(ValueError, match=f"must fall and stay positive; got {start} to {end}"):
-            LinearAnneal(start=start, end=end)
+    for chosen_ in ({"start": 0.0}, {"end": -0.1}):
+        with pytest.raises(ValueError, match="must be positive"):
+            LinearAnneal(**chosen_)

@@ -36,7 +36,7 @@ class Never:
     """A stop, an unmask or a revise that never says yes."""
 
     looks_at_drafts = False
-    is_clocked = False
+    needs_all_steps = False
 
     def __call__(self, *args):
         if isinstance(args[0], Canvas):
@@ -55,7 +55,7 @@ class ClosesNothing(Never):
 
 class OnlyTheFirstRow(Never):
     def __call__(self, score, candidates):
-        return candidates.is_open_noise & (candidates.draws.row_keys == 0)[:, None]
+        return candidates.is_open_noise & (candidates.window.row_keys == 0)[:, None]
 
 
 class Closed:
@@ -89,25 +89,25 @@ class Reopens:
 
     of: str
     looks_at_drafts: bool = True
-    is_clocked: bool = False
+    needs_all_steps: bool = False
 
     def __call__(self, action, candidates):
         where = action.kind == p.Kind.SET if self.of == "committed" else candidates.is_open_draft
-        return action.having(p.Kind.REOPEN, where)
+        return action.with_kind(p.Kind.REOPEN, where)
 
 
 @dataclass(frozen=True)
 class EditsForEver(Reopens):
     def __call__(self, action, candidates):
         flipped = torch.where(candidates.canvas.tokens == 5, 6, 5)
-        return replace(action.having(p.Kind.EDIT, candidates.is_open_draft), tokens=flipped)
+        return replace(action.with_kind(p.Kind.EDIT, candidates.is_open_draft), tokens=flipped)
 
 
 @pytest.mark.parametrize(
     "revise", [Reopens("committed"), Reopens("drafts"), EditsForEver("drafts")], ids=["at once", "later", "edits"]
 )
 def test_revisions_that_never_end_are_ended(lm, revise, monkeypatch):
-    monkeypatch.setattr("redraft.sampling.rows.MOST_POST_STEPS", 30)
+    monkeypatch.setattr("redraft.sampling.rows.MAX_POST_STEPS", 30)
     sampler = Sampler(steps=2, unmask=p.TopK(k=3), revise=revise)
     with pytest.raises(ValueError, match=f"{type(revise).__name__} makes no progress in row 0: a block stays open"):
         list(islice(steps_of(lm, sampler), 50))
@@ -118,12 +118,13 @@ def test_what_is_decided_stays_decided_whatever_a_revision_asks(lm, kind):
     @dataclass(frozen=True)
     class ChangesAll:
         looks_at_drafts: bool = False
-        is_clocked: bool = False
+        needs_all_steps: bool = False
 
         def __call__(self, action, candidates):
             is_fixed = ~candidates.is_open_draft & (action.kind == p.Kind.KEEP)
             seven = torch.full_like(action.tokens, 7)
-            return replace(action.having(kind, is_fixed), may_close=torch.ones_like(action.may_close), noise=seven)
+            closes_block = torch.ones_like(action.closes_block)
+            return replace(action.with_kind(kind, is_fixed), closes_block=closes_block, noise=seven)
 
     sampler = Sampler(steps=4, frontier=p.Blocks(size=4), revise=ChangesAll())
     *_, last = steps_of(lm, sampler, prompts=[(5, 6)])
@@ -132,5 +133,5 @@ def test_what_is_decided_stays_decided_whatever_a_revision_asks(lm, kind):
 
 
 def test_steps_that_change_nothing_are_allowed_while_the_clock_runs(lm):
-    index = [int(step.age[0]) for step in steps_of(lm, Sampler(steps=40, unmask=p.AtTheEnd()))]
+    index = [int(step.age[0]) for step in steps_of(lm, Sampler(steps=40, unmask=p.at_the_end))]
     assert index == list(range(40))

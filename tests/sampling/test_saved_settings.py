@@ -13,6 +13,7 @@ import redraft
 from redraft.cli.parsing import SamplingFlags, parse
 from redraft.models.families import FAMILIES
 from redraft.sampling.config import SamplingConfig, with_saved
+from redraft.sampling.presets import Preset
 
 DATA = Path(__file__).parent.parent / "golden" / "data"
 PROMPT = [[3, 4, 5, 6]]
@@ -73,7 +74,7 @@ def test_a_saved_block_size_gives_way_to_a_length_that_it_does_not_divide(folder
     assert lm.sampling_config(max_new_tokens=50).block_size == 25
     with pytest.raises(ValueError, match="block_size must divide max_new_tokens; got 32 and 20"):
         lm.sampling_config(max_new_tokens=20, block_size=32)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="max_new_tokens must lie in .1, 1048576.; got 0"):
         lm.sampling_config(max_new_tokens=0)
 
 
@@ -106,6 +107,39 @@ def test_saving_and_converting_keep_the_settings(folder, tmp_path, to):
         assert tokens(load(made), max_new_tokens=8) == tokens(lm, max_new_tokens=8)
 
 
+def test_old_names_that_were_saved_are_read_or_refused_with_the_new_one(folder):
+    edit_config(folder, generation={"preset": "fast-dllm-dual", "threshold": 0.7})
+    lm = load(folder)
+    assert lm.sampling_config() == SamplingConfig(preset="fast-dllm", cache="dual", threshold=0.7)
+    edit_config(folder, generation={"preset": "remdm", "eta": 0.1})
+    with pytest.raises(ValueError, match=r"config.json's generation 'eta' was removed; got 0.1.*Remasking\(eta=...\)"):
+        load(folder).generate(PROMPT)
+
+
+def twice(policies, config):
+    return {"unmask": policies.TopK(k=2)}
+
+
+TWO_AT_ONCE = Preset(source="this test", build=twice, defaults={"temperature": 0.5})
+
+
+def test_a_preset_of_ones_own_is_given_as_module_and_name(folder):
+    name = f"{__name__}:TWO_AT_ONCE"
+    edit_config(folder, generation={"preset": name, "max_new_tokens": 8})
+    assert load(folder).generate(PROMPT, stop=None).forwards == [4]
+    assert load(folder).sampling_config().resolved().temperature == 0.5
+    lm = load(DATA / "llada")
+    for preset, message in (
+        (f"{__name__}:twice", "must be a redraft.sampling.presets.Preset; got function"),
+        (f"{__name__}:THREE", "cannot be imported: .*THREE"),
+        ("nowhere:TWO", "cannot be imported: No module named 'nowhere'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm.generate(PROMPT, preset=preset)
+    with pytest.raises(ValueError, match="has no setting 'threshold'"):
+        lm.generate(PROMPT, preset=name, threshold=0.5)
+
+
 def flags(*arguments):
     return parse(SamplingFlags, list(arguments), command="sample").given(list(arguments))
 
@@ -114,7 +148,7 @@ def test_flags_that_were_not_given_leave_the_saved_settings_alone():
     assert flags() == {}
     assert flags("--threshold", "0.8", "--max-new-tokens=12") == {"threshold": 0.8, "max_new_tokens": 12}
     assert flags("--preset", "llada") == {"preset": "llada"}
-    with pytest.raises(ValueError, match="threshold means nothing to preset 'llada'"):
+    with pytest.raises(ValueError, match="preset 'llada' has no setting 'threshold'"):
         flags("--preset", "llada", "--threshold", "0.8")
 
 

@@ -12,15 +12,30 @@ from redraft.sampling.canvas import Canvas
 from redraft.sampling.propose import Proposal
 
 DRAW_TOKEN, DRAW_ORDER, DRAW_UNMASK, DRAW_REVISE, DRAW_NOISE = range(5)
-"""What a random number is for: the same position draws apart for each."""
+"""What a random number is for: the same position draws different numbers for different purposes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """What is open in each row, and how far the row is through its current block."""
+    """What is open in each row, how far the row is through its current block, and its random numbers.
+
+    Policies see of each row the columns around what is open, equally many in each row: from the first undecided
+    position on, past all that is open, and up to the next undecided one. There are n open positions in a batch.
+    """
 
     is_open: Bool[Tensor, "batch seq"]
     """Noise that may be committed now, and drafts that may be revised."""
+    where: Int[Tensor, "n"]
+    """The open positions that the model is asked for, as indices into batch * seq of these columns."""
+    rows: Int[Tensor, "n"]
+    """Their rows."""
+    positions: Int[Tensor, "n"]
+    """Their positions in their rows."""
+    columns: Int[Tensor, "#batch seq"]
+    """Positions of all columns."""
+    row_keys: Int[Tensor, "batch"]
+    age: Int[Tensor, "batch"]
+    """Steps in which each row was decided before this one."""
     step: Int[Tensor, "batch"]
     """Steps the row has taken in this block."""
     num_steps: Int[Tensor, "batch"]
@@ -32,7 +47,7 @@ class Window:
 
     @property
     def is_last(self) -> Bool[Tensor, "batch"]:
-        """Whether the row's clock ends with this step."""
+        """Whether this is the block's last step, or a later one."""
         return self.step >= self.num_steps - 1
 
     @property
@@ -41,47 +56,25 @@ class Window:
         left = (self.num_steps - self.step).clamp(min=1).to(torch.float64)
         return left / self.num_steps, (left - 1) / self.num_steps
 
-
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """Random numbers of the current step, a function of (row, its age, position, purpose) alone."""
-
-    row_keys: Int[Tensor, "batch"]
-    age: Int[Tensor, "batch"]
-    """Steps in which each row was decided before this one."""
-    rows: Int[Tensor, "n"]
-    """Of the open positions."""
-    positions: Int[Tensor, "n"]
-    """Of the open positions, in their rows."""
-    columns: Int[Tensor, "#batch seq"]
-    """Of all that the policies see."""
-
     def uniform(self, purpose: int) -> Float[Tensor, "n"]:
-        """Draw from U[0, 1) for each open position."""
+        """Draw from U[0, 1) for each open position: a function of (row, its age, position, purpose) alone."""
         return uniform(self.row_keys[self.rows], self.age[self.rows], self.positions, purpose)
 
-    def everywhere(self, purpose: int) -> Float[Tensor, "batch seq"]:
-        """Draw from U[0, 1) for everything that the policies see."""
+    def uniform_everywhere(self, purpose: int) -> Float[Tensor, "batch seq"]:
+        """Draw from U[0, 1) for every column."""
         return uniform(self.row_keys[:, None], self.age[:, None], self.columns, purpose)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """One step's proposals at the n open positions of a batch.
-
-    The policies see of each row the columns around what is open, all of equal width: from the first undecided position
-    on, past all that is open, and up to the next undecided one.
-    """
+    """One step's proposals at the n open positions of a batch."""
 
     canvas: Canvas
-    """These columns before the step."""
+    """The columns of the window before the step."""
     window: Window
-    where: Int[Tensor, "n"]
-    """The open positions, as indices into batch * seq of these columns."""
     proposal: Proposal
     previous: Int[Tensor, "batch seq"]
     """What the step before proposed, or placed instead; -1 where it proposed nothing."""
-    draws: Draws
 
     @cached_property
     def is_open_noise(self) -> Bool[Tensor, "batch seq"]:
@@ -96,20 +89,28 @@ class Candidates:
     @cached_property
     def x_0(self) -> Int[Tensor, "batch seq"]:
         """Proposals at the open positions; elsewhere the canvas."""
-        return self.canvas.tokens.flatten().scatter(0, self.where, self.proposal.x_0).view_as(self.canvas.tokens)
+        return self.over_canvas(self.proposal.x_0)
 
     @cached_property
     def likeliest(self) -> Int[Tensor, "batch seq"]:
         """The model's first choice at the open positions; elsewhere the canvas."""
-        best = self.proposal.likeliest()
-        return self.canvas.tokens.flatten().scatter(0, self.where, best).view_as(self.canvas.tokens)
+        return self.over_canvas(self.proposal.likeliest())
 
     @cached_property
     def confidence(self) -> Float[Tensor, "batch seq"]:
         """Probability of the proposals; 0 where nothing is open."""
         return self.spread(self.proposal.confidence)
 
+    @property
+    def placed(self) -> Int[Tensor, "n"]:
+        """What stands at the open positions."""
+        return self.canvas.tokens.flatten()[self.window.where]
+
     def spread(self, values: Float[Tensor, "n"]) -> Float[Tensor, "batch seq"]:
-        """Lay values of the open positions out over the canvas; 0 elsewhere."""
+        """Lay values of the open positions out over the columns; 0 elsewhere."""
         shape = self.canvas.tokens.shape
-        return values.new_zeros(shape.numel()).scatter(0, self.where, values).view(shape)
+        return values.new_zeros(shape.numel()).scatter(0, self.window.where, values).view(shape)
+
+    def over_canvas(self, tokens: Int[Tensor, "n"]) -> Int[Tensor, "batch seq"]:
+        """Lay tokens of the open positions out over the columns; elsewhere the canvas."""
+        return self.canvas.tokens.flatten().scatter(0, self.window.where, tokens).view_as(self.canvas.tokens)

@@ -1,61 +1,78 @@
 """Revision: what happens to tokens that are placed but not yet decided, and to noise that stays noise."""
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from enum import IntEnum
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from redraft.errors import check_types
-from redraft.processes.noised import PosteriorKind
 from redraft.processes.uniform import UniformDiffusion
-from redraft.sampling.policies.action import Action, Kind
-from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_REVISE, DRAW_UNMASK, Candidates
+from redraft.sampling.policies.candidates import DRAW_NOISE, DRAW_REVISE, DRAW_UNMASK, Candidates, Window
 from redraft.sampling.policies.unmask import EntropyBound, best
 from redraft.schedules import Linear, Schedule
+from redraft.settings import NonNegative, Positive, Probability, Settings, Within
 
-MOST_POST_STEPS = 1000
+MAX_POST_STEPS = 1000
 """Steps that a block may take after its last one without coming nearer to its end."""
+
+
+class Kind(IntEnum):
+    """What happens to a position."""
+
+    KEEP = 0
+    """It stays as it is."""
+    SET = 1
+    """Noise takes a token."""
+    EDIT = 2
+    """A draft takes another token."""
+    REOPEN = 3
+    """A draft becomes noise again."""
+    RENOISE = 4
+    """Noise takes another noise token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """What a step does, over the columns that the policies see. What does not fit a position's status is ignored."""
+
+    kind: UInt8[Tensor, "batch seq"]
+    tokens: Int[Tensor, "batch seq"]
+    """What is set, and what a draft is edited to; the next step sees it as `Candidates.previous`."""
+    closes_block: Bool[Tensor, "batch"]
+    """Rows whose block ends here if it holds no noise: while a `Revise` has a block open, its tokens are drafts."""
+    noise: Int[Tensor, "batch seq"] | None = None
+    """What becomes noise becomes this; None draws it from the prior."""
+
+    def with_kind(self, kind: Kind, where: Bool[Tensor, "batch seq"]) -> "Action":
+        """Do this at these positions instead."""
+        return replace(self, kind=self.kind.masked_fill(where, int(kind)))
 
 
 @runtime_checkable
 class Revise(Protocol):
     """Revise the drafts of the open blocks; while a block is open, what the sampler placed in it is a draft."""
 
-    @property
-    def looks_at_drafts(self) -> bool:
-        """Whether it wants proposals at drafts, too."""
-        ...
-
-    @property
-    def is_clocked(self) -> bool:
-        """Whether it runs by the clock: nothing is final before the last step of a block."""
-        ...
+    looks_at_drafts: bool = False
+    """Whether it needs proposals at drafts, too."""
+    needs_all_steps: bool = True
+    """Whether a block takes all of its steps: nothing in it is final before the last one."""
 
     def __call__(self, action: Action, candidates: Candidates) -> Action:
         """Change what the unmasking did."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenEdit:
+class TokenEdit(Settings, Revise):
     """Replace a draft by the proposal where it differs and its probability is above the threshold (LLaDA2.1).
 
     A block ends with the first pass over a filled block that edits nothing, or after `max_post_steps` such passes.
     """
 
-    threshold: float
-    max_post_steps: int = 16
-    looks_at_drafts: bool = True
-    is_clocked: bool = False
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"editing_threshold is a probability in [0, 1]; got {self.threshold}.")
-        if not 0 <= self.max_post_steps <= MOST_POST_STEPS:
-            raise ValueError(f"max_post_steps must be in [0, {MOST_POST_STEPS}]; got {self.max_post_steps}.")
+    threshold: Probability
+    max_post_steps: Annotated[int, Within(f"[0, {MAX_POST_STEPS}]")] = 16
+    looks_at_drafts, needs_all_steps = True, False
 
     def __call__(self, action: Action, candidates: Candidates) -> Action:
         differs = candidates.x_0 != candidates.canvas.tokens
@@ -63,11 +80,11 @@ class TokenEdit:
         was_filled = ~candidates.is_open_noise.any(dim=1)
         num_passes = candidates.window.steps_since_filled + was_filled.long()
         is_over = num_passes >= self.max_post_steps
-        return replace(action.having(Kind.EDIT, edit), may_close=is_over | (was_filled & ~edit.any(dim=1)))
+        return replace(action.with_kind(Kind.EDIT, edit), closes_block=is_over | (was_filled & ~edit.any(dim=1)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remasking:
+class Remasking(Settings, Revise):
     """ReMDM: ancestral sampling that returns each token to noise with probability sigma_t (arXiv 2503.00307).
 
     sigma_t is at most (1 - alpha_s) / alpha_t, which keeps the marginals of the process; noise is then committed with
@@ -77,43 +94,41 @@ class Remasking:
     `unmask` and as `revise`.
     """
 
-    kind: str = "cap"
-    eta: float = 0.02
+    kind: Literal["cap", "rescale", "conf", "loop"] = "cap"
+    eta: Probability = 0.02
     schedule: Schedule = field(default_factory=Linear)
     loop_on: float = 0.55
     loop_off: float = 0.05
     loop_alpha: float = 0.9
-    looks_at_drafts: bool = False
-    is_clocked: bool = True
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.kind not in ("cap", "rescale", "conf", "loop"):
-            raise ValueError(f"remasking must be cap, rescale, conf or loop; got {self.kind!r}.")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is a probability in [0, 1]; got {self.eta}.")
 
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         """Commit noise at the rate that makes up for what is remasked."""
-        alpha_t, alpha_s = self._alphas(candidates)
-        sigma = 0.0 if self.kind == "conf" else self._sigma(alpha_t, alpha_s, candidates)
+        alpha_t, alpha_s, sigma = self._rates(candidates)
+        if self.kind == "conf":
+            sigma = torch.zeros_like(sigma)
         share = ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))[:, None]
         share = torch.where(candidates.window.is_last[:, None], 1.0, share)
-        return candidates.is_open_noise & (candidates.spread(candidates.draws.uniform(DRAW_UNMASK)) < share)
+        return candidates.is_open_noise & (candidates.spread(candidates.window.uniform(DRAW_UNMASK)) < share)
 
     def __call__(self, action: Action, candidates: Candidates) -> Action:
         is_draft, is_last = candidates.canvas.is_draft, candidates.window.is_last
-        sigma = self._sigma(*self._alphas(candidates), candidates)[:, None]
+        sigma = self._rates(candidates)[2][:, None]
         if self.kind == "conf":
             sure = candidates.canvas.confidence.double().masked_fill(~is_draft, torch.inf)
             sigma = sigma * (-sure).softmax(dim=1).nan_to_num()
-        u = candidates.draws.everywhere(DRAW_REVISE)
-        reopened = action.having(Kind.REOPEN, is_draft & (u < sigma) & ~is_last[:, None])
-        return replace(reopened, may_close=is_last)
+        u = candidates.window.uniform_everywhere(DRAW_REVISE)
+        reopened = action.with_kind(Kind.REOPEN, is_draft & (u < sigma) & ~is_last[:, None])
+        return replace(reopened, closes_block=is_last)
 
-    def _alphas(self, candidates: Candidates) -> tuple[Float[Tensor, "batch"], Float[Tensor, "batch"]]:
+    def _rates(self, candidates: Candidates) -> tuple[Float[Tensor, "batch"], ...]:
+        """Return alpha_t, alpha_s and sigma_t (of "conf": the bound that drafts share)."""
         t, s = candidates.window.times
-        return self._alpha(t), self._alpha(s)
+        alpha_t, alpha_s = self._alpha(t), self._alpha(s)
+        bound = ((1 - alpha_s) / alpha_t.clamp(min=1e-12)).clamp(max=1)
+        if self.kind in ("rescale", "conf"):
+            return alpha_t, alpha_s, self.eta * bound if self.kind == "rescale" else bound
+        is_on = (t > self.loop_off) & (t <= self.loop_on) if self.kind == "loop" else torch.ones_like(t) > 0
+        return alpha_t, alpha_s, torch.where(is_on, bound.clamp(max=self.eta), 0.0)
 
     def _alpha(self, t: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
         if self.kind != "loop":
@@ -122,23 +137,9 @@ class Remasking:
         finish = 1 - t / self.loop_off * (1 - self.loop_alpha)
         return torch.where(t > self.loop_on, rise, torch.where(t > self.loop_off, self.loop_alpha, finish))
 
-    def _sigma(
-        self, alpha_t: Float[Tensor, "batch"], alpha_s: Float[Tensor, "batch"], candidates: Candidates
-    ) -> Float[Tensor, "batch"]:
-        most = ((1 - alpha_s) / alpha_t.clamp(min=1e-12)).clamp(max=1)
-        if self.kind == "rescale":
-            return self.eta * most
-        if self.kind == "conf":
-            return most
-        sigma = most.clamp(max=self.eta)
-        if self.kind == "loop":
-            t, _ = candidates.window.times
-            sigma = torch.where((t > self.loop_off) & (t <= self.loop_on), sigma, 0.0)
-        return sigma
-
 
 @dataclass(frozen=True, kw_only=True)
-class Rerank:
+class Rerank(Settings, Revise):
     """Keep the surest alpha_s of a block's tokens, placed or proposed, and remask the rest (P2, arXiv 2502.03540).
 
     A draft is worth the probability that the model gives to it now. It is both policies: use it as `unmask` and as
@@ -146,44 +147,37 @@ class Rerank:
     """
 
     schedule: Schedule = field(default_factory=Linear)
-    looks_at_drafts: bool = True
-    is_clocked: bool = True
+    looks_at_drafts = True
 
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         """Commit the noise that is among the surest."""
-        return self._kept(candidates) & candidates.is_open_noise
+        return self._is_among_best(candidates) & candidates.is_open_noise
 
     def __call__(self, action: Action, candidates: Candidates) -> Action:
-        is_dropped = candidates.is_open_draft & ~self._kept(candidates)
-        return replace(action.having(Kind.REOPEN, is_dropped), may_close=candidates.window.is_last)
+        is_dropped = candidates.is_open_draft & ~self._is_among_best(candidates)
+        return replace(action.with_kind(Kind.REOPEN, is_dropped), closes_block=candidates.window.is_last)
 
-    def _kept(self, candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+    def _is_among_best(self, candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open, is_draft = candidates.window.is_open, candidates.is_open_draft
         _, s = candidates.window.times
         count = (self.schedule.alpha(s) * is_open.sum(dim=1)).round(decimals=9).round().long().clamp(min=1)
         count = torch.where(candidates.window.is_last, is_open.sum(dim=1), count)
-        placed = candidates.canvas.tokens.flatten()[candidates.where]
-        now = candidates.spread(candidates.proposal.probability_of(placed))
+        now = candidates.spread(candidates.proposal.probability_of(candidates.placed))
         return best(torch.where(is_draft, now, candidates.confidence), candidates, count, among=is_open)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Renoise:
+class Renoise(Settings, Revise):
     """DiffusionGemma: a step keeps the draws that an entropy bound accepts, and redraws every other token at random.
 
-    Nothing lasts but through the canvas: each step looks at all of it anew. A block ends with its last step, or when
-    the likeliest tokens are those of the step before and the mean entropy is below `confident`, in nats; it then holds
-    the likeliest tokens, not the draws. (transformers 5, `DiffusionGemmaForBlockDiffusion.generate`; the bound is that
+    No state is kept between steps except the canvas. A block ends with its last step, or when the likeliest tokens are
+    those of the step before and the mean entropy is below `confident`, in nats; it then holds the likeliest tokens, not
+    the draws. (transformers 5, `DiffusionGemmaForBlockDiffusion.generate`; the bound is that
     of arXiv 2505.24857.) It is both policies: use it as `unmask` and as `revise`.
     """
 
     accept: EntropyBound
-    confident: float = 0.005
-    looks_at_drafts: bool = False
-    is_clocked: bool = True
-
-    def __post_init__(self) -> None:
-        check_types(self)
+    confident: NonNegative = 0.005
 
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         """Commit a whole block where it ends."""
@@ -192,11 +186,11 @@ class Renoise:
     def __call__(self, action: Action, candidates: Candidates) -> Action:
         is_set = action.kind == Kind.SET
         vocab_size = candidates.proposal.logits.shape[-1]
-        random = (candidates.draws.everywhere(DRAW_NOISE) * vocab_size).long()
+        random = (candidates.window.uniform_everywhere(DRAW_NOISE) * vocab_size).long()
         is_accepted = self.accept(candidates.confidence, candidates)
         return replace(
-            action.having(Kind.RENOISE, candidates.is_open_noise & ~is_set),
-            may_close=is_set.any(dim=1),
+            action.with_kind(Kind.RENOISE, candidates.is_open_noise & ~is_set),
+            closes_block=is_set.any(dim=1),
             noise=torch.where(is_accepted, candidates.x_0, random),
             tokens=candidates.likeliest,
         )
@@ -209,39 +203,43 @@ class Renoise:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Posterior:
+class Posterior(Settings, Revise):
     """Ancestral sampling under uniform noise: every open token moves from x_t to x_s ~ q(x_s | x_t, x_0) in each step.
 
-    `kind` as in `processes.uniform`: "plug_in" is Duo's (arXiv 2506.10892), "mixture" D3PM's (2107.03006). The last
-    step takes the likeliest tokens (Duo's greedy tail) unless `has_greedy_tail` is off. Use it with `AtTheEnd`.
+    The mean prediction takes the place of x_0, as in Duo (arXiv 2506.10892; "plug_in" in `processes.uniform`). The last
+    step takes the likeliest tokens (Duo's greedy tail) unless `has_greedy_tail` is off. Use it with `at_the_end`.
     """
 
-    kind: PosteriorKind = "plug_in"
     schedule: Schedule = field(default_factory=Linear)
     has_greedy_tail: bool = True
-    looks_at_drafts: bool = False
-    is_clocked: bool = True
-
-    def __post_init__(self) -> None:
-        check_types(self)
 
     def __call__(self, action: Action, candidates: Candidates) -> Action:
-        tokens, proposal, rows = candidates.canvas.tokens, candidates.proposal, candidates.draws.rows
+        proposal, window, x_t = candidates.proposal, candidates.window, candidates.placed
         process = UniformDiffusion(vocab_size=proposal.logits.shape[-1], schedule=self.schedule)
-        t, s = candidates.window.times
-        x_t = tokens.flatten()[candidates.where]
+        t, s = (time[window.rows] for time in window.times)
         x_s = process.posterior_draw(
-            proposal.x_0,
-            x_t,
-            t[rows],
-            s[rows],
-            u=candidates.draws.uniform(DRAW_REVISE),
-            x_t_prob=proposal.probability_of(x_t) if self.kind == "plug_in" else None,
+            proposal.x_0, x_t, t, s, u=window.uniform(DRAW_REVISE), x_t_prob=proposal.probability_of(x_t)
         )
-        moved = tokens.flatten().scatter(0, candidates.where, x_s).view_as(tokens)
+        moved = candidates.over_canvas(x_s)
         return replace(
-            action.having(Kind.RENOISE, candidates.is_open_noise & (action.kind == Kind.KEEP)),
-            may_close=candidates.window.is_last,
+            action.with_kind(Kind.RENOISE, candidates.is_open_noise & (action.kind == Kind.KEEP)),
+            closes_block=window.is_last,
             noise=moved,
             tokens=candidates.likeliest if self.has_greedy_tail else moved,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAnneal(Settings):
+    """Let DiffusionGemma's temperature fall from `start` towards `end`: end + (start - end) t.
+
+    The logits are divided by it before anything looks at them. t = (N - n) / N at step n = 0..N-1 of a block's N steps,
+    so the last step is one short of `end` (transformers 5).
+    """
+
+    start: Positive = 0.8
+    end: Positive = 0.4
+
+    def __call__(self, window: Window) -> Float[Tensor, "batch"]:
+        t, _ = window.times
+        return (self.end + (self.start - self.end) * t).to(torch.float32)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -10,24 +9,17 @@ from torch import Tensor
 
 from redraft.sampling.canvas import Canvas, Status
 
+Stop = Callable[[Canvas, Canvas], Bool[Tensor, "batch"]]
+"""(canvas, tail) -> which rows are done. Only decided tokens count: drafts may still change.
 
-@runtime_checkable
-class Stop(Protocol):
-    """Say which rows are done. Only decided tokens count: drafts may still change.
-
-    `tail` holds columns of each row in which all lies that this step could decide, and the next undecided position
-    behind it; what stands before these columns is decided, and was looked at when it was.
-    """
-
-    def __call__(self, canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]: ...
+The tail holds the columns of each row that this step could decide, and the next undecided position behind them.
+Everything before these columns was decided in earlier steps, and the stop has looked at it then.
+"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Filled:
-    """A row is done when everything is decided."""
-
-    def __call__(self, canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]:
-        return ~_is_undecided(tail).any(dim=1)
+def filled(canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]:
+    """End a row when everything is decided."""
+    return ~(tail.is_noise | tail.is_draft).any(dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +49,13 @@ class StopStrings:
     def __call__(self, canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]:
         is_new = (canvas.status == Status.COMMITTED) & _has_all_before(canvas)
         is_given = canvas.status == Status.GIVEN
-        found = []
+        has_string = []
         for tokens, given, new in zip(canvas.tokens.cpu(), is_given.cpu(), is_new.cpu(), strict=True):  # sync: text
             texts = self.decode(tokens[given], tokens[new])
-            found.append(any(string in text for text in texts for string in self.strings))
-        return torch.tensor(found, device=canvas.tokens.device) | self.otherwise(canvas, tail)
-
-
-def _is_undecided(canvas: Canvas) -> Bool[Tensor, "batch seq"]:
-    return canvas.is_noise | canvas.is_draft
+            has_string.append(any(string in text for text in texts for string in self.strings))
+        return torch.tensor(has_string, device=canvas.tokens.device) | self.otherwise(canvas, tail)
 
 
 def _has_all_before(canvas: Canvas) -> Bool[Tensor, "batch seq"]:
-    """Find the positions up to which everything is decided."""
-    return ~_is_undecided(canvas).long().cummax(dim=1).values.bool()
+    """Return the positions up to which everything is decided."""
+    return ~(canvas.is_noise | canvas.is_draft).long().cummax(dim=1).values.bool()

@@ -1,25 +1,23 @@
 """Unmasking: which of the open noise to commit."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.errors import check_types
-from redraft.sampling.policies.candidates import DRAW_UNMASK, Candidates, Window
+from redraft.sampling.policies.candidates import DRAW_UNMASK, Candidates
 from redraft.schedules import Linear, Schedule
+from redraft.settings import Count, NonNegative, Positive, Probability, Settings
 
 EQUAL_WITHIN = 1e-6
 """Relative difference up to which two scores are equal."""
 
 
-@runtime_checkable
-class Unmask(Protocol):
-    """Choose what to commit among the open noise; by the last step of a block's clock, or one by one, all of it."""
-
-    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]: ...
+Unmask = Callable[[Float[Tensor, "batch seq"], Candidates], Bool[Tensor, "batch seq"]]
+"""(score, candidates) -> which of the open noise gets its token; all of it must have one by a block's last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +31,10 @@ class Quota:
     schedule: Schedule = field(default_factory=Linear)
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        is_open = candidates.is_open_noise
-        return best(score, candidates, quota(self.schedule, is_open.sum(dim=1), candidates.window))
-
-
-def quota(schedule: Schedule, num_left: Int[Tensor, "batch"], window: Window) -> Int[Tensor, "batch"]:
-    """Count what a schedule commits of `num_left` positions in this step."""
-    t, s = window.times
-    share = num_left * committed_share(schedule, t, s)
-    count = share.round(decimals=9).round()  # the first rounding puts 10.500000000000002 back on the half
-    return torch.where(window.is_last, num_left, count.clamp(min=1).long())
+        window, num_left = candidates.window, candidates.is_open_noise.sum(dim=1)
+        share = num_left * committed_share(self.schedule, *window.times)
+        count = share.round(decimals=9).round()  # the first rounding puts 10.500000000000002 back on the half
+        return best(score, candidates, torch.where(window.is_last, num_left, count.clamp(min=1).long()))
 
 
 def committed_share(schedule: Schedule, t: Float[Tensor, "batch"], s: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
@@ -52,82 +44,48 @@ def committed_share(schedule: Schedule, t: Float[Tensor, "batch"], s: Float[Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Some:
-    """Commit k tokens in every step."""
-
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1; got {self.k}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopK(_Some):
+class TopK(Settings):
     """Commit the k surest in every step, however many steps that takes."""
+
+    k: Count = 1
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         return best(score, candidates, torch.full_like(candidates.window.step, self.k))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequential(_Some):
-    """Commit the k leftmost in every step: autoregression with a look ahead."""
-
-    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        is_open = candidates.is_open_noise
-        return is_open & (is_open.long().cumsum(dim=1) <= self.k)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Threshold:
+class Threshold(Settings):
     """Commit whatever the model is sure enough of (Section 3.3 of arXiv 2505.22618).
 
     Where fewer pass than `at_least` asks for, the best ones are committed instead: one ("one", Fast-dLLM), or as many
     as the even quota of the block ("quota": SDAR, LLaDA2).
     """
 
-    threshold: float
+    threshold: Probability
     strict: bool = False
     """Fast-dLLM commits at >= threshold, LLaDA2 at > threshold."""
     at_least: Literal["one", "quota"] = "one"
 
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is a probability in [0, 1]; got {self.threshold}.")
-
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        is_open, confidence = candidates.is_open_noise, candidates.confidence
-        passes = is_open & (confidence > self.threshold if self.strict else confidence >= self.threshold)
-        least = torch.ones_like(candidates.window.step)
-        if self.at_least == "quota":
-            least = self._even_quota(candidates)
-        enough = passes.sum(dim=1) >= least
-        return torch.where(enough[:, None], passes, best(score, candidates, least))
-
-    def _even_quota(self, candidates: Candidates) -> Int[Tensor, "batch"]:
-        """Share the whole block evenly over its steps, the remainder first."""
-        window = candidates.window
-        size = window.block_size
-        base, extra = size // window.num_steps, size % window.num_steps
-        return (base + (window.step < extra).long()).clamp(min=1)
+        window, confidence = candidates.window, candidates.confidence
+        passes = confidence > self.threshold if self.strict else confidence >= self.threshold
+        passes = passes & candidates.is_open_noise
+        minimum = torch.ones_like(window.step)
+        if self.at_least == "quota":  # the whole block evenly over its steps, the remainder first
+            even, remainder = window.block_size // window.num_steps, window.block_size % window.num_steps
+            minimum = (even + (window.step < remainder).long()).clamp(min=1)
+        is_enough = passes.sum(dim=1) >= minimum
+        return torch.where(is_enough[:, None], passes, best(score, candidates, minimum))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factor:
+class Factor(Settings):
     """Commit the r surest, r the largest such that the r-th best confidence is at least 1 - factor / (r + 1).
 
     Fast-dLLM's factor rule (Section 3.3 of arXiv 2505.22618); at least one.
     """
 
-    factor: float
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not self.factor > 0:
-            raise ValueError(f"factor must be positive; got {self.factor}.")
+    factor: Positive
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open = candidates.is_open_noise
@@ -139,18 +97,13 @@ class Factor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntropyBound:
+class EntropyBound(Settings):
     """Commit the longest prefix, by ascending entropy, whose sum of entropies less the largest is at most `bound` nats.
 
     That difference bounds the mutual information of what is committed together (EB-Sampler, arXiv 2505.24857).
     """
 
-    bound: float
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.bound < 0:
-            raise ValueError(f"entropy_bound must not be negative; got {self.bound}. It is in nats.")
+    bound: NonNegative
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open = candidates.is_open_noise
@@ -173,28 +126,12 @@ class Bernoulli:
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         window = candidates.window
         share = torch.where(window.is_last, 1.0, committed_share(self.schedule, *window.times))
-        return candidates.is_open_noise & (candidates.spread(candidates.draws.uniform(DRAW_UNMASK)) < share[:, None])
+        return candidates.is_open_noise & (candidates.spread(candidates.window.uniform(DRAW_UNMASK)) < share[:, None])
 
 
-@dataclass(frozen=True, kw_only=True)
-class FirstHitting:
-    """Commit one position at a time, drawn uniformly: the jump times of the process play no part in its tokens.
-
-    First-hitting sampling (Section 4 of arXiv 2409.02908): as exact as ancestral sampling with infinitely many steps,
-    with one forward per token.
-    """
-
-    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        u = candidates.spread(candidates.draws.uniform(DRAW_UNMASK))
-        return best(u, candidates, torch.ones_like(candidates.window.step))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AtTheEnd:
+def at_the_end(score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
     """Commit nothing before the last step, and then everything: for processes that move noise to noise."""
-
-    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        return candidates.is_open_noise & candidates.window.is_last[:, None]
+    return candidates.is_open_noise & candidates.window.is_last[:, None]
 
 
 def best(
