@@ -84,7 +84,6 @@ def convert(
     model, tokenizer, settings = _read(
         source, notes, mask_token_id=mask_token_id, family=family, dtype=dtype, block_size=block_size
     )
-    is_causal = settings is None and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     check_finite(source, floats_of(model))
     if adapter is not None:
         model = merge_adapter(model, adapter)
@@ -92,6 +91,7 @@ def convert(
         if trained := adapter_config(adapter).get("diffusion"):
             settings, tokenizer = DiffusionSettings.from_saved(trained), read_tokenizer(adapter) or tokenizer
     _check_head(source, model)
+    is_causal = settings is None and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     if settings is None:
         mask, note = choose_mask(model, tokenizer, mask_token_id)
         notes.append(note)

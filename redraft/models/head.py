@@ -63,7 +63,7 @@ def _after(head: nn.Module, _: tuple[Tensor], __: Tensor) -> Tensor | None:
     if now is None or now.head is not head or now.row_loss is None:
         return None
     assert now.hidden is not None
-    total, now.losses = chunked_loss(head, now.hidden, now.row_loss, forward=head.forward)  # no hooks inside of hooks
+    total, now.losses = chunked_loss(head, now.hidden, now.row_loss)
     return total[None]
 
 
@@ -113,21 +113,17 @@ def head_is_plain(model: Any) -> bool:
 
 
 def chunked_loss(
-    head: nn.Module,
-    hidden: Float[Tensor, "n dim"],
-    row_loss: RowLoss,
-    *,
-    forward: Callable[[Tensor], Tensor] | None = None,
+    head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowLoss
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "n"]]:
     """Sum `row_loss` over rows without ever holding the logits of all rows.
 
     Returns the sum, which carries the gradient, and the detached loss of each row. Each chunk's gradient is taken right
     after its forward, so one chunk's logits are the peak and nothing is computed twice. (The idea is Liger-Kernel's
     fused linear cross-entropy, arXiv 2410.10989; this one takes any head and any loss that is a sum over rows.)
-    `forward` computes the head, by default by its call.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
-    return _ChunkedLoss.apply(hidden, forward or head, _chunks(head, len(hidden)), row_loss, *parameters)
+    # `head.forward` calls no hooks: inside of the model's forward (`_after`) they have already run.
+    return _ChunkedLoss.apply(hidden, head.forward, _chunks(head, len(hidden)), row_loss, *parameters)
 
 
 def chunked_rows(head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowLoss) -> Float[Tensor, "n"]:
