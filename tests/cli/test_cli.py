@@ -4,7 +4,6 @@ import html.parser
 import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -50,41 +49,6 @@ def test_train_writes_all_that_belongs_to_a_run(model):
     config = json.loads((model / "config.json").read_text())
     assert config["diffusion"]["process"] == "masked"
     assert config["generation"] == {"preset": "llada-random", "temperature": 0.9}
-
-
-COMMANDS_IN_ONE_PROCESS = """
-import shlex, sys
-from redraft.cli import main
-for line in sys.argv[1:]:
-    sys.argv = shlex.split(line)
-    try:
-        main()
-    except SystemExit as exit_:
-        if exit_.code:
-            sys.exit(f"{line}: exit code {exit_.code}")
-"""
-
-
-def process(*lines, folder, then="", stdin=""):
-    """Run commands in a process of their own, in a folder; what they print, where nothing comes on standard error."""
-    program = [sys.executable, "-c", COMMANDS_IN_ONE_PROCESS + then, *lines]
-    done = subprocess.run(program, input=stdin, capture_output=True, text=True, cwd=folder)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    return done.stdout
-
-
-def test_commands_print_their_report_and_nothing_of_the_libraries(model, tmp_path):
-    """No progress bar off a terminal, and no notice of a library; those that README shows are tested with it."""
-    printed = process(
-        f"redraft convert {model} converted",
-        f"redraft eval {model} --tasks infill-stdlib --items.limit 2 --out eval",
-        "redraft data build stdlib built[/red] --max-documents 12 --seq-len 64 --vocab-size 400 "
-        "--validation-fraction 0.2 --cache-dir cache",
-        folder=tmp_path,
-    )
-    for line in ("yes  padding is inert", "try next", "infill-stdlib", "saved to built[/red]. To train"):
-        assert line in printed
-    assert (tmp_path / "built[/red]").is_dir()
 
 
 def test_a_run_can_be_run_again_from_its_recipe(model, tmp_path):
@@ -236,24 +200,6 @@ def test_an_existing_run_is_not_overwritten(model):
     assert done.returncode == 2
     assert "holds a run" in done.stderr
     assert (model / "model.safetensors").read_bytes() == before
-
-
-def test_import_redraft_does_not_import_transformers():
-    code = "import sys, torch, redraft; print(*[name for name in ('transformers', 'datasets') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
-
-
-def test_the_commands_and_code_of_the_readme_run(tmp_path):
-    """Every `redraft` line of the README, in order, in an empty folder; then its Python. The script is there, too."""
-    readme = (ROOT / "README.md").read_text()
-    lines = [line.split("  #")[0].strip() for line in readme.splitlines() if line.startswith("redraft ")]
-    assert len(lines) >= 6
-    (python,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    printed = process(*lines, folder=tmp_path, then=python, stdin="import os\n/quit\n")
-    assert "a tiny model runs" in printed
-    script = Path(sys.executable).with_name("redraft")
-    assert subprocess.run([script, "--version"], capture_output=True, text=True).stdout.startswith("redraft ")
 
 
 def test_the_policies_and_the_batch_of_the_sampling_page_run(lm):

@@ -1,12 +1,14 @@
 """What the commands share: prompts, output to the character, files that can be written, a warning of repetition."""
 
 import io
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import redraft
@@ -122,6 +124,14 @@ def test_sample_infill_and_chat_warn_of_repetition(model_folder, monkeypatch, ca
             main([command[0], str(model_folder), *command[1:], *flags])
     capsys.readouterr()
     assert [(count, sampling.temperature) for count, sampling in warned] == [(16, 0.5)] * 3
+
+
+def test_on_a_terminal_the_filled_parts_are_highlighted(model_folder, monkeypatch, capsys):
+    terminal = Console(force_terminal=True, color_system="standard", highlight=False, width=200)
+    monkeypatch.setattr(generation, "plain_console", lambda: terminal)
+    with pytest.raises(SystemExit):
+        main(["infill", str(model_folder), "a[MASK:1]b"])
+    assert re.search(r"a\x1b\[1;32m.+\x1b\[0mb", capsys.readouterr().out, re.DOTALL)
 
 
 def test_a_constraint_that_repeats_is_not_warned_of(model_folder, capsys):

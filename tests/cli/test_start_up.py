@@ -50,3 +50,8 @@ def test_help_and_a_wrong_flag_import_nothing_heavy(command):
 def test_other_mistakes_import_nothing_heavy(arguments):
     code, heavy, message = run(*arguments)
     assert (code, heavy) == (0 if arguments in (["help"], ["train"]) else 2, "heavy:"), message
+
+
+def test_import_redraft_imports_nothing_heavy():
+    code = f"import sys, redraft; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
