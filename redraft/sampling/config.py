@@ -120,6 +120,10 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
                 raise ValueError(f"{what} {name!r} was removed; got {settings[name]!r}. {REMOVED[name]}")
             if name not in SamplingConfig.__dataclass_fields__:
                 raise unknown_name(what, name, SamplingConfig.__dataclass_fields__)
+    if ":" in str(saved.get("preset")) and "preset" not in given:
+        raise ValueError(
+            f"config.json asks for code: preset {saved['preset']!r}. Give preset= yourself if you trust it."
+        )
     if "preset" in given:
         saved = {name: value for name, value in saved.items() if name == "max_new_tokens"}
     costs = {*COSTS, "steps_per_block"}

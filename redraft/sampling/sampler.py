@@ -69,18 +69,15 @@ def build_sampler(
     forwards = config.forwards
     if config.budget is not None:
         forwards = max(1, round(config.budget * config.max_new_tokens))
+    size = config.block_size or settings.block_size or chosen.block_size
     has_blocks = preset.blocks != "model" or settings.block_size is not None
-    layout = (
-        Layout(block_size=config.block_size or settings.block_size or chosen.block_size) if has_blocks else Layout()
-    )
+    layout = Layout(block_size=size if has_blocks else None)
     stop: policies.Stop = policies.filled
     if config.stop is not None and eos_token_ids:
         stop = policies.EndOfSequence(eos_token_ids=eos_token_ids)
     if isinstance(config.stop, tuple) and decode is not None:
         stop = policies.StopStrings(strings=config.stop, decode=decode, otherwise=stop)
-    frontier = policies.Blocks(
-        size=layout.block_size or chosen.block_size, on_grid=has_blocks and preset.blocks != "prompt"
-    )
+    frontier = policies.Blocks(size=size, on_grid=has_blocks and preset.blocks != "prompt")
     fields: dict[str, Any] = {"frontier": frontier, "score": policies.confidence} | preset.build(policies, chosen)
     if chosen.alg_temperature:
         fields["score"] = policies.GumbelScore(score=fields["score"], temperature=chosen.alg_temperature)

@@ -126,9 +126,11 @@ TWO_AT_ONCE = Preset(source="this test", build=twice, defaults={"temperature": 0
 def test_a_preset_of_ones_own_is_given_as_module_and_name(folder):
     name = f"{__name__}:TWO_AT_ONCE"
     edit_config(folder, generation={"preset": name, "max_new_tokens": 8})
-    assert load(folder).generate(PROMPT, stop=None).forwards == [4]
-    assert load(folder).sampling_config().resolved().temperature == 0.5
-    lm = load(DATA / "llada")
+    lm = load(folder)
+    assert lm.generate(PROMPT, preset=name, stop=None).forwards == [4]
+    assert lm.sampling_config(preset=name).resolved().temperature == 0.5
+    with pytest.raises(ValueError, match=f"config.json asks for code: preset '{name}'"):
+        lm.generate(PROMPT)  # a checkpoint alone imports nothing
     for preset, message in (
         (f"{__name__}:twice", "must be a redraft.sampling.presets.Preset; got function"),
         (f"{__name__}:THREE", "cannot be imported: .*THREE"),
