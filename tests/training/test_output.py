@@ -16,7 +16,7 @@ from test_alive import config as config
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from redraft.folders import one_writer
-from redraft.training.callbacks import Stop
+from redraft.training.callbacks import GracefulStop
 from redraft.training.config import RunConfig
 from redraft.training.latent_config import LatentRunConfig
 from redraft.training.output import Lasting, lasting_output, say
@@ -98,7 +98,7 @@ def _hears_hang_ups():
 def stopping(tmp_path):
     """Begin to listen for signals; return the callback, and what it tells the trainer after a step."""
     arguments, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]), TrainerState()
-    stopped, control = Stop(QUIET), TrainerControl()
+    stopped, control = GracefulStop(QUIET), TrainerControl()
     stopped.on_train_begin(arguments, state, control)
 
     def after_a_step():

@@ -103,7 +103,7 @@ def test_an_adapter_is_its_own_reference_while_it_is_switched_off(pairs, tmp_pat
         (["--objective.num-samples", "0"], "num_samples at least 1; got 0.1, 0"),
         (["--data.streaming"], "preference pairs are not streamed"),
         (["--data.source", "same"], "line 2.*chosen and rejected are the same answer"),
-        (["--train.batch-size", "200"], "the corpus fills .* pairs, fewer than the 200 of one step"),
+        (["--train.batch-size", "200"], "the corpus fills .* rows, fewer than the 200 of one step"),
         (["--data.seq-len", "4"], "no pair of answers that fit into seq_len=4"),
     ],
 )
