@@ -105,11 +105,8 @@ def begin(config: Run, *, resume: bool, console: Console) -> tuple[Run, str | No
 def drive(config: Run, trainer: KeyedTrainer, *, checkpoint: str | None, console: Console) -> RunResult:
     """Run the loop from its start or a checkpoint, to its end or to a signal, and say how to go on."""
     folder, is_main = Path(config.out), trainer.is_world_process_zero()
-    progress, log, stop = (
-        ProgressLines(console),
-        LogFile(folder),
-        GracefulStop(console, minutes=config.train.max_minutes),
-    )
+    progress, log = ProgressLines(console), LogFile(folder)
+    stop = GracefulStop(console, minutes=config.train.max_minutes)
     for callback in (progress, log, stop):
         trainer.add_callback(callback)
     keep_freed_memory()
