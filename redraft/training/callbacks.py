@@ -58,9 +58,6 @@ class ProgressLines(TrainerCallback):
             words = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in metrics.items()]
             say(self.console, f"step {state.global_step}: validation {', '.join(words)}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.close()
-
     def close(self) -> None:
         """Take the bar off the screen."""
         if self._bar.live.is_started:
@@ -109,7 +106,7 @@ def any_process(flag: bool, *, device: torch.device) -> bool:
 _HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
-class Stop(TrainerCallback):
+class GracefulStop(TrainerCallback):
     """Finish the step, save a checkpoint and stop: on SIGINT, SIGTERM or SIGHUP, or when the minutes are up.
 
     A second signal acts at once, but not a second SIGHUP: a terminal that closes sends several. Where it is ignored
@@ -136,9 +133,6 @@ class Stop(TrainerCallback):
             control.should_save = control.should_training_stop = True
             if is_late:
                 say(self.console, f"{self.minutes:g} minutes are up at step {state.global_step} of {state.max_steps}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.restore()
 
     def restore(self) -> None:
         """Put the earlier handlers back."""

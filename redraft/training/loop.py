@@ -110,17 +110,13 @@ class KeyedTrainer(Trainer):
         self._useful_tokens: Tensor | int = 0
         self._forwarded_tokens = 0
 
-    def efficiency(self) -> float:
-        """Tokens that are not padding / forwarded tokens of this process since the last log line."""
-        return float(self._useful_tokens) / max(self._forwarded_tokens, 1)
-
-    def _speed(self) -> dict[str, float]:
-        """Tokens per second of all processes since the last log line, and the efficiency."""
+    def speed(self) -> dict[str, float]:
+        """Forwarded tokens per second of all processes since the last call, and the part that is no padding."""
         seconds = time.perf_counter() - (self._counted_since or 0.0)
-        tokens_per_second = self.args.world_size * self._forwarded_tokens / max(seconds, 1e-9)
-        logs = {"tokens_per_second": max(round(tokens_per_second), 1), "efficiency": round(self.efficiency(), 4)}
+        tokens_per_second = max(round(self.args.world_size * self._forwarded_tokens / max(seconds, 1e-9)), 1)
+        efficiency = round(float(self._useful_tokens) / max(self._forwarded_tokens, 1), 4)
         self.forget_counts()
-        return logs
+        return {"tokens_per_second": tokens_per_second, "efficiency": efficiency}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -193,7 +189,7 @@ class KeyedTrainer(Trainer):
         """Log, with the steps skipped since the last loss, and the speed. Raises ValueError for too many skipped."""
         if "loss" in logs:
             self._tr_loss.zero_()  # Trainer subtracts it from itself, and inf - inf is NaN
-            logs |= self._speed()
+            logs |= self.speed()
         if logs.keys() & {"loss", "train_loss"} and (skipped := self.guard.report()):  # and those after the last loss
             logs["skipped_steps"] = skipped
         super().log(logs, *args, **kwargs)

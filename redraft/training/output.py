@@ -13,7 +13,7 @@ from rich.console import Console
 _PASSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN)  # a full disk or pipe may have room again
 
 
-class Lasting:
+class LastingStream:
     """A text stream that drops what cannot be written, and writes in escapes what its encoding does not have."""
 
     def __init__(self, stream: Any) -> None:
@@ -48,7 +48,7 @@ class Lasting:
 def lasting_output() -> Iterator[None]:
     """Make standard output and error lasting for the time of the context."""
     before = sys.stdout, sys.stderr
-    lasting = [stream and Lasting(stream) for stream in before]
+    lasting = [stream and LastingStream(stream) for stream in before]
     sys.stdout, sys.stderr = lasting
     try:
         yield

@@ -22,7 +22,7 @@ from redraft.folders import one_writer
 from redraft.likelihood.problem import Estimate
 from redraft.processes import process_class
 from redraft.training.adapter import num_parameters
-from redraft.training.callbacks import LogFile, ProgressLines, Stop
+from redraft.training.callbacks import GracefulStop, LogFile, ProgressLines
 from redraft.training.checkpoint import check_identity, explain_disk_errors, last_whole_checkpoint, step_of, tidy
 from redraft.training.config import RECIPE_FILE, BaseRunConfig, Run, RunConfig, differences
 from redraft.training.launch import check_division
@@ -34,8 +34,6 @@ from redraft.training.preference import PreferenceTrainer
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer, spread
 from redraft.training.verdict import RunResult, announce, divergence, draw_curve, weight_norm, worse_than_chance
-
-BYTES_PER_PARAMETER = {"checkpoint": 12, "model": 4}  # float32 weights with AdamW's two moments; the weights alone
 
 
 def run(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
@@ -105,7 +103,8 @@ def begin(config: Run, *, resume: bool, console: Console) -> tuple[Run, str | No
 def drive(config: Run, trainer: KeyedTrainer, *, checkpoint: str | None, console: Console) -> RunResult:
     """Run the loop from its start or a checkpoint, to its end or to a signal, and say how to go on."""
     folder, is_main = Path(config.out), trainer.is_world_process_zero()
-    progress, log, stop = ProgressLines(console), LogFile(folder), Stop(console, minutes=config.train.max_minutes)
+    progress, log = ProgressLines(console), LogFile(folder)
+    stop = GracefulStop(console, minutes=config.train.max_minutes)
     for callback in (progress, log, stop):
         trainer.add_callback(callback)
     keep_freed_memory()
@@ -190,7 +189,7 @@ def check_disk(config: BaseRunConfig, num_trained: int) -> None:
     out = Path(config.out)
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     keep = config.train.max_checkpoints
-    needed = num_trained * (BYTES_PER_PARAMETER["checkpoint"] * (keep + 1) + BYTES_PER_PARAMETER["model"])
+    needed = num_trained * (12 * (keep + 1) + 4)  # bytes: float32 weights with AdamW's two moments; weights alone
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
@@ -206,13 +205,11 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console) -> N
             say(console, f"{name}: {report.describe(seq_len=config.data.seq_len)}")
     if config.data.max_documents is not None:
         say(console, f"no more than the first {config.data.max_documents} documents are used (--data.max-documents)")
-    rows, shorter = config.train.batch_size * config.train.accumulation, " or --data.seq-len"
-    units = {"preference": ("pairs", shorter), "thought": ("rows", ", or give more examples")}
-    unit, remedy = units.get(config.data.kind, ("windows", shorter))
+    rows = config.train.batch_size * config.train.accumulation
     if not isinstance(data.train, StreamedWindows) and len(data.train) < rows:
         raise ValueError(
-            f"the corpus fills {len(data.train)} {unit}, fewer than the {rows} of one step "
-            f"(batch_size x accumulation). Lower --train.batch-size{remedy}."
+            f"the corpus fills {len(data.train)} rows, fewer than the {rows} of one step (batch_size x accumulation). "
+            "Lower --train.batch-size or --data.seq-len, or give more data."
         )
 
 

@@ -16,10 +16,10 @@ from test_alive import config as config
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from redraft.folders import one_writer
-from redraft.training.callbacks import Stop
+from redraft.training.callbacks import GracefulStop
 from redraft.training.config import RunConfig
 from redraft.training.latent_config import LatentRunConfig
-from redraft.training.output import Lasting, lasting_output, say
+from redraft.training.output import LastingStream, lasting_output, say
 from redraft.training.run import run
 
 
@@ -72,7 +72,7 @@ def test_a_line_that_cannot_be_written_is_dropped(error, monkeypatch):
 def test_what_an_encoding_lacks_is_written_in_escapes():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="latin-1", write_through=True)
-    Lasting(stream).write("3 ± 1, ━\n")
+    LastingStream(stream).write("3 ± 1, ━\n")
     assert raw.getvalue() == b"3 \xb1 1, \\u2501\n"
 
 
@@ -98,7 +98,7 @@ def _hears_hang_ups():
 def stopping(tmp_path):
     """Begin to listen for signals; return the callback, and what it tells the trainer after a step."""
     arguments, state = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]), TrainerState()
-    stopped, control = Stop(QUIET), TrainerControl()
+    stopped, control = GracefulStop(QUIET), TrainerControl()
     stopped.on_train_begin(arguments, state, control)
 
     def after_a_step():

@@ -154,7 +154,7 @@ def test_compiling_is_for_runs_of_500_steps_or_more_than_two_minutes(monkeypatch
 @pytest.mark.parametrize(("minutes", "step", "ends"), [(-1.0, 3, True), (-1.0, 10, False), (10**6, 3, False)])
 def test_the_clock_saves_and_ends_a_run_that_is_late_but_for_its_last_step(tmp_path, minutes, step, ends):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    clock, state, control = callbacks.Stop(QUIET, minutes=minutes), TrainerState(), TrainerControl()
+    clock, state, control = callbacks.GracefulStop(QUIET, minutes=minutes), TrainerState(), TrainerControl()
     state.global_step, state.max_steps = step, 10
     clock.on_train_begin(arguments, state, control)
     clock.on_step_end(arguments, state, control)

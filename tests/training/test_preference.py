@@ -99,7 +99,7 @@ def test_an_adapter_is_its_own_reference_while_it_is_switched_off(pairs, tmp_pat
         (["--objective.num-samples", "0"], r"objective.num_samples must lie in \[1, 1048576\]; got 0"),
         (["--data.streaming"], "preference pairs are not streamed"),
         (["--data.source", "same"], "line 2.*chosen and rejected are the same answer"),
-        (["--train.batch-size", "200"], "the corpus fills .* pairs, fewer than the 200 of one step"),
+        (["--train.batch-size", "200"], "the corpus fills .* rows, fewer than the 200 of one step"),
         (["--data.seq-len", "4"], "fills no window of seq_len=4: .* conversations too long"),
     ],
 )
