@@ -78,13 +78,10 @@ def read_documents(
     return _documents_of(records, parse, source=source, kind=kind, unused=unused)
 
 
-def source_fingerprint(source: str, *, max_documents: int | None = None, **settings: Any) -> str:
-    """Return the sha256 of a source's documents and their order; where they are stored does not matter.
-
-    `settings` are those of `read_documents`.
-    """
+def documents_fingerprint(documents: Iterable[str]) -> str:
+    """Return the sha256 of documents and their order; where they are stored does not matter."""
     digest = hashlib.sha256()
-    for document in islice(read_documents(source, **settings), max_documents):
+    for document in documents:
         content = document.encode()
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()
