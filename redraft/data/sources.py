@@ -271,9 +271,8 @@ def _load_saved(folder: Path, *, split: str) -> Any:
 
 def _read_hub(source: str, *, field: str | None, streaming: bool) -> Iterator[Located]:
     match = HUB_ID.fullmatch(source)
-    is_id = match is not None and Path(source).suffix not in known_suffixes("text")
     remedy = f"{_similar_paths(source)} Give an existing path, {STDLIB!r} or a hub id"
-    if match is None or not is_id:
+    if match is None or Path(source).suffix in known_suffixes("text"):
         raise ValueError(f"no file or folder {source!r}.{remedy}.")
     import datasets
 

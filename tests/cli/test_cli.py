@@ -29,8 +29,7 @@ def model(tmp_path_factory):
     """A tiny model, trained by the command."""
     folder = tmp_path_factory.mktemp("cli") / "tiny"
     settings = ["--train.max-steps", "3", "--train.report-to", "--train.compile", "off", "--data.max-documents", "12"]
-    cache = ["--data.cache-dir", folder.parent / "cache"]
-    done = redraft("train", "stdlib-tiny", "--out", folder, *settings, *cache)
+    done = redraft("train", "stdlib-tiny", "--out", folder, *settings)
     assert done.returncode == 0, done.stderr
     assert "held-out NELBO" in done.stdout
     assert "unigram entropy" in done.stdout
@@ -57,7 +56,7 @@ def test_commands_print_what_they_have_to_say_and_nothing_else(model, tmp_path):
     assert "infill-stdlib" in redraft("eval", model, *items).stdout
     data = ["--max-documents", "12", "--seq-len", "64", "--vocab-size", "400", "--validation-fraction", "0.2"]
     built = tmp_path / "built[/red]"
-    done = redraft("data", "build", "stdlib", "built[/red]", *data, "--cache-dir", tmp_path / "cache", cwd=tmp_path)
+    done = redraft("data", "build", "stdlib", "built[/red]", *data, cwd=tmp_path)
     assert "saved to built[/red]. To train" in done.stdout
     assert built.is_dir() or (tmp_path / "built[").is_dir()
 
