@@ -115,6 +115,8 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
     """
     if config.kind == "thought":
         raise ValueError("thoughts are read as they are and not built; got kind thought. Train on the source.")
+    if out.exists():
+        raise ValueError(f"{str(out)!r} exists. Choose another folder or remove it.")
     tokenizer = _tokenizer(config, None, documents_fingerprint(_read(config)))
 
     def build(folder: Path) -> None:
@@ -122,8 +124,6 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
         tokenizer.save_pretrained(folder)
         (folder / BUILT).write_text(json.dumps(_window_settings(config) | {"max_documents": config.max_documents}))
 
-    if out.exists():
-        raise ValueError(f"{str(out)!r} exists. Choose another folder or remove it.")
     return _open_splits(cached_folder(out, build=build), config, tokenizer)
 
 
@@ -136,20 +136,20 @@ def _open_built(config: DataConfig, tokenizer: Tokenizer | None) -> PreparedData
     if config.max_documents is not None:
         wanted["max_documents"] = config.max_documents
     for name, value in wanted.items():
-        if built[name] != value:
+        if built.get(name) != value:
             raise ValueError(
-                f"{str(folder)!r} was built with {name}={built[name]!r}; got {value!r}. Set data.{name} to it, or build"
-                " again."
+                f"{str(folder)!r} was built with {name}={built.get(name)!r}; got {value!r}. Set data.{name} to it,"
+                " or build again."
             )
-    own = load_fast_tokenizer(folder)
+    saved = load_fast_tokenizer(folder)
     if tokenizer is None and config.tokenizer:
         tokenizer = load_fast_tokenizer(config.tokenizer)
-    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(own):
+    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(saved):
         raise ValueError(
             f"{str(folder)!r} was built with another tokenizer than {config.tokenizer or 'the one given'}."
-            " Leave data.tokenizer out to take its own, or build again."
+            " Leave data.tokenizer out to take the built one, or build again."
         )
-    return _open_splits(folder, config, own)
+    return _open_splits(folder, config, saved)
 
 
 def _prepare_stream(config: DataConfig, tokenizer: Tokenizer | None) -> PreparedData:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from redraft.data.config import DataKind
-from redraft.data.files import located, require_text
+from redraft.data.files import at_place, require_text
 
 Message = dict[str, Any]
 """Role, content, and where they are there: thoughts, tool calls, weight 0; the first message has the tools."""
@@ -236,7 +236,7 @@ def _read_messages(messages: Any) -> list[Message]:
         raise ValueError('messages must be a list of {"role": ..., "content": ...}. Edit or remove it.')
     read: list[Message] = []
     for number, message in enumerate(messages, start=1):
-        with located(f"message {number}"):
+        with at_place(f"message {number}"):
             read.append(_read_message(message))
     answers = [i for i, message in enumerate(read) if message["role"] == "assistant"]
     learnt = [i for i in answers if "weight" not in read[i]]

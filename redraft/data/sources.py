@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple
 from redraft.data.config import DataKind
 from redraft.data.files import (
     TEXT_SUFFIXES,
-    Located,
+    RecordAt,
+    at_place,
     cut_at_blank_lines,
     field_text,
     known_suffixes,
-    located,
     numbered_rows,
     one_line,
     read_file,
@@ -166,7 +166,7 @@ def _is_plain_text(source: str) -> bool:
 
 
 def _documents_of(
-    records: Iterable[Located],
+    records: Iterable[RecordAt],
     parse: Callable[[Any], str | None],
     *,
     source: str,
@@ -177,7 +177,7 @@ def _documents_of(
     is_empty = True
     try:
         for where, record in records:
-            with located(where):
+            with at_place(where):
                 document = parse(record)
             if document:
                 is_empty = False
@@ -191,7 +191,7 @@ def _documents_of(
         raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
 
 
-def _read_source(source: str, *, field: str | None, streaming: bool) -> Iterator[Located]:
+def _read_source(source: str, *, field: str | None, streaming: bool) -> Iterator[RecordAt]:
     """Find what a source is, and read its records; of datasets and parquet only `field`, if it is given."""
     path, split = Path(source).expanduser(), ""
     if source == STDLIB:
@@ -238,7 +238,7 @@ def _warn_of_folder(error: OSError) -> None:
     warn_once(f"Skipped {error.filename}: it cannot be read ({error.strerror}).")
 
 
-def _read_files(files: Iterable[Path], *, field: str | None) -> Iterator[Located]:
+def _read_files(files: Iterable[Path], *, field: str | None) -> Iterator[RecordAt]:
     for path in files:
         try:
             records = read_file(path, field=field)
@@ -248,7 +248,7 @@ def _read_files(files: Iterable[Path], *, field: str | None) -> Iterator[Located
             yield from records
 
 
-def _rows_of(dataset: Any, *, where: str, field: str | None) -> Iterator[Located]:
+def _rows_of(dataset: Any, *, where: str, field: str | None) -> Iterator[RecordAt]:
     if field in (dataset.column_names or ()):  # a stream may not know its columns
         dataset = dataset.select_columns([field])
     return numbered_rows(dataset, where=where)
@@ -269,7 +269,7 @@ def _load_saved(folder: Path, *, split: str) -> Any:
     return splits[split]
 
 
-def _read_hub(source: str, *, field: str | None, streaming: bool) -> Iterator[Located]:
+def _read_hub(source: str, *, field: str | None, streaming: bool) -> Iterator[RecordAt]:
     match = HUB_ID.fullmatch(source)
     remedy = f"{_similar_paths(source)} Give an existing path, {STDLIB!r} or a hub id"
     if match is None or Path(source).suffix in known_suffixes("text"):
