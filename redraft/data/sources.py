@@ -8,7 +8,7 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache, partial
 from itertools import islice
@@ -43,6 +43,14 @@ HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?(@(?P<sp
 WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>[0-9.]+(e[+-]?[0-9]+)?)(/(?P<limit>[1-9][0-9]*))?")
 
 
+class WeightedSource(NamedTuple):
+    """One source of a mixture; `limit` is the number of its first documents that are used, or None for all."""
+
+    source: str
+    weight: float
+    limit: int | None
+
+
 def read_documents(
     source: str, *, text_field: str = "text", kind: DataKind = "text", streaming: bool = False
 ) -> Iterator[str]:
@@ -61,21 +69,38 @@ def read_documents(
     Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
     """
     if not path_exists(source) and (parts := parse_mixture(source)):
-        read = partial(read_documents, text_field=text_field, kind=kind, streaming=streaming)
-        is_plain = [kind == "chat" and _is_plain_text(part.source) for part in parts]
-        streams = []
-        for part, plain in zip(parts, is_plain, strict=True):
-            if path_exists(f"{part.source}/{BUILT}"):
-                raise ValueError(f"built data cannot be mixed; got {part.source!r}. Mix the sources and build that.")
-            is_beside_chat = plain and not all(is_plain)
-            documents = map(as_conversation, read_documents(part.source)) if is_beside_chat else read(part.source)
-            streams.append((islice(documents, part.limit), part.weight))
-        return interleave(streams)
-    unused = Counter[str]()
-    is_text = kind == "text"
-    records = _read_source(source, field=text_field if is_text else None, streaming=streaming)
+        yield from _read_mixture(parts, text_field=text_field, kind=kind, streaming=streaming)
+        return
+    unused, is_empty, is_text = Counter[str](), True, kind == "text"
     parse = partial(field_text, field=text_field) if is_text else record_parser(kind, unused)
-    return _documents_of(records, parse, source=source, kind=kind, unused=unused)
+    try:
+        for where, record in _read_source(source, field=text_field if is_text else None, streaming=streaming):
+            with at_place(where):
+                document = parse(record)
+            if document:
+                is_empty = False
+                yield document
+    finally:  # also where reading stops early
+        if unused:
+            counts = ", ".join(f"{name} ({unused[name]:,})" for name in sorted(unused))
+            warn_once(f"Fields of {source} that are not used, and how often they occur: {counts}.")
+    if is_empty:
+        wanted = {"text": "text", "chat": "conversation with an answer", "preference": "pair of answers"}[kind]
+        raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
+
+
+def _read_mixture(parts: Sequence[WeightedSource], *, kind: DataKind, **settings: Any) -> Iterator[str]:
+    is_plain = [kind == "chat" and _is_plain_text(part.source) for part in parts]
+    streams = []
+    for part, plain in zip(parts, is_plain, strict=True):
+        if path_exists(f"{part.source}/{BUILT}"):
+            raise ValueError(f"built data cannot be mixed; got {part.source!r}. Mix the sources and build that.")
+        if plain and not all(is_plain):
+            documents: Iterator[str] = map(as_conversation, read_documents(part.source))
+        else:
+            documents = read_documents(part.source, kind=kind, **settings)
+        streams.append((islice(documents, part.limit), part.weight))
+    return interleave(streams)
 
 
 def documents_fingerprint(documents: Iterable[str]) -> str:
@@ -96,14 +121,6 @@ def split_of(document: str, *, validation_fraction: float, seed: int = 0) -> Spl
     digest = hashlib.sha256(f"{seed}:{document}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
     return "validation" if position < validation_fraction else "train"
-
-
-class WeightedSource(NamedTuple):
-    """One source of a mixture; `limit` is the number of its first documents that are used, or None for all."""
-
-    source: str
-    weight: float
-    limit: int | None
 
 
 def parse_mixture(source: str) -> list[WeightedSource] | None:
@@ -163,32 +180,6 @@ def _is_plain_text(source: str) -> bool:
         return source == STDLIB or path.suffix in TEXT_SUFFIXES
     suffixes = {file.suffix for file in _walk(path)} & {*known_suffixes("text")}
     return bool(suffixes) and suffixes <= {*TEXT_SUFFIXES}
-
-
-def _documents_of(
-    records: Iterable[RecordAt],
-    parse: Callable[[Any], str | None],
-    *,
-    source: str,
-    kind: DataKind,
-    unused: Counter[str],
-) -> Iterator[str]:
-    """Parse records. Raises ValueError where there is no document; warns of unused fields when reading ends."""
-    is_empty = True
-    try:
-        for where, record in records:
-            with at_place(where):
-                document = parse(record)
-            if document:
-                is_empty = False
-                yield document
-    finally:
-        if unused:
-            counts = ", ".join(f"{name} ({unused[name]:,})" for name in sorted(unused))
-            warn_once(f"Fields of {source} that are not used, and how often they occur: {counts}.")
-    if is_empty:
-        wanted = {"text": "text", "chat": "conversation with an answer", "preference": "pair of answers"}[kind]
-        raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
 
 
 def _read_source(source: str, *, field: str | None, streaming: bool) -> Iterator[RecordAt]:
