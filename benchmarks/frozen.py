@@ -95,9 +95,9 @@ def _tokens(num_settings: int) -> dict[str, Any]:
 
 
 def _losses(recipes: list[str] | None, steps: int) -> dict[str, Any]:
+    from redraft.latent.config import LatentRunConfig
     from redraft.recipes import RECIPES
     from redraft.recipes.smoke import smoke
-    from redraft.training.latent_config import LatentRunConfig
 
     found = {}
     for name in RECIPES if recipes is None else recipes:
@@ -105,7 +105,7 @@ def _losses(recipes: list[str] | None, steps: int) -> dict[str, Any]:
         train = replace(config.train, max_steps=steps, save_every=steps, device="cpu")
         config = replace(config, train=train)
         if isinstance(config, LatentRunConfig):
-            from redraft.training.latent import run_stage as run
+            from redraft.latent.stages import run_stage as run
         else:
             from redraft.training.run import run
         run(config)

@@ -1,14 +1,13 @@
 """What training data are: a source, its kind, and how it becomes windows of tokens."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from redraft.data.chat import ChatConfig
-from redraft.data.tasks import find_task
-from redraft.data.thoughts import ThoughtConfig
 from redraft.data.tokenizer import SMALLEST_VOCAB_SIZE
+from redraft.errors import unknown_name
 
-THOUGHT_SETTINGS = ("kind", "source", "thought", "seq_len")
+KINDS = ("text", "chat", "preference")
+READ_BY_OWN_KINDS = ("kind", "source", "seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,19 +18,15 @@ class DataConfig:
     """stdlib (Python's own library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a dataset of
     save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
     SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents).
-    Of kind thought: countdown, countdown-backwards, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks,
-    answer."""
-    kind: Literal["text", "chat", "preference", "thought"] = "text"
+    For a kind MODULE:FUNCTION whatever that function reads."""
+    kind: str = "text"
     """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers;
     stdlib and text files mixed with them are learnt whole. preference: pairs (prompt, chosen, rejected) to learn the
-    better answer by (VRPO; objective.beta). thought: tasks of latent thinking with their thoughts in words; split and
-    tokenizer are the task's own."""
+    better answer by (VRPO; objective.beta). MODULE:FUNCTION: rows that your own function makes of the source."""
     text_field: str = "text"
     """Field that holds the text of a record (kind text)."""
     chat: ChatConfig = field(default_factory=ChatConfig)
     """How conversations become tokens and targets (kind chat)."""
-    thought: ThoughtConfig = field(default_factory=ThoughtConfig)
-    """How thoughts become tokens (kind thought)."""
     seq_len: int = 256
     """Tokens per window."""
     validation_fraction: float = 0.05
@@ -67,20 +62,18 @@ class DataConfig:
             raise ValueError("source must not be empty; got ''. Give 'stdlib', a path or a hub id.")
         if not 0 <= self.random_length <= 1:
             raise ValueError(f"random_length is a probability in [0, 1]; got {self.random_length}. LLaDA's is 0.01.")
-        if self.kind == "thought":
-            self._check_thought()
-        elif self.thought != ThoughtConfig():
-            raise ValueError(f"settings of thought are for kind thought; this is kind {self.kind}. Leave them out.")
+        if ":" in self.kind:
+            self._check_own_kind()
+        elif self.kind not in KINDS:
+            raise unknown_name("data.kind", self.kind, (*KINDS, "MODULE:FUNCTION"))
         elif self.kind != "text":
             self._check_chat()
 
-    def _check_thought(self) -> None:
-        if not self.source.endswith(".jsonl"):  # a file is looked for when it is read
-            find_task(self.source)
+    def _check_own_kind(self) -> None:
         plain = DataConfig()
         for name, value in vars(self).items():
-            if name not in THOUGHT_SETTINGS and value != getattr(plain, name):
-                raise ValueError(f"{name} is not for kind thought; got {value!r}. Begin with the recipe thought-ar.")
+            if name not in READ_BY_OWN_KINDS and value != getattr(plain, name):
+                raise ValueError(f"data.{name} is not for kind {self.kind}; got {value!r}. Leave it out.")
 
     def _check_chat(self) -> None:
         if self.streaming and self.kind == "preference":

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
@@ -30,8 +31,6 @@ from redraft.data.preferences import PreferenceDataset, prompt_of, read_preferen
 from redraft.data.sources import BUILT, exists, read_documents, source_fingerprint
 from redraft.data.splits import Split, split_of
 from redraft.data.store import Batch, open_windows, write_windows
-from redraft.data.tasks import find_task
-from redraft.data.thoughts import WrittenTask
 from redraft.data.tokenizer import (
     Tokenizer,
     encode_documents,
@@ -92,14 +91,16 @@ class PreparedData:
     """Settings of sampling that the checkpoint is to carry."""
 
 
-def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> PreparedData:
+def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, objective: str = "masked") -> PreparedData:
     """Read, split, tokenise and pack a source; the same text and settings give the same windows, from the cache.
 
-    `tokenizer` goes before `config.tokenizer`. The cache's key holds the hash of the documents' text, so it is never
+    `tokenizer` goes before `config.tokenizer`; a kind MODULE:FUNCTION is called with the config, `tokenizer=` and the
+    kind of `objective=`. The cache's key holds the hash of the documents' text, so it is never
     stale. Raises ValueError for a source that cannot be read and for a split without one whole window.
     """
-    if config.kind == "thought":
-        return _prepare_thoughts(config)
+    if ":" in config.kind:
+        rows: PreparedData = _import_function(config.kind)(config, tokenizer=tokenizer, objective=objective)
+        return rows
     if exists(Path(config.source).expanduser() / BUILT):
         return _open_built(config, tokenizer)
     if config.streaming:
@@ -119,9 +120,8 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
     The folder appears when it is whole; what a killed build left is begun again. Raises ValueError where `out` holds
     anything else.
     """
-    if config.kind in ("preference", "thought"):
-        what = "preference pairs" if config.kind == "preference" else "thoughts"
-        raise ValueError(f"{what} are read as they are and not built; got kind {config.kind}. Train on the source.")
+    if config.kind == "preference" or ":" in config.kind:
+        raise ValueError(f"rows of kind {config.kind} are read as they are and not built. Train on the source.")
     fingerprint = source_fingerprint(config.source, max_documents=config.max_documents, **_reading(config))
     tokenizer = _tokenizer(config, None, fingerprint)
     built = {name: value for name, value in asdict(config).items() if name in (*BUILT_SETTINGS, *BUILT_ORDER)}
@@ -236,18 +236,13 @@ def _prepare_pairs(config: DataConfig, tokenizer: Tokenizer) -> PreparedData:
     )
 
 
-def _prepare_thoughts(config: DataConfig) -> PreparedData:
-    """Write a task's examples out; they are made anew each time, and kept in memory."""
-    written = WrittenTask(task=find_task(config.source), config=config.thought)
-    (train, train_report), (held_out, report) = (written.windows(split, seq_len=config.seq_len) for split in SPLITS)
-    return PreparedData(
-        train=WindowDataset(windows=train, is_trimmed=True),
-        validation=WindowDataset(windows=held_out, is_trimmed=True),
-        tokenizer=written.tokenizer,
-        train_report=train_report,
-        validation_report=report,
-        generation={"max_new_tokens": written.longest_said},
-    )
+def _import_function(name: str) -> Any:
+    """Import MODULE:FUNCTION. Raises ValueError where it is not there."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"data.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
 
 
 def _cache_dir(config: DataConfig) -> Path:
