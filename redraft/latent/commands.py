@@ -46,17 +46,16 @@ def main(arguments: list[str]) -> int:
     from redraft.latent.checkpoint import load_thinker
     from redraft.latent.thinking import choose_sample
 
-    be_quiet()
+    if args.check and args.prompts:
+        raise ValueError(f"--check measures the autoencoder without prompts; got {args.prompts[0]!r}. Leave it out.")
     if args.check:
-        if args.prompts:
-            raise ValueError(
-                f"--check measures the autoencoder without prompts; got {args.prompts[0]!r}. Leave it out."
-            )
+        be_quiet()
         return check(args.model)
     prompts = read_prompts(args.prompts)
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("there is nothing to think about: a prompt is empty. Give a task as text.")
     check_writable(args.trace, ".html", ".json")
+    be_quiet()
     thinker = load_thinker(args.model, device=args.device)
     groups = thinker.think(prompts, trace=args.show or args.trace is not None, **asdict(args.thinking))
     console, rows = plain_console(), []

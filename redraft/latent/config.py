@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 
 from redraft.latent.tasks import find_task
 from redraft.settings import Count, NonNegative, Positive, Seed, Settings
-from redraft.training.checkpoint import hash_of
 from redraft.training.config import Recorded, TrainConfig, check_out
 
 AUTOENCODER_FOLDER = "autoencoder"
@@ -142,6 +141,8 @@ class LatentRunConfig(Recorded):
 
     def inputs(self) -> dict[str, dict[str, Any]]:
         """Identify the task, the examples of its file, and the weights that the stage starts from."""
+        from redraft.training.checkpoint import hash_of
+
         folders = [] if self.start is None else [Path(self.start), Path(self.start) / AUTOENCODER_FOLDER]
         weights = [path for folder in folders if (path := folder / "model.safetensors").exists()]
         inputs: dict[str, dict[str, Any]] = {"stage": {"task": self.task, "start": [hash_of(path) for path in weights]}}

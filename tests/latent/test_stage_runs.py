@@ -189,18 +189,18 @@ def test_minutes_lower_the_number_of_steps_so_that_the_learning_rate_reaches_its
     assert json.loads((outcome.folder / "recipe.json").read_text())["train"]["max_steps"] < 10_000
 
 
-@pytest.mark.parametrize("objective", [ThoughtObjective(), ADAPTIVE], ids=["plain", "adaptive"])
-def test_the_first_log_line_tells_of_steps_that_trained_and_not_of_those_that_were_timed(configs, tmp_path, objective):
-    config = replace(configs["denoiser"], objective=objective)
+def test_the_first_log_line_tells_of_steps_that_trained_and_not_of_those_that_were_timed(configs, tmp_path):
+    config = configs["denoiser"]
     plain = run_stage(with_train(config, tmp_path, "plain"), console=QUIET).folder
     timed = run_stage(with_train(config, tmp_path, "timed", max_minutes=5), console=QUIET).folder
     for name in ("flow", "stop", "answer"):
         assert logged(plain, name) == logged(timed, name)
 
 
-def test_parts_of_the_loss_are_means_over_the_steps_that_have_them(configs, tmp_path):
-    objective = ThoughtObjective(joint=0.5)  # such a step has no stop loss
-    config = with_train(replace(configs["denoiser"], objective=objective), tmp_path, "each")
+def test_parts_of_the_loss_are_means_over_the_steps_that_have_them(configs, tmp_path, monkeypatch):
+    # a joint step has no stop loss
+    monkeypatch.setattr("redraft.latent.stages.ForcedLoss", partial(ForcedLoss, joint=0.5))
+    config = with_train(configs["denoiser"], tmp_path, "each")
     each = logged(run_stage(config, console=QUIET).folder, "stop")
     assert 0 < len(each) < 6
     config = replace(config, out=str(tmp_path / "all"), train=replace(config.train, log_every=6))
@@ -212,7 +212,7 @@ def test_a_model_is_saved_before_it_is_measured_so_that_a_broken_verifier_costs_
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("redraft.training.latent.solved", broken)
+    monkeypatch.setattr("redraft.latent.stages.share_solved", broken)
     config = with_train(configs["denoiser"], tmp_path, max_steps=2)
     with pytest.raises(ZeroDivisionError):
         run_stage(config, console=QUIET)
