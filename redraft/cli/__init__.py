@@ -23,12 +23,13 @@ COMMANDS = {
     "explain": "show in which order a text was decided, how surely, and what else it could have been",
     "chat": "talk with a model and watch its drafts form",
     "think": "think about prompts in blocks of continuous thought",
-    "latent": "check the autoencoder of a thinking model",
     "data": "tokenise and pack a source once, for many runs",
     "eval": "measure a model on tasks: likelihood, generation, benchmarks",
     "compare": "test the difference between two evaluations",
     "doctor": "report versions, devices and whether a tiny model runs",
 }
+ELSEWHERE = {"think": "redraft.latent.commands"}
+"""Modules of commands that live with what they are about."""
 NOISY = ("torchao", "torch.utils._pytree")
 """Loggers that tell, on every import, of kernels for other machines and of each other's names."""
 EXTRAS = {
@@ -133,7 +134,7 @@ def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise unknown_name("command", command, COMMANDS)
     try:
-        return int(import_module(f"redraft.cli.{command}").main(arguments))
+        return int(import_module(ELSEWHERE.get(command, f"redraft.cli.{command}")).main(arguments))
     except SystemExit as exit_:  # of --help; of rich, where the reader of our output is gone
         if isinstance(exit_.__context__, BrokenPipeError):
             raise exit_.__context__ from None

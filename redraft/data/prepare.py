@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import import_module
 from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
@@ -28,8 +29,6 @@ from redraft.data.packing import (
     pack_documents,
 )
 from redraft.data.sources import BUILT, Split, documents_fingerprint, path_exists, read_documents, split_of
-from redraft.data.tasks import find_task
-from redraft.data.thoughts import WrittenTask
 from redraft.data.tokenizer import (
     Tokenizer,
     encode_documents,
@@ -87,14 +86,16 @@ class PreparedData:
     """Settings of sampling that the checkpoint is to carry."""
 
 
-def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> PreparedData:
+def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, objective: str = "masked") -> PreparedData:
     """Read, split, tokenise and pack a source; the same text and settings give the same windows, from the cache.
 
-    `tokenizer` goes before `config.tokenizer`. The cache's key holds the hash of the documents' text, so it is never
-    stale. Raises ValueError for a source that cannot be read and for a split without one whole window.
+    `tokenizer` goes before `config.tokenizer`; a kind MODULE:FUNCTION is called with the config, `tokenizer=` and the
+    kind of `objective=`. The cache's key holds the hash of the documents' text, so it is never stale. Raises ValueError
+    for a source that cannot be read and for a split without one whole window.
     """
-    if config.kind == "thought":
-        return _prepare_thoughts(config)
+    if ":" in config.kind:
+        rows: PreparedData = _import_function(config.kind)(config, tokenizer=tokenizer, objective=objective)
+        return rows
     if path_exists(f"{config.source}/{BUILT}"):
         return _open_built(config, tokenizer)
     if config.streaming:
@@ -113,8 +114,8 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
 
     The folder appears when it is whole; what a killed build left is begun again. Raises ValueError where `out` exists.
     """
-    if config.kind == "thought":
-        raise ValueError("thoughts are read as they are and not built; got kind thought. Train on the source.")
+    if ":" in config.kind:
+        raise ValueError(f"rows of kind {config.kind} are read as they are and not built. Train on the source.")
     if out.exists():
         raise ValueError(f"{str(out)!r} exists. Choose another folder or remove it.")
     tokenizer = _tokenizer(config, None, documents_fingerprint(_read(config)))
@@ -164,18 +165,13 @@ def _prepare_stream(config: DataConfig, tokenizer: Tokenizer | None) -> Prepared
     )
 
 
-def _prepare_thoughts(config: DataConfig) -> PreparedData:
-    """Write a task's examples out; they are made anew each time, and kept in memory."""
-    written = WrittenTask(task=find_task(config.source), config=config.thought)
-    (train, train_report), (held_out, report) = (written.windows(split, seq_len=config.seq_len) for split in SPLITS)
-    return PreparedData(
-        train=WindowDataset(windows=train, is_trimmed=True),
-        validation=WindowDataset(windows=held_out, is_trimmed=True),
-        tokenizer=written.tokenizer,
-        train_report=train_report,
-        validation_report=report,
-        generation={"max_new_tokens": written.longest_said},
-    )
+def _import_function(name: str) -> Any:
+    """Import MODULE:FUNCTION. Raises ValueError where it is not there."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"data.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
 
 
 def _cache_folder() -> Path:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from redraft.data.config import DataKind
 from redraft.data.files import at_place, require_text
 
 Message = dict[str, Any]
@@ -39,7 +38,7 @@ AFTER_ANSWERS = ("system", "developer", "user", "tool", "function")
 """Roles that may follow the last answer."""
 
 
-def record_parser(kind: DataKind, unused: Counter[str]) -> Callable[[Any], str]:
+def record_parser(kind: str, unused: Counter[str]) -> Callable[[Any], str]:
     """Make the parser of one source: a record to the JSON of its messages (chat) or of two conversations (preference).
 
     The first record decides the schema. Raises ValueError at the first record that has another, and at a malformed one.
@@ -72,7 +71,7 @@ def is_given(value: Any) -> bool:
     return value is not None and value not in ("", [], {})
 
 
-def _schema_of(record: Any, kind: DataKind) -> tuple[str, ...]:
+def _schema_of(record: Any, kind: str) -> tuple[str, ...]:
     if not isinstance(record, Mapping):
         raise ValueError(f"a record must be an object; got {type(record).__name__}. Edit or remove it.")
     for fields in SCHEMAS[kind]:

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from redraft.data.config import DataKind
 from redraft.data.files import (
     TEXT_SUFFIXES,
     RecordAt,
@@ -52,7 +51,7 @@ class WeightedSource(NamedTuple):
 
 
 def read_documents(
-    source: str, *, text_field: str = "text", kind: DataKind = "text", streaming: bool = False
+    source: str, *, text_field: str = "text", kind: str = "text", streaming: bool = False
 ) -> Iterator[str]:
     """Read a source's documents, always in the same order. Documents without a character (or null) are skipped.
 
@@ -89,7 +88,7 @@ def read_documents(
         raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
 
 
-def _read_mixture(parts: Sequence[WeightedSource], *, kind: DataKind, **settings: Any) -> Iterator[str]:
+def _read_mixture(parts: Sequence[WeightedSource], *, kind: str, **settings: Any) -> Iterator[str]:
     is_plain = [kind == "chat" and _is_plain_text(part.source) for part in parts]
     streams = []
     for part, plain in zip(parts, is_plain, strict=True):

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from redraft.data.sources import read_documents, split_of
-from redraft.data.tasks import find_task, held_out_prompts
-from redraft.data.thoughts import ThoughtConfig, WrittenTask
 from redraft.errors import unknown_name
 from redraft.evaluation.metrics import edit_similarity
 from redraft.evaluation.sandbox import Isolation, Limits, run_python
+from redraft.latent.tasks import held_out_prompts
+from redraft.latent.words import WrittenTask
 
 Kind = Literal["generate", "infill", "choose", "perplexity"]
 Scores = dict[str, float]
@@ -254,8 +254,7 @@ def make_task(name: str, options: TaskOptions) -> Task:
     """Find a task by its name. Raises ValueError for an unknown one, and for code that may not run."""
     kind, _, rest = name.partition(":")
     if kind == "thought" and rest:
-        source, config = ThoughtConfig.from_name(name)
-        return HeldOutThoughts(name=name, written=WrittenTask(task=find_task(source), config=config))
+        return HeldOutThoughts(name=name, written=WrittenTask.from_source(rest))
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise ValueError(f"no file {name}; a custom task is a file of JSON lines.")

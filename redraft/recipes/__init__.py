@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from redraft.recipes.latent import (
+from redraft.latent.config import LatentRunConfig
+from redraft.latent.recipes import (
     latent_autoencoder,
     latent_denoiser,
     latent_rollout,
@@ -21,7 +22,6 @@ from redraft.recipes.published import (
 )
 from redraft.recipes.stdlib import stdlib_demo, stdlib_small, stdlib_tiny
 from redraft.training.config import RunConfig
-from redraft.training.latent_config import LatentRunConfig
 
 RECIPES: dict[str, Callable[[], RunConfig | LatentRunConfig]] = {
     "stdlib-tiny": stdlib_tiny,

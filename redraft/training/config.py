@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +24,7 @@ from redraft.processes.noised import Process
 from redraft.processes.uniform import UniformDiffusion
 from redraft.schedules import schedule_from_name
 from redraft.training.adapter import AdapterConfig
-from redraft.training.checkpoint import RECIPE_FILE, write_whole
+from redraft.training.checkpoint import RECIPE_FILE, hash_of, write_whole
 
 KINDS = ("masked", "uniform", "block", "ar")
 
@@ -251,6 +252,15 @@ class TrainConfig:
 class Recorded:
     """A configuration that the folder of its run keeps."""
 
+    @property
+    def resume_command(self: Any) -> str:
+        """What continues this run."""
+        return f"redraft train {shlex.quote(self.out)} --resume"
+
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """Identify what the run reads beside its settings: a checkpoint that was trained on other inputs is refused."""
+        return {}
+
     def save(self, folder: Path) -> None:
         """Write recipe.json, which `redraft train FOLDER/recipe.json --out OTHER` runs again."""
         write_whole(folder / RECIPE_FILE, json.dumps(asdict(self), indent=2) + "\n")
@@ -316,8 +326,6 @@ class RunConfig(Recorded):
                 f"model.start brings its own tokenizer; got data.tokenizer={self.data.tokenizer!r} beside it. Leave "
                 "out one or the other."
             )
-        if self.data.kind == "thought":
-            self._check_thought()
         self._check_adapter()
         if self.model.max_positions is not None and self.data.seq_len > self.model.max_positions:
             raise ValueError(
@@ -329,17 +337,10 @@ class RunConfig(Recorded):
                 "objective.kind ar needs a decoder; got model.architecture modernbert, an encoder. Use llama."
             )
 
-    def _check_thought(self) -> None:
-        if self.model.start is not None:
-            raise ValueError(
-                f"kind thought makes a tokenizer of the task's words; got model.start {self.model.start!r}, which "
-                "brings its own. Leave it out."
-            )
-        if self.objective.kind in ("masked", "uniform") and not self.data.thought.fill:
-            raise ValueError(
-                f"objective.kind {self.objective.kind} fills a canvas of one length; got data.thought.fill False, by "
-                "which the length of a row tells that of its answer. Add --data.thought.fill."
-            )
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """Identify the file of rows that are made anew each time (own kinds of data)."""
+        name, is_file, _ = self.data.source.partition(".jsonl")
+        return {"examples": {"hash": hash_of(Path(name + is_file))}} if ":" in self.data.kind and is_file else {}
 
     def _check_adapter(self) -> None:
         rank, quantization = self.adapter.rank, self.model.quantization

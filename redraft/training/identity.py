@@ -5,11 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from redraft.latent.checkpoint import AUTOENCODER_FOLDER
 from redraft.models.denoiser import Denoiser
-from redraft.training.checkpoint import OBJECTIVE_FILE, hash_of
+from redraft.training.checkpoint import OBJECTIVE_FILE
 from redraft.training.config import RECIPE_FILE
-from redraft.training.latent_config import LatentRunConfig
 from redraft.training.pace import Config
 
 PLACES = ("start", "source", "tokenizer")  # what a run reads may be moved
@@ -24,25 +22,12 @@ OTHERS = {
 def identity(config: Config) -> dict[str, Any]:
     """Say what a run minimises, and of thoughts on what: what the checkpoint of another run is told by."""
     saved: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    told = {name: saved[name] for name in ("objective", "autoencoder", "denoiser", "rollout") if name in saved}
+    sections = ("objective", "autoencoder", "denoiser")
+    told: dict[str, Any] = {name: saved[name] for name in sections if name in saved}
     for section in ("model", "data"):
         plain = {name: value for name, value in saved.get(section, {}).items() if not isinstance(value, dict)}
         told |= {section: {name: plain[name] for name in plain if name not in PLACES}} if plain else {}
-    if isinstance(config, LatentRunConfig):
-        told["stage"] = {"task": config.task, "start": _weights(config.start)}
-        task = config.task
-    else:
-        task = config.data.source if config.data.kind == "thought" else None
-    if task is not None and task.endswith(".jsonl"):
-        told["examples"] = {"hash": hash_of(Path(task))}
-    return told
-
-
-def _weights(start: str | None) -> list[str]:
-    """Hash the weights that a latent stage begins from."""
-    folders = [] if start is None else [Path(start), Path(start) / AUTOENCODER_FOLDER]
-    weights = [folder / "model.safetensors" for folder in folders]
-    return [hash_of(path) for path in weights if path.exists()]
+    return told | config.inputs()
 
 
 def check_identity(checkpoint: Path, wanted: dict[str, Any]) -> None:

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from redraft.models.device import can_compile
 from redraft.training.callbacks import any_process
-from redraft.training.config import RunConfig, TrainConfig
-from redraft.training.latent_config import LatentRunConfig
+from redraft.training.config import TrainConfig
 from redraft.training.loop import KeyedTrainer
 from redraft.training.output import say
 from redraft.training.trainer import DiffusionTrainer
 
-Config = TypeVar("Config", RunConfig, LatentRunConfig)
+Config = TypeVar("Config", bound=Any)
+"""RunConfig, or another `Recorded` configuration with its `out` and `train`."""
 
 
 def compile_if_it_pays(train: TrainConfig, trainer: DiffusionTrainer, console: Console) -> None:

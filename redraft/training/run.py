@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,7 +33,6 @@ from redraft.training.config import RECIPE_FILE, RunConfig, differences
 from redraft.training.curve import CURVE_FILE, draw_curve
 from redraft.training.ema import WeightAverage
 from redraft.training.identity import check_identity, check_settings, identity
-from redraft.training.latent_config import LatentRunConfig
 from redraft.training.launch import check_division
 from redraft.training.loop import KeyedTrainer
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
@@ -68,7 +66,7 @@ def alone(config: Config) -> Iterator[None]:
 def _run(config: RunConfig, *, resume: bool, console: Console) -> Outcome:
     config, checkpoint = begin(config, resume=resume, console=console)
     start = load_start(config)
-    data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
+    data = prepare(config.data, tokenizer=None if start is None else start.tokenizer, objective=config.objective.kind)
     _announce_data(data, config, console, is_main=PartialState().is_main_process)
     config = _with_steps(config, data)
 
@@ -163,18 +161,12 @@ def drive(
             stopped.restore()
     steps = trainer.state.global_step
     if stopped.received:
-        say(console, f"stopped at step {steps}. To go on: {_how_to_go_on(config)}")
+        say(console, f"stopped at step {steps}. To go on: {config.resume_command}")
     elif trainer.is_world_process_zero():
         tidy(folder, step=steps, keep=config.train.keep_checkpoints)
     norm = weight_norm(trainer.model)
     diverged = divergence(folder, norm_before=norm_before, norm=norm) if trainer.is_world_process_zero() else None
     return Outcome(folder=folder, steps=steps, diverged=diverged, signal=stopped.received)
-
-
-def _how_to_go_on(config: Config) -> str:
-    if isinstance(config, LatentRunConfig) and config.task is None:  # a task of one's own, which no command can name
-        return "run_stage(config, task=..., resume=True)"
-    return f"redraft train {shlex.quote(config.out)} --resume"
 
 
 def _with_precision(config: Config) -> Config:
@@ -264,8 +256,9 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console, *, i
     if config.data.max_documents is not None:
         say(console, f"no more than the first {config.data.max_documents} documents are used (--data.max-documents)")
     rows, shorter = config.train.batch_size * config.train.accumulation, " or --data.seq-len"
-    units = {"preference": ("pairs", shorter), "thought": ("rows", ", or give more examples")}
-    unit, remedy = units.get(config.data.kind, ("windows", shorter))
+    unit, remedy = ("pairs" if config.data.kind == "preference" else "windows"), shorter
+    if ":" in config.data.kind:
+        unit, remedy = "rows", ", or give more examples"
     if not isinstance(data.train, StreamedWindows) and len(data.train) < rows:
         raise ValueError(
             f"the corpus fills {len(data.train)} {unit}, fewer than the {rows} of one step "

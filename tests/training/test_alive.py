@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 import redraft
 from redraft.data.config import DataConfig
+from redraft.latent.config import LatentRunConfig
 from redraft.models.build import ModelConfig
 from redraft.training import trainer as trainer_module
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage, last_whole_checkpoint, tidy
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
-from redraft.training.latent_config import LatentRunConfig
 from redraft.training.run import run
 from redraft.training.spikes import Spikes
 

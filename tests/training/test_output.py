@@ -16,11 +16,11 @@ from test_alive import config as config
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from redraft.folders import one_writer
+from redraft.latent.config import LatentRunConfig
 from redraft.training.callbacks import StoppedBySignal
 from redraft.training.config import RunConfig
-from redraft.training.latent_config import LatentRunConfig
 from redraft.training.output import Lasting, lasting_output, say
-from redraft.training.run import _how_to_go_on, run
+from redraft.training.run import run
 
 
 def test_no_failing_output_ends_a_run_and_a_terminal_that_closes_leaves_a_checkpoint(config):
@@ -82,9 +82,9 @@ def test_what_looks_like_markup_is_printed_as_it_is(capsys):
 
 
 def test_a_stopped_run_says_how_it_can_go_on():
-    assert _how_to_go_on(RunConfig(out="runs/a b")) == "redraft train 'runs/a b' --resume"
-    assert _how_to_go_on(LatentRunConfig(task="countdown", out="r")) == "redraft train r --resume"
-    assert _how_to_go_on(LatentRunConfig(task=None)) == "run_stage(config, task=..., resume=True)"
+    assert RunConfig(out="runs/a b").resume_command == "redraft train 'runs/a b' --resume"
+    assert LatentRunConfig(task="countdown", out="r").resume_command == "redraft train r --resume"
+    assert LatentRunConfig(task=None).resume_command == "run_stage(config, task=..., resume=True)"
 
 
 @pytest.fixture(autouse=True)
