@@ -102,15 +102,17 @@ def _tokens(num_settings: int) -> dict[str, Any]:
 def _losses(recipes: list[str] | None, steps: int) -> dict[str, Any]:
     from redraft.recipes import RECIPES
     from redraft.recipes.smoke import smoke
-    from redraft.training.latent_config import LatentRunConfig
 
     found = {}
     for name in RECIPES if recipes is None else recipes:
         config = smoke(RECIPES[name]())
         train = replace(config.train, max_steps=steps, save_every=steps)
         config = replace(config, train=train)
-        if isinstance(config, LatentRunConfig):
-            from redraft.training.latent import run_stage as run
+        if hasattr(config, "stage"):
+            try:
+                from redraft.latent.stages import run_stage as run
+            except ImportError:  # a checkout of before latent thinking was one folder
+                from redraft.training.latent import run_stage as run
         else:
             from redraft.training.run import run
         run(config)

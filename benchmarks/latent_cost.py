@@ -18,9 +18,10 @@ import torch
 from machine import describe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from redraft.data.tasks import Example, word_tokenizer
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
+from redraft.latent.encode import word_tokenizer
+from redraft.latent.tasks import WorkedExample
 from redraft.latent.thinking import Thinker
 
 BLOCKS, STEPS = (1, 2, 4, 8), (1, 4, 16)
@@ -30,10 +31,10 @@ PROMPT = "1 2 3 4"
 
 def make_thinker() -> Thinker:
     """Build a thinker that knows nothing."""
-    tokenizer = word_tokenizer([Example(prompt=PROMPT, blocks=("1 + 2 3",), answer="")])
+    tokenizer = word_tokenizer([WorkedExample(prompt=PROMPT, blocks=("1 + 2 3",), answer="")])
     size = len(tokenizer)
     denoiser = LatentDenoiserConfig(vocab_size=size, prompt_tokens=len(PROMPT.split()), max_blocks=max(BLOCKS))
-    autoencoder = AutoencoderConfig(vocab_size=size, block_tokens=BLOCK_TOKENS)
+    autoencoder = AutoencoderConfig(vocab_size=size, block_tokens=BLOCK_TOKENS, num_layers=0)
     thinker = Thinker(LatentDenoiser(denoiser).eval(), TextAutoencoder(autoencoder).eval(), tokenizer)
     thinker.autoencoder.scale.fill_(1.0)  # as if fitted
     return thinker
@@ -70,7 +71,7 @@ def main() -> None:
     writer, prompt = make_writer(len(thinker.tokenizer)), torch.ones(args.rows, len(PROMPT.split()), dtype=torch.int64)
 
     def think(blocks: int, steps: int) -> Callable[[], list]:
-        settings = {"blocks": blocks, "steps": steps, "samples": args.rows, "solver": "ddim", "force_blocks": True}
+        settings = {"blocks": blocks, "steps": steps, "num_samples": args.rows, "solver": "ddim"}
         return lambda: thinker.think(PROMPT, **settings)
 
     def write(blocks: int) -> Callable[[], object]:

@@ -17,7 +17,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -32,26 +33,22 @@ from sacrebleu import corpus_bleu
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from redraft.data.tasks import Encoded, encode
+from redraft.latent.autoencoder import NOISE_LEVELS
 from redraft.latent.checkpoint import load_autoencoder, load_thinker
-from redraft.latent.gate import NOISE_LEVELS
-from redraft.latent.objective import prompt_tokens
-from redraft.latent.sequence import Latents, ThoughtBatch
+from redraft.latent.config import AutoencoderShape, LatentRunConfig
+from redraft.latent.encode import EncodedExamples, encode_examples
+from redraft.latent.sequence import ThoughtBatch
+from redraft.latent.stages import Stage, StageRows, StageTrainer, run_stage, thought_rows
 from redraft.latent.thinking import Thinker
-from redraft.layouts import two_copy_mask
 from redraft.recipes import RECIPES
 from redraft.training.config import TrainConfig
-from redraft.training.latent import run_stage, thought_rows
-from redraft.training.latent_config import AutoencoderShape, LatentRunConfig
-from redraft.training.latent_stage import Rows, Stage, stage_trainer
 from redraft.training.run import drive
 
-CHUNK = AutoencoderShape(kind="chunk", num_latents=8, latent_dim=32, hidden_size=256)
+CHUNK = AutoencoderShape(num_latents=8, latent_dim=32, hidden_size=256)
 SHAPES = {
     "12-to-8x32": (12, CHUNK),
     "12-to-4x64-local": (12, replace(CHUNK, num_latents=4, latent_dim=64, local=True)),
     "4-to-2x48-local": (4, replace(CHUNK, num_latents=2, latent_dim=48, local=True)),
-    "12-to-8x32-thought": (12, replace(CHUNK, kind="thought", hidden_size=128, num_layers=2)),
 }
 """Tokens of a block, and the autoencoder that makes so many vectors of it."""
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -82,9 +79,13 @@ class Models:
         """Train an autoencoder on every paragraph cut in several ways."""
         block_tokens, shape = SHAPES[name]
         recipe = RECIPES["latent-autoencoder"]()
-        steps = self.args.thought_steps if shape.kind == "thought" else self.args.chunk_steps
         train = replace(
-            recipe.train, max_steps=steps, batch_size=256, precision="bfloat16", save_every=10**9, seed=self.seed
+            recipe.train,
+            max_steps=self.args.chunk_steps,
+            batch_size=256,
+            precision="bfloat16",
+            save_every=10**9,
+            seed=self.seed,
         )
         task = Prose(block_tokens=block_tokens, starts=tuple(range(1, block_tokens, max(block_tokens // 5, 1))))
         config = replace(recipe, autoencoder=shape, train=train)
@@ -106,9 +107,9 @@ class Models:
             name, lambda folder: whole(run_stage(replace(config, out=str(folder)), task=task, console=quiet()))
         )
 
-    def llama(self, train: Encoded, tokenizer: Any) -> Path:
+    def llama(self, train: EncodedExamples, tokenizer: Any) -> Path:
         """Train a stock Llama of the denoiser's width and depth."""
-        ids, width = llama_rows(train, tokenizer.eos_token_id), train.prompts.shape[1]
+        ids, width = llama_rows(train, tokenizer.eos_token_id), train.columns["prompt"].shape[1]
 
         def run(folder: Path) -> None:
             torch.manual_seed(self.seed)
@@ -127,13 +128,13 @@ class Models:
                 )
             )
             stage = Stage(
-                model=model, rows=Rows(ids=ids), tokenizer=tokenizer,
-                losses=lambda wrapped, batch, step, part: {"loss": nats(wrapped, batch["ids"], width)},
+                model=model, rows=StageRows(ids=ids, is_token=ids > 0), tokenizer=tokenizer,
+                losses=lambda wrapped, batch, share: {"loss": nats(wrapped, batch["ids"], width)},
             )  # fmt: skip
             recipe = RECIPES["latent-denoiser"]()
             settings = self.training(recipe.train, steps=self.args.llama_steps, ema_decay=None)
             config = replace(recipe, out=str(folder), train=settings)
-            whole(drive(config, stage_trainer(config, stage), checkpoint=None, console=quiet()))
+            whole(drive(config, StageTrainer(stage, config), checkpoint=None, console=quiet()))
             model.save_pretrained(folder)
 
         return self.trained("llama", run)
@@ -151,13 +152,12 @@ def quiet() -> Console:
     return Console(stderr=True)
 
 
-def llama_rows(encoded: Encoded, eos: int) -> Tensor:
+def llama_rows(encoded: EncodedExamples, eos: int) -> Tensor:
     """Lay out [padded prompt | blocks | end], padded with id 0; the prompt's padding is at its start, and seen."""
-    width = encoded.prompts.shape[1]
-    rows = torch.zeros(len(encoded.prompts), width + encoded.blocks[0].numel() + 1, dtype=torch.int64)
-    for row, prompt, kept, blocks, is_token in zip(
-        rows, encoded.prompts, encoded.is_prompt, encoded.blocks, encoded.is_block_token, strict=True
-    ):
+    columns = [encoded.columns[name] for name in ("prompt", "is_prompt", "blocks", "is_block_token")]
+    width, longest = columns[0].shape[1], columns[2][0].numel()
+    rows = torch.zeros(len(columns[0]), width + longest + 1, dtype=torch.int64)
+    for row, prompt, kept, blocks, is_token in zip(rows, *columns, strict=True):
         text = blocks[is_token]
         row[width - int(kept.sum()) : width] = prompt[kept]
         row[width : width + len(text) + 1] = torch.cat([text, torch.tensor([eos])])
@@ -180,7 +180,7 @@ def bleu(task: Prose, tokenizer: Any, ids: Tensor, truth: Tensor) -> float:
     return float(corpus_bleu(written, [wanted]).score)
 
 
-def new_blocks(train: Encoded, held_out: Encoded) -> tuple[Tensor, Tensor]:
+def new_blocks(train: EncodedExamples, held_out: EncodedExamples) -> tuple[Tensor, Tensor]:
     """Return the held-out blocks that are no blocks of the training data, and which of their tokens are real."""
     known = set(map(tuple, train.real_blocks()[0].tolist()))
     ids, mask = held_out.real_blocks()
@@ -188,9 +188,10 @@ def new_blocks(train: Encoded, held_out: Encoded) -> tuple[Tensor, Tensor]:
     return ids[is_new], mask[is_new]
 
 
-def first_rows(encoded: Encoded, count: int) -> Encoded:
+def first_rows(encoded: EncodedExamples, count: int) -> EncodedExamples:
     """Take the first examples."""
-    return Encoded(**{f.name: getattr(encoded, f.name)[:count] for f in fields(Encoded)})
+    columns = {name: column[:count] for name, column in encoded.columns.items()}
+    return EncodedExamples(examples=encoded.examples[:count], columns=columns)
 
 
 def reconstructed(name: str, models: Models, task: Prose) -> Found:
@@ -208,11 +209,10 @@ def reconstructed(name: str, models: Models, task: Prose) -> Found:
     return rows
 
 
-def encoded(task: Prose, tokenizer: Any) -> tuple[Encoded, Encoded]:
+def encoded(task: Prose, tokenizer: Any) -> tuple[EncodedExamples, EncodedExamples]:
     """Encode both sides of the split."""
-    train, held_out = (
-        encode(list(task.examples()), tokenizer, split=s, held_out=task.held_out) for s in ("train", "validation")
-    )
+    examples, encode = list(task.examples()), partial(encode_examples, held_out=task.held_out)
+    train, held_out = (encode(examples, tokenizer, split=split) for split in ("train", "validation"))
     return train, held_out
 
 
@@ -220,29 +220,28 @@ def encoded(task: Prose, tokenizer: Any) -> tuple[Encoded, Encoded]:
 def one_step(thinker: Thinker, batch: ThoughtBatch, z_t: Tensor, t: float, *, shift: int) -> Tensor:
     """Estimate every block in one pass, given the clean ones before it, or prompt and blocks `shift` rows away."""
     model, (rows, count, size) = thinker.denoiser, z_t.shape[:3]
-    never = torch.zeros(rows, dtype=torch.bool)
-    tokens, is_seen = prompt_tokens(batch.prompt.roll(shift, 0), never, batch.is_prompt.roll(shift, 0))
-    clean, num_clean = batch.blocks.roll(shift, 0).flatten(1, 2), batch.num_blocks.roll(shift, 0)
-    number = torch.arange(1, count + 1)
-    block = number.repeat_interleave(size).repeat(2).expand(rows, -1)
-    copy = torch.arange(2).repeat_interleave(count * size).expand(rows, -1)
-    real = [number <= n[:, None] for n in (num_clean, batch.num_blocks)]
-    is_valid = torch.cat([is_seen, torch.cat(real, 1).repeat_interleave(size, 1)], 1)
-    noisy = z_t.flatten(1, 2)
-    latents = Latents(
-        z_t=torch.cat([clean, noisy], 1), x_0=torch.cat([clean, torch.zeros_like(noisy)], 1), t=t * copy,
-        positions=model.config.latent_positions(number.repeat(2)).flatten().expand(rows, -1),
-    )  # fmt: skip
-    in_prompt = torch.zeros_like(tokens.ids)
-    mask = two_copy_mask(torch.cat([in_prompt, block], 1), torch.cat([in_prompt, copy], 1), is_valid=is_valid)
-    out = model.out(model(tokens, latents, mask).latents[:, count * size :])
-    return model.config.process.predict_x_0(out, noisy, torch.full(noisy.shape[:2], t)).view(z_t.shape)
+    names = ("prompt", "is_prompt", "blocks", "num_blocks")
+    context = replace(batch, **{name: getattr(batch, name).roll(shift, 0) for name in names})
+    clean, noisy = context.blocks.flatten(1, 2), z_t.flatten(1, 2)
+    number, copy = torch.arange(1, count + 1).repeat(2), torch.arange(2).repeat_interleave(count)
+    is_real = torch.cat([number[:count] <= n[:, None] for n in (context.num_blocks, batch.num_blocks)], dim=1)
+    inputs = lay_out(
+        model,
+        context,
+        z_t=torch.cat([clean, noisy], 1),
+        guess=torch.cat([clean, torch.zeros_like(noisy)], 1),
+        t=(t * copy).repeat_interleave(size).expand(rows, -1),
+        number=number,
+        copy=copy,
+        is_real=is_real.repeat_interleave(size, 1),
+        is_withheld=torch.zeros(rows, dtype=torch.bool),
+    )
+    return model.out(model(*inputs).latents[:, count * size :]).view(z_t.shape)
 
 
-def denoising(thinker: Thinker, held_out: Encoded, task: Prose) -> tuple[Found, Found]:
+def denoising(thinker: Thinker, held_out: EncodedExamples, task: Prose) -> tuple[Found, Found]:
     """Return BLEU at every time of TIMES with the area under it (its mean over t), and the squared errors."""
-    rows = thought_rows(thinker.autoencoder, held_out, with_answer=False)
-    batch = ThoughtBatch(**rows[list(range(len(rows)))])
+    batch = ThoughtBatch(**thought_rows(thinker, held_out).columns)
     is_real = torch.arange(batch.blocks.shape[1]) < batch.num_blocks[:, None]
     scores: Found = {}
     errors: Found = {}
@@ -257,7 +256,7 @@ def denoising(thinker: Thinker, held_out: Encoded, task: Prose) -> tuple[Found, 
         }
         for name, x_0 in estimates.items():
             ids = thinker.autoencoder.decode(x_0[is_real])
-            scores.setdefault(name, []).append(bleu(task, thinker.tokenizer, ids, held_out.blocks[is_real]))
+            scores.setdefault(name, []).append(bleu(task, thinker.tokenizer, ids, held_out.columns["blocks"][is_real]))
             errors.setdefault(name, []).append(float((x_0 - batch.blocks)[is_real].square().mean()))
     for found in scores.values():
         found.append(float(torch.trapezoid(torch.tensor(found), torch.tensor(TIMES))) / (TIMES[-1] - TIMES[0]))
@@ -288,15 +287,18 @@ def write(model: Any, prompts: Tensor, *, count: int, seed: int = 0) -> Tensor:
     return torch.cat(found, 1)
 
 
-def speed(thinker: Thinker, model: Any, held_out: Encoded, repeats: int) -> Found:
+def speed(thinker: Thinker, model: Any, held_out: EncodedExamples, repeats: int) -> Found:
     """Return tokens per CPU second and their ratio to the Llama's: medians of interleaved runs.
 
     Padding is no token; the Llama never stops early.
     """
-    left, texts = llama_rows(held_out, 1)[:, : held_out.prompts.shape[1]], [e.prompt for e in held_out.examples]
+    left, texts = (
+        llama_rows(held_out, 1)[:, : held_out.columns["prompt"].shape[1]],
+        [e.prompt for e in held_out.examples],
+    )
     rows = {}
-    count = held_out.blocks[0].numel()
-    dials = {"force_blocks": True, "solver": "ddim"}
+    count = held_out.columns["blocks"][0].numel()
+    dials = {"blocks": thinker.denoiser.config.max_blocks, "solver": "ddim"}
     for size in (1, 32):
 
         def think(steps: int, size: int = size) -> int:
@@ -320,9 +322,11 @@ def speed(thinker: Thinker, model: Any, held_out: Encoded, repeats: int) -> Foun
     return rows
 
 
-def samples(thinker: Thinker, model: Any, held_out: Encoded, task: Prose, shown: int) -> tuple[Found, list[str]]:
+def samples(
+    thinker: Thinker, model: Any, held_out: EncodedExamples, task: Prose, shown: int
+) -> tuple[Found, list[str]]:
     """Sample from both: the Llama's nats per token of their texts and of the true ones, and some to read."""
-    width, eos, tokenizer = held_out.prompts.shape[1], thinker.tokenizer.eos_token_id, thinker.tokenizer
+    width, eos, tokenizer = held_out.columns["prompt"].shape[1], thinker.tokenizer.eos_token_id, thinker.tokenizer
     truth = llama_rows(held_out, eos)
     prompts = [e.prompt for e in held_out.examples]
 
@@ -377,7 +381,6 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--base", default="4-to-2x48-local", choices=SHAPES, help="autoencoder of the denoiser")
     parser.add_argument("--chunk-steps", type=int, default=2000)
-    parser.add_argument("--thought-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=3000, help="of the denoiser")
     parser.add_argument("--llama-steps", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=256, help="held-out runs of blocks for the denoiser and the Llama")

@@ -32,22 +32,21 @@ from rich.console import Console
 from transformers import DynamicCache
 
 import redraft
-from redraft.data.tasks import TASKS, Task, find_task, held_out_prompts
-from redraft.data.tasks.composition import Composition
-from redraft.data.thoughts import ThoughtConfig, WrittenTask
 from redraft.errors import unknown_name
 from redraft.evaluation.metrics import pass_at_k
+from redraft.latent.stages import run_stage
+from redraft.latent.tasks import TASKS, ThoughtTask, find_task, held_out_prompts
+from redraft.latent.tasks.composition import Composition
 from redraft.latent.thinking import Thinker
+from redraft.latent.words import WrittenTask
 from redraft.models.query import Query
 from redraft.randomness import fold, uniform
 from redraft.recipes import RECIPES
-from redraft.training.latent import run_stage
 from redraft.training.run import run
 
 ON_COUNTDOWN = {"latent": 2500, "rollout": 500, "AR": 1500, "masked diffusion": 1500}
 STEPS = {
     "countdown": ON_COUNTDOWN,
-    "countdown-backwards": ON_COUNTDOWN,
     "composition": {"latent": 1500, "rollout": 0, "AR": 1500, "masked diffusion": 1500},
     "sudoku": {"latent": 1000, "rollout": 0, "AR": 1000, "masked diffusion": 1000},
     "sudoku-multi": {"latent": 1000, "rollout": 0, "AR": 1000, "masked diffusion": 1000},
@@ -62,7 +61,7 @@ QUIET = Console(quiet=True)
 class Table:
     """Rows of one model and seed, measured on the same prompts."""
 
-    task: Task
+    task: ThoughtTask
     prompts: list[str]
     wanted: str = ""
     """A pattern: settings of thinking whose names it is not found in are left out."""
@@ -166,7 +165,7 @@ def controls(table: Table, thinker: Thinker, prefix: str, *, read: str, samples:
     rows = torch.arange(len(table.prompts) * samples).view(-1, samples)
     swap = torch.cat([pair.flip(0) for pair in rows.split(2)]).flatten().tolist()
     sources = {"shuffled": rows.roll(1, 0).flatten().tolist(), "swapped in pairs": swap}
-    settings = {"steps": 16, "samples": samples, "solver": "ddim", "read": read}
+    settings = {"steps": 16, "num_samples": samples, "solver": "ddim", "read": read}
     zeroed = f"{prefix}, control: thoughts zeroed"
     table.think(zeroed, thinker, intervene=lambda block, z: torch.zeros_like(z), **settings)
     for name, of in sources.items():
@@ -199,8 +198,8 @@ def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> N
     table.trained()
     turn_dials(args, table, thinker, "latent")
     for blocks in () if isinstance(table.task, Composition) else range(1, min(thinker.denoiser.config.max_blocks, 5)):
-        name = f"latent, 16 steps, at most {blocks} blocks"
-        table.think(name, thinker, steps=16, blocks=blocks, samples=args.samples, solver="ddim")
+        name = f"latent, 16 steps, {blocks} blocks"
+        table.think(name, thinker, steps=16, blocks=blocks, num_samples=args.samples, solver="ddim")
     if not args.own_steps:
         return
     table.begun = time.process_time() - 60 * table.cpu_minutes
@@ -210,30 +209,26 @@ def latent(args: argparse.Namespace, table: Table, folder: Path, seed: int) -> N
     )  # fmt: skip
     recipe = replace(recipe, task=args.task, out=str(folder / "roll"), start=str(folder / "den"), train=train)
     recipe = replace(recipe, objective=replace(recipe.objective, times=args.times))
-    if not args.has_answer:
-        recipe = replace(recipe, rollout=replace(recipe.rollout, weight=0.0))
     thinker = redraft.load_thinker(whole(run_stage(recipe, console=QUIET)).folder)
     table.trained()
     turn_dials(args, table, thinker, "latent + rollout")
     if not args.has_answer:
         return
-    settings = {"steps": 16, "samples": args.samples, "solver": "ddim", "read": "answer"}
+    settings = {"steps": 16, "num_samples": args.samples, "solver": "ddim", "read": "answer"}
     table.think("latent + rollout, answer, 16 steps", thinker, **settings)
-    table.think("latent + rollout, answer, 16 steps, cfg 2", thinker, cfg=2.0, **settings)
+    table.think("latent + rollout, answer, 16 steps, cfg 2", thinker, cfg_scale=1.0, **settings)
     controls(table, thinker, "latent + rollout, answer, 16 steps", read="answer", samples=args.samples)
 
 
 def turn_dials(args: argparse.Namespace, table: Table, thinker: Thinker, name: str) -> None:
     """Measure what the thoughts say by steps and guidance, and the necessity controls."""
-    settings = {"samples": args.samples, "solver": "ddim"}
+    settings = {"num_samples": args.samples, "solver": "ddim"}
     for steps in (1, 2, 4, 8, 16, 32):
         table.think(f"{name}, {steps} steps", thinker, steps=steps, **settings)
-    table.think(f"{name}, 16 steps, cfg 2", thinker, steps=16, cfg=2.0, **settings)
-    table.think(f"{name}, 16 steps, cfg 2, noise 0.6", thinker, steps=16, cfg=2.0, init_noise=0.6, **settings)
+    table.think(f"{name}, 16 steps, cfg 2", thinker, steps=16, cfg_scale=1.0, **settings)
+    table.think(f"{name}, 16 steps, cfg 2, noise 0.6", thinker, steps=16, cfg_scale=1.0, init_noise=0.6, **settings)
     table.think(f"{name}, 16 steps, noise 1.3", thinker, steps=16, init_noise=1.3, **settings)
-    for diversity in (0.5, 1.0):
-        table.think(f"{name}, 16 steps, diversity {diversity:g}", thinker, steps=16, diversity=diversity, **settings)
-    table.think(f"{name}, 16 steps, dpm++2m", thinker, steps=16, samples=args.samples)
+    table.think(f"{name}, 16 steps, dpm++2m", thinker, steps=16, num_samples=args.samples)
     controls(table, thinker, f"{name}, 16 steps", read="thoughts", samples=args.samples)
 
 
@@ -289,39 +284,41 @@ def fill_masked(lm, ids, first, *, fills, draw):
     return ids, len(ids) * forwards
 
 
-def baselines(task: Task) -> dict[str, tuple[str, ThoughtConfig]]:
-    """Say which token models a task is compared with: recipe, and how thoughts become tokens."""
+def baselines(task: ThoughtTask) -> dict[str, tuple[str, str]]:
+    """Say which token models a task is compared with: recipe, and the form of the rows behind the name of the task."""
     found = {
-        "AR, thoughts written": ("thought-ar", ThoughtConfig()),
-        "AR, pause tokens": ("thought-ar", ThoughtConfig(form="pause")),
-        "masked diffusion": ("thought-masked", ThoughtConfig(fill=True)),
+        "AR, thoughts written": ("thought-ar", ""),
+        "AR, pause tokens": ("thought-ar", ":pause"),
+        "masked diffusion": ("thought-masked", ""),
     }
     if isinstance(task, Composition):  # each thought as far from its factor in every row, as in the latent model
-        found["AR, thoughts written behind a padded prompt"] = ("thought-ar", ThoughtConfig(pad_prompt=True))
+        found["AR, thoughts written behind a padded prompt"] = ("thought-ar", ":padded")
     if any(e.answer != " ".join(e.blocks) for e in islice(task.examples(), 100)):
-        found["AR, answer at once"] = ("thought-ar", ThoughtConfig(form="direct"))
+        found["AR, answer at once"] = ("thought-ar", ":direct")
     return found
 
 
 def baseline(args: argparse.Namespace, table: Table, folder: Path, seed: int, *, name: str) -> None:
     """Train a token model, and measure it greedily and at temperature 1."""
-    recipe, thought = baselines(table.task)[name]
+    recipe, form = baselines(table.task)[name]
     config = RECIPES[recipe]()
     train = replace(
         config.train, seed=seed, max_steps=args.steps, optimizer=args.optimizer, max_validation_windows=1
     )  # fmt: skip
     data, model = (
-        replace(config.data, source=args.task, thought=thought),
+        replace(config.data, source=f"{args.task}{form}"),
         replace(config.model, size=f"{config.model.size},layers={args.layers}"),
     )
     whole(run(replace(config, out=str(folder), data=data, model=model, train=train), console=QUIET))
     table.trained()
-    lm, written = redraft.load(folder, device="cpu"), WrittenTask(task=table.task, config=thought)
+    is_filled = config.objective.kind == "masked"
+    lm, written = redraft.load(folder, device="cpu"), WrittenTask.from_source(data.source, fills_answer=is_filled)
     eos, mask = lm.eos_token_ids[0], lm.denoiser.settings.mask_token_id
     starts = [lm.encode(written.given(prompt)).tolist() for prompt in table.prompts]
-    width, hole = written.longest, [mask] * written.longest_said if thought.fill else []
+    width = max(len(before) + len(after) for before, after in written.rows)
+    hole = [mask] * written.longest_target if is_filled else []
     dials = [(0.0, 1, None), (1.0, args.samples, None)]
-    if thought.fill:
+    if is_filled:
         dials = [(0.0, 1, fills) for fills in FILLS] + dials[:1] + [(1.0, args.samples, FILLS[-1])] + dials[1:]
     for temperature, samples, fills in dials:
         start = time.perf_counter()
@@ -449,7 +446,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, help=f"of each model but the rollout; by default {STEPS}")
     parser.add_argument("--rollout-steps", type=int, help="0 leaves rollout out; by default as above")
     parser.add_argument("--no-answer", action="store_true", help="latent without an answer decoder: thoughts alone")
-    parser.add_argument("--times", default="logit-normal", help="of the latent model: uniform, adaptive")
+    parser.add_argument("--times", default="logit-normal", help="of the latent model, or uniform")
     parser.add_argument("--optimizer", default="muon", choices=("adamw", "muon"), help="of all but the autoencoder")
     parser.add_argument("--layers", type=int, default=4, help="2 for composition: fewer than its thoughts")
     parser.add_argument("--samples", type=int, default=10)

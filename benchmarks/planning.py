@@ -27,7 +27,8 @@ from rich.console import Console
 import redraft
 from redraft.data.config import ChatConfig, DataConfig
 from redraft.data.sources import split_of
-from redraft.data.tasks import Example, find_task, word_tokenizer
+from redraft.latent.encode import word_tokenizer
+from redraft.latent.tasks import WorkedExample, find_task
 from redraft.models.config import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run
@@ -54,7 +55,7 @@ def _peers(i: int) -> list[int]:
     return [j for j in range(16) if i // 4 == j // 4 or i % 4 == j % 4 or (i // 8, i % 4 // 2) == (j // 8, j % 4 // 2)]
 
 
-def written(method: str, example: Example) -> str:
+def written(method: str, example: WorkedExample) -> str:
     """Write the answer in the method's order."""
     if method != "AR, friendly":
         return example.answer
@@ -71,7 +72,7 @@ def restored(method: str, prompt: str, text: str) -> str:
     return " ".join(filled.get(n, "_") if clue == "_" else clue for n, clue in zip(NAMES, prompt.split()))  # noqa: B905
 
 
-def puzzles_of(method: str, *, count: int) -> tuple[list[Example], list[str], list[str]]:
+def puzzles_of(method: str, *, count: int) -> tuple[list[WorkedExample], list[str], list[str]]:
     """Split by the hash of the prompts: examples to learn, prompts for tuning, prompts for the table."""
     task, held_out, train = find_task(TASK), [], []
     for example in task.examples():
@@ -85,7 +86,7 @@ def puzzles_of(method: str, *, count: int) -> tuple[list[Example], list[str], li
     return train, tuning[:TUNING_PUZZLES], test[:: max(1, len(test) // count)][:count]
 
 
-def train(args: Any, method: str, examples: list[Example], *, rate: float, seed: int) -> tuple:
+def train(args: Any, method: str, examples: list[WorkedExample], *, rate: float, seed: int) -> tuple:
     """Train a model; return it, the tokens of an answer with its end, and the mean training loss in nats per token."""
     lengths = [len(e.prompt.split()) for e in examples], [len(e.answer.split()) + 1 for e in examples]
     seq_len, steps = max(map(sum, zip(*lengths, strict=True))), args.steps

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from redraft.data.sources import NOT_SOURCES, split_of
-from redraft.data.tasks import Example
 from redraft.data.tokenizer import train_tokenizer
+from redraft.latent.tasks import WorkedExample
 
 PROMPT_TOKENS, MOST_TOKENS, FEWEST = 12, 60, 2
 NOT_PROSE = re.compile(
@@ -107,15 +107,15 @@ class Prose:
         """Put the words of this task together again."""
         return str(self.bpe.convert_tokens_to_string(words.split())).strip()
 
-    def examples(self) -> Iterator[Example]:
+    def examples(self) -> Iterator[WorkedExample]:
         """Yield runs of blocks of one paragraph: at least two, and at most 60 tokens where all are full."""
         return iter(self._examples)
 
     @cached_property
-    def _examples(self) -> list[Example]:
+    def _examples(self) -> list[WorkedExample]:
         return [example for name in self.documents for example in self._of(name)]
 
-    def _of(self, name: str) -> Iterator[Example]:
+    def _of(self, name: str) -> Iterator[WorkedExample]:
         words = re.sub(r"[\W_]+|(?<=[a-z])(?=[A-Z])", " ", name).lower()
         prompt = " ".join(self.pieces(words)[-PROMPT_TOKENS:])
         largest = MOST_TOKENS // self.block_tokens
@@ -125,7 +125,7 @@ class Prose:
                 blocks = cut(pieces, size=self.block_tokens, first=first)
                 for at in range(0, len(blocks), largest):
                     if len(run := tuple(blocks[at : at + largest])) >= FEWEST:
-                        yield Example(prompt=prompt, blocks=run, answer="")
+                        yield WorkedExample(prompt=prompt, blocks=run, answer="")
 
     def answer(self, blocks: list[str]) -> str:
         """Read the paragraph off its blocks."""

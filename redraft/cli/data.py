@@ -10,14 +10,14 @@ from redraft.errors import unknown_name
 USAGE = """usage: redraft data build SOURCE OUT [--NAME VALUE ...]
 
 Read, split, tokenise and pack SOURCE into the folder OUT, with the tokenizer. Then
-`redraft train RECIPE --data.source OUT` takes it in place of the source, with the same seq_len, kind and chat settings.
-OUT appears when it is whole; what a killed build left is begun again.
+`redraft train RECIPE --data.source OUT` takes it in place of the source, with the same seq_len, validation_fraction,
+kind and chat settings. OUT appears when it is whole; a build that was killed begins again.
 
 `redraft data build SOURCE OUT --help` lists the settings."""
 
 
 def main(arguments: list[str]) -> int:
-    """Build, and say what came out."""
+    """Build, and print what was written."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0

@@ -9,11 +9,11 @@ from typing import Any
 
 from redraft.cli.parsing import parse
 from redraft.errors import unknown_name
+from redraft.latent.config import WORDS, LatentRunConfig
 from redraft.models.config import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
 from redraft.training.config import RECIPE_FILE, RunConfig, read_recipe
-from redraft.training.latent_config import LatentRunConfig
 
 USAGE = """usage: redraft train RECIPE [--resume] [--smoke] [--launch KIND --processes N] [--SECTION.NAME VALUE ...]
 
@@ -62,7 +62,7 @@ def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
 
     train: Any
     if isinstance(config, LatentRunConfig):
-        from redraft.training.latent import run_stage as train
+        from redraft.latent.stages import run_stage as train
     else:
         from redraft.training.run import run as train  # heavy: transformers' trainer
     with lasting_output():
@@ -90,10 +90,10 @@ def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
     if isinstance(config, LatentRunConfig):
         return _after_stage(config, folder)
     data, kind = config.data, config.objective.kind
-    if data.kind == "thought":
-        task = shlex.quote(data.thought.name_of(data.source))
+    if data.kind == WORDS:
+        task = shlex.quote(f"thought:{data.source}")
         return [f"redraft eval {folder} --tasks {task} --batch-size 100 --out {folder}/eval"]
-    if data.kind != "text":
+    if data.kind in ("chat", "preference"):
         return [f"redraft chat {folder}"]
     begun, holed = "'The beginning of a text like those of training'", "'A text with a [MASK:8] to fill.'"
     if data.source == "stdlib":
@@ -109,8 +109,8 @@ def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
 def _after_stage(config: LatentRunConfig, folder: str) -> list[str]:
     task = shlex.quote(str(config.task))
     if config.stage == "autoencoder":
-        return [f"redraft latent check {folder}", f"redraft train latent-denoiser --start {folder} --task {task}"]
-    from redraft.data.tasks import find_task
+        return [f"redraft think --check {folder}", f"redraft train latent-denoiser --start {folder} --task {task}"]
+    from redraft.latent.tasks import find_task
 
     prompt = next(iter(find_task(str(config.task)).examples())).prompt
     rollout = f"redraft train latent-rollout --start {folder} --task {task}"

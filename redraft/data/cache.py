@@ -1,4 +1,4 @@
-"""Folders that are either whole or not there, whatever is killed and whoever else is running."""
+"""Folders that appear whole or not at all, also where a process is killed or several build the same one."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def cached_folder(folder: Path, *, build: Callable[[Path], None]) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Is every file of the manifest there, with its size and its sha256?"""
+    """Say whether every file of the manifest is there, with its size and its sha256."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         return all(_file_entry(folder / name) == entry for name, entry in manifest.items())

@@ -40,11 +40,12 @@ class Example(NamedTuple):
     is_cut: bool = False
 
 
-class RenderedPart(NamedTuple):
-    """A stretch of a conversation's text: what is given, an answer, or what the template writes behind an answer."""
+class Turn(NamedTuple):
+    """A stretch of a conversation's text: what is given, the answer to it, and what the template writes behind it."""
 
-    text: str
-    role: Literal["given", "answer", "ending"]
+    given: str
+    answer: str
+    ending: str
 
 
 def with_chat_template(tokenizer: Tokenizer, config: ChatConfig) -> Tokenizer:
@@ -89,14 +90,14 @@ def encode_conversations(
     _refuse_special_tokens(dialogues, {tokenizer.added_tokens_decoder[id].content for id in special})
     rendered = [cut_at_turns(tokenizer, turns, loss_on=config.loss_on) if turns else [] for turns in dialogues]
     examples: list[Example | None] = []
-    for messages, parts, tokens in zip(read, rendered, _encode_parts(tokenizer, rendered), strict=True):
-        if not parts:  # plain text
+    for messages, tokens in zip(read, _encode_turns(tokenizer, rendered), strict=True):
+        if not tokens:  # plain text
             [ids] = encode_documents(tokenizer, [messages[0]["content"]])
             array = np.asarray([*ids, eos_token_id], np.int32)
             pieces = np.split(array, range(seq_len, len(array), seq_len))
             examples += [_fill_block(Example(ids, np.ones(len(ids), bool)), eos_token_id, config) for ids in pieces]
             continue
-        example = _with_targets(parts, tokens, special=special, eos_token_id=eos_token_id)
+        example = _with_targets(tokens, special=special, eos_token_id=eos_token_id)
         answer_tokens = len(example.input_ids) - sum(map(len, tokens[:-2]))
         if len(example.input_ids) > seq_len:  # at least one token before the last answer must be left
             cut = Example(example.input_ids[-seq_len:], example.is_target[-seq_len:], is_cut=True)
@@ -116,10 +117,8 @@ def encode_pairs(
     return [example for pair in both for example in (pair if None not in pair else (None, None))]
 
 
-def cut_at_turns(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: Literal["last", "all"]
-) -> list[RenderedPart]:
-    """Render a conversation that ends with an answer, and cut it: given, answer, ending, given, answer, ending, ...
+def cut_at_turns(tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: Literal["last", "all"]) -> list[Turn]:
+    """Render a conversation that ends with an answer, and cut it into turns.
 
     An answer begins where the generation prompt ends; one that begins the conversation, where its words do. A turn of
     weight 0 is given. Raises ValueError where the text rendered up to a turn is not the beginning of the whole, the
@@ -127,7 +126,7 @@ def cut_at_turns(
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
     render = partial(render_chat, tokenizer, tools=messages[0].get("tools"))
-    whole, position, parts = render(messages), 0, []
+    whole, position, rendered = render(messages), 0, []
     _refuse_left_out(str(tokenizer.chat_template), render, messages, whole=whole)
     for i in turns if loss_on == "all" else turns[-1:]:
         # What the template writes behind an answer is found by rendering one that stands nowhere else.
@@ -141,10 +140,9 @@ def cut_at_turns(
                 f"the chat template changes the answer {_excerpt(messages[i]['content'])}, so its tokens cannot be"
                 " found. Use another data.chat.template."
             )
-        parts.append(RenderedPart(whole[position:start], "given"))
-        parts += [RenderedPart(answer, "answer"), RenderedPart(ending, "ending")]
+        rendered.append(Turn(whole[position:start], answer, ending))
         position = stop
-    return parts
+    return rendered
 
 
 def _words(message: Message) -> list[str]:
@@ -200,43 +198,43 @@ def _refuse_special_tokens(dialogues: Sequence[Sequence[Message]], special: set[
                 )
 
 
-def _encode_parts(tokenizer: Tokenizer, rendered: Sequence[Sequence[RenderedPart]]) -> list[list[list[int]]]:
-    """Encode each part as it stands after all before it, which is how a prompt is encoded at generation.
+def _encode_turns(tokenizer: Tokenizer, rendered: Sequence[Sequence[Turn]]) -> list[list[list[int]]]:
+    """Encode each part of each turn as it stands after all before it, which is how a prompt is encoded at generation.
 
     Where the tokens of the longer text do not begin with those of the shorter one (a merge across the border), the
     part is encoded alone: a border between what is given and what is learnt is always one between tokens.
     """
-    texts = ["".join(part.text for part in parts[: i + 1]) for parts in rendered for i in range(len(parts))]
-    encoded = iter(encode_texts(tokenizer, texts))
+    parts = [list(chain.from_iterable(turns)) for turns in rendered]
+    encoded = iter(encode_texts(tokenizer, ["".join(texts[: i + 1]) for texts in parts for i in range(len(texts))]))
     tokens: list[list[list[int]]] = []
-    for parts in rendered:
+    for texts in parts:
         before: list[int] = []
         tokens.append([])
-        for part in parts:
+        for text in texts:
             ids = next(encoded)
             is_continued = ids[: len(before)] == before
-            new = ids[len(before) :] if is_continued else encode(tokenizer, part.text, is_inside=True).tolist()
+            new = ids[len(before) :] if is_continued else encode(tokenizer, text, is_inside=True).tolist()
             tokens[-1].append(new)
             before = before + new
     return tokens
 
 
-def _with_targets(
-    parts: Sequence[RenderedPart], tokens: Sequence[list[int]], *, special: set[int], eos_token_id: int
-) -> Example:
-    """Mark the answers and the tokens that end their turns; nothing follows the end of the last turn."""
+def _with_targets(tokens: Sequence[list[int]], *, special: set[int], eos_token_id: int) -> Example:
+    """Mark the answers and the tokens that end their turns; nothing follows the end of the last turn.
+
+    `tokens` are what is given, an answer, its ending, what is given, and so on.
+    """
     input_ids: list[int] = []
     is_target: list[bool] = []
-    for number, (part, ids) in enumerate(zip(parts, tokens, strict=True), start=1):
-        num_learnt = len(ids) if part.role == "answer" else 0
-        if part.role == "ending":
-            end = turn_end(ids, special)
-            if number == len(parts):
-                ids = [*ids, eos_token_id] if end is None else ids[: end + 1]
-                end = len(ids) - 1
-            num_learnt = 0 if end is None else end + 1
-        input_ids += ids
-        is_target += [True] * num_learnt + [False] * (len(ids) - num_learnt)
+    for i in range(0, len(tokens), 3):
+        given, answer, ending = tokens[i : i + 3]
+        end = turn_end(ending, special)
+        num_learnt = 0 if end is None else end + 1
+        if i + 3 == len(tokens):
+            ending = ending[:num_learnt] if num_learnt else [*ending, eos_token_id]
+            num_learnt = len(ending)
+        input_ids += [*given, *answer, *ending]
+        is_target += [False] * len(given) + [True] * (len(answer) + num_learnt) + [False] * (len(ending) - num_learnt)
     return Example(np.asarray(input_ids, np.int32), np.asarray(is_target, bool))
 
 

@@ -1,15 +1,14 @@
 """What training data are: a source, its kind, and how it becomes windows of tokens. No torch."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
+from redraft.errors import unknown_name
 from redraft.settings import Count, Fraction, Probability, Settings, Within
 
-DataKind = Literal["text", "chat", "preference", "thought"]
+KINDS = ("text", "chat", "preference")
 SMALLEST_VOCAB_SIZE = 256 + 3
 """Every byte and the three special tokens."""
-Form = Literal["written", "direct", "pause"]
-FORMS: tuple[Form, ...] = get_args(Form)
 OLD_NAMES = {
     "data.cache_dir": "the cache is redraft/data in $XDG_CACHE_HOME, by default ~/.cache",
     "data.shuffle_seed": "training documents are always shuffled, with seed 0",
@@ -20,7 +19,7 @@ OLD_NAMES = {
     "data.chat.skip_bad": "a malformed record is always an error",
 }
 """Settings of recipes that earlier versions saved: `section.name` to the new name, or what replaces it."""
-THOUGHT_SETTINGS = ("kind", "source", "thought", "seq_len")
+READ_BY_OWN_KINDS = ("kind", "source", "seq_len")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,36 +41,6 @@ class ChatConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThoughtConfig:
-    """How the thoughts of a task become tokens (kind thought)."""
-
-    form: Form = "written"
-    """written: the thoughts, and after them the answer where they do not tell it. direct: the answer at once. pause:
-    the answer after as many pause tokens as the longest thoughts of its prompt have words (arXiv 2310.02226); these are
-    given, not learnt, when the model is judged too."""
-    pad_prompt: bool = False
-    """Mask tokens behind shorter prompts, up to the longest: each thought is as far from the prompt in every row."""
-    fill: bool = False
-    """EOS after every text up to the longest one, to be learnt: for masked and uniform diffusion, which begin with a
-    canvas of one length behind the prompt."""
-
-    def name_of(self, source: str) -> str:
-        """Name the task of `redraft eval` that gives prompts in this form: thought:SOURCE[:FORM[:padded]]."""
-        name = f"thought:{source}"
-        if self.form != "written" or self.pad_prompt:
-            name += f":{self.form}"
-        return f"{name}:padded" if self.pad_prompt else name
-
-    @classmethod
-    def from_name(cls, name: str) -> tuple[str, "ThoughtConfig"]:
-        """Read a name as `name_of` gives it: the source and the form of its prompts."""
-        rest, is_padded = name.removeprefix("thought:").removesuffix(":padded"), name.endswith(":padded")
-        before, _, form = rest.rpartition(":")
-        source, form = (before, form) if form in FORMS else (rest, "written")
-        return source, cls(form=form, pad_prompt=is_padded)
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig(Settings):
     """Where the text comes from and how it becomes windows of tokens."""
 
@@ -81,19 +50,15 @@ class DataConfig(Settings):
     """stdlib (Python's own library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a dataset of
     save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
     SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents).
-    Of kind thought: countdown, countdown-backwards, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks,
-    answer."""
-    kind: DataKind = "text"
+    For a kind MODULE:FUNCTION whatever that function reads."""
+    kind: str = "text"
     """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers;
     stdlib and text files mixed with them are learnt whole. preference: pairs (prompt, chosen, rejected) to learn the
-    better answer by (VRPO; objective.beta). thought: tasks of latent thinking with their thoughts in words; split and
-    tokenizer are the task's own."""
+    better answer by (VRPO; objective.beta). MODULE:FUNCTION: rows that your own function makes of the source."""
     text_field: str = "text"
     """Field that holds the text of a record (kind text)."""
     chat: ChatConfig = field(default_factory=ChatConfig)
     """How conversations become tokens and targets (kinds chat and preference)."""
-    thought: ThoughtConfig = field(default_factory=ThoughtConfig)
-    """How thoughts become tokens (kind thought)."""
     seq_len: Annotated[int, Within("[2, 1048576]")] = 256
     """Tokens per window."""
     validation_fraction: Fraction = 0.05
@@ -115,22 +80,18 @@ class DataConfig(Settings):
         super().__post_init__()
         if not self.source:
             raise ValueError("data.source must not be empty; got ''. Give 'stdlib', a path or a hub id.")
-        if self.kind == "thought":
-            self._check_thought()
-        elif self.thought != ThoughtConfig():
-            raise ValueError(f"settings of thought are for kind thought; this is kind {self.kind}. Leave them out.")
+        if ":" in self.kind:
+            self._check_own_kind()
+        elif self.kind not in KINDS:
+            raise unknown_name("data.kind", self.kind, (*KINDS, "MODULE:FUNCTION"))
         elif self.kind != "text":
             self._check_chat()
 
-    def _check_thought(self) -> None:
-        from redraft.data.tasks import find_task
-
-        if not self.source.endswith(".jsonl"):  # a file is looked for when it is read
-            find_task(self.source)
+    def _check_own_kind(self) -> None:
         plain = DataConfig()
         for name, value in vars(self).items():
-            if name not in THOUGHT_SETTINGS and value != getattr(plain, name):
-                raise ValueError(f"{name} is not for kind thought; got {value!r}. Begin with the recipe thought-ar.")
+            if name not in READ_BY_OWN_KINDS and value != getattr(plain, name):
+                raise ValueError(f"data.{name} is not for kind {self.kind}; got {value!r}. Leave it out.")
 
     def _check_chat(self) -> None:
         if self.streaming and self.kind == "preference":

@@ -13,12 +13,12 @@ from redraft.errors import unknown_name
 
 TEXT_SUFFIXES = (".md", ".py", ".txt")
 
-Located = tuple[str, Any]
+RecordAt = tuple[str, Any]
 """Where a record stands, for errors, and the record. A text file is one record with one field."""
 
 
 @contextmanager
-def located(where: str) -> Iterator[None]:
+def at_place(where: str) -> Iterator[None]:
     """Say in every ValueError where the record stands that it is about."""
     try:
         yield
@@ -33,7 +33,7 @@ def known_suffixes(field: str | None) -> tuple[str, ...]:
     return (*READERS,) if field is None else (*TEXT_SUFFIXES, *READERS)
 
 
-def read_file(path: Path, *, field: str | None) -> Iterator[Located]:
+def read_file(path: Path, *, field: str | None) -> Iterator[RecordAt]:
     """Read a file's records; a text file is one record, with its text in `field` (None: records only).
 
     Raises ValueError at once for a file that cannot be read as what its name says, and later for a damaged record.
@@ -71,7 +71,7 @@ def cut_at_blank_lines(document: str, *, min_characters: int) -> Iterator[str]:
         yield document[start:]
 
 
-def _read_jsonl(path: Path) -> Iterator[Located]:
+def _read_jsonl(path: Path) -> Iterator[RecordAt]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
@@ -79,14 +79,14 @@ def _read_jsonl(path: Path) -> Iterator[Located]:
                 yield where, _parse_json(_decode(line, where=where), where=where)
 
 
-def _read_json(path: Path) -> Iterator[Located]:
+def _read_json(path: Path) -> Iterator[RecordAt]:
     content = read_text(path)
     records = _parse_json(content, where=str(path)) if content.strip() else []
     for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
         yield f"{path}, record {number}", record
 
 
-def _read_csv(path: Path) -> Iterator[Located]:
+def _read_csv(path: Path) -> Iterator[RecordAt]:
     csv.field_size_limit(2**31 - 1)  # the default is less than a document
     reader = csv.reader(StringIO(read_text(path), newline=""), strict=True)
     header: list[str] = []
@@ -110,7 +110,7 @@ def _read_csv(path: Path) -> Iterator[Located]:
         raise ValueError(f"{path}, line {next_line}: not a CSV table ({error}). Quote such fields.") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Located]:
+def _read_parquet(path: Path) -> Iterator[RecordAt]:
     import pyarrow.parquet
 
     def rows() -> Iterator[Any]:
@@ -124,7 +124,7 @@ READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parq
 """Files of records, by the end of their name."""
 
 
-def numbered_rows(rows: Iterable[Any], *, where: str) -> Iterator[Located]:
+def numbered_rows(rows: Iterable[Any], *, where: str) -> Iterator[RecordAt]:
     """Number the rows of a parquet file or a dataset; what cannot be read is a ValueError."""
     import pyarrow
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import import_module
 from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
@@ -27,9 +28,7 @@ from redraft.data.packing import (
     pack_conversations,
     pack_documents,
 )
-from redraft.data.sources import BUILT, Split, path_exists, read_documents, source_fingerprint, split_of
-from redraft.data.tasks import find_task
-from redraft.data.thoughts import WrittenTask
+from redraft.data.sources import BUILT, Split, documents_fingerprint, path_exists, read_documents, split_of
 from redraft.data.tokenizer import (
     Tokenizer,
     encode_documents,
@@ -59,21 +58,17 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
     is_endless: bool = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        numbers = count()
+        numbers, worker = count(), get_worker_info()
         for number_of_pass in count() if self.is_endless else range(1):
-            yield from self._one_pass(number_of_pass, numbers)
-
-    def _one_pass(self, number_of_pass: int, numbers: Iterator[int]) -> Iterator[dict[str, Tensor]]:
-        documents, worker = _documents(self.config, self.split, number_of_pass=number_of_pass), get_worker_info()
-        total = PackingReport()
-        if worker is not None:
-            documents = islice(documents, worker.id, None, worker.num_workers)
-        for windows, report in _pack(documents, self.config, self.tokenizer):
-            total += report
-            dataset = _rows(windows, self.config, self.split)
-            yield from (dataset.row(index, number=next(numbers)) for index in range(len(dataset)))
-        if worker is None or self.is_endless:
-            _require_window(total, self.config, self.split)
+            documents, total = _documents(self.config, self.split, number_of_pass=number_of_pass), PackingReport()
+            if worker is not None:
+                documents = islice(documents, worker.id, None, worker.num_workers)
+            for windows, report in _pack(documents, self.config, self.tokenizer):
+                total += report
+                rows = _rows(windows, self.config, self.split)
+                yield from (rows.row(index, number=next(numbers)) for index in range(len(rows)))
+            if worker is None or self.is_endless:
+                _require_window(total, self.config, self.split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,22 +86,26 @@ class PreparedData:
     """Settings of sampling that the checkpoint is to carry."""
 
 
-def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None) -> PreparedData:
+def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, objective: str = "masked") -> PreparedData:
     """Read, split, tokenise and pack a source; the same text and settings give the same windows, from the cache.
 
-    `tokenizer` goes before `config.tokenizer`. The cache's key holds the hash of the documents' text, so it is never
-    stale. Raises ValueError for a source that cannot be read and for a split without one whole window.
+    `tokenizer` goes before `config.tokenizer`; a kind MODULE:FUNCTION is called with the config, `tokenizer=` and the
+    kind of `objective=`. The cache's key holds the hash of the documents' text, so it is never stale. Raises ValueError
+    for a source that cannot be read and for a split without one whole window.
     """
-    if config.kind == "thought":
-        return _prepare_thoughts(config)
+    if ":" in config.kind:
+        rows: PreparedData = _import_function(config.kind)(config, tokenizer=tokenizer, objective=objective)
+        return rows
     if path_exists(f"{config.source}/{BUILT}"):
         return _open_built(config, tokenizer)
     if config.streaming:
         return _prepare_stream(config, tokenizer)
-    fingerprint = _fingerprint(config)
+    fingerprint = documents_fingerprint(_read(config))
     tokenizer = _tokenizer(config, tokenizer, fingerprint)
     build = partial(_write_splits, config=config, tokenizer=tokenizer)
-    folder = cached_folder(_cache_folder() / f"windows-{_key(config, tokenizer, fingerprint)}", build=build)
+    settings = _window_settings(config) | {"template": tokenizer.chat_template}
+    key = cache_key(format=FORMAT, source=fingerprint, tokenizer=tokenizer_fingerprint(tokenizer), **settings)
+    folder = cached_folder(_cache_folder() / f"windows-{key}", build=build)
     return _open_splits(folder, config, tokenizer)
 
 
@@ -115,17 +114,17 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
 
     The folder appears when it is whole; what a killed build left is begun again. Raises ValueError where `out` exists.
     """
-    if config.kind == "thought":
-        raise ValueError("thoughts are read as they are and not built; got kind thought. Train on the source.")
-    tokenizer = _tokenizer(config, None, _fingerprint(config))
+    if ":" in config.kind:
+        raise ValueError(f"rows of kind {config.kind} are read as they are and not built. Train on the source.")
+    if out.exists():
+        raise ValueError(f"{str(out)!r} exists. Choose another folder or remove it.")
+    tokenizer = _tokenizer(config, None, documents_fingerprint(_read(config)))
 
     def build(folder: Path) -> None:
         _write_splits(folder, config=config, tokenizer=tokenizer)
         tokenizer.save_pretrained(folder)
-        (folder / BUILT).write_text(json.dumps(asdict(config)))
+        (folder / BUILT).write_text(json.dumps(_window_settings(config) | {"max_documents": config.max_documents}))
 
-    if out.exists():
-        raise ValueError(f"{str(out)!r} exists. Choose another folder or remove it.")
     return _open_splits(cached_folder(out, build=build), config, tokenizer)
 
 
@@ -134,25 +133,24 @@ def _open_built(config: DataConfig, tokenizer: Tokenizer | None) -> PreparedData
     folder = Path(config.source).expanduser()
     if not is_whole(folder):
         raise ValueError(f"the built data in {str(folder)!r} are damaged or not whole. Build them again.")
-    built, wanted = json.loads((folder / BUILT).read_text()), asdict(config)
-    compared = ["kind", "seq_len", "validation_fraction"]
-    compared += ["chat"] if config.kind != "text" else []
-    compared += ["max_documents"] if config.max_documents is not None else []
-    for name in compared:
-        if built[name] != wanted[name]:
+    built, wanted = json.loads((folder / BUILT).read_text()), _window_settings(config)
+    if config.max_documents is not None:
+        wanted["max_documents"] = config.max_documents
+    for name, value in wanted.items():
+        if built.get(name) != value:
             raise ValueError(
-                f"{str(folder)!r} was built with {name}={built[name]!r}; got {wanted[name]!r}. Set data.{name} to it,"
+                f"{str(folder)!r} was built with {name}={built.get(name)!r}; got {value!r}. Set data.{name} to it,"
                 " or build again."
             )
-    own = load_fast_tokenizer(folder)
+    saved = load_fast_tokenizer(folder)
     if tokenizer is None and config.tokenizer:
         tokenizer = load_fast_tokenizer(config.tokenizer)
-    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(own):
+    if tokenizer is not None and tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(saved):
         raise ValueError(
             f"{str(folder)!r} was built with another tokenizer than {config.tokenizer or 'the one given'}."
-            " Leave data.tokenizer out to take its own, or build again."
+            " Leave data.tokenizer out to take the built one, or build again."
         )
-    return _open_splits(folder, config, own)
+    return _open_splits(folder, config, saved)
 
 
 def _prepare_stream(config: DataConfig, tokenizer: Tokenizer | None) -> PreparedData:
@@ -167,40 +165,23 @@ def _prepare_stream(config: DataConfig, tokenizer: Tokenizer | None) -> Prepared
     )
 
 
-def _prepare_thoughts(config: DataConfig) -> PreparedData:
-    """Write a task's examples out; they are made anew each time, and kept in memory."""
-    written = WrittenTask(task=find_task(config.source), config=config.thought)
-    (train, train_report), (held_out, report) = (written.windows(split, seq_len=config.seq_len) for split in SPLITS)
-    return PreparedData(
-        train=WindowDataset(windows=train, is_trimmed=True),
-        validation=WindowDataset(windows=held_out, is_trimmed=True),
-        tokenizer=written.tokenizer,
-        train_report=train_report,
-        validation_report=report,
-        generation={"max_new_tokens": written.longest_said},
-    )
+def _import_function(name: str) -> Any:
+    """Import MODULE:FUNCTION. Raises ValueError where it is not there."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"data.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
 
 
 def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redraft" / "data"
 
 
-def _fingerprint(config: DataConfig) -> str:
-    settings = {"text_field": config.text_field, "kind": config.kind}
-    return source_fingerprint(config.source, max_documents=config.max_documents, **settings)
-
-
-def _key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> str:
-    """Name the windows by all that they depend on. (The text is in the fingerprint, the template in the tokenizer.)"""
-    return cache_key(
-        format=FORMAT,
-        source=fingerprint,
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        seq_len=config.seq_len,
-        validation_fraction=config.validation_fraction,
-        kind=config.kind,
-        chat=None if config.kind == "text" else asdict(config.chat) | {"rendered": tokenizer.chat_template},
-    )
+def _window_settings(config: DataConfig) -> dict[str, Any]:
+    """Name what the windows depend on beside the text and the tokenizer."""
+    chat = None if config.kind == "text" else asdict(config.chat)
+    return {name: getattr(config, name) for name in ("kind", "seq_len", "validation_fraction")} | {"chat": chat}
 
 
 def _tokenizer(config: DataConfig, tokenizer: Tokenizer | None, fingerprint: str) -> Tokenizer:
@@ -287,21 +268,21 @@ def _dataset(windows: Windows, config: DataConfig, split: Split) -> WindowDatase
     return PairDataset(rows=rows) if config.kind == "preference" else rows
 
 
+def _read(config: DataConfig) -> Iterator[str]:
+    documents = read_documents(
+        config.source, text_field=config.text_field, kind=config.kind, streaming=config.streaming
+    )
+    return islice(documents, config.max_documents)
+
+
 def _documents(config: DataConfig, split: Split, *, number_of_pass: int = 0) -> Iterator[str]:
     """Read one split, the training documents shuffled inside a buffer: no corpus need fit into memory."""
     if split == "validation" and not config.validation_fraction:
         return
-    documents = read_documents(
-        config.source, text_field=config.text_field, kind=config.kind, streaming=config.streaming
-    )
-    is_pair = config.kind == "preference"
-    documents = (
-        document
-        for document in islice(documents, config.max_documents)
-        if split_of(_prompt_of(document) if is_pair else document, validation_fraction=config.validation_fraction)
-        == split
-    )
-    if split == "validation" or is_pair:
+    key_of = _prompt_of if config.kind == "preference" else str
+    fraction = config.validation_fraction
+    documents = (text for text in _read(config) if split_of(key_of(text), validation_fraction=fraction) == split)
+    if split == "validation" or config.kind == "preference":
         yield from documents
         return
     random = Random(number_of_pass)

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from redraft.data.config import DataKind
-from redraft.data.files import located, require_text
+from redraft.data.files import at_place, require_text
 
 Message = dict[str, Any]
 """Role, content, and where they are there: thoughts, tool calls, weight 0; the first message has the tools."""
@@ -39,7 +38,7 @@ AFTER_ANSWERS = ("system", "developer", "user", "tool", "function")
 """Roles that may follow the last answer."""
 
 
-def record_parser(kind: DataKind, unused: Counter[str]) -> Callable[[Any], str]:
+def record_parser(kind: str, unused: Counter[str]) -> Callable[[Any], str]:
     """Make the parser of one source: a record to the JSON of its messages (chat) or of two conversations (preference).
 
     The first record decides the schema. Raises ValueError at the first record that has another, and at a malformed one.
@@ -72,7 +71,7 @@ def is_given(value: Any) -> bool:
     return value is not None and value not in ("", [], {})
 
 
-def _schema_of(record: Any, kind: DataKind) -> tuple[str, ...]:
+def _schema_of(record: Any, kind: str) -> tuple[str, ...]:
     if not isinstance(record, Mapping):
         raise ValueError(f"a record must be an object; got {type(record).__name__}. Edit or remove it.")
     for fields in SCHEMAS[kind]:
@@ -236,7 +235,7 @@ def _read_messages(messages: Any) -> list[Message]:
         raise ValueError('messages must be a list of {"role": ..., "content": ...}. Edit or remove it.')
     read: list[Message] = []
     for number, message in enumerate(messages, start=1):
-        with located(f"message {number}"):
+        with at_place(f"message {number}"):
             read.append(_read_message(message))
     answers = [i for i, message in enumerate(read) if message["role"] == "assistant"]
     learnt = [i for i in answers if "weight" not in read[i]]

@@ -8,21 +8,20 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from redraft.data.config import DataKind
 from redraft.data.files import (
     TEXT_SUFFIXES,
-    Located,
+    RecordAt,
+    at_place,
     cut_at_blank_lines,
     field_text,
     known_suffixes,
-    located,
     numbered_rows,
     one_line,
     read_file,
@@ -43,8 +42,16 @@ HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?(@(?P<sp
 WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>[0-9.]+(e[+-]?[0-9]+)?)(/(?P<limit>[1-9][0-9]*))?")
 
 
+class WeightedSource(NamedTuple):
+    """One source of a mixture; `limit` is the number of its first documents that are used, or None for all."""
+
+    source: str
+    weight: float
+    limit: int | None
+
+
 def read_documents(
-    source: str, *, text_field: str = "text", kind: DataKind = "text", streaming: bool = False
+    source: str, *, text_field: str = "text", kind: str = "text", streaming: bool = False
 ) -> Iterator[str]:
     """Read a source's documents, always in the same order. Documents without a character (or null) are skipped.
 
@@ -61,30 +68,44 @@ def read_documents(
     Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
     """
     if not path_exists(source) and (parts := parse_mixture(source)):
-        read = partial(read_documents, text_field=text_field, kind=kind, streaming=streaming)
-        is_plain = [kind == "chat" and _is_plain_text(part.source) for part in parts]
-        streams = []
-        for part, plain in zip(parts, is_plain, strict=True):
-            if path_exists(f"{part.source}/{BUILT}"):
-                raise ValueError(f"built data cannot be mixed; got {part.source!r}. Mix the sources and build that.")
-            is_beside_chat = plain and not all(is_plain)
-            documents = map(as_conversation, read_documents(part.source)) if is_beside_chat else read(part.source)
-            streams.append((islice(documents, part.limit), part.weight))
-        return interleave(streams)
-    unused = Counter[str]()
-    is_text = kind == "text"
-    records = _read_source(source, field=text_field if is_text else None, streaming=streaming)
+        yield from _read_mixture(parts, text_field=text_field, kind=kind, streaming=streaming)
+        return
+    unused, is_empty, is_text = Counter[str](), True, kind == "text"
     parse = partial(field_text, field=text_field) if is_text else record_parser(kind, unused)
-    return _documents_of(records, parse, source=source, kind=kind, unused=unused)
+    try:
+        for where, record in _read_source(source, field=text_field if is_text else None, streaming=streaming):
+            with at_place(where):
+                document = parse(record)
+            if document:
+                is_empty = False
+                yield document
+    finally:  # also where reading stops early
+        if unused:
+            counts = ", ".join(f"{name} ({unused[name]:,})" for name in sorted(unused))
+            warn_once(f"Fields of {source} that are not used, and how often they occur: {counts}.")
+    if is_empty:
+        wanted = {"text": "text", "chat": "conversation with an answer", "preference": "pair of answers"}[kind]
+        raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
 
 
-def source_fingerprint(source: str, *, max_documents: int | None = None, **settings: Any) -> str:
-    """Return the sha256 of a source's documents and their order; where they are stored does not matter.
+def _read_mixture(parts: Sequence[WeightedSource], *, kind: str, **settings: Any) -> Iterator[str]:
+    is_plain = [kind == "chat" and _is_plain_text(part.source) for part in parts]
+    streams = []
+    for part, plain in zip(parts, is_plain, strict=True):
+        if path_exists(f"{part.source}/{BUILT}"):
+            raise ValueError(f"built data cannot be mixed; got {part.source!r}. Mix the sources and build that.")
+        if plain and not all(is_plain):
+            documents: Iterator[str] = map(as_conversation, read_documents(part.source))
+        else:
+            documents = read_documents(part.source, kind=kind, **settings)
+        streams.append((islice(documents, part.limit), part.weight))
+    return interleave(streams)
 
-    `settings` are those of `read_documents`.
-    """
+
+def documents_fingerprint(documents: Iterable[str]) -> str:
+    """Return the sha256 of documents and their order; where they are stored does not matter."""
     digest = hashlib.sha256()
-    for document in islice(read_documents(source, **settings), max_documents):
+    for document in documents:
         content = document.encode()
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()
@@ -99,14 +120,6 @@ def split_of(document: str, *, validation_fraction: float, seed: int = 0) -> Spl
     digest = hashlib.sha256(f"{seed}:{document}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
     return "validation" if position < validation_fraction else "train"
-
-
-class WeightedSource(NamedTuple):
-    """One source of a mixture; `limit` is the number of its first documents that are used, or None for all."""
-
-    source: str
-    weight: float
-    limit: int | None
 
 
 def parse_mixture(source: str) -> list[WeightedSource] | None:
@@ -168,33 +181,7 @@ def _is_plain_text(source: str) -> bool:
     return bool(suffixes) and suffixes <= {*TEXT_SUFFIXES}
 
 
-def _documents_of(
-    records: Iterable[Located],
-    parse: Callable[[Any], str | None],
-    *,
-    source: str,
-    kind: DataKind,
-    unused: Counter[str],
-) -> Iterator[str]:
-    """Parse records. Raises ValueError where there is no document; warns of unused fields when reading ends."""
-    is_empty = True
-    try:
-        for where, record in records:
-            with located(where):
-                document = parse(record)
-            if document:
-                is_empty = False
-                yield document
-    finally:
-        if unused:
-            counts = ", ".join(f"{name} ({unused[name]:,})" for name in sorted(unused))
-            warn_once(f"Fields of {source} that are not used, and how often they occur: {counts}.")
-    if is_empty:
-        wanted = {"text": "text", "chat": "conversation with an answer", "preference": "pair of answers"}[kind]
-        raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
-
-
-def _read_source(source: str, *, field: str | None, streaming: bool) -> Iterator[Located]:
+def _read_source(source: str, *, field: str | None, streaming: bool) -> Iterator[RecordAt]:
     """Find what a source is, and read its records; of datasets and parquet only `field`, if it is given."""
     path, split = Path(source).expanduser(), ""
     if source == STDLIB:
@@ -241,7 +228,7 @@ def _warn_of_folder(error: OSError) -> None:
     warn_once(f"Skipped {error.filename}: it cannot be read ({error.strerror}).")
 
 
-def _read_files(files: Iterable[Path], *, field: str | None) -> Iterator[Located]:
+def _read_files(files: Iterable[Path], *, field: str | None) -> Iterator[RecordAt]:
     for path in files:
         try:
             records = read_file(path, field=field)
@@ -251,7 +238,7 @@ def _read_files(files: Iterable[Path], *, field: str | None) -> Iterator[Located
             yield from records
 
 
-def _rows_of(dataset: Any, *, where: str, field: str | None) -> Iterator[Located]:
+def _rows_of(dataset: Any, *, where: str, field: str | None) -> Iterator[RecordAt]:
     if field in (dataset.column_names or ()):  # a stream may not know its columns
         dataset = dataset.select_columns([field])
     return numbered_rows(dataset, where=where)
@@ -272,11 +259,10 @@ def _load_saved(folder: Path, *, split: str) -> Any:
     return splits[split]
 
 
-def _read_hub(source: str, *, field: str | None, streaming: bool) -> Iterator[Located]:
+def _read_hub(source: str, *, field: str | None, streaming: bool) -> Iterator[RecordAt]:
     match = HUB_ID.fullmatch(source)
-    is_id = match is not None and Path(source).suffix not in known_suffixes("text")
     remedy = f"{_similar_paths(source)} Give an existing path, {STDLIB!r} or a hub id"
-    if match is None or not is_id:
+    if match is None or Path(source).suffix in known_suffixes("text"):
         raise ValueError(f"no file or folder {source!r}.{remedy}.")
     import datasets
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from redraft.data.sources import read_documents, split_of
-from redraft.data.tasks import find_task, held_out_prompts
-from redraft.data.thoughts import ThoughtConfig, WrittenTask
 from redraft.errors import unknown_name
 from redraft.evaluation.sandbox import run_python
+from redraft.latent.tasks import held_out_prompts
+from redraft.latent.words import WrittenTask
 from redraft.settings import Count, Settings, Within
 
 Kind = Literal["generate", "infill", "choose", "perplexity"]
@@ -226,8 +226,7 @@ def make_task(name: str, options: TaskOptions) -> Task:
     """Find a task by its name. Raises ValueError for an unknown one, and for code that may not run."""
     kind, _, rest = name.partition(":")
     if kind == "thought" and rest:
-        source, config = ThoughtConfig.from_name(name)
-        return HeldOutThoughts(name=name, written=WrittenTask(task=find_task(source), config=config))
+        return HeldOutThoughts(name=name, written=WrittenTask.from_source(rest))
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise ValueError(f"no file {name}; a custom task is a file of JSON lines.")

@@ -1,92 +1,89 @@
-"""What has been committed, as keys and values, and the answers that are read off it."""
+"""What has been committed, as keys and values, and the answers that the one loop of sampling writes after it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from redraft.latent.denoiser import LatentDenoiser
-from redraft.latent.objective import masked_process
-from redraft.latent.sequence import KeysValues, Latents, Tokens
+from redraft.latent.objective import answer_input
+from redraft.latent.sequence import KeysValues, LatentInputs, TokenInputs
+from redraft.models.denoiser import Denoiser
+from redraft.models.query import Query
+from redraft.models.settings import DiffusionSettings
+from redraft.sampling.batch import denoise
+from redraft.sampling.canvas import Canvas, Status
+from redraft.sampling.policies import Blocks
+from redraft.sampling.sampler import Sampler
 
 
 @dataclass
-class Cache:
+class ThoughtCache:
     """Keys and values of what is committed, and which of them each row may see."""
 
-    keys_values: KeysValues = field(default_factory=list)
-    is_valid: Tensor | None = None
+    keys_values: KeysValues
+    is_valid: Bool[Tensor, "rows keys"]
 
     def add(self, keys_values: KeysValues, is_valid: Bool[Tensor, "rows new"]) -> None:
         """Append new positions and which rows may see them."""
-        if self.is_valid is None:
-            self.keys_values, self.is_valid = keys_values, is_valid
-            return
         pairs = zip(self.keys_values, keys_values, strict=True)
         self.keys_values = [(torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)) for (k, v), (new_k, new_v) in pairs]
         self.is_valid = torch.cat([self.is_valid, is_valid], dim=1)
 
-    def __len__(self) -> int:
-        """Count the rows."""
-        assert self.is_valid is not None
-        return len(self.is_valid)
-
-    def rows(self, index: Int[Tensor, "n"] | slice) -> "Cache":
+    def rows(self, index: Int[Tensor, "n"] | slice) -> "ThoughtCache":
         """Take some rows."""
-        assert self.is_valid is not None
-        return Cache([(k[index], v[index]) for k, v in self.keys_values], self.is_valid[index])
+        return ThoughtCache([(k[index], v[index]) for k, v in self.keys_values], self.is_valid[index])
 
-    def mask(self, own: Bool[Tensor, "rows queries queries"]) -> Bool[Tensor, "rows 1 queries keys"]:
-        """All that is valid in the cache, and `own` among the new positions."""
-        assert self.is_valid is not None
-        seen = self.is_valid[:, None].expand(-1, own.shape[1], -1)
-        return torch.cat([seen, own], dim=2)[:, None]
+    def mask(self, new: Bool[Tensor, "queries queries"]) -> Bool[Tensor, "rows 1 queries keys"]:
+        """All that is valid in the cache, and `new` among the new positions."""
+        seen = self.is_valid[:, None].expand(-1, len(new), -1)
+        return torch.cat([seen, new.expand(len(seen), -1, -1)], dim=2)[:, None]
 
 
-def write_autoregressive(model: LatentDenoiser, cache: Cache) -> Int[Tensor, "rows answer"]:
-    """Write the likeliest answer token by token."""
-    rows, device = len(cache), model.device
-    ids = torch.full((rows, 1), model.config.eos_token_id, dtype=torch.int64, device=device)
-    own = torch.ones(rows, 1, 1, dtype=torch.bool, device=device)
-    for index in range(model.config.answer_tokens):
-        tokens = _answer_tokens(model, ids[:, -1:], first=index)
-        hidden = model(tokens, no_latents(rows, model), cache.mask(own), cache.keys_values)
-        cache.add(hidden.keys_values, own[:, 0])
-        ids = torch.cat([ids, model.token_logits(hidden.tokens).argmax(-1)], dim=1)
-    return ids[:, 1:]
+@dataclass(frozen=True, kw_only=True)
+class AnswerDenoiser(Denoiser):
+    """The answer decoder as the loop calls a model: the rows' answers in, logits out, given the thoughts in `cache`.
+
+    The rows of a query are those of the cache: each decides one token in a step, so that all end together.
+    """
+
+    cache: ThoughtCache
+
+    def __call__(self, query: Query, *, wrapped: Any = None) -> Float[Tensor, "n vocab"]:
+        """Predict positions of answers, each from the tokens before it."""
+        rows, length = query.input_ids.shape
+        width = int((query.where % length).max()) + 1  # sync: what is behind the position that is asked for is noise
+        ids, positions = answer_input(self.model, query.input_ids[:, :width])
+        tokens = TokenInputs(ids=ids, positions=positions, is_null=torch.zeros_like(ids, dtype=torch.bool))
+        causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
+        output = self.model(tokens, no_latents(rows, self.model), self.cache.mask(causal), self.cache.keys_values)
+        return self.model.token_logits(output.tokens[query.where // length, query.where % length])
 
 
-def write_masked(model: LatentDenoiser, cache: Cache) -> Int[Tensor, "rows answer"]:
-    """Write the likeliest answer, the surest position first."""
-    rows, count, device = len(cache), model.config.answer_tokens, model.device
-    ids = masked_process(model).prior(torch.zeros(rows, count, device=device))
-    own = torch.ones(rows, count, count, dtype=torch.bool, device=device)
-    is_open = torch.ones(rows, count, dtype=torch.bool, device=device)
-    for _ in range(count):
-        tokens = _answer_tokens(model, ids, first=0)
-        hidden = model(tokens, no_latents(rows, model), cache.mask(own), cache.keys_values).tokens
-        logits = model.token_logits(hidden).float()
-        logits[..., model.config.mask_token_id] = -torch.inf
-        sure, best = logits.softmax(-1).max(-1)
-        surest = sure.masked_fill(~is_open, -1).argmax(1, keepdim=True)
-        ids = ids.scatter(1, surest, best.gather(1, surest))
-        is_open = is_open.scatter(1, surest, False)
-    return ids
+def write_answers(model: LatentDenoiser, cache: ThoughtCache) -> Int[Tensor, "rows answer"]:
+    """Write the likeliest answers, token by token."""
+    rows, count, device = len(cache.is_valid), model.config.answer_tokens, model.device
+    status = torch.full((rows, count), int(Status.NOISE), dtype=torch.uint8, device=device)
+    tokens = torch.zeros((rows, count), dtype=torch.int64, device=device)
+    canvas = Canvas(tokens=tokens, status=status, confidence=torch.zeros((rows, count), device=device))
+    # Noise of any token: then none is excluded from what may be written, as the mask token is from masked diffusion.
+    sampler = Sampler(frontier=Blocks(size=1), noise="uniform")
+    settings = DiffusionSettings(mask_token_id=0, process="autoregressive", block_size=1, shift_logits=True)
+    decoder = AnswerDenoiser(model=model, settings=settings, cache=cache)
+    for step in denoise(decoder, canvas, sampler, row_keys=torch.arange(rows, device=device)):
+        canvas = step.canvas
+    return canvas.tokens
 
 
-def _answer_tokens(model: LatentDenoiser, ids: Tensor, *, first: int) -> Tokens:
-    positions = model.config.answer_position + first + torch.arange(ids.shape[1], device=ids.device)
-    return Tokens(ids=ids, positions=positions.expand_as(ids), is_null=torch.zeros_like(ids, dtype=torch.bool))
-
-
-def no_tokens(rows: int, device: torch.device) -> Tokens:
-    """Stand for no tokens."""
+def no_tokens(rows: int, device: torch.device) -> TokenInputs:
+    """Return inputs without tokens."""
     empty = torch.zeros(rows, 0, dtype=torch.int64, device=device)
-    return Tokens(ids=empty, positions=empty, is_null=empty.bool())
+    return TokenInputs(ids=empty, positions=empty, is_null=empty.bool())
 
 
-def no_latents(rows: int, model: LatentDenoiser) -> Latents:
-    """Stand for no latents."""
+def no_latents(rows: int, model: LatentDenoiser) -> LatentInputs:
+    """Return inputs without latents."""
     empty = torch.zeros(rows, 0, model.config.latent_dim, dtype=model.dtype, device=model.device)
-    return Latents(z_t=empty, x_0=empty, t=empty[..., 0], positions=empty[..., 0].long())
+    return LatentInputs(z_t=empty, x_0=empty, t=empty[..., 0], positions=empty[..., 0].long())

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
+from redraft.latent.config import AUTOENCODER_FOLDER
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
 from redraft.latent.thinking import Thinker
 from redraft.models.device import choose_device
@@ -16,8 +17,6 @@ from redraft.models.finite import check_finite, floats_of
 from redraft.models.load import load_weights, read_raw_config, read_tokenizer
 
 STAGES = ("autoencoder", "denoiser", "rollout")
-MADE_BY = {"autoencoder": "latent-autoencoder", "denoiser": "latent-denoiser", "rollout": "latent-rollout"}
-AUTOENCODER_FOLDER = "autoencoder"
 for _config in (AutoencoderConfig, LatentDenoiserConfig):
     AutoConfig.register(_config.model_type, _config)  # transformers reads the config beside a tokenizer
 
@@ -29,19 +28,24 @@ def load_thinker(path: str | Path, *, device: str | torch.device | None = None) 
     """
     require_stage(path, "denoiser", "rollout")
     target = choose_device(device)
-    autoencoder = _load(TextAutoencoder, Path(path) / AUTOENCODER_FOLDER)
-    autoencoder.require_normalizer()
+    autoencoder, tokenizer = load_autoencoder(path)
     denoiser = _load(LatentDenoiser, path)
     for model in (denoiser, autoencoder):
         nn.Module.to(model, target).eval()
-    return Thinker(denoiser, autoencoder, _tokenizer(path))
+    return Thinker(denoiser, autoencoder, tokenizer)
 
 
 def load_autoencoder(path: str | Path) -> tuple[TextAutoencoder, Any]:
-    """Load an autoencoder and its tokenizer, from its own folder or from that of a model trained on it."""
+    """Load an autoencoder and its tokenizer, from its own folder or from that of a model trained on it.
+
+    Raises ValueError as `load_thinker` does, and for one without a normaliser.
+    """
     stage = require_stage(path, *STAGES)
-    folder = Path(path) if stage == "autoencoder" else Path(path) / AUTOENCODER_FOLDER
-    return _load(TextAutoencoder, folder).eval(), _tokenizer(path)
+    autoencoder = _load(TextAutoencoder, Path(path) / (AUTOENCODER_FOLDER if stage != "autoencoder" else "")).eval()
+    autoencoder.require_normalizer()
+    if (tokenizer := read_tokenizer(path)) is None:
+        raise ValueError(f"{path} has no tokenizer. Give the folder as its training saved it.")
+    return autoencoder, tokenizer
 
 
 def _load(kind: Any, path: str | Path) -> Any:
@@ -52,26 +56,14 @@ def _load(kind: Any, path: str | Path) -> Any:
     return model
 
 
-def _tokenizer(path: str | Path) -> Any:
-    tokenizer = read_tokenizer(path)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer. Give the folder as its training saved it.")
-    return tokenizer
-
-
 def require_stage(path: str | Path, *stages: str) -> str:
     """Return the stage of a folder. Raises ValueError where there is none, or one that is none of `stages`."""
-    makers = " or ".join(f"`redraft train {MADE_BY[wanted]}`" for wanted in stages)
+    makers = " or ".join(f"`redraft train latent-{wanted}`" for wanted in stages)
     if not Path(path).is_dir():
-        raise ValueError(
-            f"no model at {path}: the folder does not exist. {makers} (with --smoke or without) makes one."
-        )
+        raise ValueError(f"no model at {path}: the folder does not exist. {makers} makes one.")
     stage = read_raw_config(path).get("stage")
     if stage in STAGES[1:] and not (Path(path) / AUTOENCODER_FOLDER).is_dir():
-        raise ValueError(
-            f"{path} has no folder {AUTOENCODER_FOLDER!r}: a checkpoint, not a finished model. Give the folder of the "
-            "run, once it has ended."
-        )
+        raise ValueError(f"{path} is a checkpoint, not a finished model. Give the folder of the ended run.")
     if stage not in stages:
         found = f"of stage {stage!r}" if stage in STAGES else "not a latent model"
         raise ValueError(f"{path} must be of stage {' or '.join(stages)}; it is {found}. {makers} makes one.")

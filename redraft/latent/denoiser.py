@@ -1,8 +1,8 @@
 """The denoiser of thoughts: a transformer over [prompt | clean blocks | noisy blocks | answer].
 
-Who sees whom is `layouts.two_copy_mask` over block numbers: the prompt is block 0, thoughts are blocks 1 ... B in a
-clean and in noisy copies, and the answer comes after them (one token a block where it is autoregressive). So one pass
-trains every block given the true blocks before it, and at sampling the keys and values of committed blocks are kept.
+Who sees whom is `layouts.two_copy_mask` over block numbers: the prompt is block 0, thoughts are blocks 1 ... B in
+a clean and in a noisy copy, and the answer comes after them, each of its tokens a block. So one pass trains every block
+given the true blocks before it, and at sampling the keys and values of committed blocks are kept.
 """
 
 import math
@@ -14,20 +14,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from redraft.errors import unknown_name
-from redraft.latent.sequence import Hidden, KeysValues, Latents, Tokens
-from redraft.processes.gaussian import AdaptiveTimes, GaussianDiffusion
-from redraft.schedules import gaussian_schedule
+from redraft.latent.sequence import DenoiserOutput, KeysValues, LatentInputs, TokenInputs
+from redraft.processes.gaussian import GaussianDiffusion
 
-ANSWERS = ("autoregressive", "masked")
+FIXED = {"schedule": "flow", "shift": 1.0, "parametrization": "x0", "answer": "autoregressive", "adapts_times": False}
+"""Entries of earlier checkpoints that could have other values."""
 
 
 @no_type_check  # transformers gives it an __init__ that takes any entry, behind a signature that does not
 class LatentDenoiserConfig(PreTrainedConfig):
     """Shape, process and limits of a denoiser; saved as its config.json.
 
-    `can_guide`, `can_revise`: whether its training left out prompts, and had steps in which all blocks see each other.
-    `adapts_times`: whether it keeps the loss at each noise level, which its training draws times by.
+    `can_guide`: whether prompts were withheld in its training.
     """
 
     model_type = "redraft-latent-denoiser"
@@ -41,28 +39,16 @@ class LatentDenoiserConfig(PreTrainedConfig):
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 4
-    schedule: str = "flow"
-    shift: float = 1.0
-    parametrization: str = "x0"
     weighting: str = "inverse-t"
     smallest_t: float = 0.2
-    answer: str = "autoregressive"
     eos_token_id: int = 1
-    mask_token_id: int = 2
     stage: str = "denoiser"
     can_guide: bool = True
-    can_revise: bool = True
-    adapts_times: bool = False
 
     @property
     def process(self) -> GaussianDiffusion:
         """The noise the denoiser was trained on."""
-        return GaussianDiffusion(
-            schedule=gaussian_schedule(self.schedule, shift=self.shift),
-            parametrization=self.parametrization,
-            weighting=self.weighting,
-            smallest_t=self.smallest_t,
-        )
+        return GaussianDiffusion(weighting=self.weighting, smallest_t=self.smallest_t)
 
     def latent_positions(self, block: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape latents"]:
         """Return the positions of the latents of blocks, which count from 1; a noisy copy shares its clean one's."""
@@ -85,12 +71,11 @@ class LatentDenoiser(PreTrainedModel):
 
     def __init__(self, config: LatentDenoiserConfig) -> None:
         super().__init__(config)
-        if config.answer not in ANSWERS:
-            raise unknown_name("answer decoder", config.answer, ANSWERS)
+        for name, value in FIXED.items():
+            if getattr(config, name, value) != value:
+                raise ValueError(f"config.json: {name} must be {value!r}, others were removed. Train the model again.")
         if config.hidden_size % (2 * config.num_heads):
-            raise ValueError(
-                f"hidden_size must be a multiple of 2 num_heads; got {config.hidden_size} and {config.num_heads}."
-            )
+            raise ValueError(f"hidden_size must be a multiple of {2 * config.num_heads}; got {config.hidden_size}.")
         width = config.hidden_size
         self.embed = nn.Embedding(config.vocab_size, width)
         self.null_prompt = nn.Parameter(0.02 * torch.randn(width))
@@ -101,7 +86,6 @@ class LatentDenoiser(PreTrainedModel):
         self.norm = nn.RMSNorm(width)
         self.out = nn.Linear(width, config.latent_dim)
         self.stop = nn.Linear(width, 1)
-        self.times = AdaptiveTimes(config.process.schedule) if config.adapts_times else None
         self.post_init()
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)
@@ -112,11 +96,11 @@ class LatentDenoiser(PreTrainedModel):
 
     def forward(
         self,
-        tokens: Tokens,
-        latents: Latents,
+        tokens: TokenInputs,
+        latents: LatentInputs,
         mask: Bool[Tensor, "batch 1 queries keys"],
         past: KeysValues | None = None,
-    ) -> Hidden:
+    ) -> DenoiserOutput:
         """Run [tokens | latents], in this order of queries; the keys of `past` come before theirs."""
         embedded = torch.where(tokens.is_null[..., None], self.null_prompt, self.embed(tokens.ids))
         hidden = torch.cat([embedded, self.into(torch.cat([latents.z_t, latents.x_0], dim=-1))], dim=1)
@@ -125,13 +109,13 @@ class LatentDenoiser(PreTrainedModel):
         turns = _rotary(
             torch.cat([tokens.positions, latents.positions], dim=1), self.config.hidden_size // self.config.num_heads
         )
-        kept: KeysValues = []
+        computed: KeysValues = []
         for i, layer in enumerate(self.layers):
             hidden, keys_values = layer(hidden, modulation, turns, mask, None if past is None else past[i])
-            kept.append(keys_values)
+            computed.append(keys_values)
         hidden = self.norm(hidden)
         split = tokens.ids.shape[1]
-        return Hidden(tokens=hidden[:, :split], latents=hidden[:, split:], keys_values=kept)
+        return DenoiserOutput(tokens=hidden[:, :split], latents=hidden[:, split:], keys_values=computed)
 
     def token_logits(self, hidden: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape vocab"]:
         """Predict answer tokens; the head is the embedding."""
@@ -153,7 +137,7 @@ class _Layer(nn.Module):
         self.table = nn.Parameter(gates_open.repeat(1, width))  # shift, scale, gate of attention, then of the MLP
 
     def start(self, *, branches: int) -> None:
-        """Draw weights by the width: the library's 0.02 is for greater ones. The residual stream is shared."""
+        """Draw weights by the width (the library's 0.02 is for wider layers); branches share one residual stream."""
         for linear, sharing in ((self.qkv, 1), (self.up, 1), (self.proj, branches), (self.down, branches)):
             nn.init.normal_(linear.weight, std=(sharing * linear.in_features) ** -0.5)
 
@@ -168,11 +152,11 @@ class _Layer(nn.Module):
     def _attend(self, x: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor, past: Any) -> tuple[Tensor, Any]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_width)).permute(2, 0, 3, 1, 4)  # (B, H, S, W)
         q, k = _turn(q, turns), _turn(k, turns)
-        own = (k, v)
+        new = (k, v)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(out.transpose(1, 2).flatten(2)), own
+        return self.proj(out.transpose(1, 2).flatten(2)), new
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -1,30 +1,44 @@
-"""What trains a denoiser of thoughts: flow loss of the blocks, cross-entropy of the answer, when to stop."""
+"""What trains a denoiser of thoughts: teacher forcing, and rollouts, as true thoughts are not there at sampling.
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+The losses are the flow loss of the blocks, the cross-entropy of the answer, and that of when to stop.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.latent.sequence import Hidden, Latents, Part, ThoughtBatch, Tokens
+from redraft.latent.config import ThoughtObjective
+from redraft.latent.sequence import DenoiserOutput, LatentInputs, StepShare, ThoughtBatch, TokenInputs
+from redraft.latent.solvers import ddim
 from redraft.layouts import two_copy_mask
-from redraft.processes.gaussian import AdaptiveTimes, GaussianDiffusion, LogitNormalTimes, UniformTimes
-from redraft.processes.masked import MaskedDiffusion
-from redraft.randomness import normal, uniform
-from redraft.schedules import stratified_times
+from redraft.processes.gaussian import times_from_uniform
+from redraft.randomness import normal
+from redraft.schedules import FlowSchedule
 
 IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThoughtObjective:
-    """Weights of the losses and how training imitates sampling."""
+class TrainingSequence:
+    """One pass of the denoiser in training: its inputs, and what they are compared with."""
 
-    copies: int = 1
-    """Noisy copies of every block that share one clean context."""
+    inputs: tuple[TokenInputs, LatentInputs, Bool[Tensor, "batch 1 seq seq"]]
+    x_0: Float[Tensor, "batch latents dim"]
+    t: Float[Tensor, "batch latents"]
+    """Times of the noise. Sampled blocks do not say how far off they are, so a noised context is fed with time 0."""
+    is_noisy: Bool[Tensor, "batch latents"]
+    is_real: Bool[Tensor, "batch latents"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcedLoss:
+    """Teacher forcing: every block is denoised given the true blocks before it, and the answer follows true blocks."""
+
+    settings: ThoughtObjective = field(default_factory=ThoughtObjective)
     self_conditioning: float = 0.5
     """Share of steps whose estimate of a first pass is fed to the second."""
     drop_prompt: float = 0.1
@@ -32,261 +46,241 @@ class ThoughtObjective:
     context_noise: float = 0.1
     """Largest time of the noise on the clean blocks of half of the rows (exposure bias)."""
     joint: float = 0.1
-    """Share of steps in which all blocks see each other and one of them is noisy: trains revision."""
-    answer_weight: float = 0.2
-    """Weight of the answer's cross-entropy, nats per token."""
+    """Share of steps in which all blocks see each other and one of them is noisy."""
     stop_weight: float = 0.1
     """Weight of the stop head's cross-entropy, nats per block."""
-    times: Literal["logit-normal", "uniform", "adaptive"] = "logit-normal"
-    """Density of the training times, stratified over the batch; adaptive: by the loss of each log-SNR so far."""
-    time_mean: float = 1.0
-    """Mean of the logit of logit-normal times; positive is noise-heavy."""
-    time_std: float = 1.0
-    """Standard deviation of the logit of logit-normal times."""
-
-    def __post_init__(self) -> None:
-        LogitNormalTimes(mean=self.time_mean, std=self.time_std)
-        if self.copies < 1:
-            raise ValueError(f"copies must be at least 1; got {self.copies}.")
-        for name in ("answer_weight", "stop_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}. 0 leaves it out.")
-        for name in ("self_conditioning", "drop_prompt", "joint", "context_noise"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1]; got {getattr(self, name)}.")
-
-    def density(self, model: Any) -> LogitNormalTimes | UniformTimes | AdaptiveTimes:
-        """Build the density of the times, or return the one that the model learns."""
-        if self.times == "adaptive":
-            return model.times
-        return UniformTimes() if self.times == "uniform" else LogitNormalTimes(mean=self.time_mean, std=self.time_std)
 
     def __call__(
-        self,
-        model: Any,
-        batch: ThoughtBatch,
-        *,
-        seed: int,
-        step: int,
-        part: Part | None = None,
-        wrapped: Any = None,
-    ) -> dict[str, Tensor]:
-        """Return the losses by name, `loss` their weighted sum. Noise is keyed by (seed, step, row).
-
-        Of a `part` of a global batch they are its share in the means over the whole one.
-        """
-        part = part or Part.whole(batch)
-        draws = _Draws(seed=seed, step=step, batch=batch, part=part)
-        process, density = model.config.process, self.density(model)
-        if isinstance(density, AdaptiveTimes):
-            density.begin(step)
-        is_joint = draws.coin(0) < self.joint
-        sequence, noised = (_joint if is_joint else _two_copies)(self, model, process, batch, draws)
-        latents = sequence.latents
-        if draws.coin(1) < self.self_conditioning:
+        self, model: Any, batch: ThoughtBatch, share: StepShare, *, wrapped: Any = None
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Return the batch's share in the losses of the global batch by name; `loss` is their weighted sum."""
+        is_joint = share.coin(0) < self.joint
+        sequence = self.sequence(model, batch, share, is_joint=is_joint)
+        tokens, latents, mask = sequence.inputs
+        if share.coin(1) < self.self_conditioning:
             with torch.no_grad():
-                first = model.out(model(sequence.tokens, latents, sequence.mask).latents)
-                guess = process.predict_x_0(first, latents.z_t, latents.t)
+                guess = model.out(model(tokens, latents, mask).latents)
             latents = replace(latents, x_0=torch.where(sequence.is_noisy[..., None], guess, latents.x_0))
-            sequence = replace(sequence, latents=latents)
-        hidden = (wrapped or model)(sequence.tokens, latents, sequence.mask)
-        is_counted = sequence.is_noisy & sequence.is_valid[:, -latents.t.shape[1] :]
-        flow = process.loss(model.out(hidden.latents), noised)
-        if isinstance(density, AdaptiveTimes):
-            density.record(noised.t, flow, where=is_counted)
-            flow = flow * density.importance(noised.t)
-        num_noisy = part.total_rows if is_joint else self.copies * part.num_blocks
+        output = (wrapped or model)(tokens, latents, mask)
+        flow = model.config.process.loss(model.out(output.latents), sequence.x_0, sequence.t)
+        num_noisy = share.total_rows if is_joint else share.num_blocks
+        is_counted = sequence.is_noisy & sequence.is_real
         losses = {"flow": (flow * is_counted).sum() / (num_noisy * batch.blocks.shape[2])}
         if not is_joint:
-            losses["stop"] = _stop_loss(model, batch, hidden) / part.num_blocks
+            losses["stop"] = _stop_loss(model, batch, output) / share.num_blocks
             if batch.answer.shape[1]:
-                states = hidden.tokens[:, batch.prompt.shape[1] :]
-                losses["answer"] = answer_loss(model, batch, part, states, sequence.answer_noised)
-        weights = {"flow": 1.0, "stop": self.stop_weight, "answer": self.answer_weight}
+                losses["answer"] = answer_loss(model, batch, share, output)
+        weights = {"flow": 1.0, "stop": self.stop_weight, "answer": self.settings.answer_weight}
         return losses | {"loss": sum((weights[name] * loss for name, loss in losses.items()), torch.zeros(()).to(flow))}
 
+    def sequence(self, model: Any, batch: ThoughtBatch, share: StepShare, *, is_joint: bool) -> TrainingSequence:
+        """Lay out [prompt | answer | clean blocks | noisy blocks]; or in a joint step [prompt | blocks], one noisy."""
+        rows, count, size, _ = batch.blocks.shape
+        number = torch.arange(1, count + 1, device=batch.prompt.device)
+        columns = 1 if is_joint else count
+        u = share.stratified(4, columns).to(batch.blocks.dtype)
+        t = times_from_uniform(u, density=self.settings.times)  # (B, 1) or (B, count)
+        copy = torch.zeros_like(number)
+        if is_joint:
+            chosen = 1 + (share.uniform(8, 1) * batch.num_blocks[:, None]).long()  # (B, 1)
+            is_noisy = number == chosen
+            t = t * is_noisy
+        else:
+            context_t = self.context_noise * share.uniform(5, 1).to(t)
+            clean_t = torch.where(share.uniform(6, 1) < 0.5, context_t, 0.0).to(t)  # (B, 1)
+            t = torch.cat([clean_t.expand(-1, count), t], dim=1)
+            number, copy = number.repeat(2), torch.cat([copy, copy + 1])
+            is_noisy = (copy > 0).expand(rows, -1)
+        is_real = number <= batch.num_blocks[:, None]
+        t, is_noisy, is_real = (of_block.repeat_interleave(size, dim=1) for of_block in (t, is_noisy, is_real))
+        x_0 = batch.blocks[:, number - 1].flatten(1, 2)
+        z_t = model.config.process.corrupt(x_0, t, eps=share.normal(7, *x_0.shape[1:]).to(x_0.dtype))
+        inputs = lay_out(
+            model,
+            batch,
+            z_t=z_t,
+            guess=torch.where(is_noisy[..., None], 0.0, z_t),
+            t=torch.where(is_noisy, t, 0.0),
+            number=number,
+            copy=copy,
+            is_real=is_real,
+            is_withheld=share.uniform(2, 1)[:, 0] < self.drop_prompt,
+            is_joint=is_joint,
+        )
+        return TrainingSequence(inputs=inputs, x_0=x_0, t=t, is_noisy=is_noisy, is_real=is_real)
 
-@dataclass(frozen=True, kw_only=True)
-class Sequence:
-    """One pass of the denoiser in training; `is_valid` covers [tokens | latents]."""
 
-    tokens: Tokens
-    latents: Latents
-    mask: Bool[Tensor, "batch 1 seq seq"]
-    is_noisy: Bool[Tensor, "batch latents"]
-    is_valid: Bool[Tensor, "batch seq"]
-    answer_noised: Any = None
+def lay_out(
+    model: Any,
+    batch: ThoughtBatch,
+    *,
+    z_t: Float[Tensor, "batch latents dim"],
+    guess: Float[Tensor, "batch latents dim"],
+    t: Float[Tensor, "batch latents"],
+    number: Int[Tensor, "blocks"],
+    is_real: Bool[Tensor, "batch latents"],
+    copy: Int[Tensor, "blocks"] | None = None,
+    is_withheld: Bool[Tensor, "batch"] | None = None,
+    is_joint: bool = False,
+) -> tuple[TokenInputs, LatentInputs, Bool[Tensor, "batch 1 seq seq"]]:
+    """Lay out [prompt | answer | blocks], or, where all blocks see each other (`is_joint`), [prompt | blocks].
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Draws:
-    """Random numbers of one step, by purpose."""
-
-    seed: int
-    step: int
-    batch: ThoughtBatch
-    part: Part
-
-    def coin(self, purpose: int) -> float:
-        return float(uniform(self.seed, self.step, purpose))
-
-    def rows(self, purpose: int, *shape: int) -> Tensor:
-        """Uniform numbers (batch, *shape)."""
-        return uniform(self.seed, self.step, purpose, *self._counters(shape))
-
-    def normal(self, purpose: int, *shape: int) -> Tensor:
-        """Standard normal numbers (batch, *shape), in the latents' dtype."""
-        return normal(self.seed, self.step, purpose, *self._counters(shape)).to(self.batch.blocks.dtype)
-
-    def stratified(self, purpose: int, columns: int) -> Tensor:
-        """Uniform numbers (batch, columns), each column's spread evenly over the rows of the global batch."""
-        rows, count = self.part.rows, self.part.total_rows
-        places = torch.arange(columns, device=rows.device)
-        drawn = uniform(self.seed, self.step, purpose, torch.arange(count, device=rows.device)[:, None], places)
-        strata = drawn.argsort(dim=0)[rows].to(torch.float64)
-        offset = uniform(self.seed, self.step, purpose + 100, places)
-        return stratified_times(strata, total=count, offset=offset).clamp(1e-6, 1 - 1e-6).to(self.batch.blocks.dtype)
-
-    def _counters(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        rows = self.part.rows
-        places = torch.arange(torch.Size(shape).numel(), device=rows.device).view(shape)
-        return rows.view(-1, *[1] * len(shape)), places
+    The prompt counts as block 0, and each answer token as a block after the thoughts (`layouts.two_copy_mask`).
+    """
+    rows, size = len(z_t), model.config.num_latents
+    copy = torch.zeros_like(number) if copy is None else copy
+    is_withheld = torch.zeros_like(is_real[:, 0]) if is_withheld is None else is_withheld
+    tokens, is_valid = prompt_tokens(batch.prompt, is_withheld, batch.is_prompt)
+    block = torch.zeros_like(batch.prompt)
+    if not is_joint:
+        ids, positions = answer_input(model, batch.answer)
+        order = positions - model.config.answer_position + model.config.max_blocks + 1
+        tokens, block = tokens.with_answer(ids, positions), torch.cat([block, order], dim=1)
+        is_valid = torch.cat([is_valid, torch.ones_like(batch.is_answer)], dim=1)
+    group = torch.ones_like(number) if is_joint else number
+    numbers, copies = (of_block.repeat_interleave(size).expand(rows, -1) for of_block in (group, copy))
+    mask = two_copy_mask(
+        torch.cat([block, numbers], dim=1),
+        torch.cat([torch.zeros_like(block), copies], dim=1),
+        is_valid=torch.cat([is_valid, is_real], dim=1),
+    )
+    positions = model.config.latent_positions(number).flatten().expand(rows, -1)
+    return tokens, LatentInputs(z_t=z_t, x_0=guess, t=t, positions=positions), mask
 
 
 def prompt_tokens(
     prompt: Int[Tensor, "batch prompt"], is_withheld: Bool[Tensor, "batch"], is_prompt: Bool[Tensor, "batch prompt"]
-) -> tuple[Tokens, Bool[Tensor, "batch prompt"]]:
+) -> tuple[TokenInputs, Bool[Tensor, "batch prompt"]]:
     """Lay out a prompt, or the null prompt where it is withheld; return it and which positions may be seen."""
     positions = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)
     is_null = is_withheld[:, None].expand_as(prompt)
-    return Tokens(ids=prompt, positions=positions, is_null=is_null), is_prompt | is_null
-
-
-def _prompt_and_answer(
-    objective: ThoughtObjective, model: Any, batch: ThoughtBatch, draws: _Draws
-) -> tuple[Tokens, Tensor, Tensor, Any]:
-    """Return the tokens, their block numbers, which of them are valid, and the answer as it was noised, if it was."""
-    is_withheld = draws.rows(2, 1)[:, 0] < objective.drop_prompt
-    tokens, is_seen = prompt_tokens(batch.prompt, is_withheld, batch.is_prompt)
-    after = model.config.max_blocks + 1
-    ids, positions, block, noised = answer_input(model, batch.answer, u=draws.rows(3, batch.answer.shape[1] + 1))
-    blocks = torch.cat([torch.zeros_like(batch.prompt), after + block], dim=1)
-    return (
-        tokens.with_answer(ids, positions),
-        blocks,
-        torch.cat([is_seen, torch.ones_like(batch.is_answer)], dim=1),
-        noised,
-    )
+    return TokenInputs(ids=prompt, positions=positions, is_null=is_null), is_prompt | is_null
 
 
 def answer_input(
-    model: Any, answer: Int[Tensor, "batch answer"], *, u: Float[Tensor, "batch answer_and_one"]
-) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """Return the ids at the answer's positions, the positions, the order of their blocks, and the noised answer.
-
-    An autoregressive answer is moved right by one, behind the end-of-text token. A masked one is noised, t = u[:, 0].
-    """
-    index = torch.arange(answer.shape[1], device=answer.device).expand_as(answer)
-    positions = model.config.answer_position + index
-    if model.config.answer == "autoregressive":
-        start = torch.full_like(answer[:, :1], model.config.eos_token_id)
-        return torch.cat([start, answer], dim=1)[:, : answer.shape[1]], positions, index, None
-    noised = masked_process(model).corrupt(answer, u[:, 0].clamp(min=1e-3), u=u[:, 1:])
-    return noised.x_t, positions, torch.zeros_like(index), noised
+    model: Any, answer: Int[Tensor, "batch answer"]
+) -> tuple[Int[Tensor, "batch answer"], Int[Tensor, "batch answer"]]:
+    """Return what is fed at an answer's positions, the token before each of them, and these positions."""
+    start = torch.full_like(answer[:, :1], model.config.eos_token_id)
+    positions = model.config.answer_position + torch.arange(answer.shape[1], device=answer.device)
+    return torch.cat([start, answer], dim=1)[:, : answer.shape[1]], positions.expand_as(answer)
 
 
-def masked_process(model: Any) -> MaskedDiffusion:
-    """The process of a masked answer."""
-    return MaskedDiffusion(mask_token_id=model.config.mask_token_id)
+def answer_loss(model: Any, batch: ThoughtBatch, share: StepShare, output: DenoiserOutput) -> Float[Tensor, ""]:
+    """Return the batch's share in the nats per answer token of the global batch."""
+    logits = model.token_logits(output.tokens[:, batch.prompt.shape[1] :]).float().flatten(0, 1)
+    targets = torch.where(batch.is_answer, batch.answer, IGNORED)
+    nats = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return nats / share.num_answer.clamp(min=1)  # no row of the step may have an answer
 
 
-def _two_copies(
-    objective: ThoughtObjective, model: Any, process: GaussianDiffusion, batch: ThoughtBatch, draws: _Draws
-) -> tuple[Sequence, Any]:
-    """Lay out [prompt | answer | clean blocks | noisy blocks ...]: every block given the true ones before it."""
-    rows, count, size, dim = batch.blocks.shape
-    copies = objective.copies
-    tokens, token_block, is_token, answer_noised = _prompt_and_answer(objective, model, batch, draws)
-    block = torch.arange(1, count + 1, device=batch.prompt.device).repeat(1 + copies)  # (M,)
-    copy = torch.arange(1 + copies, device=block.device).repeat_interleave(count)
-    t = objective.density(model)(draws.stratified(4, copies * count))  # (B, copies * count)
-    noise_t = objective.context_noise * draws.rows(5, 1).to(t)  # half of the rows: clean
-    clean_t = torch.where(draws.rows(6, 1) < 0.5, noise_t, 0.0).to(t)
-    t = torch.cat([clean_t.expand(-1, count), t], dim=1).repeat_interleave(size, dim=1)
-    x_0 = batch.blocks.repeat(1, 1 + copies, 1, 1).flatten(1, 2)
-    noised = process.corrupt(x_0, t, eps=draws.normal(7, x_0.shape[1], dim))
-    is_noisy = (copy > 0).repeat_interleave(size).expand(rows, -1)
-    told = torch.where(is_noisy, t, 0.0)  # sampled blocks do not say how far off they are either
-    latents = Latents(
-        z_t=noised.z_t,
-        x_0=torch.where(is_noisy[..., None], 0.0, noised.z_t),
-        t=told,
-        positions=model.config.latent_positions(block).flatten().expand(rows, -1),
-    )
-    is_valid = torch.cat([is_token, (block <= batch.num_blocks[:, None]).repeat_interleave(size, dim=1)], dim=1)
-    mask = two_copy_mask(
-        torch.cat([token_block, block.repeat_interleave(size).expand(rows, -1)], dim=1),
-        torch.cat([torch.zeros_like(token_block), copy.repeat_interleave(size).expand(rows, -1)], dim=1),
-        is_valid=is_valid,
-    )
-    sequence = Sequence(
-        tokens=tokens, latents=latents, mask=mask, is_noisy=is_noisy, is_valid=is_valid, answer_noised=answer_noised
-    )
-    return sequence, noised
-
-
-def _joint(
-    objective: ThoughtObjective, model: Any, process: GaussianDiffusion, batch: ThoughtBatch, draws: _Draws
-) -> tuple[Sequence, Any]:
-    """Lay out [prompt | blocks], all of which see each other, one block of each row noisy: what revision does."""
-    rows, count, size, dim = batch.blocks.shape
-    is_withheld = draws.rows(2, 1)[:, 0] < objective.drop_prompt
-    tokens, is_seen = prompt_tokens(batch.prompt, is_withheld, batch.is_prompt)
-    block = torch.arange(1, count + 1, device=batch.prompt.device)
-    chosen = 1 + (draws.rows(8, 1) * batch.num_blocks[:, None]).long()  # (B, 1)
-    is_noisy = (block == chosen).repeat_interleave(size, dim=1)
-    t = objective.density(model)(draws.stratified(4, 1)) * is_noisy
-    noised = process.corrupt(batch.blocks.flatten(1, 2), t, eps=draws.normal(7, count * size, dim))
-    latents = Latents(
-        z_t=noised.z_t,
-        x_0=torch.where(is_noisy[..., None], 0.0, noised.z_t),
-        t=t,
-        positions=model.config.latent_positions(block).flatten().expand(rows, -1),
-    )
-    is_valid = torch.cat([is_seen, (block <= batch.num_blocks[:, None]).repeat_interleave(size, dim=1)], dim=1)
-    mask = joint_mask(is_seen, is_valid[:, is_seen.shape[1] :])
-    return Sequence(tokens=tokens, latents=latents, mask=mask, is_noisy=is_noisy, is_valid=is_valid), noised
-
-
-def joint_mask(
-    is_prompt: Bool[Tensor, "batch prompt"], is_block: Bool[Tensor, "batch latents"]
-) -> Bool[Tensor, "batch 1 seq seq"]:
-    """The prompt sees itself; the blocks see it and each other. Given are the positions that may be seen."""
-    group = torch.cat([torch.zeros_like(is_prompt, dtype=torch.int64), is_block.new_ones(is_block.shape).long()], dim=1)
-    return two_copy_mask(group, torch.zeros_like(group), is_valid=torch.cat([is_prompt, is_block], dim=1))
-
-
-def _stop_loss(model: Any, batch: ThoughtBatch, hidden: Hidden) -> Float[Tensor, ""]:
-    """Sum over clean blocks of the cross-entropy of "this block is the last"."""
+def _stop_loss(model: Any, batch: ThoughtBatch, output: DenoiserOutput) -> Float[Tensor, ""]:
+    """Sum over clean blocks the cross-entropy of "this block is the last"."""
     rows, count, size, _ = batch.blocks.shape
-    ends = hidden.latents[:, : count * size].unflatten(1, (count, size))
+    ends = output.latents[:, : count * size].unflatten(1, (count, size))
     logits = model.stop_logit(ends.flatten(0, 1)).view(rows, count).float()
-    number = torch.arange(1, count + 1, device=logits.device)
-    is_real = (number <= batch.num_blocks[:, None]).to(logits)
-    is_last = (number == batch.num_blocks[:, None]).to(logits)
-    losses = F.binary_cross_entropy_with_logits(logits, is_last, reduction="none")
-    return (losses * is_real).sum()
+    number, last = torch.arange(1, count + 1, device=logits.device), batch.num_blocks[:, None]
+    losses = F.binary_cross_entropy_with_logits(logits, (number == last).to(logits), reduction="none")
+    return (losses * (number <= last)).sum()
 
 
-def answer_loss(
-    model: Any, batch: ThoughtBatch, part: Part, hidden: Float[Tensor, "batch answer width"], noised: Any
-) -> Float[Tensor, ""]:
-    """Nats per answer token of the global batch (for a masked answer, noised as given: a sample of the bound)."""
-    logits = model.token_logits(hidden).float().flatten(0, 1)
-    if noised is None:
-        targets = torch.where(batch.is_answer, batch.answer, IGNORED)
-        nats = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-        return nats / part.num_answer.clamp(min=1)  # no row of the step may have an answer
-    where = noised.targets()
-    nats = masked_process(model).loss(logits[where], noised.flatten()[where])
-    return nats.sum() / (part.total_rows * batch.answer.shape[1])
+def nearest(
+    table: ThoughtBatch, batch: ThoughtBatch, thoughts: Float[Tensor, "batch blocks latents dim"]
+) -> ThoughtBatch:
+    """Replace the blocks and the answer of each row by those of the nearest row of `table` with the same prompt.
+
+    Nearest is the train of thought with the least mean squared distance of its blocks to `thoughts`.
+    """
+    assert batch.same_prompt is not None
+    number = table.num_blocks[batch.same_prompt]  # (B, A)
+    is_real = torch.arange(thoughts.shape[1], device=thoughts.device) < number[..., None]
+    distance = (table.blocks[batch.same_prompt] - thoughts[:, None]).square().mean((-1, -2)) * is_real  # (B, A, K)
+    choice = (distance.sum(-1) / number).argmin(1, keepdim=True)
+    row = batch.same_prompt.gather(1, choice)[:, 0]
+    names = ("blocks", "num_blocks", "answer", "is_answer")
+    return replace(batch, **{name: getattr(table, name)[row] for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutLoss:
+    """Denoise all blocks in a few steps, and take the nearest train of thought that the data has for the prompt.
+
+    It is the target of every estimate on the way, and its answer is the target of the answer decoder. Where a task has
+    many right thoughts, any other target would teach the answer to ignore the thoughts that are there.
+    """
+
+    steps: int = 5
+    """DDIM steps for each block."""
+
+    def __call__(
+        self, model: Any, batch: ThoughtBatch, share: StepShare, *, table: ThoughtBatch
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Return the flow loss, the nats of the answer where there is a decoder (`rollout`), and their sum, `loss`.
+
+        They are divided by the blocks and answer tokens of the rows drawn, not of the nearest ones that replace them.
+        No gradient passes from one estimate to the next, nor from the answer into the thoughts.
+        """
+        rows, count, size, dim = batch.blocks.shape
+        thoughts, estimates = batch.blocks[:, :0].flatten(1, 2), []
+        places = torch.arange(size * dim, device=share.rows.device)
+        for block in range(1, count + 1):
+            noise = normal(share.seed, share.step, 11, share.rows[:, None], block, places)
+            estimates.append(self.estimates(model, batch, thoughts, noise.to(thoughts).view(rows, size, dim)))
+            thoughts = torch.cat([thoughts, estimates[-1][-1][1].detach()], dim=1)
+        batch = nearest(table, batch, thoughts.unflatten(1, (count, size)))
+        total = torch.zeros((), device=thoughts.device)
+        for number, of_block in enumerate(estimates):
+            x_0, is_real = batch.blocks[:, number], (number < batch.num_blocks)[:, None]
+            for t, estimate in of_block:
+                loss = model.config.process.loss(estimate, x_0, t.to(x_0).expand(x_0.shape[:2]))
+                total = total + (loss * is_real).sum()
+        losses = {"rollout_flow": total / (share.num_blocks * size * self.steps)}
+        if batch.answer.shape[1]:
+            is_real = torch.arange(count, device=thoughts.device) < batch.num_blocks[:, None]
+            output = _forward(model, batch, thoughts, thoughts, torch.zeros_like(thoughts[..., 0]), is_real)
+            losses["rollout"] = answer_loss(model, batch, share, output)
+        return losses | {"loss": sum(losses.values(), torch.zeros((), device=thoughts.device))}
+
+    def estimates(
+        self,
+        model: Any,
+        batch: ThoughtBatch,
+        before: Float[Tensor, "batch before dim"],
+        z: Float[Tensor, "batch latents dim"],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Denoise the next block by DDIM, self-conditioned; return the time and the estimate of x_0 of every step.
+
+        The last estimate is what DDIM's step to t = 0 returns. The thoughts go on past a row's own number of blocks, as
+        the nearest train of thought may be longer.
+        """
+        times = FlowSchedule().grid(self.steps).to(z.device)
+        batch = replace(batch, answer=batch.answer[:, :0], is_answer=batch.is_answer[:, :0])
+        is_real = torch.ones(len(z), 1 + before.shape[1] // z.shape[1], dtype=torch.bool, device=z.device)
+        steps: list[tuple[Tensor, Tensor]] = []
+
+        def denoise(z_t: Tensor, step: int) -> Tensor:
+            guess = steps[-1][1].detach() if steps else torch.zeros_like(z_t)
+            t = torch.cat([torch.zeros_like(before[..., 0]), times[step].to(z_t).expand(z_t.shape[:2])], dim=1)
+            output = _forward(model, batch, torch.cat([before, z_t], 1), torch.cat([before, guess], 1), t, is_real)
+            x_0: Tensor = model.out(output.latents[:, -z_t.shape[1] :])
+            steps.append((times[step], x_0))
+            return x_0.detach()
+
+        ddim(denoise, z, FlowSchedule().alpha(times).to(z), FlowSchedule().sigma(times).to(z))
+        return steps
+
+
+def _forward(
+    model: Any,
+    batch: ThoughtBatch,
+    z_t: Float[Tensor, "batch latents dim"],
+    guess: Float[Tensor, "batch latents dim"],
+    t: Float[Tensor, "batch latents"],
+    is_real: Bool[Tensor, "batch blocks"],
+) -> DenoiserOutput:
+    """Run [prompt | answer | blocks], each block after those before it."""
+    number = torch.arange(1, is_real.shape[1] + 1, device=z_t.device)
+    is_real = is_real.repeat_interleave(model.config.num_latents, dim=1)
+    inputs = lay_out(model, batch, z_t=z_t, guess=guess, t=t, number=number, is_real=is_real)
+    output: DenoiserOutput = model(*inputs)
+    return output

@@ -153,7 +153,7 @@ def read_config(path: str | Path, raw: Raw) -> Any:
     model_type = str(raw.get("model_type"))
     if "stage" in raw and model_type.startswith("redraft-"):
         is_autoencoder = raw["stage"] == "autoencoder"
-        use = f"`redraft latent check {path}`" if is_autoencoder else f"redraft.load_thinker or `redraft think {path}`"
+        use = f"`redraft think --check {path}`" if is_autoencoder else f"redraft.load_thinker or `redraft think {path}`"
         raise ValueError(f"{path} is of the latent stage {raw['stage']!r}, which denoises no tokens. Use {use}.")
     if model_type not in CONFIG_MAPPING:
         if raw.get("auto_map"):

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from redraft.recipes import latent, published
+from redraft.latent import recipes as latent
+from redraft.recipes import published
 from redraft.recipes.stdlib import stdlib_demo, stdlib_small, stdlib_tiny
 from redraft.training.config import BaseRunConfig
 

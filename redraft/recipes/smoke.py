@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+from redraft.latent.config import LatentRunConfig
 from redraft.models.config import ModelConfig
 from redraft.training.config import RunConfig, TrainConfig
-from redraft.training.latent_config import LatentRunConfig
 
 SEQ_LEN = 128
 CONVERSATIONS = Path(__file__).with_name("smoke.jsonl")  # 64 sums: read where they are, nothing is written
@@ -20,7 +20,7 @@ def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
         start = config.start and f"{config.start}-smoke"
         few = _few_steps(config.train)  # after which no autoencoder passes its gate: force
         return replace(config, out=f"{config.out}-smoke", start=start, force=True, train=few)
-    if config.data.kind == "thought":  # tiny as it is
+    if ":" in config.data.kind:  # rows that a function makes
         return replace(config, out=f"{config.out}-smoke", train=_few_steps(config.train))
     data, chat = config.data, config.data.chat
     is_chat = data.kind == "chat"

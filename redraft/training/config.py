@@ -178,15 +178,9 @@ class RunConfig(BaseRunConfig):
                 f"objective.block_size must not exceed data.seq_len; got {self.objective.block_size} and "
                 f"{self.data.seq_len}. Lower it."
             )
-        is_thought, tokenizer = self.data.kind == "thought", self.data.tokenizer
-        if self.model.start is not None and (is_thought or tokenizer is not None):
-            other = "data.kind thought" if is_thought else f"data.tokenizer {tokenizer!r}"
+        if self.model.start is not None and self.data.tokenizer is not None:
+            other = f"data.tokenizer {self.data.tokenizer!r}"
             raise ValueError(f"model.start brings its own tokenizer; got {other} beside it. Leave one of them out.")
-        if is_thought and self.objective.fills_rows and not self.data.thought.fill:
-            raise ValueError(
-                f"objective.kind {self.objective.kind} fills a canvas of one length; got data.thought.fill False, by "
-                "which the length of a row tells that of its answer. Add --data.thought.fill."
-            )
         self._check_adapter()
         if self.model.max_positions is not None and self.data.seq_len > self.model.max_positions:
             raise ValueError(
@@ -211,10 +205,11 @@ class RunConfig(BaseRunConfig):
             )
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """Add the examples of thoughts, if a file holds them."""
+        """Add the file of rows that a kind of your own makes anew each time."""
         identity = super().identity()
-        if self.data.kind == "thought" and self.data.source.endswith(".jsonl"):
-            identity["examples"] = {"hash of the examples": hash_of(Path(self.data.source))}
+        name, is_file, _ = self.data.source.partition(".jsonl")
+        if ":" in self.data.kind and is_file:
+            identity["examples"] = {"hash of the examples": hash_of(Path(name + is_file))}
         return identity
 
 

@@ -45,7 +45,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 def _run(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
     config, checkpoint = begin(config, resume=resume, console=console)
     start = load_start(config)
-    data = prepare(config.data, tokenizer=None if start is None else start.tokenizer)
+    data = prepare(config.data, tokenizer=None if start is None else start.tokenizer, objective=config.objective.kind)
     console = console if PartialState().is_main_process else Console(quiet=True)
     _announce_data(data, config, console)
     config = _with_steps(config, data)

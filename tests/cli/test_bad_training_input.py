@@ -19,7 +19,7 @@ FILES = {
 }
 TINY = [
     "--data.kind=chat", "--data.seq-len=32", "--data.vocab-size=270", "--data.validation-fraction=0.2",
-    "--data.cache-dir=cache", "--train.batch-size=2", "--train.max-steps=2",
+    "--train.batch-size=2", "--train.max-steps=2",
     "--train.save-every=1", "--train.max-validation-windows=1", "--train.compile=off",
     "--train.precision=float32",
 ]  # fmt: skip

@@ -33,8 +33,7 @@ def model(tmp_path_factory):
     """A tiny model, trained by the command."""
     folder = tmp_path_factory.mktemp("cli") / "tiny"
     settings = ["--train.max-steps", "3", "--train.compile", "off", "--data.max-documents", "12"]
-    cache = ["--data.cache-dir", folder.parent / "cache"]
-    done = redraft("train", "stdlib-tiny", "--out", folder, *settings, *cache)
+    done = redraft("train", "stdlib-tiny", "--out", folder, *settings)
     assert done.returncode == 0, done.stderr
     assert "held-out NELBO" in done.stdout
     assert "unigram entropy" in done.stdout

@@ -14,7 +14,7 @@ from redraft.data.tokenizer import train_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs/convert.md"
 SMALL = {
-    "train": ["--data.seq-len", "32", "--data.cache-dir", "cache", "--train.max-minutes", "None", "--train.max-steps",
+    "train": ["--data.seq-len", "32", "--train.max-minutes", "None", "--train.max-steps",
               "2", "--train.batch-size", "4", "--train.compile", "off"],
     "sample": ["--max-new-tokens", "4", "--steps", "2"],
     "chat": ["--max-new-tokens", "4", "--steps", "2"],

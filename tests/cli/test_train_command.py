@@ -10,10 +10,10 @@ import pytest
 from redraft.cli import main
 from redraft.cli.train import next_steps
 from redraft.data.config import DataConfig
+from redraft.latent.config import LatentRunConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
 from redraft.training.config import ObjectiveConfig, RunConfig
-from redraft.training.latent_config import LatentRunConfig
 
 
 def refused(capsys, *arguments):
@@ -165,7 +165,7 @@ def test_what_is_proposed_after_thoughts_fits_the_task_and_the_stage():
     ]
     stages = {name: next_steps(RECIPES[f"latent-{name}"]()) for name in ("autoencoder", "denoiser", "rollout")}
     assert stages["autoencoder"] == [
-        "redraft latent check runs/latent-autoencoder",
+        "redraft think --check runs/latent-autoencoder",
         "redraft train latent-denoiser --start runs/latent-autoencoder --task countdown",
     ]
     think, rollout = stages["denoiser"]

@@ -5,7 +5,7 @@ import datasets
 import pandas
 import pytest
 
-from redraft.data.sources import read_documents, source_fingerprint
+from redraft.data.sources import documents_fingerprint, read_documents
 
 
 def read(source, **settings):
@@ -198,7 +198,7 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path):
     (tmp_path / "b.json").write_text('[{"text": "ab"}, {"text": "c"}]')
     (tmp_path / "c.json").write_text('[{"text": "a"}, {"text": "bc"}]')
     (tmp_path / "d.json").write_text('[{"text": "ab"}]')
-    a, b, c, d = (source_fingerprint(str(tmp_path / name)) for name in ("a.jsonl", "b.json", "c.json", "d.json"))
+    a, b, c, d = (documents_fingerprint(read(tmp_path / name)) for name in ("a.jsonl", "b.json", "c.json", "d.json"))
     assert a == b
     assert len({a, c, d}) == 3
-    assert source_fingerprint(str(tmp_path / "a.jsonl"), max_documents=1) == d
+    assert documents_fingerprint(read(tmp_path / "a.jsonl")[:1]) == d

@@ -21,26 +21,22 @@ def swaps(tmp_path_factory):
     return path
 
 
-PADDED = "--data.thought.form pause --data.thought.pad-prompt --train.max-steps 200"
-DIRECT = "--data.thought.form direct --train.max-steps 400"
-
-
 @pytest.mark.parametrize(
-    ("recipe", "flags", "task"),
+    ("recipe", "form", "steps"),
     [
-        ("thought-ar", "--train.max-steps 150", "thought:{}"),
-        pytest.param("thought-ar", PADDED, "thought:{}:pause:padded", marks=pytest.mark.slow),
-        pytest.param("thought-masked", DIRECT, "thought:{}:direct", marks=pytest.mark.slow),
+        ("thought-ar", "", 150),
+        pytest.param("thought-ar", ":pause:padded", 200, marks=pytest.mark.slow),
+        pytest.param("thought-masked", ":direct", 400, marks=pytest.mark.slow),
     ],
 )
-def test_a_model_learns_a_task_and_is_judged_on_held_out_prompts(swaps, tmp_path, capsys, recipe, flags, task):
-    out, task = tmp_path / "run", task.format(swaps)
+def test_a_model_learns_a_task_and_is_judged_on_held_out_prompts(swaps, tmp_path, capsys, recipe, form, steps):
+    out, source = tmp_path / "run", f"{swaps}{form}"
     size = "--model.size 1m,heads=4,intermediate=512,hidden=64,layers=2"
     train = "--train.batch-size 32 --train.learning-rate 5e-3 --train.ema-decay 0.9"
-    train = f"--data.source {swaps} {size} {train}"
-    assert _dispatch(["train", recipe, "--out", str(out), *train.split(), *flags.split()]) == 0
+    train = f"--data.source {source} {size} {train} --train.max-steps {steps}"
+    assert _dispatch(["train", recipe, "--out", str(out), *train.split()]) == 0
     said = "".join(capsys.readouterr().out.split())
-    command = f"redraft eval {out} --tasks {task} --batch-size 100 --out {out}/eval"
+    command = f"redraft eval {out} --tasks thought:{source} --batch-size 100 --out {out}/eval"
     assert "".join(command.split()) in said
     assert _dispatch([*command.split()[1:], "--device", "cpu"]) == 0
     results = json.loads((out / "eval/results.json").read_text())

@@ -26,7 +26,7 @@ def test_a_resampler_over_minilm_learns_to_give_unseen_sentences_back(tmp_path):
         "\n".join(json.dumps({"prompt": str(i), "blocks": [s], "answer": ""}) for i, s in enumerate(sentences))
     )
     flags = (
-        "--autoencoder.kind resampler --autoencoder.num-latents 4 --autoencoder.latent-dim 32 --train.batch-size 16 "
+        "--autoencoder.num-latents 4 --autoencoder.latent-dim 32 --train.batch-size 16 "
         "--train.max-steps 260 --train.learning-rate 1e-3 "
         f"--train.precision float32 --autoencoder.encoder {MINILM} --task {task} --out {out}"
     )

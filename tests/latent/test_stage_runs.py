@@ -1,13 +1,13 @@
 """Stages of latent thinking run as any other run does: resumed, stopped, split, guarded."""
 
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,19 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from redraft.cli import _dispatch
-from redraft.data.tasks import find_task
 from redraft.latent.checkpoint import load_thinker
-from redraft.latent.objective import ThoughtObjective
+from redraft.latent.config import LatentRunConfig, ThoughtObjective
+from redraft.latent.objective import ForcedLoss
+from redraft.latent.stages import StageTrainer, run_stage
+from redraft.latent.tasks import find_task
 from redraft.recipes import RECIPES
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage
-from redraft.training.latent import run_stage
-from redraft.training.latent_config import LatentRunConfig
-from redraft.training.latent_stage import StageTrainer
 
 QUIET = Console(quiet=True)
 SMALL = {
     "autoencoder": {"hidden_size": 32, "latent_dim": 4},
     "denoiser": {"hidden_size": 32, "num_layers": 1, "num_heads": 2},
-    "rollout": {"steps": 2},
 }
 
 
@@ -54,7 +52,7 @@ def configs(tmp_path_factory):
             task=str(task),
             start=before and str(folder / before),
             force=True,
-            **{stage: replace(getattr(config, stage), **SMALL[stage])},
+            **{name: replace(getattr(config, name), **small) for name, small in SMALL.items() if name == stage},
             train=replace(
                 config.train, batch_size=8, max_steps=6, max_minutes=None, save_every=2, ema_decay=0.9,
                 precision="float32", max_checkpoints=10,
@@ -80,7 +78,7 @@ def weights(folder):
 SIGNALLED = """
 import os, signal, sys
 from redraft.cli import main
-from redraft.training.latent_stage import StageTrainer
+from redraft.latent.stages import StageTrainer
 
 name, step, *arguments = sys.argv[1:]
 loss_of, sent = StageTrainer.compute_loss, []
@@ -103,14 +101,9 @@ def signalled(name, step, *arguments):
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-ADAPTIVE = ThoughtObjective(times="adaptive", joint=0.4)
-
-
-@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "adaptive denoiser", "rollout"])
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "rollout"])
 def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(configs, tmp_path, stage, monkeypatch):
-    config = configs[stage.split()[-1]]
-    if "adaptive" in stage:
-        config = replace(config, objective=ADAPTIVE)
+    config = configs[stage]
     whole = run_stage(with_train(config, tmp_path, "whole"), console=QUIET)
     config = with_train(config, tmp_path)
     loss_of, losses = StageTrainer.compute_loss, []
@@ -149,24 +142,10 @@ def test_a_stage_stopped_by_sigterm_and_then_killed_is_gone_on_with_by_the_comma
     assert logged(whole.folder, "loss") == logged(config.out, "loss")
 
 
-@pytest.mark.parametrize(("answer", "copies"), [("autoregressive", 2), ("masked", 1)])
-def test_eight_rows_at_once_equal_two_rows_four_times(configs, tmp_path, answer, copies):
-    objective = ThoughtObjective(copies=copies, joint=0.4, self_conditioning=0.5)
-    config = replace(configs["denoiser"], objective=objective)
-    config = replace(config, denoiser=replace(config.denoiser, answer=answer))
-    assert_split_equals_whole(config, tmp_path)
-
-
-def test_adaptive_times_are_the_same_however_a_batch_is_split_and_go_on_in_the_rollout(configs, tmp_path):
-    config = replace(configs["denoiser"], objective=ADAPTIVE)
-    denoiser = assert_split_equals_whole(config, tmp_path)
-    losses = weights(denoiser)["times.losses"]
-    assert not torch.equal(losses, torch.ones_like(losses))
-    rollout = replace(configs["rollout"], objective=ADAPTIVE)
-    with pytest.raises(ValueError, match="trained without adaptive times.*--objective.times logit-normal"):
-        run_stage(with_train(rollout, tmp_path, "refused"), console=QUIET)
-    rolled = run_stage(replace(with_train(rollout, tmp_path, "rollout"), start=str(denoiser)), console=QUIET)
-    assert not torch.equal(weights(rolled.folder)["times.losses"], losses)
+@pytest.mark.parametrize("times", ["logit-normal", "uniform"])
+def test_eight_rows_at_once_equal_two_rows_four_times(configs, tmp_path, times, monkeypatch):
+    monkeypatch.setattr("redraft.latent.stages.ForcedLoss", partial(ForcedLoss, joint=0.4))
+    assert_split_equals_whole(replace(configs["denoiser"], objective=ThoughtObjective(times=times)), tmp_path)
 
 
 def test_rollout_too_is_the_same_however_a_batch_is_split(configs, tmp_path):
@@ -211,9 +190,8 @@ def test_minutes_lower_the_number_of_steps_so_that_the_learning_rate_reaches_its
     assert json.loads((outcome.folder / "recipe.json").read_text())["train"]["max_steps"] < 10_000
 
 
-@pytest.mark.parametrize("objective", [ThoughtObjective(), ADAPTIVE], ids=["plain", "adaptive"])
-def test_the_first_log_line_tells_of_steps_that_trained_and_not_of_those_that_were_timed(configs, tmp_path, objective):
-    config = replace(configs["denoiser"], objective=objective)
+def test_the_first_log_line_tells_of_steps_that_trained_and_not_of_those_that_were_timed(configs, tmp_path):
+    config = configs["denoiser"]
     plain = run_stage(with_train(config, tmp_path, "plain"), console=QUIET).folder
     timed = run_stage(with_train(config, tmp_path, "timed", max_minutes=5), console=QUIET).folder
     for name in ("flow", "stop", "answer"):
@@ -221,8 +199,9 @@ def test_the_first_log_line_tells_of_steps_that_trained_and_not_of_those_that_we
 
 
 def test_parts_of_the_loss_are_means_over_the_steps_that_have_them(configs, tmp_path, monkeypatch):
-    objective = ThoughtObjective(joint=0.5)  # such a step has no stop loss
-    config = with_train(replace(configs["denoiser"], objective=objective), tmp_path, "each")
+    # a joint step has no stop loss
+    monkeypatch.setattr("redraft.latent.stages.ForcedLoss", partial(ForcedLoss, joint=0.5))
+    config = with_train(configs["denoiser"], tmp_path, "each")
     each = logged(run_stage(config, console=QUIET).folder, "stop")
     assert 0 < len(each) < 6
     config = replace(config, out=str(tmp_path / "all"))
@@ -235,7 +214,7 @@ def test_a_model_is_saved_before_it_is_measured_so_that_a_broken_verifier_costs_
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("redraft.training.latent.solved", broken)
+    monkeypatch.setattr("redraft.latent.stages.share_solved", broken)
     config = with_train(configs["denoiser"], tmp_path, max_steps=2)
     with pytest.raises(ZeroDivisionError):
         run_stage(config, console=QUIET)
@@ -250,8 +229,8 @@ def test_bfloat16_trains_a_rollout_and_all_it_contains(configs, tmp_path):
 def test_resuming_with_other_settings_is_refused(configs, tmp_path):
     config = with_train(configs["denoiser"], tmp_path)
     run_stage(config, console=QUIET)
-    with pytest.raises(ValueError, match=r"these settings differ: objective.copies: 1 -> 2"):
-        run_stage(replace(config, objective=ThoughtObjective(copies=2)), resume=True, console=QUIET)
+    with pytest.raises(ValueError, match=r"settings differ: objective.times: 'logit-normal' -> 'uniform'"):
+        run_stage(replace(config, objective=ThoughtObjective(times="uniform")), resume=True, console=QUIET)
 
 
 @pytest.fixture
@@ -281,9 +260,8 @@ def until(step):
 @pytest.mark.parametrize(
     ("section", "changes", "told"),
     [
-        ("denoiser", {"parametrization": "v"}, "parametrization 'x0', not 'v' as recipe.json has it now"),
-        ("denoiser", {"schedule": "cosine"}, "schedule 'flow', not 'cosine'"),
-        ("objective", {"copies": 2}, "copies 1, not 2"),
+        ("denoiser", {"weighting": "unit"}, "weighting 'inverse-t', not 'unit' as recipe.json has it now"),
+        ("objective", {"times": "uniform"}, "times 'logit-normal', not 'uniform'"),
     ],
 )
 def test_an_edited_recipe_is_not_resumed(stopped, section, changes, told):
@@ -327,14 +305,5 @@ def test_a_run_with_a_task_from_python_goes_on_in_python_alone(configs, tmp_path
     assert _dispatch(["train", config.out, "--resume"]) == 2
     assert "begun with a task of its own, which its recipe cannot name" in capsys.readouterr().err
     assert run_stage(config, task=task, resume=True, console=QUIET).steps == 6
-    assert _dispatch(["latent", "check", config.out]) == 2
-    assert "a task without a name. Give --task" in capsys.readouterr().err
-
-
-def test_a_denoiser_that_predicts_noise_is_rolled_out(configs, tmp_path):
-    shape = replace(configs["denoiser"].denoiser, parametrization="eps", weighting="elbo")
-    before = run_stage(with_train(replace(configs["denoiser"], denoiser=shape), tmp_path, "den"), console=QUIET).folder
-    config = replace(with_train(configs["rollout"], tmp_path, "roll"), start=str(before))
-    out = run_stage(config, console=QUIET).folder
-    assert logged(out, "skipped_steps") == []
-    assert all(math.isfinite(loss) for loss in logged(out, "own"))
+    assert _dispatch(["think", "--check", config.out]) == 2
+    assert "was trained on a task from Python" in capsys.readouterr().err

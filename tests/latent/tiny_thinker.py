@@ -2,25 +2,26 @@
 
 import torch
 
-from redraft.data.tasks import Example, word_tokenizer
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
-from redraft.latent.sequence import ThoughtBatch
+from redraft.latent.encode import word_tokenizer
+from redraft.latent.sequence import StepShare, ThoughtBatch
+from redraft.latent.tasks import WorkedExample
 from redraft.latent.thinking import Thinker
 
 WORDS = [str(n) for n in range(20)]
 
 
-def tiny_thinker(*, answer="autoregressive", answer_tokens=3, max_blocks=3, seed=0, **settings):
+def tiny_thinker(*, answer_tokens=3, max_blocks=3, seed=0, **settings):
     torch.manual_seed(seed)
-    tokenizer = word_tokenizer([Example(prompt=" ".join(WORDS), blocks=("0",), answer="0")])
+    tokenizer = word_tokenizer([WorkedExample(prompt=" ".join(WORDS), blocks=("0",), answer="0")])
     config = LatentDenoiserConfig(
         vocab_size=len(tokenizer), prompt_tokens=5, answer_tokens=answer_tokens, max_blocks=max_blocks, latent_dim=4,
-        hidden_size=32, num_layers=2, num_heads=2, answer=answer, **settings,
+        hidden_size=32, num_layers=2, num_heads=2, **settings,
     )  # fmt: skip
     denoiser = LatentDenoiser(config).double().eval()
     autoencoder = TextAutoencoder(
-        AutoencoderConfig(vocab_size=len(tokenizer), block_tokens=2, latent_dim=4, hidden_size=16, num_layers=1)
+        AutoencoderConfig(vocab_size=len(tokenizer), block_tokens=2, latent_dim=4, hidden_size=16, num_layers=0)
     ).double()
     with torch.no_grad():
         for name, parameter in [*denoiser.named_parameters()]:
@@ -47,3 +48,10 @@ def tiny_batch(thinker, *, rows=6, seed=0):
         answer=ids(config.answer_tokens),
         is_answer=torch.ones(rows, config.answer_tokens, dtype=torch.bool),
     )
+
+
+def whole_step(batch, *, seed=0, step=0):
+    """Take a batch as the global one of a step."""
+    rows = torch.arange(len(batch.prompt))
+    counts = {"num_blocks": batch.num_blocks.sum(), "num_answer": batch.is_answer.sum()}
+    return StepShare(seed=seed, step=step, rows=rows, total_rows=len(rows), **counts)

@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 
 import redraft
 from redraft.data.config import DataConfig
+from redraft.latent.config import LatentRunConfig
 from redraft.models.config import ModelConfig
 from redraft.training import trainer as trainer_module
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage, last_whole_checkpoint, tidy
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.guard import Spikes
-from redraft.training.latent_config import LatentRunConfig
 from redraft.training.run import run
 
 QUIET = Console(quiet=True)

@@ -16,9 +16,9 @@ from test_alive import config as config
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from redraft.folders import one_writer
+from redraft.latent.config import LatentRunConfig
 from redraft.training.callbacks import GracefulStop
 from redraft.training.config import RunConfig
-from redraft.training.latent_config import LatentRunConfig
 from redraft.training.output import LastingStream, lasting_output, say
 from redraft.training.run import run
 

@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from redraft.latent.stages import StageTrainer
 from redraft.training import callbacks, pace
 from redraft.training.config import RunConfig, TrainConfig
-from redraft.training.latent_stage import StageTrainer
 from redraft.training.loop import KeyedTrainer
 from redraft.training.trainer import DiffusionTrainer
 

@@ -14,8 +14,7 @@ from test_trainer import corpus as corpus
 
 import redraft
 from redraft.cli.train import main
-from redraft.data.config import DataConfig
-from redraft.data.prepare import build_data
+from redraft.data.prepare import build_data, prepare
 from redraft.models.config import AdapterConfig, ModelConfig
 from redraft.training.callbacks import read_log
 from redraft.training.config import ObjectiveConfig
@@ -103,7 +102,7 @@ def test_an_adapter_is_its_own_reference_while_it_is_switched_off(pairs, tmp_pat
         (["--data.seq-len", "4"], "fills no window of seq_len=4: .* conversations too long"),
     ],
 )
-def test_bad_preferences_are_one_clear_line(pairs, flags, message, tmp_path, cache):
+def test_bad_preferences_are_one_clear_line(pairs, flags, message, tmp_path):
     same = tmp_path / "same.jsonl"
     same.write_text(
         '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'
@@ -115,6 +114,8 @@ def test_bad_preferences_are_one_clear_line(pairs, flags, message, tmp_path, cac
     assert not (tmp_path / "bad").exists()
 
 
-def test_pairs_are_not_built(pairs, tmp_path):
-    with pytest.raises(ValueError, match="pairs are read as they are and not built"):
-        build_data(DataConfig(kind="preference", source=pairs.data.source), tmp_path / "built")
+def test_pairs_can_be_built(pairs, tmp_path):
+    build_data(pairs.data, tmp_path / "built")
+    built, read = prepare(replace(pairs.data, source=str(tmp_path / "built"))), prepare(pairs.data)
+    for name in ("chosen", "rejected"):
+        assert torch.equal(built.train[3][name]["input_ids"], read.train[3][name]["input_ids"])

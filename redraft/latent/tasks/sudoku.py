@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import permutations, product
 from random import Random
 
-from redraft.data.tasks.example import Example
+from redraft.latent.tasks.worked import WorkedExample
 
 EMPTY = "_"
 
@@ -22,7 +22,7 @@ class Sudoku:
     seed: int = 0
     held_out: float = 0.05
 
-    def examples(self) -> Iterator[Example]:
+    def examples(self) -> Iterator[WorkedExample]:
         """Draw a grid and the cells that are shown."""
         grids, random = [*_grids()], Random(self.seed)
         for _ in range(self.num_examples):
@@ -31,7 +31,7 @@ class Sudoku:
                 continue
             prompt = " ".join(cell if i in shown else EMPTY for i, cell in enumerate(grid))
             rows = tuple(" ".join(grid[first : first + 4]) for first in (0, 4, 8, 12))
-            yield Example(prompt=prompt, blocks=rows, answer=" ".join(grid))
+            yield WorkedExample(prompt=prompt, blocks=rows, answer=" ".join(grid))
 
     def answer(self, blocks: list[str]) -> str:
         """The grid."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
+class WorkedExample:
     """A prompt, the thoughts that lead from it to the answer, and the answer: words separated by spaces."""
 
     prompt: str

@@ -6,7 +6,7 @@ from itertools import permutations
 from random import Random
 
 from redraft.data.sources import split_of
-from redraft.data.tasks.example import Example
+from redraft.latent.tasks.worked import WorkedExample
 
 WORDS = ["".join(p) for p in permutations("12345")]
 
@@ -28,7 +28,7 @@ class Composition:
     seed: int = 0
     held_out: float = 0.02
 
-    def examples(self) -> Iterator[Example]:
+    def examples(self) -> Iterator[WorkedExample]:
         """Draw sequences, K uniform; of those too long for training the held out."""
         random = Random(self.seed)
         words = random.sample(WORDS, self.num_factors)
@@ -40,7 +40,7 @@ class Composition:
             prompt = " ".join(factors)
             if len(factors) > self.longest_trained and split_of(prompt, validation_fraction=self.held_out) == "train":
                 continue
-            yield Example(prompt=prompt, blocks=tuple(products), answer=products[-1])
+            yield WorkedExample(prompt=prompt, blocks=tuple(products), answer=products[-1])
 
     def answer(self, blocks: list[str]) -> str:
         """The last product."""

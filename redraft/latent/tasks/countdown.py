@@ -6,31 +6,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
-from redraft.data.tasks.example import Example
+from redraft.latent.tasks.worked import WorkedExample
 
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Countdown:
-    """Prompt "3 5 7 22"; a step "a op b c", meaning a op b = c, is a block of 4 tokens; the answer is both steps.
-
-    Backwards the step that gives the target is written first: planned from its end.
-    """
+    """Prompt "3 5 7 22"; a step "a op b c", meaning a op b = c, is a block of 4 tokens; the answer is both steps."""
 
     largest: int = 15
     largest_target: int = 60
     held_out: float = 0.08
-    is_backwards: bool = False
 
-    def examples(self) -> Iterator[Example]:
+    def examples(self) -> Iterator[WorkedExample]:
         """Yield every solution of every solvable (numbers, target); sums and products with the larger number first."""
         for numbers in combinations_with_replacement(range(1, self.largest + 1), 3):
             found = {steps for steps in _solutions(numbers) if 0 < int(steps[-1].split()[-1]) <= self.largest_target}
             for steps in sorted(found):
                 target = steps[-1].split()[-1]
-                blocks = steps[::-1] if self.is_backwards else steps
-                yield Example(prompt=f"{' '.join(map(str, numbers))} {target}", blocks=blocks, answer=" ".join(blocks))
+                prompt = f"{' '.join(map(str, numbers))} {target}"
+                yield WorkedExample(prompt=prompt, blocks=steps, answer=" ".join(steps))
 
     def answer(self, blocks: list[str]) -> str:
         """Both steps."""
@@ -43,7 +39,7 @@ class Countdown:
         if len(words) != 4 * (len(numbers) - 1):
             return False
         steps = [words[i : i + 4] for i in range(0, len(words), 4)]
-        for a, operator, b, result in reversed(steps) if self.is_backwards else steps:
+        for a, operator, b, result in steps:
             there.subtract([a, b])
             if operator not in OPERATORS or min(there.values()) < 0 or not re.fullmatch("-?[0-9]+", result):
                 return False

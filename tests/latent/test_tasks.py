@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from redraft.data.sources import split_of
-from redraft.data.tasks import TASKS, Example, ExampleFile, encode, find_task, word_tokenizer
-from redraft.data.tasks.composition import Composition
-from redraft.data.tasks.sudoku import Sudoku
+from redraft.latent.encode import encode_examples, word_tokenizer
+from redraft.latent.tasks import TASKS, ExampleFile, WorkedExample, find_task
+from redraft.latent.tasks.composition import Composition
+from redraft.latent.tasks.sudoku import Sudoku
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -43,16 +44,11 @@ def test_examples_are_the_same_every_time(task):
 )
 def test_countdown_is_verified_by_carrying_out_the_steps(prompt, answer, is_right):
     assert TASKS["countdown"].is_solved(prompt, answer) is is_right
-    words = answer.split()
-    backwards = " ".join(words[4:] + words[:4])
-    assert TASKS["countdown-backwards"].is_solved(prompt, backwards) is is_right
 
 
 def test_countdown_examples_are_all_the_solutions_a_search_finds():
     examples = [e for e in TASKS["countdown"].examples() if e.prompt == "2 3 7 1"]
     assert {e.answer for e in examples} == {"3 * 2 6 7 - 6 1"}
-    backwards = [e for e in TASKS["countdown-backwards"].examples() if e.prompt == "2 3 7 1"]
-    assert [(e.blocks, e.answer) for e in backwards] == [(("7 - 6 1", "3 * 2 6"), "7 - 6 1 3 * 2 6")]
 
 
 def test_composition_verifies_only_the_product():
@@ -87,7 +83,7 @@ def test_no_held_out_prompt_is_trained_on():
     task = TASKS["countdown"]
     examples = list(islice(task.examples(), 1000))
     tokenizer = word_tokenizer(examples)
-    sides = [encode(examples, tokenizer, split=s, held_out=task.held_out) for s in ("train", "validation")]
+    sides = [encode_examples(examples, tokenizer, split=s, held_out=task.held_out) for s in ("train", "validation")]
     prompts = [{e.prompt for e in side.examples} for side in sides]
     assert prompts[1]
     assert not prompts[0] & prompts[1]
@@ -104,13 +100,14 @@ def test_encoding_pads_at_the_end_and_decodes_to_the_words(tmp_path):
     task = find_task(str(path))
     examples = list(task.examples())
     tokenizer = word_tokenizer(examples)
-    encoded = encode(examples, tokenizer, split="train", held_out=0.0)
-    assert encoded.blocks.shape == (3, 2, 2)
-    assert encoded.num_blocks.tolist() == [2, 1, 1]
-    assert tokenizer.decode(encoded.blocks[0, 1]) == "y z"
-    assert encoded.answers[:, -1].tolist() == [0, tokenizer.eos_token_id, 0]
-    assert encoded.is_answer.sum(1).tolist() == [2, 3, 0]
-    assert (encoded.prompts[~encoded.is_prompt] == 0).all()
+    encoded = encode_examples(examples, tokenizer, split="train", held_out=0.0)
+    columns = encoded.columns
+    assert columns["blocks"].shape == (3, 2, 2)
+    assert columns["num_blocks"].tolist() == [2, 1, 1]
+    assert tokenizer.decode(columns["blocks"][0, 1]) == "y z"
+    assert columns["answer"][:, -1].tolist() == [0, tokenizer.eos_token_id, 0]
+    assert columns["is_answer"].sum(1).tolist() == [2, 3, 0]
+    assert (columns["prompt"][~columns["is_prompt"]] == 0).all()
     ids, mask = encoded.real_blocks()
     assert len(ids) == 3  # x, y z, z once
     assert torch.equal(mask, ids != 0)
@@ -124,7 +121,7 @@ def test_encoding_pads_at_the_end_and_decodes_to_the_words(tmp_path):
 def test_a_line_of_json_may_hold_any_line_separator_but_its_own(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "blocks": ["x\u2028y"], "answer": "\x85"}\n', encoding="utf-8")
-    assert list(ExampleFile(path=path).examples()) == [Example(prompt="a", blocks=("x\u2028y",), answer="\x85")]
+    assert list(ExampleFile(path=path).examples()) == [WorkedExample(prompt="a", blocks=("x\u2028y",), answer="\x85")]
 
 
 @pytest.mark.parametrize("answer", ["1 + 2 --8 4 + 4 8", "1 + 2 \u00b2 4 + 4 8", "1 + 2 \u0663 3 + 4 7"])
@@ -142,9 +139,9 @@ def test_a_result_that_is_no_number_is_wrong_and_no_error(answer):
         ('{"prompt": "a", "blocks": "1 + 2"}', "line 1: want"),
         ('{"prompt": "a", "blocks": [1, 2]}', "line 1: want"),
         ('{"prompt": "a", "blocks": ["1"], "answer": null}', "line 1: want"),
-        ('{"prompt": "a", "blocks": []}', "line 1: there must be a prompt and at least one block"),
-        ('{"prompt": "a", "blocks": ["1", " "]}', "line 1: there must be .* none empty"),
-        ('{"prompt": "", "blocks": ["1"]}', "line 1: there must be .* none empty"),
+        ('{"prompt": "a", "blocks": []}', "line 1: want .*prompt and blocks not empty"),
+        ('{"prompt": "a", "blocks": ["1", " "]}', "line 1: want .*prompt and blocks not empty"),
+        ('{"prompt": "", "blocks": ["1"]}', "line 1: want .*prompt and blocks not empty"),
         ("", "rows.jsonl is empty"),
     ],
 )

@@ -1,0 +1,146 @@
+"""The whole configuration of a stage of latent thinking: what a recipe returns and the checkpoint carries. No torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from redraft.folders import hash_of
+from redraft.latent.tasks import find_task
+from redraft.settings import Count, NonNegative, Positive, Seed, Settings
+from redraft.training.config import BaseRunConfig
+
+AUTOENCODER_FOLDER = "autoencoder"
+WORDS = "redraft.latent.words:prepare_words"
+"""`data.kind` of thoughts in words."""
+READ_BY = {"autoencoder": ("autoencoder",), "denoiser": ("denoiser",), "objective": ("denoiser", "rollout")}
+"""Which stages read a section."""
+PLAIN: dict[str, list[Any]] = {
+    "epochs": [None],
+    "gradient_checkpointing": [False],
+}
+"""Settings of training that no stage reads, and the values that they may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderShape(Settings):
+    """The autoencoder of the first stage: a linear code, or with an encoder a resampler over it."""
+
+    section: ClassVar[str] = "autoencoder"
+    num_latents: Count = 2
+    """Vectors for each block."""
+    latent_dim: Count = 16
+    """Width of a vector."""
+    hidden_size: Count = 256
+    """Width of the autoencoder."""
+    local: bool = False
+    """Start every vector as a projection of its own tokens, equally many for each (without an encoder)."""
+    encoder: str | None = None
+    """Folder or hub id of a frozen encoder, whose tokenizer is used too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserShape(Settings):
+    """The denoiser of the second stage."""
+
+    section: ClassVar[str] = "denoiser"
+    hidden_size: Count = 128
+    """Width."""
+    num_layers: Count = 4
+    """Transformer layers."""
+    num_heads: Count = 4
+    """Attention heads."""
+    weighting: Literal["inverse-t", "unit", "elbo"] = "inverse-t"
+    """Weight of the squared error over t."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThoughtObjective(Settings):
+    """Losses of the denoiser."""
+
+    section: ClassVar[str] = "objective"
+    answer_weight: NonNegative = 0.2
+    """Weight of the answer's cross-entropy, nats per token; 0 leaves the answer decoder out."""
+    times: Literal["logit-normal", "uniform"] = "logit-normal"
+    """Density of the training times, stratified over the batch; logit-normal puts more of them near the noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkingConfig(Settings):
+    """How to think."""
+
+    blocks: Count | None = None
+    """Blocks of thought, whatever the stop head says; by default it decides, up to what the model was built for."""
+    steps: Count = 10
+    """Denoising steps for each block."""
+    num_samples: Count = 1
+    """Trains of thought for each prompt."""
+    solver: Literal["dpm++2m", "ddim"] = "dpm++2m"
+    """Second order, or first order; both are deterministic."""
+    cfg_scale: NonNegative = 0.0
+    """Classifier-free guidance: un + (scale + 1) (cond - un); 0 for none, else twice the work."""
+    init_noise: Positive = 1.0
+    """Standard deviation of the noise a block starts from."""
+    seed: Seed = 0
+    """Seed of the noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRunConfig(BaseRunConfig):
+    """One stage from data to checkpoint."""
+
+    out: str = "runs/latent"
+    """Folder of the run."""
+    stage: Literal["autoencoder", "denoiser", "rollout"] = "autoencoder"
+    """What is trained."""
+    task: str | None = "countdown"
+    """countdown, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks, answer; none for one that Python
+    passes."""
+    start: str | None = None
+    """Folder of the stage before: an autoencoder for the denoiser, a denoiser for the rollout."""
+    force: bool = False
+    """Train on an autoencoder that fails its gate."""
+    autoencoder: AutoencoderShape = field(default_factory=AutoencoderShape)
+    """The autoencoder (first stage)."""
+    denoiser: DenoiserShape = field(default_factory=DenoiserShape)
+    """The denoiser (second stage)."""
+    objective: ThoughtObjective = field(default_factory=ThoughtObjective)
+    """Losses of the denoiser (second and third stage)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.task is not None:
+            find_task(self.task)
+        for section, stages in READ_BY.items():
+            shape = getattr(self, section)
+            if self.stage not in stages and shape != type(shape)():
+                raise ValueError(
+                    f"settings of {section} are for stage {' and '.join(stages)}; this is stage {self.stage}. Leave "
+                    "them out."
+                )
+        for name, values in PLAIN.items():
+            if (value := getattr(self.train, name)) not in values:
+                raise ValueError(f"train.{name} {value} is not for latent thinking. Leave it out.")
+        if self.stage == "autoencoder" and self.train.accumulation > 1:
+            raise ValueError(
+                "an autoencoder's noise is relative to the spread of a whole batch, which cannot be accumulated; got "
+                f"train.accumulation {self.train.accumulation}. Raise --train.batch-size."
+            )
+        if self.stage == "autoencoder" and self.start is not None:
+            raise ValueError(f"an autoencoder is the first stage; got start {self.start!r}. Leave it out.")
+        if self.stage != "autoencoder" and self.start is None:
+            before = "an autoencoder" if self.stage == "denoiser" else "a denoiser"
+            raise ValueError(f"stage {self.stage} needs --start, the folder of {before}; got none.")
+
+    @property
+    def resume_command(self) -> str:
+        """What continues this run; no command can name a task that Python passed."""
+        return super().resume_command if self.task is not None else "run_stage(config, task=..., resume=True)"
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Add the task, the examples of its file, and the weights that the stage starts from."""
+        folders = [] if self.start is None else [Path(self.start), Path(self.start) / AUTOENCODER_FOLDER]
+        weights = [path for folder in folders if (path := folder / "model.safetensors").exists()]
+        stage = {"task": self.task, "hashes of the start": [hash_of(path)[:16] for path in weights]}
+        if self.task is not None and self.task.endswith(".jsonl"):
+            stage["hash of the examples"] = hash_of(Path(self.task))[:16]
+        return super().identity() | {"stage": stage}
