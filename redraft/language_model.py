@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from redraft.constraints.completion import CompiledConstraint
-from redraft.constraints.kinds import Constraint, cache_key
+from redraft.constraints.kinds import Constraint, constraint_key
 from redraft.constraints.token_bytes import leading_space, token_bytes
 from redraft.errors import unknown_name
 from redraft.layouts import Layout
@@ -345,7 +345,7 @@ class LanguageModel:
         if (space == "added" and is_infilling) or (space == "stripped" and not is_start):
             space = "text"
         ends = self.eos_token_ids
-        key = (cache_key(constraint), id(self.tokenizer), len(self.tokenizer), ends, is_infilling, space)
+        key = (constraint_key(constraint), id(self.tokenizer), len(self.tokenizer), ends, is_infilling, space)
         found = self._compiled.get(key)
         if found is None:
             pieces = token_bytes(self.tokenizer)

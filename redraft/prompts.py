@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from redraft.errors import MOST
 from redraft.randomness import fold
+from redraft.settings import MOST
 
 HOLE = re.compile(r"\[MASK:0*([0-9]+)\]")
 HOLES = re.compile(r"(?:\[MASK:[0-9]+\])+")

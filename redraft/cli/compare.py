@@ -9,7 +9,7 @@ from redraft.cli.parsing import parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class CompareFlags:
     """Test the difference between two evaluations, B - A, by a paired bootstrap over the items both finished."""
 
     first: tyro.conf.Positional[Path]
@@ -22,7 +22,7 @@ class Arguments:
 
 def main(arguments: list[str]) -> int:
     """Compare and print one line per score."""
-    args = parse(Arguments, arguments, command="compare")
+    args = parse(CompareFlags, arguments, command="compare")
 
     from redraft.cli.common import check_writable
     from redraft.evaluation.report import compare, plot_frontier, provenance

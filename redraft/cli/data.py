@@ -4,7 +4,6 @@ from pathlib import Path
 
 from redraft.cli.parsing import parse
 from redraft.data.config import DataConfig
-from redraft.data.prepare import build_data
 from redraft.errors import unknown_name
 
 USAGE = """usage: redraft data build SOURCE OUT [--NAME VALUE ...]
@@ -27,14 +26,16 @@ def main(arguments: list[str]) -> int:
     if len(rest) < 2 or rest[0].startswith("-") or rest[1].startswith("-"):
         raise ValueError("redraft data build needs SOURCE and OUT. See redraft data --help.")
     source, out, *flags = rest
-    from redraft.cli.common import plain_console
-
     config = parse(DataConfig, flags, command=f"data build {source} {out}", default=DataConfig(source=source))
     if config.streaming:
         raise ValueError("redraft data build writes the whole source; got --streaming. Leave it out.")
+
+    from redraft.cli.common import plain_console
+    from redraft.data.prepare import build_data
+
     data = build_data(config, Path(out).expanduser())
     console = plain_console()
-    for name, report in (("train", data.train_report), ("held out", data.validation_report)):
+    for name, report in (("train", data.train_report), ("validation", data.validation_report)):
         if report is not None:
             console.print(f"{name}: {report.describe(seq_len=config.seq_len)}")
     for name in ("seq_len", "validation_fraction"):  # a recipe may have others than the defaults here

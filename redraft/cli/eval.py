@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from redraft.cli.parsing import LoadingFlags, SamplingFlags, parse
+from redraft.cli.parsing import LoadingFlags, SamplingFlags, TemplateFlags, parse
 from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task, require_package
 from redraft.folders import one_writer
 from redraft.likelihood.config import LikelihoodConfig
-from redraft.settings import Count, Settings
+from redraft.settings import Count
 
 if TYPE_CHECKING:
     from redraft.evaluation.run import Store, Summary
@@ -24,7 +24,7 @@ NO_SETTINGS = ("out", "device", "processes")  # what changes no result: the same
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalFlags(LoadingFlags, Settings):
+class EvalFlags(LoadingFlags, TemplateFlags):
     """Measure a model on tasks.
 
     Offline tasks: countdown, sudoku, arithmetic, logic, reasoning-gym:NAME, humaneval, infill-stdlib, perplexity:SOURCE
@@ -48,8 +48,6 @@ class EvalFlags(LoadingFlags, Settings):
     """How to estimate likelihoods."""
     items: TaskOptions = field(default_factory=TaskOptions)
     """Which items, and whether generated code may run."""
-    chat: bool = False
-    """Put prompts into the model's chat template."""
     few_shot: int | None = None
     """Examples before each question of a harness task; by default the task's own number."""
     include_path: Path | None = None

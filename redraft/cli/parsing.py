@@ -88,7 +88,8 @@ class SamplingFlags(SamplingConfig):
     """Settings of the sampler before the model is known, whose saved settings decide what fits together."""
 
     def __post_init__(self) -> None:
-        """Leave the checks to the settings that the model completes."""
+        """Check each setting alone; the model's own settings complete them."""
+        Settings.__post_init__(self)
 
     def given(self, arguments: list[str]) -> dict[str, Any]:
         """Return the settings that were given as flags. Raises ValueError if they do not fit their preset."""

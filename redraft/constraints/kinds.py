@@ -194,8 +194,8 @@ def _check_texts(name: str, texts: Any, of: str = "text") -> None:
             raise ValueError(f"{name} takes text that UTF-8 can write, without lone surrogates; got {text!r:.200}.")
 
 
-def cache_key(constraint: Constraint) -> object:
+def constraint_key(constraint: Constraint) -> object:
     """Return a key that equal constraints of this module share; one of a user's own class is equal to itself only."""
     if isinstance(constraint, All):
-        return tuple(map(cache_key, constraint.parts))
+        return tuple(map(constraint_key, constraint.parts))
     return repr(constraint) if type(constraint).__module__ == __name__ else id(constraint)

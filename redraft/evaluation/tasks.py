@@ -17,7 +17,6 @@ from redraft.data.sources import read_documents, split_of
 from redraft.errors import unknown_name
 from redraft.evaluation.sandbox import run_python
 from redraft.latent.tasks import held_out_prompts
-from redraft.latent.words import WrittenTask
 from redraft.settings import Count, Settings, Within
 
 Kind = Literal["generate", "infill", "choose", "perplexity"]
@@ -172,7 +171,7 @@ class HeldOutPerplexity(Task):
 class HeldOutThoughts(Task):
     """Held-out prompts of a task of latent thinking, for models that write thoughts in words; its verifier judges."""
 
-    written: WrittenTask
+    written: Any  # WrittenTask, whose module imports torch
 
     def items(self) -> Iterator[Item]:
         for prompt in held_out_prompts(self.written.task):
@@ -226,6 +225,8 @@ def make_task(name: str, options: TaskOptions) -> Task:
     """Find a task by its name. Raises ValueError for an unknown one, and for code that may not run."""
     kind, _, rest = name.partition(":")
     if kind == "thought" and rest:
+        from redraft.latent.words import WrittenTask
+
         return HeldOutThoughts(name=name, written=WrittenTask.from_source(rest))
     if name.endswith(".jsonl"):
         if not Path(name).is_file():

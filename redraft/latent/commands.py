@@ -4,12 +4,11 @@ import html
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from redraft.cli.parsing import parse
+from redraft.cli.parsing import DeviceFlags, OutputFlags, parse
 from redraft.latent.config import ThinkingConfig
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ SHOWN_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class ThinkFlags(DeviceFlags, OutputFlags):
     """Think about prompts: blocks of thought denoised one after another."""
 
     model: tyro.conf.Positional[str]
@@ -32,15 +31,11 @@ class Arguments:
     """Measure the autoencoder on the held-out blocks of its task, and do not think: the gate before a denoiser."""
     show: bool = False
     """Show each thought forming: its text at t = 1, 0.75, 0.5, 0.25, 0."""
-    trace: Path | None = None
-    """Write a page of every step of every thought (.html), or its data (.json)."""
-    device: str | None = None
-    """cpu, cuda, ...; by default the best there is."""
 
 
 def main(arguments: list[str]) -> int:
     """Parse, think, print."""
-    args = parse(Arguments, arguments, command="think")
+    args = parse(ThinkFlags, arguments, command="think")
 
     from redraft.cli.common import be_quiet, check_writable, plain_console, read_prompts
     from redraft.latent.checkpoint import load_thinker
@@ -63,12 +58,15 @@ def main(arguments: list[str]) -> int:
     for prompt, samples in zip(prompts, groups, strict=True):
         chosen = choose_sample(samples)
         for sample in samples:
+            rows.append(as_json(prompt, sample) | {"is_vote": sample is chosen})
+            page += [prompt, *lines(sample, None), ""]
+            if args.json:
+                print(json.dumps(rows[-1]))
+                continue
             console.print(prompt, style="dim")
             for line in lines(sample, SHOWN_TIMES if args.show else ()):
                 console.print(line)
-            rows.append(as_json(prompt, sample) | {"is_vote": sample is chosen})
-            page += [prompt, *lines(sample, None), ""]
-        if len(samples) > 1:
+        if len(samples) > 1 and not args.json:
             console.print(f"vote: {chosen.answer or chosen.text}", style="bold")
     if args.trace:
         shown = html.escape("\n".join(page))

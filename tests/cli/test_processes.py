@@ -9,8 +9,7 @@ README = Path(__file__).parents[2] / "README.md"
 NOT_IN_README = (
     "redraft convert runs/tiny converted",
     "redraft eval runs/tiny --tasks infill-stdlib --items.limit 2 --out eval",
-    "redraft data build stdlib built[/red] --max-documents 12 --seq-len 64 --vocab-size 400 --validation-fraction 0.2 "
-
+    "redraft data build stdlib built[/red] --max-documents 12 --seq-len 64 --vocab-size 400 --validation-fraction 0.2 ",
 )
 PROGRAM = """
 import io, shlex, sys
