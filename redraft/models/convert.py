@@ -178,10 +178,10 @@ def _read(
             settings = denoiser.settings
             return denoiser.model, tokenizer, None if settings.is_autoregressive else settings
         config, tokenizer = read_config(source, raw), read_tokenizer(source)
+        check_tokenizer(source, tokenizer, config)
     model_class = language_model_class(config)
     if (reason := refusal(config, model_class)) is not None:
         raise ValueError(f"{source} cannot be converted: {reason}.")
-    check_tokenizer(source, tokenizer, config)
     created: list[str] = []
 
     def may_differ(what: str, name: str) -> bool:
