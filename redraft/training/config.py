@@ -352,7 +352,7 @@ class RunConfig(BaseRunConfig):
         """Add the examples of thoughts, if a file holds them."""
         identity = super().identity()
         if self.data.kind == "thought" and self.data.source.endswith(".jsonl"):
-            identity["examples"] = {"hash of the examples": hash_of(Path(self.data.source))}
+            identity["examples"] = {"hash of the examples": hash_of(Path(self.data.source))[:16]}
         return identity
 
 

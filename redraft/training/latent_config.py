@@ -162,8 +162,8 @@ class LatentRunConfig(BaseRunConfig):
 
         folders = [] if self.start is None else [Path(self.start), Path(self.start) / AUTOENCODER_FOLDER]
         weights = [path / "model.safetensors" for path in folders]
-        hashes = [hash_of(path) for path in weights if path.exists()]
-        stage = {"task": self.task, "weights of the start": hashes}
+        hashes = [hash_of(path)[:16] for path in weights if path.exists()]
+        stage = {"task": self.task, "hashes of the start": hashes}
         if self.task is not None and self.task.endswith(".jsonl"):
-            stage["hash of the examples"] = hash_of(Path(self.task))
+            stage["hash of the examples"] = hash_of(Path(self.task))[:16]
         return super().identity() | {"stage": stage}
