@@ -112,8 +112,8 @@ def check_identity(checkpoint: Path, wanted: dict[str, dict[str, Any]]) -> None:
         for name, value in values.items():
             if (before := saved.get(section, {}).get(name, value)) != value:
                 raise ValueError(
-                    f"{checkpoint} was trained with {name} {before!r}, not {value!r} as {RECIPE_FILE} has it now. Take "
-                    "the change back, or start a new run with another --out."
+                    f"{checkpoint} was trained with {name} {before!r}, not {value!r} as {RECIPE_FILE} or a file in it "
+                    "has it now. Take the change back, or start a new run with another --out."
                 )
 
 

@@ -209,7 +209,7 @@ class RunConfig(BaseRunConfig):
         identity = super().identity()
         name, is_file, _ = self.data.source.partition(".jsonl")
         if ":" in self.data.kind and is_file:
-            identity["examples"] = {"hash of the examples": hash_of(Path(name + is_file))}
+            identity["examples"] = {"hash of the examples": hash_of(Path(name + is_file))[:16]}
         return identity
 
 

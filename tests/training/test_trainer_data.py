@@ -163,6 +163,6 @@ def test_windows_of_random_length_are_padding_to_the_model(config, tmp_path):
     trainer = build(replace(config, data=data))
     [batch], count = first_batch(trainer)
     assert count == (batch["segment_ids"] > 0).sum() < batch["input_ids"].numel()
-    assert trainer.speed()["efficiency"] == pytest.approx(count / batch["input_ids"].numel(), abs=1e-4)
+    assert trainer.speed()["efficiency"] == pytest.approx(int(count) / batch["input_ids"].numel(), abs=1e-4)
     changed = batch["input_ids"].where(batch["segment_ids"] > 0, 7)
     assert loss_of(trainer, batch, input_ids=changed) == loss_of(trainer, batch) > 0
