@@ -37,6 +37,17 @@ def test_the_way_of_a_prompt_begins_at_generate_and_ends_at_the_denoiser():
 
 
 @pytest.mark.slow
+def test_a_training_row_passes_at_most_14_files_between_the_source_and_the_loss():
+    command = [sys.executable, str(SCRIPTS / "way.py"), "--training"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    modules = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| redraft.")]
+    assert modules[0] == "redraft.data.files"
+    assert "redraft.training.trainer" in modules
+    assert len(modules) <= 14
+    assert sum(module.startswith("redraft.data.") for module in modules) <= 6
+
+
+@pytest.mark.slow
 def test_a_checkout_is_timed_against_itself_in_processes_of_their_own():
     command = [sys.executable, str(SCRIPTS / "sampling.py"), "--against", str(SCRIPTS.parent), "--quick"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
