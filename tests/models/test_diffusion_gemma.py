@@ -141,7 +141,7 @@ def test_a_budget_of_forwards_is_kept_canvas_by_canvas(model):
     out = lm.generate(PROMPTS[1], preset="diffusion-gemma", max_new_tokens=3 * CANVAS, forwards=7, stop=None)
     expected, steps = own_generate(model, PROMPTS[1], max_new_tokens=3 * CANVAS, max_denoising_steps=2)
     assert (out.tokens[0].tolist(), out.forwards[0]) == (expected, steps)
-    with pytest.raises(ValueError, match="one canvas after the other; give a forward for each"):
+    with pytest.raises(ValueError, match="one canvas after the other; allow at least one forward for each"):
         lm.generate(PROMPTS[1], preset="diffusion-gemma", max_new_tokens=3 * CANVAS, forwards=2)
 
 
