@@ -65,6 +65,6 @@ def require_stage(path: str | Path, *stages: str) -> str:
     if stage in STAGES[1:] and not (Path(path) / AUTOENCODER_FOLDER).is_dir():
         raise ValueError(f"{path} is a checkpoint, not a finished model. Give the folder of the ended run.")
     if stage not in stages:
-        found = f"of stage {stage!r}" if stage in STAGES else "not a latent model"
-        raise ValueError(f"{path} must be of stage {' or '.join(stages)}; it is {found}. {makers} makes one.")
+        actual = f"of stage {stage!r}" if stage in STAGES else "not a latent model"
+        raise ValueError(f"{path} must be of stage {' or '.join(stages)}; it is {actual}. {makers} makes one.")
     return stage

@@ -191,7 +191,7 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
             "there are no blocks to train on: of 1 prompts",
         ),
         (["think", str(checkpoint), "3 4"], "checkpoint-4 is a checkpoint, not a finished model"),
-        (["think", "--check", str(checkpoint)], "a checkpoint, not a finished model. Give the folder of the run"),
+        (["think", "--check", str(checkpoint)], "a checkpoint, not a finished model. Give the folder of the ended run"),
     ]:
         assert _dispatch(arguments) == 2, arguments
         told = capsys.readouterr().err.strip().splitlines()

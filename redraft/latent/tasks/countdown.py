@@ -22,8 +22,10 @@ class Countdown:
     def examples(self) -> Iterator[WorkedExample]:
         """Yield every solution of every solvable (numbers, target); sums and products with the larger number first."""
         for numbers in combinations_with_replacement(range(1, self.largest + 1), 3):
-            found = {steps for steps in _solutions(numbers) if 0 < int(steps[-1].split()[-1]) <= self.largest_target}
-            for steps in sorted(found):
+            solutions = {
+                steps for steps in _solutions(numbers) if 0 < int(steps[-1].split()[-1]) <= self.largest_target
+            }
+            for steps in sorted(solutions):
                 target = steps[-1].split()[-1]
                 prompt = f"{' '.join(map(str, numbers))} {target}"
                 yield WorkedExample(prompt=prompt, blocks=steps, answer=" ".join(steps))
