@@ -17,7 +17,7 @@ from redraft.settings import Count, Fraction, NonNegative, Positive, Seed, Setti
 
 RECIPE_FILE = "recipe.json"
 DEFAULT_STEPS = 1000
-PLACES = ("start", "source", "tokenizer", "cache_dir")
+PLACES = ("start", "source", "tokenizer")
 """Settings that say where a run reads something: the files may be moved before it is resumed."""
 OLD_NAMES = {
     "train.keep_checkpoints": "max_checkpoints",
