@@ -217,7 +217,7 @@ def test_on_cuda_flex_is_chosen(dtype, monkeypatch):
         ({}, CPU, torch.float32, True, "needs CUDA; got device cpu"),
         ({}, CUDA, torch.float64, True, "needs float32, bfloat16 or float16; got torch.float64"),
         ({"size": "1m,layers=1,hidden=16,heads=2"}, CUDA, torch.float32, True, "at least 16 dimensions; got 8"),
-        ({"dropout": 0.1}, CUDA, torch.float32, True, "knows no dropout; got attention_dropout 0.1"),
+        ({"dropout": 0.1}, CUDA, torch.float32, True, "has no dropout; got attention_dropout 0.1"),
         ({}, CUDA, torch.float32, False, "compile"),
     ],
 )
@@ -244,7 +244,7 @@ def test_a_model_whose_attention_cannot_be_exchanged_keeps_the_mask(config):
     before = model.config._attn_implementation
     assert choose_attention(model, "auto", device=CPU, dtype=torch.float32) == "mask"
     assert model.config._attn_implementation == before
-    with pytest.raises(ValueError, match="pieces needs a model whose attention can be exchanged"):
+    with pytest.raises(ValueError, match="pieces needs a model whose attention can be replaced"):
         choose_attention(model, "pieces", device=CPU, dtype=torch.float32)
 
 

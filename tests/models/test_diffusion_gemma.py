@@ -206,5 +206,5 @@ def test_what_it_cannot_do_is_told(model, tmp_path):
         with pytest.raises(ValueError, match=message):
             call()
     tiny_gemma(dtype=torch.float32).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="is an encoder-decoder; it is neither checked nor converted"):
+    with pytest.raises(ValueError, match="is an encoder-decoder; it can be neither checked nor converted"):
         redraft.convert(tmp_path / "model", tmp_path / "out")
