@@ -263,7 +263,7 @@ def _family_to_write(name: str) -> Family | None:
     family = find_family({}, name=name)
     if family is not None and family.original is None:
         names = [family.name for family in FAMILIES if family.original is not None]
-        raise ValueError(f"a checkpoint cannot be written as {name}. Families for --to: {', '.join(names)}.")
+        raise ValueError(f"a checkpoint cannot be written as {name}. Use one of {', '.join(names)}.")
     return family
 
 

@@ -189,7 +189,7 @@ def language_model_class(config: Any, family: Family | None = None) -> Any:
     name = names.get(config.model_type) if family is None or family.class_name is None else family.class_name
     if name is None:
         raise ValueError(
-            f"transformers has no language model of architecture {config.model_type!r}, so it has no vocabulary head."
+            f"transformers has no language model of architecture {config.model_type!r}, so it has no head."
         )
     return getattr(transformers, name)
 

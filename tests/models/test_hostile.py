@@ -378,7 +378,7 @@ TOLD = {
     "model_type a list": "config.json: model_type must be of type str; got ('llama',).",
     "model_type a dict": "config.json: model_type must be of type str; got {'a': 1}.",
     "model_type unknown": "unknown model_type 'nonesuch'",
-    "model_type of an image model": "transformers has no language model of architecture 'vit', so it has no vocabulary head.",
+    "model_type of an image model": "transformers has no language model of architecture 'vit', so it has no head.",
     "remote code": "model_type 'evil' is computed by code inside the checkpoint, which is never run.",
     "auto_map a list": "model_type 'evil' is computed by code inside the checkpoint, which is never run.",
     "architectures null": "(none) is not transformers' class with a vocabulary head",
