@@ -84,4 +84,4 @@ def test_a_checkpoint_of_another_objective_is_not_resumed(capsys):
     line = refused(capsys, *data, "--train.max-steps=-3")
     assert re.search(r"^redraft train: train\.max_steps must .*; got -3\. See --help\.$", line), line
     line = refused(capsys, *data, "--out", "other", "--model.start", "run", "--objective.kind", "uniform")
-    assert "run was made for the masked process; this run trains the uniform one" in line
+    assert "run was trained for process masked; got uniform" in line
