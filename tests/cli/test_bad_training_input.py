@@ -51,7 +51,7 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("source", "flags", "message"),
     [
-        ("no-answers.jsonl", "", "line 1: no assistant turn, so nothing of it would be learnt"),
+        ("no-answers.jsonl", "", "line 1: no assistant turn, so there is nothing to learn"),
         ("empty.jsonl", "", "'empty.jsonl' holds no conversation with an answer"),
         ("empty-turn.jsonl", "", "empty-turn.jsonl, line 4: message 2: an empty assistant turn. Edit or remove it"),
         ("mixed.jsonl", "", "line 4: a record of messages, but those before it have prompt/response. Use one"),
