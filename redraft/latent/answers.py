@@ -1,4 +1,4 @@
-"""What has been committed, as keys and values, and the answers that the one loop of sampling writes after it."""
+"""The cache of committed thoughts, and the answers that the sampling loop decodes after it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ class ThoughtCache:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerDenoiser(Denoiser):
-    """The answer decoder as the loop calls a model: the rows' answers in, logits out, given the thoughts in `cache`.
+    """The answer decoder behind the interface of `Denoiser`: answers in, logits out, given the thoughts in `cache`.
 
     The rows of a query are those of the cache: each decides one token in a step, so that all end together.
     """
@@ -54,7 +54,7 @@ class AnswerDenoiser(Denoiser):
     def __call__(self, query: Query, *, wrapped: Any = None) -> Float[Tensor, "n vocab"]:
         """Predict positions of answers, each from the tokens before it."""
         rows, length = query.input_ids.shape
-        width = int((query.where % length).max()) + 1  # sync: what is behind the position that is asked for is noise
+        width = int((query.where % length).max()) + 1  # sync: all after the position that is asked for is noise
         ids, positions = answer_input(self.model, query.input_ids[:, :width])
         tokens = TokenInputs(ids=ids, positions=positions, is_null=torch.zeros_like(ids, dtype=torch.bool))
         causal = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril()
@@ -68,7 +68,7 @@ def write_answers(model: LatentDenoiser, cache: ThoughtCache) -> Int[Tensor, "ro
     status = torch.full((rows, count), int(Status.NOISE), dtype=torch.uint8, device=device)
     tokens = torch.zeros((rows, count), dtype=torch.int64, device=device)
     canvas = Canvas(tokens=tokens, status=status, confidence=torch.zeros((rows, count), device=device))
-    # Noise of any token: then none is excluded from what may be written, as the mask token is from masked diffusion.
+    # Uniform noise: with noise of mask tokens, the mask token id would be excluded from the answers.
     sampler = Sampler(frontier=Blocks(size=1), noise="uniform")
     settings = DiffusionSettings(mask_token_id=0, process="autoregressive", block_size=1, shift_logits=True)
     decoder = AnswerDenoiser(model=model, settings=settings, cache=cache)

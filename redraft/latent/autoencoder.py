@@ -5,8 +5,8 @@
     chunk      a linear map of the embeddings of all tokens, and one back (CALM, arXiv 2510.27688)
     resampler  learned queries attend to a frozen encoder (LD4LG, arXiv 2212.09462); a parallel transformer decodes
 
-The decoder is trained on noised latents: a denoiser's samples are never exact. The gate of an autoencoder says how many
-blocks come back exactly, clean and from noised latents.
+The decoder is trained on noised latents, as a denoiser's samples are never exact. The gate of an autoencoder is the
+share of blocks that it must reconstruct exactly, from clean and from noised latents.
 """
 
 from collections import OrderedDict
@@ -23,11 +23,11 @@ from redraft.errors import unknown_name
 
 KINDS = ("chunk", "resampler")
 GATE = {0.0: 0.99, 0.25: 0.95}
-"""Share of blocks that must come back exactly, by relative noise on the latents."""
+"""Share of blocks that must be reconstructed exactly, by relative noise on the latents."""
 NOISE_LEVELS = (0.0, 0.1, 0.25, 0.5, 0.75)
 
 
-@no_type_check  # transformers gives it an __init__ that takes any entry, behind a signature that does not
+@no_type_check  # mypy does not know that transformers' __init__ takes any entry
 class AutoencoderConfig(PreTrainedConfig):
     """Shape and training of a text autoencoder; saved as its config.json."""
 
@@ -61,7 +61,9 @@ class TextAutoencoder(PreTrainedModel):
             raise unknown_name("autoencoder", config.kind, KINDS)
         is_chunk = config.kind == "chunk"
         if is_chunk and config.num_layers:
-            raise ValueError(f"chunk is a linear code; got num_layers={config.num_layers}, an MLP's. Train it again.")
+            raise ValueError(
+                f"kind chunk is linear now; got num_layers={config.num_layers}, of an MLP. Train it again."
+            )
         unit = 4 if is_chunk else 2 * _num_heads(config.hidden_size)
         if config.hidden_size % unit:
             raise ValueError(f"hidden_size must be a multiple of {unit} for {config.kind}; got {config.hidden_size}.")
@@ -84,13 +86,12 @@ class TextAutoencoder(PreTrainedModel):
     ) -> tuple[Float[Tensor, "batch latents dim"], Float[Tensor, "batch latents dim"]]:
         """Return the mean and the log-variance of the latents, before normalisation."""
         mean, logvar = self.encoder(ids, mask).chunk(2, dim=-1)
-        return mean, (logvar - 4).clamp(
-            -12, 4
-        )  # -4: starts nearly exact; a posterior as wide as its prior learns nothing
+        # -4: training starts with a narrow posterior; one as wide as the prior learns nothing.
+        return mean, (logvar - 4).clamp(-12, 4)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch latents dim"]) -> Int[Tensor, "batch tokens"]:
-        """Write the likeliest block of normalised latents."""
+        """Return the likeliest block for normalised latents."""
         self.require_normalizer()
         return self.logits(latents * self.scale + self.shift).argmax(-1)
 
@@ -107,7 +108,7 @@ class TextAutoencoder(PreTrainedModel):
         return (self.encode(ids, mask)[0] - self.shift) / self.scale
 
     def require_normalizer(self) -> None:
-        """Raise ValueError where the normaliser was never fitted."""
+        """Raise ValueError if the normaliser was never fitted."""
         if not (self.scale != 0).all():  # sync
             raise ValueError("this autoencoder has no normaliser; got scale 0. Call fit_normalizer or train it again.")
 
@@ -130,7 +131,7 @@ class TextAutoencoder(PreTrainedModel):
         `latent_noise` is in units of the latents' standard deviation over the batch.
         """
         mean, logvar = self.encode(ids, mask)
-        spread = mean.std(0, correction=0)  # with its gradient, or the means grow to drown the noise
+        spread = mean.std(0, correction=0)  # with gradient: else the means would grow until the noise has no effect
         z = mean + (logvar / 2).exp() * posterior_noise + spread * latent_noise
         nats = F.cross_entropy(self.logits(z).flatten(0, 1).float(), ids.flatten())
         kl = (mean.square() + logvar.exp() - 1 - logvar) / 2
@@ -138,7 +139,7 @@ class TextAutoencoder(PreTrainedModel):
 
 
 def _linear(inputs: int, outputs: int) -> Any:
-    """Make a linear map; its name in checkpoints is that of an MLP's first layer, which it was."""
+    """Make a linear map with the name that it has in checkpoints: it was the first layer of an MLP."""
     return nn.Sequential(OrderedDict(into=nn.Linear(inputs, outputs)))
 
 
@@ -169,7 +170,7 @@ class _ChunkDecoder(nn.Module):
 
 @torch.no_grad()
 def _start_as_a_projection(encoder: Any, decoder: Any, *, groups: int) -> None:
-    """Encode by an orthogonal projection of the embeddings, decode by its transpose: nearly right before training.
+    """Initialise the encoder as an orthogonal projection of the embeddings and the decoder as its transpose.
 
     With one group for each vector, each vector starts as a projection of its own tokens only.
     """
@@ -185,14 +186,14 @@ def _start_as_a_projection(encoder: Any, decoder: Any, *, groups: int) -> None:
 
 
 def _start_orthogonal(weight: Tensor, groups: int) -> None:
-    """Fill (outputs, inputs) with an orthogonal map of each of equal groups of inputs to as many groups of outputs."""
+    """Fill (outputs, inputs) with orthogonal maps from equal groups of inputs to as many groups of outputs."""
     blocks = weight.zero_().unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
     for group in range(groups):
         nn.init.orthogonal_(blocks[group, :, group])
 
 
 class _FrozenEncoder(nn.Module):
-    """A pretrained encoder that is not trained, and learned queries over it."""
+    """A frozen pretrained encoder, and learned queries that attend to its states."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -229,7 +230,7 @@ class _ParallelDecoder(nn.Module):
 
 
 def _pretrained(config: AutoencoderConfig) -> Any:
-    """Load the model that `encoder` names, or make room for its weights, which a saved autoencoder holds."""
+    """Load the model that `encoder` names, or build it empty for the weights of a saved autoencoder."""
     if config.encoder_config is not None:
         return AutoModel.from_config(AutoConfig.for_model(**config.encoder_config), dtype=torch.float32)
     model = AutoModel.from_pretrained(str(config.encoder), dtype=torch.float32)
@@ -255,7 +256,7 @@ def measure_gate(
     mask: Bool[Tensor, "blocks tokens"],
     levels: Sequence[float] = NOISE_LEVELS,
 ) -> dict[str, float]:
-    """Measure the share of blocks that come back exactly, by relative noise on the latents: {"0.25": 0.98, ...}."""
+    """Measure the share of exactly reconstructed blocks, by relative noise on the latents: {"0.25": 0.98, ...}."""
     generator, gate = torch.Generator().manual_seed(0), {}
     for level in levels:
         exact = []
@@ -268,10 +269,10 @@ def measure_gate(
 
 
 def gate_failures(gate: dict[str, float] | None) -> list[str]:
-    """Say which bounds of the gate a measurement misses; all of them where nothing was measured."""
+    """List the bounds of the gate that a measurement does not reach; all of them where nothing was measured."""
     shares = {float(level): share for level, share in (gate or {}).items()}
     return [
         f"{100 * shares.get(level, 0.0):.1f} % of blocks exact at noise {level:g} (wanted {100 * bound:g} %)"
         for level, bound in GATE.items()
-        if not shares.get(level, 0.0) >= bound  # a share that is NaN fails, too
+        if not shares.get(level, 0.0) >= bound  # written so that NaN fails, too
     ]

@@ -1,4 +1,4 @@
-"""Folders of latent models: config.json says the stage, `autoencoder/` holds the autoencoder of a denoiser."""
+"""Folders of latent models: config.json has the stage, `autoencoder/` the autoencoder of a denoiser."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ for _config in (AutoencoderConfig, LatentDenoiserConfig):
 
 
 def load_thinker(path: str | Path, *, device: str | torch.device | None = None) -> Thinker:
-    """Load what thinks: a denoiser (or its rollout), its autoencoder and tokenizer.
+    """Load a denoiser of thoughts (or its rollout), its autoencoder and tokenizer.
 
     Raises ValueError where there is no such model, it is of another stage, or its files are damaged or do not fit.
     """
@@ -44,7 +44,7 @@ def load_autoencoder(path: str | Path) -> tuple[TextAutoencoder, Any]:
     autoencoder = _load(TextAutoencoder, Path(path) / (AUTOENCODER_FOLDER if stage != "autoencoder" else "")).eval()
     autoencoder.require_normalizer()
     if (tokenizer := read_tokenizer(path)) is None:
-        raise ValueError(f"{path} has no tokenizer. Give the folder as its training saved it.")
+        raise ValueError(f"{path} has no tokenizer. Give the folder that its training saved.")
     return autoencoder, tokenizer
 
 

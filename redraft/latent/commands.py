@@ -19,18 +19,18 @@ SHOWN_TIMES = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class ThinkFlags(DeviceFlags, OutputFlags):
-    """Think about prompts: blocks of thought denoised one after another."""
+    """Denoise blocks of continuous thought about prompts, one block after another, and print thoughts and answers."""
 
     model: tyro.conf.Positional[str]
-    """Folder of a denoiser or its rollout; with --check of an autoencoder, too."""
+    """Folder of a denoiser or of a rollout; with --check also of an autoencoder."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts; a dash reads one from standard input."""
     thinking: Annotated[ThinkingConfig, tyro.conf.arg(name="")] = field(default_factory=ThinkingConfig)
     """How to think."""
     check: bool = False
-    """Measure the autoencoder on the held-out blocks of its task, and do not think: the gate before a denoiser."""
+    """Only measure how many held-out blocks the autoencoder reconstructs exactly, and whether it passes its gate."""
     show: bool = False
-    """Show each thought forming: its text at t = 1, 0.75, 0.5, 0.25, 0."""
+    """Also print the text of each thought while it forms: at t = 1, 0.75, 0.5, 0.25, 0."""
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         return check(args.model)
     prompts = read_prompts(args.prompts)
     if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("there is nothing to think about: a prompt is empty. Give a task as text.")
+        raise ValueError("a prompt is empty. Give prompts as text.")
     check_writable(args.trace, ".html", ".json")
     be_quiet()
     thinker = load_thinker(args.model, device=args.device)
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
 
 
 def check(model: str) -> int:
-    """Print how many held-out blocks the autoencoder gives back exactly; 1 where that is too few."""
+    """Print how many held-out blocks the autoencoder reconstructs exactly; return 1 where that is too few."""
     from redraft.cli.common import plain_console
     from redraft.latent.autoencoder import gate_failures, measure_gate
     from redraft.latent.checkpoint import load_autoencoder
@@ -86,7 +86,9 @@ def check(model: str) -> int:
 
     autoencoder, tokenizer = load_autoencoder(model)
     if (task := autoencoder.config.task) is None:
-        raise ValueError(f"{model} was trained on a task from Python, which has no name: nothing to check it on.")
+        raise ValueError(
+            f"{model} was trained on a task from Python, which --check cannot load. Use measure_gate there."
+        )
     sizes = {"block_tokens": autoencoder.config.block_tokens}
     ids, mask = encode_split(find_task(task), tokenizer, split="validation", where=model, sizes=sizes).real_blocks()
     gate, console = measure_gate(autoencoder, ids, mask), plain_console()
@@ -94,16 +96,16 @@ def check(model: str) -> int:
     for level, share in gate.items():
         console.print(f"relative noise {level:<4}  {100 * share:5.1f} % exact")
     failures = gate_failures(gate)
-    console.print("the gate is missed: " + "; ".join(failures) if failures else "the gate is passed")
+    console.print("the gate is not passed: " + "; ".join(failures) if failures else "the gate is passed")
     return 1 if failures else 0
 
 
 def lines(sample: "TrainOfThought", times: Sequence[float] | None) -> Iterator[str]:
-    """Lay one sample out as text, with the estimates at these times (None: of all steps) while they formed."""
+    """Format one sample as lines of text, with the estimates at these times (None: of all steps)."""
     for number, thought in enumerate(sample.thoughts, start=1):
         yield f"  thought {number}: {thought.text}"
         steps = [(step.t, step.text) for step in thought.steps] + [(0.0, thought.text)]
-        if times is not None:  # the last step before each
+        if times is not None:  # for each time, the estimate of the last step before it
             steps = [next((t, text) for at, text in reversed(steps) if at >= t - 1e-9) for t in times]
         yield from (f"    t = {t:<5g} {text}" for t, text in steps)
     if sample.answer:
@@ -112,7 +114,7 @@ def lines(sample: "TrainOfThought", times: Sequence[float] | None) -> Iterator[s
 
 
 def as_json(prompt: str, sample: "TrainOfThought") -> dict[str, Any]:
-    """Lay one sample out as plain data, without its latents."""
+    """Return one sample as plain data, without its latents."""
     steps = [[(step.t, step.text) for step in thought.steps] for thought in sample.thoughts]
     thoughts = [{"text": t.text, "steps": s} for t, s in zip(sample.thoughts, steps, strict=True)]
     parts = {"answer": sample.answer, "forwards": sample.forwards, "stop": sample.stop}

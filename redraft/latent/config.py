@@ -1,4 +1,4 @@
-"""The whole configuration of a stage of latent thinking: what a recipe returns and the checkpoint carries. No torch."""
+"""The whole configuration of a stage of latent thinking: a recipe returns it, the run's folder keeps it. No torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +23,19 @@ PLAIN: dict[str, list[Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderShape(Settings):
-    """The autoencoder of the first stage: a linear code, or with an encoder a resampler over it."""
+    """The autoencoder of the first stage: linear, or with an encoder a resampler over it."""
 
     section: ClassVar[str] = "autoencoder"
     num_latents: Count = 2
-    """Vectors for each block."""
+    """Latent vectors per block."""
     latent_dim: Count = 16
-    """Width of a vector."""
+    """Width of a latent vector."""
     hidden_size: Count = 256
     """Width of the autoencoder."""
     local: bool = False
-    """Start every vector as a projection of its own tokens, equally many for each (without an encoder)."""
+    """Initialise each latent vector as a projection of its own equal share of the tokens (without an encoder)."""
     encoder: str | None = None
-    """Folder or hub id of a frozen encoder, whose tokenizer is used too."""
+    """Folder or hub id of a pretrained encoder, which stays frozen; its tokenizer is used too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,13 @@ class DenoiserShape(Settings):
 
     section: ClassVar[str] = "denoiser"
     hidden_size: Count = 128
-    """Width."""
+    """Width of the transformer."""
     num_layers: Count = 4
     """Transformer layers."""
     num_heads: Count = 4
     """Attention heads."""
     weighting: Literal["inverse-t", "unit", "elbo"] = "inverse-t"
-    """Weight of the squared error over t."""
+    """Weight of the squared error of x_0 at time t: 1 / t, 1, or that of the likelihood bound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,9 @@ class ThoughtObjective(Settings):
 
     section: ClassVar[str] = "objective"
     answer_weight: NonNegative = 0.2
-    """Weight of the answer's cross-entropy, nats per token; 0 leaves the answer decoder out."""
+    """Weight of the answer's cross-entropy, in nats per token; 0: no answer decoder."""
     times: Literal["logit-normal", "uniform"] = "logit-normal"
-    """Density of the training times, stratified over the batch; logit-normal puts more of them near the noise."""
+    """Density of the training times, stratified over the batch; logit-normal draws more times near 1 (noise)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +69,17 @@ class ThinkingConfig(Settings):
     """How to think."""
 
     blocks: Count | None = None
-    """Blocks of thought, whatever the stop head says; by default it decides, up to what the model was built for."""
+    """Number of blocks of thought; by default the model's stop head decides, up to the model's largest number."""
     steps: Count = 10
     """Denoising steps for each block."""
     num_samples: Count = 1
-    """Trains of thought for each prompt."""
+    """Samples for each prompt."""
     solver: Literal["dpm++2m", "ddim"] = "dpm++2m"
-    """Second order, or first order; both are deterministic."""
+    """dpm++2m is of second order, ddim of first; both are deterministic."""
     cfg_scale: NonNegative = 0.0
-    """Classifier-free guidance: un + (scale + 1) (cond - un); 0 for none, else twice the work."""
+    """Classifier-free guidance: uncond + (scale + 1) (cond - uncond); 0 for none, else twice the work."""
     init_noise: Positive = 1.0
-    """Standard deviation of the noise a block starts from."""
+    """Standard deviation of the noise that a block starts from."""
     seed: Seed = 0
     """Seed of the noise."""
 
@@ -91,14 +91,14 @@ class LatentRunConfig(BaseRunConfig):
     out: str = "runs/latent"
     """Folder of the run."""
     stage: Literal["autoencoder", "denoiser", "rollout"] = "autoencoder"
-    """What is trained."""
+    """Which model is trained."""
     task: str | None = "countdown"
-    """countdown, composition, sudoku, sudoku-multi, or a .jsonl of prompt, blocks, answer; none for one that Python
-    passes."""
+    """countdown, composition, sudoku, sudoku-multi, or a .jsonl file of prompt, blocks, answer. None: the task is given
+    from Python."""
     start: str | None = None
     """Folder of the stage before: an autoencoder for the denoiser, a denoiser for the rollout."""
     force: bool = False
-    """Train on an autoencoder that fails its gate."""
+    """Train a denoiser although its autoencoder does not pass its gate."""
     autoencoder: AutoencoderShape = field(default_factory=AutoencoderShape)
     """The autoencoder (first stage)."""
     denoiser: DenoiserShape = field(default_factory=DenoiserShape)
@@ -122,7 +122,7 @@ class LatentRunConfig(BaseRunConfig):
                 raise ValueError(f"train.{name} {value} is not for latent thinking. Leave it out.")
         if self.stage == "autoencoder" and self.train.accumulation > 1:
             raise ValueError(
-                "an autoencoder's noise is relative to the spread of a whole batch, which cannot be accumulated; got "
+                "an autoencoder's noise is relative to the spread of its batch, so batches cannot be accumulated; got "
                 f"train.accumulation {self.train.accumulation}. Raise --train.batch-size."
             )
         if self.stage == "autoencoder" and self.start is not None:

@@ -1,8 +1,8 @@
 """The denoiser of thoughts: a transformer over [prompt | clean blocks | noisy blocks | answer].
 
-Who sees whom is `layouts.two_copy_mask` over block numbers: the prompt is block 0, thoughts are blocks 1 ... B in
-a clean and in a noisy copy, and the answer comes after them, each of its tokens a block. So one pass trains every block
-given the true blocks before it, and at sampling the keys and values of committed blocks are kept.
+The mask is `layouts.two_copy_mask` over block numbers: the prompt is block 0, thoughts are blocks 1 ... B in a clean
+and in a noisy copy, and the answer comes after them, each of its tokens as a block. So one pass trains every block
+given the true blocks before it, and sampling can cache the keys and values of committed blocks.
 """
 
 import math
@@ -18,10 +18,10 @@ from redraft.latent.sequence import DenoiserOutput, KeysValues, LatentInputs, To
 from redraft.processes.gaussian import GaussianDiffusion
 
 FIXED = {"schedule": "flow", "shift": 1.0, "parametrization": "x0", "answer": "autoregressive", "adapts_times": False}
-"""Entries of earlier checkpoints that could have other values."""
+"""Entries of earlier checkpoints, with the only values that are still supported."""
 
 
-@no_type_check  # transformers gives it an __init__ that takes any entry, behind a signature that does not
+@no_type_check  # mypy does not know that transformers' __init__ takes any entry
 class LatentDenoiserConfig(PreTrainedConfig):
     """Shape, process and limits of a denoiser; saved as its config.json.
 
@@ -73,7 +73,7 @@ class LatentDenoiser(PreTrainedModel):
         super().__init__(config)
         for name, value in FIXED.items():
             if getattr(config, name, value) != value:
-                raise ValueError(f"config.json: {name} must be {value!r}, others were removed. Train the model again.")
+                raise ValueError(f"config.json: {name} must be {value!r}; others were removed. Train the model again.")
         if config.hidden_size % (2 * config.num_heads):
             raise ValueError(f"hidden_size must be a multiple of {2 * config.num_heads}; got {config.hidden_size}.")
         width = config.hidden_size
@@ -89,7 +89,7 @@ class LatentDenoiser(PreTrainedModel):
         self.post_init()
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)
-        nn.init.normal_(self.embed.weight, std=0.1)  # it is the head, too
+        nn.init.normal_(self.embed.weight, std=0.1)  # it is also the head
         for layer in self.layers:
             assert isinstance(layer, _Layer)
             layer.start(branches=2 * config.num_layers)
@@ -122,7 +122,7 @@ class LatentDenoiser(PreTrainedModel):
         return F.linear(hidden, self.embed.weight)
 
     def stop_logit(self, hidden: Float[Tensor, "batch latents width"]) -> Float[Tensor, "batch"]:
-        """Tell from a clean block's states whether the thoughts end with it: the log-odds."""
+        """Return the log-odds that the thoughts end with a block, from its clean states."""
         return self.stop(hidden[:, -1])[:, 0]
 
 
@@ -137,7 +137,7 @@ class _Layer(nn.Module):
         self.table = nn.Parameter(gates_open.repeat(1, width))  # shift, scale, gate of attention, then of the MLP
 
     def start(self, *, branches: int) -> None:
-        """Draw weights by the width (the library's 0.02 is for wider layers); branches share one residual stream."""
+        """Initialise weights by the width (the library's 0.02 is for wider layers) and the number of branches."""
         for linear, sharing in ((self.qkv, 1), (self.up, 1), (self.proj, branches), (self.down, branches)):
             nn.init.normal_(linear.weight, std=(sharing * linear.in_features) ** -0.5)
 

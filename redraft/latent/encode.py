@@ -23,7 +23,7 @@ def word_tokenizer(examples: list[WorkedExample]) -> Any:
 
     words, special = _words(examples), [PAD, EOS, MASK, UNKNOWN]
     if taken := [token for token in special if any(token in word for word in words)]:
-        raise ValueError(f"the word {taken[0]!r} is a special token of the tokenizer. Write another in its place.")
+        raise ValueError(f"the word {taken[0]!r} is a special token of the tokenizer. Use another word.")
     vocabulary = {word: i for i, word in enumerate([*special, *words])}
     backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -93,7 +93,7 @@ def encode_split(
     """Encode one side of a task's split for the model of `where`.
 
     Raises ValueError where the side is empty, and for a task with words that the tokenizer does not know, with blocks
-    of another length than `sizes["block_tokens"]`, or with more of anything else in `sizes`.
+    of another length than `sizes["block_tokens"]`, or with a larger number than another entry of `sizes` allows.
     """
     examples = list(task.examples())
     encoded = encode_examples(examples, tokenizer, split=split, held_out=task.held_out)
@@ -113,5 +113,5 @@ def encode_split(
     if unknown := encoded.unknown_words(tokenizer):
         problems.append(f"words that it does not know, {unknown[0]!r} the first")
     if problems:
-        raise ValueError(f"{where} was made for another task; got {'; '.join(problems)}. Give its own with --task.")
+        raise ValueError(f"{where} was made for another task; got {'; '.join(problems)}. Set --task to its own.")
     return encoded

@@ -1,4 +1,4 @@
-"""What trains a denoiser of thoughts: teacher forcing, and rollouts, as true thoughts are not there at sampling.
+"""Losses of a denoiser of thoughts: teacher forcing, and rollouts, because sampling has no true thoughts.
 
 The losses are the flow loss of the blocks, the cross-entropy of the answer, and that of when to stop.
 """
@@ -24,23 +24,23 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSequence:
-    """One pass of the denoiser in training: its inputs, and what they are compared with."""
+    """One pass of the denoiser in training: its inputs and targets."""
 
     inputs: tuple[TokenInputs, LatentInputs, Bool[Tensor, "batch 1 seq seq"]]
     x_0: Float[Tensor, "batch latents dim"]
     t: Float[Tensor, "batch latents"]
-    """Times of the noise. Sampled blocks do not say how far off they are, so a noised context is fed with time 0."""
+    """Times of the noise. A noised context is fed with time 0, as sampled blocks do not come with their error."""
     is_noisy: Bool[Tensor, "batch latents"]
     is_real: Bool[Tensor, "batch latents"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForcedLoss:
-    """Teacher forcing: every block is denoised given the true blocks before it, and the answer follows true blocks."""
+    """Teacher forcing: every block is denoised given the true blocks before it, and the answer is given true blocks."""
 
     settings: ThoughtObjective = field(default_factory=ThoughtObjective)
     self_conditioning: float = 0.5
-    """Share of steps whose estimate of a first pass is fed to the second."""
+    """Share of steps with two passes, the second of which gets the estimate of the first."""
     drop_prompt: float = 0.1
     """Share of rows whose prompt is withheld, for guidance."""
     context_noise: float = 0.1
@@ -171,7 +171,7 @@ def answer_loss(model: Any, batch: ThoughtBatch, share: StepShare, output: Denoi
     logits = model.token_logits(output.tokens[:, batch.prompt.shape[1] :]).float().flatten(0, 1)
     targets = torch.where(batch.is_answer, batch.answer, IGNORED)
     nats = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return nats / share.num_answer.clamp(min=1)  # no row of the step may have an answer
+    return nats / share.num_answer.clamp(min=1)  # 0 where no row of the step has an answer
 
 
 def _stop_loss(model: Any, batch: ThoughtBatch, output: DenoiserOutput) -> Float[Tensor, ""]:
@@ -203,10 +203,10 @@ def nearest(
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutLoss:
-    """Denoise all blocks in a few steps, and take the nearest train of thought that the data has for the prompt.
+    """Denoise all blocks in a few steps, and take as target the nearest train of thought in the data for the prompt.
 
-    It is the target of every estimate on the way, and its answer is the target of the answer decoder. Where a task has
-    many right thoughts, any other target would teach the answer to ignore the thoughts that are there.
+    Every estimate is trained towards it, and the answer decoder towards its answer. A task may have many right
+    thoughts: with any other target the answer decoder would learn to ignore the thoughts that were sampled.
     """
 
     steps: int = 5
@@ -217,7 +217,7 @@ class RolloutLoss:
     ) -> dict[str, Float[Tensor, ""]]:
         """Return the flow loss, the nats of the answer where there is a decoder (`rollout`), and their sum, `loss`.
 
-        They are divided by the blocks and answer tokens of the rows drawn, not of the nearest ones that replace them.
+        They are divided by the blocks and answer tokens of the original rows, not of the nearest rows.
         No gradient passes from one estimate to the next, nor from the answer into the thoughts.
         """
         rows, count, size, dim = batch.blocks.shape
@@ -250,8 +250,8 @@ class RolloutLoss:
     ) -> list[tuple[Tensor, Tensor]]:
         """Denoise the next block by DDIM, self-conditioned; return the time and the estimate of x_0 of every step.
 
-        The last estimate is what DDIM's step to t = 0 returns. The thoughts go on past a row's own number of blocks, as
-        the nearest train of thought may be longer.
+        The last estimate is what DDIM's step to t = 0 returns. More blocks are denoised than a row has, as the nearest
+        train of thought may be longer.
         """
         times = FlowSchedule().grid(self.steps).to(z.device)
         batch = replace(batch, answer=batch.answer[:, :0], is_answer=batch.is_answer[:, :0])

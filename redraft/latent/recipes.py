@@ -17,14 +17,14 @@ def latent_autoencoder() -> LatentRunConfig:
 
 
 def latent_denoiser() -> LatentRunConfig:
-    """Train a denoiser of thoughts, each given the true ones before it: at most 20 minutes on one core."""
+    """Train a denoiser of thoughts, each given the true thoughts before it: at most 20 minutes on one core."""
     train = replace(TRAIN, learning_rate=3e-3, batch_size=128, max_steps=6000, max_minutes=20.0)
     train = replace(train, optimizer="muon", ema_decay=0.995)
     return LatentRunConfig(out="runs/latent-denoiser", stage="denoiser", start="runs/latent-autoencoder", train=train)
 
 
 def latent_rollout() -> LatentRunConfig:
-    """Continue a denoiser on its own thoughts: towards the nearest true ones, and answering after them."""
+    """Train a denoiser on thoughts that it samples, with the nearest true ones as targets: at most 10 minutes."""
     train = replace(latent_denoiser().train, learning_rate=1e-3, batch_size=64, max_steps=1000, max_minutes=10.0)
     return LatentRunConfig(out="runs/latent-rollout", stage="rollout", start="runs/latent-denoiser", train=train)
 

@@ -37,7 +37,7 @@ class LatentInputs:
 
     z_t: Float[Tensor, "batch latents dim"]
     x_0: Float[Tensor, "batch latents dim"]
-    """The estimate of the step before (self-conditioning); zeros where there is none; z_t itself where it is clean."""
+    """The estimate of the previous step (self-conditioning); zeros where there is none; for clean blocks z_t itself."""
     t: Float[Tensor, "batch latents"]
     positions: Int[Tensor, "batch latents"]
 
@@ -62,7 +62,7 @@ class ThoughtBatch:
     answer: Int[Tensor, "batch answer"]
     is_answer: Bool[Tensor, "batch answer"]
     same_prompt: Int[Tensor, "batch rows"] | None = None
-    """Rows of the training data with the same prompt, itself the first (repeated where there are fewer)."""
+    """Numbers of the training rows with the same prompt, the row itself first (repeated where there are fewer)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from redraft.training.run import alone, begin, check_disk, drive, save_model
 from redraft.training.verdict import RunResult, announce
 
 LATENT_NOISE = 1.0
-"""Largest noise on the latents that a decoder is trained on, in standard deviations."""
+"""Largest noise on the latents in the training of a decoder, in standard deviations."""
 KL_WEIGHT = 1e-4
 FINAL_STEPS, FINAL_PROMPTS = 10, 100
 
@@ -59,7 +59,7 @@ class StageRows(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What a stage hands to the loop, and what is done once it is trained."""
+    """What a stage gives to the training loop, and what it does after the training."""
 
     model: Any
     rows: StageRows
@@ -76,7 +76,7 @@ class Stage:
 class StageTrainer(KeyedTrainer):
     """Minimise `losses(wrapped_model, batch, share)["loss"]`; the other entries are logged beside it."""
 
-    timed_steps = 32  # chance decides whether a step has a second pass
+    timed_steps = 32  # more than elsewhere: only some steps, at random, have a second pass
 
     def __init__(self, stage: Stage, config: LatentRunConfig) -> None:
         """Raise ValueError where there are fewer rows than in a step, or several processes."""
@@ -121,7 +121,7 @@ class StageTrainer(KeyedTrainer):
         return (losses["loss"], None) if return_outputs else losses["loss"]
 
     def forget_counts(self) -> None:
-        """Forget the parts of the loss, too."""
+        """Reset the sums of the parts of the loss, too."""
         super().forget_counts()
         self._forget_parts()
 
@@ -149,7 +149,7 @@ def run_stage(
         config, checkpoint = begin(config, resume=resume, console=console)
         if task is None and config.task is None:
             raise ValueError(
-                f"{config.out} was begun with a task of its own, which its recipe cannot name. Continue from Python: "
+                f"{config.out} was started with a task from Python, which its recipe cannot name. Continue there: "
                 "run_stage(config, task=..., resume=True)."
             )
         torch.manual_seed(config.train.seed)
@@ -207,15 +207,15 @@ def _autoencoder(config: LatentRunConfig, task: ThoughtTask) -> Stage:
         for level, exact in model.config.gate.items():
             say(console, f"blocks exact at relative noise {level}: {100 * exact:.1f} %")
         for failure in gate_failures(model.config.gate):
-            say(console, f"the gate is missed: {failure}")
+            say(console, f"the gate is not passed: {failure}")
 
-    copies = -(-config.train.batch_size // len(blocks))  # few distinct blocks: an epoch is at least a batch
+    copies = -(-config.train.batch_size // len(blocks))  # repeat few distinct blocks, so that they fill a batch
     rows = StageRows(ids=blocks.repeat(copies, 1), mask=is_token.repeat(copies, 1))
     return Stage(model=model, rows=rows, losses=losses, tokenizer=tokenizer, finish=finish)
 
 
 def _tokenizer_of(encoder: str) -> Any:
-    """Load an encoder's tokenizer; BERT's separator ends its texts. Raises ValueError where nothing would."""
+    """Load an encoder's tokenizer; BERT's separator ends its texts. Raises ValueError for one without an end token."""
     read_config(encoder, read_raw_config(encoder))
     tokenizer = read_tokenizer(encoder)
     require_eos_token(tokenizer)
@@ -276,7 +276,7 @@ def _rollout(config: LatentRunConfig, task: ThoughtTask) -> Stage:
 
 
 def rows_of_same_prompt(prompts: list[str], *, limit: int = 64) -> Tensor:
-    """List for each row the rows with the same prompt: itself and those after it, round and round, at most `limit`."""
+    """List for each row the rows with the same prompt, from itself on and repeated cyclically, at most `limit`."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompts):
         groups[prompt].append(row)
@@ -290,7 +290,7 @@ def rows_of_same_prompt(prompts: list[str], *, limit: int = 64) -> Tensor:
 def _thinking_stage(task: ThoughtTask, thinker: Thinker, rows: StageRows, losses: LossFunction) -> Stage:
     def report(console: Console) -> None:
         if not (prompts := held_out_prompts(task)[:FINAL_PROMPTS]):
-            say(console, "the task holds out no prompt to measure this on")
+            say(console, "the task has no held-out prompts, so the share of solved ones was not measured")
             return
         percent = 100 * share_solved(thinker, task, prompts)
         how = f"one sample, {FINAL_STEPS} steps a block"
@@ -307,7 +307,7 @@ def _thinking_stage(task: ThoughtTask, thinker: Thinker, rows: StageRows, losses
 
 
 def share_solved(thinker: Thinker, task: ThoughtTask, prompts: list[str]) -> float:
-    """Return the share of the prompts whose answer the verifier accepts; without an answer decoder what they think."""
+    """Return the share of prompts whose answer, from the answer decoder or else the thoughts, the verifier accepts."""
     if isinstance(task, ExampleFile):
         ids, words = partial(thinker.tokenizer, add_special_tokens=False), thinker.tokenizer.decode
         task = replace(task, read=lambda text: str(words(ids(text)["input_ids"], skip_special_tokens=True)))
@@ -319,7 +319,7 @@ def share_solved(thinker: Thinker, task: ThoughtTask, prompts: list[str]) -> flo
 
 @torch.no_grad()
 def thought_rows(thinker: Thinker, encoded: EncodedExamples) -> StageRows:
-    """Encode the blocks once: rows of a `ThoughtBatch`, without answers for a model that decodes none."""
+    """Encode the blocks once: rows of a `ThoughtBatch`, without answers for a model without an answer decoder."""
     columns = dict(encoded.columns)
     blocks, is_token = columns.pop("blocks"), columns.pop("is_block_token")
     pairs = zip(blocks.flatten(0, 1).split(512), is_token.flatten(0, 1).split(512), strict=True)

@@ -1,4 +1,4 @@
-"""Thinking: blocks of thought are denoised one after another, each from noise, then an answer is read off them."""
+"""Thinking: blocks of thought are denoised one after another, each from noise, then an answer is decoded from them."""
 
 import hashlib
 from collections import Counter
@@ -22,7 +22,7 @@ from redraft.randomness import fold, normal
 from redraft.schedules import FlowSchedule
 
 Intervene = Callable[[int, Tensor], Tensor]
-"""(number of the block from 1, latents of all rows) -> what is committed in their place."""
+"""(number of the block from 1, latents of all rows) -> the latents to commit instead."""
 
 
 class BlockEstimate(NamedTuple):
@@ -45,7 +45,7 @@ class Thought:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOfThought:
-    """One sample: its thoughts, its answer, what it cost."""
+    """One sample: its thoughts, its answer, its cost."""
 
     thoughts: list[Thought]
     answer: str
@@ -87,8 +87,8 @@ class Thinker:
         """Think about prompts; returns the samples of each. Settings: `ThinkingConfig`.
 
         A row's noise is keyed by (seed, prompt, sample): it does not depend on the batch. `intervene` changes what is
-        committed (necessity controls). Raises ValueError for settings that do not fit, more blocks than the model was
-        built for, and prompts longer than trained.
+        committed, to test whether thoughts are needed. Raises ValueError for settings that do not fit, more blocks than
+        the model was built for, and prompts longer than in training.
         """
         for name in settings:
             if name not in ThinkingConfig.__dataclass_fields__:
@@ -237,5 +237,5 @@ def _encode_prompt(thinker: Thinker, prompt: str) -> list[int]:
     unknown = thinker.tokenizer.unk_token_id
     if unknown is not None and unknown in ids:
         word = next(w for w in prompt.split() if unknown in thinker.tokenizer(w, add_special_tokens=False)["input_ids"])
-        raise ValueError(f"{word!r} is no word of this model; got it in {prompt[:60]!r}. Write prompts as in its task.")
+        raise ValueError(f"the model does not know the word {word!r} of {prompt[:60]!r}. Write prompts as in its task.")
     return ids

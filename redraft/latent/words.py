@@ -35,10 +35,10 @@ class WrittenTask:
     answer after as many pause tokens as the longest thoughts of its prompt have words (arXiv 2310.02226). Pause tokens
     are given and not learnt, also when the model is judged."""
     pads_prompt: bool = False
-    """Mask tokens behind shorter prompts, up to the longest: each thought is as far from the prompt in every row."""
+    """Pad prompts with mask tokens to the length of the longest: each thought has the same position in every row."""
     fills_answer: bool = False
-    """EOS after every text up to the longest one, to be learnt: masked and uniform diffusion begin with a canvas of one
-    length, and the length of a row must not tell the length of its answer."""
+    """Pad every text with EOS, which is learnt, to the length of the longest: masked and uniform diffusion start from a
+    canvas of fixed length, and the length of a row must not reveal the length of its answer."""
 
     @classmethod
     def from_source(cls, source: str, *, fills_answer: bool = False) -> "WrittenTask":
@@ -57,7 +57,7 @@ class WrittenTask:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """One token for every word, and one that stands before the answer where it needs one."""
+        """One token for every word, and one that separates thoughts from the answer if that is needed."""
         if self._width is not None:
             return word_tokenizer(self.examples)
         if taken := [text for example in self.examples for text in example.texts() if ANSWER in text]:
@@ -66,7 +66,7 @@ class WrittenTask:
 
     @cached_property
     def _width(self) -> int | None:
-        """Words of a block, where all blocks have the same number and the answer follows from them, else None."""
+        """Words per block if all blocks have the same number and the answer follows from them, else None."""
         widths = {len(block.split()) for example in self.examples for block in example.blocks}
         follows = all(not e.answer or self.task.answer(list(e.blocks)) == e.answer for e in self.examples)
         return widths.pop() if follows and len(widths) == 1 else None
@@ -84,7 +84,7 @@ class WrittenTask:
         return counts
 
     def given(self, prompt: str) -> str:
-        """Return the text that stands before what is learnt: the prompt of an example, its padding, its pauses."""
+        """Return the text before what is learnt: the prompt of an example, its padding, its pauses."""
         padding = self._longest_prompt - len(prompt.split()) if self.pads_prompt else 0
         pauses = self._num_pauses[prompt] if self.form == "pause" else 0
         return " ".join([*prompt.split(), *[MASK] * (padding + pauses)])
@@ -132,7 +132,7 @@ def prepare_words(config: DataConfig, *, tokenizer: Tokenizer | None, objective:
     Raises ValueError for a tokenizer, and for rows longer than `data.seq_len`.
     """
     if tokenizer is not None:
-        raise ValueError("thoughts in words bring a tokenizer of their own; got that of model.start. Leave it out.")
+        raise ValueError("thoughts in words have a tokenizer of their own; got model.start with another. Leave it out.")
     written = WrittenTask.from_source(config.source, fills_answer=objective in ("masked", "uniform"))
     longest = max(len(before) + len(after) for before, after in written.rows)
     if longest > config.seq_len:

@@ -167,7 +167,7 @@ def test_help_shows_the_defaults(command):
         (["sample", "MODEL", "x", "--steps", "many"], r"--steps must be \{None\}\|INT; got \['many'\]"),
         (["sample", "MODEL"], "there is no prompt: standard input holds no text"),
         (["sample", "MODEL", "", "--chat"], "a user's message must hold text"),
-        (["think", "MODEL", ""], "nothing to think about"),
+        (["think", "MODEL", ""], "a prompt is empty"),
         (["sample"], "model|MODEL|STR"),
         (["sample", "MODEL", "x", "--steps", "-1"], "steps must lie in [1, 1048576]; got -1"),
         (["sample", "MODEL", "x", "--block-size", "7"], "block_size must divide max_new_tokens; got 7 and 128"),

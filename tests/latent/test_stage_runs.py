@@ -303,7 +303,7 @@ def test_a_run_with_a_task_from_python_goes_on_in_python_alone(configs, tmp_path
             run_stage(config, task=task, console=QUIET)
     assert json.loads((Path(config.out) / "recipe.json").read_text())["task"] is None
     assert _dispatch(["train", config.out, "--resume"]) == 2
-    assert "begun with a task of its own, which its recipe cannot name" in capsys.readouterr().err
+    assert "started with a task from Python, which its recipe cannot name" in capsys.readouterr().err
     assert run_stage(config, task=task, resume=True, console=QUIET).steps == 6
     assert _dispatch(["think", "--check", config.out]) == 2
     assert "was trained on a task from Python" in capsys.readouterr().err

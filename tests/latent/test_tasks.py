@@ -139,9 +139,9 @@ def test_a_result_that_is_no_number_is_wrong_and_no_error(answer):
         ('{"prompt": "a", "blocks": "1 + 2"}', "line 1: want"),
         ('{"prompt": "a", "blocks": [1, 2]}', "line 1: want"),
         ('{"prompt": "a", "blocks": ["1"], "answer": null}', "line 1: want"),
-        ('{"prompt": "a", "blocks": []}', "line 1: want .*prompt and blocks not empty"),
-        ('{"prompt": "a", "blocks": ["1", " "]}', "line 1: want .*prompt and blocks not empty"),
-        ('{"prompt": "", "blocks": ["1"]}', "line 1: want .*prompt and blocks not empty"),
+        ('{"prompt": "a", "blocks": []}', "line 1: must be .*prompt and blocks not empty"),
+        ('{"prompt": "a", "blocks": ["1", " "]}', "line 1: must be .*prompt and blocks not empty"),
+        ('{"prompt": "", "blocks": ["1"]}', "line 1: must be .*prompt and blocks not empty"),
         ("", "rows.jsonl is empty"),
     ],
 )

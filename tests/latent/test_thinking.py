@@ -185,7 +185,7 @@ def test_a_vote_takes_the_commonest_answer_or_text():
         ("1", {"cfg_scale": -1.0}, "cfg_scale must be at least 0; got -1"),
         ("1", {"init_noise": 0.0}, "init_noise must be positive and finite; got 0.0"),
         ("1 2 3 4 5 6", {}, "a prompt must have 1 to 5 tokens, as in training; got 6"),
-        ("1 zwei", {}, "'zwei' is no word of this model"),
+        ("1 zwei", {}, "the model does not know the word 'zwei'"),
         ([], {}, "must be one or more prompts"),
     ],
 )

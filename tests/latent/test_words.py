@@ -205,5 +205,5 @@ def test_prompts_that_differ_in_spaces_are_on_one_side(tmp_path):
 
 
 def test_a_start_is_refused_as_it_brings_a_tokenizer(own_file):
-    with pytest.raises(ValueError, match="thoughts in words bring a tokenizer of their own"):
+    with pytest.raises(ValueError, match="thoughts in words have a tokenizer of their own"):
         prepare(DataConfig(kind=WORDS, source=str(own_file)), tokenizer=WrittenTask.from_source("countdown").tokenizer)

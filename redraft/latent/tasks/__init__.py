@@ -1,4 +1,4 @@
-"""Tasks to think about: generators of worked examples, and verifiers that know nothing of the generators. No torch."""
+"""Tasks of latent thinking: generators of worked examples, and verifiers independent of them. No torch."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ __all__ = ["TASKS", "ExampleFile", "ThoughtTask", "WorkedExample", "find_task", 
 
 @runtime_checkable
 class ThoughtTask(Protocol):
-    """Words separated by spaces: a prompt, blocks of thought, an answer made of the thoughts."""
+    """A task. Prompts, blocks of thought and answers are words separated by spaces."""
 
     @property
     def held_out(self) -> float:
@@ -35,13 +35,13 @@ class ThoughtTask(Protocol):
 class ExampleFile:
     """A .jsonl of {"prompt": str, "blocks": [str, ...], "answer": str}.
 
-    A prompt is solved by an answer that the file gives to it, or, where it gives none, by its thoughts.
+    A prompt is solved by any answer that the file has for it, or, where it has none, by its thoughts.
     """
 
     path: Path
     held_out: float = 0.1
     read: Callable[[str], str] = lambda text: " ".join(text.split())
-    """What texts are compared by. For a tokenizer that does not keep all of a text: what it makes of the text."""
+    """Normalises texts before they are compared; for a lossy tokenizer, its decoding of the text."""
 
     def examples(self) -> Iterator[WorkedExample]:
         """Read the file. Raises ValueError with the number of a line that does not fit, and for an empty file."""
@@ -63,7 +63,7 @@ class ExampleFile:
                 is_right = False
             if not is_right:
                 wanted = '{"prompt": str, "blocks": [str, ...], "answer": str}, prompt and blocks not empty'
-                raise ValueError(f"{self.path}, line {number}: want {wanted}; got {line[:60]!r}.")
+                raise ValueError(f"{self.path}, line {number}: must be {wanted}; got {line[:60]!r}.")
             yield WorkedExample(prompt=prompt, blocks=tuple(blocks), answer=answer)
 
     def answer(self, blocks: list[str]) -> str:
@@ -103,7 +103,7 @@ def find_task(name: str) -> ThoughtTask:
 
 
 def side_of(prompt: str, *, held_out: float) -> Split:
-    """Put a prompt on one side of a task's split by the hash of its words, whatever the spaces between them."""
+    """Choose a prompt's side of a task's split by the hash of its words, whatever the spaces between them."""
     return split_of(" ".join(prompt.split()), validation_fraction=held_out)
 
 

@@ -1,4 +1,4 @@
-"""Composition of K permutations of five things: serial by nature, so depth must come from layers or from thoughts."""
+"""Composition of K permutations of five elements: serial, so it needs depth, by layers or by thoughts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ class Composition:
     shortest: int = 2
     longest: int = 12
     longest_trained: int = 10
-    """Longer ones are held out, all of them: whether depth extrapolates."""
+    """All longer ones are held out, to measure extrapolation in depth."""
     num_factors: int = 8
     num_examples: int = 50_000
     seed: int = 0
     held_out: float = 0.02
 
     def examples(self) -> Iterator[WorkedExample]:
-        """Draw sequences, K uniform; of those too long for training the held out."""
+        """Draw sequences with uniform K; of those too long for training, only held-out ones."""
         random = Random(self.seed)
         words = random.sample(WORDS, self.num_factors)
         for _ in range(self.num_examples):
@@ -47,7 +47,7 @@ class Composition:
         return blocks[-1] if blocks else ""
 
     def is_solved(self, prompt: str, answer: str) -> bool:
-        """Follow each of the five things through all permutations."""
+        """Follow each of the five elements through all permutations."""
         ends = []
         for thing in range(1, 6):
             for factor in prompt.split():

@@ -35,7 +35,7 @@ class Countdown:
         return " ".join(blocks)
 
     def is_solved(self, prompt: str, answer: str) -> bool:
-        """Carry the steps out: each uses two numbers that are there and says truly what they make."""
+        """Check the steps: each uses two available numbers, and states the right result."""
         *numbers, target = prompt.split()
         there, words = Counter(numbers), answer.split()
         if len(words) != 4 * (len(numbers) - 1):
@@ -60,7 +60,7 @@ def _solutions(numbers: tuple[int, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _steps(a: int, b: int) -> Iterator[tuple[str, int]]:
-    """What two numbers make, without negative numbers."""
+    """Yield the results of two numbers, without negative ones."""
     high, low = max(a, b), min(a, b)
     for sign, operator in OPERATORS.items():
         yield f"{high} {sign} {low} {operator(high, low)}", operator(high, low)
