@@ -294,7 +294,7 @@ def test_targets_named_by_the_data_are_all_that_is_noised_and_counted(config):
 def test_an_objective_of_ones_own_is_one_file(config, tmp_path, monkeypatch):
     """The file is the one in docs/training.md."""
     docs = (Path(__file__).parents[2] / "docs/training.md").read_text()
-    code = docs.split("### One's own objective")[1].split("```python\n")[1].split("```")[0]
+    code = docs.split("### Your own objective")[1].split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) < 40
     (tmp_path / "focal.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
