@@ -32,7 +32,7 @@ def model(tmp_path_factory):
     cache = ["--data.cache-dir", folder.parent / "cache"]
     done = redraft("train", "stdlib-tiny", "--out", folder, *settings, *cache)
     assert done.returncode == 0, done.stderr
-    assert "held-out NELBO" in done.stdout
+    assert "validation NELBO" in done.stdout
     assert "unigram entropy" in done.stdout
     assert "gzip -9" in done.stdout
     return folder

@@ -281,7 +281,7 @@ def until(step):
 @pytest.mark.parametrize(
     ("section", "changes", "told"),
     [
-        ("denoiser", {"parametrization": "v"}, "parametrization 'x0', not 'v' as recipe.json has it now"),
+        ("denoiser", {"parametrization": "v"}, "parametrization 'x0', not 'v' as recipe.json"),
         ("denoiser", {"schedule": "cosine"}, "schedule 'flow', not 'cosine'"),
         ("objective", {"copies": 2}, "copies 1, not 2"),
     ],
