@@ -26,6 +26,13 @@ class AutoencoderShape(Settings):
     """The autoencoder of the first stage: a linear code, or with an encoder a resampler over it."""
 
     section: ClassVar[str] = "autoencoder"
+    removed: ClassVar = {
+        "kind": ("chunk", "an autoencoder.encoder makes a resampler"),
+        "num_layers": (None, "chunk has none, a resampler one"),
+        "latent_noise": (1.0, "it is 1"),
+        "token_dropout": (0.0, "no token is hidden"),
+        "kl_weight": (1e-4, "it is 1e-4"),
+    }
     num_latents: Count = 2
     """Vectors for each block."""
     latent_dim: Count = 16
@@ -43,6 +50,12 @@ class DenoiserShape(Settings):
     """The denoiser of the second stage."""
 
     section: ClassVar[str] = "denoiser"
+    removed: ClassVar = {
+        "schedule": ("flow", "it is flow"),
+        "shift": (1.0, "it is 1"),
+        "parametrization": ("x0", "the network predicts x0"),
+        "answer": ("autoregressive", "answers are autoregressive"),
+    }
     hidden_size: Count = 128
     """Width."""
     num_layers: Count = 4
@@ -58,6 +71,16 @@ class ThoughtObjective(Settings):
     """Losses of the denoiser."""
 
     section: ClassVar[str] = "objective"
+    removed: ClassVar = {
+        "copies": (1, "it is 1"),
+        "self_conditioning": (0.5, "it is 0.5"),
+        "drop_prompt": (0.1, "it is 0.1"),
+        "context_noise": (0.1, "it is 0.1"),
+        "joint": (0.1, "it is 0.1"),
+        "stop_weight": (0.1, "it is 0.1"),
+        "time_mean": (1.0, "it is 1"),
+        "time_std": (1.0, "it is 1"),
+    }
     answer_weight: NonNegative = 0.2
     """Weight of the answer's cross-entropy, nats per token; 0 leaves the answer decoder out."""
     times: Literal["logit-normal", "uniform"] = "logit-normal"
@@ -87,6 +110,13 @@ class ThinkingConfig(Settings):
 @dataclass(frozen=True, kw_only=True)
 class LatentRunConfig(BaseRunConfig):
     """One stage from data to checkpoint."""
+
+    removed: ClassVar = {
+        "rollout": (
+            {"steps": 5, "weight": 1.0, "thought_weight": 1.0, "answer_gradient": False},
+            "five steps, equal weights, no gradient from the answer into the thoughts",
+        ),
+    }
 
     out: str = "runs/latent"
     """Folder of the run."""
