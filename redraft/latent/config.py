@@ -12,13 +12,9 @@ from redraft.training.config import BaseRunConfig
 AUTOENCODER_FOLDER = "autoencoder"
 WORDS = "redraft.latent.words:prepare_words"
 """`data.kind` of thoughts in words."""
+CONSTANT = "no setting any more: it always has the default value of this version"
 READ_BY = {"autoencoder": ("autoencoder",), "denoiser": ("denoiser",), "objective": ("denoiser", "rollout")}
 """Which stages read a section."""
-PLAIN: dict[str, list[Any]] = {
-    "epochs": [None],
-    "gradient_checkpointing": [False],
-}
-"""Settings of training that no stage reads, and the values that they may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +25,9 @@ class AutoencoderShape(Settings):
     removed: ClassVar = {
         "kind": ("chunk", "an autoencoder.encoder makes a resampler"),
         "num_layers": (None, "chunk has none, a resampler one"),
-        "latent_noise": (1.0, "it is 1"),
-        "token_dropout": (0.0, "no token is hidden"),
-        "kl_weight": (1e-4, "it is 1e-4"),
+        "latent_noise": (1.0, CONSTANT),
+        "token_dropout": (0.0, CONSTANT),
+        "kl_weight": (1e-4, CONSTANT),
     }
     num_latents: Count = 2
     """Vectors for each block."""
@@ -51,10 +47,10 @@ class DenoiserShape(Settings):
 
     section: ClassVar[str] = "denoiser"
     removed: ClassVar = {
-        "schedule": ("flow", "it is flow"),
-        "shift": (1.0, "it is 1"),
-        "parametrization": ("x0", "the network predicts x0"),
-        "answer": ("autoregressive", "answers are autoregressive"),
+        "schedule": ("flow", CONSTANT),
+        "shift": (1.0, CONSTANT),
+        "parametrization": ("x0", CONSTANT),
+        "answer": ("autoregressive", CONSTANT),
     }
     hidden_size: Count = 128
     """Width."""
@@ -72,14 +68,9 @@ class ThoughtObjective(Settings):
 
     section: ClassVar[str] = "objective"
     removed: ClassVar = {
-        "copies": (1, "it is 1"),
-        "self_conditioning": (0.5, "it is 0.5"),
-        "drop_prompt": (0.1, "it is 0.1"),
-        "context_noise": (0.1, "it is 0.1"),
-        "joint": (0.1, "it is 0.1"),
-        "stop_weight": (0.1, "it is 0.1"),
-        "time_mean": (1.0, "it is 1"),
-        "time_std": (1.0, "it is 1"),
+        **dict.fromkeys(("copies", "time_mean", "time_std"), (1.0, CONSTANT)),
+        **dict.fromkeys(("drop_prompt", "context_noise", "joint", "stop_weight"), (0.1, CONSTANT)),
+        "self_conditioning": (0.5, CONSTANT),
     }
     answer_weight: NonNegative = 0.2
     """Weight of the answer's cross-entropy, nats per token; 0 leaves the answer decoder out."""
@@ -147,8 +138,8 @@ class LatentRunConfig(BaseRunConfig):
                     f"settings of {section} are for stage {' and '.join(stages)}; this is stage {self.stage}. Leave "
                     "them out."
                 )
-        for name, values in PLAIN.items():
-            if (value := getattr(self.train, name)) not in values:
+        for name in ("epochs", "gradient_checkpointing"):
+            if value := getattr(self.train, name):
                 raise ValueError(f"train.{name} {value} is not for latent thinking. Leave it out.")
         if self.stage == "autoencoder" and self.train.accumulation > 1:
             raise ValueError(
