@@ -1,4 +1,7 @@
-"""Folders with one writer (two would leave the weights of one and the settings of the other), and whole files."""
+"""Lock a folder to one writing process (two would mix the weights of one with the settings of the other).
+
+Also: write a text file atomically, and hash a file.
+"""
 
 import errno
 import hashlib
@@ -19,8 +22,8 @@ logger = logging.getLogger(__name__)
 def one_writer(folder: Path) -> Iterator[None]:
     """Keep other processes from writing into a folder, which is made where it is missing.
 
-    The kernel holds the lock (flock) and lets it go when the process ends, however it ends. Folders that were made and
-    stayed empty are removed. On a file system without flock a warning says that nothing is locked.
+    The kernel holds the lock (flock) and releases it when the process ends, however it ends. Folders that this call
+    made are removed if they are still empty. On a file system without flock a warning says that nothing is locked.
 
     Raises ValueError where another process holds the folder, and where it cannot be written.
     """
@@ -56,14 +59,16 @@ def _lock(folder: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(file).st_nlink:  # not one that its holder has just removed
+            if os.fstat(file).st_nlink:  # 0 if the last holder deleted the file after we opened it: then try again
                 os.ftruncate(file, 0)
                 os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
                 return file
         except BlockingIOError as error:
             holder = os.read(file, 500).decode(errors="replace") or "another process"
             os.close(file)
-            raise ValueError(f"{holder} is writing to {folder}. Wait for its end, or choose another --out.") from error
+            raise ValueError(
+                f"{holder} is writing to {folder}. Wait until it ends, or choose another --out."
+            ) from error
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 logger.warning("%s cannot be locked (%s): let no other command write there.", folder, error.strerror)
@@ -75,12 +80,12 @@ def _lock(folder: Path) -> int:
 
 def _unlock(folder: Path, file: int) -> None:
     with suppress(OSError):  # the folder was moved, the disk is read-only now
-        (folder / LOCK_FILE).unlink()  # before it is let go: who has opened it meanwhile finds it gone
+        (folder / LOCK_FILE).unlink()  # before the lock is released: a process that waits for it sees st_nlink 0
     os.close(file)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text to another file and rename it: a killed process leaves the old text or the new one."""
+    """Write a text to a temporary file and rename it: a killed process leaves the old text or the new one."""
     aside = path.with_name(f".{path.name}")
     aside.write_text(text)
     aside.replace(path)

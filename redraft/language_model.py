@@ -1,4 +1,4 @@
-"""The public face: a loaded diffusion language model that generates, infills and streams."""
+"""The public API: a loaded diffusion language model that generates, infills and streams."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,7 @@ from redraft.trace.record import Recorder, RowTrace
 FOR_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")
 """Saved settings that depend on the length of a new text, so infilling does not use them."""
 MAX_COMPILED = 16
-"""Constraints that a model keeps prepared."""
+"""Compiled constraints that a model keeps in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +63,12 @@ class Generation:
     """Prompt and new tokens, or the whole infilled row, 1-D."""
     texts: list[str] | None
     """Without special tokens; None without a tokenizer. `generate`: what the new tokens add to the prompt's text, up
-    to a stop string. `infill`: the whole text, in which a text that was given stands as it was."""
+    to a stop string. `infill`: the whole text, in which the given text does not change."""
     forwards: list[int]
-    """Forward passes each row took part in; a step that asks the model nothing new is none."""
+    """Forward passes that each row took part in; a step whose input did not change needs none."""
     seconds: float
     trace: list[RowTrace] | None = None
-    """Every decision, where asked for."""
+    """Every decision, with trace=True."""
 
 
 def load(
@@ -196,7 +196,7 @@ class LanguageModel:
         canvas, steps = self._start(rows, config, guides, logits_processor, constraint)
         if streamer is not None:
             steps = self._feed(streamer, rows, config, steps)
-        # A constraint speaks of the text behind the space that word pieces bring.
+        # Word pieces are decoded with a space before them; a constraint holds for the text after that space.
         added = " " if constraint is not None and leading_space(self.tokenizer) == "added" else ""
 
         def finish(i: int, tokens: Tensor, status: Tensor) -> tuple[Tensor, Tensor, str | None]:
@@ -218,7 +218,7 @@ class LanguageModel:
     ) -> Iterator[Step]:
         """Continue prompts as `generate` does, and yield every step of the loop.
 
-        A `batch` that is given call after call keeps the exact cache of a conversation from one to the next.
+        A `batch` that is passed to every call keeps the exact cache of a conversation between the calls.
         """
         config = self._config(settings, constraint)
         rows = self._encode_all(prompts, config)
@@ -241,9 +241,9 @@ class LanguageModel:
         Raises ValueError where a prompt has no hole.
         """
         if isinstance(self.denoiser, EncoderDecoder):
-            raise ValueError(f"{self.model.config.model_type} writes behind its prompt; it cannot fill holes.")
+            raise ValueError(f"{self.model.config.model_type} only continues its prompt; it cannot fill holes.")
         given = {name: None for name in FOR_A_LENGTH if name in self.saved_sampling} | settings
-        size = given.get("block_size")  # blocks of holes lie on the grid: no length need be a multiple of them
+        size = given.get("block_size")  # blocks of holes lie on the grid, so it need not divide any length
         config = self._config(given | {"block_size": None}, constraint)
         mask_token_id = self.denoiser.settings.mask_token_id
         given_prompts = [prompt for prompt in as_batch(prompts) for _ in range(config.num_samples)]
@@ -259,7 +259,7 @@ class LanguageModel:
         befores = [row[: int(holes.long().argmax())] for row, holes in encoded]
         sampler = self._sampler(config, guides, logits_processor, constraint, befores, is_infilling=True)
         if config.steps is None and config.forwards is None:
-            sampler = replace(sampler, steps=None)  # as many as a row has holes, whatever stands beside it
+            sampler = replace(sampler, steps=None)  # one for each token of a row's holes, whatever the other rows have
         if isinstance(sampler.frontier, Blocks):  # on the grid: there is no prompt whose end could begin the blocks
             frontier = replace(sampler.frontier, size=size or sampler.frontier.size, on_grid=True)
             sampler = replace(sampler, frontier=frontier, is_grid_from_prompt=False)
@@ -288,14 +288,14 @@ class LanguageModel:
         return loglikelihoods(self.denoiser, [Request(context=given, continuation=asked)], config)[0]
 
     def encode(self, prompt: Prompt, *, is_inside: bool = False) -> Int[Tensor, "seq"]:
-        """Turn a prompt into token ids; a text that `is_inside` does not begin its row.
+        """Turn a prompt into token ids. `is_inside`: the text does not begin its row.
 
         Raises ValueError without a tokenizer or its chat template, and for ids outside the vocabulary.
         """
         return self._in_vocabulary(encode(self.tokenizer, prompt, is_inside=is_inside))
 
     def encode_pair(self, context: Prompt, continuation: Prompt) -> tuple[Int[Tensor, "c"], Int[Tensor, "l"]]:
-        """Turn a context and its continuation into token ids as their text together is tokenized."""
+        """Tokenize a context and its continuation as one text, and cut the ids at the boundary."""
         given, asked = encode_pair(self.tokenizer, context, continuation)
         return self._in_vocabulary(given), self._in_vocabulary(asked)
 
@@ -321,7 +321,7 @@ class LanguageModel:
         if len(row) and int(row.max()) >= vocab_size:
             raise ValueError(
                 f"token ids must be below the model's vocabulary of {vocab_size}; got {int(row.max())}."
-                " Are they of another model's tokenizer?"
+                " Do they come from another model's tokenizer?"
             )
         return row
 
@@ -331,7 +331,7 @@ class LanguageModel:
     def compile_constraint(
         self, constraint: Constraint, *, is_infilling: bool = False, is_start: bool = True
     ) -> CompiledConstraint:
-        """Prepare a constraint for this model's vocabulary, once. A hole has no end token: what fits fills it.
+        """Prepare a constraint for this model's vocabulary, once. A hole has no end token: the text fills it exactly.
 
         Where no text stands before (`is_start`), SentencePiece-like tokenizers drop a first space in decoding.
 
@@ -346,18 +346,18 @@ class LanguageModel:
             space = "text"
         ends = self.eos_token_ids
         key = (constraint_key(constraint), id(self.tokenizer), len(self.tokenizer), ends, is_infilling, space)
-        found = self._compiled.get(key)
-        if found is None:
+        entry = self._compiled.get(key)
+        if entry is None:
             pieces = token_bytes(self.tokenizer)
-            for end in ends:  # none of them is text
+            for end in ends:  # an end token is no text
                 pieces[end : end + 1] = [None] * len(pieces[end : end + 1])
             last = None if is_infilling or not ends else ends[0]
             compiled = constraint.compile(pieces, eos_token_id=last, leading_space=space)
             while len(self._compiled) >= MAX_COMPILED:
                 self._compiled.pop(next(iter(self._compiled)), None)  # another thread may have been there
-            # What a key names by its id is kept, so that no other object gets the id.
-            found = self._compiled[key] = compiled, (constraint, self.tokenizer)
-        return found[0]
+            # The key holds ids of these objects: they must stay alive, or another object could get the same id.
+            entry = self._compiled[key] = compiled, (constraint, self.tokenizer)
+        return entry[0]
 
     def _constrained(
         self, constraint: Constraint, config: SamplingConfig, befores: Sequence[Tensor], *, is_infilling: bool
@@ -390,9 +390,9 @@ class LanguageModel:
         is_infilling: bool = False,
     ) -> Sampler:
         """Build the sampler of rows that begin with these tokens."""
-        held = None
+        text_constraint = None
         if constraint is not None:
-            held = self._constrained(constraint, config, befores, is_infilling=is_infilling)
+            text_constraint = self._constrained(constraint, config, befores, is_infilling=is_infilling)
         texts = None if self.tokenizer is None else partial(shown_and_raw, self.tokenizer)
         sampler = build_sampler(config, self.denoiser.settings, eos_token_ids=self.eos_token_ids, decode=texts)
         if sampler.noise != self.process.noise:
@@ -405,7 +405,7 @@ class LanguageModel:
         if logits_processor:
             never = self.denoiser.settings.mask_token_id if sampler.noise == "mask" else None
             guides = (*guides, Processors(processors=tuple(logits_processor), never=never))
-        return replace(sampler, guides=tuple(guides), constraint=held)
+        return replace(sampler, guides=tuple(guides), constraint=text_constraint)
 
     def _start(
         self,
@@ -426,7 +426,7 @@ class LanguageModel:
         return row_keys(rows, seed=config.seed).to(self.denoiser.device)
 
     def _feed(self, streamer: Any, rows: list[Tensor], config: SamplingConfig, steps: Iterator[Step]) -> Iterator[Step]:
-        """Pass on to a streamer what is decided, in reading order, and the drafts where it takes them."""
+        """Pass decided tokens to a streamer in reading order, and drafts if it takes them."""
         if len(rows) > 1:
             raise ValueError(f"a streamer follows one text; got {len(rows)} rows.")
         put_draft = getattr(streamer, "put_draft", None)

@@ -44,7 +44,7 @@ class Layout:
         raise ValueError(f'layout must be "full" or ("block-causal", block_size); got {layout!r}.')
 
     def pieces(self, length: int, *, is_aligned: bool) -> tuple[Piece, ...]:
-        """Cut a sequence into pieces of queries, each with the keys that any query of it sees; () for one piece.
+        """Cut the queries into pieces, each with every key that one of its queries sees; () where one piece is enough.
 
         In [x_t ; x_0] a piece holds the same positions of both copies: they see nearly the same keys, the noisy ones of
         the piece and the clean ones up to its end. `is_aligned`: blocks begin at multiples of their size in the
@@ -55,15 +55,15 @@ class Layout:
         row = length // 2 if self.is_two_copy else length
         step = self.block_size * max(1, TOKENS_PER_PIECE // self.block_size)
         reach = 0 if is_aligned else self.block_size - 1
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         for start in range(0, row, step):
             stop, end = min(start + step, row), min(start + step + reach, row)
             if self.is_two_copy:
                 queries: tuple[Range, ...] = ((start, stop), (row + start, row + stop))
-                found.append((queries, ((max(0, start - reach), end), (row, row + end))))
+                pieces.append((queries, ((max(0, start - reach), end), (row, row + end))))
             else:
-                found.append((((start, stop),), ((0, end),)))
-        return tuple(found) if len(found) > 1 else ()
+                pieces.append((((start, stop),), ((0, end),)))
+        return tuple(pieces) if len(pieces) > 1 else ()
 
 
 def pair_rule(

@@ -1,4 +1,4 @@
-"""Prompts as token ids and tokens as text: what may be asked, holes to fill, what ends an answer, each row's seed."""
+"""Turn prompts into token ids and tokens into text; find holes and the end of an answer; seed each row."""
 
 import hashlib
 import re
@@ -11,14 +11,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from redraft.randomness import fold
-from redraft.settings import MOST
+from redraft.settings import MAX_COUNT
 
 HOLE = re.compile(r"\[MASK:0*([0-9]+)\]")
 HOLES = re.compile(r"(?:\[MASK:[0-9]+\])+")
 PROBE = "\ue000answer\ue000"
-"""An answer that is nowhere else in a text: what a chat template writes behind it ends a turn."""
+"""A placeholder answer that occurs in no other text: what a chat template writes after it ends a turn."""
 ANCHORS = ("\n", "a", "0", ".")
-"""Texts after which another text is encoded that does not begin its row."""
+"""Texts to put before a text that does not begin its row, while it is encoded."""
 CONTEXT_TOKENS = 16
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | Tensor | np.ndarray
@@ -26,10 +26,10 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] |
 
 
 def as_batch(prompts: Any) -> list[Any]:
-    """Tell one prompt from several: each becomes a text, a list of messages or a 1-D tensor of token ids.
+    """List the prompts in what a user gave: each becomes a text, a list of messages or a 1-D tensor of token ids.
 
-    The rows of a 2-D array are prompts. What a tokenizer returns loses the padding that its attention_mask marks.
-    Raises ValueError where there is no prompt, and for what is none.
+    The rows of a 2-D array are prompts. The padding that a tokenizer's attention_mask marks is removed. Raises
+    ValueError where there is no prompt, and for a value that is not a prompt.
     """
     shown = type(prompts).__name__
     if isinstance(prompts, Tensor) and prompts.ndim in (1, 2):
@@ -59,7 +59,7 @@ def as_batch(prompts: Any) -> list[Any]:
 
 
 def _single(prompt: Any) -> Any:
-    """Read a prompt that is one; no ids at all are one too."""
+    """Return the only prompt in what a user gave; an empty list is a prompt without tokens."""
     if isinstance(prompt, np.ndarray):
         prompt = prompt.tolist()
     is_empty = isinstance(prompt, Sequence) and not isinstance(prompt, str) and not len(prompt)
@@ -74,7 +74,7 @@ def _is_number(item: Any) -> bool:
 
 
 def _token_ids(values: Sequence[Any]) -> Int[Tensor, "seq"]:
-    """Take token ids as they are. Raises ValueError for what is no id."""
+    """Make a tensor of token ids. Raises ValueError for a value that is not a token id."""
     numbers = [value.item() if isinstance(value, Tensor | np.generic) else value for value in values]
     for value in numbers:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
@@ -83,7 +83,7 @@ def _token_ids(values: Sequence[Any]) -> Int[Tensor, "seq"]:
 
 
 def _without_padding(input_ids: Any, attention_mask: Any) -> list[Int[Tensor, "seq"]]:
-    """Read what a tokenizer returned: the ids that its attention mask keeps."""
+    """Read what a tokenizer returned: the ids where its attention mask is 1."""
     rows = as_batch(input_ids) if input_ids is None or len(input_ids) else [_token_ids([])]
     if any(not isinstance(row, Tensor) for row in rows):
         raise ValueError(f"input_ids must be token ids; got {str(input_ids)[:80]}.")
@@ -93,14 +93,14 @@ def _without_padding(input_ids: Any, attention_mask: Any) -> list[Int[Tensor, "s
     masks = [torch.as_tensor(mask).bool().cpu() for mask in ([attention_mask] if is_one else attention_mask)]
     sizes = [len(row) for row in rows], [len(mask) for mask in masks]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"attention_mask must fit input_ids; got rows of {sizes[0]} ids and of {sizes[1]} marks.")
+        raise ValueError(f"attention_mask must fit input_ids; got rows of {sizes[0]} ids and {sizes[1]} mask entries.")
     return [row[mask] for row, mask in zip(rows, masks, strict=True)]
 
 
 def encode(tokenizer: Any, prompt: Prompt, *, is_inside: bool = False) -> Int[Tensor, "seq"]:
-    """Turn one prompt into token ids; a text that `is_inside` does not begin its row.
+    """Turn one prompt into token ids. `is_inside`: the text does not begin its row.
 
-    Raises ValueError for text without a tokenizer, for chat without a template, and for what is no prompt.
+    Raises ValueError for text without a tokenizer, for chat without a template, and for a value that is not a prompt.
     """
     given = _single(prompt)
     if isinstance(given, Tensor):
@@ -155,7 +155,7 @@ def _indent(text: str) -> str:
 
 
 def text_after(tokenizer: Any, before: Any, new: Any, *, with_special: bool = False) -> str:
-    """Decode new tokens as they stand after others: what they add to the text of those.
+    """Decode new tokens after others: return what they add to the text of the tokens before them.
 
     Decoded alone they would lose the space that the first one begins with (SentencePiece), or the one before it (BERT).
     """
@@ -166,10 +166,10 @@ def text_after(tokenizer: Any, before: Any, new: Any, *, with_special: bool = Fa
     given, new = _as_list(before), _as_list(new)
     tail = given[-CONTEXT_TOKENS:]
     head = decode(tail)
-    if not head or "\ufffd" in head:  # special tokens alone, or a part of a character: all that stands before counts
+    if not head or "\ufffd" in head:  # the tail is special tokens alone, or cuts a character: take all tokens before
         tail, head = given, decode(given)
     whole = decode(tail + new)
-    return whole[len(head) :] if whole.startswith(head) else decode(new)  # a character lies across the border
+    return whole[len(head) :] if whole.startswith(head) else decode(new)  # else a character spans both
 
 
 def _as_list(ids: Any) -> list[int]:
@@ -215,10 +215,10 @@ def cut_text(text: str, stop: Sequence[str]) -> str:
 def encode_pair(
     tokenizer: Any, context: Prompt, continuation: Prompt
 ) -> tuple[Int[Tensor, "context"], Int[Tensor, "continuation"]]:
-    """Turn a context and its continuation into token ids as their text together is tokenized.
+    """Tokenize a context and its continuation as one text, and cut the ids at the boundary.
 
-    Spaces at the end of the context count to the continuation, as in the harness. Where a token would straddle the
-    boundary, the two are tokenized apart: the context stays what it is, and every character is scored once.
+    Spaces at the end of the context count to the continuation, as in the harness. Where a token would span the
+    boundary, the two are tokenized apart: the context does not change, and every character is scored once.
     """
     if isinstance(context, str) and isinstance(continuation, str):
         stripped = context.rstrip()
@@ -248,16 +248,16 @@ def encode_with_holes(
 
 
 def _check_holes(sizes: list[str]) -> None:
-    """Raise ValueError for a hole of no token, and for more tokens than can be meant."""
+    """Raise ValueError for a hole of 0 tokens, and for holes of too many tokens together."""
     if "0" in sizes:
         raise ValueError("a hole takes at least 1 token; got [MASK:0]. Leave it out.")
-    if sum(int(size[:20]) for size in sizes) > MOST:  # Python reads no number of thousands of digits
-        most = max(sizes, key=len)
-        raise ValueError(f"the holes of a text take at most {MOST} tokens together; got [MASK:{most[:20]}].")
+    if sum(int(size[:20]) for size in sizes) > MAX_COUNT:  # [:20]: int() refuses a text of thousands of digits
+        largest = max(sizes, key=len)
+        raise ValueError(f"the holes of a text take at most {MAX_COUNT} tokens together; got [MASK:{largest[:20]}].")
 
 
 def filled_text(tokenizer: Any, prompt: Prompt, tokens: Int[Tensor, "seq"], is_hole: Bool[Tensor, "seq"]) -> str:
-    """Return the text of a row whose holes are filled; what was given as text stands in it as it was."""
+    """Return the text of a row whose holes are filled; the given parts of a text prompt do not change."""
     starts = (is_hole & ~torch.cat([is_hole.new_zeros(1), is_hole[:-1]])).nonzero()[:, 0].tolist()
     given = HOLES.split(prompt) if isinstance(prompt, str) else []
     if len(given) != len(starts) + 1:  # token ids; or no token stands between two holes
@@ -273,12 +273,12 @@ def filled_text(tokenizer: Any, prompt: Prompt, tokens: Int[Tensor, "seq"], is_h
 
 
 def special_token_ids(tokenizer: Any) -> set[int]:
-    """List the special tokens, of which the first behind an answer ends a turn."""
+    """Return the special tokens; the first of them after an answer ends the turn."""
     return {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def turn_end(ids: Sequence[int], special: set[int]) -> int | None:
-    """Find the place of the token that ends a turn in what stands behind an answer: the first special one."""
+    """Return the index of the token that ends a turn among the tokens after an answer: the first special one."""
     return next((i for i, id in enumerate(ids) if id in special), None)
 
 
@@ -289,7 +289,7 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
     answered = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
         text = str(tokenizer.apply_chat_template(answered, tokenize=False))
-    except Exception:  # a template is a program: what is wrong with it is told when a chat is rendered
+    except Exception:  # a template is a program and may fail: `render_chat` reports the error
         return None
     if PROBE not in text:
         return None
@@ -299,9 +299,9 @@ def end_of_turn_id(tokenizer: Any) -> int | None:
 
 
 def end_token_ids(model: Any, tokenizer: Any, *, raw: dict[str, Any]) -> list[int]:
-    """List what ends a text: the tokenizer's EOS (BERT: separator) first, then the end of a turn, then what is listed.
+    """List the tokens that end a text: the tokenizer's EOS (BERT: separator), the end of a turn, those in the configs.
 
-    Without a tokenizer, what the config has by default counts too.
+    Without a tokenizer, an EOS that the config has only by default counts too.
     """
     ends: list[Any] = []
     if tokenizer is not None:
@@ -311,7 +311,7 @@ def end_token_ids(model: Any, tokenizer: Any, *, raw: dict[str, Any]) -> list[in
     is_listed = "eos_token_id" in raw or "eos_token_id" in (raw.get("text_config") or {})
     lists = [getattr(config, "eos_token_id", None) for config in configs if is_listed or tokenizer is None]
     generation = getattr(model, "generation_config", None)
-    if generation is not None and not generation._from_model_config:  # from a generation_config.json of its own
+    if generation is not None and not generation._from_model_config:  # it was read from a generation_config.json
         lists.append(generation.eos_token_id)
     for listed in lists:
         ends += listed if isinstance(listed, list | tuple) else [listed]
@@ -319,7 +319,7 @@ def end_token_ids(model: Any, tokenizer: Any, *, raw: dict[str, Any]) -> list[in
 
 
 def row_keys(rows: list[Tensor], *, seed: int) -> Int[Tensor, "batch"]:
-    """Seed rows by (seed, prompt, how many equal prompts stand before): the place in the batch plays no part."""
+    """Seed rows by (seed, prompt, number of equal prompts before): the position in the batch does not matter."""
     keys, seen = [], dict[bytes, int]()
     for row in rows:
         digest = hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest()

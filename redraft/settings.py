@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-MOST = 2**20
+MAX_COUNT = 2**20
 """Largest number of tokens, steps or texts: a larger one can only be a mistake."""
 
 
@@ -29,7 +29,7 @@ class Within:
         return f"lie in {self.interval}"
 
 
-Count = Annotated[int, Within(f"[1, {MOST}]")]
+Count = Annotated[int, Within(f"[1, {MAX_COUNT}]")]
 Natural = Annotated[int, Within("[0, inf)")]
 Positive = Annotated[float, Within("(0, inf)")]
 NonNegative = Annotated[float, Within("[0, inf)")]
@@ -43,7 +43,7 @@ class Settings:
     """Base of all settings. Raises ValueError for a value of another type than annotated, or outside its bounds."""
 
     section: ClassVar[str] = ""
-    """What stands before a field's name in an error: `train` where the flag is `--train.seed`."""
+    """Prefix of a field's name in errors: `train` where the flag is `--train.seed`."""
     renamed: ClassVar[dict[str, str]] = {}
     """Names that earlier versions saved, with today's."""
     removed: ClassVar[dict[str, tuple[Any, str]]] = {}

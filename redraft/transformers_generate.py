@@ -39,8 +39,8 @@ def custom_generate(
     """Generate as `LanguageModel.generate` does; return prompts and new tokens, padded on the right.
 
     Settings that are not given are the checkpoint's own. Length, end tokens, sampling and logits processors come from
-    transformers' generation config. Its `do_sample=False` is also its default, so it leaves the temperature to the
-    checkpoint. Raises ValueError for what is made for text that grows from left to right: beams, minimum lengths, other
+    transformers' generation config. Its `do_sample=False` is also its default, so the checkpoint's temperature is used
+    then. Raises ValueError for options that need text to grow from left to right: beams, minimum lengths, other
     stopping criteria.
     """
     _check(generation_config, stopping_criteria, inputs)
@@ -54,7 +54,7 @@ def custom_generate(
     chosen |= {"threshold": threshold, "cfg_scale": cfg_scale}
     given = {name: value for name, value in chosen.items() if value is not None}
     if generation_config.do_sample:
-        given["temperature"] = 1.0  # the processors hold the temperature and the cuts
+        given["temperature"] = 1.0  # transformers' processors apply the temperature, top_k and top_p
     out = lm.generate(
         [row[real.bool()] for row, real in zip(input_ids, is_token, strict=True)],
         logits_processor=[_without_padding(processor) for processor in logits_processor],
@@ -82,6 +82,6 @@ def _check(generation_config: Any, stopping_criteria: Any, inputs: dict[str, Any
 
 
 def _without_padding(processor: Any) -> Any:
-    """Make transformers' repetition penalty ignore no prompt positions: our rows have no padding on the left."""
+    """Rebuild transformers' repetition penalty so that it counts the whole prompt: our rows have no left padding."""
     is_penalty = type(processor).__name__ == "RepetitionPenaltyLogitsProcessor"
     return type(processor)(processor.penalty) if is_penalty else processor

@@ -63,7 +63,7 @@ NO_PROMPT = {
     "texts and an id": (["abc", 5], r"got 'abc' \(str\)"),
     "a 3-D tensor": (torch.zeros(1, 1, 1, dtype=torch.int64), "got Tensor"),
     "batches in a list": ([[[5], [6]]], "there must be one prompt here; got 2"),
-    "a mask of another shape": ({"input_ids": [5, 6], "attention_mask": [1]}, r"got rows of \[2\] ids and of \[1\]"),
+    "a mask of another shape": ({"input_ids": [5, 6], "attention_mask": [1]}, r"got rows of \[2\] ids and \[1\] mask"),
     "text as input_ids": ({"input_ids": "abc"}, "input_ids must be token ids; got abc"),
     "no input_ids": ({"input_ids": None}, "got NoneType"),
 }

@@ -17,8 +17,8 @@ from redraft.errors import unknown_name
 
 COMMANDS = {
     "train": "train a model by a recipe, or continue a run",
-    "convert": "make a diffusion model of any model of transformers, or check one",
-    "sample": "generate text from prompts; --explain shows how a text came about",
+    "convert": "turn any model of transformers into a diffusion model, or check one",
+    "sample": "generate text from prompts; --explain shows how a text was formed",
     "infill": "fill the holes in a text",
     "chat": "talk with a model and watch its drafts form",
     "think": "think about prompts in blocks of continuous thought",
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:
-    """Take --debug out of the arguments of any command; what stands behind -- is text."""
+    """Remove --debug from the arguments of any command; what follows -- is text."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     flags = [argument for argument in arguments[:end] if argument != "--debug"]
     return len(flags) < end, [*flags, *arguments[end:]]
@@ -112,7 +112,7 @@ def _run(command: str, arguments: list[str]) -> int:
     """Run a command. Raises whatever goes wrong."""
     for argument in (command, *arguments):
         if any("\ud800" <= character <= "\udfff" for character in argument):
-            raise ValueError(f"arguments must be UTF-8; got {argument!r}. Rename the file, or write the text anew.")
+            raise ValueError(f"arguments must be UTF-8; got {argument!r}. Rename the file, or type the text again.")
     if command in ("-h", "--help", "help"):
         print(_help())
         return 0

@@ -60,7 +60,7 @@ class Conversation:
             self.text = prompt + answer + "\n"
 
     def _draft(self, step: Step) -> Text:
-        """Draw the reply up to its end: decided tokens plain, proposals dim and slanted, untouched noise as dots."""
+        """Draw the reply up to its end: decided tokens plain, proposals dim and italic, other noise as dots."""
         token_ids, styles = [], []
         shown = torch.where(step.canvas.is_noise[0], step.x_0[0], step.canvas.tokens[0]).tolist()
         is_proposed = (step.confidence[0] > 0).tolist()
@@ -74,7 +74,7 @@ class Conversation:
         return styled(self.lm, token_ids, styles)
 
     def command(self, line: str) -> str:
-        """Obey a line that begins with a slash, and return what to print."""
+        """Run a line that begins with a slash as a command, and return what to print."""
         match line.split():
             case ["/reset"]:
                 self.reset()

@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertFlags:
-    """Make a diffusion model of any decoder or encoder of transformers. Nothing is written unless its checks pass."""
+    """Turn any decoder or encoder of transformers into a diffusion model. Nothing is written unless its checks pass."""
 
     source: Annotated[str, tyro.conf.Positional] = ""
     """Folder, hub id or .gguf file."""
     out: Annotated[str, tyro.conf.Positional] = ""
-    """Folder to write; without it, SOURCE is only measured, as it is."""
+    """Folder to write; without it, SOURCE is only checked."""
     mask_token_id: int | None = None
-    """Row of the mask token; found or made where absent."""
+    """Token id of the mask; by default the tokenizer's mask token, a reserved token or a new one."""
     shift_logits: bool = False
-    """Let position i be predicted at i - 1, as an autoregressive model was trained to."""
+    """Read the prediction of position i from the logits at i - 1, as an autoregressive model was trained."""
     block_size: int | None = None
-    """Tokens in a block of block-causal attention; absent for full attention."""
+    """Tokens per block of block-causal attention; None for full attention."""
     autoregressive: bool = False
-    """Keep a causal model as it is, to be sampled and evaluated as the baseline."""
+    """Keep a causal model causal, to sample and evaluate it as the baseline."""
     merge: str | None = None
     """LoRA adapter (folder or hub id) to merge into the weights."""
     to: str | None = None
-    """Write a family's own names: llada, llada2, llada2.1 or dream."""
+    """Write the weights under a family's own names, for its code: llada, llada2, llada2.1 or dream."""
     family: str | None = None
-    """Format of a SOURCE whose config.json looks autoregressive: diffullama, diffugpt or open-dcoder."""
+    """Family of a diffusion SOURCE whose config.json looks autoregressive: diffullama, diffugpt or open-dcoder."""
 
 
 def main(arguments: list[str]) -> int:
-    """Convert, or only measure; print what was found."""
+    """Convert, or only check; print the measurements."""
     flags = parse(ConvertFlags, arguments or ["--help"], command="convert")
     if not flags.source:
         raise ValueError("name a model to convert: redraft convert SOURCE OUT.")
@@ -56,7 +56,7 @@ def _convert(flags: ConvertFlags) -> int:
         flags.source,
         flags.out,
         mask_token_id=flags.mask_token_id,
-        shift_logits=flags.shift_logits or None,  # a source that is shifted stays so
+        shift_logits=flags.shift_logits or None,  # None: as in the source
         block_size=flags.block_size,
         adapter=flags.merge,
         to=flags.to,
@@ -84,7 +84,7 @@ def _next_step(made: "Conversion") -> str:
 
 
 def _check(flags: ConvertFlags) -> int:
-    """Measure SOURCE as it is; 1 where a claim fails that every diffusion model must meet."""
+    """Check SOURCE as it is; return 1 where a claim fails that every diffusion model must meet."""
     from redraft.models.load import load_denoiser
     from redraft.models.probe import NEEDED, check_model
 

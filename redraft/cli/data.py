@@ -8,9 +8,9 @@ from redraft.errors import unknown_name
 
 USAGE = """usage: redraft data build SOURCE OUT [--NAME VALUE ...]
 
-Read, split, tokenise and pack SOURCE into the folder OUT, with the tokenizer. Then
-`redraft train RECIPE --data.source OUT` takes it in place of the source, with the same seq_len, validation_fraction,
-kind and chat settings. OUT appears when it is whole; a build that was killed begins again.
+Read, split, tokenise and pack SOURCE, and write the windows and the tokenizer into the folder OUT. Then
+`redraft train RECIPE --data.source OUT` trains on it; seq_len, validation_fraction, kind and chat settings must be
+those of the build. OUT appears only when it is complete; a build that was killed starts again from the beginning.
 
 `redraft data build SOURCE OUT --help` lists the settings."""
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from redraft.evaluation.suites import SuiteTask
     from redraft.language_model import LanguageModel
 
-NO_SETTINGS = ("out", "device", "processes")  # what changes no result: the same folder may go on with others
+NO_SETTINGS = ("out", "device", "processes")  # they change no result, so a continued evaluation may change them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class EvalFlags(LoadingFlags, TemplateFlags):
     """Measure a model on tasks.
 
     Offline tasks: countdown, sudoku, arithmetic, logic, reasoning-gym:NAME, humaneval, infill-stdlib, perplexity:SOURCE
-    (stdlib, a file, a folder), thought:NAME (a task of latent thinking, for a model that writes its thoughts;
-    thought:NAME:pause and the like for another form than written) and FILE.jsonl. Any other name is a task of
-    lm-evaluation-harness. suite:NAME runs the tasks that others published for a model, with their settings:
+    (stdlib, a file, a folder), thought:NAME (a task of latent thinking, for a model that writes its thoughts as words;
+    thought:NAME:direct and thought:NAME:pause for models trained on these forms) and FILE.jsonl. Any other name is a
+    task of lm-evaluation-harness. suite:NAME runs the tasks that others published for a model, with their settings:
     llada-instruct, llada-base, dream-instruct, tiny-a2d-mdlm, tiny-a2d-bd3lm, bert-chat.
     """
 
@@ -53,7 +53,7 @@ class EvalFlags(LoadingFlags, TemplateFlags):
     include_path: Path | None = None
     """Folder with harness tasks of your own (YAML)."""
     batch_size: Count = 8
-    """Items worked on together (of each, --num-samples rows)."""
+    """Items in a batch, each with --num-samples rows."""
     processes: Count = 1
     """Processes that share the items, on the GPUs of this machine or its processors."""
 
@@ -97,7 +97,7 @@ def _run(args: EvalFlags, sampling: dict[str, Any]) -> int:
     asked = [task for name in args.tasks if not is_offline_task(name) for task in _harness_tasks(name, args)]
     if asked and sampling.get("num_samples", 1) > 1:
         raise ValueError(
-            f"--num-samples is for the offline tasks; {asked[0].name} is the harness' own. Say `repeats` in its YAML."
+            f"--num-samples is for the offline tasks; {asked[0].name} is the harness' own. Set `repeats` in its YAML."
         )
     manager = _task_manager(args, [task.name for task in asked]) if asked else None
     state = join_processes(args.device)
@@ -157,7 +157,7 @@ def _harness_tasks(name: str, args: EvalFlags) -> "list[SuiteTask]":
 
 
 def _task_manager(args: EvalFlags, names: list[str]) -> Any:
-    """Read the harness' index of tasks; the folder of own tasks first, since the whole index takes seconds.
+    """Read the harness' index of tasks; first only the user's folder, since the whole index takes seconds.
 
     Raises ValueError for an unknown name.
     """
@@ -166,10 +166,10 @@ def _task_manager(args: EvalFlags, names: list[str]) -> Any:
     require_package("lm-eval", f"{names[0]!r} is none of the tasks {', '.join(NAMED)}; one of lm-evaluation-harness")
     from lm_eval.tasks import TaskManager
 
-    own = None if args.include_path is None else str(args.include_path)
-    if own and set(names) <= set((manager := TaskManager(include_path=own, include_defaults=False)).all_tasks):
+    folder = None if args.include_path is None else str(args.include_path)
+    if folder and set(names) <= set((manager := TaskManager(include_path=folder, include_defaults=False)).all_tasks):
         return manager
-    manager = TaskManager(include_path=own)
+    manager = TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, [*NAMED, *manager.all_tasks], n=3)
@@ -189,7 +189,7 @@ def _run_harness(
     manager: Any,
     store: "Store",
 ) -> "list[Summary]":
-    """Run one task through the harness; its answers are cached in the folder as they come, its results kept there."""
+    """Run one task through the harness; the folder caches each answer at once and gets the results at the end."""
     from lm_eval import simple_evaluate
 
     from redraft.evaluation.harness import RedraftLM, keep_results

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 NOISE_STYLE = "dim"
 MIN_REPEATED = 8
-"""Fewer equal tokens are no repetition."""
+"""Fewer equal tokens than this are not reported as repetition."""
 
 
 def generate(flags: GenerationFlags, arguments: list[str], *, command: str, chat: bool = False) -> int:
-    """Run `sample` or `infill`. Whatever can be refused without the model is refused before it is loaded."""
+    """Run `sample` or `infill`. Every mistake that can be found without the model is found before it is loaded."""
     prompts = read_prompts(flags.prompts)
     if chat and not all(prompt.strip() for prompt in prompts):
         raise ValueError("a user's message must hold text; got an empty one. Leave --chat out to sample without one.")
@@ -124,7 +124,7 @@ def warn_of_repetition(lm: "LanguageModel", texts: "list[Tensor]", sampling: "Sa
 
 
 def _remedy(lm: "LanguageModel", sampling: "SamplingConfig") -> str:
-    """Name the flags that draw tokens in place of the likeliest, in an order that does not favour them."""
+    """Name flags that draw tokens at random instead of the likeliest ones, and in random order."""
     varied = dict(lm.process.varied_sampling)
     if lm.denoiser.settings.is_autoregressive:  # its order is fixed
         varied.pop("preset", None)
@@ -149,7 +149,7 @@ def styled(lm: "LanguageModel", token_ids: list[int], styles: list[str]) -> "Tex
 
 
 def text_of(lm: "LanguageModel", token_id: int) -> str:
-    """Show one token: its text behind another one."""
+    """Show one token as it is decoded after another one."""
     from redraft.prompts import text_after
 
     return text_after(lm.tokenizer, [token_id], [token_id], with_special=True)

@@ -8,7 +8,7 @@ from redraft.cli.parsing import GenerationFlags, parse
 
 @dataclass(frozen=True, kw_only=True)
 class InfillFlags(GenerationFlags):
-    """Fill the holes of texts: [MASK:12] is a hole of 12 tokens. The length of a text is that of its holes."""
+    """Fill the holes of texts: [MASK:12] is a hole of 12 tokens. The holes decide how many tokens are generated."""
 
 
 def main(arguments: list[str]) -> int:

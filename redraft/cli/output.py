@@ -1,4 +1,4 @@
-"""The ends of a command's output: descriptors that the shell closed, a reader that has left."""
+"""Output that cannot be written: descriptors that the shell closed, a pipe whose reader has ended."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def open_closed_output() -> None:
-    """Let output that the shell closed (`>&-`) lead nowhere; the next file to be opened would get its lines."""
+    """Open /dev/null for output that the shell closed (`>&-`); else the next opened file would get its lines."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -18,7 +18,7 @@ def open_closed_output() -> None:
 
 
 def flush_output() -> OSError | None:
-    """Write what is buffered, and return why it could not be; the rest leads nowhere then."""
+    """Write what is buffered. If that fails, return the error and send the rest to /dev/null."""
     problem = None
     for stream in (sys.stdout, sys.stderr):
         try:

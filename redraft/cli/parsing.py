@@ -62,7 +62,7 @@ class LoadingFlags(DeviceFlags):
     """How to load a model."""
 
     quantization: str | None = None
-    """Hold the linear layers in int8, int4 or nf4 (needs the extra `quant`)."""
+    """Quantise the linear layers to int8, int4 or nf4 (needs the extra `quant`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,10 @@ class TemplateFlags(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags(SamplingConfig):
-    """Settings of the sampler before the model is known, whose saved settings decide what fits together."""
+    """Sampler settings as flags, parsed before the model and its saved settings are known."""
 
     def __post_init__(self) -> None:
-        """Check each setting alone; the model's own settings complete them."""
+        """Check each setting alone: which ones fit together depends on the settings saved with the model."""
         Settings.__post_init__(self)
 
     def given(self, arguments: list[str]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class GenerationFlags(LoadingFlags, OutputFlags):
     model: tyro.conf.Positional[str]
     """Folder or hub id of a model."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts; a dash reads one from standard input. '' is no prompt, for models trained on documents."""
+    """Texts; a dash reads one from standard input. '' is the empty prompt, for models trained on documents."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to denoise."""
     constraint: Annotated[ConstraintArguments, tyro.conf.arg(name="")] = field(default_factory=ConstraintArguments)

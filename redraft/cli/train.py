@@ -19,13 +19,13 @@ USAGE = """usage: redraft train RECIPE [--resume] [--smoke] [--launch KIND --pro
 
 RECIPE is a name below, a recipe.json, or the folder of a run.
 `redraft train RECIPE --help` lists the settings with their defaults and units."""
-MODES = """--resume goes on with the run in --out from its last checkpoint.
---smoke runs the recipe in seconds, offline: a tiny random model, tiny data, 3 steps; the objective as it is.
---launch ddp|fsdp2|deepspeed --processes N trains in N processes here, which share the batch."""
+MODES = """--resume continues the run in --out from its last checkpoint.
+--smoke runs the recipe in seconds, offline: its own objective, but a tiny random model, tiny data and 3 steps.
+--launch ddp|fsdp2|deepspeed --processes N trains in N processes on this machine; they divide each batch."""
 
 
 def main(arguments: list[str]) -> int:
-    """Resolve the recipe and its flags, train, and say what came out; 1 for a run that diverged."""
+    """Resolve the recipe and its flags, train, and print the result; return 1 for a run that diverged."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<20}{default_doc(name).splitlines()[0]}" for name in RECIPES]
         print(USAGE, MODES, "", *lines, sep="\n")
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     mode, flags = _take_mode(flags)
     default = smoke(_find(name)) if mode.smoke else _find(name)
     if isinstance(default, RunConfig) and re.search(r"--model\.start[ =](?!None)", " ".join(flags)):
-        default = replace(default, model=ModelConfig())  # the recipe's shape gives way; one asked for is refused
+        default = replace(default, model=ModelConfig())  # drop the recipe's shape; a shape given as flags is an error
     if "-h" in flags or "--help" in flags:
         print(f"{default_doc(name)}\n\n{MODES}\n")
     config: Any = parse(type(default), flags, command=f"train {name}", default=default)
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _take_mode(flags: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Take the flags that are no settings out of the others. Raises ValueError where they cannot be read."""
+    """Separate the flags that are no settings from the others. Raises ValueError where they cannot be read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--smoke", action="store_true")
@@ -73,7 +73,7 @@ def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
 
 
 def _launch(kind: str | None, processes: int | None, config: Any, arguments: list[str]) -> int:
-    """Start the command again in several processes. Raises ValueError for what can be known to fail."""
+    """Start the command again in several processes. Raises ValueError for mistakes that are known before the start."""
     from redraft.training.launch import check_launch, launch
 
     if kind is None or processes is None:
@@ -85,7 +85,7 @@ def _launch(kind: str | None, processes: int | None, config: Any, arguments: lis
 
 
 def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
-    """Name commands to try on what was trained, that fit its data, its task and its process."""
+    """Name commands to try on the trained model; they fit its data, its task and its process."""
     folder = shlex.quote(config.out)
     if isinstance(config, LatentRunConfig):
         return _after_stage(config, folder)
@@ -99,9 +99,9 @@ def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
     if data.source == "stdlib":
         begun, holed = r"$'import os\n\ndef '", r"$'def is_even(n):\n    return [MASK:8]\n'"
     steps = [f"redraft sample {folder} {begun} --trace {folder}/trace.html"]
-    if kind != "ar":  # it does not see what is behind the hole
+    if kind != "ar":  # an autoregressive model does not see the text after a hole
         steps.append(f"redraft infill {folder} {holed}")
-    if (Path(config.out) / "chat_template.jinja").exists():  # of model.start
+    if (Path(config.out) / "chat_template.jinja").exists():  # it came with model.start
         steps.append(f"redraft chat {folder}")
     return steps
 
@@ -129,7 +129,7 @@ def _find(name: str) -> RunConfig | LatentRunConfig:
         return RECIPES[name]()  # type: ignore[return-value]
     path = Path(name)
     if path.is_dir() and not (path / RECIPE_FILE).exists():
-        raise ValueError(f"{path} is no run: it holds no {RECIPE_FILE}. The recipes are {', '.join(RECIPES)}.")
+        raise ValueError(f"{path} is not a run: it has no {RECIPE_FILE}. The recipes are {', '.join(RECIPES)}.")
     if not path.is_dir() and path.suffix != ".json":
         raise unknown_name("recipe", name, RECIPES)
     file = path / RECIPE_FILE if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""Finite automata over bytes and over tokens: what constrained decoding walks on.
+"""Finite automata over bytes and over tokens, for constrained decoding.
 
 A regular expression becomes an automaton over bytes (`redraft.constraints.regex`), and that one an automaton over the
 tokens of a vocabulary. Tokens that lead from every state to the same next state form a class, so what is stored and
@@ -23,7 +23,7 @@ _MERGE_WORK = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class ByteAutomaton:
-    """A deterministic automaton over bytes. The first state is the start; the last is dead: no match lies behind it."""
+    """A deterministic automaton over bytes. The first state is the start; the last is dead: it leads to no match."""
 
     table: NDArray[np.int32]
     """(states, 256): the next state."""
@@ -64,7 +64,7 @@ def from_pattern(pattern: Pattern) -> ByteAutomaton:
 
 
 def _merged(table: NDArray[np.int32], is_final: Bools) -> ByteAutomaton:
-    """Merge the states that no text tells apart, by Moore's refinement: a group is split until it moves as one.
+    """Merge equivalent states, by Moore's refinement: split each group until all its states move to the same groups.
 
     A large automaton is left as it is where that takes many rounds: it comes from long texts or bounded repetitions,
     which are built with hardly any equal states.
@@ -95,17 +95,17 @@ def _distinct_columns(table: NDArray[np.int32]) -> tuple[Ints, Ints]:
 class TokenAutomaton:
     """A deterministic automaton over classes of tokens. The first state is the start, the last is dead.
 
-    The last but one is that behind the end token, which leads to it from all final states, itself included. An edge
-    joins two states that are not dead; its label is the set of classes that lead across. Equal sets are one label, so
-    that the scores of its classes are reduced once for all edges that carry it.
+    The last but one is the state after the end token; the end token leads to it from all final states, itself included.
+    An edge joins two states that are not dead; its label is the set of classes that lead from one to the other. Equal
+    sets are one label, so that the scores of its classes are reduced once for all edges with it.
     """
 
     state: Ints
-    """Of each edge where it leaves, in order,"""
+    """State that each edge leaves, in ascending order."""
     to: Ints
-    """where it leads,"""
+    """State that each edge leads to."""
     label: Ints
-    """and the number of its label."""
+    """Number of each edge's label."""
     labels: list[Ints]
     """The classes of each label, in order."""
     class_of: Ints
@@ -149,9 +149,9 @@ class TokenAutomaton:
         return bool(stack)
 
     def before(self, after: Floats, scores: Floats | None = None, *, is_sum: bool = False) -> Floats:
-        """Return for each state the best, over the classes that lead on, of their score and what `after` holds behind.
+        """Weigh each state: the largest, over its edges and their classes, of a class' score plus its target's `after`.
 
-        Without scores all classes are equally good. With `is_sum` the log of the sum over classes, else the largest.
+        Without scores all classes are equally good. With `is_sum` the log of the sum over classes, not the largest.
         """
         reduce = _logsumexp if is_sum else np.maximum.reduceat
         members, label_begins, states, begins = self._layout
@@ -183,7 +183,7 @@ def over_tokens(
 ) -> TokenAutomaton:
     """Lift an automaton to a vocabulary; tokens without bytes are never used.
 
-    Raises ValueError if no sequence of tokens spells a match, and where the tokens do too many different things.
+    Raises ValueError if no sequence of tokens spells a match, and if the tokens act on the states in too many ways.
     """
     pieces = {i: piece for i, piece in enumerate(token_bytes) if piece and i != eos_token_id}
     row_of = _rows(automaton, pieces)
@@ -199,6 +199,8 @@ def over_tokens(
     class_of = np.full(len(token_bytes), len(classes))
     class_of[[*row_of]] = [number.get(row, len(classes)) for row in row_of.values()]
     moves = [np.frombuffer(row, np.int32).reshape(2, -1) for row in classes]
+    # Sort the moves of all classes by (state, target): the classes between the same two states make one edge, and equal
+    # sets of classes one label.
     state, to = np.concatenate([np.empty((2, 0), np.int64), *moves], axis=1)
     token_class = np.repeat(np.arange(len(classes)), [move.shape[1] for move in moves])
     order = np.lexsort((to, state))
@@ -223,10 +225,10 @@ def over_tokens(
 
 
 def _rows(automaton: ByteAutomaton, pieces: Mapping[int, bytes]) -> dict[int, bytes]:
-    """Return what each token does to the states: those in which it fits, then where it leads from each, as int32.
+    """Return a row for each token: the states in which it fits, then the state it leads to from each, as int32.
 
     Thousands of tokens times thousands of states would be too much to follow one by one. Tokens share the row of their
-    common beginning, and beginnings with equal rows (all runs of letters in a text without bound) share what follows:
+    common prefix, and prefixes with equal rows (all runs of letters in a text without bound) share their continuations:
     the loop looks up one byte after the other, and only a new pair of row and byte is computed.
     """
     columns, column_of = _distinct_columns(automaton.table)

@@ -1,9 +1,9 @@
-"""A canvas completed under a constraint, its tokens decided in any order.
+"""Complete a canvas under a constraint, although its tokens are decided in any order.
 
-A constraint becomes an automaton over the tokens of a vocabulary. A step of decoding is a walk over the canvas from the
-right to the left: for every position and state the weight of the best way (or of all ways) to a full match through
-what is decided and what is open; and a walk back that takes it. After DINGO (arXiv 2505.23061), which does so for
-left-to-right blocks; here decided tokens may lie anywhere.
+A constraint becomes an automaton over the tokens of a vocabulary. A step of decoding goes over the canvas twice. From
+right to left it computes, for every position and state, the weight of the best completion (or of all completions) that
+agrees with the decided tokens. From left to right it then chooses tokens by these weights. After DINGO (arXiv
+2505.23061), which does so for left-to-right blocks; here decided tokens may be anywhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +19,13 @@ from redraft.constraints.automaton import Bools, Floats, TokenAutomaton
 from redraft.constraints.kinds import TokenLimits
 
 MAX_TAILS = 8
-"""Number of canvas lengths for which a constraint remembers what can be filled."""
+"""Number of canvas lengths for which a constraint remembers which states can be completed."""
 _LOWEST = -1e9  # for tokens that the model rules out: where nothing else satisfies the constraint they are used
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledConstraint:
-    """A constraint over a vocabulary. Its walks run on the CPU, on logits that were reduced where they are."""
+    """A constraint over a vocabulary. It runs on the CPU, on logits that were reduced to classes on their device."""
 
     automaton: TokenAutomaton
     limits: TokenLimits
@@ -59,8 +59,8 @@ class CompiledConstraint:
 
         Without `u` the most probable joint completion under independent positions; with `u`, one number in [0, 1) for
         each position, an exact draw from the product of softmax(logits) restricted to what can be completed. Any subset
-        may be committed. Noise elsewhere may become anything. Where such noise lies before an open position, a draw
-        passes it by the state with the most mass behind it: valid, but no longer exact.
+        may be committed. Noise elsewhere may become anything. Where such noise is before an open position, a draw
+        takes the state with the most mass after it: the result is valid, but no longer an exact draw.
 
         Raises ValueError if there is no completion, which `check` at the start rules out.
         """
@@ -100,7 +100,7 @@ class CompiledConstraint:
     def _weigh(
         self, classes: Sequence[int | None], scores: Mapping[int, Floats], *, is_draw: bool = False
     ) -> tuple[int, int, dict[int, Floats]]:
-        """Weigh what lies behind each state at each boundary, from the end of what is known to the first noise.
+        """Weigh the completions from each state at each boundary, from the last known position back to the first noise.
 
         The weight is the log of the best completion's score, or of the sum over completions. Return the state at the
         first noise, its position, and the weights.
@@ -115,8 +115,8 @@ class CompiledConstraint:
             beta[i] = self._before(i, beta[i + 1], classes[i], scores.get(i), is_draw=is_draw)
         if beta[first][state] == -np.inf:
             raise ValueError(
-                f"the given tokens must leave a text of {len(classes)} tokens that satisfies the constraint;"
-                f" got {len(classes) - classes.count(None)} given, and none. Change them, the length or the constraint."
+                f"no text of {len(classes)} tokens with the {len(classes) - classes.count(None)} given ones satisfies"
+                " the constraint. Change the given tokens, the length or the constraint."
             )
         return state, first, beta
 
@@ -139,7 +139,7 @@ class CompiledConstraint:
 
     @cached_property
     def _fillable(self) -> Callable[[int], Bools]:
-        """Tell for each boundary and state whether the rest of a canvas without decided tokens can be filled."""
+        """Tell for each boundary and state whether the rest of a canvas without decided tokens can be completed."""
         return lru_cache(MAX_TAILS)(self._tail)
 
     def _tail(self, length: int) -> Bools:
@@ -153,14 +153,15 @@ class CompiledConstraint:
         return tail
 
     def _class_scores(self, logits: Float[Tensor, "n vocab"], is_draw: bool) -> Float[Tensor, "n classes"]:
-        """Reduce logits to the best, or to the log of the sum, of each class."""
+        """Reduce logits to one score per class: its largest logit, or for a draw the log of the sum of exponentials."""
         class_of = torch.from_numpy(self.automaton.class_of).to(logits.device)
         logits = logits[:, : len(class_of)].float()
         empty = logits.new_zeros((len(logits), self.automaton.num_classes + 1))
         if is_draw:
             largest = logits.amax(dim=1, keepdim=True).clamp_(min=_LOWEST)
             sums = empty.index_add(1, class_of, (logits - largest).exp_())[:, :-1]
-            if (sums > 1e-25).all():  # sync: else the exponentials of some class vanish, and it needs its own scale
+            # One scale for all classes is fast. Where it makes the sum of some class vanish, each class gets its own.
+            if (sums > 1e-25).all():  # sync
                 return sums.log() + largest
         best = (empty + _LOWEST).scatter_reduce_(1, class_of.expand(len(logits), -1), logits, "amax")
         if is_draw:
@@ -180,7 +181,7 @@ class CompiledConstraint:
         return tokens[torch.searchsorted(ends, rest * ends[-1], right=True).clamp(max=len(ends) - 1)]
 
     def _why_not(self, length: int) -> str:
-        """Say which lengths would do, for a canvas of which nothing is given."""
+        """Make the error for a canvas of the wrong length, with lengths that fit if nothing is given."""
         automaton, limits, possible = self.automaton, self.limits, []
         # 0 for the states from which n more tokens lead to an end of the text
         can_end = np.where([*automaton.is_final[:-2], False, False], 0.0, -np.inf)
@@ -203,7 +204,7 @@ class CompiledConstraint:
 
 
 def _choose(weights: Floats, draw: float | None) -> tuple[int, float]:
-    """Take the best, or invert the cumulative distribution; return also where inside its share the draw falls."""
+    """Take the best, or invert the cumulative distribution; also return where the draw falls in the chosen share."""
     if draw is None:
         return int(weights.argmax()), 0.0
     ends = np.exp(weights - weights.max()).cumsum()

@@ -1,4 +1,4 @@
-"""The kinds of constraints: what a text must be, as an automaton over bytes and limits on tokens. No torch."""
+"""The kinds of constraints. Each is an automaton over bytes, and limits on tokens. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Constraint:
         return from_pattern(_ANYTHING)
 
     def limits(self) -> TokenLimits:
-        """Return what is required of tokens rather than text."""
+        """Return the requirements on tokens, as opposed to text."""
         return TokenLimits()
 
     def __and__(self, other: "Constraint") -> "Constraint":
@@ -56,8 +56,8 @@ class Constraint:
     ) -> "CompiledConstraint":
         """Prepare for a vocabulary: bytes of each token, None for special tokens, which are never used.
 
-        With an end token the text may end early: the end token fills what is left. Without, it fills the canvas.
-        Raises ValueError for what can never be satisfied.
+        With an end token the text may end early: end tokens fill the rest. Without one, the text fills the canvas.
+        Raises ValueError for a constraint that can never be satisfied.
         """
         from redraft.constraints.completion import CompiledConstraint
 

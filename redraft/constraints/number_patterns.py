@@ -11,7 +11,7 @@ _FRACTION, _EXPONENT = r"\.[0-9]{1,15}", r"(?:[eE][+-]?[0-9]{1,2})?"
 
 
 def number_patterns(schema: Mapping[str, Any], *, is_integer: bool) -> list[str]:
-    """Write the numbers within a schema's bounds, with as many decimals as leave them distinct floats.
+    """Write the numbers within a schema's bounds, with at most as many decimals as keep them distinct floats.
 
     Returns regular expressions, of which one must match; none where no number fits.
     """

@@ -2,7 +2,7 @@
 
 The language is a subset of what the schema accepts, so that every match is valid: properties in the schema's order, no
 other properties beside listed ones, numbers of at most 15 digits before the point, no needless escapes in strings.
-What cannot be followed is refused, never ignored.
+A keyword that is not supported is an error, never ignored.
 """
 
 import json
@@ -42,7 +42,7 @@ _RULES: dict[str, dict[str, Any]] = {
     "any": {"type": str | list[str]},
     "alone": {"$ref": str, "enum": list, "const": Any, "anyOf": list, "oneOf": list, "allOf": list},
 }
-"""The keywords that speak of a type, or that stand alone, and what their values must be."""
+"""The keywords for each type, and those that stand alone, with the types of their values."""
 _KEYWORDS = {keyword: (kind, value) for kind, keywords in _RULES.items() for keyword, value in keywords.items()}
 _KINDS = ("object", "array", "string", "integer", "number", "boolean", "null")
 _ANYTHING: dict[str, Any] = {}
@@ -185,9 +185,9 @@ class _Writer:
         return ("join", ("text", brackets[0]), inside, ("text", brackets[1]))
 
     def _are_exclusive(self, options: Sequence[Any]) -> bool:
-        """Tell that no value fits two options: by types, by constants, or as objects by a property that all require.
+        """Tell whether no value fits two options: by types, by constants, or by a property that all objects require.
 
-        False also where this is unclear.
+        Returns False if this is unclear.
         """
         options = [self._resolved(option) for option in options]
         if True in options or False in options:
@@ -230,7 +230,7 @@ def _either(options: Sequence[Pattern | None]) -> Pattern | None:
 
 
 def _one_of(values: list[Any]) -> Pattern | None:
-    """Write constants; the marks around texts are written once, which saves a step for each text and place."""
+    """Write constants; the quotes around strings are written once, which makes the automaton smaller."""
     texts = [_text(value)[1] for value in values]
     inside = [("text", text[1:-1]) for text in texts if text[0] == '"']
     others = [("text", text) for text in texts if text[0] != '"']
@@ -246,7 +246,7 @@ def _text(value: Any) -> tuple[str, str]:
 
 
 def _kinds(schema: Mapping[str, Any]) -> list[str]:
-    """Return the types of a schema; a keyword that speaks of one type stands for it where none is given."""
+    """Return the types of a schema. Without a type, a keyword that is for one type implies it."""
     implied = [kind for kind in _KINDS if schema.keys() & _RULES.get(kind, {}).keys()]
     given = schema.get("type", implied or [*_KINDS])
     kinds = [given] if isinstance(given, str) else given

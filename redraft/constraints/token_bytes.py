@@ -5,7 +5,7 @@ import re
 from typing import Any, Literal
 
 LeadingSpace = Literal["text", "stripped", "added"]
-"""Whether a space at the start of a row of tokens is text, is dropped by decoding, or stands before every word."""
+"""A space at the start of a row of tokens: it is text, decoding drops it, or decoding adds it before every word."""
 
 
 def token_bytes(tokenizer: Any) -> list[bytes | None]:
@@ -41,7 +41,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
 
 
 def leading_space(tokenizer: Any) -> LeadingSpace:
-    """Find what decoding does with the space that the first token begins with."""
+    """Return what decoding does with a space at the beginning of the first token."""
     if '"WordPiece"' in tokenizer.backend_tokenizer.to_str():
         return "added"
     pieces = token_bytes(tokenizer)

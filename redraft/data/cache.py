@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, also where a process is killed or several build the same one."""
+"""Cache folders that are complete or absent, even if a process is killed or several build the same one."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ def cache_key(**parts: Any) -> str:
 def cached_folder(folder: Path, *, build: Callable[[Path], None]) -> Path:
     """Return `folder`, calling `build(partial_folder)` to fill it unless it is there and whole.
 
-    The files are written beside the cache and renamed into place at once. A manifest of sizes and sha256 is checked at
-    every call, so a truncated or altered cache is built again, with a warning. The lock dies with its process: of many
-    processes one builds and the others wait for it.
+    The files are written into another folder, which is renamed at the end. A manifest of sizes and sha256 is checked at
+    every call, so a truncated or altered cache is built again, with a warning. One of several processes builds and the
+    others wait; the lock is released when its process ends.
     """
     from filelock import FileLock
 
@@ -32,8 +32,8 @@ def cached_folder(folder: Path, *, build: Callable[[Path], None]) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"{str(folder.parent)!r} must be a folder that can be written ({error.strerror})"
-        raise ValueError(f"{reason}. XDG_CACHE_HOME says where the cache is.") from error
+        reason = f"cannot write the cache to {str(folder.parent)!r} ({error.strerror})"
+        raise ValueError(f"{reason}. Set XDG_CACHE_HOME to another folder.") from error
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if is_whole(folder):
             return folder
@@ -41,7 +41,7 @@ def cached_folder(folder: Path, *, build: Callable[[Path], None]) -> Path:
             logger.warning("The cache %s is damaged and is built again.", folder)
             shutil.rmtree(folder)
         partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         partial.mkdir()
         try:
             build(partial)

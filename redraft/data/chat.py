@@ -1,4 +1,4 @@
-"""Conversations to tokens: the chat template, which tokens are targets, how an answer ends, what is cut."""
+"""Encode conversations: render the chat template, mark the targets, end the answers, cut what is too long."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ class Example(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A stretch of a conversation's text: what is given, the answer to it, and what the template writes behind it."""
+    """A part of a conversation's text: what is given, the answer to it, and what the template writes after it."""
 
     given: str
     answer: str
@@ -49,7 +49,7 @@ class Turn(NamedTuple):
 
 
 def with_chat_template(tokenizer: Tokenizer, config: ChatConfig) -> Tokenizer:
-    """Return the tokenizer with the template that conversations are rendered with: it is saved with the model."""
+    """Return the tokenizer with the chat template for the conversations: it is saved with the model."""
     if config.template is not None:
         try:
             template = Path(config.template).read_text()
@@ -61,7 +61,7 @@ def with_chat_template(tokenizer: Tokenizer, config: ChatConfig) -> Tokenizer:
         template = DEFAULT_TEMPLATE
         logger.warning(
             "the tokenizer has no chat template: the default is used and saved, User:\\n...\\n\\nAssistant:\\n...%s."
-            " Give another with data.chat.template.",
+            " Set data.chat.template for another.",
             tokenizer.eos_token or tokenizer.sep_token,
         )
     tokenizer = copy.deepcopy(tokenizer)
@@ -81,7 +81,7 @@ def encode_conversations(
 ) -> list[Example | None]:
     """Encode conversations (JSON of their messages) with their targets; None for one that must be dropped as too long.
 
-    Plain text among them (`data.records.DOCUMENT`) comes in pieces of `seq_len` tokens, all of it to be learnt.
+    Plain text among them (`data.records.DOCUMENT`) is cut into pieces of `seq_len` tokens, and all of it is learnt.
     Raises ValueError where the template or a text does not allow it.
     """
     eos_token_id, special = require_eos_token(tokenizer), special_token_ids(tokenizer)
@@ -120,16 +120,16 @@ def encode_pairs(
 def cut_at_turns(tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: Literal["last", "all"]) -> list[Turn]:
     """Render a conversation that ends with an answer, and cut it into turns.
 
-    An answer begins where the generation prompt ends; one that begins the conversation, where its words do. A turn of
-    weight 0 is given. Raises ValueError where the text rendered up to a turn is not the beginning of the whole, the
-    answer is not in it as it was written, or the template leaves something out.
+    An answer begins where the generation prompt ends, or, as the first message, where its own text begins. A turn of
+    weight 0 is given, not learnt. Raises ValueError where the text rendered up to a turn is not the beginning of the
+    whole text, the template changes an answer, or it leaves something out.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message]
     render = partial(render_chat, tokenizer, tools=messages[0].get("tools"))
     whole, position, rendered = render(messages), 0, []
     _refuse_left_out(str(tokenizer.chat_template), render, messages, whole=whole)
     for i in turns if loss_on == "all" else turns[-1:]:
-        # What the template writes behind an answer is found by rendering one that stands nowhere else.
+        # Rendering a placeholder, which occurs nowhere else, shows what the template writes after an answer.
         head, _, ending = render([*messages[:i], {"role": "assistant", "content": PROBE}]).rpartition(PROBE)
         start = len(_beginning(render, messages, i, whole=whole, for_answer=True, head=head))
         stop = len(_beginning(render, messages, i + 1, whole=whole, for_answer=False, head=head))
@@ -146,13 +146,13 @@ def cut_at_turns(tokenizer: Tokenizer, messages: Sequence[Message], *, loss_on: 
 
 
 def _words(message: Message) -> list[str]:
-    """Return what the assistant wrote: the content, the thoughts, the names of the functions that it calls."""
+    """Return the texts that the assistant wrote: content, thoughts, names of the functions that it calls."""
     calls = [call["function"]["name"] for call in message.get("tool_calls", [])]
     return [message["content"], *(message[name] for name in THOUGHTS if name in message), *calls]
 
 
 def _refuse_left_out(template: str, render: Render, messages: Sequence[Message], *, whole: str) -> None:
-    """Raise ValueError for fields that the template does not know, and for roles that it does not write."""
+    """Raise ValueError for fields that the template does not use, and for roles that it does not write."""
     for name in ("tools", "tool_calls", *THOUGHTS):
         if any(name in message for message in messages) and not re.search(rf"\b{name}\b", template):
             raise ValueError(
@@ -161,7 +161,7 @@ def _refuse_left_out(template: str, render: Render, messages: Sequence[Message],
             )
     for i, message in enumerate(messages):
         if message["role"] == "assistant" or message["content"].strip() in whole:
-            continue  # of earlier answers a template may leave out the thoughts
+            continue  # a template may leave out the thoughts of earlier answers
         if render([*messages[:i], {**message, "content": PROBE}, *messages[i + 1 :]]) == whole:
             raise ValueError(
                 f"the chat template leaves out messages of role {message['role']!r}, such as"
@@ -199,10 +199,10 @@ def _refuse_special_tokens(dialogues: Sequence[Sequence[Message]], special: set[
 
 
 def _encode_turns(tokenizer: Tokenizer, rendered: Sequence[Sequence[Turn]]) -> list[list[list[int]]]:
-    """Encode each part of each turn as it stands after all before it, which is how a prompt is encoded at generation.
+    """Encode each part of each turn after the text before it, as a prompt is encoded at generation.
 
-    Where the tokens of the longer text do not begin with those of the shorter one (a merge across the border), the
-    part is encoded alone: a border between what is given and what is learnt is always one between tokens.
+    Where the tokens of the longer text do not begin with those of the shorter one (a token spans the border), the part
+    is encoded alone: no token holds both given and learnt text.
     """
     parts = [list(chain.from_iterable(turns)) for turns in rendered]
     encoded = iter(encode_texts(tokenizer, ["".join(texts[: i + 1]) for texts in parts for i in range(len(texts))]))
@@ -239,7 +239,7 @@ def _with_targets(tokens: Sequence[list[int]], *, special: set[int], eos_token_i
 
 
 def _fill_block(example: Example, eos_token_id: int, config: ChatConfig) -> Example:
-    """Fill the last block with EOS: tokens like others, attended to and learnt."""
+    """Pad the last block with EOS tokens, which are attended to and learnt."""
     fill = (0, -len(example.input_ids) % config.eos_block)
     input_ids = np.pad(example.input_ids, fill, constant_values=eos_token_id)
     return Example(input_ids, np.pad(example.is_target, fill, constant_values=True), example.is_cut)

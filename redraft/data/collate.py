@@ -1,4 +1,4 @@
-"""Rows of a dataset to batches of tensors: their order, their padding, and what a model must beat on them."""
+"""Rows of a dataset to batches of tensors: their order, their padding, and simple baselines of the loss."""
 
 import gzip
 import math
@@ -18,9 +18,8 @@ BATCHES_PER_GROUP = 50
 class PassSampler(Sampler[int]):
     """A random order of whole batches; given `lengths`, the rows of a batch are about equally long.
 
-    A pure function of the seed and the pass (`set_epoch`), so that a resumed run goes through the same batches. What a
-    pass has beyond its last whole batch it leaves out, drawn anew in each: a batch is that of an optimizer step, and
-    in whatever pieces it is computed, every step has as many rows.
+    A pure function of the seed and the pass (`set_epoch`), so that a resumed run gets the same batches. A batch is that
+    of an optimizer step. Rows that do not fill a last whole batch are left out, other ones in each pass.
     """
 
     def __init__(self, num_rows: int, *, batch_size: int, seed: int, lengths: Sequence[int] | None = None) -> None:
@@ -57,7 +56,7 @@ def collate(
 
     `window`, if there, is the number of each row's window, (B,).
 
-    Padding is what has segment 0, never what equals `pad_token_id`: a model may share that id with a real token.
+    Padding is marked by segment 0, not by `pad_token_id`: a model may use that id for a real token.
     """
     if not rows:
         raise ValueError("collate needs at least one row; got none. Is the dataset empty?")
@@ -91,7 +90,7 @@ def collate_preferences(
 
 
 def targets_of(batch: Mapping[str, Tensor]) -> Bool[Tensor, "*batch seq"]:
-    """Say which positions may be noised and count in the loss: `is_target`, or all tokens where there is none."""
+    """Return which positions may be noised and count in the loss: `is_target`, or all tokens where there is none."""
     return batch["is_target"] if "is_target" in batch else batch["segment_ids"] > PADDING_SEGMENT
 
 

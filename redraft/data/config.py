@@ -25,15 +25,15 @@ class ChatConfig(Settings):
     }
 
     loss_on: Literal["last", "all"] = "last"
-    """Which assistant turns are learnt. An earlier turn is learnt with all later turns in sight."""
+    """Assistant turns to learn: the last or all. With all, an earlier turn is learnt while later turns are visible."""
     eos_block: Count = 1
-    """Fill the last block of so many tokens with EOS, attended to and learnt; blocks are counted from the
-    conversation's start. 1 fills nothing; the value of seq_len pads as LLaDA does."""
+    """Pad each conversation with EOS tokens, which are learnt, to a multiple of this many tokens. 1: no padding; the
+    value of seq_len: as LLaDA does."""
     batching: Literal["packed", "grouped"] = "packed"
-    """packed: several conversations per window, which do not see each other. grouped: one per row, and rows of about
-    equal length in a batch."""
+    """packed: several conversations per window, without attention between them. grouped: one conversation per row, and
+    rows of about equal length in a batch."""
     template: str | None = None
-    """File of a Jinja chat template; by default the tokenizer's own, or a plain one if it has none."""
+    """File with a Jinja chat template; by default the tokenizer's own, or a plain one if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class DataConfig(Settings):
     }
 
     source: str = "stdlib"
-    """stdlib (Python's own library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a dataset of
-    save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
+    """stdlib (Python's standard library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a folder of
+    datasets' save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
     SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents).
-    For a kind MODULE:FUNCTION whatever that function reads."""
+    With kind MODULE:FUNCTION: what that function reads."""
     kind: str = "text"
-    """text: documents. chat: conversations (messages, prompt and response, instruction and output) to learn answers;
-    stdlib and text files mixed with them are learnt whole. preference: pairs (prompt, chosen, rejected) to learn the
-    better answer by (VRPO; objective.beta). MODULE:FUNCTION: rows that your own function makes of the source."""
+    """text: documents. chat: conversations (messages; prompt and response; instruction and output) of which the answers
+    are learnt; stdlib and text files mixed with them are learnt whole. preference: pairs (prompt, chosen, rejected) for
+    VRPO (objective.beta). MODULE:FUNCTION: rows that your own function makes from the source."""
     text_field: str = "text"
     """Field that holds the text of a record (kind text)."""
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -69,17 +69,18 @@ class DataConfig(Settings):
     validation_fraction: Fraction = 0.05
     """Fraction of the documents for validation, chosen by the hash of their text; 0 for none."""
     isolate_documents: bool = False
-    """No attention across documents in a window; positions restart at each."""
+    """No attention between documents in a window; positions restart at each document."""
     random_length: Probability = 0.0
     """Probability that a training window is cut to a uniformly random length (LLaDA's pretraining: 0.01; kind text)."""
     max_documents: Annotated[int, Within("[1, inf)")] | None = None
-    """Use the source's first documents only; by default all."""
+    """Number of documents to use, from the source's beginning; by default all."""
     streaming: bool = False
-    """Read and pack on the fly, without cache; the first 64 held-out windows are for validation. Needs a tokenizer."""
+    """Read and pack while training, without a cache; the first 64 held-out windows are for validation. Needs a
+    tokenizer."""
     tokenizer: str | None = None
     """Folder or hub id of a tokenizer; by default a byte-level BPE is trained on the training documents."""
     vocab_size: Annotated[int, Within(f"[{SMALLEST_VOCAB_SIZE}, inf)")] = 4096
-    """Size of the tokenizer that is trained."""
+    """Number of tokens of a tokenizer that is trained."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +109,7 @@ class DataConfig(Settings):
         if self.streaming and self.chat.batching == "grouped":
             raise ValueError("data.chat.batching grouped needs all lengths; a stream does not know them. Use packed.")
         if self.kind == "preference" and self.chat.loss_on == "all":
-            raise ValueError("of preference pairs only the last answer is learnt; got data.chat.loss_on all. Use last.")
+            raise ValueError("preference pairs learn only the last answer; got data.chat.loss_on all. Use last.")
         if self.random_length:
             raise ValueError("data.random_length is for kind text: a cut conversation may lose its answer. Use 0.")
         if self.seq_len % self.chat.eos_block:

@@ -1,4 +1,4 @@
-"""Documents and records of one file or dataset, and what is wrong with it where it cannot be read."""
+"""Read documents and records of one file or dataset, with errors that name the place."""
 
 import csv
 import json
@@ -14,12 +14,12 @@ from redraft.errors import unknown_name
 TEXT_SUFFIXES = (".md", ".py", ".txt")
 
 RecordAt = tuple[str, Any]
-"""Where a record stands, for errors, and the record. A text file is one record with one field."""
+"""The place of a record, for errors, and the record. A text file is one record with one field."""
 
 
 @contextmanager
 def at_place(where: str) -> Iterator[None]:
-    """Say in every ValueError where the record stands that it is about."""
+    """Put the place of the record before the message of every ValueError."""
     try:
         yield
     except RecursionError as error:
@@ -44,7 +44,7 @@ def read_file(path: Path, *, field: str | None) -> Iterator[RecordAt]:
         raise ValueError(f"{str(path)!r} holds no {what}. Give a folder, or a file of {', '.join(suffixes)}.")
     try:
         if not path.is_file():  # opening a pipe would wait for a writer
-            raise ValueError(f"{path} is no regular file, or a link to nothing. Leave it out.")
+            raise ValueError(f"{path} is not a regular file, or a broken link. Leave it out.")
         with path.open("rb") as file:
             file.read(1)
     except OSError as error:
@@ -55,14 +55,14 @@ def read_file(path: Path, *, field: str | None) -> Iterator[RecordAt]:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file; ValueError where it is no UTF-8 text."""
+    """Read a text file. Raises ValueError where it is not UTF-8 text."""
     return _decode(path.read_bytes(), where=str(path))
 
 
 def cut_at_blank_lines(document: str, *, min_characters: int) -> Iterator[str]:
-    """Cut a long text at blank lines into parts of at least so many characters; joined they are the text again."""
+    """Cut a long text at blank lines into parts of at least so many characters, without losing a character."""
     start = 0
-    for run in re.finditer(r"\s{2,}", document):  # linear in long runs too
+    for run in re.finditer(r"\s{2,}", document):  # this takes linear time in long runs too
         for newline in re.finditer(r"\n", run[0][: max(run[0].rfind("\n"), 0)]):
             if (border := run.start() + newline.end()) - start >= min_characters:
                 yield document[start:border]
@@ -125,7 +125,7 @@ READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parq
 
 
 def numbered_rows(rows: Iterable[Any], *, where: str) -> Iterator[RecordAt]:
-    """Number the rows of a parquet file or a dataset; what cannot be read is a ValueError."""
+    """Number the rows of a parquet file or a dataset. Raises ValueError for a row that cannot be read."""
     import pyarrow
 
     number = 0
@@ -134,7 +134,7 @@ def numbered_rows(rows: Iterable[Any], *, where: str) -> Iterator[RecordAt]:
             yield f"{where}, row {number}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{where}: damaged, or of another format, after row {number} ({one_line(error)}). Write it again."
+            f"{where}: damaged, or in another format, after row {number} ({one_line(error)}). Write it again."
         ) from error
 
 
@@ -144,7 +144,7 @@ def _decode(content: bytes, *, where: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start}). Convert it to UTF-8 text.") from error
     if "\0" in text:
-        raise ValueError(f"{where} holds NUL bytes, so it is no text. Convert it to UTF-8 text.")
+        raise ValueError(f"{where} holds NUL bytes, so it is not text. Convert it to UTF-8 text.")
     return text
 
 
@@ -164,7 +164,7 @@ def one_line(error: BaseException) -> str:
 
 
 def field_text(record: Any, *, field: str) -> str | None:
-    """Take the document (or null) out of a record; ValueError where there is none."""
+    """Return the document (or null) of a record. Raises ValueError where the record has no such field."""
     if not isinstance(record, Mapping):
         raise ValueError(f'a record must be {{"{field}": "..."}}; got {type(record).__name__}. Edit the file.')
     if field not in record:
@@ -175,10 +175,10 @@ def field_text(record: Any, *, field: str) -> str | None:
 
 
 def require_text(value: Any, field: str) -> str:
-    """Return the text of a field; ValueError where it is none."""
+    """Return the text of a field. Raises ValueError where it is not a string."""
     if not isinstance(value, str):
         got = type(value).__name__
         raise ValueError(f"field {field!r} must be a string; got {got}. Edit the record, or name another field.")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"field {field!r} holds a lone surrogate, which is no character. Remove it.")
+        raise ValueError(f"field {field!r} holds a lone surrogate, which is not a character. Remove it.")
     return value

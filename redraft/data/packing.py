@@ -1,4 +1,4 @@
-"""Documents' tokens packed into windows of one length, without padding and without loss; conversations whole."""
+"""Pack documents into windows of equal length, without padding; pack conversations without cutting them."""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,13 +18,13 @@ from redraft.randomness import uniform
 
 DOCUMENTS_PER_BATCH = 64
 CONVERSATIONS_PER_BUFFER = 1024
-RANDOM_LENGTH_KEY = 20250  # apart from the keys of noise, which begin with a run's seed
+RANDOM_LENGTH_KEY = 20250  # unlike the keys of noise, which begin with a run's seed
 
 
 class Windows(NamedTuple):
     """Whole windows; `segment_ids` count the documents inside each window from 1, and are 0 for padding.
 
-    Windows of conversations are padded on the right, and `is_target` is what may be noised and is learnt.
+    Windows of conversations are padded on the right, and `is_target` marks the tokens that are noised and learnt.
     """
 
     input_ids: Integer[np.ndarray, "windows seq"]
@@ -32,15 +32,14 @@ class Windows(NamedTuple):
     is_target: Bool[np.ndarray, "windows seq"] | Integer[np.ndarray, "windows seq"] | None = None
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Name the arrays that there are."""
+        """Return the arrays that are present, by name."""
         return {name: rows for name, rows in self._asdict().items() if rows is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackingReport:
-    """What went into the windows. num_tokens + num_padding_tokens == num_windows * seq_len + num_dropped_tokens.
-
-    (Except for conversations in rows of their own, whose padding is left out.) Reports of batches add up.
+    """Counts of what went into the windows: num_tokens + num_padding_tokens == num_windows * seq_len +
+    num_dropped_tokens, except for conversations with a row each, whose padding is not counted. Reports can be added.
     """
 
     num_documents: int = 0
@@ -50,11 +49,11 @@ class PackingReport:
     num_dropped_tokens: int = 0
     """The last, partial window of packed text. No other token of a text is dropped."""
     num_padding_tokens: int = 0
-    """Padding of packed conversations. What batches of unequal rows add is in the efficiency that training logs."""
+    """Padding of packed conversations. Training logs the efficiency of batches, which includes padding of rows."""
     num_target_tokens: int = 0
     """Tokens of conversations that are learnt."""
     num_cut: int = 0
-    """Conversations that lost the left of their prompt."""
+    """Conversations whose prompt was cut on the left."""
     num_too_long: int = 0
     """Conversations that were dropped."""
 
@@ -68,7 +67,7 @@ class PackingReport:
         return useful / max(useful + self.num_padding_tokens, 1)
 
     def describe(self, *, seq_len: int) -> str:
-        """Say in one line what went in and what was left out."""
+        """Describe in one line what was packed and what was left out."""
         text = (
             f"{self.num_documents:,} documents, {self.num_tokens:,} tokens, {self.num_windows:,} windows of {seq_len}"
         )
@@ -86,16 +85,16 @@ Packed = Iterator[tuple[Windows, PackingReport]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WindowDataset(Dataset[dict[str, Tensor]]):
-    """Windows by index, in memory or mapped: `input_ids` and `segment_ids`, (seq_len,) int32; `is_target` if there.
+    """Windows by index, in memory or mapped: `input_ids` and `segment_ids`, (seq_len,) int32; `is_target` if present.
 
-    A row says as `window` which one it is.
+    `window` is the number of the window.
     """
 
     windows: Windows
     is_trimmed: bool = False
     """Leave the padding of a row out; the batch pads to its longest row."""
     random_length: float = 0.0
-    """P(a window is cut to a uniformly random length), the same ones in each pass (LLaDA: 0.01, arXiv 2502.09992)."""
+    """P(a window is cut to a uniformly random length), the same windows in each pass (LLaDA: 0.01, 2502.09992)."""
 
     def __len__(self) -> int:
         return len(self.windows.input_ids)
@@ -110,7 +109,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
             name: torch.from_numpy(rows[index, :length].astype(bool if name == "is_target" else np.int32))
             for name, rows in self.windows.columns().items()
         }
-        if self.random_length:  # what is cut off stays as padding: all windows of a run have one shape
+        if self.random_length:  # the cut part becomes padding, so that all windows of a run have one shape
             chance, part = uniform(RANDOM_LENGTH_KEY, number, torch.arange(2)).tolist()
             if chance < self.random_length:
                 row["segment_ids"][1 + int(part * len(row["segment_ids"])) :] = 0
@@ -176,10 +175,10 @@ def pack_documents(
 
 
 def best_fit(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
-    """Put items into few bins (best-fit decreasing: at most 11/9 of the fewest, Johnson 1974).
+    """Put items into few bins (best-fit decreasing: at most 11/9 of the minimum, Johnson 1974).
 
-    The bins come in a random order, always the same: those of few long items would gather at one end, and a stream is
-    trained on as it comes.
+    The bins are shuffled with a fixed seed: else those with few long items would come first, and a stream is trained on
+    in this order.
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (what is free, bin), sorted
@@ -199,7 +198,7 @@ def best_fit(lengths: Sequence[int], *, capacity: int) -> list[list[int]]:
 def pack_examples(
     examples: Sequence[Example], *, seq_len: int, pad_token_id: int, one_per_window: bool = False
 ) -> Windows:
-    """Put whole conversations into windows, each a segment of its own; none is cut, what is left over is padding."""
+    """Put whole conversations into windows, each as a segment of its own; the rest of a window is padding."""
     bins = [[i] for i in range(len(examples))]
     if not one_per_window:
         bins = best_fit([len(example.input_ids) for example in examples], capacity=seq_len)

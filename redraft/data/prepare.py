@@ -38,7 +38,7 @@ from redraft.data.tokenizer import (
     train_tokenizer,
 )
 
-FORMAT = 5  # of the cache: raise it where the same settings give other windows
+FORMAT = 5  # of the cache: raise it when a code change makes other windows from the same settings
 SHUFFLE_BUFFER_DOCUMENTS = 1000
 STREAM_VALIDATION_WINDOWS = 64
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -48,8 +48,8 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 class StreamedWindows(IterableDataset[dict[str, Tensor]]):
     """Windows packed on the fly; each worker of a DataLoader packs every n-th document.
 
-    Pass after pass without end where `is_endless`, each shuffled anew: the n-th window is a function of n alone, so
-    skipping n windows resumes exactly, in whichever pass.
+    If `is_endless`, pass follows pass, each with another order. The n-th window is a function of n alone, so skipping n
+    windows resumes exactly, in any pass.
     """
 
     config: DataConfig
@@ -83,15 +83,15 @@ class PreparedData:
     """None for a stream: it is not read yet."""
     validation_report: PackingReport | None = None
     generation: dict[str, Any] = field(default_factory=dict)
-    """Settings of sampling that the checkpoint is to carry."""
+    """Sampling settings to save with the checkpoint."""
 
 
 def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, objective: str = "masked") -> PreparedData:
     """Read, split, tokenise and pack a source; the same text and settings give the same windows, from the cache.
 
-    `tokenizer` goes before `config.tokenizer`; a kind MODULE:FUNCTION is called with the config, `tokenizer=` and the
-    kind of `objective=`. The cache's key holds the hash of the documents' text, so it is never stale. Raises ValueError
-    for a source that cannot be read and for a split without one whole window.
+    `tokenizer` replaces `config.tokenizer`. A kind MODULE:FUNCTION is called with the config, `tokenizer=` and the kind
+    of the objective as `objective=`. The cache's key contains the hash of the documents' text, so the cache is never
+    stale. Raises ValueError for a source that cannot be read and for a split without one whole window.
     """
     if ":" in config.kind:
         rows: PreparedData = _import_function(config.kind)(config, tokenizer=tokenizer, objective=objective)
@@ -112,10 +112,13 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, objective
 def build_data(config: DataConfig, out: Path) -> PreparedData:
     """Write a source's windows and their tokenizer into a folder that `DataConfig.source` takes in place of the source.
 
-    The folder appears when it is whole; what a killed build left is begun again. Raises ValueError where `out` exists.
+    The folder appears when it is complete; a killed build starts again from the beginning. Raises ValueError where
+    `out` exists.
     """
     if ":" in config.kind:
-        raise ValueError(f"rows of kind {config.kind} are read as they are and not built. Train on the source.")
+        raise ValueError(
+            f"data of kind {config.kind} cannot be built: its function makes the rows. Train on the source."
+        )
     if out.exists():
         raise ValueError(f"{str(out)!r} exists. Choose another folder or remove it.")
     tokenizer = _tokenizer(config, None, documents_fingerprint(_read(config)))
@@ -129,18 +132,18 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
 
 
 def _open_built(config: DataConfig, tokenizer: Tokenizer | None) -> PreparedData:
-    """Open a folder of `build_data`. Raises ValueError where it is damaged or was built otherwise."""
+    """Open a folder of `build_data`. Raises ValueError where it is damaged or was built with other settings."""
     folder = Path(config.source).expanduser()
     if not is_whole(folder):
-        raise ValueError(f"the built data in {str(folder)!r} are damaged or not whole. Build them again.")
+        raise ValueError(f"the built data in {str(folder)!r} are damaged or incomplete. Build them again.")
     built, wanted = json.loads((folder / BUILT).read_text()), _window_settings(config)
     if config.max_documents is not None:
         wanted["max_documents"] = config.max_documents
     for name, value in wanted.items():
         if built.get(name) != value:
             raise ValueError(
-                f"{str(folder)!r} was built with {name}={built.get(name)!r}; got {value!r}. Set data.{name} to it,"
-                " or build again."
+                f"{str(folder)!r} was built with {name}={built.get(name)!r}; got {value!r}. Set data.{name} to the"
+                " former, or build again."
             )
     saved = load_fast_tokenizer(folder)
     if tokenizer is None and config.tokenizer:
@@ -179,7 +182,7 @@ def _cache_folder() -> Path:
 
 
 def _window_settings(config: DataConfig) -> dict[str, Any]:
-    """Name what the windows depend on beside the text and the tokenizer."""
+    """Return the settings that the windows depend on, besides the text and the tokenizer."""
     chat = None if config.kind == "text" else asdict(config.chat)
     return {name: getattr(config, name) for name in ("kind", "seq_len", "validation_fraction")} | {"chat": chat}
 
@@ -276,7 +279,7 @@ def _read(config: DataConfig) -> Iterator[str]:
 
 
 def _documents(config: DataConfig, split: Split, *, number_of_pass: int = 0) -> Iterator[str]:
-    """Read one split, the training documents shuffled inside a buffer: no corpus need fit into memory."""
+    """Read one split; training documents are shuffled inside a buffer, as a corpus may not fit into memory."""
     if split == "validation" and not config.validation_fraction:
         return
     key_of = _prompt_of if config.kind == "preference" else str
@@ -292,7 +295,7 @@ def _documents(config: DataConfig, split: Split, *, number_of_pass: int = 0) -> 
 
 
 def _prompt_of(pair: str) -> str:
-    """Return what both conversations of a pair (JSON) begin with, as JSON: a prompt is never on both sides."""
+    """Return the prompt of a pair (JSON) as JSON: splitting by it puts no prompt into both splits."""
     return json.dumps(json.loads(pair)[0][:-1])
 
 

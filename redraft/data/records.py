@@ -1,4 +1,4 @@
-"""Records of chat and preference data, whatever their fields are called, as conversations of one form."""
+"""Read records of chat and preference data, in several schemas, as conversations in one form."""
 
 import json
 import re
@@ -9,10 +9,10 @@ from typing import Any
 from redraft.data.files import at_place, require_text
 
 Message = dict[str, Any]
-"""Role, content, and where they are there: thoughts, tool calls, weight 0; the first message has the tools."""
+"""Role and content, and optionally thoughts, tool calls and weight 0; the first message holds the tools."""
 
 DOCUMENT = "\0document"
-"""Role of the one message that is no turn but plain text, beside conversations; a name that no record may have."""
+"""Role of the only message of a plain text that is mixed with conversations; no record may have this name."""
 SCHEMAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("prompt", "response"), ("prompt", "completion"), ("instruction", "output")),
     "preference": (
@@ -25,14 +25,14 @@ SCHEMAS: dict[str, tuple[tuple[str, ...], ...]] = {
 """The fields by which a record of each kind is known."""
 SYSTEM_FIELDS = ("system", "system_prompt")
 CONTEXT_FIELDS = (*SYSTEM_FIELDS, "history", "tools")
-"""Fields that a record of any schema may have: what goes before its messages."""
+"""Fields that a record of any schema may have, and that belong before its messages."""
 DIALOGUE = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 """Turns in a text, as in hh-rlhf."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("weight", "train", "training", "loss")
-"""What OpenAI's files and other frameworks call it: 0 or false for an answer that is given and not learnt."""
-OF_TOOLS = ("name", "tool_call_id")
-MESSAGE_FIELDS = {"assistant": (*THOUGHTS, "tool_calls", *WEIGHTS), "tool": OF_TOOLS}
+"""Names, in OpenAI's files and other frameworks, of the weight of an answer: 0 or false if it is not learnt."""
+TOOL_FIELDS = ("name", "tool_call_id")
+MESSAGE_FIELDS = {"assistant": (*THOUGHTS, "tool_calls", *WEIGHTS), "tool": TOOL_FIELDS}
 """Fields that a message of a role may have beside role and content."""
 AFTER_ANSWERS = ("system", "developer", "user", "tool", "function")
 """Roles that may follow the last answer."""
@@ -42,7 +42,7 @@ def record_parser(kind: str, unused: Counter[str]) -> Callable[[Any], str]:
     """Make the parser of one source: a record to the JSON of its messages (chat) or of two conversations (preference).
 
     The first record decides the schema. Raises ValueError at the first record that has another, and at a malformed one.
-    Counts fields that are not used in `unused`.
+    Fields that are not used are counted in `unused`.
     """
     first: tuple[str, ...] | None = None
 
@@ -67,7 +67,7 @@ def as_conversation(document: str) -> str:
 
 
 def is_given(value: Any) -> bool:
-    """Say whether a field holds anything; tables fill absent fields with null or nothing."""
+    """Tell whether a field holds anything; tables fill absent fields with null or an empty value."""
     return value is not None and value not in ("", [], {})
 
 
@@ -77,7 +77,7 @@ def _schema_of(record: Any, kind: str) -> tuple[str, ...]:
     for fields in SCHEMAS[kind]:
         if all(record.get(field) is not None for field in fields):  # tables fill absent fields with null
             return fields
-    hint = " Pairs of answers are of --data.kind preference." if "chosen" in record and kind == "chat" else ""
+    hint = " Pairs of answers need --data.kind preference." if "chosen" in record and kind == "chat" else ""
     names, known = ", ".join(sorted(map(str, record))), ", ".join(map("/".join, SCHEMAS[kind]))
     raise ValueError(f"no known schema; it has {names}. Known are {known}.{hint}")
 
@@ -117,7 +117,7 @@ def _question(record: Mapping[str, Any], field: str) -> Any:
 
 
 def _prompt_and_answers(prompt: Any, answers: list[Any]) -> tuple[Any, list[Any]]:
-    """Return a prompt and its two answers, with the turns of texts that hold the whole dialogue (hh-rlhf)."""
+    """Return a prompt and its two answers; texts that hold a whole dialogue (hh-rlhf) are read as turns."""
     if not is_given(prompt) or (isinstance(prompt, str) and not prompt.strip()):
         prompt = []
     asked = _dialogue(prompt)
@@ -134,13 +134,13 @@ def _prompt_and_answers(prompt: Any, answers: list[Any]) -> tuple[Any, list[Any]
                 " 'Human:' and 'Assistant:' turns."
             )
         return [], answers
-    if all(len(turns) > 1 for turns in dialogues):  # one alone is an answer that is written as a dialogue
+    if all(len(turns) > 1 for turns in dialogues):  # if only one is a dialogue, it is an answer that looks like one
         return asked or prompt, dialogues
     return prompt, _without_prompt(prompt, answers)
 
 
 def _without_prompt(prompt: Any, answers: list[Any]) -> list[Any]:
-    """Cut the prompt off two texts that both begin with it; where one alone does, it is an answer that quotes."""
+    """Remove the prompt from two texts that both begin with it; if only one does, that answer quotes the prompt."""
     last = prompt[-1] if isinstance(prompt, list) else {"content": prompt}
     asked = last.get("content") if isinstance(last, Mapping) else None
     if not isinstance(asked, str) or not all(isinstance(answer, str) for answer in answers):
@@ -166,8 +166,8 @@ def _dialogue(text: Any) -> list[Message]:
 def _joined(prompt: Any, answer: Any) -> list[Any]:
     """Put a prompt before an answer, each a text or messages.
 
-    An answer that is the whole conversation has the prompt already, as its beginning or as its last question; a system
-    message may stand in one of them alone. Raises ValueError where such a conversation has another prompt.
+    An answer that is the whole conversation contains the prompt, at its beginning or as its last question. Only one of
+    the two may have a system message. Raises ValueError where such a conversation has another prompt.
     """
     before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     after = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
@@ -178,8 +178,8 @@ def _joined(prompt: Any, answer: Any) -> list[Any]:
         return _with_system(_systems(before), after)
     if is_whole:
         raise ValueError(
-            "the conversation of the answer begins otherwise than the prompt. Remove the prompt, or give the answer"
-            " alone, as messages."
+            "the answer is a whole conversation with another prompt than the record's. Remove the prompt, or give the"
+            " answer alone, as messages."
         )
     return [*before, *after]
 
@@ -189,7 +189,7 @@ def _systems(messages: list[Any]) -> list[Any]:
 
 
 def _turns(messages: list[Any]) -> list[Any]:
-    """Return what may be compared of messages: roles and contents, without system messages."""
+    """Return roles and contents of messages for a comparison, without system messages."""
     systems = _systems(messages)
     return [
         (m.get("role"), str(m.get("content")).strip()) if isinstance(m, Mapping) else m
@@ -229,7 +229,7 @@ def _with_context(record: Mapping[str, Any], messages: Any) -> list[Message]:
 def _read_messages(messages: Any) -> list[Message]:
     """Return the messages up to the last answer to be learnt, with the fields that are used.
 
-    Raises ValueError for what is malformed, and where there is no answer.
+    Raises ValueError for malformed messages, and where there is no answer to learn.
     """
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) and "role" in m for m in messages):
         raise ValueError('messages must be a list of {"role": ..., "content": ...}. Edit or remove it.')
@@ -241,7 +241,7 @@ def _read_messages(messages: Any) -> list[Message]:
     learnt = [i for i in answers if "weight" not in read[i]]
     if not learnt:
         why = "every assistant turn has weight 0" if answers else "no assistant turn"
-        raise ValueError(f"{why}, so nothing of it would be learnt. Edit or remove it.")
+        raise ValueError(f"{why}, so there is nothing to learn. Edit or remove the conversation.")
     for message in read[answers[-1] + 1 :]:
         if message["role"] not in AFTER_ANSWERS:
             raise ValueError(
@@ -267,7 +267,7 @@ def _read_message(message: Mapping[str, Any]) -> Message:
             if weight == 0:
                 read["weight"] = 0
     if role == "tool":
-        read |= {name: message[name] for name in OF_TOOLS if is_given(message.get(name))}
+        read |= {name: message[name] for name in TOOL_FIELDS if is_given(message.get(name))}
     content = require_text(read["content"], "content")
     if role == "assistant" and not content.strip() and "tool_calls" not in read:
         raise ValueError("an empty assistant turn. Edit or remove it.")
@@ -275,7 +275,7 @@ def _read_message(message: Mapping[str, Any]) -> Message:
 
 
 def _from_json(value: Any, name: str) -> Any:
-    """Read JSON in a string, which is how tables and OpenAI's files hold objects without one form."""
+    """Read JSON in a string: tables and OpenAI's files store objects without a fixed form like that."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
@@ -283,7 +283,7 @@ def _from_json(value: Any, name: str) -> Any:
 
 
 def _tool_calls(calls: Any) -> list[dict[str, Any]]:
-    """Return calls whose arguments are objects: templates write them as JSON themselves."""
+    """Return calls with their arguments as objects: chat templates turn them into JSON."""
     calls = _from_json(calls, "tool_calls")
     read = []
     for call in calls if isinstance(calls, list) else [calls]:

@@ -1,4 +1,4 @@
-"""Documents as plain strings from the standard library, files, folders, saved datasets, the hub, and their mixtures."""
+"""Read documents as strings from the standard library, files, folders, saved datasets, the hub, and mixtures."""
 
 import hashlib
 import heapq
@@ -36,7 +36,7 @@ Split = Literal["train", "validation"]
 STDLIB = "stdlib"
 LONG_TEXT_CHARACTERS = 4096
 NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-BUILT = "redraft-data.json"  # what a folder of `redraft data build` was built from
+BUILT = "redraft-data.json"  # the settings of a folder of `redraft data build`
 SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
 WEIGHTED = re.compile(r"(?P<source>.+):(?P<weight>[0-9.]+(e[+-]?[0-9]+)?)(/(?P<limit>[1-9][0-9]*))?")
@@ -62,10 +62,10 @@ def read_documents(
     `save_to_disk`, or a hub id, both with `@split` (default train), a hub id also with `:config`. A mixture of such
     sources: `SOURCE:WEIGHT,SOURCE:WEIGHT` (`parse_mixture`, `interleave`).
     `kind="chat"` and `"preference"` read records as conversations and pairs; a document is their JSON (`data.records`).
-    In a mixture of conversations `stdlib`, text files and folders of such alone may take part, as plain text.
+    A mixture of conversations may also hold `stdlib`, text files and folders of text files, as plain text.
     `streaming` does not download a hub dataset first; everything else is read lazily anyway.
 
-    Raises ValueError for what does not exist or cannot be read as text, here or at the record that is wrong.
+    Raises ValueError for a source that does not exist or is not text, at once or at the wrong record.
     """
     if not path_exists(source) and (parts := parse_mixture(source)):
         yield from _read_mixture(parts, text_field=text_field, kind=kind, streaming=streaming)
@@ -112,10 +112,10 @@ def documents_fingerprint(documents: Iterable[str]) -> str:
 
 
 def split_of(document: str, *, validation_fraction: float, seed: int = 0) -> Split:
-    """Put a document on one side of the split by the hash of its text alone.
+    """Choose a document's split by the hash of its text alone.
 
-    P(validation) = validation_fraction over documents, not over tokens. Exact duplicates land on one side, and a
-    document stays where it is when the corpus is re-ordered or grows. A larger fraction only adds to validation.
+    P(validation) = validation_fraction over documents, not over tokens. Exact duplicates have the same split, and a
+    document keeps its split when the corpus is re-ordered or grows. A larger fraction only adds to validation.
     """
     digest = hashlib.sha256(f"{seed}:{document}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
@@ -148,9 +148,9 @@ def parse_mixture(source: str) -> list[WeightedSource] | None:
 def interleave(streams: Sequence[tuple[Iterator[str], float]]) -> Iterator[str]:
     """Take documents in turns so that each stream's share of the text (UTF-8 bytes) follows its weight.
 
-    The next document comes from the stream with the smallest bytes / weight so far: no chance is involved, and any
-    beginning of the mixture has the shares, to within one document. Ends when the first stream does, so that no
-    document comes twice and the shares hold to the end.
+    The next document comes from the stream with the smallest bytes / weight so far. This is deterministic, and any
+    beginning of the mixture has the right shares, to within one document. The mixture ends with the first stream that
+    ends, so that no document is repeated and the shares stay right.
     """
     queue = [(0.0, index) for index in range(len(streams))]
     while True:
@@ -164,7 +164,7 @@ def interleave(streams: Sequence[tuple[Iterator[str], float]]) -> Iterator[str]:
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning, which further passes over the same data do not repeat."""
+    """Log a warning once, although the same data are read several times."""
     logger.warning("%s", message)
 
 
@@ -182,7 +182,7 @@ def _is_plain_text(source: str) -> bool:
 
 
 def _read_source(source: str, *, field: str | None, streaming: bool) -> Iterator[RecordAt]:
-    """Find what a source is, and read its records; of datasets and parquet only `field`, if it is given."""
+    """Find out what a source is, and read its records; of datasets and parquet only `field`, if it is given."""
     path, split = Path(source).expanduser(), ""
     if source == STDLIB:
         if field is None:
@@ -204,7 +204,7 @@ def _read_source(source: str, *, field: str | None, streaming: bool) -> Iterator
         suffixes = known_suffixes(field)
         if files := [file for file in _walk(path) if file.suffix in suffixes]:
             return _read_files(files, field=field)
-        raise ValueError(f"folder {str(path)!r} holds no file to read. Known are {', '.join(suffixes)}.")
+        raise ValueError(f"folder {str(path)!r} holds no file that can be read: {', '.join(suffixes)}.")
     records = read_file(path, field=field)
     if path.suffix not in TEXT_SUFFIXES:
         return records
@@ -219,7 +219,7 @@ def _walk(folder: Path, *, pruned: Collection[str] = ("__pycache__",)) -> list[P
     for parent, folders, names in os.walk(folder, onerror=_warn_of_folder):
         folders[:] = [name for name in folders if name not in pruned and not name.startswith(".")]
         for link in (path for name in folders if (path := Path(parent, name)).is_symlink()):
-            warn_once(f"Skipped {link}: it is a link to a folder. Make that folder a source of its own.")
+            warn_once(f"Skipped {link}: it is a link to a folder. Give that folder as a source of its own.")
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(files, key=Path.as_posix)
 
@@ -250,7 +250,7 @@ def _load_saved(folder: Path, *, split: str) -> Any:
     try:
         loaded = datasets.load_from_disk(str(folder))
         splits = loaded if isinstance(loaded, datasets.DatasetDict) else {split: loaded}
-        if split in splits:  # a wrong offset in a mapped file would end the process
+        if split in splits:  # else a wrong offset in a mapped file would crash the process
             splits[split].data.table.validate(full=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"dataset {str(folder)!r} is damaged ({one_line(error)}). Save it again.") from error

@@ -53,7 +53,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def _cut_runs(document: str) -> Iterator[str]:
-    """Cut a document inside of runs without a border between words: the time to train is quadratic in a word."""
+    """Cut a document inside of very long words: the time to train is quadratic in the length of a word."""
     start = 0
     for run in re.finditer(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}", document):
         yield document[start : run.end()]
@@ -62,13 +62,13 @@ def _cut_runs(document: str) -> Iterator[str]:
 
 
 def load_fast_tokenizer(path_or_id: str | Path) -> Tokenizer:
-    """Load a tokenizer from a folder or the hub; ValueError for none, or one that is not of the library tokenizers."""
+    """Load a fast tokenizer from a folder or the hub. Raises ValueError where there is none."""
     from redraft.models.load import read_tokenizer
 
     if Path(path_or_id).is_file():
         raise ValueError(f"tokenizer must be a folder or a hub id; got the file {str(path_or_id)!r}. Give its folder.")
     tokenizer = read_tokenizer(path_or_id)
-    if tokenizer is None or len(tokenizer) == len(tokenizer.all_special_ids):  # made up from a config.json alone
+    if tokenizer is None or len(tokenizer) == len(tokenizer.all_special_ids):  # transformers made an empty one
         raise ValueError(f"{str(path_or_id)!r} holds no tokenizer. Give a folder with tokenizer.json, or a hub id.")
     _require_fast(tokenizer)
     return tokenizer
@@ -131,7 +131,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str], *, as_text: bool = Fals
 
 
 def _encode_long(tokenizer: Tokenizer, document: str) -> list[int]:
-    """Encode a document piece by piece: at once, a tokenizer takes 170 bytes of memory for each character."""
+    """Encode a document piece by piece: else a tokenizer needs 170 bytes of memory for each character."""
     ids: list[int] = []
     start = 0
     while start < len(document):
@@ -142,10 +142,10 @@ def _encode_long(tokenizer: Tokenizer, document: str) -> list[int]:
 
 
 def _cut(tokenizer: Tokenizer, document: str, start: int) -> int:
-    """Find a place from `start` on where the tokenizer parts its text whatever stands around; the end if there is none.
+    """Find a place from `start` on where cutting the text does not change its tokens; the end if there is none.
 
-    That is before a space between two letters, where the tokenizer says that its words part there, and the text around
-    has the tokens of its two halves.
+    Candidates are spaces between two letters. A cut is safe where the tokenizer begins a word with the space, and the
+    text around has the same tokens as its two halves.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.pre_tokenizer is None:
@@ -170,7 +170,7 @@ def token_byte_lengths(tokenizer: Tokenizer) -> Int[Tensor, "vocab"]:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the sha256 of all that decides how a tokenizer encodes and ends a document; ValueError without an end."""
+    """Return the sha256 of everything that affects encoding. Raises ValueError for a tokenizer without an end token."""
     _require_fast(tokenizer)
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     del content["padding"], content["truncation"]  # left over from the last call

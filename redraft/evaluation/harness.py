@@ -1,7 +1,7 @@
 """lm-evaluation-harness over redraft's models: the model name `redraft` for its tasks, its command line and its format.
 
 `python -m redraft.evaluation.harness run --model redraft --model_args pretrained=PATH,steps=64 --tasks ...` is the
-harness' own command line with our model known to it.
+harness' own command line, with our model registered.
 """
 
 import hashlib
@@ -37,12 +37,12 @@ FROM_TASK = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "
 
 @register_model("redraft")
 class RedraftLM(TemplateLM):
-    """A diffusion language model as the harness sees one.
+    """A diffusion language model behind the harness' interface.
 
-    Settings are those of `SamplingConfig` and `LikelihoodConfig`; what is said here wins over a task's
-    generation_kwargs. `is_greedy` is whether greedy decoding, one token a step, gives the continuation: that takes a
-    generation per request, so it is computed with `exact_match=True` and False otherwise; an autoregressive model
-    tells it with the likelihood.
+    Settings are those of `SamplingConfig` and `LikelihoodConfig`; they win over a task's generation_kwargs. `is_greedy`
+    says whether greedy decoding, one token a step, gives the continuation. That needs a generation per request, so it
+    is computed only with `exact_match=True`, and else is False; for an autoregressive model it comes with the
+    likelihood.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class RedraftLM(TemplateLM):
             raise ValueError("there is no model; pass pretrained=FOLDER in --model_args.")
         self._join_processes()
         if str(device).startswith("cuda") and not torch.cuda.is_available():
-            device = None  # the harness' command line says cuda:0 where nothing was said
+            device = None  # cuda:0 is the default of the harness' command line
         self.lm = lm if lm is not None else load(pretrained, device=device)
         if self.lm.tokenizer is None:
-            raise ValueError(f"the harness' tasks are made of text, and {pretrained or 'this model'} has no tokenizer.")
+            raise ValueError(f"the harness' tasks need text, and {pretrained or 'this model'} has no tokenizer.")
         self.tokenizer = self.lm.tokenizer
         self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else 8  # auto, None
         self.exact_match = exact_match
@@ -90,7 +90,7 @@ class RedraftLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keys its cache of chat prompts by."""
+        """The key of the harness' cache of chat prompts."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -98,7 +98,7 @@ class RedraftLM(TemplateLM):
         return self.lm.encode(string).tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Lay messages out as the model was trained to read them. Raises ValueError for a model without a template."""
+        """Render messages by the chat template. Raises ValueError for a model without one."""
         if self.tokenizer.chat_template is None:
             raise ValueError("this model has no chat template; leave --chat (--apply_chat_template) out.")
         return str(
@@ -174,7 +174,7 @@ class RedraftLM(TemplateLM):
         return [answers[i] for i in originals]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results file says about the model, its settings, and what the answers cost in all."""
+        """Return the entries of the results file: the model, its settings, and the total cost of the answers."""
         settings = {"sampling": self.sampling, "likelihood": vars(self.likelihood)}
         costs = self._costs_of_all or self.costs
         return {"model_num_parameters": self.lm.model.num_parameters(), "redraft": {**settings, **costs}}
@@ -194,7 +194,7 @@ class RedraftLM(TemplateLM):
     def barrier(self) -> None:
         """Wait for the other processes, and sum the costs of all; the seconds are those of the slowest.
 
-        The harness asks its first process alone for the costs, which then could not ask the others.
+        This must happen here: later the harness calls `get_model_info` in its first process alone.
         """
         if self.world_size > 1:
             gathered: list[Counter[str]] = [Counter()] * self.world_size
@@ -209,7 +209,7 @@ class RedraftLM(TemplateLM):
         return Request(context=context, continuation=continuation, key=_key(instance))
 
     def _cut(self, context: Tensor, *, room_for: int) -> Tensor:
-        """Cut a context from the left to what the model holds. Raises ValueError where no room is left at all."""
+        """Cut a context from the left to fit the model's context. Raises ValueError where no room is left at all."""
         limit = self.lm.context_length
         if limit is None or len(context) + room_for <= limit:
             return context
@@ -238,7 +238,7 @@ class RedraftLM(TemplateLM):
         return torch.equal(out.tokens[0], request.continuation)
 
     def _batches(self, requests: Sequence[Any], wanted: list[int]) -> Iterator[tuple[list[int], int]]:
-        """Batch requests of equal settings, equal prompts apart; with how many equal ones came before."""
+        """Batch requests with equal settings and different prompts, with the number of equal prompts before each."""
         seen: Counter[str] = Counter()
         keyed = []
         for i in wanted:
@@ -263,7 +263,7 @@ class RedraftLM(TemplateLM):
         return [_before(text, until) for text in out.texts]
 
     def _sampling_of(self, kwargs: dict[str, Any], until: list[str], *, times_before: int) -> dict[str, Any]:
-        """Fill what was not set by the user from a task's generation_kwargs; the rest is the checkpoint's own."""
+        """Combine settings: the user's, then a task's generation_kwargs; the checkpoint's are used for the others."""
         if kwargs.get("do_sample") is False:
             kwargs = {name: kwargs[name] for name in kwargs if name not in ("temperature", "top_p", "top_k")}
         of_task = {ours: kwargs[theirs] for theirs, ours in FROM_TASK.items() if kwargs.get(theirs) is not None}
@@ -273,7 +273,7 @@ class RedraftLM(TemplateLM):
 
 
 def _originals(requests: Sequence[Any]) -> list[int]:
-    """Name for each request the one that answers it: the harness pads a process's share with copies of its last."""
+    """Return for each request the one whose answer it gets: the harness pads a process's share with copies."""
     places: dict[int, list[int]] = {}
     originals: list[int] = []
     for i, request in enumerate(requests):

@@ -3,11 +3,11 @@
 There are four processes. The outer one can be killed by the evaluator. Process 1 of a new process namespace watches
 time and memory; when it ends, the kernel kills everything in the namespace, daemons included. The generated code runs
 under another user (where we are root), without capabilities, on a read-only file system with a small private /tmp. The
-tests call the code through two pipes: arguments and results travel as text, so that the code never sees the tests, and
-the tests receive plain data only.
+tests call the code through two pipes: arguments and results are sent as text, so that the code never sees the tests,
+and the tests receive plain data only.
 
-A seccomp filter refuses what can hold memory that no process is charged with. Such memory is not counted instead,
-because a limited cgroup can be made on few machines only, and the filter works on all of them.
+A seccomp filter refuses system calls that allocate memory which is not counted for any process. (A cgroup would count
+it, but few machines permit one; the filter works on all.)
 """
 
 import contextlib
@@ -35,10 +35,10 @@ WATCH_SECONDS = 0.02
 MEMORY = ("VmRSS:", "VmSwap:", "VmPTE:", "HugetlbPages:")
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-"""Machines whose system calls are known: the column below, and what seccomp calls them."""
+"""Machines whose system calls are known: the column in the tables below, and seccomp's number of the machine."""
 FORBIDDEN = {
-    # Memory of no process: System V IPC, files in memory, rings, pages lent to a pipe, large buffers of sockets, those
-    # of connections that nobody has accepted, rules. What is left is pairs of Unix sockets, and no network.
+    # Memory that is not counted for any process: System V IPC, files in memory, rings, pages given to a pipe, large
+    # socket buffers, buffers of unaccepted connections, rules. Pairs of Unix sockets remain, and no network.
     "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "memfd_create": (319, 279),
     "memfd_secret": (447, 447), "io_setup": (206, 0), "io_uring_setup": (425, 425), "vmsplice": (278, 75),
     "setsockopt": (54, 208), "socket": (41, 198), "bind": (49, 200), "listen": (50, 201),
@@ -55,7 +55,7 @@ CHECKED = (  # numbers, argument, bits that it may not have
     ((56, 220), 0, 0x7E020000),  # clone: no new namespaces
     ((9, 222), 3, 1),  # mmap: not shared, as its pages outlive a part that is unmapped
 )
-CLONE3 = 435  # its flags lie in memory, where no filter sees them; who is told that it is missing uses clone
+CLONE3 = 435  # a filter cannot read its flags, which are in memory; told that it is missing, libraries use clone
 
 RUNNER = """
 import os, sys
@@ -91,13 +91,13 @@ def serve(path, function, calls, answers):
 
 serve(sys.argv[1], sys.argv[2], open(int(sys.argv[3]), "rb"), open(int(sys.argv[4]), "wb", 0))
 """
-"""Runs a program to its end, says so, and answers calls of one of its functions."""
+"""Runs a program to its end, reports that, and answers calls of one of its functions."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> None:
-    """Run what is on standard input under the settings in argv, and write what became of it to the report pipe."""
+    """Run the sources on standard input under the settings in argv, and write the result to the report pipe."""
     settings = json.loads(sys.argv[1])
     sources = json.load(sys.stdin)
     os.set_inheritable(settings["report_fd"], False)
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def _other_user() -> int | None:
-    """Draw a user of its own, with its own count of processes, if we are a root who knows other users."""
+    """Draw a user id for the code, so that its processes are counted apart, if we are root and may change to it."""
     maps = [[int(number) for number in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
     if os.geteuid() != 0 or not any(first <= USERS.start and first + size >= USERS.stop for first, _, size in maps):
         return None
@@ -123,7 +123,7 @@ def _other_user() -> int | None:
 
 
 def _enter_namespaces(*, is_root: bool) -> None:
-    """Leave the network, the processes and the mounts of the machine. Raises OSError where that is not permitted."""
+    """Enter new namespaces for network, processes and mounts. Raises OSError where that is not permitted."""
     flags = NEW_NS | NEW_UTS | NEW_IPC | NEW_PID | NEW_NET
     if is_root:
         _check(libc.unshare(flags))
@@ -157,7 +157,7 @@ def _be_first(sources: dict[str, str], settings: dict, *, uid: int | None) -> No
 
 
 def _close_file_system(settings: dict) -> None:
-    """Make every mount read-only, hide homes, sockets and other processes; /tmp is fresh, small and the only place."""
+    """Make every mount read-only, hide homes, sockets and other processes; only a new, small /tmp can be written."""
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     paths = {Path(path).resolve() for path in (*HIDDEN, settings["home"]) if Path(path).is_dir()}
     hidden = sorted(str(path) for path in paths if not paths & set(path.parents))
@@ -204,7 +204,7 @@ def _column() -> int:
 
 
 def _become_code(function: str, settings: dict, *, calls: int, answers: int, uid: int | None) -> None:
-    """Give everything up and become the generated program. Never returns."""
+    """Drop all privileges and become the generated program. Never returns."""
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
@@ -225,7 +225,7 @@ def _become_code(function: str, settings: dict, *, calls: int, answers: int, uid
 def _become_tests(source: str, settings: dict, *, calls: int, answers: int, uid: int | None) -> None:
     """Wait until the program has reached its end, run the tests, and exit with 0 if they pass. Never returns."""
     import ast
-    import traceback  # while the code starts: both take as long as an interpreter
+    import traceback  # imported here, while the code starts: both take as long as an interpreter
 
     def candidate(*args: object, **options: object) -> object:
         os.write(calls, f"{(args, options)!r}\n".encode())
@@ -248,12 +248,12 @@ def _become_tests(source: str, settings: dict, *, calls: int, answers: int, uid:
 
 
 def _give_up(settings: dict, *, uid: int | None) -> None:
-    """Accept the limits, and leave root."""
+    """Set the limits, and stop being root."""
     for what, limit in settings["rlimits"].items():
         number = getattr(resource, f"RLIMIT_{what}")
         hard = resource.getrlimit(number)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        soft = limit - 1 if what == "CPU" else limit  # so that SIGXCPU, which names its reason, comes before SIGKILL
+        soft = limit - 1 if what == "CPU" else limit  # SIGXCPU, which says why, then comes before SIGKILL
         resource.setrlimit(number, (soft, limit))
     if uid is not None:
         os.setgroups([])
@@ -262,7 +262,7 @@ def _give_up(settings: dict, *, uid: int | None) -> None:
 
 
 def _watch(code: int, tests: int, settings: dict) -> str:
-    """Wait for the tests; code that ends before them, or uses up its time or memory, does not pass."""
+    """Wait for the tests; code that ends before them, or exceeds its time or memory, does not pass."""
     deadline = time.monotonic() + settings["seconds"]
     while True:
         if _memory_bytes() > settings["memory_bytes"]:

@@ -25,7 +25,7 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def vote(answers: Sequence[T]) -> T:
-    """Return the most frequent answer, of equals the first (self-consistency, arXiv 2203.11171)."""
+    """Return the most frequent answer, of equally frequent ones the first (self-consistency, arXiv 2203.11171)."""
     if not answers:
         raise ValueError("there are no answers to choose from.")
     return Counter(answers).most_common(1)[0][0]
@@ -95,12 +95,12 @@ RATIOS: dict[str, Callable[[float], float]] = {
     "byte_perplexity": lambda nats: math.exp(-nats),
     "word_perplexity": lambda nats: math.exp(-nats),
 }
-"""What is made of the log-likelihood of whole texts in nats, divided by their tokens, bytes, bytes and words."""
+"""Scores of whole texts, as functions of the log-likelihood in nats per token, byte, byte and word."""
 
 
 def ratio_score(name: str, pairs: Sequence[Sequence[float]]) -> Interval:
     """Score texts of unequal length together, by pairs of log-likelihood in nats and length."""
     nats, sizes = zip(*pairs, strict=True)
-    mean, of_mean = bootstrap(nats, weights=sizes), RATIOS[name]
-    low, high = of_mean(mean.high), of_mean(mean.low)  # a higher likelihood is a lower perplexity
-    return Interval(mean=of_mean(mean.mean), low=low, high=high, count=mean.count)
+    mean, score = bootstrap(nats, weights=sizes), RATIOS[name]
+    low, high = score(mean.high), score(mean.low)  # a higher likelihood is a lower perplexity
+    return Interval(mean=score(mean.mean), low=low, high=high, count=mean.count)

@@ -1,4 +1,4 @@
-"""Reports: Markdown for people, JSON for programs, plots where matplotlib is there; each says where it comes from."""
+"""Reports: Markdown for people, JSON for programs, plots if matplotlib is installed; each with its provenance."""
 
 import json
 import platform
@@ -21,7 +21,7 @@ PACKAGES = ("redraft", "torch", "transformers", "lm-eval", "reasoning-gym", "hum
 
 
 def provenance(seeds: dict[str, int]) -> dict[str, Any]:
-    """Name command, commit, versions, seeds and machine."""
+    """Collect command, commit, versions, seeds and machine."""
     return {
         "command": " ".join(["redraft", *sys.argv[1:]]),
         "commit": _commit(),
@@ -133,7 +133,7 @@ class Difference:
 
 
 def compare(first: Path, second: Path) -> list[Difference]:
-    """Test two result folders against each other by a paired bootstrap over the items both finished.
+    """Compare two result folders by a paired bootstrap over the items that both finished.
 
     Raises ValueError for a folder without results, and where the two have no item of a task in common.
     """

@@ -1,4 +1,4 @@
-"""Run a model on tasks, item by item: what is finished is on disk, and an interrupted run goes on behind it."""
+"""Run a model on tasks, item by item: finished items are on disk, and an interrupted run continues after them."""
 
 import hashlib
 import json
@@ -34,25 +34,25 @@ def join_processes(device: str | None = None) -> Any:
 class Store:
     """A folder of records, one JSON line per item, in one file per process.
 
-    A line is written whole and flushed to the disk before the next item; what a crash cut off in the middle is dropped
-    and done again. Any number of processes may go on with what any other number left.
+    A line is written whole and flushed to the disk before the next item; a line that a crash cut off is dropped, and
+    its item is done again. Another number of processes may continue the evaluation.
     """
 
     folder: Path
     rank: int = 0
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Make the folder for these settings. Raises ValueError where it holds results of others."""
+        """Make the folder for these settings. Raises ValueError where it holds results of other settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path, text = self.folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True, default=str)
         results = [file for file in self.folder.glob("*.jsonl") if file.stat().st_size]
         if (results or any(self.folder.glob("answers*"))) and path.exists() and path.read_text() != text:
             raise ValueError(
-                f"{self.folder} holds results of other settings (settings.json). Name another folder, or delete it."
+                f"{self.folder} holds results of other settings (settings.json). Use another --out, or delete it."
             )
         if self.rank == 0:
             (whole := path.with_suffix(".tmp")).write_text(text)
-            whole.replace(path)  # never seen half written by another process
+            whole.replace(path)  # atomic: no other process reads half of it
         for mine in self.folder.glob(f"*.{self.rank}.jsonl"):
             os.truncate(mine, mine.read_bytes().rfind(b"\n") + 1)
 
@@ -67,7 +67,7 @@ class Store:
         return records
 
     def add(self, task: str, record: Record) -> None:
-        """Keep a finished item."""
+        """Save a finished item."""
         path = self.folder / f"{_file_name(task)}.{self.rank}.jsonl"
         with path.open("ab") as file:
             file.write(json.dumps(record).encode() + b"\n")
@@ -75,7 +75,7 @@ class Store:
             os.fsync(file.fileno())
 
     def replace(self, task: str, records: Sequence[Record]) -> None:
-        """Keep exactly these records of a task."""
+        """Save exactly these records of a task."""
         path = self.folder / f"{_file_name(task)}.{self.rank}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
@@ -86,7 +86,7 @@ def _file_name(task: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """How items are worked on."""
+    """The settings that items are evaluated with."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
     """Settings of `generate` and `infill`, over the checkpoint's own."""
@@ -109,7 +109,7 @@ def run_task(
     mine = take(task, limit)[store.rank :: world_size]
     todo = [item for item in mine if item.id not in finished]
     for kind, stop in dict.fromkeys((item.kind, item.stop) for item in todo):
-        items = [item for item in todo if (item.kind, item.stop) == (kind, stop)]  # a batch stops by one rule
+        items = [item for item in todo if (item.kind, item.stop) == (kind, stop)]  # a batch has one stop rule
         for start in range(0, len(items), conditions.batch_size):
             batch = items[start : start + conditions.batch_size]
             began = time.perf_counter()
@@ -128,29 +128,30 @@ def _generate(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: 
     stop = {"stop": items[0].stop} if items[0].stop else {}
     out = lm.generate(prompts, trace=True, **stop | conditions.sampling)
     if out.texts is None:
-        raise ValueError(f"task {task.name} is made of text, and this model has no tokenizer.")
+        raise ValueError(f"task {task.name} needs text, and this model has no tokenizer. Load one with it.")
     return _scored(task, items, out, out.texts)
 
 
 def _scored(task: Task, items: Sequence[Item], out: Any, texts: Sequence[str]) -> list[Record]:
-    """Score what was generated: `num_samples` texts per item, one after the other, each with its mean confidence."""
+    """Score generated texts: `num_samples` per item, one after the other, each with its mean confidence."""
     n = len(texts) // len(items)
-    sure = _confidence(out)
+    confidence = _confidence(out)
     records = []
     for i, item in enumerate(items):
         rows = slice(i * n, (i + 1) * n)
         outputs = list(texts[rows])
         record = {"output": outputs[0]} if n == 1 else {"outputs": outputs}
         cost = {"forwards": sum(out.forwards[rows]), "tokens": sum(map(len, out.tokens[rows]))}
-        found = [task.score(item, output) for output in outputs]
-        pairs = [[fmean(row), next(iter(one.values()))] for row, one in zip(sure[rows], found, strict=True) if row]
-        scores = _scores(task, item, outputs, found)
+        of_samples = [task.score(item, output) for output in outputs]
+        both = zip(confidence[rows], of_samples, strict=True)
+        pairs = [[fmean(row), next(iter(one.values()))] for row, one in both if row]
+        scores = _scores(task, item, outputs, of_samples)
         records.append({**record, "scores": scores, "confidence": pairs, **cost})
     return records
 
 
 def _confidence(out: Any) -> list[list[float]]:
-    """List how sure the model was of each new token of each row when it was last decided, in reading order."""
+    """List the probability of each new token of each row when it was last decided, in reading order."""
     rows = []
     for trace, new in zip(out.trace, out.tokens, strict=True):
         decided = {event.position: event.confidence for event in trace.events if event.kind != "reopen"}
@@ -158,21 +159,22 @@ def _confidence(out: Any) -> list[list[float]]:
     return rows
 
 
-def _scores(task: Task, item: Item, outputs: Sequence[str], found: Sequence[dict[str, float]]) -> dict[str, float]:
+def _scores(task: Task, item: Item, outputs: Sequence[str], of_samples: Sequence[dict[str, float]]) -> dict[str, float]:
     """Average each score over the samples of an item; with several, pass@k and vote@n of the task's first score.
 
-    k doubles up to the samples; a sample passes where that score is 1. The vote is scored as its first voter.
+    k takes the powers of 2 up to the number of samples, and that number. A sample passes if the first score is 1.
+    vote@n is the first score of the first sample with the winning answer.
     """
-    scores = {name: fmean(one[name] for one in found) for name in found[0]}
+    scores = {name: fmean(one[name] for one in of_samples) for name in of_samples[0]}
     if (n := len(outputs)) == 1:
         return scores
     first = next(iter(scores))
-    num_right = sum(one[first] >= 1 for one in found)
+    num_right = sum(one[first] >= 1 for one in of_samples)
     scores |= {f"pass@{k}": pass_at_k(n, num_right, k) for k in sorted({n, *(2**i for i in range(n.bit_length()))})}
     answers = [task.answer(item, output) for output in outputs]
-    if answers[0] is not None:  # the task is one to vote on; samples without an answer are excluded from the vote
+    if answers[0] is not None:  # the task has a vote; samples without an answer are excluded from it
         winner = vote([answer for answer in answers if answer] or answers)
-        scores[f"vote@{n}"] = found[answers.index(winner)][first]
+        scores[f"vote@{n}"] = of_samples[answers.index(winner)][first]
     return scores
 
 
@@ -188,9 +190,9 @@ def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Co
     n = len(out.tokens) // len(items)
     texts = [lm.decode(tokens, after=befores[i // n]) for i, tokens in enumerate(out.tokens)]
     records = _scored(task, items, out, texts)
-    sure = _confidence(out)
-    for i, record in enumerate(records):  # the true tokens are known: each one's confidence can be judged
-        judged = zip(sure[i * n : (i + 1) * n], out.tokens[i * n : (i + 1) * n], strict=True)
+    confidence = _confidence(out)
+    for i, record in enumerate(records):  # the true tokens are known, so each token's confidence can be judged
+        judged = zip(confidence[i * n : (i + 1) * n], out.tokens[i * n : (i + 1) * n], strict=True)
         record["confidence"] = [
             [p, float(token == true)]
             for row, tokens in judged
@@ -211,17 +213,17 @@ def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Co
             )
         questions.append([Request(context=c, continuation=a, key=key) for c, a in pairs])
     records = []
-    for item, found in zip(items, score_questions(lm.denoiser, questions, conditions.likelihood), strict=True):
-        best = max(range(len(found)), key=lambda i: found[i].nats)
-        normed = max(range(len(found)), key=lambda i: found[i].nats / len(item.choices[i]))
-        sure = 1 / sum(math.exp(one.nats - found[best].nats) for one in found)  # of the choices, as the only ones
+    for item, bounds in zip(items, score_questions(lm.denoiser, questions, conditions.likelihood), strict=True):
+        best = max(range(len(bounds)), key=lambda i: bounds[i].nats)
+        normed = max(range(len(bounds)), key=lambda i: bounds[i].nats / len(item.choices[i]))
+        confidence = 1 / sum(math.exp(one.nats - bounds[best].nats) for one in bounds)  # given that a choice is right
         records.append(
             {
                 "scores": {"acc": float(best == item.answer), "acc_norm": float(normed == item.answer)},
-                "confidence": [[sure, float(best == item.answer)]],
-                "nats": [one.nats for one in found],
-                "standard_errors": [one.standard_error for one in found],
-                "forwards": sum(one.forwards for one in found),
+                "confidence": [[confidence, float(best == item.answer)]],
+                "nats": [one.nats for one in bounds],
+                "standard_errors": [one.standard_error for one in bounds],
+                "forwards": sum(one.forwards for one in bounds),
             }
         )
     return records
@@ -252,7 +254,7 @@ def _perplexity(lm: LanguageModel, task: Task, items: Sequence[Item], conditions
 
 
 def _key(task: Task, item: Item) -> int:
-    """Key an item's noise by what it is, not by when it is worked on."""
+    """Key an item's noise by its name, so that the order of the items does not matter."""
     return int.from_bytes(hashlib.sha256(f"{task.name}:{item.id}".encode()).digest()[:7], "big")
 
 
@@ -265,7 +267,7 @@ class Summary:
 
     task: str
     scores: dict[str, Interval]
-    """Means over the items; what RATIOS names is that of all texts together."""
+    """Means over the items; the scores in RATIOS are those of all texts together."""
     num_items: int
     forwards_per_item: float
     seconds_per_item: float

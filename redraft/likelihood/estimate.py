@@ -1,4 +1,4 @@
-"""Estimates of log p(continuation | context): what is asked, what comes back, and how it is computed."""
+"""Estimates of log p(continuation | context): requests, results, and how they are computed."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -71,7 +71,7 @@ def rolling_requests(tokens: Int[Tensor, "n"], *, window: int, key: int = 0) -> 
 def loglikelihoods(
     denoiser: Denoiser, requests: Sequence[Request], config: LikelihoodConfig | None = None
 ) -> list[LogLikelihood]:
-    """Estimate log p(continuation | context) of each request. Raises ValueError for what the model cannot hold."""
+    """Estimate log p(continuation | context) of each request. Raises ValueError where the model returns NaN."""
     questions = score_questions(denoiser, [[request] for request in requests], config)
     return [choices[0] for choices in questions]
 
@@ -209,8 +209,8 @@ def process_bound(denoiser: Denoiser, request: Request, config: LikelihoodConfig
     process = process_class(settings.process).build(
         mask_token_id=settings.mask_token_id, vocab_size=vocab_size, schedule=schedule
     )
-    most_logits = LOGITS_PER_FORWARD // (vocab_size * len(request.continuation))
-    rows_per_batch = max(1, min(tokens_per_forward(denoiser) // len(tokens), most_logits))
+    max_rows = LOGITS_PER_FORWARD // (vocab_size * len(request.continuation))
+    rows_per_batch = max(1, min(tokens_per_forward(denoiser) // len(tokens), max_rows))
     is_target = torch.arange(len(tokens), device=tokens.device) >= len(request.context)
     seed = int(fold(config.seed, request.key))
     losses = []

@@ -86,7 +86,7 @@ def _all_masks(length: int) -> Masks:
 def _controlled(
     nats: Float[Tensor, "samples l"], is_masked: Bool[Tensor, "samples l"], weight: Float[Tensor, "samples"]
 ) -> Float[Tensor, "samples"]:
-    """Return each sample's weighted sum with the control variate taken off; their sum is the estimate."""
+    """Return each sample's weighted sum with the control variate subtracted; their sum is the estimate."""
     x = _features(is_masked)
     fold = torch.arange(len(weight)) % FOLDS
     values = torch.zeros_like(weight)
@@ -99,7 +99,7 @@ def _controlled(
 
 
 def _features(is_masked: Bool[Tensor, "samples l"]) -> Float[Tensor, "samples l 3"]:
-    """Describe what is masked around each token, with mean 0 over all masks that hold it; 0 beyond the ends."""
+    """Compute x_i: what is masked around each token, with mean 0 over all masks that hold it; 0 beyond the ends."""
     other = is_masked.double() - 0.5
     share = (other.sum(dim=1, keepdim=True) - other) / max(1, is_masked.shape[1] - 1)
     left, right = torch.zeros_like(other), torch.zeros_like(other)

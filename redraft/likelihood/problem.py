@@ -1,7 +1,7 @@
 """From clean rows to a loss in nats: what training minimises and evaluation reports.
 
 rows (CleanRows), key (NoiseKey)
-  -> objective.problem(rows, key)      draws noise, and says what to ask of the model and what an answer costs
+  -> objective.problem(rows, key)      draws noise, and returns the query to the model and the loss of its answers
   -> problem_loss(denoiser, problem)   runs the model; nats of the batch and of each row
 """
 
@@ -42,7 +42,7 @@ class CleanRows:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseKey:
-    """Names the noise of a batch. Equal keys draw equal noise, on any split of a step into batches."""
+    """Determines the noise of a batch. Equal keys draw equal noise, however a step is split into batches."""
 
     seed: int
     step: int
@@ -54,7 +54,7 @@ class NoiseKey:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One forward pass: what the model is asked, and what each of its answers costs."""
+    """One forward pass: the query to the model, and the loss of each of its answers."""
 
     query: Query
     row: Int[Tensor, "n"]
@@ -68,7 +68,7 @@ class Objective(Protocol):
     """What a training minimises. How to add one: docs/training.md."""
 
     def problem(self, rows: CleanRows, key: NoiseKey) -> Problem:
-        """Draw the noise that the key names, and turn the rows into a problem."""
+        """Draw the noise of the key, and turn the rows into a problem."""
         ...
 
     def evaluation(self) -> "Objective":
@@ -87,17 +87,19 @@ def draw_noise(
 ) -> Noised:
     """Corrupt the targets of a batch, with times in (t_min, t_max] stratified over the global batch.
 
-    Which row gets which stratum is drawn too. Otherwise windows in the order of their documents, or one of the
-    processes that share a batch, would see some noise levels only.
+    Rows are given their strata at random. Otherwise windows in the order of their documents, or one of the processes
+    that divide a batch, would get some noise levels only.
 
     `block` numbers the block of each position in its row. Each block then has its own time: independent within a row,
-    stratified over the rows. Block 0 has the time that the whole row has without blocks.
+    stratified over the rows. Block 0 has the time that the whole row would have without blocks.
     """
     index = key.rows.to(rows.x_0.device)
     offset = uniform(key.seed, key.step, 0)
     strata = uniform(key.seed, key.step, 2, torch.arange(key.total_rows)).argsort().to(index.device)
     level = stratified_times(strata[index].to(torch.float64), total=key.total_rows, offset=offset.to(index.device))
     if block is not None:
+        # Adding one phase per block number, modulo 1, keeps the times of that block stratified over the rows. `1 - ...`
+        # keeps them in (0, 1].
         phase = uniform(key.seed, key.step, 3, block).masked_fill(block == 0, 0.0)
         level = 1 - (1 - level[:, None] + phase) % 1
     positions = torch.arange(rows.x_0.shape[1], device=index.device)

@@ -1,4 +1,4 @@
-"""Masked spans of texts, and whole rows of them through the model; the head runs at the masked tokens alone."""
+"""Masked spans of texts, and how whole rows of them run through the model; the head runs at masked tokens alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
 
-TOKENS_PER_FORWARD = {"cpu": 2048}  # whose caches are small; other devices take more
+TOKENS_PER_FORWARD = {"cpu": 2048}  # few, as a CPU's caches are small; other devices get more
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,8 +33,8 @@ class MaskedSpan:
     def inputs(self, sample: int, settings: DiffusionSettings, *, hides_context: bool) -> Int[Tensor, "seq"]:
         """Return the text under the mask of a sample, as the model gets it; guidance hides the context.
 
-        An autoregressive model gets the tokens themselves: its attention hides them. Only the first token of a text
-        has nothing before it, and is predicted from a mask token.
+        An autoregressive model gets the tokens themselves: its causal attention hides them. Only the first token of a
+        text, which has no left neighbour, is predicted from a mask token.
         """
         positions = torch.arange(len(self.tokens))
         is_hidden = self.is_scored(sample)

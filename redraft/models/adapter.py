@@ -1,4 +1,4 @@
-"""Adapters of peft (LoRA and relatives): found, laid over a model, merged into its weights."""
+"""Adapters of peft (LoRA and relatives): find one, put it on a model, merge it into the weights."""
 
 import warnings
 from pathlib import Path
@@ -13,7 +13,7 @@ from redraft.models.probe import difference, is_equal, sequence
 
 
 def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
-    """Tell the base and the adapter of a folder that holds an adapter; a whole model is its own base.
+    """Return the base model and the adapter of a folder; a folder without an adapter is its own base.
 
     Raises ValueError where the adapter does not name its base.
     """
@@ -35,7 +35,7 @@ def adapter_config(adapter: str | Path | None) -> Raw:
 
 
 def attach_adapter(model: Any, adapter: str | Path) -> Any:
-    """Lay a peft adapter over a model. Raises ValueError where it is not one or does not fit every weight."""
+    """Put a peft adapter on a model. Raises ValueError where it is not one or does not fit every weight."""
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -64,7 +64,7 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
 
 @torch.no_grad()
 def merge_adapter(model: Any, adapter: str | Path) -> Any:
-    """Add an adapter into the weights, and measure that the logits stay what they were with it laid over.
+    """Add an adapter to the weights, and check that the logits are those of the model with the adapter.
 
     Raises ValueError where the weights have no place for it (biases of an architecture without them).
     """
@@ -87,7 +87,7 @@ def merge_adapter(model: Any, adapter: str | Path) -> Any:
 
 
 def untie(model: Any) -> None:
-    """Give each owner of tied weights its own where an adapter changes the embedding or the head."""
+    """Copy tied weights, so that each module has its own, where an adapter changes the embedding or the head."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     ends = model.get_input_embeddings(), model.get_output_embeddings()

@@ -1,7 +1,7 @@
 """Attention that skips keys which no query sees: in pieces on the CPU, torch's flex attention on a GPU.
 
-Both are exact, and both take who sees whom from `layouts`. Registered with transformers as one implementation, which is
-"sdpa" wherever it gets neither pieces nor a BlockMask.
+Both are exact, and both take from `layouts` who attends to whom. They are registered with transformers as one
+implementation, which does what "sdpa" does if it gets neither pieces nor a BlockMask.
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ from redraft.models.device import can_compile
 
 NAME = "redraft"
 Attention = Literal["mask", "pieces", "flex"]
-"""mask: under a boolean mask, over all pairs."""
+"""mask: all pairs are computed, under a boolean mask."""
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_FLEX_HEAD = 16
 
@@ -25,14 +25,14 @@ SMALLEST_FLEX_HEAD = 16
 def choose_attention(model: Any, name: str, *, device: torch.device, dtype: torch.dtype) -> Attention:
     """Resolve "auto" and set up the model: flex on CUDA where it can be used, pieces on a CPU, else mask.
 
-    Raises ValueError where an attention that was named cannot be used.
+    Raises ValueError where a named attention cannot be used.
     """
     obstacles = {"pieces": _obstacle(model), "flex": _obstacle_to_flex(model, device, dtype), "mask": None}
     if name == "auto":
         best: Attention = "pieces" if device.type == "cpu" else "flex"
         name = "mask" if obstacles[best] else best
     if obstacles[name]:
-        raise ValueError(f"train.attention {name} {obstacles[name]}. Use auto or mask.")
+        raise ValueError(f"attention {name} {obstacles[name]}. Use auto or mask.")
     if name != "mask":
         _register()
         model.set_attn_implementation(NAME)
@@ -40,12 +40,12 @@ def choose_attention(model: Any, name: str, *, device: torch.device, dtype: torc
 
 
 def _obstacle(model: Any) -> str | None:
-    """Say why the model's attention cannot be exchanged for ours."""
+    """Say why the model's attention cannot be replaced by ours; None if it can."""
     config = model.config.get_text_config()
     takes_more = any(each.kind is each.VAR_KEYWORD for each in signature(model.forward).parameters.values())
     is_known = config._attn_implementation in ("sdpa", NAME)
     if not (is_known and takes_more and model._can_set_attn_implementation()):
-        return f"needs a model whose attention can be exchanged; got {config.model_type}"
+        return f"needs a model whose attention can be replaced; got {config.model_type}"
     return None
 
 
@@ -62,7 +62,7 @@ def _obstacle_to_flex(model: Any, device: torch.device, dtype: torch.dtype) -> s
     if dtype not in FLEX_DTYPES:
         return f"needs float32, bfloat16 or float16; got {dtype}"
     if getattr(config, "attention_dropout", 0.0):
-        return f"knows no dropout; got attention_dropout {config.attention_dropout}"
+        return f"has no dropout; got attention_dropout {config.attention_dropout}"
     return _obstacle(model)
 
 
@@ -95,7 +95,7 @@ def _block_mask(rule: PairRule, *, rows: int | None, length: int, like: Tensor) 
 
 @lru_cache(maxsize=1)
 def _compiled(create_block_mask: Any) -> Any:
-    """Compile it, so that the pairs are never all in memory."""
+    """Compile it, so that the mask of all pairs is never in memory."""
     return torch.compile(create_block_mask)
 
 
@@ -143,9 +143,9 @@ def attend(
 
 
 class _Cut:
-    """A tensor cut once along its positions, to be joined over many ranges.
+    """A tensor cut once along its positions, whose parts are joined for many ranges.
 
-    Slices would do, but the backward pass of each slice fills a gradient of the whole tensor's size.
+    Plain slices would be slower: the backward pass of each fills a gradient of the whole tensor's size.
     """
 
     def __init__(self, tensor: Tensor, of_pieces: list[tuple[Range, ...]]) -> None:

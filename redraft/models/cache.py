@@ -1,4 +1,7 @@
-"""Keys and values by row and position, written in place: a pool of slots, and a view of it for each forward."""
+"""Keys and values by row and position, written in place: a pool of slots, and a view of it for each forward.
+
+A slot is the place of one position's keys and values. A view is the cache that transformers sees in one forward.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +14,7 @@ from transformers.cache_utils import Cache
 
 @dataclass(frozen=True, kw_only=True)
 class SlotSpans:
-    """Which slots a forward writes and reads: contiguous in every row; the numbers are on the host."""
+    """The slots that a forward writes and reads: one contiguous span per row. The numbers are on the host."""
 
     starts: list[int]
     """First slot written, per row."""
@@ -22,7 +25,7 @@ class SlotSpans:
     reads_all: bool
     """Whether every query reads every slot in view, so that no mask is needed."""
     is_steady: bool = False
-    """Whether forwards of this shape come in every block, so that compiling it pays."""
+    """Whether every block has forwards of this shape, so that compiling it pays."""
 
     @property
     def num_queries(self) -> int:
@@ -86,7 +89,7 @@ class Slots:
     ) -> "View":
         """View the rows from `first` on, or some `rows` in any order (their keys and values are copied when read).
 
-        Static: all slots are in view and only a tensor says where the spans lie, so one compiled forward fits all.
+        Static: all slots are in view, and a tensor holds the spans, so one compiled forward works for all spans.
         """
         return View(self, spans, device, first=first, rows=rows, is_static=is_static and bool(self.layers))
 
@@ -98,7 +101,7 @@ class Slots:
         return self.layers[layer]
 
     def reserve(self, num_rows: int, num_positions: int) -> None:
-        """Make room for so many rows and positions; where slots are copied for it, the number of rows doubles."""
+        """Make room for so many rows and positions. If slots must be copied, the number of rows at least doubles."""
         old_rows, old_positions = self.num_rows, self.num_positions
         if num_rows <= old_rows and num_positions <= old_positions:
             return
@@ -164,7 +167,7 @@ class View(Cache):
         return in_view[0], in_view[1]
 
     def over(self, spans: SlotSpans, device: torch.device) -> "View":
-        """See other spans of the same rows."""
+        """View other spans of the same rows."""
         return self.slots.view(spans, device, first=self._first, rows=self._row_list)
 
     def everything(self) -> list[tuple[Tensor, Tensor]]:

@@ -7,7 +7,7 @@ from redraft.errors import unknown_name
 from redraft.settings import Count, Fraction, Natural, Positive, Settings
 
 UNDER_ADAPTERS = ("int8", "nf4")
-"""Quantisations with a gradient for what enters a layer, which an adapter below it needs."""
+"""Quantisations that pass a gradient to a layer's input, which adapters in earlier layers need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Dimensions:
     heads: int
     intermediate: int
     key_value_heads: int | None = None
-    """By default as many as heads; also where it does not divide them."""
+    """By default, and where it does not divide heads, as many as heads."""
 
 
 SIZES = {
@@ -47,14 +47,14 @@ class ModelConfig(Settings):
     """Folder or hub id of a diffusion model to continue from (`redraft convert` makes one); it brings its shape and
     its tokenizer."""
     quantization: Literal["int8", "nf4"] | None = None
-    """Hold the frozen weights of start in 4 bits (nf4) or 8 (int8) under an adapter (QLoRA)."""
+    """Store the frozen weights of model.start in 4 bits (nf4) or 8 (int8), under an adapter (QLoRA)."""
     size: str = DEFAULT_SIZE
-    """Named shape (1m, 5m, 14m, 30m at a vocabulary of 4 k to 8 k; 135m at 49 k), numbers that replace those of the
-    name, or both: 1m,layers=3 or hidden=256,layers=4,heads=4,intermediate=672."""
+    """Shape by name (1m, 5m, 14m, 30m parameters at a vocabulary of 4 k to 8 k; 135m at 49 k), by numbers, or by a name
+    and the numbers to change: 1m,layers=3 or hidden=256,layers=4,heads=4,intermediate=672."""
     architecture: Literal["llama", "modernbert"] = "llama"
     """Stock transformers architecture: llama (a decoder) or modernbert (an encoder)."""
     max_positions: Count | None = None
-    """Longest sequence the model takes, in tokens; by default the windows it is trained on."""
+    """Longest sequence that the model takes, in tokens; by default the length of its training windows."""
     dropout: Fraction = 0.0
     """Attention dropout, as a probability."""
 
@@ -100,7 +100,7 @@ class AdapterConfig(Settings):
     rank: Natural = 0
     """Rank of the matrices that are trained (LoRA); 0 trains all weights."""
     alpha: Positive = 32.0
-    """The matrices' product is added alpha / rank times."""
+    """The product of the matrices is scaled by alpha / rank."""
     targets: str = "auto"
     """Linear layers to adapt: names by commas (q_proj,v_proj), all-linear (all but the head), or auto (peft's for the
     architecture, else all-linear)."""

@@ -1,4 +1,4 @@
-"""Convert: any decoder or encoder of transformers becomes a diffusion model, without a line of modelling code."""
+"""Turn any decoder or encoder of transformers into a diffusion model, without modelling code."""
 
 import json
 import re
@@ -36,7 +36,8 @@ MASK_TOKEN = "<|mask|>"
 RESERVED = re.compile(r"<\|?(reserved|unused|extra|spare|dummy)|\[unused|_unused", re.IGNORECASE)
 _OTHER_HEAD = re.compile(r"pooler|seq_relationship|classifier|qa_outputs")
 ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
-"""What a layer may be. The sparse ones choose keys by an index that looks back, which short probes do not reveal."""
+"""Kinds of layers that can be converted. Sparse attention is none of them: it selects earlier keys only, which the
+short sequences of the checks do not show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +67,11 @@ def convert(
 ) -> Conversion:
     """Write `source` (folder, hub id or .gguf file) to the folder `out` as a diffusion model.
 
-    An autoregressive model loses its causal mask (`block_size`: between blocks it stays); an encoder keeps its head or
-    gets one. The mask token is the one asked for, the tokenizer's own, a reserved row, a spare row of the embedding, or
-    a new row; the last three are set to the mean of the others. `shift_logits` keeps next-token alignment. `adapter` is
-    merged into the weights, as is a source that is one. `to` writes a family's own names, for the users of its code.
-    `autoregressive` keeps a causal model as it is (blocks of one token, logits shifted): the baseline of an evaluation.
+    An autoregressive model loses its causal mask (with a `block_size` it stays between blocks); an encoder keeps its
+    head or gets one. The mask token is `mask_token_id`, the tokenizer's own, a reserved token, a spare row of the
+    embedding, or a new row; the last three are set to the mean of the other rows. `shift_logits` keeps next-token
+    alignment. `adapter` is merged into the weights, as is a source that is an adapter. `to` writes a family's own
+    names, for the users of its code. `autoregressive` keeps a causal model causal (blocks of one token).
 
     Raises ValueError for a model that cannot be converted, with the reason, before anything is written.
     """
@@ -122,7 +123,7 @@ def _check_new(out: Path) -> None:
 
 @torch.no_grad()
 def _check_head(source: str | Path, model: Any) -> None:
-    """Raise ValueError for a model whose logits are not the output embedding's, which is called where they are read."""
+    """Raise ValueError for a model whose logits do not come from calling its output embedding (`models.head`)."""
     if model.config.model_type in encoder_decoder.MODEL_TYPES:
         return  # refused by the checks
     ids = sequence(model, length=3)
@@ -142,7 +143,7 @@ def _check_claims(source: str | Path, checks: list[Check], settings: DiffusionSe
         needed -= {BIDIRECTIONAL, PADDING}
     for check in checks:
         if check.claim in needed and not check.passed:
-            raise ValueError(f"{source} cannot be converted: not true that {check.claim} ({check.measured}).")
+            raise ValueError(f"{source} cannot be converted: the check '{check.claim}' failed ({check.measured}).")
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -201,9 +202,9 @@ def _read(
 
 
 def refusal(config: Any, model_class: Any) -> str | None:
-    """Say why an architecture can be no diffusion model, or None where only measuring can tell."""
+    """Say why an architecture cannot be converted; None if only the checks can tell."""
     if getattr(config, "is_encoder_decoder", False):
-        return f"{config.model_type} is an encoder-decoder, and a canvas has one sequence"
+        return f"{config.model_type} is an encoder-decoder, and a diffusion model here has one sequence"
     if config.get_text_config() is not config:
         return f"{config.model_type} is multimodal; convert its text model by itself"
     others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_KINDS)
@@ -262,7 +263,7 @@ def _family_to_write(name: str) -> Family | None:
     family = find_family({}, name=name)
     if family is not None and family.original is None:
         names = [family.name for family in FAMILIES if family.original is not None]
-        raise ValueError(f"a checkpoint cannot be written as {name}; can be: {', '.join(names)}.")
+        raise ValueError(f"a checkpoint cannot be written as {name}. Use one of {', '.join(names)}.")
     return family
 
 

@@ -1,4 +1,4 @@
-"""The denoiser: a query in, logits out. The only place that knows how a model wants to be called."""
+"""The denoiser: a query in, logits out. The only place that knows how a model is called."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -34,7 +34,6 @@ class Denoiser:
     """Whether it is given its last prediction (`Query.previous`)."""
     is_compiled: bool = False
     """Whether the model's body was compiled: then forwards with a cache have one shape in every block."""
-
     attention: Attention = "mask"
     """How whole rows attend; `choose_attention` sets up "pieces" and "flex"."""
 
@@ -111,7 +110,7 @@ class Denoiser:
         return inputs | {"attention_mask": masks} | more
 
     def _cached_mask(self, query: Query, view: View, positions: Int[Tensor, "batch query"], layout: Layout) -> Any:
-        """Build the mask over slots: as the query says, or as the layout does, among the slots that a row reads."""
+        """Build the mask over slots: the query's own, or the layout's rule for the slots that each row reads."""
         device = query.input_ids.device
         keys = query.slot_positions
         if keys is None:

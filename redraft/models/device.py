@@ -17,7 +17,7 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown. Use cpu, cuda or auto.") from error
     if device.type not in ("cpu", "meta") and (present is None or present.type != device.type):
-        raise ValueError(f"device {name} is not available: torch sees no such device here. Use cpu or auto.")
+        raise ValueError(f"device {name} is not available: torch finds no such device here. Use cpu or auto.")
     return device
 
 

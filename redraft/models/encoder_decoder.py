@@ -78,14 +78,14 @@ class EncoderDecoder(Denoiser):
         return self._decode(fed, ids, rows, starts[:, None] + offsets, view, is_real, query.previous)
 
     def _no_training(self) -> ValueError:
-        return ValueError(f"{self.model.config.model_type} can be sampled from, and not be trained here.")
+        return ValueError(f"{self.model.config.model_type} can be sampled from, but not trained or scored.")
 
     def _inputs(self, query: Query, positions: Int[Tensor, "batch query"], layout: Layout) -> dict[str, Any]:
-        """Refuse what trains a decoder-only model."""
+        """Refuse: only training and scoring of decoder-only models build inputs this way."""
         raise self._no_training()
 
     def _encode(self, input_ids: Int[Tensor, "batch query"], view: View) -> None:
-        """Write keys and values of the view's spans, causally; a row that is shorter is filled up by anything."""
+        """Write keys and values of the view's spans, causally; shorter rows are filled with any tokens."""
         if not max(view.spans.ends):
             return
         positions = view.positions.clamp(min=0)  # (B, Q)

@@ -10,7 +10,7 @@ from redraft.models.files import Raw
 
 
 def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Family | None:
-    """Find the family of a checkpoint: the one named, or the one its config.json or hub id tells; None if it has none.
+    """Find the family of a checkpoint: the one named, or by its config.json or hub id; None if it has none.
 
     Raises ValueError for a name that is not a family.
     """
@@ -27,7 +27,7 @@ def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Famil
 
 
 def known_model_types() -> list[str]:
-    """List the `model_type`s that families answer to."""
+    """List the `model_type`s of all families."""
     return sorted({model_type for family in FAMILIES for model_type in family.model_types})
 
 

@@ -1,4 +1,4 @@
-"""What a model family is: renames of config fields and weights onto a stock transformers class."""
+"""Model families: renames of config fields and weights onto a stock transformers class."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ class Family:
     hub_ids: tuple[str, ...] = ()
     """Beginnings of hub ids, lower case, for checkpoints whose config.json looks autoregressive."""
     class_name: str | None = None
-    """Its class, where that is not the causal language model of `stock`."""
+    """Class in transformers, if it is not the causal language model of `stock`."""
     process: str = "masked"
     fields: dict[str, str] = field(default_factory=dict)
     """Fields of config.json under other names: stock name -> the family's name."""
@@ -41,13 +41,13 @@ class Family:
     weights: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Patterns of weight names: the family's -> the stock ones; several are parts of one matrix, cut at dimension 0."""
     mask_token_id: int | None = None
-    """Where config.json does not say; None: the tokenizer's mask token."""
+    """If config.json does not say it; None: the tokenizer's mask token."""
     eos_token_id: int | None = None
     block_size: int | None = None
-    """Where config.json does not say; None: full attention."""
+    """If config.json does not say it; None: full attention."""
     published_blocks: Mapping[str, int | None] = field(default_factory=dict)
-    """Where checkpoints differ and config.json may not say: regular expressions of whole published names, and their
-    blocks. Nothing is guessed for other names."""
+    """For families whose checkpoints differ and whose config.json may not say it: regular expression of the whole
+    published name -> block size. Nothing is guessed for other names."""
     shift_logits: bool = False
     generation: Raw = field(default_factory=dict)
     """Published settings of its sampler, by the names of `SamplingConfig`, which this layer does not know."""
@@ -155,9 +155,9 @@ class Family:
         raw = {self.fields.get(name, name): value for name, value in saved.items() if value is not None}
         for name in ("is_causal", "layer_types", "rope_type", "_name_or_path", "id2label", "label2id"):
             raw.pop(name, None)
-        own: Raw = {"model_type": self.model_types[0], "architectures": list(self.architectures)}
-        own |= {"mask_token_id": diffusion.get("mask_token_id"), "diffusion": diffusion}
-        return raw | self.fixed | self.original(saved) | own | {"generation": saved.get("generation") or {}}
+        names: Raw = {"model_type": self.model_types[0], "architectures": list(self.architectures)}
+        names |= {"mask_token_id": diffusion.get("mask_token_id"), "diffusion": diffusion}
+        return raw | self.fixed | self.original(saved) | names | {"generation": saved.get("generation") or {}}
 
 
 def published_names(path: str | Path) -> list[str]:

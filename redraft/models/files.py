@@ -1,4 +1,4 @@
-"""Files of a checkpoint, which may be damaged or hostile: read them, or end in one line."""
+"""Read the files of a checkpoint, which may be damaged or hostile; every failure is an error of one line."""
 
 import json
 import math
@@ -22,7 +22,7 @@ Raw = dict[str, Any]
 def reading(what: str, *, hint: str = "", passing: type[Exception] | None = None) -> Iterator[None]:
     """Turn any error that a library raises while it reads a checkpoint into a ValueError of one line.
 
-    Errors of the type `passing` are our own and pass.
+    Errors of the type `passing` are our own and are not changed.
     """
     try:
         yield
@@ -33,10 +33,10 @@ def reading(what: str, *, hint: str = "", passing: type[Exception] | None = None
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten a library's error to one line of at most 300 characters, without its last stop."""
+    """Shorten a library's error to one line of at most 300 characters, without a period at the end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = next(iter(lines), "")
-    if message.endswith(":"):  # the reason stands in the lines below
+    if message.endswith(":"):  # the reason follows in the next lines
         message = " ".join(lines[:3])
     if "weights_only" in message:  # torch's message says how to run what is in the file
         return "it holds more than tensors (objects, or code), and nothing else is read from a pickle"
@@ -70,7 +70,7 @@ _KINDS: dict[str, Any] = {
 
 
 def check_raw(raw: Raw) -> None:
-    """Raise ValueError for an entry of config.json that is read here and is of another type, and for its numbers."""
+    """Raise ValueError for an entry of config.json of the wrong type, and for impossible numbers."""
     for name, kind in _KINDS.items():
         value = tuple(raw[name]) if isinstance(raw.get(name), list) else raw.get(name)
         if value is not None:
@@ -106,8 +106,8 @@ def weight_files(path: str | Path) -> list[Path]:
 
     def find(name: str) -> Path | None:
         with reading(f"the weights of {path}"):
-            found = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
+            file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+        return None if file is None else Path(file)
 
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = None if find(name) is not None else find(f"{name}.index.json")
@@ -137,9 +137,9 @@ def _shards(index: Path) -> list[str]:
         raise ValueError(f"cannot read {index}: weight_map must name a file for each weight.")
     names = sorted(set(shards.values()))
     for name in names:
-        path = PureWindowsPath(name)  # which knows every separator and drive; links are the user's own, or the hub's
+        path = PureWindowsPath(name)  # it knows every separator and drive
         if path.anchor or not path.name or ".." in path.parts:
-            raise ValueError(f"{index} looks for weights outside of the checkpoint: {name!r}, which is never read.")
+            raise ValueError(f"{index} names weights outside of the checkpoint: {name!r}. Such files are never read.")
     return names
 
 
@@ -161,7 +161,7 @@ def check_fit(path: str | Path, model_class: Any, config: Any, files: list[Path]
     if getattr(config, "quantization_config", None) is None:
         for name, kind in kinds.items():
             if name.endswith(".weight") and kind.startswith(("I", "U", "B8", "BOOL")):
-                raise ValueError(f"{path}: {name} holds integers ({kind}), and config.json says of no quantisation.")
+                raise ValueError(f"{path}: {name} holds integers ({kind}), but config.json has no quantization_config.")
     with reading(f"the model config of {path}"), torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in model_class(config).parameters())
     num_bytes = sum(file.stat().st_size for file in files)

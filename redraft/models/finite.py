@@ -1,4 +1,4 @@
-"""Damaged weights: NaN and infinity are refused where a model is loaded, and explained where its logits show them."""
+"""Damaged weights: NaN and infinity are errors when a model is loaded, and explained when its logits are NaN."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ def check_finite(source: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> N
     is_finite = torch.stack(ends).isfinite().all(dim=1).tolist()  # sync
     damaged = [name for name, fine in zip(names, is_finite, strict=True) if not fine]
     if damaged:
-        more = f" (and {len(damaged) - 1} tensors more)" if len(damaged) > 1 else ""
+        more = f" (and {len(damaged) - 1} more tensors)" if len(damaged) > 1 else ""
         raise ValueError(
             f"{source}: {damaged[0]} holds NaN or infinity{more}. The file is damaged, or its values are too large for "
             "the dtype it is loaded in: fetch it again, or load it with dtype='float32'."
@@ -34,7 +34,7 @@ def check_finite(source: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> N
 
 
 def floats_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List the weights and buffers with the numbers that quantised ones are scaled by, by name."""
+    """List the weights and buffers by name, with the scales of quantised ones."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         yield from _floats(name, tensor)
 

@@ -1,9 +1,9 @@
-"""The vocabulary head of any transformers model, computed only where it is read.
+"""The vocabulary head of any transformers model, computed only at the positions whose logits are needed.
 
 The head and its cross-entropy are a fifth to a half of the work of a small model and most of its memory, and diffusion
-reads them at the noised positions alone. Hooks on the output embedding, one pair for each model, select those rows, so
-every model of transformers is served, whatever it does to its logits afterwards (scaling, soft-capping). A context
-variable, which every thread has for itself, says what they do in a forward: two threads may call one model.
+needs them at the noised positions alone. Hooks on the output embedding, one pair for each model, select those rows. So
+this works for every model of transformers, whatever it does to its logits afterwards (scaling, soft-capping). A context
+variable, which is separate in every thread, tells the hooks what to do in a forward: two threads may call one model.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +32,9 @@ class AtHead:
     rows: Int[Tensor, "n"]
     """Rows of the flattened (batch * seq) positions."""
     is_skipped: bool = False
-    """Whether the hidden states are kept and the logits left empty."""
+    """Whether the head is skipped: the hidden states are kept, and no logits are computed."""
     row_loss: RowLoss | None = None
-    """What takes the place of the logits: the sum of it, (1,)."""
+    """If set, the sum of this loss, (1,), takes the place of the logits."""
     hidden: Tensor | None = None
     """The states (n, D) that would have entered the head."""
     losses: Tensor | None = None
@@ -73,15 +73,15 @@ def head_at(
 ) -> Iterator[AtHead]:
     """Make the model return logits (n, V) at these rows alone, in this thread.
 
-    Skipped, it returns none, and the hidden states are recorded for `chunked_loss`. With a `row_loss` it returns
-    `chunked_loss` in their place: head and loss are then taken inside of the forward, where sharded weights are whole,
-    and the backward pass begins at the model's output, as sharding expects.
+    If `is_skipped`, it returns no logits, and the hidden states are recorded for `chunked_loss`. With a `row_loss` it
+    returns `chunked_loss` instead: head and loss are then computed inside of the forward, where sharded weights are
+    whole, and the backward pass begins at the model's output, as FSDP expects.
     """
     head = output_embeddings(model)
     with _INSTALLING:
         if _before not in head._forward_pre_hooks.values():
             head.register_forward_pre_hook(_before)
-            head.register_forward_hook(_after, prepend=True)  # before sharding takes the weights apart again
+            head.register_forward_hook(_after, prepend=True)  # before FSDP's hook shards the weights again
     now = AtHead(head, rows, is_skipped, row_loss)
     token = _NOW.set(now)
     try:
@@ -102,7 +102,7 @@ def output_embeddings(model: Any) -> nn.Module:
 def head_is_plain(model: Any) -> bool:
     """Tell whether the logits are the output embedding's own, so that `chunked_loss` may call it by itself."""
     rows = torch.arange(8, device=next(model.parameters()).device)
-    ids = (rows + 1)[None] * (model.config.vocab_size - 1) // 8  # unlike each other: some rows may be all zero
+    ids = (rows + 1)[None] * (model.config.vocab_size - 1) // 8  # all different, as some embeddings may be all zero
     is_training = model.training
     model.eval()
     with head_at(model, rows, is_skipped=True) as at_head:
@@ -140,7 +140,7 @@ def chunked_rows(head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowL
 
 
 def _chunks(head: Any, num_rows: int) -> list[slice]:
-    """Cut rows so that the logits of a chunk are few enough; no rows are one chunk, whose gradient is zero."""
+    """Cut rows into chunks of at most LOGITS_PER_CHUNK logits; no rows give one empty chunk, with zero gradient."""
     size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
     return [slice(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size)]
 

@@ -38,10 +38,10 @@ def load_denoiser(
 ) -> tuple[Denoiser, Any, Raw]:
     """Load a model in evaluation mode, its tokenizer (None where the folder has none) and its config.json.
 
-    `quantization` is int8, int4 or nf4 (`models.quantize`). `adapter` is a LoRA of peft, laid over the weights; `path`
-    may be one itself, which names its base. Where an adapter was trained here, its settings win. `family` names the
-    format of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`, `open-dcoder`; see
-    docs/models.md); `block_size` is for a checkpoint that does not say how long its blocks are.
+    `quantization` is int8, int4 or nf4 (`models.quantize`). `adapter` is a LoRA of peft; `path` may be an adapter too,
+    if it names its base model. If redraft trained the adapter, its diffusion settings replace those of the base.
+    `family` names the family of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`,
+    `open-dcoder`; see docs/models.md); `block_size` is for a checkpoint that does not state its block size.
 
     Raises ValueError where there is no such model, its class is neither in transformers nor a family, it is
     autoregressive, weights are missing, extra, of another shape or cut short, no mask token is known or it lies outside
@@ -80,7 +80,7 @@ def load_denoiser(
     if of_family is None and not raw.get("diffusion"):  # an encoder as it stands, which no conversion has measured
         check = check_isolated(model, settings.mask_token_id)
         if not check.passed:
-            raise ValueError(f"{path} cannot be used: not true that {check.claim} ({check.measured}).")
+            raise ValueError(f"{path} cannot be used: the check '{check.claim}' failed ({check.measured}).")
     is_encoder_decoder = config.model_type in encoder_decoder.MODEL_TYPES
     kind = encoder_decoder.EncoderDecoder if is_encoder_decoder else Denoiser
     return kind(model, settings), tokenizer, raw | trained
@@ -130,11 +130,11 @@ def _how_to_continue(run: Path) -> str:
     is_latent = '"stage"' in (run / "recipe.json").read_text(errors="replace")  # whose checkpoints are no whole models
     steps = [int(name) for name in names if name.isdigit() and not is_latent]
     use = f", or use its last checkpoint: {run}/checkpoint-{max(steps)}" if steps else ""
-    return f", as its training has not ended. Go on with `redraft train {run} --resume`{use}."
+    return f", as its training has not ended. Continue it with `redraft train {run} --resume`{use}."
 
 
 def _near(folder: Path) -> str:
-    """Name the folders beside one that does not exist: those of a similar name, or, below the working folder, all."""
+    """Name folders beside one that does not exist: those of a similar name, or, in a parent that is named, all."""
     parent = folder.parent
     names = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, names, n=3)
@@ -146,7 +146,7 @@ def _near(folder: Path) -> str:
 def read_config(path: str | Path, raw: Raw) -> Any:
     """Read the config of an architecture that transformers has.
 
-    Raises ValueError for one that it does not have, and for one that wants its own code to be run.
+    Raises ValueError for one that it does not have, and for one that needs code from the checkpoint.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -154,7 +154,7 @@ def read_config(path: str | Path, raw: Raw) -> Any:
     if "stage" in raw and model_type.startswith("redraft-"):
         is_autoencoder = raw["stage"] == "autoencoder"
         use = f"`redraft think --check {path}`" if is_autoencoder else f"redraft.load_thinker or `redraft think {path}`"
-        raise ValueError(f"{path} is of the latent stage {raw['stage']!r}, which denoises no tokens. Use {use}.")
+        raise ValueError(f"{path} is a latent {raw['stage']} and does not denoise tokens. Use {use}.")
     if model_type not in CONFIG_MAPPING:
         if raw.get("auto_map"):
             raise ValueError(
@@ -189,7 +189,7 @@ def language_model_class(config: Any, family: Family | None = None) -> Any:
     name = names.get(config.model_type) if family is None or family.class_name is None else family.class_name
     if name is None:
         raise ValueError(
-            f"transformers has no language model of architecture {config.model_type!r}, so there is no head."
+            f"transformers has no language model of architecture {config.model_type!r}, so it has no head."
         )
     return getattr(transformers, name)
 
@@ -224,7 +224,7 @@ def read_tokenizer(path: str | Path, *, family: Family | None = None) -> Any:
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     classes = ["AutoTokenizer"]
-    if family is not None:  # the first may want a class from the checkpoint's code
+    if family is not None:  # AutoTokenizer may need a class from the checkpoint's code
         classes = [family.tokenizer_class] if family.tokenizer_class else ["AutoTokenizer", "PreTrainedTokenizerFast"]
     reasons = []
     for name in classes:

@@ -1,4 +1,4 @@
-"""Attention masks and positions as each transformers model wants them.
+"""Attention masks and positions in the form that each transformers model needs.
 
 A 4-D mask goes to every layer untouched, so a model with windowed layers needs one mask per kind of layer. Eager
 attention adds the mask to its scores: a boolean mask would be added as 0 and 1, without an error.
@@ -12,12 +12,12 @@ from torch import Tensor
 
 WINDOW, CHUNK = "sliding_attention", "chunked_attention"
 NEEDS_MASK = {"mpt", "nemotron", "stablelm"}
-"""Architectures whose own attention code is causal, or fails, where it gets no mask, whatever the config says."""
+"""Architectures whose attention is causal, or fails, if it gets no mask, whatever the config says."""
 
 COUNTS_FROM_PADDING = {
     "camembert", "data2vec-text", "ibert", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
 }  # fmt: skip
-"""Architectures whose first position is the one after the padding token's id, as fairseq counted."""
+"""Architectures whose positions start at the padding token's id + 1, as in fairseq."""
 
 
 def first_position(config: Any) -> int:
@@ -56,10 +56,10 @@ def layer_masks(
     query_positions: Int[Tensor, "batch query"],
     key_positions: Int[Tensor, "batch key"],
 ) -> Any:
-    """Lay each kind of layer's own window over a mask (None: everything attends to everything).
+    """Combine a mask (None: everything attends to everything) with the window of each kind of layer.
 
-    Returns the mask itself where no window bites, one mask where all layers are of one kind, else {kind: mask}. A
-    window of n reaches n positions to either side, as in transformers' bidirectional masks.
+    Returns the mask itself if no window is shorter than the row, one mask if all layers are of one kind, else
+    {kind: mask}. A window of n reaches n positions to either side, as in transformers' bidirectional masks.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) if not kinds or WINDOW in kinds else None

@@ -1,4 +1,4 @@
-"""Is a model what its settings say? Measured on a few forwards of a short random sequence, never read off its name."""
+"""Check that a model does what its settings say, by a few forwards of a short random sequence, not by its name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ PADDING = "padding is inert"
 BLOCKS = "blocks are causal"
 CACHED = "cached blocks equal uncached"
 NEEDED = (BIDIRECTIONAL, POSITIONS, ISOLATED, PADDING)
-"""What holds of every diffusion model."""
+"""Claims that must hold for every diffusion model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,12 @@ class Check:
 
 @torch.no_grad()
 def check_model(model: Any, settings: DiffusionSettings, *, block_size: int = 4) -> list[Check]:
-    """Measure every claim. Without a block size in the settings, blocks are tried at `block_size`, for information.
+    """Measure every claim. Without a block size in the settings, blocks of `block_size` are checked for information.
 
     A library's error inside one check makes that check fail with the error's first line.
     """
     if model.config.model_type in encoder_decoder.MODEL_TYPES:
-        raise ValueError(f"{model.config.model_type} is an encoder-decoder; it is neither checked nor converted.")
+        raise ValueError(f"{model.config.model_type} is an encoder-decoder; it can be neither checked nor converted.")
     denoiser = Denoiser(model.eval(), DiffusionSettings(mask_token_id=settings.mask_token_id))
     size = settings.block_size or block_size
     ids = sequence(model, length=3 * size)
@@ -83,7 +83,7 @@ def sequence(model: Any, *, length: int) -> Int[Tensor, "1 seq"]:
 
 
 def _changed(ids: Tensor, position: int) -> Tensor:
-    """Put another token at one position."""
+    """Return the ids with another token at one position."""
     other = ids.clone()
     other[0, position] = ids[0, position - 1] if ids[0, position] != ids[0, position - 1] else ids[0, position] ^ 1
     return other
@@ -151,7 +151,7 @@ def _causal_layers(denoiser: Denoiser, ids: Tensor) -> list[str]:
 
 
 def _check_positions(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
-    """Leave the positions out of the call: the model must count as we do."""
+    """Call the model without positions: it must count them as we do."""
     inputs = denoiser.inputs(Query.everywhere(ids))
     del inputs["position_ids"]
     moved = difference(denoiser.logits(ids), denoiser.model(**inputs).logits)
@@ -159,7 +159,7 @@ def _check_positions(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
 
 
 def _check_isolated(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
-    """Let every position see itself alone: a change at one must stay there. Recurrence and convolution leak."""
+    """Let every position attend to itself alone: a change at one must not affect others, as recurrence would."""
     alone = torch.arange(1, ids.shape[1] + 1, device=ids.device)[None]
     middle = ids.shape[1] // 2
     others = alone[0] != middle + 1
@@ -171,7 +171,7 @@ def _check_isolated(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
 
 
 def _check_padding(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
-    """Hide a tail: logits before it must be those of the row without it, whatever stands there."""
+    """Hide the end of a row: logits before it must be those of the row without it."""
     length = ids.shape[1] * 2 // 3
     segments = (torch.arange(ids.shape[1], device=ids.device) < length).long()[None]
     padded = denoiser.logits(ids, segment_ids=segments)[:, :length]
@@ -180,7 +180,7 @@ def _check_padding(denoiser: Denoiser, ids: Tensor) -> tuple[bool, str]:
 
 
 def _check_blocks(denoiser: Denoiser, ids: Tensor, size: int) -> tuple[bool, str]:
-    """Change the last block: earlier blocks must not move; change a block's last token: its first must."""
+    """Change the last block: earlier logits must not move. Change a block's last token: the block's first must move."""
     layout = Layout(block_size=size)
     plain = denoiser.logits(ids, layout=layout)
     later = difference(denoiser.logits(_changed(ids, -1), layout=layout)[:, :-size], plain[:, :-size])

@@ -13,7 +13,7 @@ INT4_GROUP = 32
 
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-"""It warns that a kernel is missing which `keep_format` never reaches, whenever peft is imported."""
+"""It warns, whenever peft is imported, of a missing kernel that is never used because of `keep_format`."""
 
 
 def quantizer(
@@ -75,7 +75,7 @@ def keep_format(model: Any) -> None:
     """Keep the layers of nf4 as they were packed.
 
     On a CPU with bfloat16 arithmetic they would repack themselves in the first forward without a gradient, for a kernel
-    that takes bfloat16 products whatever the dtype and only heights that 32 divides.
+    that multiplies in bfloat16 whatever the dtype is, and that needs the number of rows to be a multiple of 32.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

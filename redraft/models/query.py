@@ -21,7 +21,7 @@ class SelfConditioning:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """Tokens that are fed, where they stand, what they see, and the positions whose logits are wanted."""
+    """The tokens to feed, their positions, what they attend to, and the positions whose logits are wanted."""
 
     input_ids: Int[Tensor, "batch query"]
     """Whole rows; where keys and values are kept, what each row feeds now (a position may be fed more than once)."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionSettings(Settings):
-    """What a denoiser and a sampler need to know about a model; saved with it, so that no command needs flags."""
+    """What a denoiser and a sampler must know about a model; saved with it, so that no command needs flags for it."""
 
     section: ClassVar[str] = "config.json: diffusion"
 

@@ -1,7 +1,7 @@
 """Chat templates are programs: one that comes with a checkpoint may never end, or fill the memory.
 
-Jinja's sandbox bounds neither. A template is rendered once, in a process of its own with limits on its processor time
-and memory, before anybody relies on it.
+Jinja's sandbox limits neither. So a template is first rendered in a separate process with limits on processor time and
+memory.
 """
 
 import json

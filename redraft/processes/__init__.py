@@ -1,4 +1,4 @@
-"""The noising processes by name. A new one is one file, with a class as `noised.Process` says, and one line here.
+"""The noising processes by name. A new one is a file with a class that implements `noised.Process`, and a line here.
 
 This module imports no torch: a class is imported when it is asked for.
 """

@@ -49,8 +49,8 @@ class Process(Protocol):
     default_preset: ClassVar[str]
     """The sampler of a model whose checkpoint names none."""
     varied_sampling: ClassVar[dict[str, Any]]
-    """Sampling settings that draw varied text, saved with a model trained from random weights: a small model repeats
-    one token where the likeliest is taken. Empty where the default preset draws already."""
+    """Sampling settings that give varied text, saved with a model trained from random weights: a small model repeats
+    one token if the likeliest is always taken. Empty if the default preset draws at random anyway."""
 
     @classmethod
     def build(cls, *, mask_token_id: int, vocab_size: int, schedule: Schedule, exclude_mask: bool = True) -> "Process":

@@ -1,8 +1,8 @@
-"""Published runs. What the source beside a run states is set; the rest is our default, or named as ours.
+"""Published runs. Settings that the cited source states are set; the others are our defaults, or marked as ours.
 
 "dllm" is github.com/ZHZisZZ/dllm (example scripts, READMEs), "mdlm" is github.com/kuleshov-group/mdlm (`configs/`).
-Batches are those of one process, as published: with N processes give N times as much. Hardware, time and what differs:
-docs/recipes.md.
+Batch sizes are for one process, as published: multiply them by the number of processes. docs/recipes.md lists hardware,
+time and differences.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ MDLM = TrainConfig(
 
 
 def llada_sft() -> RunConfig:
-    """Finetune LLaDA-8B on 10,000 conversations, EOS up to the window's end (dllm, examples/llada/sft.py)."""
+    """Finetune LLaDA-8B on 10,000 conversations, padded with EOS to the window's end (dllm, examples/llada/sft.py)."""
     # The first 11,000 conversations, a tenth of them for validation (the scripts take 10,000 and 1,000), by length.
     chat = ChatConfig(eos_block=1024, batching="grouped")
     data = DataConfig(
@@ -56,7 +56,7 @@ def dream_sft() -> RunConfig:
 
 
 def a2d_mdlm() -> RunConfig:
-    """Make Qwen3-0.6B, converted, chat (dllm, Tiny-A2D mdlm v0.1, without its two code sets)."""
+    """Finetune a converted Qwen3-0.6B on conversations (dllm, Tiny-A2D mdlm v0.1, without its two code data sets)."""
     return RunConfig(
         out="runs/a2d-mdlm",
         data=_mixture(1024, eos_block=1024),
@@ -67,7 +67,7 @@ def a2d_mdlm() -> RunConfig:
 
 
 def a2d_bd3lm() -> RunConfig:
-    """Make Qwen3-0.6B, converted, chat in blocks (dllm, Tiny-A2D bd3lm v0.1, without its two code sets)."""
+    """The same by block diffusion (dllm, Tiny-A2D bd3lm v0.1, without its two code data sets)."""
     return replace(
         a2d_mdlm(),
         out="runs/a2d-bd3lm",
@@ -77,7 +77,7 @@ def a2d_bd3lm() -> RunConfig:
 
 
 def bert_chat() -> RunConfig:
-    """Make ModernBERT-large, converted, a chat model (dllm, ModernBERT-large-chat v0.1)."""
+    """Finetune a converted ModernBERT-large on conversations (dllm, ModernBERT-large-chat v0.1)."""
     train = replace(DLLM, learning_rate=1e-4, batch_size=48, epochs=10)
     return replace(a2d_mdlm(), out="runs/bert-chat", model=ModelConfig(start="models/modernbert-large"), train=train)
 
@@ -86,21 +86,21 @@ def mdlm_owt() -> RunConfig:
     """Train masked diffusion on OpenWebText: 1 M steps of 512 windows (mdlm, configs/config.yaml)."""
     return RunConfig(
         out="runs/mdlm-owt",
-        # configs/model/small.yaml: windows of 1024; a tokenizer of our own in the size of GPT-2's.
+        # configs/model/small.yaml: windows of 1024; our tokenizer, as large as GPT-2's.
         data=DataConfig(source="dylanebert/openwebtext@train", seq_len=1024, vocab_size=50_257),
-        # The same; a stock Llama instead of a DiT, whose head is the embedding (theirs: `tie_word_embeddings: False`).
+        # The same shape; a stock Llama instead of a DiT, with tied embeddings (theirs: `tie_word_embeddings: False`).
         model=ModelConfig(size="hidden=768,layers=12,heads=12,intermediate=2048", dropout=0.1),
         train=MDLM,
     )
 
 
 def bd3lm_owt() -> RunConfig:
-    """Train block diffusion on OpenWebText: MDLM's numbers, without the published search for a range of times."""
+    """Train block diffusion on OpenWebText with MDLM's settings; BD3LM's search for a range of t is left out."""
     return replace(mdlm_owt(), out="runs/bd3lm-owt", objective=ObjectiveConfig(kind="block", block_size=16))  # ours
 
 
 def llada_pretrain() -> RunConfig:
-    """Pretrain LLaDA from random weights, 1 % of the windows cut at random (dllm, examples/llada/pt.py)."""
+    """Pretrain LLaDA from random weights, 1 % of the windows cut to a random length (dllm, examples/llada/pt.py)."""
     return RunConfig(
         out="runs/llada-pretrain",
         data=DataConfig(

@@ -1,4 +1,4 @@
-"""Any recipe in seconds and offline: its objective and data policy, with tiny weights, data and steps."""
+"""Shrink any recipe so that it runs in seconds and offline; its objective and data policy stay."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +12,13 @@ CONVERSATIONS = Path(__file__).with_name("smoke.jsonl")  # 64 sums: read where t
 
 
 def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
-    """Shrink a run; objective, packing, EOS policy, decay and average stay. A start becomes random weights of its kind.
+    """Shrink a run; objective, packing, EOS policy, decay and EMA stay. Random weights replace a start model.
 
-    What a start brings beside weights goes with it: its tokenizer, and Dream's shift of the logits.
+    What a start model brings besides weights is lost too: its tokenizer, and Dream's shift of the logits.
     """
     if isinstance(config, LatentRunConfig):
         start = config.start and f"{config.start}-smoke"
-        few = _few_steps(config.train)  # after which no autoencoder passes its gate: force
+        few = _few_steps(config.train)  # too few for an autoencoder to pass its gate, so force=True
         return replace(config, out=f"{config.out}-smoke", start=start, force=True, train=few)
     if ":" in config.data.kind:  # rows that a function makes
         return replace(config, out=f"{config.out}-smoke", train=_few_steps(config.train))

@@ -6,7 +6,7 @@ from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
 
 def stdlib_tiny() -> RunConfig:
-    """Train 1 M parameters for some seconds: to see that everything works."""
+    """Train 1 M parameters for some seconds, to see that everything works."""
     return RunConfig(
         out="runs/stdlib-tiny",
         data=DataConfig(seq_len=64, vocab_size=1024, max_documents=40, validation_fraction=0.2),
@@ -27,7 +27,7 @@ def stdlib_demo() -> RunConfig:
 
 
 def stdlib_small() -> RunConfig:
-    """Train 12 M parameters for at most 90 minutes on 2 cores, to compress modules that it has not seen."""
+    """Train 12 M parameters for at most 90 minutes on 2 cores, to compress modules outside of the training data."""
     return RunConfig(
         out="runs/stdlib-small",
         data=DataConfig(seq_len=256, vocab_size=4096),

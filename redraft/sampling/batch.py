@@ -19,13 +19,13 @@ class Batch:
     """Running rows of one denoiser, for one thread: what `generate`, chat and a server drive.
 
     Rows of samplers with the same attention and cache share a forward; those of one sampler (the same object) are
-    decided together. A row has the tokens that it has alone, bitwise in float64, whatever joins or leaves when.
-    Keys and values of rows that left stay until their place is needed: a row that joins takes over those of the longest
-    prefix that it shares with any other row, where the cache is exact.
+    decided together. A row gets the same tokens as if it ran alone (bitwise in float64), whichever rows join or leave.
+    Keys and values of rows that left stay until their slot is needed. With an exact cache, a row that joins copies
+    those of the longest prefix that it shares with any other row.
 
-    `max_rows` and `max_positions` are what memory is set aside for; more is allowed and costs a copy. What is not used
-    keeps more of the rows that left. While others run, the prompts of rows that join are fed alone, up to `chunk`
-    tokens in a tick (None: all); these rows do not age meanwhile.
+    Memory is reserved for `max_rows` and `max_positions`; more is allowed and costs a copy. Unused slots hold prefixes
+    of rows that left. While others run, the prompts of rows that join are fed alone, up to `chunk` tokens in a tick
+    (None: all); these rows take no steps meanwhile.
     """
 
     def __init__(
@@ -61,21 +61,21 @@ class Batch:
             length = (sampler.layout or self.denoiser.settings.layout).block_size or 0
             group.predicted = group.predicted.new_zeros(len(ids), length, prior[1], dtype=self.denoiser.model.dtype)
         self._waiting.append(group)
-        self._drop(group, group.num_left.eq(0).tolist())  # sync: what has nothing to decide is done
+        self._drop(group, group.num_left.eq(0).tolist())  # sync: a row with nothing to decide is done
         return ids
 
     def leave(self, ids: Sequence[int]) -> None:
-        """Let rows go, done or not; ids of rows that are gone already are ignored."""
+        """Remove rows, done or not; ids of rows that have left already are ignored."""
         for group in [*self._groups, *self._waiting]:
             self._drop(group, [id in ids for id in group.ids.tolist()])
 
     def tick(self) -> list[Step]:
         """Make one step of every row that is ready: a forward for each kind of attention and cache, if one is needed.
 
-        Returns a step for each sampler; rows that are done have left. Where it raises, nothing is lost: what was
-        decided comes with the next tick, and what was not is decided then. Raises ValueError for logits that are NaN,
-        for a policy that makes no progress (from a block's last step on, each step must change something), and
-        for a budget of fewer forwards than a model has canvases that it can only denoise one after the other.
+        Returns a step for each sampler; rows that are done have left. If it raises, nothing is lost: the next tick
+        returns the steps that were made, and makes the others. Raises ValueError for logits that are NaN, for a policy
+        that makes no progress (from a block's last step on, each step must change something), and for a budget with
+        fewer forwards than canvases, if the model denoises one canvas at a time.
         """
         self._admit()
         for forward in self._forwards.values():
@@ -101,7 +101,7 @@ class Batch:
                 raise error
 
     def _admit(self) -> None:
-        """Let rows that wait take part, the oldest first, when their prompts are fed."""
+        """Move waiting rows to the running ones, the oldest first, once their prompts are fed."""
         while self._waiting:
             group = self._waiting[0]
             group.open_blocks()
@@ -147,12 +147,12 @@ def denoise(
 ) -> Iterator[Step]:
     """Denoise a canvas step by step: a batch that these rows join, and that ticks until they are done.
 
-    A `batch` in which nothing runs may be given, whose rows of before have left keys and values for the next ones: the
-    prompt of a chat goes on from there. Raises ValueError as `Batch.join` and `Batch.tick` do.
+    An empty `batch` may be given that holds keys and values of earlier rows: the next prompt of a chat reuses them.
+    Raises ValueError as `Batch.join` and `Batch.tick` do.
     """
     batch = Batch(denoiser) if batch is None else batch
     if len(batch) or batch.denoiser is not denoiser:
-        raise ValueError("a batch must be of the same model, and nothing may run in it; got another one. Use join.")
+        raise ValueError("batch must belong to this model and have no running rows. Use Batch.join to add rows to it.")
     ids = batch.join(canvas, sampler, row_keys=row_keys)
     try:
         while len(batch):

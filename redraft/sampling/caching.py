@@ -29,13 +29,13 @@ class Planner:
 
     kind: Literal["exact", "prefix", "dual"]
     shift: bool
-    """Whether logits come from the left neighbour, which then must be fed too."""
+    """Whether a position's logits come from its left neighbour, which then must be fed too."""
     block_size: int = 1
     """Of the attention, where it is block-causal."""
 
     @classmethod
     def of(cls, sampler: Sampler, denoiser: Denoiser) -> "Planner | None":
-        """Choose how keys and values are kept. Raises ValueError for a cache that the attention does not allow."""
+        """Choose how keys and values are cached. Raises ValueError for a cache that the attention does not allow."""
         size = (sampler.layout or denoiser.settings.layout).block_size
         if sampler.cache == "none":
             return None
@@ -87,5 +87,5 @@ class Planner:
 
 
 def _is_filled(place: Place) -> bool:
-    """Tell whether a forward since the open blocks opened has fed everything."""
+    """Tell whether the whole row was fed since its open blocks opened."""
     return place.opened == (place.start, place.end)

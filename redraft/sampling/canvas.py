@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class Status(IntEnum):
-    """What a position is. A token never tells: a mask token in a prompt is a token like any other."""
+    """What a position is. The token does not say it: a mask token in a prompt is an ordinary token."""
 
     GIVEN = 0
     """Prompt or infilling context; never changes."""
@@ -63,7 +63,7 @@ class Canvas:
         return self.place(where, noise, torch.zeros_like(self.confidence), status=Status.NOISE)
 
     def settle(self, where: Bool[Tensor, "batch seq"]) -> "Canvas":
-        """Decide the drafts among these positions as they are."""
+        """Commit the drafts among these positions as they are."""
         return self.place(where & self.is_draft, self.tokens, self.confidence)
 
     def columns(self, at: Int[Tensor, "batch width"]) -> "Canvas":

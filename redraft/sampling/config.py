@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from redraft.errors import unknown_name
 from redraft.sampling.presets import OF_SOME_PRESETS, PRESETS, preset_from_name
-from redraft.settings import MOST, Count, NonNegative, Positive, Probability, Settings, Within
+from redraft.settings import MAX_COUNT, Count, NonNegative, Positive, Probability, Settings, Within
 
 Share = Annotated[float, Within("(0, 1]")]
 
@@ -35,25 +35,28 @@ class SamplingConfig(Settings):
     top_k: Count | None = None
     """Draw among this many likeliest tokens."""
     alg_temperature: NonNegative | None = None
-    """Temperature of the order in which tokens are decided (Dream's alg_temp); 0 for none."""
+    """Temperature of the order in which tokens are committed (Dream's alg_temp); 0: a fixed order."""
     cfg_scale: float = 0.0
-    """Classifier-free guidance: un + (scale + 1) (cond - un); 0 for none."""
+    """Classifier-free guidance: logits = uncond + (scale + 1) (cond - uncond); 0 for none."""
     threshold: Probability | None = None
-    """Decide every token whose probability reaches this (fast-dllm, sdar, llada2)."""
+    """Commit every token whose probability reaches this (fast-dllm, sdar, llada2)."""
     factor: Positive | None = None
-    """Decide the r surest while the r-th probability is at least 1 - factor / (r + 1) (fast-dllm)."""
+    """Commit the r most probable tokens, for the largest r whose r-th probability is at least 1 - factor / (r + 1)
+    (fast-dllm)."""
     entropy_bound: NonNegative | None = None
-    """Decide tokens together up to this entropy, in nats (eb)."""
+    """Commit the tokens of lowest entropy, as long as their entropies, the largest left out, sum to at most this (nats;
+    eb)."""
     editing_threshold: Probability | None = None
     """Replace a draft where another token is more probable than this (llada2.1)."""
     budget: Share | None = None
-    """Share of the forwards that one token at a time would take, in (0, 1]: from fast to careful."""
+    """Forward passes as a share of max_new_tokens, in (0, 1]: 1 is one token per forward pass."""
     forwards: Count | None = None
-    """Forward passes for the whole text, at most."""
+    """Largest number of forward passes for the whole text."""
     num_samples: Count = 1
-    """Texts for each prompt, from different noise."""
+    """Texts for each prompt, each with other random numbers."""
     cache: Literal["auto", "none", "exact", "prefix", "dual"] | None = None
-    """Keys and values kept: none, exact (block-causal models), prefix or dual (approximate); auto: exact if it can."""
+    """Cache of keys and values: none, exact (block-causal models), prefix or dual (approximate, full attention); auto:
+    exact for block-causal models, else none."""
     seed: Annotated[int, Within(f"[{-(2**63)}, {2**63})")] = 0
     """Seed of the draws."""
     stop: str | tuple[str, ...] | None = "eos"
@@ -66,21 +69,23 @@ class SamplingConfig(Settings):
         if isinstance(self.stop, str) and self.stop != "eos":
             object.__setattr__(self, "stop", (self.stop,))
         if isinstance(self.stop, tuple) and not all(self.stop):
-            raise ValueError(f"a string that stops a text must not be empty; got {self.stop!r}.")
-        if self.num_samples * self.max_new_tokens > 4 * MOST:
+            raise ValueError(f"a stop string must not be empty; got {self.stop!r}. Leave it out.")
+        if self.num_samples * self.max_new_tokens > 4 * MAX_COUNT:
             raise ValueError(
-                f"num_samples times max_new_tokens must be at most {4 * MOST}; got {self.num_samples} and "
-                f"{self.max_new_tokens}. Ask several times, with other seeds."
+                f"num_samples times max_new_tokens must be at most {4 * MAX_COUNT}; got {self.num_samples} and "
+                f"{self.max_new_tokens}. Generate several times, with other seeds."
             )
         costs = [name for name in COSTS if getattr(self, name) is not None]
         if len(costs) > 1:
-            raise ValueError(f"{' and '.join(costs)} each say what a text may cost; give one of them.")
+            raise ValueError(f"{' and '.join(costs)} each set the number of forward passes; give one of them.")
         preset = preset_from_name(self.preset)
         for name in OF_SOME_PRESETS:
             value = getattr(self, name)
             if value is not None and name not in preset.defaults:
                 users = ", ".join(other for other, its in PRESETS.items() if name in its.defaults)
-                raise ValueError(f"preset {self.preset!r} has no setting {name!r}; got {value}. It is for {users}.")
+                raise ValueError(
+                    f"preset {self.preset!r} has no setting {name!r}; got {value}. Presets with it: {users}."
+                )
         size, total = self.block_size, self.max_new_tokens
         if preset.blocks != "grid" and size is not None and total % size:
             near = ", ".join(str(n) for n in sorted(sorted(_divisors(total), key=lambda n: abs(n - size))[:3]))
@@ -91,7 +96,7 @@ class SamplingConfig(Settings):
         preset = preset_from_name(self.preset)
         defaults: dict[str, Any] = {"temperature": 0.0, "cache": "auto"} | preset.defaults
         if self.factor is not None:
-            defaults.pop("threshold", None)  # another rule for the same choice
+            defaults.pop("threshold", None)  # the factor rule replaces the threshold
         if any(getattr(self, name) is not None for name in COSTS):
             defaults.pop("steps_per_block", None)
         if "block_size" in defaults and preset.blocks != "grid":
@@ -100,18 +105,18 @@ class SamplingConfig(Settings):
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def for_infilling(self, *, num_holes: int) -> "SamplingConfig":
-        """Fill holes: the budget is a share of them, and nothing ends a text early."""
+        """Adapt the settings to infilling: the budget is a share of the holes' tokens, and no text ends early."""
         if self.budget is not None:
             return replace(self, budget=None, forwards=max(1, round(self.budget * num_holes)), stop=None)
         return replace(self, stop=None)
 
 
 def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
-    """Lay the settings that were given over those saved with a checkpoint.
+    """Combine given settings with those saved in a checkpoint; given ones win.
 
-    A preset that is given brings its own settings: then only the length counts of what is saved. What is saved of the
-    cost gives way to any cost that is given, and a saved block size to a length that it does not divide. Raises
-    ValueError for a name that is no setting.
+    If a preset is given, only the saved max_new_tokens is used. If a cost is given (`COSTS`, steps_per_block), no saved
+    cost is used. A saved block size that does not divide max_new_tokens is lowered until it does. Raises ValueError for
+    a name that is no setting.
     """
     saved = saved | OLD_PRESETS.get(str(saved.get("preset")), {})
     for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
@@ -122,7 +127,7 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
                 raise unknown_name(what, name, SamplingConfig.__dataclass_fields__)
     if ":" in str(saved.get("preset")) and "preset" not in given:
         raise ValueError(
-            f"config.json asks for code: preset {saved['preset']!r}. Give preset= yourself if you trust it."
+            f"config.json names code to run: preset {saved['preset']!r}. Pass preset= yourself if you trust it."
         )
     if "preset" in given:
         saved = {name: value for name, value in saved.items() if name == "max_new_tokens"}
@@ -137,9 +142,9 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
 
 
 COSTS = ("steps", "budget", "forwards")
-"""Ways to say what a text may cost."""
+"""Settings that each set the number of forward passes of a text."""
 OLD_PRESETS = {f"fast-dllm-{kind}": {"preset": "fast-dllm", "cache": kind} for kind in ("prefix", "dual")}
-"""Presets that checkpoints were saved with before, and the settings that say the same."""
+"""Old names of presets in saved checkpoints, and the settings that replace them."""
 _OWN_PRESET = "Use a preset of your own (MODULE:NAME) with the policy"
 REMOVED = {
     "seconds": "Use forwards.",

@@ -13,7 +13,7 @@ from redraft.sampling.propose import Proposal
 
 
 class Completion(Protocol):
-    """All that the sampler knows of a constraint on one text; `constraints.completion.CompiledConstraint` is one."""
+    """What the sampler needs of a constraint on one text; `constraints.completion.CompiledConstraint` is one."""
 
     def check(self, tokens: Tensor, is_noise: Tensor) -> None:
         """Raise ValueError with the reason if no completion of the (seq,) new tokens satisfies the constraint."""
@@ -27,7 +27,7 @@ class TextConstraint:
     """A constraint on the new text of every row: what was not given, up to `num_tokens` tokens."""
 
     completion: Callable[[Int[Tensor, "given"]], Completion]
-    """What holds for a text, given the tokens before it: some tokenizers drop a space at the start."""
+    """The constraint on a text, given the tokens before it: some tokenizers drop a space at the start."""
     num_tokens: int | None = None
 
     def check(self, canvas: Canvas) -> None:
@@ -51,8 +51,8 @@ class TextConstraint:
     ) -> Proposal:
         """Propose tokens of which every subset may be committed; `with_best` adds the most probable to those drawn.
 
-        Drafts are proposed as they are: an edit of some drafts and not of others could break the constraint. To make a
-        draft noise again breaks nothing.
+        Drafts are proposed unchanged: an edit of some drafts and not of others could break the constraint. Turning a
+        draft back into noise cannot.
         """
         row_of, column = torch.unravel_index(where, canvas.tokens.shape)
         is_noise = canvas.is_noise[row_of, column]
@@ -72,14 +72,14 @@ class TextConstraint:
         return replace(proposal, x_0=x_0, confidence=proposal.probability_of(x_0), best=best)
 
     def _rows(self, canvas: Canvas) -> Iterator[tuple[Int[Tensor, "new"], Completion]]:
-        """Return the places of each row's new text, and what holds for it."""
+        """Yield the positions of each row's new text, and the constraint on it."""
         for tokens, status in zip(canvas.tokens, canvas.status, strict=True):
             text = ((status != Status.GIVEN) & (status != Status.PAD)).nonzero()[: self.num_tokens, 0]
             yield text, self.completion(tokens[: text[0]] if len(text) else tokens)
 
 
 def _cut(logits: Float[Tensor, "n vocab"], *, top_k: int | None, top_p: float | None) -> Float[Tensor, "n vocab"]:
-    """Rule out all but the k best tokens, and then all that lie beyond the first p of the mass."""
+    """Set all but the k largest logits to -inf, and then all outside of the nucleus of mass p."""
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:

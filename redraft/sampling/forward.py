@@ -1,4 +1,4 @@
-"""The forward that rows of equal attention and cache share: what is fed, what is cached, what need not be run again."""
+"""The forward that rows of equal attention and cache share: what is fed, what is cached, when none is needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ class Forward:
         """Rows that have a slot."""
         self.left: dict[int, Prefix] = {}
         """By slot, the prefix that a row which has left wrote there."""
-        # What an approximate cache gives depends on when it was filled, and what a self-conditioned model gives on the
-        # step before: there, every step is a forward.
+        # Logits with an approximate cache depend on when it was filled, and those of a self-conditioned model on the
+        # step before: there, the last logits cannot be used again, and every step is a forward.
         self.is_exact = sampler.cache == "exact"
         self.is_repeatable = sampler.cache in ("none", "exact") and not denoiser.is_self_conditioned
         self.num_fed = 0
@@ -52,7 +52,7 @@ class Forward:
     def __call__(self, groups: Sequence[Rows]) -> None:
         """Give each group the logits (n, vocab) that it asks for; run the model if any row's input is new.
 
-        Raises ValueError where several canvases of a model that takes one are open: a budget can ask for that.
+        Raises ValueError where several canvases of a model that takes one are open: a small budget opens several.
         """
         if self.is_repeatable:
             if all(group.has_answer() for group in groups):
@@ -84,7 +84,7 @@ class Forward:
         indexes = [slice(None) if is_whole else torch.tensor(rows, device=device) for rows in numbers]
 
         def joined(parts: list[Tensor]) -> Tensor:
-            """Lay tensors (rows of a group, ...) out; what is narrower is filled up with 0."""
+            """Lay tensors (rows of a group, ...) out; narrower ones are padded with 0."""
             if is_whole:
                 return parts[0]
             width = max(part.shape[-1] for part in parts)
@@ -140,10 +140,10 @@ class Forward:
         )
 
     def admit(self, group: Rows, running: Sequence[Rows], *, chunk: int | None) -> bool:
-        """Give rows that join their slots, with the keys and values that others have of what their prompts begin with.
+        """Give slots to rows that join, with the keys and values that other rows have of their prompts' beginnings.
 
-        What is left of the prompts is fed with their first step, or alone where other rows run or wait for it, up to
-        `chunk` tokens in a call. Returns whether the rows are ready.
+        The rest of the prompts is fed with the first step, or alone if other rows run or share it, up to `chunk` tokens
+        in a call. Returns whether the rows are ready.
         """
         if self.planner is None:
             return True
@@ -182,12 +182,12 @@ class Forward:
                 self._save(place.slot)
             if num_shared:
                 self._copy(best, place.slot, num_shared)
-                place.final = num_shared  # not before it is there
+                place.final = num_shared  # only after the copy
             if is_whole:
-                self.left.pop(best, None)  # the row that joins has all of it
+                self.left.pop(best, None)  # the row that joins holds all of this prefix now
 
     def _save(self, slot: int) -> None:
-        """Make room in a slot: copy the prefix that is left there to an unused slot, if there is any."""
+        """Free a slot: copy the prefix that a row left there to an unused slot, if there is any."""
         prefix = self.left.pop(slot, None)
         taken, capacity = {place.slot for place in self.places}, self.slots.num_rows // self.branches
         unused = [other for other in range(len(self.places), capacity) if other not in taken | self.left.keys()]
@@ -196,7 +196,7 @@ class Forward:
             self.left[unused[0]] = prefix
 
     def _num_shared(self, place: Place, tokens: Int[Tensor, "branches seq"], prefix: Prefix) -> int:
-        """Count the positions of whole finished blocks in which a row is as a prefix."""
+        """Count the positions of whole finished blocks in which a row equals a prefix."""
         assert self.planner is not None
         length = min(prefix.tokens.shape[1], place.unfinished) if prefix.origin == place.origin else 0
         is_equal = (prefix.tokens[:, :length] == tokens[:, :length]).all(dim=0)
@@ -225,7 +225,7 @@ class Forward:
         return all(place.final == planner.finished(place) for place in places if place.slot >= 0)
 
     def leave(self, group: Rows, rows: Sequence[int]) -> None:
-        """Let rows go; their keys and values stay until their slots are needed."""
+        """Remove rows; their keys and values stay until their slots are needed."""
         if self.planner is None:
             return
         tokens = self._tokens(group)
@@ -236,7 +236,7 @@ class Forward:
                 self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin)
 
     def _close_gaps(self) -> None:
-        """Move the last rows to where others left, so that the rows that run are one piece of the slots."""
+        """Move the last rows into slots that are free, so that the running rows are a contiguous part of the pool."""
         taken = {place.slot for place in self.places}
         gaps = [slot for slot in range(len(self.places)) if slot not in taken]
         for place in [place for place in self.places if place.slot >= len(self.places)]:

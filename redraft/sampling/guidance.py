@@ -18,7 +18,7 @@ It may work in place."""
 
 
 def unconditional(canvas: Canvas, mask_token_id: int) -> Int[Tensor, "batch seq"]:
-    """Hide what was given: the canvas of the unconditional branch (Section 2.4 of arXiv 2502.09992)."""
+    """Mask all given positions: the canvas of the unconditional branch (Section 2.4 of arXiv 2502.09992)."""
     return torch.where(canvas.status == Status.GIVEN, mask_token_id, canvas.tokens)
 
 
@@ -35,19 +35,19 @@ _ORDERLESS = (
     "RepetitionPenaltyLogitsProcessor",
     "SuppressTokensLogitsProcessor",
 )
-"""Processors of transformers, beside its warpers, that do not depend on where in the text a token stands."""
+"""Processors of transformers, besides its warpers, that do not depend on a token's position in the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processors:
     """LogitsProcessors of transformers. Each open position is a row of scores; its `input_ids` are the whole canvas.
 
-    Raises ValueError for those of transformers that count the tokens before the next one.
+    Raises ValueError for processors of transformers that need the text to grow from left to right.
     """
 
     processors: tuple[Any, ...]
     never: int | None = None
-    """Token that is never drawn (the mask): it is ruled out before a processor counts or cuts."""
+    """Token that is never drawn (the mask): its logit is -inf before the processors run."""
 
     def __post_init__(self) -> None:
         for processor in self.processors:
@@ -74,14 +74,14 @@ class Processors:
 
 @dataclass(frozen=True, kw_only=True)
 class Reward(Settings):
-    """Prefer clean estimates that a reward likes: log p(token) + strength * reward(estimate with that token there).
+    """Prefer clean estimates with a high reward: log p(token) + strength * reward(estimate with that token there).
 
     Discrete classifier-based guidance (D-CBG, Section 3.2 of arXiv 2412.10193) over the `top_k` likeliest tokens of
     each position; the other tokens are left out.
     """
 
     reward: Callable[[Int[Tensor, "m seq"]], Float[Tensor, "m"]]
-    """Scores whole rows, noise filled in by the model's likeliest tokens; padding holds the mask token."""
+    """Scores whole rows whose noise is replaced by the model's likeliest tokens; padding holds the mask token."""
     strength: float = 1.0
     top_k: Count = 8
 

@@ -14,13 +14,13 @@ class Preset:
 
     source: str
     build: Callable[[Any, Any], dict[str, Any]] = lambda policies, config: {}
-    """(the package `policies`, a SamplingConfig with the defaults filled in) -> fields of its `Sampler`. What is not
-    there is as in `Sampler`: an even quota, the surest first."""
+    """(the package `policies`, a SamplingConfig with the defaults filled in) -> fields of its `Sampler`. Other fields
+    keep the defaults of `Sampler`: an even quota, the most confident first."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """Settings that it sets where the user does not. It takes those of `OF_SOME_PRESETS` that stand here."""
+    """Settings that it sets where the user does not. It takes only those of `OF_SOME_PRESETS` that are listed here."""
     blocks: Literal["model", "grid", "prompt"] = "model"
-    """Whose blocks it decodes: the model's, or its own, with block-causal attention too: those of the absolute grid, or
-    those that begin where each row's prompt ends."""
+    """Which blocks it decodes. "model": the model's. "grid" and "prompt": its own, with block-causal attention, counted
+    from position 0 or from the end of each row's prompt."""
 
 
 OF_SOME_PRESETS = ("alg_temperature", "threshold", "factor", "entropy_bound", "editing_threshold")
@@ -30,7 +30,7 @@ OF_SOME_PRESETS = ("alg_temperature", "threshold", "factor", "entropy_bound", "e
 def preset_from_name(name: str) -> Preset:
     """Return a preset of the table, or your own, given as MODULE:NAME.
 
-    Raises ValueError for an unknown name, and for what is no preset.
+    Raises ValueError for an unknown name, and for an object that is no preset.
     """
     module, _, attribute = name.partition(":")
     if not attribute:
@@ -46,16 +46,16 @@ def preset_from_name(name: str) -> Preset:
     return preset
 
 
-def _sure(policies: Any, config: Any, **rule: Any) -> dict[str, Any]:
-    """Commit what passes a threshold, by default one token at least; without a threshold, an even quota."""
+def _parallel(policies: Any, config: Any, **rule: Any) -> dict[str, Any]:
+    """Parallel decoding: commit tokens above a threshold, at least one; without a threshold, an even quota."""
     if config.factor is not None:
         return {"unmask": policies.Factor(factor=config.factor)}
     return {} if config.threshold is None else {"unmask": policies.Threshold(threshold=config.threshold, **rule)}
 
 
 def _edited(policies: Any, config: Any) -> dict[str, Any]:
-    """Commit what passes a threshold, and edit drafts."""
-    return _sure(policies, config, strict=True) | {"revise": policies.TokenEdit(threshold=config.editing_threshold)}
+    """Commit tokens above a threshold, and edit drafts."""
+    return _parallel(policies, config, strict=True) | {"revise": policies.TokenEdit(threshold=config.editing_threshold)}
 
 
 def _both(policy: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _both(policy: Any) -> dict[str, Any]:
 
 
 def _renoised(policies: Any, config: Any) -> dict[str, Any]:
-    """Keep what an entropy bound accepts and draw the rest anew."""
+    """Keep the tokens that an entropy bound accepts, and draw the others again."""
     both = _both(policies.Renoise(accept=policies.EntropyBound(bound=config.entropy_bound)))
     return {"noise": "uniform", "anneal": policies.LinearAnneal()} | both
 
@@ -86,7 +86,7 @@ PRESETS = {
     ),
     "fast-dllm": Preset(
         source="parallel decoding, Fast-dLLM, arXiv 2505.22618; cache prefix and dual are its caches",
-        build=_sure,
+        build=_parallel,
         defaults={"block_size": 32, "threshold": 0.9, "factor": None},
     ),
     "bd3lm": Preset(
@@ -96,13 +96,13 @@ PRESETS = {
     ),
     "sdar": Preset(
         source="dynamic low-confidence remasking, SDAR, arXiv 2510.06303",
-        build=lambda p, c: _sure(p, c, at_least="quota"),
+        build=lambda p, c: _parallel(p, c, at_least="quota"),
         defaults={"block_size": 4, "threshold": 0.85},
         blocks="grid",
     ),
     "llada2": Preset(
         source="threshold decoding, LLaDA2.0, arXiv 2512.15745",
-        build=lambda p, c: _sure(p, c, strict=True, at_least="quota"),
+        build=lambda p, c: _parallel(p, c, strict=True, at_least="quota"),
         defaults={"block_size": 32, "threshold": 0.95},
         blocks="grid",
     ),

@@ -30,7 +30,7 @@ class Proposal:
     """As the model gave them, in its dtype."""
     log_normaliser: Float[Tensor, "n"]
     best: Int[Tensor, "n"] | None = None
-    """The likeliest tokens that fit together, where a constraint rules and a policy may ask for them."""
+    """The most probable tokens that satisfy a constraint together, if there is one and a policy may need them."""
 
     def likeliest(self) -> Int[Tensor, "n"]:
         """Return the model's first choice at each position."""
@@ -81,7 +81,7 @@ def propose(
 
 @dataclass(frozen=True, kw_only=True)
 class _Scan:
-    """What one pass over the logits found, the token `never` left out except in the normaliser."""
+    """Results of one pass over the logits. The token `never` is left out, except in the normaliser."""
 
     logits: Float[Tensor, "n vocab"]
     never: int | None
@@ -132,7 +132,11 @@ class _Scan:
 
 
 def _scan(logits: Float[Tensor, "n vocab"], never: int | None, temperature: float) -> _Scan:
-    """Read the logits once, some rows at a time."""
+    """Read the logits once, some rows at a time.
+
+    Of each chunk of the vocabulary only the largest logit and the mass are kept: a draw chooses a chunk by its mass,
+    and reads that chunk alone again. The float32 buffers are reused for every piece, so they stay in the cache.
+    """
     n, vocab_size = logits.shape
     width = min(VOCAB_CHUNK, vocab_size)
     num_chunks = -(-vocab_size // width)
@@ -205,7 +209,7 @@ def _draw_nucleus(scan: _Scan, u: Float[Tensor, "n"], *, top_p: float) -> Int[Te
         out = (above.sum(dim=-1, dtype=torch.float64) >= top_p * total[left]).nonzero()[:, 0]  # sync
         if not len(out):
             return x_0
-        left, u = left[out], uniform(u.to(torch.float64)[out].view(torch.int64))  # hash u: the next one
+        left, u = left[out], uniform(u.to(torch.float64)[out].view(torch.int64))  # derive the next u by hashing this
         scan = replace(
             scan,
             logits=scan.logits[out],
@@ -237,7 +241,7 @@ def _at(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "n"]) -> Float[Ten
 
 def _first_beyond(ends: Float[Tensor, "n m"], target: Float[Tensor, "n 1"]) -> Int[Tensor, "n"]:
     """Find the first interval that ends beyond the target and has some mass."""
-    found = torch.searchsorted(ends, target, right=True)[:, 0]
+    first = torch.searchsorted(ends, target, right=True)[:, 0]
     # Rounding may put the target on the very end: then the last interval with mass is meant.
     last = (ends < ends[:, -1:]).sum(dim=-1)
-    return torch.minimum(found, last)
+    return torch.minimum(first, last)

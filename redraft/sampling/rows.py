@@ -1,4 +1,4 @@
-"""The running rows of one sampler: all that a generation knows about each of them."""
+"""The running rows of one sampler, and the whole state of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ DERIVED = (
 
 @dataclass(eq=False)
 class Place:
-    """Where a row stands, in positions, and what is cached of it: integers that the host needs without a sync."""
+    """A row's progress, in positions, and what is cached of it: integers that the host needs without a sync."""
 
     length: int
     """Positions of the row."""
@@ -58,9 +58,10 @@ class Place:
 
 
 class Rows:
-    """Where each row stands. Tensors have a row for each; what a `Step` shows is replaced, never written into.
+    """The state of the rows. The first dimension of each tensor is the row. A tensor that a `Step` shows is replaced,
+    never changed in place.
 
-    Steps work on the columns `at` of each row (None: all of them), in which everything lies that is open.
+    Steps work on the columns `at` of each row (None: all columns); they hold all open positions.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Rows:
         numbers = torch.stack([(status != Status.PAD).sum(dim=1), origin], dim=1).tolist()
         self.places = [Place(length=length, origin=start) for length, start in numbers]
         self.age = zero
-        """Steps in which the row was decided, whether or not the model ran: its random numbers are keyed by it."""
+        """Steps that the row has taken, whether or not the model ran: its random numbers are keyed by it."""
         if sampler.noise == "uniform":
             everywhere = torch.arange(status.shape[1], device=keys.device)[None]
             self.canvas = canvas.reopen(canvas.is_noise, self.noise(self.age - 1, everywhere))
@@ -87,17 +88,17 @@ class Rows:
         self.num_forwards = zero
         """Forwards that the row took part in."""
         self.asked, self.fed = zero, self.canvas.tokens.clone()
-        """Which positions the last forward was asked for, as one number, and its tokens in the columns."""
+        """A hash of the positions that the last forward was asked for, and the tokens that it was fed."""
         self.logits: Tensor | None = None
-        """Of the last forward, while they are valid: for the rows and positions of the window `answered`."""
+        """Logits of the last forward while they are valid: for the rows and positions of the window `answered`."""
         self.answered: Window
         self.left: Tensor | None = None
         """Forwards that each row has left; None without a limit."""
         self.num_required: Tensor | None = None
         """Tokens that this step must commit at least, so that the forwards that are left suffice."""
         self.asked_now, self.is_forward = zero, zero > 0
-        """The positions that this step asks for, as one number. Rows whose input differs from that of their last
-        forward, whatever the batch runs."""
+        """A hash of the positions that this step asks for; and the rows whose input differs from that of their last
+        forward. A row counts only these forwards, whatever the batch runs."""
         self.num_left = self._count_decisions()
         """Decisions that are left: two for noise, one for a draft."""
         self.fewest_left, self.num_stalled = never, zero
@@ -155,7 +156,7 @@ class Rows:
         self.choose_columns()
 
     def ask(self, *, is_every_step: bool) -> None:
-        """Open what comes next, and find where logits are wanted."""
+        """Open the next blocks, and find the positions whose logits are wanted."""
         sampler, revise = self.sampler, self.sampler.revise
         if sampler.forwards is not None:
             num_noise, left = self.canvas.is_noise.sum(dim=1), (sampler.forwards - self.num_forwards).clamp(min=1)
@@ -167,7 +168,7 @@ class Rows:
         where = is_asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
         row, column = where // is_asked.shape[1], where % is_asked.shape[1]
         self.asked_now = torch.where(is_asked, self.marks, 0).sum(dim=1)
-        # A change that left the columns was one of what is asked for, too.
+        # Tokens outside of the columns need no comparison: they were decided, so the positions asked for changed too.
         is_new = (self.asked_now != self.asked) | (self.part.tokens != self.in_columns(self.fed)).any(dim=1)
         self.is_forward = is_asked.any(dim=1) & is_new | is_every_step
         self.window = Window(  # what is open in this step
@@ -192,7 +193,7 @@ class Rows:
         return torch.equal(then.rows, now.rows) and torch.equal(then.positions, now.positions)
 
     def open_blocks(self, num_required: Int[Tensor, "batch"] | None = None) -> None:
-        """Open the next blocks where others are finished, enough of them to commit as many tokens as are required."""
+        """Open the next blocks where the open ones are finished, as many as `num_required` commits need."""
         which = [row for row, place in enumerate(self.places) if place.is_finished or num_required is not None]
         if not which:
             return
@@ -225,7 +226,7 @@ class Rows:
         self.choose_columns()
 
     def choose_columns(self) -> None:
-        """Choose the columns that steps work on: all, or where that halves them, only those around what is open."""
+        """Choose the columns that steps work on: only those around the open positions if that halves them, else all."""
         length, device = self.canvas.tokens.shape[1], self.keys.device
         width = max(1, *(place.reach - min(place.unfinished, place.reach) for place in self.places))
         self.at = None
@@ -242,7 +243,7 @@ class Rows:
         self.part = self.canvas if self.at is None else self.canvas.columns(self.at)
 
     def answer(self, logits: Float[Tensor, "n vocab"]) -> None:
-        """Take the logits asked for, and count a forward for the rows whose input was new."""
+        """Store the logits asked for, and count a forward for the rows whose input was new."""
         self.logits, self.answered = logits, self.window
         self.asked = torch.where(self.is_forward, self.asked_now, self.asked)
         self.num_forwards = self.num_forwards + self.is_forward.long()
@@ -250,11 +251,11 @@ class Rows:
         self.fed = fed if self.at is None else self.fed.scatter_(1, self.at, fed)
 
     def take(self, canvas: Canvas, part: Canvas, proposed: Int[Tensor, "batch width"]) -> Tensor:
-        """Take a step's canvas, its part in the columns, and what was proposed there.
+        """Store a step's canvas, its `part` in the columns, and the tokens proposed there.
 
-        Says of each row whether it may never end, whether its first unfinished block is another now, and where its
-        first undecided position is, (3, batch). A row may never end if the step changed nothing although it was the
-        block's last one or nothing is undecided, or if it has come no nearer to its end for very many steps since.
+        Returns for each row, (3, batch): is it stuck, has its first unfinished block changed, its first undecided
+        position. A row is stuck if the step changed nothing although it was the block's last one or nothing is
+        undecided, or if more than MAX_POST_STEPS steps after the last one brought it no nearer to its end.
         """
         window, before, self.part, self.canvas = self.window, self.part, part, canvas
         self.previous = proposed if self.at is None else self.previous.scatter_(1, self.at, proposed)

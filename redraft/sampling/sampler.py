@@ -26,7 +26,7 @@ class Sampler(Settings):
     steps_per_block: Count | None = None
     """Steps for each block instead."""
     forwards: Count | None = None
-    """Forwards at most. Whatever the policies say, every step commits its share of what is left."""
+    """Largest number of forwards. Every step commits at least its share of what is left, whatever the policies say."""
     frontier: policies.Frontier = field(default_factory=policies.Blocks)
     score: policies.Score = policies.confidence
     unmask: policies.Unmask = field(default_factory=policies.Quota)
@@ -44,9 +44,9 @@ class Sampler(Settings):
     guides: tuple[Guide, ...] = ()
     """Changes to the logits before the draw: rewards, logits processors, your own."""
     constraint: TextConstraint | None = None
-    """What the new text must be, whatever is decided in whatever order."""
+    """What the new text must be, in whatever order its tokens are committed."""
     anneal: Callable[[policies.Window], Float[Tensor, "batch"]] | None = None
-    """What each row's logits are divided by as a block goes on; `temperature` divides the draw alone, after it."""
+    """Divisor of each row's logits, step by step. Everything sees the result; `temperature` affects the draw alone."""
     temperature: NonNegative = 0.0
     top_p: Share | None = None
     top_k: Count | None = None

@@ -1,4 +1,4 @@
-"""One step of rows with equal settings: what the model says becomes an action, and the action a new canvas."""
+"""One step of rows with equal settings: logits become an action, and the action a new canvas."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ class Step:
     is_done: Bool[Tensor, "batch"]
     """Rows that take no further step."""
     num_forwards: Int[Tensor, "batch"]
-    """Forwards that each row took part in so far: steps whose input was not that of its forward before."""
+    """Forwards that each row took part in so far; a step with the same input as the row's last forward needs none."""
     at: Int[Tensor, "batch width"] | None
     """The columns that the step worked on: those below; None for all."""
     kind: UInt8[Tensor, "batch width"]
@@ -72,8 +72,8 @@ class Step:
 def decide(rows: Rows) -> tuple[Step, Int[Tensor, "5 batch"]]:
     """Turn logits into a step; where a policy raises, the rows are as they were.
 
-    Also says of each row whether it is done, is stuck, met NaN, and has finished its block, and where its first
-    undecided position is.
+    The tensor holds for each row: is it done, is it stuck, are logits NaN, is its block finished, and its first
+    undecided position. One tensor, so that the caller waits for the device once.
     """
     sampler, window, logits, before = rows.sampler, rows.window, rows.logits, rows.part
     assert logits is not None
@@ -88,7 +88,7 @@ def decide(rows: Rows) -> tuple[Step, Int[Tensor, "5 batch"]]:
     candidates = Candidates(canvas=before, window=window, proposal=proposal, previous=rows.in_columns(rows.previous))
     score = candidates.spread(sampler.score(candidates))
     is_set = sampler.unmask(score, candidates) & candidates.is_open_noise
-    if rows.num_required is not None:  # more, the surest first, where the policy committed too few
+    if rows.num_required is not None:  # where the policy committed too few, commit more: the highest scores first
         count = torch.maximum(rows.num_required, is_set.sum(dim=1))
         is_set = best(score.masked_fill(is_set, torch.inf), candidates, count)
     is_last_forward = torch.zeros_like(is_set[:, 0]) if rows.left is None else rows.left == 1
@@ -129,9 +129,9 @@ def _propose(rows: Rows, logits: Float[Tensor, "n vocab"], where: Int[Tensor, "n
 
 
 def _revised(rows: Rows, action: Action, candidates: Candidates) -> tuple[Canvas, UInt8[Tensor, "batch width"], Action]:
-    """Do what fits: set and redraw open noise, edit and reopen drafts, and close what is finished.
+    """Apply an action where it fits: set and redraw open noise, edit and reopen drafts, close finished blocks.
 
-    In the last forward of a budget a block closes, so nothing of it becomes or stays noise.
+    In the last forward of a budget a block closes, so none of its positions becomes or stays noise.
     """
     assert rows.sampler.revise is not None
     is_last_forward, action = action.closes_block, rows.sampler.revise(action, candidates)

@@ -13,7 +13,7 @@ from redraft.sampling.canvas import Canvas
 from redraft.trace.record import RowTrace
 
 NOT_OPEN = 255
-"""Byte of a position that a step did not ask for."""
+"""Byte for a position that was not open in a step."""
 MAX_CELLS = 200_000
 """Steps x positions for which a page holds the alternatives."""
 LISTED = 5
@@ -49,7 +49,7 @@ class Watcher:
         return logits
 
     def data(self, *, num_positions: int, text_of: Callable[[int], str]) -> dict[str, Any]:
-        """Lay out for the page: base64 of bytes, rows are steps, columns positions; 255 is a position not asked for.
+        """Lay out for the page: base64 of bytes, rows are steps, columns are positions; 255: not open.
 
         `entropy` is in 254ths of `max_entropy`. `ids` (32 bits) and `probabilities` (255ths) hold `k` alternatives of
         each position for every `stride`-th step, so that a page stays small.
@@ -83,7 +83,7 @@ def _base64(values: Tensor) -> str:
 
 
 def explain(trace: RowTrace, watcher: Watcher, *, text_of: Callable[[int], str]) -> list[str]:
-    """Sum up a traced and watched generation in a few lines. Raises ValueError where nothing was decided.
+    """Summarise a traced and watched generation in a few lines. Raises ValueError where nothing was decided.
 
     The order is Spearman's correlation of the step a token was last decided in with its position. The confidence is the
     token's probability when it was last decided.

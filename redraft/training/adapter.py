@@ -26,7 +26,7 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
     )
     model.requires_grad_(False)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # merging unties them
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # `merge_adapter` unties them
         model.add_adapter(lora)
     if Path(model.name_or_path).is_dir():
         lora.base_model_name_or_path = str(Path(model.name_or_path).resolve())

@@ -1,4 +1,4 @@
-"""What a run shows and keeps while it trains, and how it is stopped: progress, log.jsonl, signals, a time limit."""
+"""Callbacks of a run: progress on the console, log.jsonl, and a stop by signals or a time limit."""
 
 import json
 import signal
@@ -59,13 +59,13 @@ class ProgressLines(TrainerCallback):
             say(self.console, f"step {state.global_step}: validation {', '.join(words)}")
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._bar.live.is_started:
             self._bar.stop()
 
 
 def loss_line(logs: dict[str, float]) -> str:
-    """Say what was logged of a step: its loss, the speed, and what was skipped."""
+    """Format a log entry: loss, speed, skipped steps, and the useful part of the tokens."""
     line = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,} tokens/s"
     if "skipped_steps" in logs:
         line += f"  {logs['skipped_steps']} steps skipped: gradient not finite"
@@ -73,7 +73,7 @@ def loss_line(logs: dict[str, float]) -> str:
 
 
 class LogFile(TrainerCallback):
-    """Append every log to log.jsonl. A resumed run first restores the lines that its checkpoint knows."""
+    """Append every log entry to log.jsonl. A resumed run first restores the file to the lines of its checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOG_FILE
@@ -95,7 +95,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def any_process(flag: bool, *, device: torch.device) -> bool:
-    """Tell every process whether one of them raised its flag, so that all stop at the same step."""
+    """Tell every process whether the flag of any of them is True, so that all stop at the same step."""
     if not (dist.is_available() and dist.is_initialized()):
         return flag
     raised = torch.tensor(int(flag), device=device)
@@ -109,8 +109,8 @@ _HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has
 class GracefulStop(TrainerCallback):
     """Finish the step, save a checkpoint and stop: on SIGINT, SIGTERM or SIGHUP, or when the minutes are up.
 
-    A second signal acts at once, but not a second SIGHUP: a terminal that closes sends several. Where it is ignored
-    (nohup) it stays so.
+    A second signal ends the process at once, but not a second SIGHUP: a terminal that closes sends several. SIGHUP
+    stays ignored if it was (nohup).
     """
 
     def __init__(self, console: Console, *, minutes: float | None = None) -> None:

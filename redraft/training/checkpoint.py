@@ -1,4 +1,4 @@
-"""Checkpoints that know whether they are whole, and of which run they are."""
+"""Checkpoints with hashes of their files and the settings of their run, so that damage and mix-ups are found."""
 
 import json
 import shutil
@@ -16,13 +16,13 @@ from redraft.training.config import RECIPE_FILE
 from redraft.training.output import say
 
 HASHES_FILE = "hashes.json"
-IDENTITY_FILE = "objective.json"  # what a checkpoint was trained with
-STAGING = ".saving"  # where checkpoints are written
+IDENTITY_FILE = "objective.json"  # settings that a checkpoint was trained with
+STAGING = ".saving"  # folder in which checkpoints are written before they are moved
 
 
 @contextmanager
 def explain_disk_errors(what: str, run: Path) -> Iterator[None]:
-    """Turn errors of a disk that is full or gone into a ValueError; torch and safetensors wrap them."""
+    """Turn disk errors (full, removed) into a ValueError; torch and safetensors raise them as errors of their own."""
     try:
         yield
     except (NotImplementedError, torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors, not the disk's
@@ -61,22 +61,22 @@ def last_whole_checkpoint(run: Path, console: Console) -> str | None:
         reason = damage(folder)
         if reason is None:
             return str(folder)
-        say(console, f"{folder} is damaged ({reason}): going on from the one before it")
+        say(console, f"{folder} is damaged ({reason}): continuing from the one before it")
     if folders:
         raise ValueError(f"no checkpoint of {run} is whole. Start a new run with another --out.")
     return None
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint, its hashes first: what a kill leaves of it is known to be damaged."""
+    """Delete a checkpoint, its hashes first: if the process is killed meanwhile, the rest counts as damaged."""
     (folder / HASHES_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def tidy(run: Path, *, step: int, keep: int) -> None:
-    """Delete what kills left, and all checkpoints but the newest `keep` up to a step.
+    """Delete unfinished checkpoints, and all but the newest `keep` up to a step.
 
-    Later ones were damaged and passed over, or the run would not be at this step.
+    Checkpoints of later steps are damaged: the run was resumed from an earlier one.
     """
     shutil.rmtree(run / STAGING, ignore_errors=True)
     folders = _checkpoints(run)
@@ -87,16 +87,16 @@ def tidy(run: Path, *, step: int, keep: int) -> None:
 
 
 def publish(checkpoint: Path, run: Path, *, keep: int) -> None:
-    """Hash a checkpoint that was written aside, and move it to the others: a killed run leaves no half of one."""
+    """Hash a checkpoint in the staging folder and move it to the others, so that a killed run leaves no half of one."""
     with explain_disk_errors(checkpoint.name, run):
         write_hashes(checkpoint)
-    delete_checkpoint(run / checkpoint.name)  # a damaged one that was passed over
+    delete_checkpoint(run / checkpoint.name)  # a damaged one of the same step
     checkpoint.rename(run / checkpoint.name)
     tidy(run, step=step_of(checkpoint), keep=keep)
 
 
 def step_of(checkpoint: str | Path) -> int:
-    """Read the step of a checkpoint off its name."""
+    """Read the step of a checkpoint from its name."""
     return int(Path(checkpoint).name.removeprefix("checkpoint-"))
 
 
@@ -112,8 +112,8 @@ def check_identity(checkpoint: Path, wanted: dict[str, dict[str, Any]]) -> None:
         for name, value in values.items():
             if (before := saved.get(section, {}).get(name, value)) != value:
                 raise ValueError(
-                    f"{checkpoint} was trained with {name} {before!r}, not {value!r} as {RECIPE_FILE} or a file in it "
-                    "has it now. Take the change back, or start a new run with another --out."
+                    f"{checkpoint} was trained with {name} {before!r}, but {RECIPE_FILE} or a file that it names has "
+                    f"{value!r} now. Undo the change, or start a new run with another --out."
                 )
 
 

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run: what a recipe returns, flags change, and the checkpoint carries."""
+"""The whole configuration of a training run: a recipe returns it, flags change it, the run's folder keeps it."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ from redraft.settings import Count, Fraction, NonNegative, Positive, Seed, Setti
 RECIPE_FILE = "recipe.json"
 DEFAULT_STEPS = 1000
 PLACES = ("start", "source", "tokenizer")
-"""Settings that say where a run reads something: the files may be moved before it is resumed."""
+"""Settings with a path that a run reads: the files may be moved before it is resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,10 @@ class TrainConfig(Settings):
     learning_rate: Positive = 1e-3
     """Peak learning rate."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: the matrices of the layers by Muon, at the learning rate and weight decay of AdamW, which trains the rest;
-    not for sharded weights."""
+    """muon: Muon trains the matrices of the layers and AdamW the rest, with one learning rate and weight decay; not for
+    sharded weights."""
     batch_size: Count = 32
-    """Windows in a forward pass, all processes together: how many share them changes no result."""
+    """Windows in a forward pass, over all processes: the number of processes changes no result."""
     accumulation: Count = 1
     """Forward passes per optimizer step."""
     max_steps: Annotated[int, Within("[1, inf)")] = DEFAULT_STEPS
@@ -52,28 +52,28 @@ class TrainConfig(Settings):
     epochs: Positive | None = None
     """Passes over the training windows, in place of max_steps."""
     max_minutes: Positive | None = None
-    """Fit the run into this time: a measurement before the start lowers max_steps, and a clock stops the rest."""
+    """Time limit: a few timed steps before the start lower max_steps to fit, and the run stops when time is up."""
     warmup: Fraction = 0.05
-    """Fraction of the steps in which the learning rate rises."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     decay: Literal["cosine", "linear", "constant"] = "linear"
-    """How the learning rate falls to 0 after the warm-up."""
+    """How the learning rate falls to 0 after the warm-up; constant: not at all."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay (not on norms and biases)."""
     beta_2: Fraction = 0.98
     """AdamW's second-moment decay."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast dtype; auto takes bfloat16 where this device multiplies faster in it."""
+    """Autocast dtype; auto: bfloat16 if this device multiplies faster in it."""
     compile: Literal["auto", "off"] = "auto"
-    """auto: torch.compile of the transformer where a compiler is available and the run is long enough, and flex
-    attention on CUDA. off: neither."""
+    """auto: use torch.compile if there is a compiler and the run is long enough, and flex attention on CUDA. off:
+    neither."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and compute the others again in the backward pass: less memory, a third slower."""
     ema_decay: Annotated[float, Within("(0, 1)")] | None = None
-    """Average the weights with this decay per step; evaluation and the saved model then use the average."""
+    """Decay per step of an exponential moving average of the weights, which is evaluated and saved in their place."""
     save_every: Annotated[int, Within("[1, inf)")] = 500
     """Steps between checkpoints; each is evaluated on validation windows."""
     max_checkpoints: Count = 2
-    """Checkpoints that are kept; older ones are deleted."""
+    """Checkpoints to keep; older ones are deleted."""
     max_validation_windows: Count | None = None
     """Validation windows per evaluation, spread evenly; by default 512, and all of them at the end."""
     seed: Seed = 0
@@ -83,14 +83,14 @@ class TrainConfig(Settings):
         super().__post_init__()
         if self.epochs is not None and self.max_steps != DEFAULT_STEPS:
             raise ValueError(
-                f"train.epochs {self.epochs:g} decides the number of steps; got train.max_steps {self.max_steps} too. "
+                f"train.epochs {self.epochs:g} sets the number of steps; got train.max_steps {self.max_steps} too. "
                 "Add --train.epochs None to count in steps."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRunConfig(Settings):
-    """What the configurations of all runs share; the folder of a run keeps its own in recipe.json."""
+    """What the configurations of all runs share; a run saves its configuration as recipe.json in its folder."""
 
     out: str = "runs/model"
     """Folder of the run: model, tokenizer, checkpoints, logs, loss curve."""
@@ -106,11 +106,11 @@ class BaseRunConfig(Settings):
 
     @property
     def resume_command(self) -> str:
-        """How to go on with the run."""
+        """The command that continues the run."""
         return f"redraft train {shlex.quote(self.out)} --resume"
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """List what a checkpoint must have been trained with to be of this run: model, data and objective."""
+        """List the settings of model, data and objective that a checkpoint of this run was trained with."""
         sections = {name: values for name, values in asdict(self).items() if name not in ("train", "adapter")}
         return {
             section: {k: v for k, v in values.items() if k not in PLACES and not isinstance(v, dict)}
@@ -124,13 +124,13 @@ class BaseRunConfig(Settings):
 
     @classmethod
     def read(cls, path: Path, *, is_whole: bool = False) -> Any:
-        """Read recipe.json. Raises ValueError that names what does not fit, and where `is_whole` what is missing."""
+        """Read recipe.json. Raises ValueError for an invalid setting and, if `is_whole`, for a missing one."""
         saved = read_recipe(path)
         missing = [f.name for f in fields(cls) if f.name not in saved]
         if is_whole and missing:
             raise ValueError(
-                f"{path} has no {missing[0]!r}, which it had when it was written: it was edited or damaged. Put it "
-                "back, or start a new run with another --out."
+                f"{path} has no {missing[0]!r}, so it was edited or damaged. Put the setting back, or start a new run "
+                "with another --out."
             )
         return from_dict(cls, saved, where=str(path))
 
@@ -154,9 +154,9 @@ class RunConfig(BaseRunConfig):
     """One training run from data to checkpoint."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """Where the text comes from and how it is cut."""
+    """Where the text comes from and how it becomes windows of tokens."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The shape of a random model, or the model to go on from."""
+    """The shape of a random model, or the model to continue from."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What is minimised: the noising process, its layout and its weights."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -187,16 +187,16 @@ class RunConfig(BaseRunConfig):
         rank, quantization = self.adapter.rank, self.model.quantization
         if rank and self.model.start is None:
             raise ValueError(
-                f"an adapter goes over model.start; got adapter.rank {rank} without. Name a --model.start."
+                f"an adapter needs a model to adapt; got adapter.rank {rank} without model.start. Add --model.start."
             )
         if quantization is not None and not rank:
             raise ValueError(
                 f"quantised weights cannot be trained; got model.quantization {quantization!r} without an adapter. "
-                "Add --adapter.rank 16, or leave it out."
+                "Add --adapter.rank 16, or leave out --model.quantization."
             )
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """Add the file of rows that a kind of your own makes anew each time."""
+        """Add the hash of a file of examples that a kind of your own reads."""
         identity = super().identity()
         name, is_file, _ = self.data.source.partition(".jsonl")
         if ":" in self.data.kind and is_file:

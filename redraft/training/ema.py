@@ -28,7 +28,7 @@ class WeightAverage(TrainerCallback):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the present weights."""
+        """Move the average towards the current weights."""
         torch._foreach_lerp_(list(self.averages.values()), list(self.weights.values()), 1 - self.decay)
 
     @contextmanager

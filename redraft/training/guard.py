@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite are skipped and counted; a logged loss that jumps is traced to its window.
+"""Skip and count steps whose gradient is not finite; find the window behind a jump of the logged loss.
 
 Neither waits for the device before the loss is logged.
 """
@@ -23,10 +23,10 @@ DEVIATIONS, SHARE = 10, 0.1
 
 
 class Guard:
-    """Skip steps with a gradient that is not a number or infinite, without waiting for the device.
+    """Skip steps whose gradient is NaN or infinite, without waiting for the device.
 
-    The verdict stays on the device, where the fused AdamW reads it: weights and moments stay as they were, the learning
-    rate goes on. It is looked at when the loss is logged, which waits for the device anyway.
+    The verdict stays on the device, where the fused AdamW reads it: it leaves weights and moments unchanged; the
+    learning rate schedule continues. The host reads it when the loss is logged, which waits for the device anyway.
     """
 
     def __init__(self, folder: Path, *, rank: int = 0) -> None:
@@ -58,8 +58,8 @@ class Guard:
         if self.num_skipped > MAX_SKIPPED:
             raise ValueError(
                 f"{self.num_skipped} steps had a gradient that is not finite, more than {MAX_SKIPPED}: the run "
-                f"diverged. The first such batches are in {self.folder}. Begin a new run with a lower "
-                "--train.learning-rate and another --out, or look at the data."
+                f"diverged. The first such batches are in {self.folder}. Start a new run with a lower "
+                "--train.learning-rate and another --out, or check the data."
             )
 
     def _save(self, step: int, batches: Sequence[dict[str, Tensor]]) -> None:
@@ -72,8 +72,8 @@ class Guard:
 def usual_loss(losses: Sequence[float]) -> tuple[float, float]:
     """Return the median of the last losses, and the limit above which a loss has jumped; infinity if too few.
 
-    That is 10 median absolute deviations above the median and a tenth above it: means and deviations would follow the
-    jumps, and the losses of few rows have a heavy tail.
+    The limit is 10 median absolute deviations above the median, and at least a tenth above it: mean and standard
+    deviation would follow the jumps, and the losses of few rows have a heavy tail.
     """
     recent = [loss for loss in losses if isfinite(loss)][-HISTORY:]
     if len(recent) < MIN_LOSSES:
@@ -84,13 +84,13 @@ def usual_loss(losses: Sequence[float]) -> tuple[float, float]:
 
 
 class Spikes:
-    """Remember on the device which row had the highest loss since the last log; read it if the logged loss jumped."""
+    """Keep on the device which row had the highest loss since the last log; read it if the logged loss jumped."""
 
     def __init__(self) -> None:
         self._worst: tuple[Tensor, Tensor] | None = None  # its nats, (1,); its step and window, (1, 2)
 
     def record(self, nats: Float[Tensor, "rows"], windows: Int[Tensor, "rows"], *, step: int) -> None:
-        """Compare one forward pass with the worst row so far; waits for nothing."""
+        """Compare one forward pass with the worst row so far; does not wait for the device."""
         highest, row = nats.detach().max(0, keepdim=True)
         place = torch.stack([torch.full_like(row, step), windows[row]], dim=1)  # (1, 2)
         before, place_before = self._worst or (torch.full_like(highest, -inf), place)

@@ -1,4 +1,4 @@
-"""What all runs share, whatever they train: numbered rows, skipped steps, whole checkpoints."""
+"""The part of the training loop that all runs share: numbered rows, skipped steps, checkpoints."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def training_arguments(config: BaseRunConfig, *, evaluates: bool) -> TrainingArg
         disable_tqdm=True,
         report_to=[],
     )
-    # One process drives one device: transformers would replicate the model by threads over all that it sees.
+    # One process uses one device: else transformers would replicate the model on all visible devices by threads.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -94,7 +94,7 @@ class KeyedTrainer(Trainer):
         if self.average:
             self.add_callback(self.average)
         self.identity = config.identity()
-        """What every checkpoint says that it was trained with."""
+        """Settings that every checkpoint records, to be compared at --resume."""
         self.tokenizer = tokenizer
         """Saved with every checkpoint, which can be loaded like a finished model."""
         self._checkpoint_parent: str | None = None
@@ -105,7 +105,7 @@ class KeyedTrainer(Trainer):
         self.forget_counts()
 
     def forget_counts(self) -> None:
-        """Begin to count tokens and time anew: after a log line, and what would distort it."""
+        """Reset the counts of tokens and time: after a log line, and after work that is not training."""
         self._counted_since: float | None = None
         self._useful_tokens: Tensor | int = 0
         self._forwarded_tokens = 0
@@ -121,7 +121,7 @@ class KeyedTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor | None]:
-        """Number the rows over the global batch of the coming step, and count what its loss is divided by."""
+        """Number the rows over the global batch of the next step, and count the divisor of its loss."""
         self._counted_since = self._counted_since or time.perf_counter()
         batches = list(islice(epoch_iterator, num_batches))
         world, rank = self.args.world_size, self.args.process_index
@@ -142,7 +142,7 @@ class KeyedTrainer(Trainer):
         return batches, num_items
 
     def get_train_dataloader(self) -> Any:
-        """Build the loader and give it its sampler, which must learn the number of the pass (`set_epoch`).
+        """Build the loader and give it its sampler, which needs the number of the pass (`set_epoch`).
 
         With many processes, or batches that a resumed run skips, accelerate's wrappers hide the sampler from it.
         """
@@ -165,14 +165,14 @@ class KeyedTrainer(Trainer):
         return None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Build AdamW, and Muon beside it where it is wanted."""
+        """Build AdamW, with Muon for the matrices of the layers if `train.optimizer` is muon."""
         optimizer: Any = super().create_optimizer(*args, **kwargs)
         if self.uses_muon and not isinstance(optimizer, MuonAdamW):
             self.optimizer = optimizer = MuonAdamW(optimizer, layer_matrices(cast(nn.Module, self.model)))
         return optimizer
 
     def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
-        """Count what the loss is divided by (any shape), real tokens, and positions."""
+        """Count the items that the loss is divided by (any shape), real tokens, and positions."""
         raise NotImplementedError
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -190,7 +190,8 @@ class KeyedTrainer(Trainer):
         if "loss" in logs:
             self._tr_loss.zero_()  # Trainer subtracts it from itself, and inf - inf is NaN
             logs |= self.speed()
-        if logs.keys() & {"loss", "train_loss"} and (skipped := self.guard.report()):  # and those after the last loss
+        # train_loss: the last line of a run, for steps skipped after the last loss
+        if logs.keys() & {"loss", "train_loss"} and (skipped := self.guard.report()):
             logs["skipped_steps"] = skipped
         super().log(logs, *args, **kwargs)
         self.guard.check()
@@ -199,7 +200,7 @@ class KeyedTrainer(Trainer):
         return self._checkpoint_parent or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint aside, and publish it when all processes have written their parts."""
+        """Write the checkpoint into a staging folder, and move it when all processes have written their parts."""
         out = Path(cast(str, self.args.output_dir))
         staging = out / STAGING
         if self.args.should_save:
@@ -223,7 +224,7 @@ class KeyedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _describe(self, folder: Path) -> None:
-        """Write what a checkpoint of ours has beside weights and moments."""
+        """Write what our checkpoints hold besides those of transformers: average, identity, tokenizer."""
         if self.average:
             self.average.save(folder)
         write_whole(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")

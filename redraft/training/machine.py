@@ -1,4 +1,4 @@
-"""What the machine at hand is good at."""
+"""Facts about this machine that training depends on."""
 
 import ctypes
 import platform
@@ -12,7 +12,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names of mallopt(3)
 
 
 def runs_on_cpu() -> bool:
-    """Whether there is no accelerator that training can use."""
+    """Whether training runs on the CPU, as there is no accelerator that it can use."""
     return choose_device(None).type == "cpu"
 
 

@@ -12,7 +12,7 @@ ITERATION = (3.4445, -4.7750, 2.0315)
 
 
 def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """List the trained matrices of the repeated layers: no embedding, no head, nothing with another number of axes."""
+    """List the trained matrices of the repeated layers: no embedding, no head, only 2-D weights."""
     matrices: dict[int, nn.Parameter] = {}  # by id: a stack in a stack is walked through twice
     for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
         for module in stack.modules():
@@ -105,7 +105,7 @@ class MuonAdamW(Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """Let schedulers and clipping see the groups themselves."""
+        """Share the parameter groups of both, so that schedulers and gradient clipping work on them."""
         self.param_groups = [*self.adamw.param_groups, *self.muon.param_groups]
 
     @torch.no_grad()

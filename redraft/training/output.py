@@ -1,4 +1,4 @@
-"""Console output that ends no run: a reader that leaves, a terminal that closes, a disk that is full under the log."""
+"""Console output whose errors do not end a run: a pipe without a reader, a closed terminal, a full disk."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ _PASSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EAGAIN)  # a full disk
 
 
 class LastingStream:
-    """A text stream that drops what cannot be written, and writes in escapes what its encoding does not have."""
+    """A text stream that drops text which cannot be written, and escapes characters outside of its encoding."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -38,7 +38,7 @@ class LastingStream:
             self._drop(error, is_last=is_last)
 
     def _drop(self, error: Exception, *, is_last: bool = False) -> None:
-        """Drop the text. A stream that is gone leads nowhere from now on, so that its buffer does not fail again."""
+        """Drop the text. A stream that is gone is redirected to /dev/null, so that its buffer does not fail again."""
         if is_last or (isinstance(error, OSError) and error.errno not in _PASSES):
             with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
@@ -46,7 +46,7 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Make standard output and error lasting for the time of the context."""
+    """Wrap standard output and error in a `LastingStream` for the time of the context."""
     before = sys.stdout, sys.stderr
     lasting = [stream and LastingStream(stream) for stream in before]
     sys.stdout, sys.stderr = lasting
@@ -59,5 +59,5 @@ def lasting_output() -> Iterator[None]:
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup and no emoji, which the name of a folder may look like, and no wrapping."""
+    """Print a line as it is: no wrapping, and no markup or emoji, as the name of a folder may look like them."""
     console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)

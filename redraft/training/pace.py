@@ -1,4 +1,4 @@
-"""What a run can do in its minutes: how long a step takes, how many fit, whether compiling pays."""
+"""Fit a run into its time limit: measure a step, compute how many fit, decide whether compiling pays."""
 
 import time
 from dataclasses import replace
@@ -16,7 +16,7 @@ from redraft.training.loop import KeyedTrainer, log_interval
 from redraft.training.output import say
 from redraft.training.trainer import DiffusionTrainer
 
-MUON, ADAMW = 1.1, 1.03  # a step with its optimizer update / its forwards and backwards, which are timed
+MUON, ADAMW = 1.1, 1.03  # time of a whole step / time of its forwards and backwards, which alone are measured
 
 
 def compile_if_it_pays(train: TrainConfig, trainer: DiffusionTrainer, console: Console) -> None:
@@ -24,11 +24,11 @@ def compile_if_it_pays(train: TrainConfig, trainer: DiffusionTrainer, console: C
     is_long = train.max_minutes > 2 if train.max_minutes else train.max_steps >= 500  # compiling takes about 20 s
     if train.compile == "auto" and is_long and can_compile() and not trainer.is_sharded:
         trainer.denoiser.model.base_model.compile()
-        say(console, "compiling the transformer (--train.compile off to do without)")
+        say(console, "compiling the transformer (--train.compile off trains without)")
 
 
 def fit_to_minutes(config: Run, trainer: KeyedTrainer, console: Console) -> Run:
-    """Lower the number of steps to what fits into the minutes."""
+    """Lower the number of steps so that the run fits into `max_minutes`."""
     train = config.train
     assert train.max_minutes is not None
     start = time.monotonic()
@@ -37,7 +37,7 @@ def fit_to_minutes(config: Run, trainer: KeyedTrainer, console: Console) -> Run:
     per_step = seconds * (MUON if trainer.uses_muon else ADAMW)
     if trainer.eval_dataset is not None:
         batches = len(trainer.eval_dataset) / (train.batch_size * train.accumulation)  # type: ignore[arg-type]
-        per_step += seconds / 3 * batches / train.save_every  # a forward takes a third
+        per_step += seconds / 3 * batches / train.save_every  # a forward takes a third of a forward with backward
     steps = min(train.max_steps, max(1, int((60 * train.max_minutes - spent) / per_step)))
     (steps,) = broadcast_object_list([steps])
     say(console, f"{seconds:.2g} s per step: {steps} steps fit in {train.max_minutes:g} minutes")
@@ -57,7 +57,7 @@ def _measure_step(trainer: KeyedTrainer, *, max_seconds: float) -> float:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     for step in range(trainer.timed_steps):
         start = time.monotonic()
-        trainer.state.global_step = step  # some objectives make another pass in some steps
+        trainer.state.global_step = step  # some objectives run a second pass in some steps
         (batch,), count = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, device)
         loss = trainer.compute_loss(model, trainer._prepare_inputs(batch), num_items_in_batch=count)
         trainer.accelerator.backward(loss)

@@ -1,4 +1,4 @@
-"""Learning from preferences: VRPO (arXiv 2505.19223), with the start, frozen, as reference."""
+"""Learning from preferences: VRPO (arXiv 2505.19223). The reference is the frozen start model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ class PreferenceTrainer(DiffusionTrainer):
 
     @contextmanager
     def _reference_mode(self) -> Iterator[Denoiser]:
-        """Give the model as it was at the start; under an adapter it is the same one, for a while without it."""
+        """Give the reference model; with an adapter, it is the trained model with the adapter switched off."""
         model = self.denoiser.model
         if self._reference is not self.denoiser:
             yield self._reference

@@ -71,7 +71,7 @@ def _run(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
 
 @contextmanager
 def alone(config: BaseRunConfig) -> Iterator[None]:
-    """Keep other runs out of the folder of this one, and keep its output from ending it."""
+    """Lock the folder of a run, and ignore errors of its console output."""
     state = PartialState(cpu=runs_on_cpu())
     lock = one_writer(Path(config.out)) if state.is_main_process else nullcontext()
     with lasting_output(), lock:
@@ -79,9 +79,9 @@ def alone(config: BaseRunConfig) -> Iterator[None]:
 
 
 def begin(config: Run, *, resume: bool, console: Console) -> tuple[Run, str | None]:
-    """Resolve what is to be run, and the checkpoint to go on from. Raises ValueError where the folder does not fit.
+    """Resolve the configuration, and the checkpoint to continue from. Raises ValueError where the folder does not fit.
 
-    The caller holds the folder (`alone`).
+    The caller has locked the folder (`alone`).
     """
     folder, state = Path(config.out), PartialState()
     config = _with_saved_settings(config) if resume else _with_precision(config)
@@ -96,12 +96,12 @@ def begin(config: Run, *, resume: bool, console: Console) -> tuple[Run, str | No
     if checkpoint:
         check_identity(Path(checkpoint), config.identity())
     start = f"step {step_of(checkpoint)}" if checkpoint else "the beginning, as there is no checkpoint"
-    say(console, f"going on from {start}")
+    say(console, f"continuing from {start}")
     return config, checkpoint
 
 
 def drive(config: Run, trainer: KeyedTrainer, *, checkpoint: str | None, console: Console) -> RunResult:
-    """Run the loop from its start or a checkpoint, to its end or to a signal, and say how to go on."""
+    """Run the loop from its start or a checkpoint, to its end or to a signal, and say how to continue."""
     folder, is_main = Path(config.out), trainer.is_world_process_zero()
     progress, log = ProgressLines(console), LogFile(folder)
     stop = GracefulStop(console, minutes=config.train.max_minutes)
@@ -110,7 +110,7 @@ def drive(config: Run, trainer: KeyedTrainer, *, checkpoint: str | None, console
     keep_freed_memory()
     if config.train.max_minutes and not checkpoint:
         config = fit_to_minutes(config, trainer, console)
-    trainer.accelerator.wait_for_everyone()  # they have all looked at the folder before one of them writes to it
+    trainer.accelerator.wait_for_everyone()  # all processes have checked the folder before one writes to it
     if is_main:
         with explain_disk_errors(RECIPE_FILE, folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def drive(config: Run, trainer: KeyedTrainer, *, checkpoint: str | None, console
             stop.restore()
     steps = trainer.state.global_step
     if stop.received:
-        say(console, f"stopped at step {steps}. To go on: {config.resume_command}")
+        say(console, f"stopped at step {steps}. To continue: {config.resume_command}")
     elif is_main:
         tidy(folder, step=steps, keep=config.train.max_checkpoints)
     diverged = divergence(trainer.state.log_history, norm_before=norm_before, norm=weight_norm(trainer.model))
@@ -149,7 +149,7 @@ def _with_precision(config: Run) -> Run:
 
 
 def _with_steps(config: RunConfig, data: PreparedData) -> RunConfig:
-    """Turn epochs into steps, rounded up. An epoch has as many steps as it fills whole.
+    """Turn epochs into steps, rounded up. The last, partial batch of an epoch is no step.
 
     Raises ValueError for a stream, whose length is not known.
     """
@@ -178,7 +178,7 @@ def _with_saved_settings(config: Run) -> Run:
     changed = [change for change in differences(saved, config) if not change.startswith(ignored)]
     if changed:
         raise ValueError(
-            f"--resume continues {config.out} as it was begun, but these settings differ: {'; '.join(changed)}. "
+            f"--resume continues {config.out} with its saved settings, but these differ: {'; '.join(changed)}. "
             "Leave them out, or start a new run with another --out."
         )
     return replace(saved, out=config.out)
@@ -199,7 +199,7 @@ def check_disk(config: BaseRunConfig, num_trained: int) -> None:
 
 
 def _announce_data(data: PreparedData, config: RunConfig, console: Console) -> None:
-    """Print what the data are. Raises ValueError where they do not fill one step."""
+    """Print the size of the data. Raises ValueError where they do not fill one step."""
     for name, report in (("train", data.train_report), ("validation", data.validation_report)):
         if report is not None:  # a stream is not read yet
             say(console, f"{name}: {report.describe(seq_len=config.data.seq_len)}")
@@ -230,7 +230,7 @@ def _finish(
             )
             diverged = worse_than_chance(estimate, chance=math.log(vocab_size), measure=measure)
             result = replace(result, validation=estimate, diverged=result.diverged or diverged)
-        if config.data.kind == "text":  # answers are not all of the text
+        if config.data.kind == "text":  # in conversations only the answers are learnt, so nothing compares with them
             unigram, gzip = unigram_nats(windows, vocab_size=vocab_size), gzip_bits_per_byte(windows, data.tokenizer)
             result = replace(result, unigram_nats=unigram, gzip_bits_per_byte=gzip)
     if trainer.is_world_process_zero():
@@ -240,13 +240,13 @@ def _finish(
 
 
 def save_model(trainer: Any, folder: Path) -> None:
-    """Write the model aside and move it, the weights last: a folder with weights is a finished one."""
+    """Write the model into a staging folder and move it, the weights last: a folder with weights is complete."""
     staging = folder / ".model"
     swapped = trainer.average.swapped_in() if trainer.average else nullcontext()
     with swapped, explain_disk_errors("the model", folder):
         trainer.save_model(str(staging))
         if trainer.is_world_process_zero():
-            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what recipe.json says
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of the settings in recipe.json
             for path in sorted(staging.iterdir(), key=lambda path: path.suffix == ".safetensors"):
                 path.replace(folder / path.name)
             staging.rmdir()
@@ -254,7 +254,7 @@ def save_model(trainer: Any, folder: Path) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Leave the screen to our own lines; warnings of transformers still come through."""
+    """Switch off the libraries' progress bars; warnings of transformers are still shown."""
     import datasets
     import transformers
 

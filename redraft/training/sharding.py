@@ -1,6 +1,6 @@
-"""Weights and moments that FSDP2 has sharded, to and from the checkpoints of one process.
+"""Save and load weights and optimizer state that FSDP2 has sharded.
 
-A checkpoint is written whole, as by an unsharded run: it resumes under any number of processes, sharded or not.
+A checkpoint is written unsharded, as by one process: it resumes under any number of processes, sharded or not.
 """
 
 import os
@@ -24,7 +24,7 @@ SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP", "DEEPSPEED")
 
 
 class WholeCheckpoints(KeyedTrainer):
-    """Write and read the checkpoints of one process, whatever holds the weights: shards, or an adapter beside them."""
+    """Write and read unsharded checkpoints, also of sharded weights and of adapters."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,7 +37,7 @@ class WholeCheckpoints(KeyedTrainer):
             raise ValueError(f"{what} is not supported over sharded weights (fsdp2). Leave it out, or use ddp.")
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator, and let it shard on the CPU too: accelerate shards on accelerators alone."""
+        """Make the accelerator, and let it shard on the CPU too, where accelerate alone would not."""
         super().create_accelerator_and_postprocess()
         state: Any = self.accelerator.state
         if state.distributed_type is DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -46,7 +46,7 @@ class WholeCheckpoints(KeyedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if has_adapter(self.model) and self.args.should_save:  # whose settings may not be those of its base
+        if has_adapter(self.model) and self.args.should_save:  # its diffusion settings may differ from its base's
             cast(Any, self.model).config.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -56,7 +56,7 @@ class WholeCheckpoints(KeyedTrainer):
             restore_weights(self.model, resume_from_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the whole model, whatever it is sharded over; all processes take part."""
+        """Write the whole model, sharded or not; all processes take part."""
         if not self.is_sharded:
             super().save_model(output_dir, _internal_call)
             return
@@ -90,7 +90,7 @@ class WholeCheckpoints(KeyedTrainer):
 def whole(tree: Any, *, keep: bool) -> Any:
     """Gather every sharded tensor of a tree onto the CPU, one at a time; all processes take part.
 
-    Those that do not `keep` the result get empty tensors. What stands in it twice (tied weights) stays one tensor.
+    Processes that do not `keep` the result get empty tensors. Tied weights stay one tensor.
     """
     gathered: dict[int, Tensor] = {}
 
@@ -109,7 +109,7 @@ def whole(tree: Any, *, keep: bool) -> Any:
 def restore_weights(model: Any, folder: str | Path) -> None:
     """Give every process its part of the weights of a checkpoint. Raises ValueError where they do not fit.
 
-    The model's own class reads them: the names in a file need not be those of the model (experts are saved one by one).
+    The model's own class reads them, as names in a file may differ from the model's (experts are saved one by one).
     """
     kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     weights = load_weights(kind, folder, config=model.config, dtype=model.dtype).state_dict()

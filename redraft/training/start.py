@@ -1,4 +1,4 @@
-"""What a run begins with: random weights of a configured shape, or a diffusion model that exists."""
+"""The model that a run starts from: random weights of a configured shape, or an existing diffusion model."""
 
 import dataclasses
 from typing import Any
@@ -15,13 +15,13 @@ from redraft.training.config import RunConfig
 
 
 def load_start(config: RunConfig) -> LanguageModel | None:
-    """Load the model to go on from, as float32 master weights; None where a run begins with random ones.
+    """Load the model to continue from, as float32 master weights; None for a run from random weights.
 
-    What stays frozen under an adapter is held in the precision of the run, or quantised. The tokenizer gets
-    the mask token of its settings where it knows the id, so that a text can never hold it unseen.
+    Weights that stay frozen under an adapter are stored in the precision of the run, or quantised. The tokenizer gets
+    the model's mask token as a special token if it has the id, so that text is never encoded as a mask.
 
-    Raises ValueError where `redraft.load` does (an autoregressive model is to be converted first), where it has no
-    tokenizer, another process than the run's, or a shorter context than the run's windows.
+    Raises ValueError where `redraft.load` does (an autoregressive model must be converted first), and for a model
+    without a tokenizer, with another process than the run's, or with a shorter context than the run's windows.
     """
     path = config.model.start
     if path is None:
@@ -30,7 +30,7 @@ def load_start(config: RunConfig) -> LanguageModel | None:
         raise ValueError(
             f"model.start must hold whole weights; {path} is an adapter. Merge it: redraft convert {path} OUT."
         )
-    is_half = config.adapter.rank > 0 and config.train.precision == "bfloat16"  # what is frozen needs no master weights
+    is_half = config.adapter.rank > 0 and config.train.precision == "bfloat16"  # frozen weights need no float32 copy
     dtype = torch.bfloat16 if is_half else torch.float32
     lm = load(path, dtype=dtype, device="cpu", quantization=config.model.quantization)
     settings, tokenizer = lm.denoiser.settings, lm.tokenizer
@@ -38,11 +38,11 @@ def load_start(config: RunConfig) -> LanguageModel | None:
         raise ValueError(f"model.start must bring its tokenizer; {path} holds none. Save one beside the model.")
     process = config.objective.process
     if settings.process != process:
-        raise ValueError(f"{path} was made for the {settings.process} process; this run trains the {process} one.")
+        raise ValueError(f"{path} was trained for process {settings.process}; got {process}. Change objective.kind.")
     if settings.block_size is not None and config.objective.fills_rows:
         raise ValueError(
             f"{path} attends in blocks of {settings.block_size}, which kind {config.objective.kind} does not train. "
-            f"Use --objective.kind block --objective.block-size {settings.block_size}, or a start without blocks."
+            f"Use --objective.kind block --objective.block-size {settings.block_size}, or a model without blocks."
         )
     if lm.context_length is not None and config.data.seq_len > lm.context_length:
         raise ValueError(
@@ -56,10 +56,10 @@ def load_start(config: RunConfig) -> LanguageModel | None:
 
 
 def build_denoiser(config: RunConfig, start: LanguageModel | None, *, tokenizer: Any) -> Denoiser:
-    """Build the denoiser to train; its settings, which the checkpoint will carry, say what it is trained for.
+    """Build the denoiser to train, with the `diffusion` settings that the checkpoint will have.
 
-    From a start its mask token and logit shift stay, as the weights were made for them, and its block size unless the
-    objective brings its own.
+    A start model keeps its mask token and logit shift, as its weights were trained for them, and its block size unless
+    the objective sets one.
     """
     if start is None:
         settings = config.objective.settings(require_mask_token(tokenizer))

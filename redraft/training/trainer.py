@@ -1,4 +1,4 @@
-"""Training by an objective: what a batch's loss is, what validation windows say, and which weights are saved."""
+"""Training by an objective: the loss of a batch, and the evaluation on validation windows."""
 
 import math
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ from redraft.training.guard import Spikes
 from redraft.training.loop import Batch
 from redraft.training.sharding import WholeCheckpoints
 
-EVALUATION_STEP = -1  # the noise of evaluation is keyed apart from that of every training step
+EVALUATION_STEP = -1  # key of the noise of evaluation: no training step has it
 VALIDATION_WINDOWS = 512  # of the evaluations before the end
 
 
 class DiffusionTrainer(WholeCheckpoints):
-    """Minimise an objective in nats per target token of the global batch, whatever it is split into."""
+    """Minimise an objective in nats per target token of the global batch, however it is split."""
 
     def __init__(self, config: RunConfig, data: PreparedData, denoiser: Denoiser) -> None:
         train, model = config.train, denoiser.model
@@ -73,7 +73,7 @@ class DiffusionTrainer(WholeCheckpoints):
         return targets_of(batch).sum(), (batch["segment_ids"] > 0).sum(), batch["input_ids"].numel()
 
     def clean_rows(self, batch: Batch) -> CleanRows:
-        """Name what an objective needs of a batch."""
+        """Make the rows that an objective takes from a batch."""
         return CleanRows(
             x_0=batch["input_ids"],
             segment_ids=batch["segment_ids"],
@@ -111,7 +111,7 @@ class DiffusionTrainer(WholeCheckpoints):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with a jump of the loss. Raises ValueError where too many steps were skipped."""
+        """Log, and name the window behind a jump of the loss. Raises ValueError where too many steps were skipped."""
         if "loss" in logs:
             earlier = [line["loss"] for line in self.state.log_history if "loss" in line]
             logs |= self.spikes.report(logs["loss"], earlier, accelerator=self.accelerator)
@@ -150,12 +150,12 @@ class DiffusionTrainer(WholeCheckpoints):
         standard_error = (variance * windows / max(windows - 1, 1)) ** 0.5 * windows**0.5 / tokens
         mean = nats / tokens
         metrics = {"eval_nats_per_token": mean, "eval_standard_error": standard_error, "eval_loss": mean}
-        if self.data_config.kind == "text" and num_bytes:  # the EOS that fills up an answer's blocks has no bytes
+        if self.data_config.kind == "text" and num_bytes:  # answers are padded with EOS tokens, which have no bytes
             metrics["eval_bits_per_byte"] = nats / num_bytes / math.log(2)
         return metrics
 
     def _validation_batches(self) -> Iterator[Batch]:
-        """Deal windows to the processes; every process makes the same number of forward passes."""
+        """Divide windows among the processes; every process makes the same number of forward passes."""
         dataset: Any = self.eval_dataset
         world, rank = self.args.world_size, self.args.process_index
         size = self.args.per_device_train_batch_size

@@ -1,4 +1,4 @@
-"""What a run ended with, whether that is worth anything, and its loss curve."""
+"""The result of a run: whether it diverged, how good the model is, and its loss curve."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ CURVE_FILE = "loss.png"
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run ended with."""
+    """The result of a run."""
 
     folder: Path
     steps: int
@@ -32,7 +32,7 @@ class RunResult:
     gzip_bits_per_byte: float | None = None
     """`gzip -9` on the validation text."""
     diverged: str | None = None
-    """The sign that the run diverged; None where it did not."""
+    """Why the run counts as diverged; None where it does not."""
     signal: int | None = None
     """The signal that ended the run early."""
 
@@ -54,15 +54,15 @@ def divergence(history: list[dict[str, Any]], *, norm_before: float, norm: float
 
 
 def worse_than_chance(validation: Estimate, *, chance: float, measure: str) -> str | None:
-    """Say so where a validation loss is twice what guessing at random costs, or is no number."""
+    """Say so if a validation loss is at least twice the loss of guessing at random, or NaN; else return None."""
     if validation.nats_per_token < 2 * chance:
         return None
     nats = f"{validation.nats_per_token:.4g} nats per token"
-    return f"its validation {measure} is {nats}; guessing at random costs {chance:.4g}"
+    return f"its validation {measure} is {nats}; guessing at random has {chance:.4g}"
 
 
 def announce(result: RunResult, console: Console, *, measure: str = "NELBO") -> None:
-    """Print what a finished run ended with, and in words if that is worth nothing."""
+    """Print the results of a finished run, with a warning if the model is of no use."""
     if result.validation:
         say(console, f"validation {measure}: {result.validation}")
     if result.validation and result.unigram_nats:

@@ -51,7 +51,7 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("source", "flags", "message"),
     [
-        ("no-answers.jsonl", "", "line 1: no assistant turn, so nothing of it would be learnt"),
+        ("no-answers.jsonl", "", "line 1: no assistant turn, so there is nothing to learn"),
         ("empty.jsonl", "", "'empty.jsonl' holds no conversation with an answer"),
         ("empty-turn.jsonl", "", "empty-turn.jsonl, line 4: message 2: an empty assistant turn. Edit or remove it"),
         ("mixed.jsonl", "", "line 4: a record of messages, but those before it have prompt/response. Use one"),
@@ -84,4 +84,4 @@ def test_a_checkpoint_of_another_objective_is_not_resumed(capsys):
     line = refused(capsys, *data, "--train.max-steps=-3")
     assert re.search(r"^redraft train: train\.max_steps must .*; got -3\. See --help\.$", line), line
     line = refused(capsys, *data, "--out", "other", "--model.start", "run", "--objective.kind", "uniform")
-    assert "run was made for the masked process; this run trains the uniform one" in line
+    assert "run was trained for process masked; got uniform" in line

@@ -178,7 +178,7 @@ def test_help_shows_the_defaults(command):
         (["sample", "MODEL", "x", "--regex", "(a"], "the regular expression cannot be an automaton"),
         (["sample", "MODEL", "x", "--json-schema", "no.json"], "a file that holds one; got 'no.json'"),
         (["infill", "MODEL", "no hole"], "nothing to fill"),
-        (["sample", "MODEL", "x", "--device", "cuda"], "torch sees no such device"),
+        (["sample", "MODEL", "x", "--device", "cuda"], "torch finds no such device"),
         (["sample", "MODEL", "x", "--device", "gpu"], "device 'gpu' is unknown"),
     ],
 )

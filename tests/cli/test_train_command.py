@@ -35,7 +35,7 @@ def having(section, **values):
 
 
 EDITS = {
-    "no model": (without("model"), "recipe.json has no 'model', which it had when it was written"),
+    "no model": (without("model"), "recipe.json has no 'model', so it was edited or damaged"),
     "no data": (without("data"), "recipe.json has no 'data', which it had"),
     "no train": (without("train"), "recipe.json has no 'train', which it had"),
     "no objective": (without("objective"), "recipe.json has no 'objective', which it had"),

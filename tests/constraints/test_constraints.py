@@ -268,7 +268,7 @@ def check(constraint, length, *, given=None, eos=EOS, vocab=VOCAB):
         *((constraint, {"length": 1, "eos": None}, "fills a canvas of 1 tokens; lengths near it that do are 0")
           for constraint in (Regex(""), Choice([""]), Regex("(?:)*"), Length(max_chars=0), Length(max_tokens=0))),
         (Regex("(?:日z)?"), {"length": 2, "eos": None, "vocab": [None, b"z"]}, "lengths near it that do are 0"),
-        (Regex("[ab]*"), {"length": 3, "given": {1: EOS, 2: 100}}, "the given tokens must leave a text of 3 tokens"),
+        (Regex("[ab]*"), {"length": 3, "given": {1: EOS, 2: 100}}, "no text of 3 tokens with the 2 given ones"),
         (Spans({4: [5]}), {"length": 3}, "up to position 4; got 3 tokens"),
         (Length(min_tokens=7), {"length": 3}, "has 7 tokens; got 3"),
         (Length(max_tokens=3) & Regex("z{5}"), {"length": 9}, "no text of 0 to 3 tokens in this vocabulary"),

@@ -159,7 +159,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 
 def test_a_cache_below_a_file_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file' must be a folder that can be written .*. XDG_CACHE_HOME says where"):
+    with pytest.raises(ValueError, match="cannot write the cache to .*file' .*. Set XDG_CACHE_HOME to another folder"):
         cached_folder(tmp_path / "file" / "x", build=build_two_files)
 
 

@@ -269,17 +269,19 @@ def test_built_data_refuse_another_tokenizer_other_settings_and_damage(built, to
         ValueError, match="was built with another tokenizer than the one given. Leave data.tokenizer out"
     ):
         prepare(taken, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="was built with seq_len=128; got 64. Set data.seq_len to it"):
+    with pytest.raises(ValueError, match="was built with seq_len=128; got 64. Set data.seq_len to the former"):
         prepare(replace(taken, seq_len=64))
     with pytest.raises(ValueError, match="was built with chat=.*'loss_on': 'last'.*got .*'loss_on': 'all'"):
         prepare(replace(taken, chat=ChatConfig(loss_on="all")))
-    with pytest.raises(ValueError, match="was built with max_documents=None; got 5. Set data.max_documents to it"):
+    with pytest.raises(
+        ValueError, match="was built with max_documents=None; got 5. Set data.max_documents to the former"
+    ):
         prepare(replace(taken, max_documents=5))
     with pytest.raises(ValueError, match="built data cannot be mixed; got .*built'"):
         prepare(replace(taken, source=f"{taken.source}:0.5,stdlib:0.5"))
     path = tmp_path / "built" / "train.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="the built data in .* are damaged or not whole. Build them again"):
+    with pytest.raises(ValueError, match="the built data in .* are damaged or incomplete. Build them again"):
         prepare(taken)
 
 

@@ -103,12 +103,12 @@ def test_a_folder_skips_what_is_no_file_with_a_warning_each(tmp_path, caplog, su
             assert read(tmp_path) == ["good"]
     told = sorted(record.getMessage() for record in caplog.records)
     reasons = {
-        "device": "is no regular file, or a link to nothing",
-        "loop": "is no regular file, or a link to nothing",
+        "device": "is not a regular file, or a broken link",
+        "loop": "is not a regular file, or a broken link",
         "memory": "cannot be read (Input/output error)",
-        "nothing": "is no regular file, or a link to nothing",
-        "pipe": "is no regular file, or a link to nothing",
-        "socket": "is no regular file, or a link to nothing",
+        "nothing": "is not a regular file, or a broken link",
+        "pipe": "is not a regular file, or a broken link",
+        "socket": "is not a regular file, or a broken link",
     }
     assert told == [
         f"Skipped a file: {tmp_path}/{name}{suffix} {reason}. Leave it out." for name, reason in reasons.items()
@@ -127,7 +127,7 @@ def test_links_to_folders_are_told_and_never_followed_in_a_circle(tmp_path, capl
 @pytest.mark.parametrize("name", ["pipe.txt", "pipe.jsonl", "pipe.csv"])
 def test_a_pipe_is_no_source(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name} is no regular file, or a link to nothing. Leave it out."):
+    with pytest.raises(ValueError, match=rf"{name} is not a regular file, or a broken link. Leave it out."):
         read(tmp_path / name)
 
 
@@ -193,7 +193,7 @@ def test_parquet_text_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     pandas.DataFrame({"text": ["caf\u00e9 ba lo"]}).to_parquet(path, compression=None, use_dictionary=False)
     with pytest.raises(
-        ValueError, match=r"a.parquet: damaged, or of another format, after row 0 \('utf-8' codec can't"
+        ValueError, match=r"a.parquet: damaged, or in another format, after row 0 \('utf-8' codec can't"
     ):
         records_of(path, path.read_bytes().replace("\u00e9".encode(), b"\xe9\xe9"))
 

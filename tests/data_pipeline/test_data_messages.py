@@ -46,7 +46,7 @@ def test_an_answer_of_weight_0_is_kept_as_given_whatever_the_framework_calls_it(
     assert read_messages(U, masked, U, A) == [U, {**A, "weight": 0}, U, A]
     assert read_messages(U, A, U, masked) == [U, A], "after the last answer to be learnt nothing is learnt"
     assert read_messages({**U, name: 0}, {**A, name: 1}) == [U, A]
-    with pytest.raises(ValueError, match="line 1: every assistant turn has weight 0, so nothing of it would be learnt"):
+    with pytest.raises(ValueError, match="line 1: every assistant turn has weight 0, so there is nothing to learn"):
         read_messages(U, masked)
     for other in (0.5, "no", [0, 1]):
         with pytest.raises(ValueError, match=rf"line 1: message 2: {name} must be 0 or 1; got "):
@@ -93,7 +93,7 @@ def test_tools_and_calls_are_read_whether_objects_or_json(read_one):
         ({"instruction": "a", "output": "b", "history": "none"}, "history must be a list of .question, answer."),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, "history must be a list of .question, answer."),
         ({"instruction": "a", "output": "b", "system": 3}, "message 1: field 'content' must be a string; got int"),
-        ({"prompt": [U], "completion": [{**U, "content": "other"}, A]}, "begins otherwise than the prompt"),
+        ({"prompt": [U], "completion": [{**U, "content": "other"}, A]}, "whole conversation with another prompt"),
         ({"messages": 3, "history": [["q", "a"]]}, "messages must be a list of"),
     ],
 )

@@ -131,9 +131,12 @@ OTHER = {"role": "user", "content": "other?"}
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "other?", "chosen": [Q, A], "rejected": [Q, B]}, "begins otherwise than the prompt"),
-        ({"prompt": [OTHER], "chosen": [S, Q, A], "rejected": [S, Q, B]}, "begins otherwise than the prompt"),
-        ({"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [*MORE[:2], OTHER, B]}, "begins otherwise than"),
+        ({"prompt": "other?", "chosen": [Q, A], "rejected": [Q, B]}, "whole conversation with another prompt"),
+        ({"prompt": [OTHER], "chosen": [S, Q, A], "rejected": [S, Q, B]}, "whole conversation with another prompt"),
+        (
+            {"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [*MORE[:2], OTHER, B]},
+            "whole conversation with another prompt",
+        ),
         ({"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [OTHER, *MORE[1:], B]}, "answer the same prompt"),
         ({"prompt": "and ru?", "chosen": [*MORE, A], "rejected": [B]}, "answer the same prompt"),
         ({"prompt": "", "chosen": "lo", "rejected": "mi"}, "chosen and rejected are texts without a prompt"),
@@ -141,13 +144,13 @@ OTHER = {"role": "user", "content": "other?"}
         ({"prompt": "ba?", "chosen": "ba? lo", "rejected": "ba? lo"}, "are the same answer"),
         (
             {"prompt": "other?", "chosen": FORMS["hh-rlhf"]["chosen"], "rejected": FORMS["hh-rlhf"]["rejected"]},
-            "begins otherwise than the prompt",
+            "whole conversation with another prompt",
         ),
         ({"prompt": [S, Q], "chosen": [{**S, "content": "lie"}, Q, A], "rejected": [Q, B]}, "two system messages"),
         ({"chosen": [S, Q, A], "rejected": [Q, B]}, "chosen and rejected must answer the same prompt"),
         ({"chosen": "lo", "rejected": "mi"}, "chosen and rejected are texts without a prompt"),
         ({"prompt": None, "chosen": "lo", "rejected": "mi"}, "chosen and rejected are texts without a prompt"),
-        ({"prompt": "ba?", "chosen": [Q], "rejected": [Q]}, "begins otherwise than the prompt"),
+        ({"prompt": "ba?", "chosen": [Q], "rejected": [Q]}, "whole conversation with another prompt"),
         ({"prompt": [Q], "chosen": ["lo"], "rejected": ["mi"]}, "messages must be a list of"),
         ({"prompt": "ba?", "chosen": {"a": 1}, "rejected": "mi"}, "must be a string; got dict"),
         ({"prompt": "ba?", "chosen": [], "rejected": "mi"}, "no assistant turn"),

@@ -68,7 +68,7 @@ def test_what_follows_the_last_answer_is_left_out(tmp_path):
 BAD = {
     "pairs of answers": (
         {"question": "a", "chosen": "b", "rejected": "c"},
-        "no known schema; it has chosen, question, rejected.*Pairs of answers are of --data.kind preference",
+        "no known schema; it has chosen, question, rejected.*Pairs of answers need --data.kind preference",
     ),
     "no known schema": ({"text": "a"}, r"line 2: no known schema; it has text\. Known are messages, prompt/response"),
     "mixed": (
@@ -81,7 +81,7 @@ BAD = {
     ),
     "no answer": (
         {"messages": EXPECTED[0][:1]},
-        "line 2: no assistant turn, so nothing of it would be learnt",
+        "line 2: no assistant turn, so there is nothing to learn",
     ),
     "not a list": ({"messages": "hi"}, "line 2: messages must be a list of"),
     "no role": ({"messages": [{"content": "hi"}]}, "line 2: messages must be a list of"),

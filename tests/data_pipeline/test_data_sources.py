@@ -122,7 +122,7 @@ BAD_FILES = {
     "empty.json": (b"", "holds no text"),
     "empty.csv": (b"", "holds no text"),
     "null.json": (b"[]", "holds no text"),
-    "nul.txt": (b"a\0b", "nul.txt holds NUL bytes, so it is no text. Convert it"),
+    "nul.txt": (b"a\0b", "nul.txt holds NUL bytes, so it is not text. Convert it"),
     "latin.txt": (b"caf\xe9", r"latin.txt is not UTF-8 \(byte 3\). Convert it"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', r"latin.jsonl, line 2 is not UTF-8 \(byte 10\)"),
     "nul.csv": (b"text\na\0b\n", "nul.csv holds NUL bytes"),
@@ -142,7 +142,7 @@ BAD_FILES = {
         b'text,id\na,1\nb,2,3,4\n"',
         "broken.csv, line 3: 4 fields, but the header has 2",
     ),
-    "broken.parquet": (b"PAR1 no", "broken.parquet: damaged, or of another format"),
+    "broken.parquet": (b"PAR1 no", "broken.parquet: damaged, or in another format"),
     "image.png": (b"\x89PNG", r"'.*image.png' holds no documents. Give a folder, or a file of .md, .py, .txt, .jsonl"),
 }
 
@@ -181,7 +181,7 @@ def test_a_mistyped_stdlib_is_suggested(monkeypatch):
 
 
 def test_an_empty_folder_and_a_split_of_a_plain_folder_are_errors(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no file to read. Known are .md"):
+    with pytest.raises(ValueError, match=r"holds no file that can be read: .md"):
         read(tmp_path)
     with pytest.raises(ValueError, match="only a dataset has splits"):
         read(f"{tmp_path}@test")

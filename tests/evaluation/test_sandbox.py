@@ -193,14 +193,14 @@ def test_a_killed_evaluator_takes_the_code_along(tmp_path):
 def test_a_machine_without_namespaces_refuses_and_says_what_to_do(monkeypatch):
     report = {"reason": "no isolation", "error": "Operation not permitted"}
     monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b""))
-    with pytest.raises(ValueError, match="does not permit what isolates.*Run as root, or permit"):
+    with pytest.raises(ValueError, match="does not permit the namespaces.*Run as root, or permit"):
         run_python("pass")
 
 
 def test_a_task_that_runs_code_is_refused_before_a_model_is_loaded(monkeypatch):
     report = {"reason": "no isolation", "error": "Operation not permitted"}
     monkeypatch.setattr(sandbox, "_run_jail", lambda *args, **kwargs: (report, b""))
-    with pytest.raises(ValueError, match="does not permit what isolates"):
+    with pytest.raises(ValueError, match="does not permit the namespaces"):
         make_task("humaneval", TaskOptions(allow_code=True))
 
 

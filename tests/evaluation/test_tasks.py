@@ -228,7 +228,7 @@ def test_a_task_whose_package_is_not_installed_names_the_extra(name, package, mo
 
 def test_items_that_cannot_be_verified_are_refused(tmp_path):
     for record, message in [
-        ({"prompt": "x"}, "line 1 has no verifier"),
+        ({"prompt": "x"}, "line 1 must be an item"),
         ({"prompt": "x", "choices": ["a"], "answer": 1}, "index of one of 1 choices; got 1"),
     ]:
         with pytest.raises(ValueError, match=message):

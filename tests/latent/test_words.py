@@ -154,7 +154,7 @@ def test_rows_that_are_too_long_are_refused(own_file):
 
 
 def test_thoughts_are_not_built(own_file, tmp_path):
-    with pytest.raises(ValueError, match="rows of kind .*prepare_words are read as they are and not built"):
+    with pytest.raises(ValueError, match="data of kind .*prepare_words cannot be built"):
         build_data(DataConfig(kind=WORDS, source=str(own_file)), tmp_path / "built")
 
 

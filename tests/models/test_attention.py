@@ -217,7 +217,7 @@ def test_on_cuda_flex_is_chosen(dtype, monkeypatch):
         ({}, CPU, torch.float32, True, "needs CUDA; got device cpu"),
         ({}, CUDA, torch.float64, True, "needs float32, bfloat16 or float16; got torch.float64"),
         ({"size": "1m,layers=1,hidden=16,heads=2"}, CUDA, torch.float32, True, "at least 16 dimensions; got 8"),
-        ({"dropout": 0.1}, CUDA, torch.float32, True, "knows no dropout; got attention_dropout 0.1"),
+        ({"dropout": 0.1}, CUDA, torch.float32, True, "has no dropout; got attention_dropout 0.1"),
         ({}, CUDA, torch.float32, False, "compile"),
     ],
 )
@@ -227,7 +227,7 @@ def test_where_flex_cannot_be_had_auto_does_without_and_by_name_it_is_refused(
     monkeypatch.setattr(attention, "can_compile", lambda: compiles)
     found = choose_attention(built(**changes), "auto", device=device, dtype=dtype)
     assert found == ("pieces" if device == CPU else "mask")
-    with pytest.raises(ValueError, match=rf"train\.attention flex .*{told}.*Use auto or mask\."):
+    with pytest.raises(ValueError, match=rf"attention flex .*{told}.*Use auto or mask\."):
         choose_attention(built(**changes), "flex", device=device, dtype=dtype)
 
 
@@ -244,7 +244,7 @@ def test_a_model_whose_attention_cannot_be_exchanged_keeps_the_mask(config):
     before = model.config._attn_implementation
     assert choose_attention(model, "auto", device=CPU, dtype=torch.float32) == "mask"
     assert model.config._attn_implementation == before
-    with pytest.raises(ValueError, match="pieces needs a model whose attention can be exchanged"):
+    with pytest.raises(ValueError, match="pieces needs a model whose attention can be replaced"):
         choose_attention(model, "pieces", device=CPU, dtype=torch.float32)
 
 

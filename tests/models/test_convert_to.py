@@ -63,6 +63,6 @@ def test_a_model_that_the_original_code_would_compute_otherwise_is_refused(tmp_p
         convert(tmp_path / "shifted", tmp_path / "out", to="llada")
     with pytest.raises(ValueError, match=r"cannot be written as dream: the architecture is 'llama' here"):
         convert(DATA / "llada", tmp_path / "out", to="dream")
-    with pytest.raises(ValueError, match=r"cannot be written as sdar; can be: llada, llada2, llada2.1, dream"):
+    with pytest.raises(ValueError, match=r"cannot be written as sdar. Use one of llada, llada2, llada2.1, dream"):
         convert(DATA / "llada", tmp_path / "out", to="sdar")
     assert not (tmp_path / "out").exists()

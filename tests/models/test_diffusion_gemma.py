@@ -200,11 +200,11 @@ def test_what_it_cannot_do_is_told(model, tmp_path):
         lambda: lm.generate([3], preset="llada", max_new_tokens=6): "trained on uniform noise",
         lambda: lm.generate([3], preset="diffusion-gemma", cfg_scale=1.0): "no unconditional branch; got cfg_scale=1.0",
         lambda: lm.infill([[3, 0, 5]], preset="diffusion-gemma"): "it cannot fill holes",
-        lambda: lm.denoiser.inputs(Query.everywhere(draw(1, 6))): "not be trained here",
+        lambda: lm.denoiser.inputs(Query.everywhere(draw(1, 6))): "not trained or scored",
         lambda: lm.logits(draw(1, 6), layout="full"): "one canvas at a time",
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
     tiny_gemma(dtype=torch.float32).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="is an encoder-decoder; it is neither checked nor converted"):
+    with pytest.raises(ValueError, match="is an encoder-decoder; it can be neither checked nor converted"):
         redraft.convert(tmp_path / "model", tmp_path / "out")

@@ -53,7 +53,7 @@ def test_a_weight_that_overflows_in_the_chosen_dtype_is_named(folder):
 def test_further_damage_is_counted(folder):
     damage(folder, float("nan"))
     damage(folder, float("inf"), name="model.layers.0.mlp.up_proj.weight")
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight .*\(and 1 tensors more\)"):
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight .*\(and 1 more tensors\)"):
         redraft.load(folder, device="cpu")
 
 

@@ -241,7 +241,7 @@ def test_a_batch_that_is_given_must_be_idle_and_of_the_model():
     batch = Batch(load("full").denoiser)
     batch.join(canvas_of([5]), Sampler(), row_keys=KEY)
     for other in (batch, Batch(load("shifted").denoiser)):
-        with pytest.raises(ValueError, match="nothing may run in it"):
+        with pytest.raises(ValueError, match="have no running rows"):
             next(denoise(load("full").denoiser, canvas_of([5]), Sampler(), row_keys=KEY, batch=other))
     assert len(batch) == 1
 

@@ -129,7 +129,7 @@ def test_a_preset_of_ones_own_is_given_as_module_and_name(folder):
     lm = load(folder)
     assert lm.generate(PROMPT, preset=name, stop=None).forwards == [4]
     assert lm.sampling_config(preset=name).resolved().temperature == 0.5
-    with pytest.raises(ValueError, match=f"config.json asks for code: preset '{name}'"):
+    with pytest.raises(ValueError, match=f"config.json names code to run: preset '{name}'"):
         lm.generate(PROMPT)  # a checkpoint alone imports nothing
     for preset, message in (
         (f"{__name__}:twice", "must be a redraft.sampling.presets.Preset; got function"),

@@ -225,7 +225,7 @@ def test_targets_that_match_nothing_are_told_with_the_candidates_before_anything
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RunConfig(adapter=AdapterConfig(rank=4)), "an adapter goes over model.start; got adapter.rank 4"),
+        (lambda: RunConfig(adapter=AdapterConfig(rank=4)), "an adapter needs a model to adapt; got adapter.rank 4"),
         (
             lambda: RunConfig(model=ModelConfig(start="a/b", quantization="int8")),
             "got model.quantization 'int8' without an adapter. Add --adapter.rank 16",

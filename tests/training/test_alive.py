@@ -193,18 +193,18 @@ def test_a_checkpoint_of_a_stopped_run_can_be_used_and_its_folder_says_so(config
     out = run(config, console=QUIET).folder
     for name in ("config.json", "model.safetensors"):
         (out / name).unlink()
-    advice = f"Go on with `redraft train {out} --resume`, or use its last checkpoint: {out}/checkpoint-6"
+    advice = f"Continue it with `redraft train {out} --resume`, or use its last checkpoint: {out}/checkpoint-6"
     with pytest.raises(ValueError, match=f"no model at {out}: .*its training has not ended. {advice}"):
         redraft.load(out)
     assert redraft.load(out / "checkpoint-6").generate("def ", max_new_tokens=4, steps=2).texts is not None
     for folder in out.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    with pytest.raises(ValueError, match=f"Go on with `redraft train {out} --resume`.$"):
+    with pytest.raises(ValueError, match=f"Continue it with `redraft train {out} --resume`.$"):
         redraft.load(out)
     LatentRunConfig(out=str(out)).save(out)
     (out / "checkpoint-5").mkdir()
     (out / "checkpoint-5" / "config.json").touch()  # of a latent stage, which is no whole model
-    with pytest.raises(ValueError, match=f"Go on with `redraft train {out} --resume`.$"):
+    with pytest.raises(ValueError, match=f"Continue it with `redraft train {out} --resume`.$"):
         redraft.load(out)
 
 

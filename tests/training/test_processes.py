@@ -151,7 +151,7 @@ def test_a_signal_to_the_launcher_saves_a_checkpoint(config):
         wait_for_log(process, config, lines=3)
         process.send_signal(signal.SIGTERM)
         output = finish(process, code=128 + 15)
-    assert "To go on: redraft train" in output
+    assert "To continue: redraft train" in output
     assert "Traceback" not in output
     (checkpoint,) = Path(config.out).glob("checkpoint-*")
     assert damage(checkpoint) is None

@@ -184,7 +184,7 @@ def of_another_process(start, folder):
         (lambda _, folder: folder, "no model at .*: the folder does not exist"),
         (without_tokenizer, "model.start must bring its tokenizer; .* holds none. Save one beside the model."),
         (without_end, "the tokenizer must have eos_token; .* has none. Add it"),
-        (of_another_process, "was made for the uniform process; this run trains the masked one"),
+        (of_another_process, "was trained for process uniform; got masked"),
     ],
 )
 def test_a_start_that_cannot_be_trained_is_told_before_anything_is_written(config, start, tmp_path, make, message):

@@ -475,7 +475,7 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
         (TrainConfig, {"max_minutes": math.inf}, "max_minutes must be a finite number; got inf"),
         (TrainConfig, {"epochs": math.inf}, "epochs must be a finite number; got inf"),
         (TrainConfig, {"weight_decay": -1.0}, "weight_decay must be at least 0; got -1.0"),
-        (TrainConfig, {"epochs": 2.0, "max_steps": 9}, "epochs 2 decides the number of steps; got train.max_steps 9"),
+        (TrainConfig, {"epochs": 2.0, "max_steps": 9}, "epochs 2 sets the number of steps; got train.max_steps 9"),
         (TrainConfig, {"beta_2": 1.5}, r"beta_2 must lie in \[0, 1\); got 1.5"),
         (TrainConfig, {"seed": -1}, "seed must lie in .*; got -1"),
         (ModelConfig, {"dropout": 1.5}, r"dropout is a probability in \[0, 1\); got 1.5"),

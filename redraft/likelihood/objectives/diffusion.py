@@ -39,7 +39,7 @@ class Diffusion:
     """Weigh the targets by `cart_weights` with this p instead of the bound's weight. Masked noise, no blocks."""
 
     def problem(self, rows: CleanRows, key: NoiseKey) -> Problem:
-        """Corrupt the rows and ask for what is noised; with blocks, put the clean copy behind."""
+        """Corrupt the rows and ask for the noised tokens; with blocks, append the clean copy."""
         size = self._size(key)
         block = None if size is None else _block_numbers(rows, size)
         noised = draw_noise(self.process, rows, key, t_min=self.t_min, t_max=self.t_max, block=block)
@@ -84,7 +84,7 @@ def _block_numbers(rows: CleanRows, size: int) -> Int[Tensor, "batch seq"]:
 
 
 def _before_clean_copy(problem: Problem, noised: Noised, size: int) -> Problem:
-    """Ask the same of [x_t ; x_0], in which a noised block sees itself and the clean blocks before it."""
+    """Ask the same of [x_t ; x_0], in which a noised block attends to itself and the clean blocks before it."""
     where, length, segment_ids = problem.query.where, noised.x_0.shape[1], problem.query.segment_ids
     query = replace(
         problem.query,
@@ -101,8 +101,8 @@ def cart_weights(
 ) -> Float[Tensor, "batch seq"]:
     """Weigh each position by the clean tokens near it: half the sum over clean i of p (1 - p)^(|n - i| - 1).
 
-    A token among clean ones counts in full, one that no clean token is near does not count (CART, arXiv 2508.15487).
-    The weighted loss is not a bound.
+    A token among clean ones has weight 1, one without clean tokens near it nearly 0 (CART, arXiv 2508.15487). The
+    weighted loss is not a bound.
     """
     index = torch.arange(is_clean.shape[1], device=is_clean.device)
     distance = (index[:, None] - index[None, :]).abs()

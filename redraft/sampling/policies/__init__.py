@@ -1,4 +1,4 @@
-"""Policies: callables that say where, how sure, how many, what to revise, and when to stop. None of them calls a model.
+"""Policies: callables that open blocks, score proposals, commit, revise and stop. None of them calls a model.
 
 A policy with settings is a frozen dataclass, one without is a function. Your own works the same way. All names of the
 modules below are names of this package, so that a new policy is added in one file.

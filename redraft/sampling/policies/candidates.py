@@ -17,10 +17,10 @@ DRAW_TOKEN, DRAW_ORDER, DRAW_UNMASK, DRAW_REVISE, DRAW_NOISE = range(5)
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """What is open in each row, how far the row is through its current block, and its random numbers.
+    """The open positions of each row, its progress in its current block, and its random numbers.
 
-    Policies see of each row the columns around what is open, equally many in each row: from the first undecided
-    position on, past all that is open, and up to the next undecided one. There are n open positions in a batch.
+    Policies see equally many columns of each row: from its first undecided position on, with all open positions, and
+    up to the next undecided one. There are n open positions in a batch.
     """
 
     is_open: Bool[Tensor, "batch seq"]
@@ -103,7 +103,7 @@ class Candidates:
 
     @property
     def placed(self) -> Int[Tensor, "n"]:
-        """What stands at the open positions."""
+        """The tokens at the open positions before the step."""
         return self.canvas.tokens.flatten()[self.window.where]
 
     def spread(self, values: Float[Tensor, "n"]) -> Float[Tensor, "batch seq"]:

@@ -1,4 +1,4 @@
-"""Revision: what happens to tokens that are placed but not yet decided, and to noise that stays noise."""
+"""Revision: what happens to drafts (tokens that are placed but not decided), and to noise that is not committed."""
 
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -102,7 +102,7 @@ class Remasking(Settings, Revise):
     loop_alpha: float = 0.9
 
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        """Commit noise at the rate that makes up for what is remasked."""
+        """Commit noise at a rate that compensates for the remasking."""
         alpha_t, alpha_s, sigma = self._rates(candidates)
         if self.kind == "conf":
             sigma = torch.zeros_like(sigma)
@@ -140,17 +140,17 @@ class Remasking(Settings, Revise):
 
 @dataclass(frozen=True, kw_only=True)
 class Rerank(Settings, Revise):
-    """Keep the surest alpha_s of a block's tokens, placed or proposed, and remask the rest (P2, arXiv 2502.03540).
+    """Keep the share alpha_s of a block's tokens, the most probable ones, and remask the rest (P2, arXiv 2502.03540).
 
-    A draft is worth the probability that the model gives to it now. It is both policies: use it as `unmask` and as
-    `revise`.
+    Drafts and proposals compete; a draft counts with the probability that the model gives to it now. It is both
+    policies: use it as `unmask` and as `revise`.
     """
 
     schedule: Schedule = field(default_factory=Linear)
     looks_at_drafts = True
 
     def unmask(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        """Commit the noise that is among the surest."""
+        """Commit the noise that is among the most probable."""
         return self._is_among_best(candidates) & candidates.is_open_noise
 
     def __call__(self, action: Action, candidates: Candidates) -> Action:

@@ -1,4 +1,4 @@
-"""Scores: how sure each proposal is. The surest are committed first."""
+"""Scores: how confident each proposal is. The highest scores are committed first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from redraft.sampling.policies.candidates import DRAW_ORDER, Candidates
 from redraft.settings import Positive, Settings
 
 Score = Callable[[Candidates], Float[Tensor, "n"]]
-"""Rank the n proposals; larger is surer."""
+"""Rank the n proposals; larger is committed earlier."""
 
 
 def confidence(candidates: Candidates) -> Float[Tensor, "n"]:

@@ -57,5 +57,5 @@ class StopStrings:
 
 
 def _has_all_before(canvas: Canvas) -> Bool[Tensor, "batch seq"]:
-    """Return the positions up to which everything is decided."""
+    """Mark the positions up to which everything is decided."""
     return ~(canvas.is_noise | canvas.is_draft).long().cummax(dim=1).values.bool()

@@ -45,7 +45,7 @@ def committed_share(schedule: Schedule, t: Float[Tensor, "batch"], s: Float[Tens
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Settings):
-    """Commit the k surest in every step, however many steps that takes."""
+    """Commit the k highest scores in every step, however many steps that takes."""
 
     k: Count = 1
 
@@ -55,7 +55,7 @@ class TopK(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold(Settings):
-    """Commit whatever the model is sure enough of (Section 3.3 of arXiv 2505.22618).
+    """Commit tokens whose probability passes a threshold (Section 3.3 of arXiv 2505.22618).
 
     Where fewer pass than `at_least` asks for, the best ones are committed instead: one ("one", Fast-dLLM), or as many
     as the even quota of the block ("quota": SDAR, LLaDA2).
@@ -80,7 +80,7 @@ class Threshold(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Factor(Settings):
-    """Commit the r surest, r the largest such that the r-th best confidence is at least 1 - factor / (r + 1).
+    """Commit the r most confident, r the largest such that the r-th confidence is at least 1 - factor / (r + 1).
 
     Fast-dLLM's factor rule (Section 3.3 of arXiv 2505.22618); at least one.
     """
@@ -143,10 +143,10 @@ def best(
 ) -> Bool[Tensor, "batch seq"]:
     """Pick each row's `count` best open positions (by default noise); of those equal to the last of them the leftmost.
 
-    Equal means within 1e-6 of the score, or of the probability where that is larger: a margin or an entropy near 0 is a
-    difference of larger numbers. What is equal in mathematics comes out about 1e-7 apart, and how far depends on the
-    batch. Each score is compared with the last that is picked, not with its neighbour: neighbours would chain scores
-    that differ, and a grid would part equal scores at its lines.
+    Scores that are equal in mathematics come out about 1e-7 apart, and how far depends on the batch. So equal means
+    within 1e-6 of the score, or of the probability where that is larger (a margin or an entropy near 0 is a difference
+    of larger numbers). Each score is compared with the last one picked. Comparing neighbours would join scores that
+    differ, and rounding would separate equal scores that lie on both sides of a rounding border.
     """
     among = candidates.is_open_noise if among is None else among
     score = score.masked_fill(~among, -torch.inf)

@@ -12,7 +12,7 @@ from typing import Any
 from redraft.errors import unknown_name
 
 KINDS = ("ddp", "fsdp2", "deepspeed")
-GO_ON = "--resume goes on from the last checkpoint"
+GO_ON = "--resume continues from the last checkpoint"
 
 
 def config_file(kind: str) -> Path:
@@ -33,10 +33,10 @@ def check_launch(kind: str, processes: int, *, batch_size: int) -> None:
 
 
 def check_division(batch_size: int, processes: int) -> None:
-    """Raise ValueError where the processes cannot share the windows of a forward pass evenly."""
+    """Raise ValueError where the windows of a forward pass cannot be divided evenly among the processes."""
     if batch_size % processes:
         raise ValueError(
-            f"train.batch_size must be a multiple of the number of processes, which share it; got {batch_size} and "
+            f"train.batch_size must be a multiple of the number of processes, which divide it; got {batch_size} and "
             f"{processes}. Use --train.batch-size {-(-batch_size // processes) * processes}."
         )
 
@@ -44,8 +44,8 @@ def check_division(batch_size: int, processes: int) -> None:
 def launch(kind: str, processes: int, arguments: list[str], *, module: str = "redraft.cli", go_on: str = GO_ON) -> int:
     """Run `python -m MODULE ARGUMENTS` in every process; return the exit code, and print why it is not 0.
 
-    `go_on` is what to do where the system killed a process.
-    What the processes write on standard error goes to files of their own, kept where the reason names them.
+    `go_on` says what to do after the system killed a process. Each process writes its standard error to a file of its
+    own; the files are kept if the printed reason names them.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -71,22 +71,22 @@ def launch(kind: str, processes: int, arguments: list[str], *, module: str = "re
 
 
 def _describe_failure(failures: dict[int, Any], processes: int, logs: Path, *, go_on: str = GO_ON) -> tuple[int, str]:
-    """Choose the process that failed first, and say what happened to it."""
+    """Choose the process that most likely failed first, and say what happened to it."""
     last_lines = {rank: _last_line(logs, failure.local_rank) for rank, failure in failures.items()}
     rank = min(failures, key=lambda rank: _is_consequence(failures[rank].exitcode, last_lines[rank]))
     failure, line = failures[rank], last_lines[rank]
     who = f"process {rank} of {processes} (pid {failure.pid})"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = " (the system does so where memory runs out)" if name == "SIGKILL" else ""
+        hint = " (probably because memory ran out)" if name == "SIGKILL" else ""
         return 128 - failure.exitcode, f"{who} was killed by {name}{hint}. {go_on}"
     if failure.exitcode == 2 and line.startswith("redraft "):
         return 2, line.split(": ", 1)[-1]
-    return failure.exitcode, f"{who} ended with exit code {failure.exitcode}: {line} (all of it is below {logs})"
+    return failure.exitcode, f"{who} ended with exit code {failure.exitcode}: {line} (the whole output is in {logs})"
 
 
 def _is_consequence(code: int, last_line: str) -> int:
-    """Order failures by how likely they follow from another's: the launcher's signals do, a lost connection may."""
+    """Rank failures by how likely they follow from another's: the launcher's signals do, a lost connection may."""
     if code < 0:
         return 3 if code in (-signal.SIGTERM, -signal.SIGABRT) else 0  # the launcher's; NCCL's watchdog
     return 2 if "onnection" in last_line or "NCCL" in last_line else 1
@@ -96,4 +96,4 @@ def _last_line(logs: Path, local_rank: int) -> str:
     """Read what a process wrote last on standard error."""
     paths = sorted(logs.glob(f"*/attempt_*/{local_rank}/stderr.log"))
     lines = [line for path in paths for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it wrote nothing"
+    return lines[-1].strip() if lines else "no error message"
