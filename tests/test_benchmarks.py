@@ -65,12 +65,12 @@ def test_the_95_percent_interval_of_a_median_has_the_ranks_of_the_published_tabl
 
 @pytest.mark.slow
 def test_the_solver_benchmark_tells_every_solver_from_chance():
-    command = [sys.executable, str(SCRIPTS / "solvers.py"), "--schedule", "cosine", "--samples", "20000"]
+    command = [sys.executable, str(SCRIPTS / "solvers.py"), "--samples", "20000"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rows = {line.split(" | ")[0]: line.strip("| ").split(" | ")[1:] for line in printed.splitlines() if "| 0." in line}
-    assert len(rows) == 7
+    assert len(rows) == 3
     assert all(float(row[-1]) < 0.05 for row in rows.values())
-    assert all(float(rows[f"| {name}"][0]) > 0.1 for name in ("ddim", "ancestral", "churn"))
+    assert float(rows["| ddim"][0]) > 0.1
 
 
 @pytest.mark.slow
