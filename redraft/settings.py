@@ -44,6 +44,11 @@ class Settings:
 
     section: ClassVar[str] = ""
     """Prefix of a field's name in errors: `train` where the flag is `--train.seed`."""
+    renamed: ClassVar[dict[str, str]] = {}
+    """Names that earlier versions saved, with today's."""
+    removed: ClassVar[dict[str, tuple[Any, str]]] = {}
+    """Settings that earlier versions saved: the value that means what is done today, and what to use for any other.
+    `...` stands for any value, of settings that change no weights."""
 
     def __post_init__(self) -> None:
         for name, kind in _annotations(type(self)).items():

@@ -14,10 +14,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "redraft"
-BUDGET = {"core": 12661, "latent": 2695, "constraints": 1196, "evaluation": 1584}
+BUDGET = {"core": 10310, "latent": 1850, "constraints": 995, "evaluation": 1276}
 """Lines of code; core is everything that has no budget of its own."""
-SETTINGS = 218
-DOUBLED = 21
+SETTINGS = 140
+DOUBLED = 0
 """Public names that two modules define."""
 LATENT = ("latent", "processes/gaussian")
 PARTS = {
@@ -30,6 +30,8 @@ IS_SETTINGS = ("Settings", "Arguments", "Flags", "Config", "Shape", "Options", "
 """Ends of the names of the classes whose fields are settings."""
 NO_SETTINGS = ("AutoencoderConfig", "LatentDenoiserConfig")
 """Saved shapes of models, which are built from settings."""
+MODES = ["train --resume", "train --smoke", "train --launch", "train --processes"]
+"""Flags that no dataclass declares: they say how a recipe is run."""
 DUPLICATES = {
     "main": "every command of the command line has one",
 }
@@ -81,7 +83,7 @@ def main() -> int:
     """Print the counts; 1 where one is over its budget."""
     lines: Counter[str] = Counter()
     folders: Counter[str] = Counter()
-    settings: list[str] = []
+    settings = list(MODES)
     homes: defaultdict[str, list[str]] = defaultdict(list)
     for path in sorted(PACKAGE.rglob("*.py")):
         name, source = path.relative_to(PACKAGE).as_posix(), path.read_text(encoding="utf-8")

@@ -16,20 +16,14 @@ class CompareFlags:
     """Folder of `redraft eval` (A)."""
     second: tyro.conf.Positional[Path]
     """Folder of `redraft eval` (B)."""
-    plot: Path | None = None
-    """Write a plot of scores against forward passes (.png, .svg, .pdf)."""
 
 
 def main(arguments: list[str]) -> int:
     """Compare and print one line per score."""
     args = parse(CompareFlags, arguments, command="compare")
 
-    from redraft.cli.common import check_writable
-    from redraft.evaluation.report import compare, plot_frontier, provenance
+    from redraft.evaluation.report import compare
 
-    check_writable(args.plot, ".png", ".svg", ".pdf")
     for difference in compare(args.first, args.second):
         print(difference)
-    if args.plot is not None:
-        plot_frontier(args.plot, [args.first, args.second], provenance({"bootstrap": 0}))
     return 0

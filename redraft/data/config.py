@@ -9,16 +9,6 @@ from redraft.settings import Count, Fraction, Probability, Settings, Within
 KINDS = ("text", "chat", "preference")
 SMALLEST_VOCAB_SIZE = 256 + 3
 """Every byte and the three special tokens."""
-OLD_NAMES = {
-    "data.cache_dir": "the cache is redraft/data in $XDG_CACHE_HOME, by default ~/.cache",
-    "data.shuffle_seed": "training documents are always shuffled, with seed 0",
-    "data.validation_windows": "validation takes the first 64 held-out windows of a stream",
-    "data.chat.eos": "the end of an answer is always learnt; eos_block fills its block with EOS",
-    "data.chat.block_size": "eos_block",
-    "data.chat.too_long": "a conversation that is too long always loses the left of its prompt",
-    "data.chat.skip_bad": "a malformed record is always an error",
-}
-"""Settings of recipes that earlier versions saved: `section.name` to the new name, or what replaces it."""
 READ_BY_OWN_KINDS = ("kind", "source", "seq_len")
 
 
@@ -27,6 +17,12 @@ class ChatConfig(Settings):
     """How conversations become tokens and targets (kinds chat and preference)."""
 
     section: ClassVar[str] = "data.chat"
+    removed: ClassVar = {
+        "eos": ("train", "the end of an answer is always learnt; data.chat.eos_block fills its block with EOS"),
+        "block_size": (32, "data.chat.eos_block"),
+        "too_long": ("cut", "a conversation that is too long always loses the left of its prompt"),
+        "skip_bad": (False, "a malformed record is always an error"),
+    }
 
     loss_on: Literal["last", "all"] = "last"
     """Assistant turns to learn: the last or all. With all, an earlier turn is learnt while later turns are visible."""
@@ -45,6 +41,15 @@ class DataConfig(Settings):
     """Where the text comes from and how it becomes windows of tokens."""
 
     section: ClassVar[str] = "data"
+    removed: ClassVar = {
+        "cache_dir": (None, "the cache is redraft/data in $XDG_CACHE_HOME, by default ~/.cache"),
+        "shuffle_seed": (0, "training documents are always shuffled, with seed 0"),
+        "validation_windows": (64, "validation takes the first 64 held-out windows of a stream"),
+        "thought": (
+            {"form": "written", "pad_prompt": False, "fill": False},
+            "data.kind redraft.latent.words:prepare_words with data.source TASK:FORM:padded",
+        ),
+    }
 
     source: str = "stdlib"
     """stdlib (Python's standard library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a folder of
@@ -84,7 +89,11 @@ class DataConfig(Settings):
         if ":" in self.kind:
             self._check_own_kind()
         elif self.kind not in KINDS:
-            raise unknown_name("data.kind", self.kind, (*KINDS, "MODULE:FUNCTION"))
+            raise unknown_name(
+                "data.kind",
+                self.kind,
+                (*KINDS, "MODULE:FUNCTION (thoughts in words: redraft.latent.words:prepare_words)"),
+            )
         elif self.kind != "text":
             self._check_chat()
 

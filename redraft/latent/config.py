@@ -12,13 +12,9 @@ from redraft.training.config import BaseRunConfig
 AUTOENCODER_FOLDER = "autoencoder"
 WORDS = "redraft.latent.words:prepare_words"
 """`data.kind` of thoughts in words."""
+CONSTANT = "no setting any more: it always has the default value of this version"
 READ_BY = {"autoencoder": ("autoencoder",), "denoiser": ("denoiser",), "objective": ("denoiser", "rollout")}
 """Which stages read a section."""
-PLAIN: dict[str, list[Any]] = {
-    "epochs": [None],
-    "gradient_checkpointing": [False],
-}
-"""Settings of training that no stage reads, and the values that they may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +22,13 @@ class AutoencoderShape(Settings):
     """The autoencoder of the first stage: linear, or with an encoder a resampler over it."""
 
     section: ClassVar[str] = "autoencoder"
+    removed: ClassVar = {
+        "kind": ("chunk", "an autoencoder.encoder makes a resampler"),
+        "num_layers": (None, "chunk has none, a resampler one"),
+        "latent_noise": (1.0, CONSTANT),
+        "token_dropout": (0.0, CONSTANT),
+        "kl_weight": (1e-4, CONSTANT),
+    }
     num_latents: Count = 2
     """Latent vectors per block."""
     latent_dim: Count = 16
@@ -43,6 +46,12 @@ class DenoiserShape(Settings):
     """The denoiser of the second stage."""
 
     section: ClassVar[str] = "denoiser"
+    removed: ClassVar = {
+        "schedule": ("flow", CONSTANT),
+        "shift": (1.0, CONSTANT),
+        "parametrization": ("x0", CONSTANT),
+        "answer": ("autoregressive", CONSTANT),
+    }
     hidden_size: Count = 128
     """Width of the transformer."""
     num_layers: Count = 4
@@ -58,6 +67,11 @@ class ThoughtObjective(Settings):
     """Losses of the denoiser."""
 
     section: ClassVar[str] = "objective"
+    removed: ClassVar = {
+        **dict.fromkeys(("copies", "time_mean", "time_std"), (1.0, CONSTANT)),
+        **dict.fromkeys(("drop_prompt", "context_noise", "joint", "stop_weight"), (0.1, CONSTANT)),
+        "self_conditioning": (0.5, CONSTANT),
+    }
     answer_weight: NonNegative = 0.2
     """Weight of the answer's cross-entropy, in nats per token; 0: no answer decoder."""
     times: Literal["logit-normal", "uniform"] = "logit-normal"
@@ -88,6 +102,13 @@ class ThinkingConfig(Settings):
 class LatentRunConfig(BaseRunConfig):
     """One stage from data to checkpoint."""
 
+    removed: ClassVar = {
+        "rollout": (
+            {"steps": 5, "weight": 1.0, "thought_weight": 1.0, "answer_gradient": False},
+            "five steps, equal weights, no gradient from the answer into the thoughts",
+        ),
+    }
+
     out: str = "runs/latent"
     """Folder of the run."""
     stage: Literal["autoencoder", "denoiser", "rollout"] = "autoencoder"
@@ -117,8 +138,8 @@ class LatentRunConfig(BaseRunConfig):
                     f"settings of {section} are for stage {' and '.join(stages)}; this is stage {self.stage}. Leave "
                     "them out."
                 )
-        for name, values in PLAIN.items():
-            if (value := getattr(self.train, name)) not in values:
+        for name in ("epochs", "gradient_checkpointing"):
+            if value := getattr(self.train, name):
                 raise ValueError(f"train.{name} {value} is not for latent thinking. Leave it out.")
         if self.stage == "autoencoder" and self.train.accumulation > 1:
             raise ValueError(

@@ -38,6 +38,10 @@ class ObjectiveConfig(Settings):
     """What is minimised: the noising process, its layout and its weights."""
 
     section: ClassVar[str] = "objective"
+    removed: ClassVar = {
+        "weighting": ("bound", "objective.cart P weighs by CART"),
+        "cart_p": (0.1, "objective.cart"),
+    }
 
     kind: str = "masked"
     """masked (MDLM, LLaDA), uniform (UDLM, Duo), block (BD3LM), ar (autoregressive), or your own as MODULE:CLASS."""

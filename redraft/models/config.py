@@ -38,6 +38,10 @@ class ModelConfig(Settings):
     """The shape of a random model, or the model to continue from."""
 
     section: ClassVar[str] = "model"
+    removed: ClassVar = dict.fromkeys(
+        ("hidden_size", "num_layers", "num_heads", "intermediate_size"),
+        (None, "it is part of model.size: 1m,layers=3 or hidden=256,layers=4,heads=4,intermediate=672"),
+    )
 
     start: str | None = None
     """Folder or hub id of a diffusion model to continue from (`redraft convert` makes one); it brings its shape and
@@ -91,6 +95,7 @@ class AdapterConfig(Settings):
     """LoRA over the frozen weights of model.start; rank 0 trains all weights instead."""
 
     section: ClassVar[str] = "adapter"
+    removed: ClassVar = {"dropout": (0.0, "adapters have no dropout")}
 
     rank: Natural = 0
     """Rank of the matrices that are trained (LoRA); 0 trains all weights."""

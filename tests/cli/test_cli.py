@@ -35,7 +35,7 @@ def model(tmp_path_factory):
     settings = ["--train.max-steps", "3", "--train.compile", "off", "--data.max-documents", "12"]
     done = redraft("train", "stdlib-tiny", "--out", folder, *settings)
     assert done.returncode == 0, done.stderr
-    assert "held-out NELBO" in done.stdout
+    assert "validation NELBO" in done.stdout
     assert "unigram entropy" in done.stdout
     assert "gzip -9" in done.stdout
     return folder

@@ -77,6 +77,7 @@ def numbers(results):
     }
 
 
+@pytest.mark.slow
 def test_redraft_eval_and_the_harness_own_entry_give_the_same_numbers(own_entry, model_folder, task_folder, tmp_path):
     done = run(
         "redraft.cli", "eval", model_folder, "--tasks", *TASKS, "--include-path", task_folder,

@@ -58,6 +58,7 @@ def assert_same(found, expected):
             assert record["nats"] == pytest.approx(other["nats"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_scores_records_and_costs_of_one(model_folder, task_folder, own_tasks, tmp_path):
     more = ("--include-path", task_folder)
     assert run_eval(arguments(model_folder, [*own_tasks, *TASKS], tmp_path / "one", *more)) == 0

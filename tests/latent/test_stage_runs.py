@@ -260,7 +260,7 @@ def until(step):
 @pytest.mark.parametrize(
     ("section", "changes", "told"),
     [
-        ("denoiser", {"weighting": "unit"}, "weighting 'inverse-t', not 'unit' as recipe.json has it now"),
+        ("denoiser", {"weighting": "unit"}, "weighting 'inverse-t', not 'unit' as recipe.json"),
         ("objective", {"times": "uniform"}, "times 'logit-normal', not 'uniform'"),
     ],
 )

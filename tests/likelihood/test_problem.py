@@ -23,9 +23,9 @@ def test_every_stratum_is_drawn_once_in_each_step():
 
 def test_a_row_sees_every_noise_level_over_the_steps():
     """Were strata tied to rows, the first document would only ever be scored nearly clean."""
-    first = torch.cat([times(step, [0], 8) for step in range(2000)])
-    ordered, expected = first.sort().values, (torch.arange(2000) + 0.5) / 2000
-    assert (ordered - expected).abs().max() < 1.95 / 2000**0.5  # Kolmogorov-Smirnov at 0.1 %
+    first = torch.cat([times(step, [0], 8) for step in range(600)])
+    ordered, expected = first.sort().values, (torch.arange(600) + 0.5) / 600
+    assert (ordered - expected).abs().max() < 1.95 / 600**0.5  # Kolmogorov-Smirnov at 0.1 %
 
 
 def test_noise_does_not_depend_on_the_split_into_batches():

@@ -82,6 +82,7 @@ def test_masked_samplers_draw_from_the_joint(chosen):
     assert distance(denoiser(), **chosen) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [p.Remasking(kind="cap", eta=0.1), p.Remasking(kind="rescale", eta=0.2)])
 def test_remasking_draws_from_the_joint_as_the_steps_grow(both):
     few, many = (distance(denoiser(), steps=steps, unmask=both.unmask, revise=both) for steps in (4, 64))
@@ -92,6 +93,7 @@ def test_committing_all_at_once_does_not():
     assert distance(denoiser(), steps=1) > 0.1
 
 
+@pytest.mark.slow
 def test_the_error_of_parallel_commits_falls_with_the_steps():
     errors = [distance(denoiser(), steps=steps, unmask=p.Bernoulli()) for steps in (1, 2, 4, 8, 32)]
     assert errors == sorted(errors, reverse=True)

@@ -23,6 +23,7 @@ from redraft.training.output import LastingStream, lasting_output, say
 from redraft.training.run import run
 
 
+@pytest.mark.slow
 def test_no_failing_output_ends_a_run_and_a_terminal_that_closes_leaves_a_checkpoint(config):
     recipe = Path(config.out).with_suffix(".json")
     recipe.write_text(json.dumps(asdict(config)))

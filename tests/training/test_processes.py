@@ -80,7 +80,8 @@ def stopped_at(one, step, *, out):
     return replace(one, out=out)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_checkpoints(config, kind):
     torch.set_num_threads(1)
     config = with_train(config, max_steps=4, accumulation=2, learning_rate=1e-3)
@@ -128,6 +129,7 @@ def test_two_processes_equal_one_whatever_the_objective_and_resume_each_others_c
     assert losses(coarse.out) == pytest.approx(losses(masked.out), rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_with_one_line(config):
     config = with_train(config, max_steps=100_000, save_every=100_000, warmup=0.0)
     with launched(config, flags=["--launch", "ddp", "--processes", "2"]) as process:
@@ -142,6 +144,7 @@ def test_a_killed_process_ends_the_job_with_one_line(config):
     assert not any(worker.is_running() for worker in workers)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_a_checkpoint(config):
     config = with_train(config, max_steps=100_000, save_every=100_000, warmup=0.0)
     with launched(config, flags=["--launch", "fsdp2", "--processes", "2"]) as process:
@@ -154,6 +157,7 @@ def test_a_signal_to_the_launcher_saves_a_checkpoint(config):
     assert damage(checkpoint) is None
 
 
+@pytest.mark.slow
 def test_a_mistake_found_by_the_processes_is_told_once(config, tmp_path):
     config = replace(config, data=replace(config.data, source=str(tmp_path / "nowhere")))
     with launched(config, flags=["--launch", "fsdp2", "--processes", "2"]) as process:

@@ -147,3 +147,19 @@ def test_the_published_numbers_of_one_recipe_alone():
     assert RECIPES["a2d-bd3lm"]().objective.block_size == 32
     assert pretraining.data.random_length == 0.01
     assert owt.train.warmup * owt.train.max_steps == 2500
+
+
+def test_settings_that_earlier_versions_saved_are_read_or_refused_with_what_replaces_them(tmp_path):
+    config = RECIPES["stdlib-tiny"]()
+    config.save(tmp_path)
+    saved = json.loads((tmp_path / "recipe.json").read_text())
+    saved["train"]["keep_checkpoints"] = saved["train"].pop("max_checkpoints")
+    saved["train"] |= {"log_every": 7, "max_grad_norm": 1.0, "report_to": ["tensorboard"]}
+    saved["data"]["thought"] = {"form": "written", "pad_prompt": False, "fill": False}
+    saved["model"]["hidden_size"] = None
+    (tmp_path / "recipe.json").write_text(json.dumps(saved))
+    assert RunConfig.read(tmp_path / "recipe.json") == config
+    saved["model"] |= {"hidden_size": 64, "num_layers": 2}
+    (tmp_path / "recipe.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"removed.*model.hidden_size: it is part of model.size.*model.num_layers"):
+        RunConfig.read(tmp_path / "recipe.json")
