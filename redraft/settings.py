@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 MAX_COUNT = 2**20
@@ -99,7 +99,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def type_names(kind: Any) -> str:
-    """Say what an annotation allows: `one of 'a', 'b'`, `one of int, NoneType` or `of type int`."""
+    """Say what an annotation allows: `one of 'a', 'b'`, `one of int, None` or `of type int`."""
     names = _names(kind)
     return f"one of {', '.join(names)}" if len(names) > 1 else f"of type {names[0]}"
 
@@ -112,4 +112,4 @@ def _names(kind: Any) -> list[str]:
         return [repr(value) for value in inner]
     if origin in (Union, UnionType):
         return [name for one in inner for name in _names(one)]
-    return [getattr(kind, "__name__", str(kind))]
+    return ["None" if kind is NoneType else getattr(kind, "__name__", str(kind))]

@@ -24,7 +24,7 @@ for kind, given in ((ThinkingConfig, {"steps": 2.5}), (ThinkingConfig, {"solver"
     assert told.splitlines() == [
         "steps must be of type int; got 2.5.",
         "solver must be one of 'dpm++2m', 'ddim'; got 'euler'.",
-        "steps must be one of int, NoneType; got 2.5.",
+        "steps must be one of int, None; got 2.5.",
         "max_new_tokens must be of type int; got '8'.",
         "noise must be one of 'mask', 'uniform'; got 'gauss'.",
         "cache must be one of 'none', 'exact', 'prefix', 'dual'; got 'full'.",

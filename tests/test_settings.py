@@ -60,7 +60,7 @@ def test_values_at_their_bounds_are_taken_and_a_whole_number_may_stand_for_a_flo
         ({"rate": np.float32("inf")}, "train.rate must be a finite number; got inf."),
         ({"count": 2.0}, "train.count must be of type int; got 2.0."),
         ({"count": True}, "train.count must be of type int; got True."),
-        ({"limit": "2"}, "train.limit must be one of int, NoneType; got '2'."),
+        ({"limit": "2"}, "train.limit must be one of int, None; got '2'."),
         ({"share": "1"}, "train.share must be of type float; got '1'."),
         ({"is_on": "no"}, "train.is_on must be of type bool; got 'no'."),
         ({"kind": "c"}, "train.kind must be one of 'a', 'b'; got 'c'."),

@@ -36,10 +36,10 @@ def having(section, **values):
 
 EDITS = {
     "no model": (without("model"), "recipe.json has no 'model', so it was edited or damaged"),
-    "no data": (without("data"), "recipe.json has no 'data', which it had"),
-    "no train": (without("train"), "recipe.json has no 'train', which it had"),
-    "no objective": (without("objective"), "recipe.json has no 'objective', which it had"),
-    "empty": (lambda _: {}, "recipe.json has no 'out', which it had"),
+    "no data": (without("data"), "recipe.json has no 'data', so it was edited or damaged"),
+    "no train": (without("train"), "recipe.json has no 'train', so it was edited or damaged"),
+    "no objective": (without("objective"), "recipe.json has no 'objective', so it was edited or damaged"),
+    "empty": (lambda _: {}, "recipe.json has no 'out', so it was edited or damaged"),
     "null": (lambda _: None, "recipe.json must hold an object of settings; got NoneType"),
     "a list": (lambda saved: [saved], "recipe.json must hold an object of settings; got list"),
     "a number": (lambda _: 3, "recipe.json must hold an object of settings; got int"),

@@ -394,7 +394,9 @@ def test_a_bad_pair_is_one_clear_error(tmp_path, chat_tokenizer, record, message
 
 
 def test_of_pairs_the_last_answer_alone_is_learnt():
-    with pytest.raises(ValueError, match="only the last answer is learnt; got data.chat.loss_on all. Use last"):
+    with pytest.raises(
+        ValueError, match="preference pairs learn only the last answer; got data.chat.loss_on all. Use last"
+    ):
         DataConfig(source="pairs.jsonl", kind="preference", chat=ChatConfig(loss_on="all"))
 
 

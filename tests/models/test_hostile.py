@@ -445,7 +445,7 @@ TOLD = {
     "mask a list": "mask_token_id must be of type int; got [2].",
     "mask true": "mask_token_id must be of type int; got True.",
     "block size 0": "diffusion.block_size must lie in [1, 1048576]; got 0.",
-    "block size a text": "diffusion.block_size must be one of int, NoneType; got '4'.",
+    "block size a text": "diffusion.block_size must be one of int, None; got '4'.",
     "process unknown": "unknown diffusion.process in config.json 'nonesuch'",
     "process a number": "diffusion.process must be of type str; got 1",
     "schedule null": "schedule must be of type str; got None.",

@@ -184,8 +184,8 @@ SPOILT = [
     ("dream", {"rope_theta": None}, "cannot read the model config"),
     ("dream", {"layer_types": 3}, "cannot read config.json as one of dream"),
     ("dream", {"vocab_size": -3}, "vocabulary of -3 tokens"),
-    ("a2d_qwen3", {"block_size": "x"}, "block_size must be one of int, NoneType; got 'x'"),
-    ("a2d_qwen3", {"block_size": 2.5}, "block_size must be one of int, NoneType; got 2.5"),
+    ("a2d_qwen3", {"block_size": "x"}, "block_size must be one of int, None; got 'x'"),
+    ("a2d_qwen3", {"block_size": 2.5}, "block_size must be one of int, None; got 2.5"),
     ("a2d_qwen3", {"block_size": 0}, "block_size must lie in .1, 1048576.; got 0"),
     ("a2d_qwen3", {"num_key_value_heads": 3}, "mismatched weights"),
 ]

@@ -232,7 +232,7 @@ def test_targets_that_match_nothing_are_told_with_the_candidates_before_anything
         ),
         (
             lambda: RunConfig(model=ModelConfig(start="a/b", quantization="int4"), adapter=AdapterConfig(rank=4)),
-            "model.quantization must be one of 'int8', 'nf4', NoneType; got 'int4'",
+            "model.quantization must be one of 'int8', 'nf4', None; got 'int4'",
         ),
         (lambda: AdapterConfig(rank=-1), "adapter.rank must be at least 0; got -1"),
         (lambda: AdapterConfig(alpha=0), "adapter.alpha must be positive and finite; got 0"),

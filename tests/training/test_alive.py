@@ -222,7 +222,7 @@ def test_a_checkpoint_of_another_model_or_cut_of_the_data_is_not_gone_on_with(co
     part = getattr(config, section)
     edited = replace(config, **{section: replace(part, **{name: value})})
     edited.save(Path(config.out))  # as by hand
-    told = f"checkpoint-2 was trained with {name} {getattr(part, name)}, not {value} as recipe.json"
+    told = f"checkpoint-2 was trained with {name} {getattr(part, name)}, but recipe.json .* has {value} now"
     with pytest.raises(ValueError, match=told):
         run(edited, resume=True, console=QUIET)
 
