@@ -20,7 +20,7 @@ class Within:
         low, high = (float(end) for end in self.interval[1:-1].split(","))
         above = value >= low if self.interval[0] == "[" else value > low
         below = value <= high if self.interval[-1] == "]" else value < high
-        return above and below
+        return bool(above and below)  # numpy compares to its own bool
 
     def __str__(self) -> str:
         low, high = (end.strip() for end in self.interval[1:-1].split(","))
