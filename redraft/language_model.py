@@ -182,7 +182,7 @@ class LanguageModel:
     ) -> Generation:
         """Continue prompts: text, chat messages or token ids, one or several. Settings: `SamplingConfig`.
 
-        Rows are independent: a prompt's tokens depend on its text, the seed and how many equal prompts stand before
+        Rows are independent: a prompt's tokens depend on its text, the seed and the number of equal prompts before
         it, never on the rest of the batch. With `num_samples`, the rows of one prompt follow each other. `guides` and
         transformers' `logits_processor`s change the logits at the open positions (`sampling.guidance`); a `streamer` of
         transformers gets the decided tokens of one prompt in reading order, and the drafts if it has `put_draft`. A
@@ -333,7 +333,7 @@ class LanguageModel:
     ) -> CompiledConstraint:
         """Prepare a constraint for this model's vocabulary, once. A hole has no end token: the text fills it exactly.
 
-        Where no text stands before (`is_start`), SentencePiece-like tokenizers drop a first space in decoding.
+        With no text before it (`is_start`), SentencePiece-like tokenizers drop a first space in decoding.
 
         Raises ValueError without a tokenizer, and for what can never be satisfied.
         """

@@ -1,4 +1,4 @@
-"""`redraft eval MODEL --tasks ...`: measure a model; an interrupted evaluation goes on where it stopped."""
+"""`redraft eval MODEL --tasks ...`: measure a model; the same command continues an interrupted evaluation."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -124,7 +124,7 @@ def _launch(args: EvalFlags, arguments: list[str]) -> int:
     """Start the command again in several processes."""
     from redraft.training.launch import launch
 
-    go_on = f"The same command goes on with what is in {args.out}"
+    go_on = f"The same command continues from the items in {args.out}"
     return launch("ddp", args.processes, ["eval", *arguments, "--processes", "1"], go_on=go_on)
 
 

@@ -54,7 +54,7 @@ def _between(low: int, high: int, decimals: int) -> str:
 def _digits(a: str, b: str, decimals: int) -> str:
     """Write the strings of as many digits from a to b, with a point before the last `decimals`.
 
-    Zeros at the end of these may be left out, and the point if none stands behind it.
+    Zeros at the end of the decimals may be left out, and the point if no decimal is left.
     """
     point = r"\." if len(a) == decimals > 0 else ""
     optional = "?" if len(a) <= decimals and not a.strip("0") else ""

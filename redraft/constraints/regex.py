@@ -22,7 +22,7 @@ MAX_WORK = 300_000
 _TOP = 0x10FFFF
 _LEAF = -1
 _JSON_STRING = 1 << 20
-"""A flag beside those of `re`: the pattern is JSON schema's, its characters stand inside a JSON string."""
+"""A flag besides those of `re`: the pattern comes from a JSON schema, and its characters are inside a JSON string."""
 _ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 _ESCAPED = ((0, 0x1F), (ord('"'), ord('"')), (ord("\\"), ord("\\")), (0x7F, 0x7F), (0xFEFF, 0xFEFF))
 """Characters that are written as escapes in such a string, or not at all; U+FEFF is a space in JavaScript only."""
@@ -31,8 +31,8 @@ Ranges = tuple[tuple[int, int], ...]
 Pattern = str | tuple[Any, ...]
 """A regular expression, or ("text", text), ("searched", regular expression of a JSON schema inside a string),
 ("characters", ranges), ("join", *patterns), ("either", *patterns), ("repeat", low, high or None, pattern), or
-("members", comma, ((pattern, is_required), ...)): the members in order, any that is not required may be missing, with
-a comma between neighbours. Parts are recognised by their id, so they must live as long as the whole."""
+("members", comma, ((pattern, is_required), ...)): the members in order, with a comma between two of them; those that
+are not required may be missing. Parts are cached by their id, so they must live as long as the whole pattern."""
 K = TypeVar("K", bound=Hashable)
 _sre: Any = import_module("re._parser")
 
@@ -46,7 +46,7 @@ def too_large(limit: str) -> ValueError:
 
 @dataclass(kw_only=True)
 class Work:
-    """Counts steps of a microsecond or two. Raises ValueError for a constraint that needs more than MAX_WORK."""
+    """Counts steps of one or two microseconds. Raises ValueError for a constraint that needs more than MAX_WORK."""
 
     steps: int = 0
 
@@ -59,7 +59,7 @@ class Work:
 def determinise(pattern: Pattern) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Return a table (states, 256) of next states, and which are final. The start is first, the dead state last.
 
-    Raises ValueError for what automata cannot do (anchors, look-arounds, back references) or would do too largely.
+    Raises ValueError for what an automaton cannot match (anchors, look-arounds, back references) or a too large one.
     """
     nfa = _Nfa()
     end = nfa.state(())
@@ -72,10 +72,10 @@ def determinise(pattern: Pattern) -> tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 
 def explore(start: K, dead: K, follow: Callable[[K], tuple[Sequence[K], Any]]) -> tuple[list[K], NDArray[np.int32]]:
-    """Find all states that follow from a start: a list of them, and a table of the numbers of those that follow each.
+    """Find all states that are reached from a start: a list of them, and a table of the numbers of their next states.
 
-    The dead state is not in the list; its row is the last of the table. `follow` returns the states that follow one,
-    and for how many columns in a row each of them stands.
+    The dead state is not in the list; its row is the last of the table. `follow` returns the next states of a state,
+    and for each of them the number of adjacent columns that lead to it.
     """
     number, states, rows = {dead: -1, start: 0}, [start], []
     for state in states:  # grows while it is walked
@@ -91,11 +91,11 @@ def explore(start: K, dead: K, follow: Callable[[K], tuple[Sequence[K], Any]]) -
 
 
 Item = tuple[int, int]
-"""(node of a character's trie, state behind the character), or (leaf, state) for the end."""
+"""(node of a character's trie, state after the character), or (leaf, state) for the end."""
 
 
 def _moves(items: frozenset[Item], nfa: "_Nfa") -> tuple[list[frozenset[Item]], NDArray[np.int64]]:
-    """Return the sets of items that the bytes lead to, and for how many bytes in a row each set stands."""
+    """Return the sets of items that the bytes lead to, and the number of adjacent bytes that lead to each set."""
     moves = [
         (low, high, frozenset([(child, target)]) if child != _LEAF else nfa.closure(target))
         for node, target in items
@@ -114,14 +114,14 @@ def _moves(items: frozenset[Item], nfa: "_Nfa") -> tuple[list[frozenset[Item]], 
 
 @dataclass(kw_only=True)
 class _Nfa(Work):
-    """Thompson's construction from the end to the start, so that equal ways to the end share their states.
+    """Thompson's construction from the end to the start, so that equal continuations share their states.
 
-    That makes the determinised automaton minimal, or nearly so, for constants, bounded lengths and JSON.
+    This makes the determinised automaton minimal, or nearly so, for constants, bounded lengths and JSON.
     """
 
     states: list[Any] = field(default_factory=list)
-    """(trie, state behind it) for a state that reads, a frozenset of states for a fork, () for the end; and nodes of
-    tries, each with its edges (first byte, last byte, child). Equal ones are one."""
+    """(trie, state after it) for a state that reads, a frozenset of states for a fork, () for the end; and nodes of
+    tries, each with its edges (first byte, last byte, child). Equal contents are one state."""
     number: dict[Any, int] = field(default_factory=dict)
     built: dict[tuple[int, int], int] = field(default_factory=dict)
     parsed: dict[tuple[str, int], Pattern] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class _Nfa(Work):
         return next(iter(following)) if len(following) == 1 else self.state(following)
 
     def closure(self, state: int) -> frozenset[Item]:
-        """Follow what reads nothing."""
+        """Return the items that are reached from a state without reading a byte."""
         if state not in self.closures:
             seen, stack, items = {state}, [state], set()
             while stack:
@@ -182,7 +182,11 @@ class _Nfa(Work):
         return end
 
     def members(self, end: int, comma: Pattern, members: Sequence[tuple[Pattern, bool]]) -> int:
-        """From the last member on: `rest` must read one of those so far, `after` stands behind an earlier one."""
+        """Build from the last member to the first.
+
+        From `rest` at least one of the members built so far is read. `after` is the state after an earlier member: a
+        comma and `rest`, or the end if none of them is required.
+        """
         rest, after, may_end = self.fork(()), end, [end]
         for member, is_required in reversed(members):
             here = self.build(member, after)
@@ -202,7 +206,7 @@ class _Nfa(Work):
             self.spend(1)
             before = self.build(inner, start)
             if before == start:
-                break  # it reads nothing, so that more of it does not either
+                break  # the pattern reads nothing, so repeating it changes nothing
             start = self.fork((before, end)) if i < num_optional else before
         return start
 
@@ -263,7 +267,7 @@ class _Nfa(Work):
             return _without((interval,)) if op == "NOT_LITERAL" else (interval,)
         if op == "CATEGORY":
             category = _category(str(argument))
-            # JSON schema means ASCII by \d and \w, validators in Python do not: write what fits both.
+            # \d and \w are ASCII in JSON schema, but not in validators in Python: allow only what fits both.
             is_ascii = flags & _JSON_STRING and not is_negated and "NOT" not in str(argument)
             return tuple((a, min(b, 0x7F)) for a, b in category if a <= 0x7F) if is_ascii else category
         if op == "IN":
@@ -291,7 +295,7 @@ def _without(ranges: Ranges) -> Ranges:
 
 
 def _utf8(low: int, high: int) -> Iterator[Ranges]:
-    """Cut an interval of code points so that the encodings of a part are all combinations of intervals of bytes."""
+    """Cut an interval of code points into parts whose encodings are all combinations of intervals of bytes."""
     cuts = [edge for edge in (0x80, 0x800, 0xD800, 0xE000, 0x10000) if low < edge <= high]
     for size in (64, 64**2, 64**3) if low >= 0x80 else ():  # within one lead byte, or from its first to its last
         if low // size != high // size:

@@ -99,7 +99,7 @@ class _Writer:
     """By schema and depth, so that equal parts are one object."""
 
     def check(self, schema: Any) -> None:
-        """Raise ValueError for what is no schema, for unsupported keywords and values that a keyword cannot have."""
+        """Raise ValueError for a value that is not a schema, for unsupported keywords and for their invalid values."""
         if not isinstance(schema, Mapping):
             raise _refuse("a schema must be an object or a boolean", schema, "Edit it.")
         if schema is not self.root and schema.keys() & {"$id", "id"}:

@@ -55,7 +55,7 @@ CHECKED = (  # numbers, argument, bits that it may not have
     ((56, 220), 0, 0x7E020000),  # clone: no new namespaces
     ((9, 222), 3, 1),  # mmap: not shared, as its pages outlive a part that is unmapped
 )
-CLONE3 = 435  # a filter cannot read its flags, which are in memory; told that it is missing, libraries use clone
+CLONE3 = 435  # a filter cannot read its flags, which are in memory; where it is missing, libraries use clone
 
 RUNNER = """
 import os, sys

@@ -110,7 +110,7 @@ def _features(is_masked: Bool[Tensor, "samples l"]) -> Float[Tensor, "samples l 
 def _fit(
     y: Float[Tensor, "samples l"], x: Float[Tensor, "samples l p"], is_masked: Float[Tensor, "samples l"]
 ) -> tuple[Float[Tensor, "l"], Float[Tensor, "p"]]:
-    """Fit (a, b) by ridge regression on the masked tokens: a in closed form given b, then b from what is left."""
+    """Fit (a, b) by ridge regression on the masked tokens: a in closed form given b, then b from the residuals."""
     mean = (y * is_masked).sum() / is_masked.sum()
     y, x = (y - mean) * is_masked, x * is_masked[..., None]
     shrunk = is_masked.sum(dim=0) + TOKEN_PRIOR

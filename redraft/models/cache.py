@@ -179,7 +179,7 @@ class View(Cache):
         return self.num_keys, 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Say how many keys stand before the queries; positions are always given, so nothing is counted from it."""
+        """Say how many keys come before the queries. Positions are always given, so transformers does not use it."""
         return self.spans.starts[0]
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

@@ -17,7 +17,7 @@ from redraft.models.families import FAMILIES, find_family
 from redraft.models.family import Family
 from redraft.models.files import reading
 from redraft.models.finite import check_finite, floats_of
-from redraft.models.head import head_at
+from redraft.models.head import select_head_rows
 from redraft.models.load import (
     check_tokenizer,
     is_encoder,
@@ -127,7 +127,7 @@ def _check_head(source: str | Path, model: Any) -> None:
     if model.config.model_type in encoder_decoder.MODEL_TYPES:
         return  # refused by the checks
     ids = sequence(model, length=3)
-    with head_at(model, torch.tensor([0], device=ids.device)):
+    with select_head_rows(model, torch.tensor([0], device=ids.device)):
         num_rows = model(input_ids=ids).logits.flatten(0, -2).shape[0]
     if num_rows != 1:
         raise ValueError(

@@ -15,7 +15,7 @@ from redraft.layouts import Layout, attention_mask, block_mask, segment_position
 from redraft.models.attention import Attention, flex_mask
 from redraft.models.cache import View
 from redraft.models.device import can_compile
-from redraft.models.head import AtHead, RowLoss, head_at
+from redraft.models.head import AtHead, RowLoss, select_head_rows
 from redraft.models.masks import first_position, layer_masks, model_masks
 from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
@@ -130,11 +130,11 @@ class Denoiser:
         positions, layout = self._placed(query)
         inputs = self._inputs(query, positions, layout)
         rows = self._predictors(query, positions, layout)
-        with self._stance(query.view), head_at(self.model, rows, **how) as at_head:
+        with self._stance(query.view), select_head_rows(self.model, rows, **how) as at_head:
             return (self.model if wrapped is None else wrapped)(**inputs).logits, at_head
 
     def _placed(self, query: Query) -> tuple[Int[Tensor, "batch query"], Layout]:
-        """Return the positions of what is fed and the layout; where the query has none, the view's and the model's."""
+        """Return the positions of the fed tokens, and the layout; by default the view's and the model's."""
         layout = query.layout or self.settings.layout
         if query.positions is not None:
             return query.positions, layout

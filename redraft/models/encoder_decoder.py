@@ -15,7 +15,7 @@ from torch import Tensor
 from redraft.layouts import Layout
 from redraft.models.cache import Slots, SlotSpans, View
 from redraft.models.denoiser import Denoiser
-from redraft.models.head import head_at
+from redraft.models.head import select_head_rows
 from redraft.models.masks import additive_where_eager
 from redraft.models.query import Query, SelfConditioning
 
@@ -115,7 +115,7 @@ class EncoderDecoder(Denoiser):
         context = slot < starts  # (canvases, K)
         near = context & (slot >= starts - (window - 1))  # as much as transformers' cache of a windowed layer keeps
         masks = (torch.cat([read, is_real], dim=1)[:, None].expand(-1, ids.shape[1], -1) for read in (context, near))
-        with head_at(self.model, fed):
+        with select_head_rows(self.model, fed):
             return self.model(
                 decoder_input_ids=ids,
                 past_key_values=self._prefix(view, rows),

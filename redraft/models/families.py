@@ -134,7 +134,7 @@ _LLADA2_CHAT = (
 def _of_llada2(raw: Raw) -> Raw:
     if raw["num_experts"] % raw.get("n_group", 1):
         raise ValueError(f"config.json: n_group must divide {raw['num_experts']} experts; got {raw['n_group']}.")
-    # `sliding_window` may stand there, switched off; the masks would take it for one.
+    # `sliding_window` may be set although it is switched off; the masks would use it.
     return {"norm_topk_prob": raw.get("norm_topk_prob", True), "use_qk_norm": True, "sliding_window": None}
 
 

@@ -68,7 +68,7 @@ def _after(head: nn.Module, _: tuple[Tensor], __: Tensor) -> Tensor | None:
 
 
 @contextmanager
-def head_at(
+def select_head_rows(
     model: nn.Module, rows: Int[Tensor, "n"], *, is_skipped: bool = False, row_loss: RowLoss | None = None
 ) -> Iterator[AtHead]:
     """Make the model return logits (n, V) at these rows alone, in this thread.
@@ -105,7 +105,7 @@ def head_is_plain(model: Any) -> bool:
     ids = (rows + 1)[None] * (model.config.vocab_size - 1) // 8  # all different, as some embeddings may be all zero
     is_training = model.training
     model.eval()
-    with head_at(model, rows, is_skipped=True) as at_head:
+    with select_head_rows(model, rows, is_skipped=True) as at_head:
         model(input_ids=ids)
     logits = model(input_ids=ids).logits.flatten(0, 1)
     model.train(is_training)

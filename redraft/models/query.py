@@ -1,4 +1,4 @@
-"""A query: what is asked of a model in one forward."""
+"""A query: the input of one forward, and the positions whose logits are wanted."""
 
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ class Query:
     shift: bool | None = None
     """Whether a position is predicted by its left neighbour's logits; by default as the model's settings say."""
     view: View | None = None
-    """Where keys and values of what is fed are written, and which slots are read."""
+    """The slots where keys and values of the fed tokens are written, and those that are read."""
     sees: Bool[Tensor, "batch query slots"] | None = None
     """Which slots each fed token sees, in place of the layout's rule; `slot_positions` says where these stand."""
     slot_positions: Int[Tensor, "batch slots"] | None = None

@@ -100,7 +100,8 @@ class Rows:
         """A hash of the positions that this step asks for; and the rows whose input differs from that of their last
         forward. A row counts only these forwards, whatever the batch runs."""
         self.num_left = self._count_decisions()
-        """Decisions that are left: two for noise, one for a draft."""
+        """Decisions that are left: two for noise, one for a draft. The number falls with every step towards the end
+        (noise -> draft -> committed), so a policy that does not lower it makes no progress."""
         self.fewest_left, self.num_stalled = never, zero
         """Smallest `num_left` since the last step of the block, and steps since then in which it did not fall."""
         self.previous = torch.full_like(self.canvas.tokens, -1)

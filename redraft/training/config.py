@@ -139,7 +139,7 @@ Run = TypeVar("Run", bound=BaseRunConfig)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read the settings in a recipe.json as they stand there. Raises ValueError for a file that holds none."""
+    """Read the settings in a recipe.json as they are. Raises ValueError for a file without settings."""
     try:
         saved = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -84,7 +84,7 @@ def test_a_process_that_dies_ends_the_job_with_a_line_and_a_rerun_repeats_nothin
     (line,) = done.stderr.splitlines()
     assert "process 1 of 2" in line
     assert "was killed by SIGKILL" in line
-    assert f"The same command goes on with what is in {tmp_path / 'out'}" in line
+    assert f"The same command continues from the items in {tmp_path / 'out'}" in line
     before = {path: path.read_text() for path in (tmp_path / "out").glob("mixed.*.jsonl")}
     finished = records(tmp_path / "out")
     assert 0 < len(finished) < 7

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_lm
 
 from redraft.models import head
-from redraft.models.head import chunked_loss, chunked_rows, head_at, head_is_plain, output_embeddings
+from redraft.models.head import chunked_loss, chunked_rows, head_is_plain, output_embeddings, select_head_rows
 
 every_architecture = pytest.mark.parametrize("architecture", ["llama", "modernbert"])
 
@@ -20,7 +20,7 @@ def test_logits_at_chosen_rows_are_those_of_the_whole_canvas(architecture):
     rows = torch.tensor([0, 5, 6, 13, 20])
     with torch.no_grad():
         whole = lm.model(input_ids=ids).logits.flatten(0, 1)[rows]
-        with head_at(lm.model, rows):
+        with select_head_rows(lm.model, rows):
             chosen = lm.model(input_ids=ids).logits
     assert torch.allclose(chosen, whole, atol=1e-12)
     assert lm.model(input_ids=ids).logits.shape == (3, 7, 40)  # and nowhere else
@@ -66,11 +66,11 @@ def test_inside_of_the_forward_the_chunked_loss_stands_in_the_place_of_the_logit
         sizes.append(len(logits))
         return logits.logsumexp(-1) * (1 + rows[part])
 
-    with head_at(lm.model, rows):
+    with select_head_rows(lm.model, rows):
         plain = row_loss(lm.model(input_ids=ids).logits, slice(None))
     expected = torch.autograd.grad(plain.sum(), list(lm.model.parameters()), allow_unused=True)
     sizes.clear()
-    with head_at(lm.model, rows, row_loss=row_loss) as found:
+    with select_head_rows(lm.model, rows, row_loss=row_loss) as found:
         total = lm.model(input_ids=ids).logits
     assert torch.allclose(total.squeeze(), plain.sum(), atol=1e-12)
     assert torch.allclose(found.losses, plain.detach(), atol=1e-12)
@@ -78,7 +78,7 @@ def test_inside_of_the_forward_the_chunked_loss_stands_in_the_place_of_the_logit
     gradients = torch.autograd.grad(total.sum(), list(lm.model.parameters()), allow_unused=True)
     assert all(a is b is None or torch.allclose(a, b, atol=1e-12) for a, b in zip(gradients, expected, strict=True))
     assert lm.model(input_ids=ids).logits.shape == (3, 7, 40)  # the head is back
-    with head_at(lm.model, rows, is_skipped=True) as skipped:
+    with select_head_rows(lm.model, rows, is_skipped=True) as skipped:
         lm.model(input_ids=ids)
     outside, each = chunked_loss(output_embeddings(lm.model), skipped.hidden, row_loss)
     assert torch.equal(total.squeeze(), outside)
@@ -88,7 +88,7 @@ def test_inside_of_the_forward_the_chunked_loss_stands_in_the_place_of_the_logit
 
 
 def logits_at(model, ids, rows):
-    with torch.no_grad(), head_at(model, rows):
+    with torch.no_grad(), select_head_rows(model, rows):
         return model(input_ids=ids).logits
 
 
@@ -142,7 +142,10 @@ def test_the_losses_of_two_threads_are_not_mixed():
     meet_inside(model, 2)
 
     def loss(rows, factor):
-        with torch.no_grad(), head_at(model, rows, row_loss=lambda logits, _: factor * logits.sum(-1)) as found:
+        with (
+            torch.no_grad(),
+            select_head_rows(model, rows, row_loss=lambda logits, _: factor * logits.sum(-1)) as found,
+        ):
             return model(input_ids=ids).logits, found.losses
 
     asked = (torch.tensor([0, 9]), 1.0), (torch.tensor([4, 5, 6]), 3.0)
@@ -159,12 +162,12 @@ def test_the_losses_of_two_threads_are_not_mixed():
 def test_an_error_inside_of_the_forward_leaves_no_trace(how):
     model, ids = tiny_lm().model, torch.randint(0, 40, (2, 5))
     expected = whole_logits(model, ids)
-    with pytest.raises((IndexError, ValueError)), head_at(model, torch.tensor([99]), **how):
+    with pytest.raises((IndexError, ValueError)), select_head_rows(model, torch.tensor([99]), **how):
         model(input_ids=ids)
     with (
         pytest.raises(RuntimeError, match="stop"),
-        head_at(model, torch.tensor([1])),
-        head_at(model, torch.tensor([2])),
+        select_head_rows(model, torch.tensor([1])),
+        select_head_rows(model, torch.tensor([2])),
     ):
         raise RuntimeError("stop")
     assert torch.equal(whole_logits(model, ids), expected)
@@ -187,7 +190,7 @@ def test_another_models_head_is_left_alone_and_a_forward_inside_of_another_has_i
     model, other, ids = tiny_lm().model, tiny_lm(seed=1).model, torch.randint(0, 40, (2, 5))
     expected = [whole_logits(one, ids) for one in (model, other)]
     logits_at(other, ids, torch.tensor([0]))  # its head has hooks too
-    with torch.no_grad(), head_at(model, torch.tensor([7])):
+    with torch.no_grad(), select_head_rows(model, torch.tensor([7])):
         assert torch.equal(other(input_ids=ids).logits.flatten(0, 1), expected[1])
         assert torch.allclose(logits_at(other, ids, torch.tensor([2, 4])), expected[1][[2, 4]], atol=1e-12)
         assert torch.allclose(logits_at(model, ids, torch.tensor([1])), expected[0][[1]], atol=1e-12)
@@ -198,7 +201,7 @@ def test_a_compiled_model_returns_the_rows_asked_for():
     model, ids = tiny_lm().model, torch.randint(0, 40, (2, 5))
     expected, compiled = whole_logits(model, ids), torch.compile(model, backend="eager")
     for rows in ([7], [0, 2, 9], [4]):
-        with torch.no_grad(), head_at(model, torch.tensor(rows)):
+        with torch.no_grad(), select_head_rows(model, torch.tensor(rows)):
             found = compiled(input_ids=ids).logits
         assert torch.allclose(found, expected[rows], atol=1e-12)
     assert torch.allclose(whole_logits(compiled, ids), expected, atol=1e-12)
