@@ -9,16 +9,6 @@ from redraft.settings import Count, Fraction, Probability, Settings, Within
 KINDS = ("text", "chat", "preference")
 SMALLEST_VOCAB_SIZE = 256 + 3
 """Every byte and the three special tokens."""
-OLD_NAMES = {
-    "data.cache_dir": "the cache is redraft/data in $XDG_CACHE_HOME, by default ~/.cache",
-    "data.shuffle_seed": "training documents are always shuffled, with seed 0",
-    "data.validation_windows": "validation takes the first 64 held-out windows of a stream",
-    "data.chat.eos": "the end of an answer is always learnt; eos_block fills its block with EOS",
-    "data.chat.block_size": "eos_block",
-    "data.chat.too_long": "a conversation that is too long always loses the left of its prompt",
-    "data.chat.skip_bad": "a malformed record is always an error",
-}
-"""Settings of recipes that earlier versions saved: `section.name` to the new name, or what replaces it."""
 READ_BY_OWN_KINDS = ("kind", "source", "seq_len")
 
 

@@ -7,38 +7,18 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from redraft.data import config as data_config
 from redraft.data.config import DataConfig
 from redraft.errors import unknown_name
 from redraft.folders import hash_of, write_whole
 from redraft.likelihood.config import ObjectiveConfig
 from redraft.models.config import AdapterConfig, ModelConfig
 from redraft.settings import Count, Fraction, NonNegative, Positive, Seed, Settings, Within, check_field
+from redraft.training.old_settings import with_new_names
 
 RECIPE_FILE = "recipe.json"
 DEFAULT_STEPS = 1000
 PLACES = ("start", "source", "tokenizer")
 """Settings that say where a run reads something: the files may be moved before it is resumed."""
-OLD_NAMES = {
-    "train.keep_checkpoints": "max_checkpoints",
-    "train.eval_windows": "max_validation_windows",
-    "train.final_eval_windows": "max_validation_windows also limits the evaluation at the end",
-    "train.eval_every": "every checkpoint is evaluated (train.save_every)",
-    "train.log_every": "the interval follows from train.max_steps",
-    "train.max_grad_norm": "gradients are always clipped to norm 1",
-    "train.max_skipped": "a run always stops after 10 skipped steps",
-    "train.attention": "it is chosen by the device; train.compile off does without flex attention",
-    "train.device": "CUDA_VISIBLE_DEVICES= trains on the CPU",
-    "train.report_to": "log.jsonl holds every number",
-    **dict.fromkeys(
-        (f"model.{name}" for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size")),
-        "it is part of model.size: 1m,layers=3 or hidden=256,layers=4,heads=4,intermediate=672",
-    ),
-    "adapter.dropout": "adapters have no dropout",
-    "objective.weighting": "objective.cart P weighs by CART; without it the weight is that of the bound",
-    "objective.cart_p": "objective.cart; delete it where the weighting was bound",
-} | data_config.OLD_NAMES
-"""Settings of recipes that earlier versions saved: `section.name` to the new name, or what replaces it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +121,7 @@ class BaseRunConfig(Settings):
                 f"{path} has no {missing[0]!r}, which it had when it was written: it was edited or damaged. Put it "
                 "back, or start a new run with another --out."
             )
-        return from_dict(cls, saved, where=str(path))
+        return from_dict(cls, with_new_names(saved, where=str(path)), where=str(path))
 
 
 Run = TypeVar("Run", bound=BaseRunConfig)
@@ -213,22 +193,18 @@ class RunConfig(BaseRunConfig):
         return identity
 
 
-def from_dict(kind: Any, saved: Any, *, where: str, section: str = "") -> Any:
+def from_dict(kind: Any, saved: Any, *, where: str) -> Any:
     """Build nested settings from a dictionary; JSON's lists become tuples. Raises ValueError for what does not fit."""
     if not isinstance(saved, dict):
         raise ValueError(f"{where} must hold an object of settings; got {type(saved).__name__}.")
-    old = {name: OLD_NAMES[section + name] for name in saved if section + name in OLD_NAMES}
-    if removed := [f"{section}{name}: {new}" for name, new in old.items() if not new.isidentifier()]:
-        raise ValueError(f"{where} has settings that were removed. Delete them from the file: {'; '.join(removed)}.")
     known = {f.name: f for f in fields(kind)}
     types = get_type_hints(kind, include_extras=True)
     values: dict[str, Any] = {}
-    for saved_name, value in saved.items():
-        name = old.get(saved_name) or saved_name
+    for name, value in saved.items():
         if name not in known:
             raise unknown_name(f"setting in {where}", name, known)
         if is_dataclass(types[name]):
-            values[name] = from_dict(types[name], value, where=f"{where}: {name}", section=f"{section}{name}.")
+            values[name] = from_dict(types[name], value, where=f"{where}: {name}")
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
             check_field(f"{where}: {name}", values[name], types[name])
