@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+import redraft.training.run  # noqa: F401  # what libraries print when they are first imported is not of a command
 from redraft.cli import main
 from redraft.cli.train import next_steps
 from redraft.data.config import DataConfig
