@@ -28,6 +28,7 @@ def test_the_batch_benchmark_lets_rows_leave_and_times_what_is_beside_the_forwar
     assert printed.count("| exact |") == printed.count("| none |") == 2
 
 
+@pytest.mark.slow
 def test_the_way_of_a_prompt_begins_at_generate_and_ends_at_the_denoiser():
     command = [sys.executable, str(SCRIPTS / "way.py")]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 
 CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,21 +50,22 @@ def _floats(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
 def explain_nan(denoiser: Any, input_ids: Int[Tensor, "batch seq"]) -> ValueError:
     """Make the error for logits that are NaN: one more forward finds the first tensor that is not finite."""
     first: list[str] = []
-    names = {module: name for name, module in denoiser.model.named_modules() if not any(module.children())}
+    leaves = {module: name for name, module in denoiser.model.named_modules() if not any(module.children())}
 
     def look(module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if module in names and not first and isinstance(hidden, Tensor) and not hidden.isfinite().all():
-            first.append(names[module])
+        if not first and isinstance(hidden, Tensor) and not hidden.isfinite().all():
+            first.append(leaves[module])
 
-    handle = register_module_forward_hook(look)  # called after every module
+    handles = [module.register_forward_hook(look) for module in leaves]
     try:
         check_finite("this model", floats_of(denoiser.model))
         denoiser.logits(input_ids)
     except ValueError as error:
         return error
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     if first:
         dtype = str(denoiser.model.dtype).removeprefix("torch.")
         return ValueError(

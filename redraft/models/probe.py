@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 
 from redraft.layouts import Layout
 from redraft.models import encoder_decoder
@@ -129,8 +128,6 @@ def _causal_layers(denoiser: Denoiser, ids: Tensor) -> list[str]:
     names = {module: name for name, module in modules if isinstance(module, GradientCheckpointingLayer)}
 
     def call_again(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if layer not in names:
-            return
         hidden = args[0] if args else kwargs["hidden_states"]
         disturbed = hidden.clone()
         disturbed[:, -1] = disturbed[:, -1].flip(-1) * 1.5 + 0.5
@@ -142,11 +139,12 @@ def _causal_layers(denoiser: Denoiser, ids: Tensor) -> list[str]:
         if torch.equal(before[:, -2], after[:, -2]):
             causal.append(names[layer])
 
-    handle = register_module_forward_hook(call_again, with_kwargs=True)  # called after every module
+    handles = [layer.register_forward_hook(call_again, with_kwargs=True) for layer in names]
     try:
         denoiser.logits(ids)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return causal
 
 

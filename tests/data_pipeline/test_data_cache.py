@@ -106,6 +106,7 @@ def run_child(script: str, source: Path) -> dict:
     return json.loads(child.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_file_operation_leaves_no_cache_that_is_taken_for_whole(corpus):
     outcome = run_child(KILL, corpus)
     assert outcome["kills"] > 20
@@ -113,6 +114,7 @@ def test_a_run_killed_at_any_file_operation_leaves_no_cache_that_is_taken_for_wh
     assert outcome["digests"] == 1
 
 
+@pytest.mark.slow
 def test_processes_that_prepare_at_once_all_end_with_the_same_whole_cache(corpus):
     outcome = run_child(AT_ONCE, corpus)
     assert outcome == {"codes": [0] * 4, "digests": 1, "whole": [True, True]}

@@ -75,6 +75,7 @@ def test_two_processes_give_the_scores_records_and_costs_of_one(model_folder, ta
         assert records(tmp_path / "two", task).keys() == records(tmp_path / "one", task).keys()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_with_a_line_and_a_rerun_repeats_nothing(
     model_folder, own_tasks, tmp_path, capsys
 ):

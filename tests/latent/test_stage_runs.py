@@ -125,6 +125,7 @@ def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(con
     assert logged(whole.folder, "loss") == logged(resumed.folder, "loss")
 
 
+@pytest.mark.slow
 def test_a_stage_stopped_by_sigterm_and_then_killed_is_gone_on_with_by_the_command_line(configs, tmp_path):
     config = with_train(configs["denoiser"], tmp_path, max_steps=12, save_every=4)
     torch.set_num_threads(1)

@@ -131,6 +131,7 @@ def test_a_file_that_is_not_there_or_not_gguf_is_told(tmp_path):
         convert(tmp_path / "bad.gguf", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_command_prints_no_line_per_tensor(gguf, tmp_path):
     command = [sys.executable, "-m", "redraft.cli", "convert", str(gguf), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)

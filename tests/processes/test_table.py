@@ -7,6 +7,7 @@ from redraft.models.settings import DiffusionSettings
 from redraft.processes import PROCESSES, process_class
 from redraft.processes.noised import Process
 from redraft.sampling.config import SamplingConfig
+from redraft.sampling.sampler import build_sampler
 from redraft.schedules import Linear
 
 
@@ -22,7 +23,7 @@ def test_each_process_offers_what_a_process_must_and_its_presets_start_from_its_
     assert ((process.prior(u) == 2).all()) == (kind.noise == "mask")
     for settings in ({"preset": kind.default_preset}, kind.varied_sampling):
         config = SamplingConfig(**settings)
-        noise = config.sampler(DiffusionSettings(mask_token_id=2, process=name)).noise
+        noise = build_sampler(config, DiffusionSettings(mask_token_id=2, process=name)).noise
         assert noise == kind.noise or not settings
 
 

@@ -130,7 +130,7 @@ def test_every_control_has_a_name() -> None:
             assert attributes.get("aria-label"), (tag, attributes)
 
 
-@pytest.mark.parametrize("settings", [{"preset": "llada"}, {"preset": "remdm", "eta": 0.5}])
+@pytest.mark.parametrize("settings", [{"preset": "llada"}, {"preset": "remdm"}])
 def test_the_events_of_a_generation_can_be_replayed(lm: Any, settings: dict[str, Any]) -> None:
     traces = lm.generate([[5, 6], [7, 8, 9]], max_new_tokens=8, trace=True, **settings).trace
     for row in page_data(traces, title="", settings={}, text_of=str)["rows"]:

@@ -222,7 +222,7 @@ def test_a_checkpoint_of_another_model_or_cut_of_the_data_is_not_gone_on_with(co
     part = getattr(config, section)
     edited = replace(config, **{section: replace(part, **{name: value})})
     edited.save(Path(config.out))  # as by hand
-    told = f"checkpoint-2 was trained with {name} {getattr(part, name)}, but recipe.json .* has {value} now"
+    told = f"checkpoint-2 was trained with {name} {getattr(part, name)!r}, but recipe.json .* has {value!r} now"
     with pytest.raises(ValueError, match=told):
         run(edited, resume=True, console=QUIET)
 
@@ -278,6 +278,7 @@ def test_a_checkpoint_half_deleted_is_not_taken_and_one_passed_over_does_not_out
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-5"]
 
 
+@pytest.mark.slow
 def test_a_jump_of_the_loss_is_one_line_with_its_window_and_step(config, monkeypatch):
     """A window that holds other tokens from step 60 on; without it nothing is told."""
     config = replace(
@@ -318,6 +319,7 @@ def test_a_jump_names_the_dearest_row_of_all_steps_and_processes_since_the_last_
     assert spikes.report(9.0, usual[:9], accelerator=accelerator) == {}, "too few to tell"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(config):
     run(replace(config, train=replace(config.train, max_steps=2)), console=QUIET)
     folder = Path(config.out)

@@ -408,14 +408,14 @@ def mistakes(config):
     binary.write_bytes(b"\0\1\2")
     return {
         "the corpus fills": replace(config, train=replace(train, batch_size=5000)),
-        "one window needs seq_len=": replace(config, data=replace(data, seq_len=2000)),
+        "fills no window of seq_len=2000": replace(config, data=replace(data, seq_len=2000)),
         "holds no text": replace(config, data=replace(data, source=str(empty))),
         "binary": replace(config, data=replace(data, source=str(binary))),
         "no/such/file": replace(config, data=replace(data, source="no/such/file.txt")),
     }
 
 
-@pytest.mark.parametrize("message", ["the corpus fills", "one window needs", "holds no text", "binary", "no/such/file"])
+@pytest.mark.parametrize("message", ["the corpus fills", "fills no window of seq_len=2000", "holds no text", "binary", "no/such/file"])
 def test_a_corpus_that_cannot_be_used_is_told_before_anything_is_written(config, message):
     case = next(case for key, case in mistakes(config).items() if key.startswith(message))
     with pytest.raises(ValueError, match=message):
@@ -478,8 +478,8 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
         (TrainConfig, {"epochs": 2.0, "max_steps": 9}, "epochs 2 sets the number of steps; got train.max_steps 9"),
         (TrainConfig, {"beta_2": 1.5}, r"beta_2 must lie in \[0, 1\); got 1.5"),
         (TrainConfig, {"seed": -1}, "seed must lie in .*; got -1"),
-        (ModelConfig, {"dropout": 1.5}, r"dropout is a probability in \[0, 1\); got 1.5"),
-        (AdapterConfig, {"alpha": math.inf}, "alpha must be positive, and finite; got inf"),
+        (ModelConfig, {"dropout": 1.5}, r"model.dropout must lie in \[0, 1\); got 1.5"),
+        (AdapterConfig, {"alpha": math.inf}, "adapter.alpha must be a finite number; got inf"),
         (ObjectiveConfig, {"beta": math.inf}, "beta must be a finite number; got inf"),
         (ObjectiveConfig, {"complementary": True, "t_min": 0.5}, r"must be symmetric about 0.5; got 0.5, 1.0"),
         (RunConfig, {"out": ""}, "out must name the folder of the run"),
@@ -490,7 +490,7 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
         ),
         (TrainConfig, {"warmup": 1.5}, r"warmup must lie in \[0, 1\); got 1.5"),
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay must lie in"),
-        (DataConfig, {"seq_len": 1}, "seq_len must be at least 2"),
+        (DataConfig, {"seq_len": 1}, "seq_len must lie in .2, 1048576.; got 1"),
         (ObjectiveConfig, {"kind": "blok"}, "unknown objective.kind 'blok'.*Did you mean 'block'"),
         (ObjectiveConfig, {"kind": "block"}, "block_size goes with kind block; got None, block. Set it, e.g. to 16"),
         (ObjectiveConfig, {"block_size": 4}, "block_size goes with kind block; got 4, masked. Use --objective.kind"),

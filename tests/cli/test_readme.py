@@ -24,6 +24,7 @@ for line in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_the_commands_and_code_of_the_readme_run_and_print_nothing_of_the_libraries(tmp_path):
     """Every `redraft` line of the README, in order, in an empty folder; then other commands; then README's Python.
 
