@@ -66,9 +66,7 @@ def _lock(folder: Path) -> int:
         except BlockingIOError as error:
             holder = os.read(file, 500).decode(errors="replace") or "another process"
             os.close(file)
-            raise ValueError(
-                f"{holder} is writing to {folder}. Wait until it ends, or choose another --out."
-            ) from error
+            raise ValueError(f"{holder} is writing to {folder}. Wait for it, or choose another --out.") from error
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 logger.warning("%s cannot be locked (%s): let no other command write there.", folder, error.strerror)

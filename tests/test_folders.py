@@ -71,7 +71,7 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_no_lock(tmp_path, monk
 def test_a_conversion_writes_into_no_folder_that_another_process_holds_or_has_filled(tmp_path, model_folder):
     import redraft
 
-    with one_writer(tmp_path / "out"), pytest.raises(ValueError, match="is writing to .*out. Wait until it ends"):
+    with one_writer(tmp_path / "out"), pytest.raises(ValueError, match="is writing to .*out. Wait for it"):
         redraft.convert(model_folder, tmp_path / "out")
     (tmp_path / "left").mkdir()
     (tmp_path / "left" / LOCK_FILE).touch()  # by a conversion that was killed

@@ -116,9 +116,7 @@ def build_data(config: DataConfig, out: Path) -> PreparedData:
     `out` exists.
     """
     if ":" in config.kind:
-        raise ValueError(
-            f"data of kind {config.kind} cannot be built: its function makes the rows. Train on the source."
-        )
+        raise ValueError(f"data of kind {config.kind} cannot be built: a function makes the rows of each run.")
     if out.exists():
         raise ValueError(f"{str(out)!r} exists. Choose another folder or remove it.")
     tokenizer = _tokenizer(config, None, documents_fingerprint(_read(config)))

@@ -142,10 +142,9 @@ def _scored(task: Task, items: Sequence[Item], out: Any, texts: Sequence[str]) -
         outputs = list(texts[rows])
         record = {"output": outputs[0]} if n == 1 else {"outputs": outputs}
         cost = {"forwards": sum(out.forwards[rows]), "tokens": sum(map(len, out.tokens[rows]))}
-        of_samples = [task.score(item, output) for output in outputs]
-        both = zip(confidence[rows], of_samples, strict=True)
-        pairs = [[fmean(row), next(iter(one.values()))] for row, one in both if row]
-        scores = _scores(task, item, outputs, of_samples)
+        scored = [task.score(item, output) for output in outputs]
+        pairs = [[fmean(p), next(iter(one.values()))] for p, one in zip(confidence[rows], scored, strict=True) if p]
+        scores = _scores(task, item, outputs, scored)
         records.append({**record, "scores": scores, "confidence": pairs, **cost})
     return records
 
@@ -159,22 +158,22 @@ def _confidence(out: Any) -> list[list[float]]:
     return rows
 
 
-def _scores(task: Task, item: Item, outputs: Sequence[str], of_samples: Sequence[dict[str, float]]) -> dict[str, float]:
+def _scores(task: Task, item: Item, outputs: Sequence[str], scored: Sequence[dict[str, float]]) -> dict[str, float]:
     """Average each score over the samples of an item; with several, pass@k and vote@n of the task's first score.
 
     k takes the powers of 2 up to the number of samples, and that number. A sample passes if the first score is 1.
     vote@n is the first score of the first sample with the winning answer.
     """
-    scores = {name: fmean(one[name] for one in of_samples) for name in of_samples[0]}
+    scores = {name: fmean(one[name] for one in scored) for name in scored[0]}
     if (n := len(outputs)) == 1:
         return scores
     first = next(iter(scores))
-    num_right = sum(one[first] >= 1 for one in of_samples)
+    num_right = sum(one[first] >= 1 for one in scored)
     scores |= {f"pass@{k}": pass_at_k(n, num_right, k) for k in sorted({n, *(2**i for i in range(n.bit_length()))})}
     answers = [task.answer(item, output) for output in outputs]
     if answers[0] is not None:  # the task has a vote; samples without an answer are excluded from it
         winner = vote([answer for answer in answers if answer] or answers)
-        scores[f"vote@{n}"] = of_samples[answers.index(winner)][first]
+        scores[f"vote@{n}"] = scored[answers.index(winner)][first]
     return scores
 
 

@@ -61,9 +61,7 @@ class TextAutoencoder(PreTrainedModel):
             raise unknown_name("autoencoder", config.kind, KINDS)
         is_chunk = config.kind == "chunk"
         if is_chunk and config.num_layers:
-            raise ValueError(
-                f"kind chunk is linear now; got num_layers={config.num_layers}, of an MLP. Train it again."
-            )
+            raise ValueError(f"chunk is linear now; got num_layers={config.num_layers}, of an MLP. Train it again.")
         unit = 4 if is_chunk else 2 * _num_heads(config.hidden_size)
         if config.hidden_size % unit:
             raise ValueError(f"hidden_size must be a multiple of {unit} for {config.kind}; got {config.hidden_size}.")

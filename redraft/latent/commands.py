@@ -86,9 +86,7 @@ def check(model: str) -> int:
 
     autoencoder, tokenizer = load_autoencoder(model)
     if (task := autoencoder.config.task) is None:
-        raise ValueError(
-            f"{model} was trained on a task from Python, which --check cannot load. Use measure_gate there."
-        )
+        raise ValueError(f"{model} was trained on a task from Python, which --check cannot load.")
     sizes = {"block_tokens": autoencoder.config.block_tokens}
     ids, mask = encode_split(find_task(task), tokenizer, split="validation", where=model, sizes=sizes).real_blocks()
     gate, console = measure_gate(autoencoder, ids, mask), plain_console()

@@ -169,7 +169,5 @@ def _find_class(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"objective.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
     if missing := [method for method in ("problem", "evaluation") if not hasattr(objective, method)]:
-        raise ValueError(
-            f"objective.kind {name} is not an objective: it has no method {' and no method '.join(missing)}."
-        )
+        raise ValueError(f"objective.kind {name} is not an objective: it has no {' and no '.join(missing)}.")
     return objective

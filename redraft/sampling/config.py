@@ -83,9 +83,7 @@ class SamplingConfig(Settings):
             value = getattr(self, name)
             if value is not None and name not in preset.defaults:
                 users = ", ".join(other for other, its in PRESETS.items() if name in its.defaults)
-                raise ValueError(
-                    f"preset {self.preset!r} has no setting {name!r}; got {value}. Presets with it: {users}."
-                )
+                raise ValueError(f"preset {self.preset!r} has no setting {name!r}; got {value}. Use {users}.")
         size, total = self.block_size, self.max_new_tokens
         if preset.blocks != "grid" and size is not None and total % size:
             near = ", ".join(str(n) for n in sorted(sorted(_divisors(total), key=lambda n: abs(n - size))[:3]))

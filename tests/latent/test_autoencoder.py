@@ -162,7 +162,7 @@ def test_the_normaliser_of_a_single_block_is_finite():
     ("build", "message"),
     [
         (lambda: TextAutoencoder(AutoencoderConfig(kind="thought")), "unknown autoencoder 'thought'; known are chunk"),
-        (lambda: tiny("chunk", num_layers=2), "kind chunk is linear now; got num_layers=2, of an MLP. Train it again."),
+        (lambda: tiny("chunk", num_layers=2), "chunk is linear now; got num_layers=2, of an MLP. Train it again."),
         (lambda: tiny("chunk", hidden_size=3), "hidden_size must be a multiple of 4 for chunk; got 3"),
         (lambda: tiny("resampler", hidden_size=200), "hidden_size must be a multiple of 6 for resampler; got 200"),
         (lambda: TextAutoencoder(AutoencoderConfig(kind="resampler")), "needs encoder=, a folder or hub id"),

@@ -222,7 +222,7 @@ def test_a_budget_of_forwards_is_spent_on_forwards_alone(lm):
         ({"budget": 1.5}, "budget must lie in .0, 1.; got 1.5"),
         ({"forwards": 0}, "forwards must lie in .1, 1048576.; got 0"),
         ({"num_samples": 0}, "num_samples must lie in .1, 1048576.; got 0"),
-        ({"threshold": 0.5}, "preset 'llada' has no setting 'threshold'; got 0.5. Presets with it: fast-dllm"),
+        ({"threshold": 0.5}, "preset 'llada' has no setting 'threshold'; got 0.5. Use fast-dllm"),
         ({"cache": "exact"}, "needs block-causal attention"),
         ({"seconds": 2.0}, "setting 'seconds' was removed; got 2.0. Use forwards"),
         ({"preset": "remdm", "eta": 0.1}, r"setting 'eta' was removed; got 0.1.*MODULE:NAME.*Remasking\(eta=...\)"),

@@ -1,5 +1,5 @@
 #!/bin/bash
-# One training over several nodes. Copy it, set what is in capitals, and: sbatch slurm.sh
+# One training run over several nodes. Copy this file, replace the words in capitals, and run: sbatch slurm.sh
 #SBATCH --job-name=redraft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
