@@ -37,6 +37,7 @@ from redraft.latent.autoencoder import NOISE_LEVELS
 from redraft.latent.checkpoint import load_autoencoder, load_thinker
 from redraft.latent.config import AutoencoderShape, LatentRunConfig
 from redraft.latent.encode import EncodedExamples, encode_examples
+from redraft.latent.objective import lay_out
 from redraft.latent.sequence import ThoughtBatch
 from redraft.latent.stages import Stage, StageRows, StageTrainer, run_stage, thought_rows
 from redraft.latent.thinking import Thinker

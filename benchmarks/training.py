@@ -291,7 +291,7 @@ def measure(name: str, way: str, dtype: str, steps: str) -> dict[str, float]:
 
 def matmul_rate(name: str, dtype: str) -> float:
     """Multiply matrices of the model's feed-forward shape: FLOPs per second, best of 20."""
-    shape, (_, _, seq_len, rows) = ModelConfig(size=MODELS[name][0]).shape, MODELS[name]
+    shape, (_, _, seq_len, rows) = ModelConfig(size=MODELS[name][0]).dimensions, MODELS[name]
     a = torch.randn(rows * seq_len, shape.hidden, dtype=DTYPES[dtype])
     b = torch.randn(shape.intermediate, shape.hidden, dtype=DTYPES[dtype])
     best = min(_time(lambda: F.linear(a, b)) for _ in range(20))
