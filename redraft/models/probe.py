@@ -125,7 +125,7 @@ def _causal_layers(denoiser: Denoiser, ids: Tensor) -> list[str]:
 
     causal: list[str] = []
     modules = denoiser.model.named_modules()
-    names = {module: name for name, module in modules if isinstance(module, GradientCheckpointingLayer)}
+    names: dict[nn.Module, str] = {m: name for name, m in modules if isinstance(m, GradientCheckpointingLayer)}
 
     def call_again(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -21,12 +21,13 @@ def swaps(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "form", "steps"),
     [
         ("thought-ar", "", 150),
-        pytest.param("thought-ar", ":pause:padded", 200, marks=pytest.mark.slow),
-        pytest.param("thought-masked", ":direct", 400, marks=pytest.mark.slow),
+        ("thought-ar", ":pause:padded", 200),
+        ("thought-masked", ":direct", 400),
     ],
 )
 def test_a_model_learns_a_task_and_is_judged_on_held_out_prompts(swaps, tmp_path, capsys, recipe, form, steps):

@@ -415,7 +415,9 @@ def mistakes(config):
     }
 
 
-@pytest.mark.parametrize("message", ["the corpus fills", "fills no window of seq_len=2000", "holds no text", "binary", "no/such/file"])
+@pytest.mark.parametrize(
+    "message", ["the corpus fills", "fills no window of seq_len=2000", "holds no text", "binary", "no/such/file"]
+)
 def test_a_corpus_that_cannot_be_used_is_told_before_anything_is_written(config, message):
     case = next(case for key, case in mistakes(config).items() if key.startswith(message))
     with pytest.raises(ValueError, match=message):
