@@ -71,3 +71,13 @@ class Worker:
         if not line:
             raise RuntimeError(f"a worker ended with exit code {self.process.wait()}")
         return json.loads(line)
+
+
+def in_turns(now: Worker, before: Worker, case: Any, rounds: int) -> list[tuple[float, float]]:
+    """Time both workers in pairs now-before, before-now, ..., after one pair that does not count."""
+    times = []
+    for i in range(rounds + 1):
+        turns = (now, before) if i % 2 == 0 else (before, now)
+        took = {worker: worker.ask(case) for worker in turns}
+        times.append((took[now], took[before]))
+    return times[1:]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import describe
-from paired import Worker, with_interval
+from paired import Worker, in_turns, with_interval
 
 import redraft
 from redraft.language_model import LanguageModel
@@ -409,20 +409,11 @@ def work() -> None:
         print(json.dumps(seconds(case_of(*json.loads(line)))), flush=True)
 
 
-def in_turns(now: Worker, before: Worker, case: tuple[str, int, bool], rounds: int) -> list[tuple[float, float]]:
-    """Time both workers in pairs now-before, before-now, ..., after one pair that does not count."""
-    times = []
-    for i in range(rounds + 1):
-        turns = (now, before) if i % 2 == 0 else (before, now)
-        took = {worker: worker.ask(case) for worker in turns}
-        times.append((took[now], took[before]))
-    return times[1:]
-
-
 def against(names: list[str], rounds: int, checkout: Path) -> None:
     """(h) Generation with this checkout against another one: pairs in turns, a process of one thread for each."""
     flags = ["--worker", "--clock", next(name for name, function in CLOCKS.items() if function is clock)]
     script = Path(__file__)
+    other = checkout / "benchmarks" / script.name  # its own, in which the package has its own names
     print("| model | rows | decoding | now s | before s | now / before, 95 % interval of the median | pairs |")
     print("|---|---|---|---|---|---|---|")
     for name, rows, is_cached in product(names, (1, 32), (True, False)):
@@ -431,7 +422,7 @@ def against(names: list[str], rounds: int, checkout: Path) -> None:
             continue  # minutes for each generation
         times: list[tuple[float, float]] = []
         while len(times) < rounds:  # processes differ too: in the memory that they give back and get again
-            with Worker(script.parents[1], script, flags) as now, Worker(checkout, script, flags) as before:
+            with Worker(script.parents[1], script, flags) as now, Worker(checkout, other, flags) as before:
                 times += in_turns(now, before, (name, rows, is_cached), min(PAIRS_PER_PROCESS, rounds - len(times)))
         ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
         ratio = with_interval([first / second for first, second in times])
