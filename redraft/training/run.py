@@ -178,7 +178,7 @@ def _with_saved_settings(config: Run) -> Run:
     changed = [change for change in differences(saved, config) if not change.startswith(ignored)]
     if changed:
         raise ValueError(
-            f"--resume continues {config.out} with its saved settings, but these differ: {'; '.join(changed)}. "
+            f"--resume continues {config.out} as it was saved, but these settings differ: {'; '.join(changed)}. "
             "Leave them out, or start a new run with another --out."
         )
     return replace(saved, out=config.out)

@@ -136,11 +136,11 @@ def test_mistakes_are_one_line_and_exit_code_2(runs, task_file, tmp_path, capsys
         (["think", autoencoder, "3 4"], "must be of stage denoiser or rollout; it is of stage 'autoencoder'"),
         (
             ["sample", denoiser, "3 4"],
-            f"of the latent stage 'denoiser'.*Use redraft.load_thinker or `redraft think {re.escape(denoiser)}`",
+            f"is a latent denoiser .*Use redraft.load_thinker or `redraft think {re.escape(denoiser)}`",
         ),
         (
             ["sample", autoencoder, "3 4"],
-            f"of the latent stage 'autoencoder'.*`redraft think --check {re.escape(autoencoder)}`",
+            f"is a latent autoencoder .*`redraft think --check {re.escape(autoencoder)}`",
         ),
         (["train", "latent-rollout", "--smoke"], "-smoke: the folder does not exist. `redraft train latent-denoiser`"),
         (["think", denoiser, "3 4", "--blocks", "9"], "blocks must be at most the 2 the model was built for; got 9"),
@@ -282,7 +282,7 @@ def edit(path, **changes):
     ("content", "message"),
     [
         (b'{"prompt": "caf\xe9", "blocks": ["1"], "answer": "1"}', "is not UTF-8"),
-        (b"[" * 100_000, "line 1: want"),
+        (b"[" * 100_000, "line 1: must be"),
         (b'{"prompt": "1 <|mask|>", "blocks": ["1"], "answer": "1"}\n' * 64, "the word '<|mask|>' is a special token"),
     ],
 )
