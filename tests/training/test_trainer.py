@@ -502,7 +502,7 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
         (ObjectiveConfig, {"kind": "ar", "cart": 0.1}, "cart is for kind masked; got kind ar"),
         (ObjectiveConfig, {"cart": 0.0}, r"cart must lie in \(0, 1\]; got 0.0"),
         (ObjectiveConfig, {"kind": "no_such_module:Own"}, "no_such_module:Own cannot be imported.*PYTHONPATH"),
-        (ObjectiveConfig, {"kind": "redraft.layouts:Layout"}, "no objective: it has no problem and no evaluation"),
+        (ObjectiveConfig, {"kind": "redraft.layouts:Layout"}, "not an objective: it has no problem and no evaluation"),
         (
             RunConfig,
             {"objective": ObjectiveConfig(kind="ar"), "model": ModelConfig(architecture="modernbert")},
