@@ -20,7 +20,7 @@ class Within:
         low, high = (float(end) for end in self.interval[1:-1].split(","))
         above = value >= low if self.interval[0] == "[" else value > low
         below = value <= high if self.interval[-1] == "]" else value < high
-        return above and below
+        return bool(above and below)  # numpy has a bool of its own
 
     def __str__(self) -> str:
         low, high = (end.strip() for end in self.interval[1:-1].split(","))
@@ -48,6 +48,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name, kind in _annotations(type(self)).items():
             check_field(f"{self.section}.{name}".lstrip("."), getattr(self, name), kind)
+
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        """List the settings; `__dataclass_fields__` holds `section` too."""
+        return [field.name for field in fields(cls)]
 
 
 def check_field(name: str, value: Any, kind: Any) -> None:
