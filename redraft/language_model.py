@@ -282,8 +282,8 @@ class LanguageModel:
         given, asked = self.encode_pair(context, continuation)
         self._check_length(len(given) + len(asked))
         for name in settings:
-            if name not in LikelihoodConfig.__dataclass_fields__:
-                raise unknown_name("setting", name, LikelihoodConfig.__dataclass_fields__)
+            if name not in LikelihoodConfig.setting_names():
+                raise unknown_name("setting", name, LikelihoodConfig.setting_names())
         config = LikelihoodConfig(**settings)
         return loglikelihoods(self.denoiser, [Request(context=given, continuation=asked)], config)[0]
 

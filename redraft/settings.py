@@ -54,6 +54,11 @@ class Settings:
         for name, kind in _annotations(type(self)).items():
             check_field(f"{self.section}.{name}".lstrip("."), getattr(self, name), kind)
 
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        """List the settings; `__dataclass_fields__` holds `section` too."""
+        return [field.name for field in fields(cls)]
+
 
 def check_field(name: str, value: Any, kind: Any) -> None:
     """Raise ValueError for a value that is not of this annotation, or outside the bounds that it declares."""

@@ -56,8 +56,8 @@ class RedraftLM(TemplateLM):
         **settings: Any,  # the harness passes --model_args by name
     ) -> None:
         super().__init__()
-        sampling = SamplingConfig.__dataclass_fields__.keys() - {"stop", "num_samples"}  # num_samples: of a likelihood
-        known = {*sampling, *LikelihoodConfig.__dataclass_fields__}
+        sampling = set(SamplingConfig.setting_names()) - {"stop", "num_samples"}  # num_samples: of a likelihood
+        known = {*sampling, *LikelihoodConfig.setting_names()}
         for name in settings:
             if name not in known:
                 raise unknown_name("setting", name, sorted(known))
@@ -74,7 +74,7 @@ class RedraftLM(TemplateLM):
         self.exact_match = exact_match
         self.sampling = {k: v for k, v in settings.items() if k in sampling}
         self.likelihood = LikelihoodConfig(
-            **{k: v for k, v in settings.items() if k in LikelihoodConfig.__dataclass_fields__}
+            **{k: v for k, v in settings.items() if k in LikelihoodConfig.setting_names()}
         )
         self.costs: Counter[str] = Counter()
         self._costs_of_all: dict[str, float] | None = None

@@ -91,8 +91,8 @@ class Thinker:
         the model was built for, and prompts longer than in training.
         """
         for name in settings:
-            if name not in ThinkingConfig.__dataclass_fields__:
-                raise unknown_name("setting", name, ThinkingConfig.__dataclass_fields__)
+            if name not in ThinkingConfig.setting_names():
+                raise unknown_name("setting", name, ThinkingConfig.setting_names())
         config, shape = ThinkingConfig(**settings), self.denoiser.config
         if config.cfg_scale and not shape.can_guide:
             raise ValueError(f"this model was never trained without a prompt; got cfg_scale {config.cfg_scale}. Use 0.")

@@ -121,8 +121,8 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
         for name in settings:
             if name in REMOVED:
                 raise ValueError(f"{what} {name!r} was removed; got {settings[name]!r}. {REMOVED[name]}")
-            if name not in SamplingConfig.__dataclass_fields__:
-                raise unknown_name(what, name, SamplingConfig.__dataclass_fields__)
+            if name not in SamplingConfig.setting_names():
+                raise unknown_name(what, name, SamplingConfig.setting_names())
     if ":" in str(saved.get("preset")) and "preset" not in given:
         raise ValueError(
             f"config.json names code to run: preset {saved['preset']!r}. Pass preset= yourself if you trust it."

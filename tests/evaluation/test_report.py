@@ -102,8 +102,8 @@ SUITES = ["llada-instruct", "llada-base", "dream-instruct", "tiny-a2d-mdlm", "ti
 def test_the_settings_of_every_suite_are_settings_of_ours(name):
     for task in find_suite(name):
         assert "not reproducible offline" in task.note
-        sampling = {k: v for k, v in task.settings.items() if k in SamplingConfig.__dataclass_fields__}
-        likelihood = {k: v for k, v in task.settings.items() if k in LikelihoodConfig.__dataclass_fields__}
+        sampling = {k: v for k, v in task.settings.items() if k in SamplingConfig.setting_names()}
+        likelihood = {k: v for k, v in task.settings.items() if k in LikelihoodConfig.setting_names()}
         assert {**sampling, **likelihood} == task.settings
         SamplingConfig(**sampling)
         LikelihoodConfig(**likelihood)

@@ -224,6 +224,7 @@ def test_a_budget_of_forwards_is_spent_on_forwards_alone(lm):
         ({"num_samples": 0}, "num_samples must lie in .1, 1048576.; got 0"),
         ({"threshold": 0.5}, "preset 'llada' has no setting 'threshold'; got 0.5. Use fast-dllm"),
         ({"cache": "exact"}, "needs block-causal attention"),
+        ({"section": "train"}, "unknown setting 'section'; known are preset, max_new_tokens"),
         ({"seconds": 2.0}, "setting 'seconds' was removed; got 2.0. Use forwards"),
         ({"preset": "remdm", "eta": 0.1}, r"setting 'eta' was removed; got 0.1.*MODULE:NAME.*Remasking\(eta=...\)"),
     ],
