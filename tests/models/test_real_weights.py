@@ -48,7 +48,7 @@ def test_with_the_causal_mask_restored_smollm2_has_the_logits_of_its_source(smol
 
 def test_smollm2_brings_its_tokenizer_chat_template_and_a_mean_mask_row(smollm2):
     made, lm = smollm2
-    assert "a new row, set to the mean of the others" in made.notes[-1]
+    assert "a new row, set to the mean of the other rows" in made.notes[-1]
     source = AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
     assert lm.tokenizer(TEXT)["input_ids"] == source(TEXT)["input_ids"]
     messages = [{"role": "user", "content": "Hello"}]
