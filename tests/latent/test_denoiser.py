@@ -316,7 +316,7 @@ def test_a_model_learns_one_batch_by_heart():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: LatentDenoiser(LatentDenoiserConfig(answer="masked")), "answer must be 'autoregressive', others were"),
+        (lambda: LatentDenoiser(LatentDenoiserConfig(answer="masked")), "answer must be 'autoregressive'; others were"),
         (lambda: LatentDenoiser(LatentDenoiserConfig(parametrization="v")), "parametrization must be 'x0'"),
         (lambda: LatentDenoiser(LatentDenoiserConfig(hidden_size=30)), "hidden_size must be a multiple of 8; got 30"),
         (lambda: ThoughtObjective(answer_weight=-1.0), "objective.answer_weight must be at least 0; got -1"),

@@ -390,4 +390,3 @@ def test_a_recipe_of_an_earlier_version_is_refused_in_one_line(runs, tmp_path, c
     assert _dispatch(["train", str(path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "settings that were removed" in line
-    assert "'rollout'; known are out, stage" in line

@@ -101,7 +101,7 @@ def test_epochs_must_be_positive(epochs):
 
 
 def test_steps_beside_the_epochs_of_a_recipe_are_refused_and_taken_without_them(capsys):
-    with pytest.raises(ValueError, match=r"train\.epochs 5 decides .*max_steps 100 too\. Add --train\.epochs"):
+    with pytest.raises(ValueError, match=r"train\.epochs 5 sets .*max_steps 100 too\. Add --train\.epochs"):
         main(["llada-sft", "--train.max-steps", "100"])
     assert not Path("runs").exists()
     steps = ["--smoke", "--train.max-steps", "2", "--train.save-every", "2"]
