@@ -354,7 +354,7 @@ def killed(config, how, **changes):
 
 @pytest.mark.slow
 def test_twenty_sigkills_at_random_moments_lose_nothing_and_end_bitwise_as_a_run_never_killed(config):
-    made = killed(config, "random", max_steps=600, save_every=3, max_checkpoints=2)
+    made = killed(config, "random", max_steps=600, save_every=6, max_checkpoints=2)
     assert [one["code"] for one in made["rounds"]] == [-signal.SIGKILL] * 20, made
     steps = [one["step"] for one in made["rounds"]]
     assert steps == sorted(steps)
