@@ -10,3 +10,11 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return ValueError(f"unknown {what} {name!r}; known are {', '.join(names)}.{hint}")
+
+
+def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for the first name that is not among the known ones."""
+    valid = list(known)
+    for name in names:
+        if name not in valid:
+            raise unknown_name(what, name, valid)

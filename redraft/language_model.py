@@ -14,7 +14,7 @@ from torch import Tensor
 from redraft.constraints.completion import CompiledConstraint
 from redraft.constraints.kinds import Constraint, constraint_key
 from redraft.constraints.token_bytes import leading_space, token_bytes
-from redraft.errors import unknown_name
+from redraft.errors import check_names
 from redraft.layouts import Layout
 from redraft.likelihood.config import LikelihoodConfig
 from redraft.likelihood.estimate import LogLikelihood, Request, loglikelihoods
@@ -281,9 +281,7 @@ class LanguageModel:
         """
         given, asked = self.encode_pair(context, continuation)
         self._check_length(len(given) + len(asked))
-        for name in settings:
-            if name not in LikelihoodConfig.setting_names():
-                raise unknown_name("setting", name, LikelihoodConfig.setting_names())
+        check_names("setting", settings, LikelihoodConfig.setting_names())
         config = LikelihoodConfig(**settings)
         return loglikelihoods(self.denoiser, [Request(context=given, continuation=asked)], config)[0]
 

@@ -13,6 +13,7 @@ from redraft.cli.parsing import LoadingFlags, SamplingFlags, TemplateFlags, pars
 from redraft.evaluation.tasks import NAMED, TaskOptions, is_offline_task, make_task, require_package
 from redraft.folders import one_writer
 from redraft.likelihood.config import LikelihoodConfig
+from redraft.sampling.config import ALL_COSTS
 from redraft.settings import Count
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _sweep(args: EvalFlags, sampling: dict[str, Any]) -> int:
     """Evaluate with several numbers of steps, one after the other, and draw what they cost and give."""
     from redraft.evaluation.report import plot_frontier, provenance
 
-    for name in ("steps", "steps_per_block", "budget", "forwards"):
+    for name in ALL_COSTS:
         if name in sampling:
             raise ValueError(f"--sweep-steps chooses the steps; got --{name.replace('_', '-')}. Leave it out.")
     folders = [args.out / f"steps-{steps}" for steps in args.sweep_steps]

@@ -20,7 +20,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from redraft.errors import unknown_name
+from redraft.errors import check_names
 from redraft.evaluation.metrics import RATIOS
 from redraft.evaluation.run import Store, Summary, join_processes, summarize
 from redraft.language_model import LanguageModel, load
@@ -57,10 +57,7 @@ class RedraftLM(TemplateLM):
     ) -> None:
         super().__init__()
         sampling = set(SamplingConfig.setting_names()) - {"stop", "num_samples"}  # num_samples: of a likelihood
-        known = {*sampling, *LikelihoodConfig.setting_names()}
-        for name in settings:
-            if name not in known:
-                raise unknown_name("setting", name, sorted(known))
+        check_names("setting", settings, sorted({*sampling, *LikelihoodConfig.setting_names()}))
         if lm is None and not pretrained:
             raise ValueError("there is no model; pass pretrained=FOLDER in --model_args.")
         self._join_processes()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from redraft.errors import unknown_name
+from redraft.errors import check_names
 from redraft.latent.answers import ThoughtCache, no_latents, no_tokens, write_answers
 from redraft.latent.autoencoder import TextAutoencoder
 from redraft.latent.config import ThinkingConfig
@@ -90,9 +90,7 @@ class Thinker:
         committed, to test whether thoughts are needed. Raises ValueError for settings that do not fit, more blocks than
         the model was built for, and prompts longer than in training.
         """
-        for name in settings:
-            if name not in ThinkingConfig.setting_names():
-                raise unknown_name("setting", name, ThinkingConfig.setting_names())
+        check_names("setting", settings, ThinkingConfig.setting_names())
         config, shape = ThinkingConfig(**settings), self.denoiser.config
         if config.cfg_scale and not shape.can_guide:
             raise ValueError(f"this model was never trained without a prompt; got cfg_scale {config.cfg_scale}. Use 0.")

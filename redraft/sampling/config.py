@@ -129,9 +129,8 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
         )
     if "preset" in given:
         saved = {name: value for name, value in saved.items() if name == "max_new_tokens"}
-    costs = {*COSTS, "steps_per_block"}
-    if costs & set(given):
-        saved = {name: value for name, value in saved.items() if name not in costs}
+    if set(ALL_COSTS) & set(given):
+        saved = {name: value for name, value in saved.items() if name not in ALL_COSTS}
     chosen = saved | given
     size, total = saved.get("block_size"), chosen.get("max_new_tokens", SamplingConfig.max_new_tokens)
     if size and "block_size" not in given and isinstance(total, int) and total > 0 and total % size:
@@ -141,6 +140,7 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
 
 COSTS = ("steps", "budget", "forwards")
 """Settings that each set the number of forward passes of a text."""
+ALL_COSTS = (*COSTS, "steps_per_block")
 OLD_PRESETS = {f"fast-dllm-{kind}": {"preset": "fast-dllm", "cache": kind} for kind in ("prefix", "dual")}
 """Old names of presets in saved checkpoints, and the settings that replace them."""
 _OWN_PRESET = "Use a preset of your own (MODULE:NAME) with the policy"
