@@ -58,8 +58,6 @@ class Forward:
             if all(group.has_answer() for group in groups):
                 return
             if not any(len(group.window.where) for group in groups):
-                for group in groups:
-                    group.answer(group.canvas.confidence.new_zeros((0, group.prior[1])))
                 return
         if self.denoiser.is_self_conditioned and any(group.block.ne(group.last_block).any() for group in groups):
             raise ValueError("this model denoises one canvas after the other; allow at least one forward for each.")

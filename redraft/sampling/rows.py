@@ -193,6 +193,12 @@ class Rows:
         then, now = self.answered, self.window
         return torch.equal(then.rows, now.rows) and torch.equal(then.positions, now.positions)
 
+    def logits_asked_for(self) -> Float[Tensor, "n vocab"]:
+        """Return the answer to this step's question; where nothing is asked, the last answer stays for a later step."""
+        if self.logits is None or not len(self.window.where):
+            return self.canvas.confidence.new_zeros((0, self.prior[1]))
+        return self.logits
+
     def open_blocks(self, num_required: Int[Tensor, "batch"] | None = None) -> None:
         """Open the next blocks where the open ones are finished, as many as `num_required` commits need."""
         which = [row for row, place in enumerate(self.places) if place.is_finished or num_required is not None]

@@ -75,8 +75,7 @@ def decide(rows: Rows) -> tuple[Step, Int[Tensor, "5 batch"]]:
     The tensor holds for each row: is it done, is it stuck, are logits NaN, is its block finished, and its first
     undecided position. One tensor, so that the caller waits for the device once.
     """
-    sampler, window, logits, before = rows.sampler, rows.window, rows.logits, rows.part
-    assert logits is not None
+    sampler, window, logits, before = rows.sampler, rows.window, rows.logits_asked_for(), rows.part
     if sampler.guides:
         logits = logits.clone()  # they may work in place, and the next step may ask for the same logits
     where = window.rows * rows.canvas.tokens.shape[1] + window.positions

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_lm
 
@@ -116,8 +116,16 @@ def test_a_row_is_as_it_is_alone(lm, chosen, prompts, order):
     assert forwards == [alone[i][1][0] for i in shuffled]
 
 
+REOPENED = {  # a step asks nothing, and reopens what the forward before it had been fed
+    "both": p.Remasking(kind="cap", eta=0.3), "unmask": p.Quota(), "edit": None, "steps": 10,
+    "frontier": p.Blocks(size=4), "score": p.confidence, "stop": p.filled, "temperature": 0.0, "cfg_scale": 0.0,
+    "cache": 0,
+}  # fmt: skip
+
+
 @few
 @given(chosen=choices, row=prompt, budget=st.sampled_from([None, 7]))
+@example(chosen=REOPENED, row=[34, 32, 2, 0], budget=None)
 def test_forwards_are_those_that_the_model_ran(lm, chosen, row, budget):
     calls = []
     handle = lm.model.register_forward_pre_hook(lambda *_: calls.append(None))
