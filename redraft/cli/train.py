@@ -58,6 +58,9 @@ def _take_mode(flags: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
+    from redraft.models.later import import_modelling
+
+    import_modelling()
     from redraft.training.output import lasting_output
 
     train: Any

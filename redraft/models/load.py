@@ -17,6 +17,7 @@ from redraft.models.families import FAMILIES, find_family, known_model_types
 from redraft.models.family import Family
 from redraft.models.files import CUT_SHORT, Raw, check_fit, check_raw, first_line, read_json, reading, weight_files
 from redraft.models.finite import check_finite, floats_of
+from redraft.models.later import import_modelling
 from redraft.models.probe import check_isolated
 from redraft.models.quantize import keep_format, quantizer
 from redraft.models.settings import DiffusionSettings
@@ -48,6 +49,7 @@ def load_denoiser(
     the vocabulary, the tokenizer is larger than the embedding, the adapter does not fit, or the quantisation does
     not suit the model or this machine.
     """
+    import_modelling()
     target = choose_device(device)
     if adapter is None:
         path, adapter = split_adapter(path)
