@@ -9,6 +9,7 @@ machine and minutes of the training are kept as long as the weights are the same
 
 import argparse
 import json
+import os
 import platform
 import re
 import shutil
@@ -24,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import checkpoints
+from redraft.cli.common import be_quiet
 from redraft.cli.models import example_command
 from redraft.errors import check_names, unknown_name
 from redraft.folders import hash_of, write_whole
@@ -175,6 +177,7 @@ def _cast(run: Path, folder: Path, config: Entry) -> None:
     kinds = {True: torch.bfloat16, False: torch.float32}
     cast = {name: w.to(kinds[w.ndim > 1]) if w.is_floating_point() else w for name, w in weights.items()}
     save_file(cast, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read it
 
 
 def _count_parameters(folder: Path) -> int:
@@ -216,7 +219,7 @@ def _machine() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{torch.get_num_threads()} threads on {model}"
+    return f"{os.cpu_count()} cores, {model}"
 
 
 # --- The card --------------------------------------------------------------------------------------------------------
@@ -285,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eval", metavar="RESULTS", type=Path, nargs="+", default=[], help="folders of redraft eval")
     parser.add_argument("--generation", metavar="KEY=VALUE", nargs="+", default=[], help="the sampler to save, whole")
     args = parser.parse_args(arguments)
+    be_quiet()
     try:
         folder = ship(args.name, args.run, results=args.eval, generation=parse_settings(args.generation))
     except ValueError as error:
