@@ -9,9 +9,6 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FEW_ELEMENTS = 2**22
-ONE_THREAD = 2**15 - 1
-"""Elements for which torch starts no second thread."""
 
 
 def check_finite(source: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -21,26 +18,18 @@ def check_finite(source: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> N
     """
     names, ends = [], []
     for name, tensor in tensors:
-        for piece in _pieces(tensor.detach()):
-            names.append(name)
-            ends.append(torch.stack(torch.aminmax(piece)).double())  # both are NaN where one element is
+        names.append(name)
+        ends.append(torch.stack(torch.aminmax(tensor.detach())).double())  # both are NaN where one element is
     if not ends:
         return
     is_finite = torch.stack(ends).isfinite().all(dim=1).tolist()  # sync
-    damaged = list(dict.fromkeys(name for name, fine in zip(names, is_finite, strict=True) if not fine))
+    damaged = [name for name, fine in zip(names, is_finite, strict=True) if not fine]
     if damaged:
         more = f" (and {len(damaged) - 1} more tensors)" if len(damaged) > 1 else ""
         raise ValueError(
             f"{source}: {damaged[0]} holds NaN or infinity{more}. The file is damaged, or its values are too large for "
             "the dtype it is loaded in: fetch it again, or load it with dtype='float32'."
         )
-
-
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Cut a small tensor on the CPU into pieces that one thread reads: waking a second one costs more."""
-    if tensor.device.type != "cpu" or tensor.numel() > FEW_ELEMENTS:
-        return (tensor,)
-    return tensor.flatten().split(ONE_THREAD)
 
 
 def floats_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
