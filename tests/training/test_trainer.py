@@ -1,6 +1,5 @@
 """Invariances of the training loop: how the global batch is split, where a run is killed, what is evaluated twice."""
 
-import itertools
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +26,7 @@ from redraft.recipes import RECIPES
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import write_hashes
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
+from redraft.training.plan import Clock
 from redraft.training.run import run
 from redraft.training.trainer import DiffusionTrainer
 
@@ -387,16 +386,21 @@ def test_training_lowers_the_loss_and_averaged_weights_are_saved(config):
     assert any(not torch.equal(saved[name], raw[name]) for name in averaged)
 
 
-@pytest.mark.parametrize(("minutes", "measured", "steps"), [(0.25, 3, 7), (10.0, 8, 9)])
-def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measured, steps):
-    """A pass takes a second of this clock; test_pace.py has all of the arithmetic."""
-    calls, compute_loss, ticks = [], DiffusionTrainer.compute_loss, itertools.count()
-    monkeypatch.setattr(DiffusionTrainer, "compute_loss", lambda *a, **k: calls.append(1) or compute_loss(*a, **k))
-    monkeypatch.setattr("redraft.training.pace.time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    monkeypatch.setattr(
-        "redraft.training.callbacks.time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter)
-    )
-    outcome = run(with_train(config, max_steps=9, max_minutes=minutes, save_every=1000), console=QUIET)
+@pytest.mark.parametrize(("minutes", "measured", "slow", "steps"), [(0.2, 3, 1, 8), (10, 8, 1, 9), (0.2, 3, 3, 4)])
+def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measured, slow, steps):
+    """A pass takes a second of this clock, `slow` seconds from the third step on; test_pace.py has the arithmetic."""
+    now, calls, compute_loss = [0.0], [], DiffusionTrainer.compute_loss
+
+    def count(*args, **settings):
+        calls.append(1)
+        now[0] += slow if len(calls) > measured + 2 else 1
+        return compute_loss(*args, **settings)
+
+    monkeypatch.setattr(DiffusionTrainer, "compute_loss", count)
+    monkeypatch.setattr(DiffusionTrainer, "closing_seconds", 0.5)
+    monkeypatch.setattr(DiffusionTrainer, "final_windows", 0)
+    config = with_train(config, max_steps=9, max_minutes=minutes, save_every=1000)
+    outcome = run(config, console=QUIET, clock=Clock(now=lambda: now[0]))
     assert outcome.steps == RunConfig.read(outcome.folder / "recipe.json").train.max_steps == steps
     assert len(calls) == measured + steps
 
