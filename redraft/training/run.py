@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -140,6 +141,8 @@ def drive(config: Run, trainer: KeyedTrainer, pacer: Pacer, *, checkpoint: str |
     steps = trainer.state.global_step
     if stop.received:
         say(console, f"stopped at step {steps}. To continue: {config.resume_command}")
+        if isinstance(config, RunConfig):  # the checkpoints of latent stages are no whole models
+            say(console, f"To use it as it is: redraft sample {shlex.quote(f'{folder}/checkpoint-{steps}')} 'A prompt'")
     elif is_main:
         with explain_disk_errors(RECIPE_FILE, folder):
             _as_planned(config, trainer).save(folder)

@@ -160,11 +160,11 @@ def test_what_compiling_takes_and_saves_is_said(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "compiling the transformer, which takes about" in lines[0]
     assert lines[1] == "compiled in 34 s: a step takes 0.52 s instead of 1 s"
-    assert trainer.plan.end == int((1800 - 8 - 33.5 - 5) / 0.515)  # compiled steps, and the time of compiling
+    assert trainer.plan.end == int((1800 - 8 - 33.5 - 5) / 0.515)
 
 
 def rates_of(trainer, pacer, seconds, *, pause=0.0, first=0):
-    """Run the loop without a model: step n takes `seconds(n)`. Return the learning rate of each step, of a peak of 1."""
+    """Run the loop without a model, step n in `seconds(n)`. Return each step's learning rate, of a peak of 1."""
     control, state, args = TrainerControl(), TrainerState(), SimpleNamespace(device=torch.device("cpu"))
     plan, rates = trainer.plan, []
     rate = partial(linear, num_warmup_steps=plan.schedule_steps // 20, num_training_steps=plan.schedule_steps)

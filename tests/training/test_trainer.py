@@ -335,7 +335,7 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(config, number, code
 def test_evaluation_gives_the_same_number_twice_and_its_standard_error(config):
     outcome = run(config, console=QUIET)
     again = [line for line in read_log(outcome.folder / "log.jsonl") if "eval_nats_per_token" in line]
-    assert again[-2]["eval_nats_per_token"] > 0  # at the last step, over 20 windows
+    assert again[-2]["eval_nats_per_token"] > 0  # at the checkpoint before, over 20 windows
     assert again[-1]["eval_nats_per_token"] == outcome.validation.nats_per_token
     assert 0 < outcome.validation.standard_error < outcome.validation.nats_per_token
     assert outcome.validation.bits_per_byte > 0
@@ -386,9 +386,9 @@ def test_training_lowers_the_loss_and_averaged_weights_are_saved(config):
     assert any(not torch.equal(saved[name], raw[name]) for name in averaged)
 
 
-@pytest.mark.parametrize(("minutes", "measured", "slow", "steps"), [(0.2, 3, 1, 8), (10, 8, 1, 9), (0.2, 3, 3, 4)])
+@pytest.mark.parametrize(("minutes", "measured", "slow", "steps"), [(0.2, 3, 1, 7), (10, 8, 1, 9), (0.2, 3, 3, 4)])
 def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measured, slow, steps):
-    """A pass takes a second of this clock, `slow` seconds from the third step on; test_pace.py has the arithmetic."""
+    """A pass takes a second of this clock, `slow` seconds from the third step on (test_pace.py has the arithmetic)."""
     now, calls, compute_loss = [0.0], [], DiffusionTrainer.compute_loss
 
     def count(*args, **settings):
@@ -398,11 +398,27 @@ def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measure
 
     monkeypatch.setattr(DiffusionTrainer, "compute_loss", count)
     monkeypatch.setattr(DiffusionTrainer, "closing_seconds", 0.5)
-    monkeypatch.setattr(DiffusionTrainer, "final_windows", 0)
     config = with_train(config, max_steps=9, max_minutes=minutes, save_every=1000)
     outcome = run(config, console=QUIET, clock=Clock(now=lambda: now[0]))
     assert outcome.steps == RunConfig.read(outcome.folder / "recipe.json").train.max_steps == steps
     assert len(calls) == measured + steps
+
+
+def test_a_finished_run_is_trained_for_longer_and_a_stop_on_the_way_changes_nothing(config):
+    folder = run(config, console=QUIET).folder
+    longer = with_train(config, max_steps=12)
+    assert run(longer, resume=True, console=QUIET).steps == 12
+    weights = load_file(folder / "model.safetensors")
+    rates = [line["learning_rate"] for line in read_log(folder / "log.jsonl") if "loss" in line]
+    assert rates[6:] == rates[:6]  # the schedule again
+    for step in (10, 12):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    assert run(longer, resume=True, console=QUIET).steps == 12
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    for wrong in (config, with_train(longer, learning_rate=1.0)):
+        with pytest.raises(ValueError, match="or for longer .* but these settings differ"):
+            run(wrong, resume=True, console=QUIET)
 
 
 def mistakes(config):
