@@ -168,7 +168,7 @@ def run_stage(
         say(console, f"{config.stage}: {num_trained / 1e6:.2f} M parameters, {len(stage.rows):,} rows")
         trainer = StageTrainer(stage, config)
         pacer = Pacer(trainer, config.train, clock=clock, console=console)
-        result = drive(config, trainer, pacer, checkpoint=checkpoint)
+        result = drive(config, pacer, checkpoint=checkpoint)
         if result.signal:
             return result
         stage.model.eval()

@@ -73,7 +73,7 @@ def _run(config: RunConfig, *, resume: bool, console: Console, clock: Clock) -> 
     kind = PreferenceTrainer if config.data.kind == "preference" else DiffusionTrainer
     trainer = kind(config, data, denoiser)
     pacer = Pacer(trainer, config.train, clock=clock, console=console)
-    result = drive(config, trainer, pacer, checkpoint=checkpoint)
+    result = drive(config, pacer, checkpoint=checkpoint)
     return result if result.signal else _finish(result, trainer, data, pacer, config)
 
 
@@ -108,8 +108,9 @@ def begin(config: Run, *, resume: bool, console: Console) -> tuple[Run, str | No
     return config, checkpoint
 
 
-def drive(config: Run, trainer: KeyedTrainer, pacer: Pacer, *, checkpoint: str | None) -> RunResult:
+def drive(config: Run, pacer: Pacer, *, checkpoint: str | None) -> RunResult:
     """Run the loop from its start or a checkpoint, to its end or to a signal, and say how to continue."""
+    trainer = pacer.trainer
     folder, is_main, console = Path(config.out), trainer.is_world_process_zero(), pacer.console
     progress, log, stop = ProgressLines(console, trainer.legend), LogFile(folder), GracefulStop(console)
     for callback in (pacer, progress, log, stop):
