@@ -8,7 +8,7 @@ from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
 TRAIN = TrainConfig(
     optimizer="muon",  # docs/lab-notes.md, "Recipes of the shipped checkpoints"
-    learning_rate=3e-3,
+    learning_rate=2e-3,
     batch_size=32,
     max_steps=20_000,
     max_minutes=95.0,
@@ -23,7 +23,7 @@ def sudoku() -> RunConfig:
         data=DataConfig(kind="redraft.data.grids:prepare_grids", source="9,4", seq_len=89),
         model=ModelConfig(size="hidden=192,layers=6,heads=6,intermediate=512", max_positions=128),
         objective=ObjectiveConfig(t_max=0.8),  # a grid with few clues has many solutions: there is nothing to learn
-        train=replace(TRAIN, max_steps=30_000, save_every=2000, weight_decay=0.01),
+        train=replace(TRAIN, learning_rate=3e-3, max_steps=30_000, save_every=2000, weight_decay=0.01),
     )
 
 
