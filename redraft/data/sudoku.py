@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from math import isqrt
 from random import Random
 from typing import Any
@@ -102,7 +103,6 @@ class SudokuRules:
             if sum(map(bool, puzzle)) == clues:
                 break
             puzzle[i] = 0
-            others = self.solutions(puzzle)
-            if next(others) and next(others, None):
+            if len(list(islice(self.solutions(puzzle), 2))) > 1:
                 puzzle[i] = grid[i]
         return puzzle
