@@ -202,7 +202,7 @@ def test_a_text_cut_after_an_indentation_or_at_a_line_end_keeps_its_tokens():
     for cut in (match.end() for match in cuts):
         [left], [right] = (encode_documents(tokenizer, [part]) for part in (code[:cut], code[cut:]))
         assert [left + right] == encode_documents(tokenizer, [code])
-    assert len(cuts) == 15
+    assert len(cuts) == 13
 
 
 def test_a_tokenizer_of_an_earlier_version_loads_and_encodes_as_it_did(tmp_path):
