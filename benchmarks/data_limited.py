@@ -46,15 +46,15 @@ Curve = dict[int, tuple[float, float]]
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
-    """Take the first documents of the standard library, or every n-th of all: its tables stand side by side."""
-    source = "stdlib"
+    """Take the first documents of a source, or every n-th of the standard library: its tables stand side by side."""
+    source = args.source
     if args.every:
         source = str(args.runs.with_name(f"every-{args.every}.jsonl"))
         documents = islice(read_documents("stdlib"), args.every - 1, None, args.every)
         Path(source).write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return DataConfig(
         source=source, seq_len=args.seq_len, vocab_size=args.vocab_size, validation_fraction=args.held_out,
-        max_documents=None if args.every else args.documents,
+        max_documents=None if args.every else args.documents or None,
     )  # fmt: skip
 
 
@@ -83,6 +83,8 @@ def remembered(method: str, args: argparse.Namespace, *, rate: float, steps: int
     rows = (args.seq_len, args.batch_size, args.vocab_size, args.every, args.held_out)
     if rows != (64, 16, 1024, None, 0.2):
         shape += f" {rows}"
+    if args.source != "stdlib":
+        shape += f" {args.source}"
     key = f"{method} {shape} {rate:g} {steps} {seed}"
     lines = map(json.loads, args.runs.read_text().splitlines()) if args.runs.exists() else ()
     known = {line["key"]: line for line in lines}
@@ -170,7 +172,8 @@ def main() -> None:
     """Measure and print; every run is told on standard error as it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS)[:4], choices=list(METHODS))
-    parser.add_argument("--documents", type=int, default=10, help="documents of the corpus, the first")
+    parser.add_argument("--source", default="stdlib", help="what redraft train reads")
+    parser.add_argument("--documents", type=int, default=10, help="documents of the corpus, the first; 0: all")
     parser.add_argument("--every", type=int, help="every n-th document of the standard library instead")
     parser.add_argument("--held-out", type=float, default=0.2, help="fraction of the documents")
     parser.add_argument("--size", default="1m", help="named shape of the model")

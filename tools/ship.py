@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from redraft import checkpoints
-from redraft.cli.common import be_quiet
+from redraft.cli.common import import_quietly
 from redraft.cli.models import example_command
 from redraft.errors import check_names, unknown_name
 from redraft.folders import hash_of, write_whole
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eval", metavar="RESULTS", type=Path, nargs="+", default=[], help="folders of redraft eval")
     parser.add_argument("--generation", metavar="KEY=VALUE", nargs="+", default=[], help="the sampler to save, whole")
     args = parser.parse_args(arguments)
-    be_quiet()
+    import_quietly()
     try:
         folder = ship(args.name, args.run, results=args.eval, generation=parse_settings(args.generation))
     except ValueError as error:

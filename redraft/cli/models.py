@@ -1,6 +1,7 @@
 """`redraft models`: the checkpoints that ship in the package. No torch."""
 
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from typing import Any
@@ -40,8 +41,10 @@ def _lines(name: str, entry: dict[str, Any]) -> list[str]:
 
 
 def score_line(score: dict[str, Any]) -> str:
-    """Format one score with its standard error (of the mean over items)."""
-    return f"{score['task']}: {score['unit']} {score['value']:.4g}, standard error {score['standard_error']:.2g}"
+    """Format one score with the flags that it was measured with, and its standard error (of the mean over items)."""
+    flags = re.sub(r"^redraft eval \S+|--(tasks|out) \S+", "", score["command"]).split()
+    what = " ".join([score["task"], *flags])
+    return f"{what}: {score['unit']} {score['value']:.4g}, standard error {score['standard_error']:.2g}"
 
 
 def example_command(name: str, example: list[str]) -> str:
