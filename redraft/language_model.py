@@ -71,6 +71,23 @@ class Generation:
     """Every decision, with trace=True."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Rows that are ready to be denoised, and how each ends: what `generate`, `infill` and a server have in common."""
+
+    config: SamplingConfig
+    rows: list[Tensor]
+    """Token ids: the prompts, or whole rows with holes. With `num_samples`, those of one prompt follow each other."""
+    canvas: Canvas
+    sampler: Sampler
+    row_keys: Int[Tensor, "batch"]
+    finish: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, str | None]]
+    """(row, its tokens, their status) -> new tokens, sequence and text, as `Generation` holds them."""
+    is_infilling: bool = False
+    dropped: str = ""
+    """What decoding puts before the new text and is not part of it."""
+
+
 def load(
     path: str | Path,
     *,
@@ -191,11 +208,49 @@ class LanguageModel:
         Raises ValueError for settings that do not fit, for prompts that do not leave room in the model's context, and,
         before the first forward, for a constraint that cannot be satisfied.
         """
-        config = self._config(settings, constraint)
-        rows = self._encode_all(prompts, config)
-        canvas, steps = self._start(rows, config, guides, logits_processor, constraint)
+        given: dict[str, Any] = {"guides": guides, "logits_processor": logits_processor, "constraint": constraint}
+        prepared = self.prepare(prompts, **given, **settings)
+        steps = self._denoise(prepared)
         if streamer is not None:
-            steps = self._feed(streamer, rows, config, steps)
+            steps = self._feed(streamer, prepared.rows, prepared.config, steps)
+        return _collect(prepared, steps, trace=trace)
+
+    def prepare(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        guides: Sequence[Guide] = (),
+        logits_processor: Sequence[Any] = (),
+        constraint: Constraint | None = None,
+        holes: bool = False,
+        **settings: Any,
+    ) -> Prepared:
+        """Make rows of prompts, as `generate` does (with `holes`: as `infill` does), without denoising them.
+
+        Raises the ValueErrors of `generate` and `infill`. It changes nothing: several threads may call it.
+        """
+        make = self._with_holes if holes else self._after_prompts
+        prepared = make(prompts, settings, guides, logits_processor, constraint)
+        if prepared.sampler.constraint is not None:
+            prepared.sampler.constraint.check(prepared.canvas)
+        return prepared
+
+    def _denoise(self, prepared: Prepared, batch: Batch | None = None) -> Iterator[Step]:
+        canvas, sampler, row_keys = prepared.canvas, prepared.sampler, prepared.row_keys
+        return denoise(self.denoiser, canvas, sampler, row_keys=row_keys, batch=batch)
+
+    def _after_prompts(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        settings: dict[str, Any],
+        guides: Sequence[Guide],
+        logits_processor: Sequence[Any],
+        constraint: Constraint | None,
+    ) -> Prepared:
+        """Lay out the new tokens behind the prompts."""
+        config = self._config(settings, constraint)
+        rows = [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
+        sampler = self._sampler(config, guides, logits_processor, constraint, rows)
         # Word pieces are decoded with a space before them; a constraint holds for the text after that space.
         added = " " if constraint is not None and leading_space(self.tokenizer) == "added" else ""
 
@@ -204,7 +259,15 @@ class LanguageModel:
             text = None if self.tokenizer is None else self.new_text(rows[i], new, config).removeprefix(added)
             return new, torch.cat([rows[i], new]), text
 
-        return _collect(canvas, steps, finish, trace=trace)
+        return Prepared(
+            config=config,
+            rows=rows,
+            canvas=self._canvas_after(rows, config.max_new_tokens, sampler),
+            sampler=sampler,
+            row_keys=self._row_keys(rows, config),
+            finish=finish,
+            dropped=added,
+        )
 
     def stream(
         self,
@@ -220,9 +283,8 @@ class LanguageModel:
 
         A `batch` that is passed to every call keeps the exact cache of a conversation between the calls.
         """
-        config = self._config(settings, constraint)
-        rows = self._encode_all(prompts, config)
-        return self._start(rows, config, guides, logits_processor, constraint, batch)[1]
+        given: dict[str, Any] = {"guides": guides, "logits_processor": logits_processor, "constraint": constraint}
+        return self._denoise(self.prepare(prompts, **given, **settings), batch)
 
     def infill(
         self,
@@ -240,6 +302,19 @@ class LanguageModel:
 
         Raises ValueError where a prompt has no hole.
         """
+        given: dict[str, Any] = {"guides": guides, "logits_processor": logits_processor, "constraint": constraint}
+        prepared = self.prepare(prompts, holes=True, **given, **settings)
+        return _collect(prepared, self._denoise(prepared), trace=trace)
+
+    def _with_holes(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        settings: dict[str, Any],
+        guides: Sequence[Guide],
+        logits_processor: Sequence[Any],
+        constraint: Constraint | None,
+    ) -> Prepared:
+        """Make noise of the holes in the prompts."""
         if isinstance(self.denoiser, EncoderDecoder):
             raise ValueError(f"{self.model.config.model_type} only continues its prompt; it cannot fill holes.")
         given = {name: None for name in FOR_A_LENGTH if name in self.saved_sampling} | settings
@@ -263,8 +338,6 @@ class LanguageModel:
         if isinstance(sampler.frontier, Blocks):  # on the grid: there is no prompt whose end could begin the blocks
             frontier = replace(sampler.frontier, size=size or sampler.frontier.size, on_grid=True)
             sampler = replace(sampler, frontier=frontier, is_grid_from_prompt=False)
-        canvas = self._build_canvas(rows, is_hole)
-        steps = denoise(self.denoiser, canvas, sampler, row_keys=self._row_keys(rows, config))
 
         def finish(i: int, tokens: Tensor, status: Tensor) -> tuple[Tensor, Tensor, str | None]:
             sequence = tokens[status != Status.PAD].cpu()
@@ -272,7 +345,15 @@ class LanguageModel:
             text = filled_text(self.tokenizer, given_prompts[i], sequence, is_hole[i]) if has_text else None
             return tokens[status == Status.COMMITTED].cpu(), sequence, text
 
-        return _collect(canvas, steps, finish, trace=trace)
+        return Prepared(
+            config=config,
+            rows=rows,
+            canvas=self._build_canvas(rows, is_hole),
+            sampler=sampler,
+            row_keys=self._row_keys(rows, config),
+            finish=finish,
+            is_infilling=True,
+        )
 
     def loglikelihood(self, context: Prompt, continuation: Prompt, **settings: Any) -> LogLikelihood:
         """Bound log p(continuation | context), in nats with its standard error. Settings: `LikelihoodConfig`.
@@ -322,9 +403,6 @@ class LanguageModel:
                 " Do they come from another model's tokenizer?"
             )
         return row
-
-    def _encode_all(self, prompts: Prompt | Sequence[Prompt], config: SamplingConfig) -> list[Tensor]:
-        return [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
 
     def compile_constraint(
         self, constraint: Constraint, *, is_infilling: bool = False, is_start: bool = True
@@ -405,21 +483,6 @@ class LanguageModel:
             guides = (*guides, Processors(processors=tuple(logits_processor), never=never))
         return replace(sampler, guides=tuple(guides), constraint=text_constraint)
 
-    def _start(
-        self,
-        rows: list[Tensor],
-        config: SamplingConfig,
-        guides: Sequence[Guide],
-        logits_processor: Sequence[Any],
-        constraint: Constraint | None,
-        batch: Batch | None = None,
-    ) -> tuple[Canvas, Iterator[Step]]:
-        """Lay out the new tokens behind the prompts, and begin to denoise them."""
-        sampler = self._sampler(config, guides, logits_processor, constraint, rows)
-        canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
-        keys = self._row_keys(rows, config)
-        return canvas, denoise(self.denoiser, canvas, sampler, row_keys=keys, batch=batch)
-
     def _row_keys(self, rows: list[Tensor], config: SamplingConfig) -> Int[Tensor, "batch"]:
         return row_keys(rows, seed=config.seed).to(self.denoiser.device)
 
@@ -486,14 +549,9 @@ class LanguageModel:
             )
 
 
-def _collect(
-    canvas: Canvas,
-    steps: Iterator[Step],
-    finish: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, str | None]],
-    *,
-    trace: bool,
-) -> Generation:
-    """Run all steps. `finish` makes of a row's tokens and status its new tokens, its whole sequence and its text."""
+def _collect(prepared: Prepared, steps: Iterator[Step], *, trace: bool) -> Generation:
+    """Run all steps, and finish the rows."""
+    canvas = prepared.canvas
     start, recorder = time.perf_counter(), Recorder()
     if trace:
         recorder.start(canvas)
@@ -506,7 +564,7 @@ def _collect(
             row = int(step.rows[place])
             finals[row] = (step.canvas.tokens[place], step.canvas.status[place])
             forwards[row] = int(step.num_forwards[place])
-    new, sequences, texts = zip(*(finish(i, *final) for i, final in enumerate(finals)), strict=True)
+    new, sequences, texts = zip(*(prepared.finish(i, *final) for i, final in enumerate(finals)), strict=True)
     return Generation(
         tokens=list(new),
         sequences=list(sequences),

@@ -112,8 +112,8 @@ def decide(rows: Rows) -> tuple[Step, Int[Tensor, "5 batch"]]:
     if rows.predicted.numel():
         rows.predicted = logits.view_as(rows.predicted).to(rows.predicted.dtype)
     is_stuck, is_finished, first = rows.take(canvas, after, action.tokens)
-    is_nan = proposal.log_normaliser.isnan().any().expand_as(is_done)
-    return step, torch.stack([is_done.long(), is_stuck * ~is_done, is_nan.long(), is_finished, first])
+    is_nan = torch.zeros_like(is_stuck).index_add_(0, window.rows, proposal.log_normaliser.isnan().long())
+    return step, torch.stack([is_done.long(), is_stuck * ~is_done, is_nan, is_finished, first])
 
 
 def _propose(rows: Rows, logits: Float[Tensor, "n vocab"], where: Int[Tensor, "n"]) -> Proposal:
