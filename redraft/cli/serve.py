@@ -110,9 +110,8 @@ def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
             f"{flags.model} does not fit into the memory with --max-rows {flags.max_rows}. Lower it or "
             "--max-model-len, or use --quantization."
         ) from error
-    length = flags.max_model_len or base.context_length
     named = {model_name(flags.model): base} | models
-    return Backend(engine=engine, models=named, max_model_len=length, compiler=Compiler())
+    return Backend(engine=engine, models=named, max_model_len=engine.max_model_len, compiler=Compiler())
 
 
 def model_name(model: str) -> str:

@@ -16,7 +16,7 @@ from redraft.constraints.kinds import All, Choice, Constraint, JsonSchema, Regex
 from redraft.errors import check_names, unknown_name
 from redraft.sampling.config import Share
 from redraft.sampling.presets import PRESETS
-from redraft.serving.request import Delta, Draft, TokenLogprob, Usage
+from redraft.serving.request import Delta, TokenLogprob, Usage
 from redraft.settings import MAX_COUNT, Count, NonNegative, Positive, Within, check_field, fits
 
 MAX_CHOICES = 128
@@ -534,30 +534,27 @@ class Reply:
         return text
 
     def chunks(self, delta: Delta) -> Iterator[Object]:
-        """Note a delta, and yield the chunk of a stream that tells its text; none for tokens that are no text yet."""
+        """Note a delta, and yield what a stream tells of it: a chunk where there is new text, and the draft."""
         text, row = self.add(delta), self.rows[delta.index]
-        if not text and row.finish_reason is None:
-            return
-        if not row.is_begun and self.echoes:
-            text = self.echoes[delta.index] + text
-        choice: Object = {"index": delta.index, "finish_reason": row.finish_reason}
-        if self.call.endpoint == "chat":
-            choice["delta"] = ({} if row.is_begun else {"role": "assistant"}) | {"content": text}
-        else:
-            choice["text"] = text
-        choice["logprobs"] = self._logprobs(row)
-        row.is_begun = True
-        yield self._chunk([choice], usage=self.usage() if self.call.has_running_usage else None)
+        usage = self.usage() if self.call.has_running_usage else None
+        if text or row.finish_reason is not None:
+            shown = text if row.is_begun or not self.echoes else self.echoes[delta.index] + text
+            choice: Object = {"index": delta.index, "finish_reason": row.finish_reason}
+            if self.call.endpoint == "chat":
+                choice["delta"] = ({} if row.is_begun else {"role": "assistant"}) | {"content": shown}
+            else:
+                choice["text"] = shown
+            choice["logprobs"] = self._logprobs(row)
+            row.is_begun = True
+            yield self._chunk([choice], usage)
+        if delta.draft is not None:  # without choices, so that benchmarks do not count it as text
+            draft = vars(delta.draft) | {"index": delta.index, "tokens": [list(one) for one in delta.draft.tokens]}
+            yield self._chunk([], usage) | {"draft": draft}
 
     def last_chunk(self) -> Iterator[Object]:
         """Yield the chunk that holds the usage, if it was asked for."""
         if self.call.has_usage:
-            yield self._chunk([], usage=self.usage())
-
-    def draft(self, index: int, draft: Draft) -> Object:
-        """Make the event of a draft: benchmarks do not count chunks without choices."""
-        shown = {"index": index, "revision": draft.revision, "start": draft.start, "end": draft.end}
-        return self._chunk([]) | {"draft": shown | {"tokens": [list(token) for token in draft.tokens]}}
+            yield self._chunk([], self.usage())
 
     def _chunk(self, choices: list[Object], usage: Object | None = None) -> Object:
         is_chat = self.call.endpoint == "chat"
@@ -624,20 +621,15 @@ class Reply:
             row.offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [_finite(one.logprob) for one in new],
-            "top_logprobs": [{self._text_of(id): _finite(logprob) for id, logprob in one.top} for one in new],
+            "token_logprobs": [one.logprob for one in new],
+            "top_logprobs": [{self._text_of(id): logprob for id, logprob in one.top} for one in new],
             "text_offset": offsets,
         }
 
     def _named(self, token_id: int, logprob: float) -> Object:
         text = self._text_of(token_id)
         whole = None if "\ufffd" in text else list(text.encode())  # a part of a character has no text
-        return {"token": text, "logprob": _finite(logprob), "bytes": whole}
+        return {"token": text, "logprob": logprob, "bytes": whole}
 
     def _tops(self, one: TokenLogprob) -> list[Object]:
         return [self._named(token_id, logprob) for token_id, logprob in one.top]
-
-
-def _finite(logprob: float) -> float:
-    """Replace -inf, which JSON cannot write, by OpenAI's number for what is most unlikely."""
-    return max(logprob, -9999.0)

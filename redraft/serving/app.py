@@ -36,7 +36,7 @@ from redraft.serving import api
 from redraft.serving.api import ApiError, Call, Reply, read_call, read_json, read_messages, server_error
 from redraft.serving.compiling import Compiler, LimitedConstraint
 from redraft.serving.metrics import Metrics
-from redraft.serving.request import Delta, Draft, Draining, Full, Request
+from redraft.serving.request import Delta, Draining, Full, Request
 
 if TYPE_CHECKING:
     from redraft.language_model import LanguageModel, Prepared
@@ -49,7 +49,6 @@ SEND_SECONDS = 60.0
 REQUEST_SECONDS = 600.0
 """Longest time of a request; then it ends with what is decided."""
 PING_SECONDS = 15.0
-DRAFT_SECONDS = 0.1
 END_SECONDS = 5.0
 """What streams get to send their last events when the server ends."""
 MAX_OPEN = 2048
@@ -234,7 +233,8 @@ async def read_body(request: HttpRequest) -> bytes:
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise ApiError("the content type must be application/json.", status=415)
     length = request.headers.get("content-length", "0")
-    too_large = ApiError(f"the body must have at most {MAX_BODY_BYTES >> 20} MiB.", status=413)
+    close = {"Connection": "close"}
+    too_large = ApiError(f"the body must have at most {MAX_BODY_BYTES >> 20} MiB.", status=413, headers=close)
     if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
         raise too_large
     body = bytearray()
@@ -245,7 +245,7 @@ async def read_body(request: HttpRequest) -> bytes:
                 if len(body) > MAX_BODY_BYTES:
                     raise too_large
     except TimeoutError as error:
-        raise ApiError(f"the body must arrive within {BODY_SECONDS:g} s.", status=408) from error
+        raise ApiError(f"the body must arrive within {BODY_SECONDS:g} s.", status=408, headers=close) from error
     except ClientDisconnect as error:
         raise ClientGone from error
     return bytes(body)
@@ -465,20 +465,14 @@ class Service:
 
     async def _events(self, flight: Flight) -> AsyncIterator[bytes]:
         """Yield the events of a stream, those of a tick together."""
-        reply, drafts, last_draft = flight.reply, dict[int, Draft](), 0.0
+        reply = flight.reply
         try:
             while not reply.is_done:
                 deltas = await flight.inbox.take(PING_SECONDS)
                 events = [] if deltas else [b": ping\n\n"]
                 for delta in deltas:
-                    for chunk in reply.chunks(delta):
-                        self._time_first_text(flight, delta.text)
-                        events.append(_event(chunk))
-                    if delta.draft is not None:
-                        drafts[delta.index] = delta.draft
-                if drafts and (reply.is_done or time.monotonic() >= last_draft + DRAFT_SECONDS):
-                    events += [_event(reply.draft(index, draft)) for index, draft in drafts.items()]
-                    drafts, last_draft = {}, time.monotonic()
+                    self._time_first_text(flight, delta.text)
+                    events += map(_event, reply.chunks(delta))
                 if events:
                     yield b"".join(events)
             self._finish(flight)

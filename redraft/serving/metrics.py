@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_OF_NOW = ("rows_running", "rows_waiting", "max_rows")
 _TOKENS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
@@ -30,10 +31,10 @@ class Metrics:
         self.registry.register(self)
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """Yield the engine's numbers: those that end in _total only grow."""
+        """Yield the engine's numbers: all but the sizes of now only grow."""
         for name, value in self._stats().items():
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            yield kind(f"redraft_{name}", name.replace("_", " "), value=value)
+            kind = GaugeMetricFamily if name in _OF_NOW else CounterMetricFamily
+            yield kind(f"redraft_{name}", f"Of the engine: {name.replace('_', ' ')}.", value=value)
 
     def finish(self, usage: Mapping[str, Any], *, seconds: float) -> None:
         """Count a finished answer."""

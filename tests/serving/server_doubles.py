@@ -1,6 +1,7 @@
 """A server in a thread, and a stand-in for its engine that keeps the contract of `Engine` and runs no model."""
 
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -9,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from redraft.cli.serve import listen
-from redraft.serving.app import DrainingServer, Service
-
 from redraft.sampling.canvas import Status
+from redraft.serving.app import DrainingServer, Service
 from redraft.serving.request import Delta, Draft, DraftToken, Draining, Full, TokenLogprob, Usage
 
 ANSWER = "the answer is forty two, and that is all there is to say about it"
@@ -53,7 +53,7 @@ class FakeEngine:
             thread.join()
 
     def stats(self):
-        return {"rows_running": len(self.requests), "ticks_total": 3}
+        return {"rows_running": len(self.requests), "ticks": 3}
 
     def _run(self, request):
         config = request.prepared.config
@@ -70,7 +70,8 @@ class FakeEngine:
                 return
             if self.fails_with or (self.ends is not None and time.monotonic() > self.ends):
                 error = self.fails_with or "the server is shutting down."
-                return request.deliver([Delta(index=0, finish_reason="error", error=error)])
+                request.deliver([Delta(index=0, finish_reason="error", error=error)])
+                return
             new, is_last = ids[done - self.per_tick : done], done >= len(ids)
             end = ("length" if len(ids) == config.max_new_tokens else "stop") if is_last else None
             request.deliver([self._delta(request, i, new, ids, done, end) for i in range(len(request.prepared.rows))])
@@ -97,24 +98,32 @@ class FakeEngine:
 
 
 @contextmanager
-def serving(backend, *, grace=5.0, **options):
+def started(backend, *, grace=5.0, **options):
     """Run a server, and yield it with its address; `backend` may be a function that makes one."""
     listener = listen("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # a client that reads nothing is noticed soon
     service = Service(backend if callable(backend) else lambda: backend, **options)
     server = DrainingServer(service, grace=grace)
     server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    while not (service.backend or service.failure):
-        time.sleep(0.005)
     try:
         yield server
     finally:
         if thread.is_alive():
-            service.loop.call_soon_threadsafe(server.end)
-            service.loop.call_soon_threadsafe(server.end)
+            for _ in range(2):
+                service.loop.call_soon_threadsafe(server.end)
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextmanager
+def serving(backend, **options):
+    """Run a server until it has loaded, and yield it."""
+    with started(backend, **options) as server:
+        while not (server.service.backend or server.service.failure):
+            time.sleep(0.005)
+        yield server
 
 
 def call(server, path, body=None, *, raw=None, **headers):

@@ -110,15 +110,13 @@ def test_log_probabilities(server):
     assert logprobs["token_logprobs"] == [-0.5] * 6
 
 
-def test_drafts_come_as_events_without_choices(server, engine):
-    engine.tick_seconds = 0.06
+def test_drafts_come_as_events_without_choices(server):
     body = {"messages": HI, "max_tokens": 24, "redraft": {"drafts": True}}
     chunks = events(server, "/v1/chat/completions", body)
     drafts = [chunk["draft"] for chunk in chunks if "draft" in chunk]
     assert all(chunk["choices"] == [] for chunk in chunks if "draft" in chunk)
     revisions = [draft["revision"] for draft in drafts]
     assert revisions == sorted(set(revisions))
-    assert 2 <= len(drafts) < 6  # at most ten a second
     assert drafts[-1]["start"] == 24
     assert drafts[0]["tokens"][0][1:] == [ANSWER[drafts[0]["start"]], "draft", 0.5]
     assert joined(chunks, lambda choice: choice["delta"].get("content")) == ANSWER[:24]
@@ -236,4 +234,5 @@ def test_metrics_add_up(backend):
     assert float(numbers['redraft_requests_total{endpoint="completions",status="200"}']) == 3
     assert float(numbers['redraft_requests_total{endpoint="completions",status="400"}']) == 1
     assert float(numbers["redraft_ticks_total"]) == 3
+    assert "# TYPE redraft_rows_running gauge" in lines
     assert float(numbers["redraft_ttfb_seconds_count"]) == 3
