@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -217,15 +217,20 @@ async def unless_gone(receive: Receive, work: Awaitable[Any]) -> Any:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; the stream ends with its client."""
+    """Server-sent events; the stream ends with its client, and `leave` is called however it ends."""
 
     media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], leave: Callable[[], None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events, self._leave = events, leave
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_gone(receive, self.stream_response(send))
         finally:
-            await self.body_iterator.aclose()  # type: ignore[attr-defined]
+            self._leave()
+            await self._events.aclose()
 
 
 async def read_body(request: HttpRequest) -> bytes:
@@ -406,8 +411,7 @@ class Service:
 
         if call.is_streamed:
             flight = await start()
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return EventStream(self._events(flight), headers=headers)
+            return EventStream(self._events(flight), functools.partial(self._leave, flight))
 
         async def answer() -> Response:
             flight = await start()
@@ -463,7 +467,7 @@ class Service:
         )  # fmt: skip
         return Flight(id=id, visit=visit, inbox=inbox, reply=reply, started=started)
 
-    async def _events(self, flight: Flight) -> AsyncIterator[bytes]:
+    async def _events(self, flight: Flight) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream, those of a tick together."""
         reply = flight.reply
         try:
@@ -482,8 +486,6 @@ class Service:
         except Exception as error:
             _log_error(flight.visit.id, error)
             yield _event(server_error("the server failed on this request.").body) + b"data: [DONE]\n\n"
-        finally:
-            self._leave(flight)
 
     def _time_first_text(self, flight: Flight, text: str) -> None:
         if text and not flight.has_text:
