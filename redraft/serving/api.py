@@ -159,7 +159,7 @@ _MESSAGE_FIELDS = ("role", "content")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def read_json(raw: bytes) -> Object:
+def parse_json(raw: bytes) -> Object:
     """Read a body: a JSON object in UTF-8 with each name once, finite numbers and whole characters."""
 
     def unique(pairs: list[tuple[str, Any]]) -> Object:
@@ -186,7 +186,7 @@ def read_json(raw: bytes) -> Object:
     return body
 
 
-def check(param: str | None, work: Callable[..., Any], *arguments: Any) -> Any:
+def checked(param: str | None, work: Callable[..., Any], *arguments: Any) -> Any:
     """Call, and turn a ValueError into a refusal that names the field."""
     try:
         return work(*arguments)
@@ -244,7 +244,7 @@ def read_fields(body: Object, types: Object, others: Sequence[str] = ()) -> Obje
             error = unknown_name("field", name[:100], [*types, *others])
             raise ApiError(str(error), param=name[:100], code="unknown_parameter")
         if name in types:
-            check(name, check_field, name, value, types[name])
+            checked(name, check_field, name, value, types[name])
     for name, kind in types.items():
         if name not in body and not fits(None, kind):
             raise ApiError(f"{name} is missing.", param=name)
@@ -275,9 +275,9 @@ def _extras(given: Object) -> Object:
     known = (*_EXTRA_SETTINGS, *_EXTRAS)
     for name, value in given.items():
         param = f"redraft.{name[:100]}"
-        check(param, check_names, "field of redraft", [name[:100]], known)
+        checked(param, check_names, "field of redraft", [name[:100]], known)
         if name in _EXTRAS:
-            check(param, check_field, param, value, _EXTRAS[name])
+            checked(param, check_field, param, value, _EXTRAS[name])
     chosen = {name: value for name, value in given.items() if value is not None}
     preset = chosen.get("preset")
     if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):  # MODULE:NAME would run code
@@ -312,9 +312,9 @@ def _settings(given: Object) -> Object:
 def _stream_options(given: Object, *, is_streamed: bool) -> Object:
     options = given.get("stream_options") or {}
     known = ("include_usage", "continuous_usage_stats", "include_obfuscation")
-    check("stream_options", check_names, "field of stream_options", [name[:100] for name in options], known)
+    checked("stream_options", check_names, "field of stream_options", [name[:100] for name in options], known)
     for name, value in options.items():
-        check(f"stream_options.{name}", check_field, f"stream_options.{name}", value, bool | None)
+        checked(f"stream_options.{name}", check_field, f"stream_options.{name}", value, bool | None)
     if options.get("include_obfuscation"):
         raise ApiError("there is no obfuscation; leave it out.", param="stream_options.include_obfuscation")
     if options and not is_streamed:
@@ -334,7 +334,7 @@ def _constraint(given: Object, extras: Object) -> Constraint | None:
     """Build what the text must be; of several constraints all hold."""
     parts: list[Constraint] = []
     of_infill = given.get("constraint") or {}
-    check("constraint", check_names, "constraint", [name[:100] for name in of_infill], ("regex", "choice", "schema"))
+    checked("constraint", check_names, "constraint", [name[:100] for name in of_infill], ("regex", "choice", "schema"))
     for param, source in (("redraft", extras), ("constraint", of_infill)):
         if source.get("regex") is not None:
             parts.append(_regex(f"{param}.regex", source["regex"]))
@@ -351,13 +351,13 @@ def _constraint(given: Object, extras: Object) -> Constraint | None:
 def _regex(param: str, pattern: Any) -> Constraint:
     if not isinstance(pattern, str) or len(pattern.encode()) > MAX_PATTERN_BYTES:
         raise ApiError(f"{param} must be a text of at most {MAX_PATTERN_BYTES} bytes.", param=param)
-    return check(param, Regex, pattern)
+    return checked(param, Regex, pattern)
 
 
 def _choice(param: str, options: Any) -> Constraint:
     if len(json.dumps(options)) > MAX_SCHEMA_BYTES:
         raise ApiError(f"{param} must have at most {MAX_SCHEMA_BYTES} bytes.", param=param)
-    return check(param, Choice, options)
+    return checked(param, Choice, options)
 
 
 def _schema(param: str, schema: Any) -> Constraint:
@@ -367,7 +367,7 @@ def _schema(param: str, schema: Any) -> Constraint:
         raise ApiError(f"a schema must be nested at most {MAX_SCHEMA_DEPTH} deep.", param=param)
     if not isinstance(schema, dict | bool):
         raise ApiError("a schema must be an object or a boolean.", param=param)
-    return check(param, JsonSchema, schema)
+    return checked(param, JsonSchema, schema)
 
 
 def _depth(value: Any) -> int:
@@ -384,7 +384,7 @@ def _response_format(given: Object) -> list[Constraint]:
     if kind not in ("text", "json_object", "json_schema"):
         raise ApiError(f"{name}.type must be text, json_object or json_schema; got {kind!r:.100}.", param=name)
     allowed = ("type", "json_schema") if kind == "json_schema" else ("type",)
-    check(name, check_names, f"field of {name}", [key[:100] for key in given], allowed)
+    checked(name, check_names, f"field of {name}", [key[:100] for key in given], allowed)
     if kind == "text":
         return []
     if kind == "json_object":
@@ -393,7 +393,7 @@ def _response_format(given: Object) -> list[Constraint]:
     if not isinstance(inner, dict) or "schema" not in inner:
         raise ApiError(f"{name}.json_schema must be an object that holds the schema.", param=name)
     names = ("name", "description", "schema", "strict")
-    check(name, check_names, "field of json_schema", [key[:100] for key in inner], names)
+    checked(name, check_names, "field of json_schema", [key[:100] for key in inner], names)
     return [_schema(name, inner["schema"])]
 
 
@@ -428,7 +428,7 @@ def _message(param: str, message: Any, template: str) -> Object:
     if not isinstance(message, dict):
         raise ApiError(f"{param} must be an object with role and content.", param=param)
     given = {name: value for name, value in message.items() if value not in (None, [])}
-    check(param, check_names, f"field of {param}", [name[:100] for name in given], _MESSAGE_FIELDS)
+    checked(param, check_names, f"field of {param}", [name[:100] for name in given], _MESSAGE_FIELDS)
     role, content = given.get("role"), given.get("content", "")
     if role not in _ROLES:
         raise ApiError(f"{param}.role must be one of {', '.join(_ROLES)}; got {role!r:.100}.", param=f"{param}.role")
@@ -461,9 +461,9 @@ def _segments(segments: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
             continue
         if not isinstance(segment, dict):
             raise ApiError(f"{param} must be a text or a hole like {{'mask': 8}}.", param=param)
-        check(param, check_names, f"field of {param}", [name[:100] for name in segment], ("mask", "id"))
-        check(param, check_field, f"{param}.mask", segment.get("mask"), Count)
-        check(param, check_field, f"{param}.id", segment.get("id", ""), str)
+        checked(param, check_names, f"field of {param}", [name[:100] for name in segment], ("mask", "id"))
+        checked(param, check_field, f"{param}.mask", segment.get("mask"), Count)
+        checked(param, check_field, f"{param}.id", segment.get("id", ""), str)
         row.append(segment["mask"])
         ids.append(segment.get("id", str(len(ids))))
     if sum(one for one in row if isinstance(one, int)) > MAX_COUNT:

@@ -33,7 +33,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from redraft.prompts import encode_as_text, text_after
 from redraft.serving import api
-from redraft.serving.api import ApiError, Call, Reply, read_call, read_json, read_messages, server_error
+from redraft.serving.api import ApiError, Call, Reply, parse_json, read_call, read_messages, server_error
 from redraft.serving.compiling import Compiler, LimitedConstraint
 from redraft.serving.metrics import Metrics
 from redraft.serving.request import Delta, Draining, Full, Request
@@ -101,7 +101,7 @@ class Backend:
                     "this model decodes blocks from left to right: what it fills in cannot see a suffix. Leave it out.",
                     param="suffix",
                 )
-            length = api.check("max_tokens", functools.partial(lm.sampling_config, **call.settings)).max_new_tokens
+            length = api.checked("max_tokens", functools.partial(lm.sampling_config, **call.settings)).max_new_tokens
             segments = [call.prompts[0], length, call.suffix]
         ids: list[int] = []
         for i, segment in enumerate(segments):
@@ -399,7 +399,7 @@ class Service:
 
     async def _generate(self, request: HttpRequest, visit: Visit) -> Response:
         backend, started = self._running(), time.monotonic()
-        body = read_json(await read_body(request))
+        body = parse_json(await read_body(request))
         template = getattr(backend.models[backend.base].tokenizer, "chat_template", None)
         call = read_call(visit.endpoint, body, template=template if isinstance(template, str) else None)
         name, lm = self._model(call.model)
@@ -533,7 +533,7 @@ class Service:
 
     async def _tokenize(self, request: HttpRequest, visit: Visit) -> Response:
         given = api.read_fields(
-            read_json(await read_body(request)),
+            parse_json(await read_body(request)),
             {"model": str | None, "prompt": str | None, "messages": list | None, "add_special_tokens": bool | None},
         )
         lm = self._model(given.get("model"))[1]
@@ -544,13 +544,13 @@ class Service:
         prompt: Any = given.get("prompt")
         if prompt is None:
             prompt = read_messages(given["messages"], getattr(lm.tokenizer, "chat_template", None))
-        encode = functools.partial(api.check, None, lm.encode, prompt)
+        encode = functools.partial(api.checked, None, lm.encode, prompt)
         tokens = (await self.loop.run_in_executor(self._pools[0], encode)).tolist()
         length = self._running().max_model_len
         return JSONResponse({"count": len(tokens), "max_model_len": length, "tokens": tokens})
 
     async def _detokenize(self, request: HttpRequest, visit: Visit) -> Response:
-        given = api.read_fields(read_json(await read_body(request)), {"model": str | None, "tokens": list[int]})
+        given = api.read_fields(parse_json(await read_body(request)), {"model": str | None, "tokens": list[int]})
         lm = self._model(given.get("model"))[1]
         if not all(0 <= token < len(lm.tokenizer) for token in given["tokens"]):
             raise ApiError(f"tokens must lie in [0, {len(lm.tokenizer)}).", param="tokens")
@@ -630,7 +630,7 @@ def _page() -> tuple[str, str]:
         (inner,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
         return "'sha256-" + base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode() + "'"
 
-    none = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    none = "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     return text, f"default-src 'self'; script-src {allowed('script')}; style-src {allowed('style')}; {none}"
 
 

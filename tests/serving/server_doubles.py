@@ -126,6 +126,13 @@ def serving(backend, **options):
         yield server
 
 
+def wait_for(condition, seconds=20):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it did not happen"
+        time.sleep(0.005)
+
+
 def call(server, path, body=None, *, raw=None, **headers):
     """Send a request, and return the status, the body as JSON (or bytes), and the headers."""
     data = raw if body is None else json.dumps(body).encode()

@@ -5,27 +5,19 @@ import json
 import logging
 import socket
 import threading
-import time
 from contextlib import contextmanager
 
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_doubles import ANSWER, call, serving, started
+from server_doubles import ANSWER, call, serving, started, wait_for
 
 from redraft.serving import app
 from redraft.serving.app import Backend
 
 BODY = {"model": "tiny", "prompt": "x", "max_tokens": 60}
 KEY = "a-key-of-many-characters"
-
-
-def wait_for(condition, seconds=20):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, "it did not happen"
-        time.sleep(0.005)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redraft.constraints.kinds import All, Choice, JsonSchema, Regex
-from redraft.serving.api import ApiError, read_call, read_json
+from redraft.serving.api import ApiError, parse_json, read_call
 
 BASE = {
     "chat": {"messages": [{"role": "user", "content": "hi"}]},
@@ -340,11 +340,11 @@ def test_a_body_that_lacks_its_prompt():
 )
 def test_bodies_that_are_no_json_object(raw):
     with pytest.raises(ApiError, match="the body must be"):
-        read_json(raw)
+        parse_json(raw)
 
 
 def test_a_whole_surrogate_pair_is_a_character():
-    assert read_json(rb'{"prompt": "\ud83d\ude00"}') == {"prompt": "\U0001f600"}
+    assert parse_json(rb'{"prompt": "\ud83d\ude00"}') == {"prompt": "\U0001f600"}
 
 
 JSON = st.recursive(
@@ -363,4 +363,4 @@ NAMES = st.sampled_from([
 @given(st.sampled_from(list(BASE)), st.dictionaries(NAMES, JSON, max_size=4))
 def test_any_json_is_read_or_refused(endpoint, fields):
     with suppress(ApiError):  # anything else is our mistake
-        read_call(endpoint, read_json(json.dumps(BASE[endpoint] | fields).encode()))
+        read_call(endpoint, parse_json(json.dumps(BASE[endpoint] | fields).encode()))

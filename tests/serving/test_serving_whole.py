@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from server_doubles import call, serving
+from server_doubles import call, serving, wait_for
 
 import redraft
 from redraft.constraints.kinds import Choice, JsonSchema
@@ -128,5 +128,5 @@ def test_nothing_is_left_behind(server):
     with ThreadPoolExecutor(16) as pool:
         statuses = list(pool.map(lambda _: call(server, "/v1/completions", wide)[0], range(60)))
     assert set(statuses) == {200}
-    stats = server.service.backend.engine.stats()
-    assert (stats["rows_running"], stats["rows_waiting"], server.service.num_open) == (0, 0, 0)
+    stats = server.service.backend.engine.stats
+    wait_for(lambda: not (stats()["rows_running"] or stats()["rows_waiting"] or server.service.num_open))
