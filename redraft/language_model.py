@@ -13,7 +13,7 @@ from torch import Tensor
 
 from redraft.constraints.completion import CompiledConstraint
 from redraft.constraints.kinds import Constraint, constraint_key
-from redraft.constraints.token_bytes import leading_space, token_bytes
+from redraft.constraints.token_bytes import LeadingSpace, leading_space, token_bytes
 from redraft.errors import check_names
 from redraft.layouts import Layout
 from redraft.likelihood.config import LikelihoodConfig
@@ -133,6 +133,7 @@ class LanguageModel:
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a text, any of them; the first is the one that a constraint ends with."""
     _compiled: dict[Any, tuple[CompiledConstraint, Any]] = field(default_factory=dict, repr=False)
+    _vocabularies: dict[Any, tuple[list[bytes | None], LeadingSpace, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Any:
@@ -252,7 +253,7 @@ class LanguageModel:
         rows = [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
         sampler = self._sampler(config, guides, logits_processor, constraint, rows)
         # Word pieces are decoded with a space before them; a constraint holds for the text after that space.
-        added = " " if constraint is not None and leading_space(self.tokenizer) == "added" else ""
+        added = " " if constraint is not None and self._vocabulary()[1] == "added" else ""
 
         def finish(i: int, tokens: Tensor, status: Tensor) -> tuple[Tensor, Tensor, str | None]:
             new = self.new_tokens(tokens, status, config)
@@ -404,6 +405,13 @@ class LanguageModel:
             )
         return row
 
+    def _vocabulary(self) -> tuple[list[bytes | None], LeadingSpace]:
+        """Return the bytes of each token, and what decoding does with a first space: seconds of work, done once."""
+        key = (id(self.tokenizer), len(self.tokenizer))
+        if key not in self._vocabularies:  # the entry keeps the tokenizer alive, so no other one gets its id
+            self._vocabularies[key] = token_bytes(self.tokenizer), leading_space(self.tokenizer), self.tokenizer
+        return self._vocabularies[key][:2]
+
     def compile_constraint(
         self, constraint: Constraint, *, is_infilling: bool = False, is_start: bool = True
     ) -> CompiledConstraint:
@@ -417,14 +425,14 @@ class LanguageModel:
             raise ValueError("this model has no tokenizer, so its tokens have no text to constrain; load one with it.")
         if not isinstance(constraint, Constraint):
             raise ValueError(f"a constraint must be a redraft.Regex, JsonSchema, Choice, ...; got {constraint!r:.200}.")
-        space = leading_space(self.tokenizer)
+        vocabulary, space = self._vocabulary()
         if (space == "added" and is_infilling) or (space == "stripped" and not is_start):
             space = "text"
         ends = self.eos_token_ids
         key = (constraint_key(constraint), id(self.tokenizer), len(self.tokenizer), ends, is_infilling, space)
         entry = self._compiled.get(key)
         if entry is None:
-            pieces = token_bytes(self.tokenizer)
+            pieces = list(vocabulary)
             for end in ends:  # an end token is no text
                 pieces[end : end + 1] = [None] * len(pieces[end : end + 1])
             last = None if is_infilling or not ends else ends[0]

@@ -1,9 +1,11 @@
 """`redraft serve MODEL`: an OpenAI-compatible server."""
 
+import contextlib
 import hashlib
 import logging
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,9 +76,8 @@ def main(arguments: list[str]) -> int:
         cors_origins=flags.cors_origin,
         when_ready=partial(print, ready, flush=True),
     )
-    _log_to_output()
-    server = DrainingServer(service, grace=flags.grace)
-    server.run(sockets=[listener])
+    with _lines_of_requests():
+        DrainingServer(service, grace=flags.grace).run(sockets=[listener])
     if service.failure is not None:
         raise service.failure
     return 0
@@ -86,8 +87,9 @@ def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
     """Load the model and its adapters, start the engine, and warm it up. Raises ValueError for what does not fit."""
     import torch
 
+    from redraft.constraints.kinds import Choice
     from redraft.serving.app import Backend
-    from redraft.serving.compiling import Compiler
+    from redraft.serving.compiling import Compiler, LimitedConstraint
     from redraft.serving.engine import Engine
 
     load = partial(load_quietly, device=flags.device, quantization=flags.quantization, dtype=flags.dtype)
@@ -110,8 +112,10 @@ def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
             f"{flags.model} does not fit into the memory with --max-rows {flags.max_rows}. Lower it or "
             "--max-model-len, or use --quantization."
         ) from error
-    named = {model_name(flags.model): base} | models
-    return Backend(engine=engine, models=named, max_model_len=engine.max_model_len, compiler=Compiler())
+    compiler, named = Compiler(), {model_name(flags.model): base} | models
+    for lm in named.values():  # starts the worker, and reads the vocabulary
+        lm.compile_constraint(LimitedConstraint(constraint=Choice(["a"]), compiler=compiler))
+    return Backend(engine=engine, models=named, max_model_len=engine.max_model_len, compiler=compiler)
 
 
 def model_name(model: str) -> str:
@@ -163,11 +167,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _log_to_output() -> None:
+@contextlib.contextmanager
+def _lines_of_requests() -> Iterator[None]:
     """Write a line for each request to standard output: ids, counts and times, no texts."""
-    log = logging.getLogger("redraft.serving")
-    handler = logging.StreamHandler(sys.stdout)
+    log, handler = logging.getLogger("redraft.serving"), logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = True

@@ -647,6 +647,7 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 log_level=logging.CRITICAL,
                 access_log=False,
+                proxy_headers=False,
                 server_header=False,
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_graceful_shutdown=int(END_SECONDS),
