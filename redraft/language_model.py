@@ -102,9 +102,9 @@ def load(
 ) -> "LanguageModel":
     """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors.
 
-    A text ends at any of `eos_token_id`: by default the tokenizer's EOS, the token that ends an answer in its chat
-    template, and what config.json and generation_config.json list. `compile` is for long runs with equal shapes: see
-    `Denoiser.compiled`.
+    `redraft/NAME` loads a checkpoint that ships in this package (`redraft models` lists them). A text ends at any of
+    `eos_token_id`: by default the tokenizer's EOS, the token that ends an answer in its chat template, and what
+    config.json and generation_config.json list. `compile` is for long runs with equal shapes: see `Denoiser.compiled`.
     """
     denoiser, tokenizer, raw = load_denoiser(
         path,

@@ -14,9 +14,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "redraft"
-BUDGET = {"core": 10310, "latent": 1850, "constraints": 995, "evaluation": 1280, "serving": 1800}
+BUDGET = {"core": 10390, "latent": 1855, "constraints": 995, "evaluation": 1280, "serving": 1800}
 """Lines of code; core is everything that has no budget of its own."""
-SETTINGS = 140
+SETTINGS = 152
 DOUBLED = 0
 """Public names that two modules define."""
 LATENT = ("latent", "processes/gaussian")

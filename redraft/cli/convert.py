@@ -19,7 +19,7 @@ class ConvertFlags:
     """Turn any decoder or encoder of transformers into a diffusion model. Nothing is written unless its checks pass."""
 
     source: Annotated[str, tyro.conf.Positional] = ""
-    """Folder, hub id or .gguf file."""
+    """Folder, hub id, redraft/NAME or .gguf file."""
     out: Annotated[str, tyro.conf.Positional] = ""
     """Folder to write; without it, SOURCE is only checked."""
     mask_token_id: int | None = None

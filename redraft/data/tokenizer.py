@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from redraft.checkpoints import local_path
 from redraft.constraints.token_bytes import token_bytes
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def load_fast_tokenizer(path_or_id: str | Path) -> Tokenizer:
 
     if Path(path_or_id).is_file():
         raise ValueError(f"tokenizer must be a folder or a hub id; got the file {str(path_or_id)!r}. Give its folder.")
-    tokenizer = read_tokenizer(path_or_id)
+    tokenizer = read_tokenizer(local_path(path_or_id))
     if tokenizer is None or len(tokenizer) == len(tokenizer.all_special_ids):  # transformers made an empty one
         raise ValueError(f"{str(path_or_id)!r} holds no tokenizer. Give a folder with tokenizer.json, or a hub id.")
     _require_fast(tokenizer)

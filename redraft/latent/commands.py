@@ -22,7 +22,7 @@ class ThinkFlags(DeviceFlags, OutputFlags):
     """Denoise blocks of continuous thought about prompts, one block after another, and print thoughts and answers."""
 
     model: tyro.conf.Positional[str]
-    """Folder of a denoiser or of a rollout; with --check also of an autoencoder."""
+    """Folder of a denoiser or of a rollout, or redraft/NAME; with --check also of an autoencoder."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts; a dash reads one from standard input."""
     thinking: Annotated[ThinkingConfig, tyro.conf.arg(name="")] = field(default_factory=ThinkingConfig)

@@ -1,4 +1,4 @@
-"""Loading: a folder or a hub id becomes a denoiser and its tokenizer. No remote code is ever run."""
+"""Loading: a folder, a hub id or `redraft/NAME` becomes a denoiser and its tokenizer. No remote code is ever run."""
 
 import copy
 import difflib
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from redraft.checkpoints import PREFIX, local_path, read_index
 from redraft.errors import unknown_name
 from redraft.models import encoder_decoder
 from redraft.models.adapter import adapter_config, attach_adapter, split_adapter
@@ -48,7 +49,7 @@ def load_denoiser(
     the vocabulary, the tokenizer is larger than the embedding, the adapter does not fit, or the quantisation does
     not suit the model or this machine.
     """
-    target = choose_device(device)
+    target, path = choose_device(device), local_path(path)
     if adapter is None:
         path, adapter = split_adapter(path)
     raw = read_raw_config(path)
@@ -116,6 +117,8 @@ def read_raw_config(path: str | Path) -> Raw:
             if folder.parent != Path() and folder.parent.is_dir():  # runs/nope: a folder was meant
                 reason = f"the folder does not exist, and the hub gave none.{near}"
                 raise ValueError(f"no model at {path}: {reason}") from error
+            if not near and str(path) in read_index():
+                near = f" Did you mean {PREFIX}{path}?"
             hint = f"{' The hub is offline (HF_HUB_OFFLINE).' if is_offline_mode() else ''}{near}"
             raise ValueError(f"cannot read a model config from {path}: {first_line(error)}.{hint}") from error
     check_raw(raw)

@@ -39,6 +39,7 @@ def test_help_and_a_wrong_flag_import_nothing_heavy(command):
         ["help"],
         ["trian"],
         ["train"],
+        ["models"],
         ["sample", "MODEL"],
         ["sample", "MODEL", "", "--chat"],
         ["sample", "MODEL", "x", "--trace", "out.pdf"],
@@ -49,7 +50,7 @@ def test_help_and_a_wrong_flag_import_nothing_heavy(command):
 )
 def test_other_mistakes_import_nothing_heavy(arguments):
     code, heavy, message = run(*arguments)
-    assert (code, heavy) == (0 if arguments in (["help"], ["train"]) else 2, "heavy:"), message
+    assert (code, heavy) == (0 if arguments in (["help"], ["train"], ["models"]) else 2, "heavy:"), message
 
 
 def test_import_redraft_imports_nothing_heavy():

@@ -101,7 +101,7 @@ def signalled(name, step, *arguments):
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "rollout"])
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", pytest.param("rollout", marks=pytest.mark.slow)])
 def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(configs, tmp_path, stage, monkeypatch):
     config = configs[stage]
     whole = run_stage(with_train(config, tmp_path, "whole"), console=QUIET)
@@ -149,6 +149,7 @@ def test_eight_rows_at_once_equal_two_rows_four_times(configs, tmp_path, times, 
     assert_split_equals_whole(replace(configs["denoiser"], objective=ThoughtObjective(times=times)), tmp_path)
 
 
+@pytest.mark.slow
 def test_rollout_too_is_the_same_however_a_batch_is_split(configs, tmp_path):
     assert_split_equals_whole(configs["rollout"], tmp_path)
 

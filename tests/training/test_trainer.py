@@ -306,6 +306,7 @@ def test_an_objective_of_ones_own_is_one_file(config, tmp_path, monkeypatch):
     assert RunConfig.read(outcome.folder / "recipe.json").objective == own
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_two_checkpoints_and_resumed_ends_bitwise_as_one_never_stopped(config):
     """With its average of the weights, which is killed before it takes up a step. Many more kills: test_alive.py."""
     torch.set_num_threads(1)
