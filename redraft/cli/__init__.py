@@ -167,7 +167,7 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
     return (
-        "usage: redraft COMMAND [...]\n\nTrain, convert, sample and evaluate diffusion language models.\n\n"
+        "usage: redraft COMMAND [...]\n\nTrain, convert, sample, evaluate and serve diffusion language models.\n\n"
         f"{commands}\n\n"
         "redraft COMMAND --help shows a command's settings with their defaults and units.\n"
         "--debug, with any command, shows the traceback of an error and the warnings of libraries."

@@ -52,6 +52,12 @@ def server_error(message: str) -> ApiError:
     return ApiError(message, status=500, kind="server_error", headers={"x-should-retry": "false"})
 
 
+def retry_later(message: str, seconds: int = 1, *, status: int = 503) -> ApiError:
+    """Make the error for what another try may do: 503, or 429 where there is too much to do."""
+    kind = "server_error" if status == 503 else "rate_limit_exceeded"
+    return ApiError(message, status=status, kind=kind, code=kind, headers={"Retry-After": str(seconds)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """A checked request: what to prepare, and how to answer."""
@@ -165,11 +171,11 @@ def parse_json(raw: bytes) -> Object:
     def unique(pairs: list[tuple[str, Any]]) -> Object:
         read = dict(pairs)
         if len(read) < len(pairs):
-            raise ValueError("a name stands twice in one object")
+            raise ApiError("the body must be JSON that has each name of an object once.")
         return read
 
     def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
+        raise ApiError(f"the body must be JSON, which has no {name}.")
 
     try:
         body = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
@@ -178,8 +184,7 @@ def parse_json(raw: bytes) -> Object:
     except UnicodeError as error:
         raise ApiError("the body must be UTF-8, without halves of surrogate pairs.") from error
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
-        reason = reason if isinstance(error, json.JSONDecodeError | RecursionError) else str(error)[:200]
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is too deep, or holds too long a number"
         raise ApiError(f"the body must be JSON: {reason}.") from error
     if not isinstance(body, dict):
         raise ApiError(f"the body must be a JSON object; got {type(body).__name__}.")

@@ -33,7 +33,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from redraft.prompts import encode_as_text, text_after
 from redraft.serving import api
-from redraft.serving.api import ApiError, Call, Reply, parse_json, read_call, read_messages, server_error
+from redraft.serving.api import ApiError, Call, Reply, parse_json, read_call, read_messages, retry_later, server_error
 from redraft.serving.compiling import Compiler, LimitedConstraint
 from redraft.serving.metrics import Metrics
 from redraft.serving.request import Delta, Draining, Full, Request
@@ -57,6 +57,10 @@ MAX_HEADER_BYTES = 64 << 10
 _ID = re.compile(r"[!-~]{1,128}")
 _OPEN = {"health", "ready", "page"}
 """Endpoints that need no key: they tell nothing, and probes and browsers send none."""
+
+
+_FAILED = server_error("the server failed on this request.")
+_STOPPED = "the engine has stopped; the server must be started again."
 
 
 class ClientGone(Exception):  # noqa: N818
@@ -92,8 +96,6 @@ class Backend:
     def _with_holes(self, call: Call, lm: "LanguageModel") -> list[int]:
         """Lay out token ids and masks. A mask token that is spelled in a text is text, no hole."""
         tokenizer, settings = lm.tokenizer, lm.denoiser.settings
-        if tokenizer is None:
-            raise ApiError("this model has no tokenizer, so it cannot fill holes in texts.")
         segments = call.prompts[0]
         if call.endpoint == "completions":
             if settings.block_size is not None:
@@ -260,6 +262,8 @@ def _texts_of_holes(call: Call, lm: "LanguageModel", prepared: "Prepared", token
     """Decode what fills each hole, as it stands after the tokens before it."""
     row = prepared.rows[0].tolist()
     places = [i for i, token in enumerate(row) if token == lm.denoiser.settings.mask_token_id]
+    if len(token_ids) < len(places):
+        raise ApiError("the time ended before all holes were filled; allow more.", status=504, kind="server_error")
     for place, token in zip(places, token_ids, strict=True):
         row[place] = token
     sizes = [one for one in call.prompts[0] if isinstance(one, int)] if call.endpoint == "infill" else [len(places)]
@@ -374,15 +378,12 @@ class Service:
 
     def _running(self) -> Backend:
         """Return the backend. Raises ApiError while it loads or ends, and once its thread is dead."""
-        backend = self.backend
-        if backend is None or self.is_ending or backend.engine.is_draining:
-            state = "loads the model" if backend is None else "is shutting down"
-            raise ApiError(
-                f"the server {state}; try again.", status=503, kind="server_error", headers={"Retry-After": "1"}
-            )
-        if not backend.engine.is_alive:
-            raise server_error("the engine has stopped; the server must be started again.")
-        return backend
+        if self.backend is None or self.is_ending:
+            state = "loads the model" if self.backend is None else "is shutting down"
+            raise retry_later(f"the server {state}; try again.")
+        if not self.backend.engine.is_alive:
+            raise server_error(_STOPPED)
+        return self.backend
 
     def _model(self, name: str | None) -> tuple[str, "LanguageModel"]:
         """Find a model by its name, which is compared and never opened."""
@@ -445,18 +446,9 @@ class Service:
         try:
             backend.engine.submit(request)
         except Full as full:
-            wait = str(min(120, max(1, round(full.retry_after))))
-            raise ApiError(
-                f"too many requests wait; try again in {wait} s.",
-                status=429,
-                kind="rate_limit_exceeded",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": wait},
-            ) from full
-        except Draining as draining:
-            self.is_ending = True
-            self._running()
-            raise AssertionError from draining
+            raise retry_later("too many requests wait; try again later.", full.retry_after, status=429) from full
+        except Draining as draining:  # `_running` knows when the server ends
+            raise server_error(_STOPPED) from draining
         except ValueError as error:
             raise ApiError(str(error)[:2000]) from error
         text_of = functools.lru_cache(4096)(lambda one: text_after(lm.tokenizer, [one], [one], with_special=True))
@@ -485,7 +477,7 @@ class Service:
             yield _event(error.body) + b"data: [DONE]\n\n"
         except Exception as error:
             _log_error(flight.visit.id, error)
-            yield _event(server_error("the server failed on this request.").body) + b"data: [DONE]\n\n"
+            yield _event(_FAILED.body) + b"data: [DONE]\n\n"
 
     def _time_first_text(self, flight: Flight, text: str) -> None:
         if text and not flight.has_text:
@@ -592,7 +584,7 @@ class _Endpoint:
         metrics = self.service.metrics
         try:
             if self.service.num_open > MAX_OPEN:
-                raise ApiError("too many connections; try again.", status=429, headers={"Retry-After": "1"})
+                raise retry_later("too many connections; try again.", status=429)
             key = "" if self.name in _OPEN else self.service.key_of(request)
             return await self.handler(request, Visit(endpoint=self.name, id=id, key=key))
         except ApiError as error:
@@ -602,8 +594,7 @@ class _Endpoint:
             raise
         except Exception as error:
             _log_error(id, error)
-            error = server_error("the server failed on this request.")
-            return JSONResponse(error.body, error.status, headers=error.headers)
+            return JSONResponse(_FAILED.body, _FAILED.status, headers=_FAILED.headers)
 
 
 _REASONS = {401: "key", 429: "full", 500: "failed", 503: "not_running"}

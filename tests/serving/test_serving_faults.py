@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import openai
 import pytest
@@ -131,6 +132,15 @@ def test_an_engine_that_has_died(server, engine):
     status, answer, headers = call(server, "/v1/completions", BODY)
     assert (status, answer["error"]["type"], headers["x-should-retry"]) == (500, "server_error", "false")
     assert call(server, "/health")[0] == 503
+    engine.is_alive = engine.is_draining = True  # it died after the server had looked
+    assert call(server, "/v1/completions", BODY)[0] == 500
+
+
+def test_holes_that_are_not_filled_in_time(server, engine, monkeypatch):
+    tick = engine._delta
+    monkeypatch.setattr(engine, "_delta", lambda *rest: replace(tick(*rest), token_ids=(), finish_reason="length"))
+    status, answer, _ = call(server, "/v1/infill", {"segments": ["a", {"mask": 2}]})
+    assert (status, answer["error"]["message"][:24]) == (504, "the time ended before al")
 
 
 def test_a_row_that_fails(server, engine):
