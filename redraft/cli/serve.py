@@ -87,7 +87,7 @@ def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
     """Load the model and its adapters, start the engine, and warm it up. Raises ValueError for what does not fit."""
     import torch
 
-    from redraft.constraints.kinds import Choice
+    from redraft.constraints.kinds import Constraint
     from redraft.serving.app import Backend
     from redraft.serving.compiling import Compiler, LimitedConstraint
     from redraft.serving.engine import Engine
@@ -113,8 +113,9 @@ def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
             "--max-model-len, or use --quantization."
         ) from error
     compiler, named = Compiler(), {model_name(flags.model): base} | models
-    for lm in named.values():  # starts the worker, and reads the vocabulary
-        lm.compile_constraint(LimitedConstraint(constraint=Choice(["a"]), compiler=compiler))
+    for lm in named.values():  # start the worker, and read the vocabulary; clients are told what fails
+        with contextlib.suppress(ValueError):
+            lm.compile_constraint(LimitedConstraint(constraint=Constraint(), compiler=compiler))
     return Backend(engine=engine, models=named, max_model_len=engine.max_model_len, compiler=compiler)
 
 

@@ -578,17 +578,18 @@ class _Endpoint:
         finally:
             service.num_open -= 1
             service.metrics.requests.labels(self.name, str(status)).inc()
-            log.info("%s: %s %d", id, self.name, status)
+            if self.name not in _OPEN:
+                log.info("%s: %s %d", id, self.name, status)
 
     async def _respond(self, request: HttpRequest, id: str) -> Response:
-        metrics = self.service.metrics
         try:
             if self.service.num_open > MAX_OPEN:
                 raise retry_later("too many connections; try again.", status=429)
             key = "" if self.name in _OPEN else self.service.key_of(request)
             return await self.handler(request, Visit(endpoint=self.name, id=id, key=key))
         except ApiError as error:
-            metrics.rejected.labels(_REASONS.get(error.status, "invalid")).inc()
+            if self.name not in _OPEN:
+                self.service.metrics.rejected.labels(_REASONS.get(error.status, "invalid")).inc()
             return JSONResponse(error.body, error.status, headers=error.headers)
         except ClientGone:
             raise
