@@ -535,11 +535,13 @@ class LanguageModel:
         frontier = sampler.frontier
         size, on_grid = (frontier.size, frontier.on_grid) if isinstance(frontier, Blocks) else (None, True)
         for row in rows:
-            # Only DiffusionGemma can need rounding up: the blocks of other presets divide max_new_tokens.
-            length = len(row) + (max_new_tokens if on_grid else _round_up(max_new_tokens, size))
-            self._check_length(length)
-            if on_grid:  # the last block is a whole one, unless the context ends before it; the rest is cut off later
-                length = min(_round_up(length, size), self.context_length or _round_up(length, size))
+            self._check_length(len(row) + max_new_tokens)
+            # The last block is a whole one, unless the context ends before it; the rest is cut off later.
+            start = 0 if on_grid else len(row)
+            length = start + _round_up(len(row) - start + max_new_tokens, size)
+            if self.denoiser.is_self_conditioned:  # its canvases are always whole
+                self._check_length(length)
+            length = min(length, self.context_length or length)
             whole.append(torch.cat([row, row.new_zeros(length - len(row))]))
             is_noise.append(torch.arange(length) >= len(row))
         return self._build_canvas(whole, is_noise)

@@ -7,7 +7,8 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from redraft.language_model import LanguageModel
+from redraft.likelihood.decide import OptionScore, decide
 from redraft.models.finite import is_out_of_memory
 from redraft.prompts import shown_and_raw
 from redraft.sampling.batch import Batch
@@ -72,6 +74,8 @@ class _Row:
     new: list[int]
     """Tokens that were delivered."""
     usage: Usage
+    likeliest: dict[int, tuple[tuple[int, float], ...]]
+    """By position, the likeliest tokens at the step that placed one there last."""
     revision: int = 0
     drafted: float = 0.0
 
@@ -119,6 +123,7 @@ class Engine:
         self._queues: dict[str, deque[_Row]] = {}
         self._spent: dict[str, float] = {}
         self._cancelled: set[str] = set()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._end_at: float | None = None
         self._rate = [0.0, 0.0]  # cost of rows that ended, seconds of ticks; both fade
         self._running: dict[str | None, dict[int, _Row]] = {name: {} for name in self.models}
@@ -179,6 +184,19 @@ class Engine:
             self._cancelled.add(id)
             self._wake.notify()
 
+    def decide(
+        self, context: Tensor, options: Sequence[Tensor], *, adapter: str | None = None, seed: int = 0
+    ) -> Future[list[OptionScore]]:
+        """Score options after a context (`likelihood.decide`), between two ticks. Raises Draining."""
+        future: Future[list[OptionScore]] = Future()
+        denoiser = self.models[adapter].denoiser
+        with self._wake:
+            if self._end_at is not None or not self.is_alive:
+                raise Draining("the engine takes no new requests.")
+            self._calls.append((future, lambda: decide(denoiser, context, options, seed=seed)))
+            self._wake.notify()
+        return future
+
     def drain(self, grace: float) -> None:
         """Take no new requests, finish those that are here, for `grace` seconds at most, and end the thread.
 
@@ -215,7 +233,8 @@ class Engine:
 
     def _rows_of(self, request: Request) -> list[_Row]:
         prepared, lm = request.prepared, self.models[request.adapter]
-        config, sampler, canvas, now = prepared.config, prepared.sampler, prepared.canvas, time.monotonic()
+        config, canvas, now = prepared.config, prepared.canvas, time.monotonic()
+        sampler = replace(prepared.sampler, num_listed=request.top_logprobs or 0)
         lengths = (canvas.status != Status.PAD).sum(dim=1).tolist()
         num_noise = canvas.is_noise.sum(dim=1).tolist()
         if self.max_model_len is not None and max(lengths) > self.max_model_len:
@@ -242,6 +261,7 @@ class Engine:
                 start=0 if prepared.is_infilling else len(prompt),
                 end=length if prepared.is_infilling else len(prompt) + config.max_new_tokens,
                 new=[],
+                likeliest={},
                 usage=Usage(prompt_tokens=len(prompt)),
             )
             rows.append(row)
@@ -253,6 +273,7 @@ class Engine:
         error = "the server shuts down."
         try:
             while self._take_commands():
+                self._call()
                 self._admit()
                 self._tick()
                 self._deliver()
@@ -264,6 +285,9 @@ class Engine:
                 self._end_at = self._end_at or time.monotonic()
                 rows = [row for queue in self._queues.values() for row in queue]
                 self._queues.clear()
+            for future, _ in self._calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Draining(error))
             for row in [*rows, *(row for running in self._running.values() for row in running.values())]:
                 self._say(row, finish_reason="error", error=error)
             self._deliver()
@@ -271,7 +295,7 @@ class Engine:
     def _take_commands(self) -> bool:
         """Wait for work, and end what was cancelled or is late; False if the thread is to end."""
         with self._wake:
-            while not (self._num_running() or any(self._queues.values()) or self._end_at is not None):
+            while not (self._is_busy() or self._end_at is not None):
                 self._cancelled.clear()
                 self._wake.wait()
             now = time.monotonic()
@@ -281,7 +305,7 @@ class Engine:
             for row in gone:
                 self._queues[row.request.key].remove(row)
             is_over = self._end_at is not None and now >= self._end_at
-            is_empty = not (self._num_running() or any(self._queues.values()))
+            is_empty = not self._is_busy()
         for row in gone:
             if row.request.id not in cancelled:
                 self._end_early(row)
@@ -296,6 +320,19 @@ class Engine:
                     self._end_early(row)
                     self._leave(row)
         return not is_over and not (self._end_at is not None and is_empty)
+
+    def _is_busy(self) -> bool:
+        return bool(self._num_running() or any(self._queues.values()) or self._calls)
+
+    def _call(self) -> None:
+        """Answer one question that needs no rows."""
+        if self._calls:
+            future, function = self._calls.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
 
     def _admit(self) -> None:
         """Let rows join while there is room: the oldest row of the key that has had the fewest query tokens first."""
@@ -376,12 +413,14 @@ class Engine:
         """Tell the requests what is new in a step."""
         canvas, num_forwards = step.canvas, step.num_forwards.tolist()
         tokens, status, confidence = canvas.tokens.cpu(), canvas.status.cpu(), canvas.confidence.cpu()
+        listed = _listed(step) if step.likeliest is not None else []
         for at, (id, is_done) in enumerate(zip(step.rows.tolist(), step.is_done.tolist(), strict=True)):
             row = running.get(id)
             if row is None:
                 continue
             place = row.place
             assert place is not None
+            row.likeliest |= {position: tokens for of, position, tokens in listed if of == at}
             row.usage = replace(
                 row.usage,
                 cached_tokens=min(place.num_copied, row.usage.prompt_tokens),
@@ -392,28 +431,29 @@ class Engine:
                 self._finish(row, tokens[at], status[at], confidence[at])
                 self._leave(row)
                 continue
-            begin, new = row.start + len(row.new), list[int]()
-            if not row.request.prepared.is_infilling:
-                new = tokens[at, begin : max(begin, min(place.unfinished, row.end))].tolist()
+            begin = row.start + len(row.new)
+            end = begin if row.request.prepared.is_infilling else max(begin, min(place.unfinished, row.end))
+            new = tokens[at, begin:end].tolist()
             self._counts["committed_tokens"] += len(new)
             text = row.reader.push(new) if new and row.reader is not None else ""
             draft = self._draft(row, step, at) if row.request.wants_drafts else None
             if new or draft is not None:
-                self._say(row, new, confidence[at, begin:], text=text, draft=draft)
+                self._say(row, new, confidence[at], range(begin, end), text=text, draft=draft)
 
     def _finish(self, row: _Row, tokens: Tensor, status: Tensor, confidence: Tensor, *, is_late: bool = False) -> None:
         prepared, lm = row.request.prepared, self.models[row.request.adapter]
         ids, _, whole = prepared.finish(row.index, tokens, status)
         new, text = ids.tolist(), whole or ""
-        missing = new[len(row.new) :]
+        missing, begin = new[len(row.new) :], row.start + len(row.new)
         self._counts["committed_tokens"] += len(missing)
-        begin = row.start + len(row.new)
+        positions: Sequence[int] = range(begin, begin + len(missing))
+        if prepared.is_infilling:
+            positions = (status == Status.COMMITTED).nonzero()[:, 0].tolist()
         shown = text if row.reader is None else row.reader.finish(text)
-        placed = confidence[status == Status.COMMITTED] if prepared.is_infilling else confidence[begin:]
         reason: FinishReason = "length"
         if not is_late and _has_stopped(lm, prepared.rows[row.index], new, prepared.config.stop):
             reason = "stop"
-        self._say(row, missing, placed, text=shown, finish_reason=reason)
+        self._say(row, missing, confidence, positions, text=shown, finish_reason=reason)
 
     def _end_early(self, row: _Row) -> None:
         """Finish a row with what is decided."""
@@ -444,6 +484,7 @@ class Engine:
         row: _Row,
         new: list[int] | None = None,
         confidence: Tensor | None = None,
+        positions: Sequence[int] = (),
         *,
         text: str = "",
         draft: Draft | None = None,
@@ -455,8 +496,10 @@ class Engine:
         row.new += new
         row.usage = replace(row.usage, completion_tokens=len(row.new))
         if row.request.top_logprobs is not None and confidence is not None:
-            pairs = zip(new, confidence[: len(new)].tolist(), strict=True)
-            logprobs = tuple(TokenLogprob(token_id=token, logprob=_logarithm(p)) for token, p in pairs)
+            logprobs = tuple(
+                TokenLogprob(token_id=token, logprob=_logarithm(float(confidence[at])), top=row.likeliest.pop(at, ()))
+                for token, at in zip(new, positions, strict=True)
+            )
         delta = Delta(
             index=row.index,
             token_ids=tuple(new),
@@ -498,7 +541,8 @@ class Engine:
                 self._spent.pop(key, None)
 
     def _charge(self, row: _Row, cost: float) -> None:
-        self._spent[row.request.key] += cost - row.charged
+        if row.request.key in self._spent:
+            self._spent[row.request.key] += cost - row.charged
         row.charged = cost
 
     def _num_running(self) -> int:
@@ -520,6 +564,15 @@ def _has_stopped(lm: LanguageModel, before: Tensor, new: list[int], stop: str | 
         return False
     texts = shown_and_raw(lm.tokenizer, before, new) if isinstance(stop, tuple) else ()
     return new[-1] in lm.eos_token_ids or any(string in text for text in texts for string in stop)
+
+
+def _listed(step: Step) -> list[tuple[int, int, tuple[tuple[int, float], ...]]]:
+    """List what a step found likeliest: (row of the step, position, tokens with their log-probabilities)."""
+    found = step.likeliest
+    assert found is not None
+    columns = (found.rows, found.positions, found.tokens, found.log_p)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [(row, position, tuple(zip(tokens, log_p, strict=True))) for row, position, tokens, log_p in rows]
 
 
 def _logarithm(p: float) -> float:
