@@ -69,6 +69,8 @@ class Call:
     settings: dict[str, Any]
     """Of `SamplingConfig`."""
     constraint: Constraint | None = None
+    options: tuple[str, ...] = ()
+    """Answers to decide between by their likelihood, instead of a text to generate."""
     suffix: str | None = None
     hole_ids: tuple[str, ...] = ()
     does_echo: bool = False
@@ -82,38 +84,25 @@ class Call:
 
 Texts = list[str]
 Object = dict[str, Any]
-_STOP = str | Texts | None
-_SHARED: dict[str, Any] = {
-    "model": str | None,
-    "max_tokens": Count | None,
-    "temperature": NonNegative | None,
-    "top_p": Share | None,
-    "seed": Annotated[int, Within(f"[{-(2**63)}, {2**63})")] | None,
-    "stop": _STOP,
-    "ignore_eos": bool | None,
-    "n": Annotated[int, Within(f"[1, {MAX_CHOICES}]")] | None,
-    "stream": bool | None,
-    "stream_options": dict | None,
-    "response_format": dict | None,
-    "redraft": dict | None,
-}
-_TYPES: dict[str, dict[str, Any]] = {
-    "chat": _SHARED
-    | {
-        "messages": list,
-        "max_completion_tokens": Count | None,
-        "logprobs": bool | None,
-        "top_logprobs": Annotated[int, Within("[0, 20]")] | None,
-    },
-    "completions": _SHARED
-    | {
-        "prompt": str | list,
-        "suffix": str | None,
-        "echo": bool | None,
-        "logprobs": Annotated[int, Within("[0, 5]")] | None,
-    },
-    "infill": {name: _SHARED[name] for name in ("model", "temperature", "top_p", "seed", "stream", "redraft")}
-    | {"segments": list, "constraint": dict | None},
+_SHARED: Object = {
+    "model": str | None, "max_tokens": Count | None, "temperature": NonNegative | None, "top_p": Share | None,
+    "seed": Annotated[int, Within(f"[{-(2**63)}, {2**63})")] | None, "stop": str | Texts | None,
+    "ignore_eos": bool | None, "n": Annotated[int, Within(f"[1, {MAX_CHOICES}]")] | None, "stream": bool | None,
+    "stream_options": dict | None, "response_format": dict | None, "redraft": dict | None,
+}  # fmt: skip
+_CHAT: Object = {
+    "messages": list, "max_completion_tokens": Count | None, "logprobs": bool | None,
+    "top_logprobs": Annotated[int, Within("[0, 20]")] | None,
+}  # fmt: skip
+_COMPLETIONS: Object = {
+    "prompt": str | list, "suffix": str | None, "echo": bool | None,
+    "logprobs": Annotated[int, Within("[0, 5]")] | None,
+}  # fmt: skip
+_INFILL = {name: _SHARED[name] for name in ("model", "temperature", "top_p", "seed", "stream", "redraft")}
+_TYPES: dict[str, Object] = {
+    "chat": _SHARED | _CHAT,
+    "completions": _SHARED | _COMPLETIONS,
+    "infill": _INFILL | {"segments": list, "constraint": dict | None},
 }
 """Fields that are honoured, by endpoint."""
 _SAMPLER = "Use temperature, top_p or a preset in redraft"
@@ -143,24 +132,19 @@ _IDENTITY: dict[str, tuple[tuple[Any, ...], str]] = {
     "service_tier": (("auto", "default"), "There is one tier"),
 }
 """Fields that are accepted with null and with these values, which change nothing; and what to use for other values."""
-_WITHOUT_EFFECT: dict[str, Any] = {
-    "user": str | None,
-    "metadata": dict | None,
-    "safety_identifier": str | None,
-    "prompt_cache_key": str | None,
+_WITHOUT_EFFECT: Object = {
+    "user": str | None, "metadata": dict | None, "safety_identifier": str | None, "prompt_cache_key": str | None,
     "parallel_tool_calls": bool | None,
-}
+}  # fmt: skip
 _EXTRA_SETTINGS = (
     "preset", "steps", "steps_per_block", "block_size", "threshold", "factor", "entropy_bound", "alg_temperature",
     "top_k", "budget", "forwards", "editing_threshold",
 )  # fmt: skip
 """Names of `SamplingConfig` in the object `redraft`."""
-_EXTRAS: dict[str, Any] = {
-    "deadline_ms": Positive | None,
-    "drafts": bool | None,
-    "regex": str | None,
-    "choice": Texts | None,
-}
+_EXTRAS: Object = {
+    "deadline_ms": Positive | None, "drafts": bool | None, "regex": str | None, "choice": Texts | None,
+    "decide": bool | None,
+}  # fmt: skip
 _MESSAGE_FIELDS = ("role", "content")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -230,6 +214,7 @@ def read_call(endpoint: str, body: Object, *, template: str | None = None) -> Ca
         prompts=prompts,
         settings=settings,
         constraint=constraint,
+        options=_options(given, extras) if extras.get("decide") else (),
         suffix=given.get("suffix") if "suffix" in types else None,
         hole_ids=hole_ids,
         does_echo=bool(given.get("echo")),
@@ -351,6 +336,25 @@ def _constraint(given: Object, extras: Object) -> Constraint | None:
     if response_format is not None:
         parts += _response_format(response_format)
     return parts[0] if len(parts) == 1 else All(parts=tuple(parts)) if parts else None
+
+
+def _options(given: Object, extras: Object) -> tuple[str, ...]:
+    """List the answers to decide between: those of `choice`, or the values of a schema that lists them."""
+    options = extras.get("choice")
+    if options is None:
+        schema = ((given.get("response_format") or {}).get("json_schema") or {}).get("schema")
+        schema = schema if isinstance(schema, dict) else {}
+        values = [False, True] if schema == {"type": "boolean"} else schema.get("enum")
+        options = [json.dumps(value, ensure_ascii=False) for value in values or ()]
+    if not 2 <= len(set(options)) == len(options) <= MAX_CHOICES or "" in options:
+        raise ApiError(
+            f"decide takes 2 to {MAX_CHOICES} answers, none empty or twice: choice, or a schema that is an enum or "
+            "a boolean.",
+            param="redraft.decide",
+        )
+    if given.get("n") not in (None, 1) or given.get("suffix") or given.get("logprobs") or given.get("echo"):
+        raise ApiError("decide gives one answer: leave n, suffix, logprobs and echo out.", param="redraft.decide")
+    return tuple(options)
 
 
 def _regex(param: str, pattern: Any) -> Constraint:
@@ -511,6 +515,8 @@ class Reply:
         """`text_of` decodes a token; `echoes` are the prompts to repeat; `fill` decodes what stands in each hole."""
         is_chat = call.endpoint == "chat"
         self.call, self.rows, self.echoes = call, [Row() for _ in range(num_rows)], echoes
+        self.scores: list[Object] = []
+        """Of a decision: each option with its probability."""
         self._text_of, self._fill = text_of, fill
         self.head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{id}",
@@ -596,14 +602,13 @@ class Reply:
         usages = [row.usage for row in self.rows]
         firsts = usages[:: self.call.settings.get("num_samples", 1)]
         prompt, new = sum(one.prompt_tokens for one in firsts), sum(one.completion_tokens for one in usages)
-        forwards = sum(one.forwards for one in usages)
-        extras = {
+        forwards, extras = sum(one.forwards for one in usages), {"seed": self.call.settings["seed"]}
+        extras |= {"options": self.scores} if self.scores else {
             "forwards": max(one.forwards for one in usages),
             "query_tokens": sum(one.query_tokens for one in usages),
             "tokens_per_forward": round(new / forwards, 3) if forwards else None,
-            "seed": self.call.settings["seed"],
             "queue_ms": round(1000 * max(one.queue_seconds for one in usages), 1),
-        }
+        }  # fmt: skip
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -36,7 +37,7 @@ from redraft.serving import api
 from redraft.serving.api import ApiError, Call, Reply, parse_json, read_call, read_messages, retry_later, server_error
 from redraft.serving.compiling import Compiler, LimitedConstraint
 from redraft.serving.metrics import Metrics
-from redraft.serving.request import Delta, Draining, Full, Request
+from redraft.serving.request import Delta, Draining, Full, Request, Usage
 
 if TYPE_CHECKING:
     from redraft.language_model import LanguageModel, Prepared
@@ -406,6 +407,8 @@ class Service:
         name, lm = self._model(call.model)
 
         async def start() -> Flight:
+            if call.options:
+                return await self._decide(call, name, lm, visit, started)
             pool = self._pools[call.constraint is not None]
             prepared = await self.loop.run_in_executor(pool, backend.prepare, call, lm)
             return self._submit(call, name, lm, prepared, visit, started)
@@ -434,15 +437,10 @@ class Service:
         backend, inbox, id = self._running(), Inbox(), uuid.uuid4().hex
         seconds = min(call.deadline_seconds or REQUEST_SECONDS, REQUEST_SECONDS)
         request = Request(
-            id=id,
-            prepared=prepared,
-            deliver=functools.partial(self.outbox.put, inbox),
-            key=visit.key,
-            adapter=None if name == backend.base else name,
-            deadline=started + seconds,
-            wants_drafts=call.wants_drafts,
-            top_logprobs=call.top_logprobs,
-        )
+            id=id, prepared=prepared, deliver=functools.partial(self.outbox.put, inbox), key=visit.key,
+            adapter=None if name == backend.base else name, deadline=started + seconds,
+            wants_drafts=call.wants_drafts, top_logprobs=call.top_logprobs,
+        )  # fmt: skip
         try:
             backend.engine.submit(request)
         except Full as full:
@@ -458,6 +456,35 @@ class Service:
             fill=functools.partial(_texts_of_holes, call, lm, prepared) if prepared.is_infilling else None,
         )  # fmt: skip
         return Flight(id=id, visit=visit, inbox=inbox, reply=reply, started=started)
+
+    async def _decide(self, call: Call, name: str, lm: "LanguageModel", visit: Visit, started: float) -> Flight:
+        """Answer with the likeliest of the options, in one or two forwards; there is nothing to wait for then."""
+        backend, inbox = self._running(), Inbox()
+
+        def ask() -> Any:
+            context = lm.encode(call.prompts[0])
+            options = [encode_as_text(lm.tokenizer, one, is_inside=len(context) > 0) for one in call.options]
+            longest = len(context) + max(map(len, options))
+            if backend.max_model_len is not None and longest > backend.max_model_len:
+                raise ValueError(f"prompt and answer must have at most {backend.max_model_len} tokens; got {longest}.")
+            adapter = None if name == backend.base else name
+            scores = backend.engine.decide(context, options, adapter=adapter, seed=call.settings["seed"]).result()
+            return len(context), options, scores
+
+        try:
+            num, options, scores = await self.loop.run_in_executor(None, functools.partial(api.checked, None, ask))
+        except Draining as draining:
+            raise server_error(_STOPPED) from draining
+        best = max(range(len(scores)), key=lambda i: scores[i].log_p)
+        usage = Usage(prompt_tokens=num, completion_tokens=len(options[best]))
+        reply = Reply(call, id=visit.id, model=name, num_rows=1, text_of=str)
+        reply.scores = [
+            {"text": text, "probability": math.exp(score.log_p)} | vars(score)
+            for text, score in zip(call.options, scores, strict=True)
+        ]
+        ids = tuple(options[best].tolist())
+        inbox.put([Delta(index=0, token_ids=ids, text=call.options[best], finish_reason="stop", usage=usage)])
+        return Flight(id=visit.id, visit=visit, inbox=inbox, reply=reply, started=started)
 
     async def _events(self, flight: Flight) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream, those of a tick together."""
@@ -487,8 +514,8 @@ class Service:
     def _finish(self, flight: Flight) -> None:
         usage, seconds = flight.reply.usage(), time.monotonic() - flight.started
         self.metrics.finish(usage, seconds=seconds)
-        counts = usage["prompt_tokens"], usage["completion_tokens"], usage["redraft"]["forwards"]
-        log.info("%s: %d prompt tokens, %d new, %d forwards, %.2f s", flight.visit.id, *counts, seconds)
+        counts = usage["prompt_tokens"], usage["completion_tokens"]
+        log.info("%s: %d prompt tokens, %d new, %.2f s", flight.visit.id, *counts, seconds)
 
     def _leave(self, flight: Flight) -> None:
         if not flight.reply.is_done and self.backend is not None:
@@ -528,18 +555,16 @@ class Service:
             parse_json(await read_body(request)),
             {"model": str | None, "prompt": str | None, "messages": list | None, "add_special_tokens": bool | None},
         )
-        lm = self._model(given.get("model"))[1]
+        backend, lm = self._running(), self._model(given.get("model"))[1]
         if (given.get("prompt") is None) == (given.get("messages") is None):
             raise ApiError("give prompt or messages.", param="prompt")
         if given.get("add_special_tokens"):
             raise ApiError("prompts get no special tokens here; set it to false.", param="add_special_tokens")
-        prompt: Any = given.get("prompt")
-        if prompt is None:
-            prompt = read_messages(given["messages"], getattr(lm.tokenizer, "chat_template", None))
+        template, prompt = getattr(lm.tokenizer, "chat_template", None), given.get("prompt")
+        prompt = read_messages(given["messages"], template) if prompt is None else prompt
         encode = functools.partial(api.checked, None, lm.encode, prompt)
         tokens = (await self.loop.run_in_executor(self._pools[0], encode)).tolist()
-        length = self._running().max_model_len
-        return JSONResponse({"count": len(tokens), "max_model_len": length, "tokens": tokens})
+        return JSONResponse({"count": len(tokens), "max_model_len": backend.max_model_len, "tokens": tokens})
 
     async def _detokenize(self, request: HttpRequest, visit: Visit) -> Response:
         given = api.read_fields(parse_json(await read_body(request)), {"model": str | None, "tokens": list[int]})
@@ -630,21 +655,12 @@ class DrainingServer(uvicorn.Server):
     """A server that finishes what runs when it is told to end; told twice, it ends at once."""
 
     def __init__(self, service: Service, *, grace: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                service.app(),
-                loop="asyncio",
-                http="h11",
-                lifespan="on",
-                log_config=None,
-                log_level=logging.CRITICAL,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                timeout_graceful_shutdown=int(END_SECONDS),
-            )
-        )
+        config = uvicorn.Config(
+            service.app(), loop="asyncio", http="h11", lifespan="on", log_config=None, log_level=logging.CRITICAL,
+            access_log=False, proxy_headers=False, server_header=False, h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_graceful_shutdown=int(END_SECONDS),
+        )  # fmt: skip
+        super().__init__(config)
         self.service, self.grace, self._endings = service, grace, list[asyncio.Task[None]]()
 
     def handle_exit(self, sig: int, frame: Any) -> None:

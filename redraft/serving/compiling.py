@@ -12,9 +12,10 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from redraft.constraints.kinds import Constraint, TokenLimits, constraint_key
 from redraft.constraints.token_bytes import LeadingSpace
@@ -94,13 +95,9 @@ class Compiler:
             self.close()
             environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the server, which drains
-            )
+                [sys.executable, "-c", _COMMAND], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, start_new_session=True,  # Ctrl-C is for the server, which drains
+            )  # fmt: skip
         return self._process
 
     def close(self) -> None:
@@ -135,32 +132,26 @@ def work() -> None:
     _limit_memory()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it ends the process, whatever Python or numpy is doing
     vocabularies: dict[int, list[bytes | None]] = {}
-    while (question := _read(source)) is not None:
-        constraint, vocabulary, pieces, end, space = question
-        if pieces is not None:
-            vocabularies[vocabulary] = pieces
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        answer: Any
-        try:
-            automaton = after_space(constraint.automaton(), space)
-            if len(automaton.table) > MAX_STATES:
-                raise ValueError(
-                    f"the constraint is too large: it has more than {MAX_STATES} states. Use a shorter one."
-                )
-            answer = over_tokens(automaton, vocabularies[vocabulary], eos_token_id=end)
-        except ValueError as error:
-            answer = str(error)
-        text = pickle.dumps(answer)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        target.write(text + pickle.dumps(len(text)))
-        target.flush()
-
-
-def _read(source: BinaryIO) -> Any:
-    try:
-        return pickle.load(source)
-    except EOFError:
-        return None
+    with suppress(EOFError):  # the server has ended
+        while True:
+            constraint, vocabulary, pieces, end, space = pickle.load(source)
+            if pieces is not None:
+                vocabularies[vocabulary] = pieces
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+            answer: Any
+            try:
+                automaton = after_space(constraint.automaton(), space)
+                if len(automaton.table) > MAX_STATES:
+                    raise ValueError(
+                        f"the constraint is too large: it has more than {MAX_STATES} states. Use a shorter one."
+                    )
+                answer = over_tokens(automaton, vocabularies[vocabulary], eos_token_id=end)
+            except ValueError as error:
+                answer = str(error)
+            text = pickle.dumps(answer)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            target.write(text + pickle.dumps(len(text)))
+            target.flush()
 
 
 def _limit_memory() -> None:

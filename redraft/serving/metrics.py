@@ -42,7 +42,8 @@ class Metrics:
         self.new_tokens.inc(usage["completion_tokens"])
         if usage["completion_tokens"]:
             self.per_token.observe(seconds / usage["completion_tokens"])
-            self.per_forward.observe(usage["redraft"]["tokens_per_forward"] or 0)
+        if usage["redraft"].get("tokens_per_forward"):
+            self.per_forward.observe(usage["redraft"]["tokens_per_forward"])
 
     def page(self) -> bytes:
         return bytes(generate_latest(self.registry))

@@ -173,6 +173,11 @@ def test_values_that_would_change_the_output_are_refused_by_name(endpoint, field
         ({"redraft": {"regex": "a" * 5000}}, "redraft.regex"),
         ({"redraft": {"choice": []}}, "redraft.choice"),
         ({"redraft": {"choice": ["x" * 70_000]}}, "redraft.choice"),
+        ({"redraft": {"decide": True}}, "redraft.decide"),
+        ({"redraft": {"decide": True, "choice": ["a"]}}, "redraft.decide"),
+        ({"redraft": {"decide": True, "choice": ["a", "a"]}}, "redraft.decide"),
+        ({"redraft": {"decide": True, "choice": ["a", "b"]}, "n": 2}, "redraft.decide"),
+        ({"redraft": {"decide": True}, "response_format": SCHEMA}, "redraft.decide"),
         ({"stop": "x", "ignore_eos": True}, "stop"),
         ({"stop": "x", "redraft": {"regex": "a+"}}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -228,6 +233,14 @@ def test_constraints():
         deep = {"items": deep}
     error = refusal(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": deep}})
     assert "16 deep" in error["message"]
+
+
+def test_what_is_decided_between():
+    assert read(redraft={"decide": True, "choice": ["a", "b"]}).options == ("a", "b")
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["a", None, 1.5]}}}
+    assert read(redraft={"decide": True}, response_format=schema).options == ('"a"', "null", "1.5")
+    schema["json_schema"]["schema"] = {"type": "boolean"}
+    assert read(redraft={"decide": True}, response_format=schema).options == ("false", "true")
 
 
 def test_streams_say_what_they_were_asked_for():

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from openai.types.chat import ChatCompletion
 from server_doubles import call, serving, wait_for
 
 import redraft
@@ -104,6 +105,43 @@ def test_infilling_is_what_infill_gives(lm, server):
         assert texts_of(server, "/v1/completions", body | options)[0] == [wanted[1:-1]]
 
 
+def decided(server, **extras):
+    body = {"messages": [{"role": "user", "content": "which?"}], "seed": 3, "redraft": {"decide": True} | extras}
+    return call(server, "/v1/chat/completions", body)
+
+
+def test_a_decision_tells_the_likelihood_of_each_option(lm, server):
+    status, answer, _ = decided(server, choice=["a", "b", "c"])
+    assert status == 200
+    ChatCompletion.model_validate(answer, strict=True)
+    options = answer["usage"]["redraft"]["options"]
+    assert [one["text"] for one in options] == ["a", "b", "c"]
+    assert sum(one["probability"] for one in options) == pytest.approx(1)
+    assert [one["standard_error"] for one in options] == [0, 0, 0]  # one token each
+    best = max(options, key=lambda one: one["probability"])["text"]
+    assert (answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]) == (best, "stop")
+    assert answer["usage"]["completion_tokens"] == 1
+    masked = torch.cat([lm.encode([{"role": "user", "content": "which?"}]), torch.tensor([2])])
+    log_p = lm.logits(masked[None])[0, -1, [lm.encode(one)[0] for one in "abc"]].log_softmax(0)
+    assert [one["log_p"] for one in options] == pytest.approx(log_p.tolist(), abs=1e-5)
+
+
+def test_a_decision_between_longer_options_has_an_error(server):
+    choice = ["yes, of course", "no, by no means"]
+    first, again = (decided(server, choice=choice)[1]["usage"]["redraft"]["options"] for _ in range(2))
+    assert all(one["standard_error"] > 0 for one in first)
+    assert first == again
+
+
+def test_a_decision_streams_its_answer(server):
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1, 22]}}}
+    body = {"prompt": "x", "response_format": schema, "redraft": {"decide": True}, "stream": True}
+    texts, ends, usage = texts_of(server, "/v1/completions", body | {"stream_options": {"include_usage": True}})
+    assert texts[0] in ("1", "22")
+    assert ends == {0: "stop"}
+    assert [one["text"] for one in usage["redraft"]["options"]] == ["1", "22"]
+
+
 def test_bombs_in_schemas_are_refused_while_others_are_served(server):
     body = {"prompt": "x", "max_tokens": 8}
     with ThreadPoolExecutor(4) as pool:
@@ -120,6 +158,15 @@ def test_a_deadline_ends_a_text_with_what_is_decided(server):
     texts, ends, _ = texts_of(server, "/v1/completions", body)
     assert len(texts[0]) < 100
     assert ends == {0: "length"}
+
+
+def test_log_probabilities_are_those_of_the_steps(server):
+    body = {"prompt": "x", "max_tokens": 6, "logprobs": 2, "ignore_eos": True}
+    found = call(server, "/v1/completions", body)[1]["choices"][0]["logprobs"]
+    assert len(found["tokens"]) == len(found["token_logprobs"]) == 6
+    for token, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert len(top) == 2
+        assert top[token] == pytest.approx(logprob, abs=1e-5)  # at temperature 0 it is the likeliest
 
 
 @pytest.mark.usefixtures("unchecked")
