@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from redraft.constraints.completion import CompiledConstraint
 from redraft.constraints.kinds import Constraint, constraint_key
-from redraft.constraints.token_bytes import LeadingSpace, leading_space, token_bytes
+from redraft.constraints.token_bytes import leading_space, token_bytes
 from redraft.errors import check_names
 from redraft.layouts import Layout
 from redraft.likelihood.config import LikelihoodConfig
@@ -155,10 +155,6 @@ class LanguageModel:
         """Settings that come with the checkpoint: the `generation` entry of its config.json."""
         return dict(getattr(self.model.config, "generation", None) or {})
 
-    @cached_property
-    def _leading_space(self) -> LeadingSpace:
-        return leading_space(self.tokenizer)
-
     def sampling_config(self, **settings: Any) -> SamplingConfig:
         """Resolve settings as `generate` does: those given, over the checkpoint's own, over the defaults.
 
@@ -256,7 +252,7 @@ class LanguageModel:
         rows = [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
         sampler = self._sampler(config, guides, logits_processor, constraint, rows)
         # Word pieces are decoded with a space before them; a constraint holds for the text after that space.
-        added = " " if constraint is not None and self._leading_space == "added" else ""
+        added = " " if constraint is not None and leading_space(self.tokenizer) == "added" else ""
 
         def finish(i: int, tokens: Tensor, status: Tensor) -> tuple[Tensor, Tensor, str | None]:
             new = self.new_tokens(tokens, status, config)
@@ -421,7 +417,7 @@ class LanguageModel:
             raise ValueError("this model has no tokenizer, so its tokens have no text to constrain; load one with it.")
         if not isinstance(constraint, Constraint):
             raise ValueError(f"a constraint must be a redraft.Regex, JsonSchema, Choice, ...; got {constraint!r:.200}.")
-        space = self._leading_space
+        space = leading_space(self.tokenizer)
         if (space == "added" and is_infilling) or (space == "stripped" and not is_start):
             space = "text"
         ends = self.eos_token_ids
