@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from redraft.language_model import LanguageModel
-from redraft.likelihood.decide import OptionScore, decide
+from redraft.likelihood.options import OptionScore, score_options
+from redraft.models.adapter import share_weights
 from redraft.models.finite import is_out_of_memory
 from redraft.prompts import shown_and_raw
 from redraft.sampling.batch import Batch
@@ -36,7 +37,7 @@ from redraft.serving.request import (
     TokenLogprob,
     Usage,
 )
-from redraft.serving.text import TextReader
+from redraft.serving.text import TextReader, has_byte_tokens
 
 LEAST_LOGPROB = -9999.0
 """Stands for the logarithm of 0, which JSON cannot hold."""
@@ -116,6 +117,12 @@ class Engine:
         self.max_logits_bytes, self.share_prefixes, self.on_tick = max_logits_bytes, share_prefixes, on_tick
         self.models: dict[str | None, LanguageModel] = {None: lm}
         self.models.update(adapters or {})
+        for other in (adapters or {}).values():
+            share_weights(other.model, lm.model)
+        self._has_bytes = {
+            name: model.tokenizer is not None and has_byte_tokens(model.tokenizer)
+            for name, model in self.models.items()
+        }
         size = {"max_rows": max_rows, "max_positions": self.max_model_len or 0, "chunk": chunk}
         self._batches = {name: Batch(model.denoiser, **size) for name, model in self.models.items()}
         self._wake = threading.Condition()
@@ -187,13 +194,13 @@ class Engine:
     def decide(
         self, context: Tensor, options: Sequence[Tensor], *, adapter: str | None = None, seed: int = 0
     ) -> Future[list[OptionScore]]:
-        """Score options after a context (`likelihood.decide`), between two ticks. Raises Draining."""
+        """Score options after a context (`likelihood.options`), between two ticks. Raises Draining."""
         future: Future[list[OptionScore]] = Future()
         denoiser = self.models[adapter].denoiser
         with self._wake:
             if self._end_at is not None or not self.is_alive:
                 raise Draining("the engine takes no new requests.")
-            self._calls.append((future, lambda: decide(denoiser, context, options, seed=seed)))
+            self._calls.append((future, lambda: score_options(denoiser, context, options, seed=seed)))
             self._wake.notify()
         return future
 
@@ -249,7 +256,10 @@ class Engine:
                 num_open = min(num_open, frontier.size * frontier.in_flight)
             if lm.tokenizer is not None and not prepared.is_infilling:
                 stop = config.stop if isinstance(config.stop, tuple) else ()
-                reader = TextReader(lm.tokenizer, prompt.tolist(), stop=stop, dropped=prepared.dropped)
+                has_bytes = self._has_bytes[request.adapter]
+                reader = TextReader(
+                    lm.tokenizer, prompt.tolist(), stop=stop, dropped=prepared.dropped, has_bytes=has_bytes
+                )
             row = _Row(
                 request=request,
                 index=index,
@@ -354,9 +364,16 @@ class Engine:
                 self._forget(row)
 
     def _has_room(self, row: _Row) -> bool:
+        """Tell whether the logits of a row fit, and whether its keys and values find a place.
+
+        Each kind of attention has slots of its own, so a row of another kind waits until these are free.
+        """
         vocab_size = self.models[row.request.adapter].model.config.get_text_config().vocab_size
         running = [other for rows in self._running.values() for other in rows.values()]
-        return sum(other.num_open for other in [row, *running]) * vocab_size * 4 <= self.max_logits_bytes
+        beside = [_cache_kind(other) for other in running if other.request.adapter == row.request.adapter]
+        kinds = {kind for kind in [*beside, _cache_kind(row)] if kind is not None}
+        num_open = sum(other.num_open for other in [row, *running])
+        return num_open * vocab_size * 4 <= self.max_logits_bytes and len(kinds) <= 1
 
     def _join(self, row: _Row) -> None:
         batch, running = self._batches[row.request.adapter], self._running[row.request.adapter]
@@ -547,6 +564,12 @@ class Engine:
 
     def _num_running(self) -> int:
         return sum(len(rows) for rows in self._running.values())
+
+
+def _cache_kind(row: _Row) -> object:
+    """Name the slots that a row needs; None without a cache."""
+    sampler = row.sampler
+    return None if sampler.cache == "none" else (sampler.layout, sampler.cache, bool(sampler.cfg_scale))
 
 
 def _is_late(row: _Row, now: float) -> bool:

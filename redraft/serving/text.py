@@ -12,6 +12,11 @@ MOST_HELD = 4 * CONTEXT_TOKENS
 """Tokens that are decoded again with each new one, at most, where the end of the text is held back."""
 
 
+def has_byte_tokens(tokenizer: Any) -> bool:
+    """Tell whether tokens such as <0x0A> are decoded as bytes. Slow: it looks through the whole vocabulary."""
+    return not tokenizer.is_fast or '"ByteFallback"' in tokenizer.backend_tokenizer.to_str()
+
+
 class TextReader:
     """Decode a row's new tokens as they come; text that has been returned is never taken back.
 
@@ -19,7 +24,15 @@ class TextReader:
     may remove, and what may be the beginning of a stop string. Each call decodes the new tokens and those held back.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int], *, stop: Sequence[str] = (), dropped: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        before: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        dropped: str = "",
+        has_bytes: bool | None = None,
+    ) -> None:
         self.tokenizer, self.stop, self.dropped = tokenizer, tuple(stop), dropped
         self.num_returned = 0
         """Characters."""
@@ -29,7 +42,7 @@ class TextReader:
             0,
         )  # tokens from `_start` on are held, of these so many characters
         self._is_cleaned = bool(tokenizer.clean_up_tokenization_spaces)
-        self._has_bytes = '"ByteFallback"' in tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else True
+        self._has_bytes = has_byte_tokens(tokenizer) if has_bytes is None else has_bytes
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take the next tokens, and return the text that is certain now."""

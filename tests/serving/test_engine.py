@@ -13,6 +13,7 @@ from serving_tools import check_served, running, send
 from tiny import tiny_lm
 
 import redraft
+from redraft.likelihood.options import score_options
 from redraft.serving.request import Draining, Full
 
 LONG = 40
@@ -287,3 +288,47 @@ def test_torch_is_not_needed_to_speak_of_requests():
     code = "import sys, redraft.serving.request; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_adapters_share_the_weights_of_their_base():
+    from copy import deepcopy
+
+    from peft import LoraConfig, get_peft_model
+
+    from redraft.models.adapter import share_weights
+
+    base, ids = tiny_lm().model, torch.tensor([[5, 6, 7]])
+    adapted = get_peft_model(
+        deepcopy(base), LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    )
+    before, plain = adapted(input_ids=ids).logits, base(input_ids=ids).logits
+    assert share_weights(adapted, base) == sum(p.nbytes for p in base.parameters())
+    assert share_weights(adapted, base) == 0
+    assert torch.equal(adapted(input_ids=ids).logits, before)
+    assert torch.equal(base(input_ids=ids).logits, plain)
+    assert not torch.equal(before, plain)
+
+
+def test_a_question_is_answered_between_ticks():
+    lm, context = model("ids causal"), torch.tensor([5, 6])
+    options = [torch.tensor([8]), torch.tensor([9])]
+    with running(lm) as engine:
+        client = send(engine, lm.prepare([[5, 6]], max_new_tokens=12))
+        assert engine.decide(context, options).result(60) == score_options(lm.denoiser, context, options)
+        with pytest.raises(ValueError, match="at least two options"):
+            engine.decide(context, options[:1]).result(60)
+        check_served(client.wait(), lm.generate([[5, 6]], max_new_tokens=12))
+    with pytest.raises(Draining):
+        engine.decide(context, options)
+
+
+def test_rows_of_other_blocks_wait_for_the_slots():
+    lm = model("ids causal")
+    kinds = [{"block_size": size} for size in (4, 2, 4, 2)]
+    with running(lm, max_rows=4) as engine:
+        clients = [
+            send(engine, lm.prepare([[5, 6]], max_new_tokens=8, **kind), id=str(i)) for i, kind in enumerate(kinds)
+        ]
+        for kind, client in zip(kinds, clients, strict=True):
+            check_served(client.wait(), lm.generate([[5, 6]], max_new_tokens=8, **kind))
+        assert len(engine._batches[None]._forwards) == 1

@@ -21,11 +21,12 @@ class OptionScore:
     log_p: float
     """In nats; the probabilities of all options sum to 1."""
     standard_error: float
-    """Of log_p, as if the options' estimates were independent; 0 where all options have one token."""
+    """Of log_p, as if the options' estimates were independent; 0 where they are exact: options of one token, or so
+    short that all their masks are summed."""
 
 
 @torch.no_grad()
-def decide(
+def score_options(
     denoiser: Denoiser,
     context: Int[Tensor, "c"],
     options: Sequence[Int[Tensor, "_"]],
