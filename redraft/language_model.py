@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -458,9 +457,7 @@ class LanguageModel:
             for is_start in {silent.issuperset(before.tolist()) for before in befores}
         }
 
-        def completion(before: Tensor) -> CompiledConstraint:
-            return kinds[silent.issuperset(before.tolist()) if len(kinds) > 1 else next(iter(kinds))]
-
+        completion = _Completions(kinds=kinds, silent=silent)
         return TextConstraint(completion=completion, num_tokens=None if is_infilling else config.max_new_tokens)
 
     def _sampler(
@@ -477,7 +474,7 @@ class LanguageModel:
         text_constraint = None
         if constraint is not None:
             text_constraint = self._constrained(constraint, config, befores, is_infilling=is_infilling)
-        texts = None if self.tokenizer is None else partial(shown_and_raw, self.tokenizer)
+        texts = None if self.tokenizer is None else _Texts(tokenizer=self.tokenizer)
         sampler = build_sampler(config, self.denoiser.settings, eos_token_ids=self.eos_token_ids, decode=texts)
         if sampler.noise != self.process.noise:
             raise ValueError(
@@ -557,6 +554,28 @@ class LanguageModel:
                 f"prompt and new tokens must fit into the model's context of {limit} tokens; got {length}. "
                 "Shorten the prompt or lower max_new_tokens."
             )
+
+
+# These two are no closures, so that samplers of equal settings are equal and their rows are decided together.
+@dataclass(frozen=True, kw_only=True)
+class _Texts:
+    """The texts of new tokens after those given, without special tokens and with them."""
+
+    tokenizer: Any
+
+    def __call__(self, before: Tensor, new: Tensor) -> tuple[str, str]:
+        return shown_and_raw(self.tokenizer, before, new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Completions:
+    """The constraint on a text, by whether it begins its row: after nothing, or after silent tokens alone."""
+
+    kinds: dict[bool, CompiledConstraint]
+    silent: frozenset[int]
+
+    def __call__(self, before: Tensor) -> CompiledConstraint:
+        return self.kinds[self.silent.issuperset(before.tolist()) if len(self.kinds) > 1 else next(iter(self.kinds))]
 
 
 def _collect(prepared: Prepared, steps: Iterator[Step], *, trace: bool) -> Generation:

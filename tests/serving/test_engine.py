@@ -332,3 +332,21 @@ def test_rows_of_other_blocks_wait_for_the_slots():
         for kind, client in zip(kinds, clients, strict=True):
             check_served(client.wait(), lm.generate([[5, 6]], max_new_tokens=8, **kind))
         assert len(engine._batches[None]._forwards) == 1
+
+
+@pytest.mark.parametrize("name", ["text full", "text causal"])
+def test_rows_of_equal_settings_are_decided_together(name):
+    lm = model(name)
+    kinds = [
+        {},
+        {"temperature": 0.5},
+        {"stop": ("x", "yz")},
+        {"stop": ("x",)},
+        {"constraint": redraft.Regex("[a-z]{2,4}")},
+        {"constraint": redraft.Regex("[a-z]{2,5}")},
+        {"preset": "fast-dllm", "threshold": 0.7},
+    ]
+    samplers = [lm.prepare(["Hello"], max_new_tokens=8, **kind).sampler for kind in kinds]
+    for i, kind in enumerate(kinds):
+        again = lm.prepare(["yes no"], max_new_tokens=8, seed=3, **kind).sampler
+        assert [again == sampler for sampler in samplers] == [i == j for j in range(len(kinds))]
