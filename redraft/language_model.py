@@ -296,7 +296,7 @@ class LanguageModel:
         constraint: Constraint | None = None,
         **settings: Any,
     ) -> Generation:
-        """Fill holes: `[MASK:n]` in a text (n tokens), or mask tokens in token ids. Settings: `SamplingConfig`.
+        """Fill holes: `[MASK:n]` in a text (n tokens), or mask tokens in a text or ids. Settings: `SamplingConfig`.
 
         A `constraint` holds for the text of the hole, of which there is one then.
 

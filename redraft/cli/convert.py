@@ -43,9 +43,9 @@ def main(arguments: list[str]) -> int:
     flags = parse(ConvertFlags, arguments or ["--help"], command="convert")
     if not flags.source:
         raise ValueError("name a model to convert: redraft convert SOURCE OUT.")
-    from redraft.cli.common import be_quiet
+    from redraft.cli.common import import_quietly
 
-    be_quiet()
+    import_quietly()
     return _convert(flags) if flags.out else _check(flags)
 
 

@@ -272,7 +272,7 @@ class Engine:
                 end=length if prepared.is_infilling else len(prompt) + config.max_new_tokens,
                 new=[],
                 likeliest={},
-                usage=Usage(prompt_tokens=len(prompt)),
+                usage=Usage(prompt_tokens=length - num_noise[index]),
             )
             rows.append(row)
         return rows

@@ -98,6 +98,7 @@ def test_infilling_is_what_infill_gives(lm, server):
     answer = call(server, "/v1/infill", {"segments": ["a", {"mask": 3}, "b", {"mask": 2}], "seed": 2})[1]
     assert answer["text"] == wanted
     assert [len(hole["tokens"]) for hole in answer["holes"]] == [3, 2]
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (2, 5)
     wanted = lm.infill("a[MASK:4]b", seed=2).texts[0]
     for stream in (False, True):
         body = {"prompt": "a", "suffix": "b", "max_tokens": 4, "seed": 2}
