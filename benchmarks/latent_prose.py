@@ -43,6 +43,8 @@ from redraft.latent.stages import Stage, StageRows, StageTrainer, run_stage, tho
 from redraft.latent.thinking import Thinker
 from redraft.recipes import RECIPES
 from redraft.training.config import TrainConfig
+from redraft.training.pace import Pacer
+from redraft.training.plan import Clock
 from redraft.training.run import drive
 
 CHUNK = AutoencoderShape(num_latents=8, latent_dim=32, hidden_size=256)
@@ -135,7 +137,8 @@ class Models:
             recipe = RECIPES["latent-denoiser"]()
             settings = self.training(recipe.train, steps=self.args.llama_steps, ema_decay=None)
             config = replace(recipe, out=str(folder), train=settings)
-            whole(drive(config, StageTrainer(stage, config), checkpoint=None, console=quiet()))
+            pacer = Pacer(StageTrainer(stage, config), settings, clock=Clock(), console=quiet())
+            whole(drive(config, pacer, checkpoint=None))
             model.save_pretrained(folder)
 
         return self.trained("llama", run)

@@ -89,7 +89,7 @@ def write_whole(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def hash_of(path: Path) -> str:
-    """Return the BLAKE2b hash of a file."""
+def hash_of(path: Path, algorithm: str = "blake2b") -> str:
+    """Return the hash of a file, in hexadecimal digits."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -101,9 +101,9 @@ def load(
 ) -> "LanguageModel":
     """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors.
 
-    A text ends at any of `eos_token_id`: by default the tokenizer's EOS, the token that ends an answer in its chat
-    template, and what config.json and generation_config.json list. `compile` is for long runs with equal shapes: see
-    `Denoiser.compiled`.
+    `redraft/NAME` loads a checkpoint that ships in this package (`redraft models` lists them). A text ends at any of
+    `eos_token_id`: by default the tokenizer's EOS, the token that ends an answer in its chat template, and what
+    config.json and generation_config.json list. `compile` is for long runs with equal shapes: see `Denoiser.compiled`.
     """
     denoiser, tokenizer, raw = load_denoiser(
         path,
@@ -295,7 +295,7 @@ class LanguageModel:
         constraint: Constraint | None = None,
         **settings: Any,
     ) -> Generation:
-        """Fill holes: `[MASK:n]` in a text (n tokens), or mask tokens in token ids. Settings: `SamplingConfig`.
+        """Fill holes: `[MASK:n]` in a text (n tokens), or mask tokens in a text or ids. Settings: `SamplingConfig`.
 
         A `constraint` holds for the text of the hole, of which there is one then.
 

@@ -233,7 +233,7 @@ def encode_pair(
 def encode_with_holes(
     tokenizer: Any, prompt: Prompt, *, mask_token_id: int
 ) -> tuple[Int[Tensor, "seq"], Bool[Tensor, "seq"]]:
-    """Turn one prompt into token ids and where its holes are: `[MASK:n]` in text, mask tokens in ids."""
+    """Turn one prompt into token ids and where its holes are: `[MASK:n]` in text, and mask tokens in text and ids."""
     if not isinstance(prompt, str):
         row = encode(tokenizer, prompt)
         return row, row == mask_token_id
@@ -241,9 +241,9 @@ def encode_with_holes(
     parts = HOLE.split(prompt)  # text, size of a hole, text, ...
     _check_holes(parts[1::2])
     for i, piece in enumerate(parts):
-        tokens = torch.zeros(int(piece), dtype=torch.int64) if i % 2 else encode(tokenizer, piece, is_inside=i > 0)
-        pieces.append(tokens)
-        is_hole.append(torch.full((len(pieces[-1]),), bool(i % 2)))
+        hole = torch.full((int(piece),), mask_token_id) if i % 2 else None
+        pieces.append(encode(tokenizer, piece, is_inside=i > 0) if hole is None else hole)
+        is_hole.append(pieces[-1] == mask_token_id)
     return torch.cat(pieces), torch.cat(is_hole)
 
 

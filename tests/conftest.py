@@ -10,7 +10,10 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-hypothesis.settings.register_profile("any machine", deadline=None)  # an example may take long where others work too
+# An example may take long where others work too. Examples are the same in every run, so that a change is judged by what
+# it changes; `pytest --hypothesis-profile explore` draws new ones.
+hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile("any machine")
 install_import_hook("redraft", "shape_checks.checked")
 

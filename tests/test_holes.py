@@ -37,6 +37,12 @@ def test_a_hole_of_no_token_is_refused(text):
     "text", ["a[MASK:100000000]", "[MASK:" + "9" * 5000 + "]", "[MASK:1048576]" * 1000, "[MASK:1048576][MASK:1]"]
 )
 def test_holes_that_can_only_be_a_mistake_are_refused_before_they_are_laid_out(text, monkeypatch):
-    monkeypatch.setattr(torch, "zeros", None)
+    monkeypatch.setattr(torch, "full", None)
     with pytest.raises(ValueError, match="the holes of a text take at most 1048576 tokens together; got"):
         holes(text)
+
+
+def test_mask_tokens_in_a_text_are_holes_of_one_token():
+    row, is_hole = holes("a\2b[MASK:2]\2")
+    assert is_hole.tolist() == [False, True, False, True, True, True]
+    assert row.tolist() == [ord("a"), 2, ord("b"), 2, 2, 2]

@@ -14,7 +14,14 @@ def test_no_public_name_is_also_a_submodule_which_would_hide_it_at_the_second_us
     assert importlib.util.find_spec(f"redraft.{name}") is None
 
 
-@pytest.mark.parametrize("first", ["redraft.custom_generate", "redraft.load", "redraft.convert", "redraft.Regex"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "redraft.load",
+        "redraft.Regex",
+        *(pytest.param(f"redraft.{n}", marks=pytest.mark.slow) for n in ("convert", "custom_generate")),
+    ],
+)
 def test_a_public_name_is_the_same_object_at_the_first_use_at_the_second_and_imported(first):
     name = first.removeprefix("redraft.")
     program = (

@@ -24,6 +24,7 @@ COMMANDS = {
     "think": "think about prompts in blocks of continuous thought",
     "data": "tokenise and pack a source once, for many runs",
     "eval": "measure a model on tasks: likelihood, generation, benchmarks",
+    "models": "list the checkpoints that ship in the package",
     "compare": "test the difference between two evaluations",
     "doctor": "report versions and devices, and run a tiny model",
 }

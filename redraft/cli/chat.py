@@ -14,7 +14,7 @@ class ChatFlags(LoadingFlags):
     """Talk with a model; drafts are shown dim until they are decided."""
 
     model: tyro.conf.Positional[str]
-    """Folder or hub id of a model."""
+    """Folder or hub id of a model, or redraft/NAME (see `redraft models`)."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)
     """How to denoise."""
     system: str | None = None

@@ -1,5 +1,6 @@
 """What the commands share: the terminal, prompts, files to write, a model without the libraries' notices. No torch."""
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -26,8 +27,20 @@ def print_text(console: "Console", text: str, *, style: str | None = None, end: 
         print(text, end=end)
 
 
-def be_quiet() -> None:
-    """Switch off transformers' bars and notices, unless --debug asks for them; downloads keep their bars."""
+def import_quietly() -> None:
+    """Import transformers, and switch off its bars and notices unless --debug asks for them; downloads keep their bars.
+
+    Called before torch is imported: Python's cycle collector, which would visit the libraries' objects again and again
+    (an eighth of the time), waits, and never visits them later.
+    """
+    gc.disable()
+    try:
+        from redraft.models.later import import_modelling
+
+        import_modelling()
+        gc.freeze()
+    finally:
+        gc.enable()
     if logging.getLogger("redraft").isEnabledFor(logging.DEBUG):
         return
     import huggingface_hub
@@ -40,9 +53,9 @@ def be_quiet() -> None:
 
 def load_quietly(model: str, *, device: str | None, quantization: str | None) -> "LanguageModel":
     """Load a model without the libraries' progress bars and notices."""
+    import_quietly()
     from redraft.language_model import load
 
-    be_quiet()
     return load(model, device=device, quantization=quantization)
 
 

@@ -19,7 +19,7 @@ class ConvertFlags:
     """Turn any decoder or encoder of transformers into a diffusion model. Nothing is written unless its checks pass."""
 
     source: Annotated[str, tyro.conf.Positional] = ""
-    """Folder, hub id or .gguf file."""
+    """Folder, hub id, redraft/NAME or .gguf file."""
     out: Annotated[str, tyro.conf.Positional] = ""
     """Folder to write; without it, SOURCE is only checked."""
     mask_token_id: int | None = None
@@ -43,9 +43,9 @@ def main(arguments: list[str]) -> int:
     flags = parse(ConvertFlags, arguments or ["--help"], command="convert")
     if not flags.source:
         raise ValueError("name a model to convert: redraft convert SOURCE OUT.")
-    from redraft.cli.common import be_quiet
+    from redraft.cli.common import import_quietly
 
-    be_quiet()
+    import_quietly()
     return _convert(flags) if flags.out else _check(flags)
 
 

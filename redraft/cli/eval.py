@@ -36,7 +36,7 @@ class EvalFlags(LoadingFlags, TemplateFlags):
     """
 
     model: tyro.conf.Positional[str]
-    """Folder or hub id of a model."""
+    """Folder or hub id of a model, or redraft/NAME (see `redraft models`)."""
     tasks: tuple[str, ...] = ()
     """Tasks to run."""
     out: Path = Path("runs/eval")

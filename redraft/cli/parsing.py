@@ -66,13 +66,19 @@ class LoadingFlags(DeviceFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputFlags(Settings):
+class JsonFlags(Settings):
+    """What to print for programs."""
+
+    json: bool = False
+    """Print JSON: one object a line, for each text or entry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFlags(JsonFlags):
     """What to write beside the text, or in place of it."""
 
     trace: Path | None = None
     """Write a page that replays the denoising step by step (.html), or its data (.json)."""
-    json: bool = False
-    """Print one JSON object for each text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +111,7 @@ class GenerationFlags(LoadingFlags, OutputFlags):
     """What `sample` and `infill` share."""
 
     model: tyro.conf.Positional[str]
-    """Folder or hub id of a model."""
+    """Folder or hub id of a model, or redraft/NAME (see `redraft models`)."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts; a dash reads one from standard input. '' is the empty prompt, for models trained on documents."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = field(default_factory=SamplingFlags)

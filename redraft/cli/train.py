@@ -14,18 +14,22 @@ from redraft.models.config import ModelConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
 from redraft.training.config import RECIPE_FILE, RunConfig, read_recipe
+from redraft.training.plan import Clock
 
 USAGE = """usage: redraft train RECIPE [--resume] [--smoke] [--launch KIND --processes N] [--SECTION.NAME VALUE ...]
 
 RECIPE is a name below, a recipe.json, or the folder of a run.
 `redraft train RECIPE --help` lists the settings with their defaults and units."""
-MODES = """--resume continues the run in --out from its last checkpoint.
+MODES = """--resume continues the run in --out from its last checkpoint. With a larger --train.max-steps or
+--train.max-minutes (which count all of the run) it trains for longer: after the end of a finished run
+the learning rate warms up again and falls to its end; that of a stopped run falls more slowly.
 --smoke runs the recipe in seconds, offline: its own objective, but a tiny random model, tiny data and 3 steps.
 --launch ddp|fsdp2|deepspeed --processes N trains in N processes on this machine; they divide each batch."""
 
 
 def main(arguments: list[str]) -> int:
     """Resolve the recipe and its flags, train, and print the result; return 1 for a run that diverged."""
+    clock = Clock()
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<20}{default_doc(name).splitlines()[0]}" for name in RECIPES]
         print(USAGE, MODES, "", *lines, sep="\n")
@@ -41,7 +45,7 @@ def main(arguments: list[str]) -> int:
     if mode.launch or mode.processes:
         same_mode = [f"--{flag}" for flag in ("resume", "smoke") if getattr(mode, flag)]
         return _launch(mode.launch, mode.processes, config, [name, *same_mode, *flags])
-    return _train(config, resume=mode.resume)
+    return _train(config, resume=mode.resume, clock=clock)
 
 
 def _take_mode(flags: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -57,7 +61,10 @@ def _take_mode(flags: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ValueError(f"{error}. See --help.") from error
 
 
-def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
+def _train(config: RunConfig | LatentRunConfig, *, resume: bool, clock: Clock) -> int:
+    from redraft.models.later import import_modelling
+
+    import_modelling()
     from redraft.training.output import lasting_output
 
     train: Any
@@ -66,9 +73,10 @@ def _train(config: RunConfig | LatentRunConfig, *, resume: bool) -> int:
     else:
         from redraft.training.run import run as train  # heavy: transformers' trainer
     with lasting_output():
-        result = train(config, resume=resume)
+        result = train(config, resume=resume, clock=clock)
         if not (result.signal or result.diverged):
             print("try next:", *(f"  {step}" for step in next_steps(config)), sep="\n")
+            print("train it twice as long:", f"  {longer_command(config, steps=result.steps)}", sep="\n")
     return 128 + result.signal if result.signal else int(result.diverged is not None)
 
 
@@ -104,6 +112,13 @@ def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
     if (Path(config.out) / "chat_template.jinja").exists():  # it came with model.start
         steps.append(f"redraft chat {folder}")
     return steps
+
+
+def longer_command(config: RunConfig | LatentRunConfig, *, steps: int) -> str:
+    """Name the command that trains a finished run for as long again."""
+    minutes = config.train.max_minutes
+    limit = f"--train.max-minutes {2 * minutes:g}" if minutes else f"--train.max-steps {2 * steps}"
+    return f"{config.resume_command} {limit}"
 
 
 def _after_stage(config: LatentRunConfig, folder: str) -> list[str]:

@@ -52,7 +52,8 @@ class DataConfig(Settings):
     }
 
     source: str = "stdlib"
-    """stdlib (Python's standard library), a file or folder (txt, md, py, jsonl, json, csv, parquet), a folder of
+    """stdlib (Python's standard library), site-packages (installed packages under permissive licences; `redraft data
+    packages` lists them), a file or folder (txt, md, py, jsonl, json, csv, parquet), a folder of
     datasets' save_to_disk, a hub id such as owner/name:config@split, a folder of `redraft data build`, or a mixture
     SOURCE:WEIGHT,SOURCE:WEIGHT of them (weights are shares of the text; WEIGHT/1000 takes the first 1000 documents).
     With kind MODULE:FUNCTION: what that function reads."""

@@ -38,7 +38,7 @@ from redraft.data.tokenizer import (
     train_tokenizer,
 )
 
-FORMAT = 5  # of the cache: raise it when a code change makes other windows from the same settings
+FORMAT = 6  # of the cache: raise it when a code change makes other windows from the same settings
 SHUFFLE_BUFFER_DOCUMENTS = 1000
 STREAM_VALIDATION_WINDOWS = 64
 SPLITS: tuple[Split, ...] = get_args(Split)

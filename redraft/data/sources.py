@@ -26,6 +26,7 @@ from redraft.data.files import (
     one_line,
     read_file,
 )
+from redraft.data.installed import installed_packages, package_documents
 from redraft.data.records import as_conversation, record_parser
 from redraft.errors import unknown_name
 
@@ -33,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
 
-STDLIB = "stdlib"
+STDLIB, SITE_PACKAGES = "stdlib", "site-packages"
 LONG_TEXT_CHARACTERS = 4096
+CODE = (STDLIB, SITE_PACKAGES)
+"""Sources that are parts of the running Python, whatever files have their names."""
 NOT_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 BUILT = "redraft-data.json"  # the settings of a folder of `redraft data build`
 SAVED_DATASET_FILES = ("state.json", "dataset_info.json", "dataset_dict.json")
@@ -55,14 +58,15 @@ def read_documents(
 ) -> Iterator[str]:
     """Read a source's documents, always in the same order. Documents without a character (or null) are skipped.
 
-    `stdlib`: the running Python's own library without its tests. A file: .txt, .md and .py are one document each (a
+    `stdlib`: the running Python's own library without its tests. `site-packages`: the sources of installed packages
+    under permissive licences (`data.installed`). A file: .txt, .md and .py are one document each (a
     long one that is the whole source is cut at blank lines, see `cut_at_blank_lines`); .jsonl, .json (a list of
     records, or one), .csv and .parquet hold one per record in `text_field`. A folder: all such files below it sorted
     by path, without hidden ones; text that is not UTF-8 is skipped with a warning. A folder of datasets'
     `save_to_disk`, or a hub id, both with `@split` (default train), a hub id also with `:config`. A mixture of such
     sources: `SOURCE:WEIGHT,SOURCE:WEIGHT` (`parse_mixture`, `interleave`).
     `kind="chat"` and `"preference"` read records as conversations and pairs; a document is their JSON (`data.records`).
-    A mixture of conversations may also hold `stdlib`, text files and folders of text files, as plain text.
+    A mixture of conversations may also hold these two, text files and folders of text files, as plain text.
     `streaming` does not download a hub dataset first; everything else is read lazily anyway.
 
     Raises ValueError for a source that does not exist or is not text, at once or at the wrong record.
@@ -83,6 +87,8 @@ def read_documents(
         if unused:
             counts = ", ".join(f"{name} ({unused[name]:,})" for name in sorted(unused))
             warn_once(f"Fields of {source} that are not used, and how often they occur: {counts}.")
+    if is_empty and source == SITE_PACKAGES:
+        raise ValueError(f"no installed package under a permissive licence has sources. {SITE_PACKAGES!r} needs some.")
     if is_empty:
         wanted = {"text": "text", "chat": "conversation with an answer", "preference": "pair of answers"}[kind]
         raise ValueError(f"source {source!r} holds no {wanted}. Give a file with {wanted} in it, or a folder of such.")
@@ -175,8 +181,8 @@ def path_exists(source: str) -> bool:
 
 def _is_plain_text(source: str) -> bool:
     path = Path(source).expanduser()
-    if source == STDLIB or not path_exists(source) or not path.is_dir():
-        return source == STDLIB or path.suffix in TEXT_SUFFIXES
+    if source in CODE or not path_exists(source) or not path.is_dir():
+        return source in CODE or path.suffix in TEXT_SUFFIXES
     suffixes = {file.suffix for file in _walk(path)} & {*known_suffixes("text")}
     return bool(suffixes) and suffixes <= {*TEXT_SUFFIXES}
 
@@ -184,11 +190,14 @@ def _is_plain_text(source: str) -> bool:
 def _read_source(source: str, *, field: str | None, streaming: bool) -> Iterator[RecordAt]:
     """Find out what a source is, and read its records; of datasets and parquet only `field`, if it is given."""
     path, split = Path(source).expanduser(), ""
+    if source in CODE and field is None:
+        raise ValueError(
+            f"{source!r} holds documents, not records. Use data.kind text, or mix it with a source of records."
+        )
+    if source == SITE_PACKAGES:
+        documents = package_documents(installed_packages())
+        return ((str(path), {field: text}) for _, path, text in documents)
     if source == STDLIB:
-        if field is None:
-            raise ValueError(
-                f"{STDLIB!r} holds documents, not records. Use data.kind text, or mix it with a source of records."
-            )
         stdlib = _walk(Path(sysconfig.get_path("stdlib")), pruned=NOT_SOURCES)
         return _read_files([path for path in stdlib if path.suffix == ".py"], field=field)
     if not path_exists(source):
@@ -261,7 +270,7 @@ def _load_saved(folder: Path, *, split: str) -> Any:
 
 def _read_hub(source: str, *, field: str | None, streaming: bool) -> Iterator[RecordAt]:
     match = HUB_ID.fullmatch(source)
-    remedy = f"{_similar_paths(source)} Give an existing path, {STDLIB!r} or a hub id"
+    remedy = f"{_similar_paths(source)} Give an existing path, {STDLIB!r}, {SITE_PACKAGES!r} or a hub id"
     if match is None or Path(source).suffix in known_suffixes("text"):
         raise ValueError(f"no file or folder {source!r}.{remedy}.")
     import datasets
@@ -281,6 +290,6 @@ def _read_hub(source: str, *, field: str | None, streaming: bool) -> Iterator[Re
 def _similar_paths(source: str) -> str:
     parent = Path(source).expanduser().parent
     siblings = [path.name for path in parent.iterdir()] if parent.is_dir() else []
-    candidates = [*siblings, STDLIB] if source == Path(source).name else siblings
+    candidates = [*siblings, *CODE] if source == Path(source).name else siblings
     nearest = get_close_matches(Path(source).name, candidates, n=1)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""

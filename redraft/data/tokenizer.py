@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from redraft.checkpoints import local_path
 from redraft.constraints.token_bytes import token_bytes
 
 if TYPE_CHECKING:
@@ -23,21 +24,30 @@ PAD, EOS, MASK = "<|pad|>", "<|eos|>", "<|mask|>"
 LONGEST_WORD = 1000  # characters that a tokenizer is trained on as one word
 LONGEST_PIECE = 1_000_000  # characters that are encoded at once
 CUTS_TRIED, AROUND_A_CUT = 8, 64  # places, and characters to either side
+WORDS = (
+    r"\s*\n[ \t]*"  # the end of a line with the indentation of the next one
+    r"|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's words
+)
+"""What a token may span. GPT-2's words alone give the last space of an indentation to the word after it, so that a text
+cut after its indentation, as before a hole, has other tokens than the same text uncut."""
 
 
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Train a lossless byte-level BPE with `<|pad|>`, `<|eos|>` and `<|mask|>` as ids 0, 1 and 2.
 
-    No normalisation and no prefix space: decode(encode(x)) == x for every text. The result depends on the documents but
+    No normalisation and no prefix space: decode(encode(x)) == x for every text. A token stays within a word or within
+    the end of a line and the next line's indentation (`WORDS`). The result depends on the documents but
     not on their order. Raises ValueError where the corpus has too few distinct pairs for `vocab_size`: a smaller
     vocabulary is never returned silently.
     """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -67,7 +77,7 @@ def load_fast_tokenizer(path_or_id: str | Path) -> Tokenizer:
 
     if Path(path_or_id).is_file():
         raise ValueError(f"tokenizer must be a folder or a hub id; got the file {str(path_or_id)!r}. Give its folder.")
-    tokenizer = read_tokenizer(path_or_id)
+    tokenizer = read_tokenizer(local_path(path_or_id))
     if tokenizer is None or len(tokenizer) == len(tokenizer.all_special_ids):  # transformers made an empty one
         raise ValueError(f"{str(path_or_id)!r} holds no tokenizer. Give a folder with tokenizer.json, or a hub id.")
     _require_fast(tokenizer)

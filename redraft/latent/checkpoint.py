@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from redraft.checkpoints import local_path
 from redraft.latent.autoencoder import AutoencoderConfig, TextAutoencoder
 from redraft.latent.config import AUTOENCODER_FOLDER
 from redraft.latent.denoiser import LatentDenoiser, LatentDenoiserConfig
@@ -26,6 +27,7 @@ def load_thinker(path: str | Path, *, device: str | torch.device | None = None) 
 
     Raises ValueError where there is no such model, it is of another stage, or its files are damaged or do not fit.
     """
+    path = local_path(path)
     require_stage(path, "denoiser", "rollout")
     target = choose_device(device)
     autoencoder, tokenizer = load_autoencoder(path)
@@ -40,6 +42,7 @@ def load_autoencoder(path: str | Path) -> tuple[TextAutoencoder, Any]:
 
     Raises ValueError as `load_thinker` does, and for one without a normaliser.
     """
+    path = local_path(path)
     stage = require_stage(path, *STAGES)
     autoencoder = _load(TextAutoencoder, Path(path) / (AUTOENCODER_FOLDER if stage != "autoencoder" else "")).eval()
     autoencoder.require_normalizer()
@@ -58,6 +61,7 @@ def _load(kind: Any, path: str | Path) -> Any:
 
 def require_stage(path: str | Path, *stages: str) -> str:
     """Return the stage of a folder. Raises ValueError where there is none, or one that is none of `stages`."""
+    path = local_path(path)
     makers = " or ".join(f"`redraft train latent-{wanted}`" for wanted in stages)
     if not Path(path).is_dir():
         raise ValueError(f"no model at {path}: the folder does not exist. {makers} makes one.")

@@ -22,7 +22,7 @@ class ThinkFlags(DeviceFlags, OutputFlags):
     """Denoise blocks of continuous thought about prompts, one block after another, and print thoughts and answers."""
 
     model: tyro.conf.Positional[str]
-    """Folder of a denoiser or of a rollout; with --check also of an autoencoder."""
+    """Folder of a denoiser or of a rollout, or redraft/NAME; with --check also of an autoencoder."""
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Prompts; a dash reads one from standard input."""
     thinking: Annotated[ThinkingConfig, tyro.conf.arg(name="")] = field(default_factory=ThinkingConfig)
@@ -37,20 +37,21 @@ def main(arguments: list[str]) -> int:
     """Parse, think, print."""
     args = parse(ThinkFlags, arguments, command="think")
 
-    from redraft.cli.common import be_quiet, check_writable, plain_console, read_prompts
-    from redraft.latent.checkpoint import load_thinker
-    from redraft.latent.thinking import choose_sample
+    from redraft.cli.common import check_writable, import_quietly, plain_console, read_prompts
 
     if args.check and args.prompts:
         raise ValueError(f"--check measures the autoencoder without prompts; got {args.prompts[0]!r}. Leave it out.")
     if args.check:
-        be_quiet()
+        import_quietly()
         return check(args.model)
     prompts = read_prompts(args.prompts)
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("a prompt is empty. Give prompts as text.")
     check_writable(args.trace, ".html", ".json")
-    be_quiet()
+    import_quietly()
+    from redraft.latent.checkpoint import load_thinker
+    from redraft.latent.thinking import choose_sample
+
     thinker = load_thinker(args.model, device=args.device)
     groups = thinker.think(prompts, trace=args.show or args.trace is not None, **asdict(args.thinking))
     console, rows = plain_console(), []

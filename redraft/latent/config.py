@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from redraft.checkpoints import local_path
 from redraft.folders import hash_of
 from redraft.settings import Count, NonNegative, Positive, Seed, Settings
 from redraft.training.config import BaseRunConfig
@@ -160,7 +161,8 @@ class LatentRunConfig(BaseRunConfig):
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Add the task, the examples of its file, and the weights that the stage starts from."""
-        folders = [] if self.start is None else [Path(self.start), Path(self.start) / AUTOENCODER_FOLDER]
+        start = None if self.start is None else Path(local_path(self.start))
+        folders = [] if start is None else [start, start / AUTOENCODER_FOLDER]
         weights = [path for folder in folders if (path := folder / "model.safetensors").exists()]
         stage = {"task": self.task, "hashes of the start": [hash_of(path)[:16] for path in weights]}
         if self.task is not None and self.task.endswith(".jsonl"):

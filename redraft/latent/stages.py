@@ -30,6 +30,8 @@ from redraft.training.adapter import num_parameters
 from redraft.training.checkpoint import explain_disk_errors
 from redraft.training.loop import Batch, KeyedTrainer
 from redraft.training.output import say
+from redraft.training.pace import Pacer
+from redraft.training.plan import Clock
 from redraft.training.run import alone, begin, check_disk, drive, save_model
 from redraft.training.verdict import RunResult, announce
 
@@ -77,6 +79,7 @@ class StageTrainer(KeyedTrainer):
     """Minimise `losses(wrapped_model, batch, share)["loss"]`; the other entries are logged beside it."""
 
     timed_steps = 32  # more than elsewhere: only some steps, at random, have a second pass
+    closing_seconds = 20.0  # prompts are thought about at the end
 
     def __init__(self, stage: Stage, config: LatentRunConfig) -> None:
         """Raise ValueError where there are fewer rows than in a step, or several processes."""
@@ -139,12 +142,17 @@ class StageTrainer(KeyedTrainer):
 
 
 def run_stage(
-    config: LatentRunConfig, *, resume: bool = False, console: Console | None = None, task: ThoughtTask | None = None
+    config: LatentRunConfig,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    task: ThoughtTask | None = None,
+    clock: Clock | None = None,
 ) -> RunResult:
     """Train one stage and save it; `task` replaces the named one. Raises ValueError for mistakes, before it trains."""
     if task is not None:
         config = replace(config, task=None)
-    console = console or Console()
+    console, clock = console or Console(), clock or Clock()
     with alone(config):
         config, checkpoint = begin(config, resume=resume, console=console)
         if task is None and config.task is None:
@@ -159,7 +167,8 @@ def run_stage(
         check_disk(config, num_trained)
         say(console, f"{config.stage}: {num_trained / 1e6:.2f} M parameters, {len(stage.rows):,} rows")
         trainer = StageTrainer(stage, config)
-        result = drive(config, trainer, checkpoint=checkpoint, console=console)
+        pacer = Pacer(trainer, config.train, clock=clock, console=console)
+        result = drive(config, pacer, checkpoint=checkpoint)
         if result.signal:
             return result
         stage.model.eval()

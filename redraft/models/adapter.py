@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from redraft.checkpoints import local_path
 from redraft.models.files import Raw, check_raw, first_line, read_json, reading
 from redraft.models.finite import check_finite
 from redraft.models.probe import difference, is_equal, sequence
@@ -23,7 +24,7 @@ def split_adapter(path: str | Path) -> tuple[str | Path, str | Path | None]:
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base or Path(base).absolute() == Path(path).absolute():
         raise ValueError(f"the adapter {path} names no base model. Load the base, with adapter={str(path)!r}.")
-    return base, path
+    return local_path(base), path
 
 
 def adapter_config(adapter: str | Path | None) -> Raw:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from redraft.models.config import ModelConfig
+from redraft.models.later import import_modelling
 from redraft.models.settings import DiffusionSettings
 
 DEFAULT_MAX_POSITIONS = 2048
@@ -10,6 +11,7 @@ DEFAULT_MAX_POSITIONS = 2048
 
 def build_model(config: ModelConfig, settings: DiffusionSettings, *, tokenizer: Any) -> Any:
     """Build a random transformers model for a tokenizer, with `settings` in its config."""
+    import_modelling()
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, LlamaConfig, ModernBertConfig
 
     size = config.dimensions

@@ -44,8 +44,8 @@ class ModelConfig(Settings):
     )
 
     start: str | None = None
-    """Folder or hub id of a diffusion model to continue from (`redraft convert` makes one); it brings its shape and
-    its tokenizer."""
+    """Folder or hub id of a diffusion model to continue from (`redraft convert` makes one), or redraft/NAME; it brings
+    its shape and its tokenizer."""
     quantization: Literal["int8", "nf4"] | None = None
     """Store the frozen weights of model.start in 4 bits (nf4) or 8 (int8), under an adapter (QLoRA)."""
     size: str = DEFAULT_SIZE

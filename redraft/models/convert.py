@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redraft.checkpoints import local_path
 from redraft.folders import LOCK_FILE, one_writer
 from redraft.layouts import Layout
 from redraft.models import encoder_decoder
@@ -79,6 +80,7 @@ def convert(
     _check_new(out)
     Layout(block_size=block_size)  # refuses a size that is none, before the weights are read
     written_as = None if to is None else _family_to_write(to)
+    source = local_path(source)
     if adapter is None:
         source, adapter = split_adapter(source)
     notes: list[str] = []

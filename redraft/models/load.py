@@ -1,13 +1,15 @@
-"""Loading: a folder or a hub id becomes a denoiser and its tokenizer. No remote code is ever run."""
+"""Loading: a folder, a hub id or `redraft/NAME` becomes a denoiser and its tokenizer. No remote code is ever run."""
 
 import copy
 import difflib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from redraft.checkpoints import PREFIX, local_path, read_index
 from redraft.errors import unknown_name
 from redraft.models import encoder_decoder
 from redraft.models.adapter import adapter_config, attach_adapter, split_adapter
@@ -17,10 +19,13 @@ from redraft.models.families import FAMILIES, find_family, known_model_types
 from redraft.models.family import Family
 from redraft.models.files import CUT_SHORT, Raw, check_fit, check_raw, first_line, read_json, reading, weight_files
 from redraft.models.finite import check_finite, floats_of
+from redraft.models.later import import_modelling
 from redraft.models.probe import check_isolated
 from redraft.models.quantize import keep_format, quantizer
 from redraft.models.settings import DiffusionSettings
 from redraft.models.template import check_template
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -48,7 +53,9 @@ def load_denoiser(
     the vocabulary, the tokenizer is larger than the embedding, the adapter does not fit, or the quantisation does
     not suit the model or this machine.
     """
-    target = choose_device(device)
+    import_modelling()
+    target, path = choose_device(device), local_path(path)
+    path = _last_checkpoint(Path(path)) or path
     if adapter is None:
         path, adapter = split_adapter(path)
     raw = read_raw_config(path)
@@ -116,21 +123,33 @@ def read_raw_config(path: str | Path) -> Raw:
             if folder.parent != Path() and folder.parent.is_dir():  # runs/nope: a folder was meant
                 reason = f"the folder does not exist, and the hub gave none.{near}"
                 raise ValueError(f"no model at {path}: {reason}") from error
+            if not near and str(path) in read_index():
+                near = f" Did you mean {PREFIX}{path}?"
             hint = f"{' The hub is offline (HF_HUB_OFFLINE).' if is_offline_mode() else ''}{near}"
             raise ValueError(f"cannot read a model config from {path}: {first_line(error)}.{hint}") from error
     check_raw(raw)
     return dict(raw)
 
 
+def _last_checkpoint(run: Path) -> Path | None:
+    """Find the newest checkpoint of a run whose training has not ended, and say that it is used; None for others."""
+    recipe = run / "recipe.json"
+    if (run / "config.json").exists() or not recipe.exists() or '"stage"' in recipe.read_text(errors="replace"):
+        return None  # the checkpoints of latent stages are no whole models
+    names = [file.parent.name.removeprefix("checkpoint-") for file in run.glob("checkpoint-*/config.json")]
+    steps = [int(name) for name in names if name.isdigit()]
+    if not steps:
+        return None
+    newest = run / f"checkpoint-{max(steps)}"
+    logger.warning("the training of %s has not ended: using its last checkpoint, %s", run, newest.name)
+    return newest
+
+
 def _how_to_continue(run: Path) -> str:
-    """Name the commands for the folder of a run that was stopped."""
+    """Name the command for the folder of a run that was stopped before its first checkpoint."""
     if not (run / "recipe.json").exists():
         return "."
-    names = [file.parent.name.removeprefix("checkpoint-") for file in run.glob("checkpoint-*/config.json")]
-    is_latent = '"stage"' in (run / "recipe.json").read_text(errors="replace")  # whose checkpoints are no whole models
-    steps = [int(name) for name in names if name.isdigit() and not is_latent]
-    use = f", or use its last checkpoint: {run}/checkpoint-{max(steps)}" if steps else ""
-    return f", as its training has not ended. Continue it with `redraft train {run} --resume`{use}."
+    return f", as its training has not ended. Continue it with `redraft train {run} --resume`."
 
 
 def _near(folder: Path) -> str:

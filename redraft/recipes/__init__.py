@@ -3,14 +3,17 @@
 from collections.abc import Callable
 
 from redraft.latent import recipes as latent
-from redraft.recipes import published
-from redraft.recipes.stdlib import stdlib_demo, stdlib_small, stdlib_tiny
+from redraft.recipes import published, shipped
+from redraft.recipes.stdlib import stdlib_demo, stdlib_tiny
 from redraft.training.config import BaseRunConfig
 
 _ALL: tuple[Callable[[], BaseRunConfig], ...] = (
     stdlib_tiny,
     stdlib_demo,
-    stdlib_small,
+    shipped.sudoku,
+    shipped.austen,
+    shipped.stdlib_small,
+    shipped.stdlib_block,
     published.llada_sft,
     published.dream_sft,
     published.a2d_mdlm,

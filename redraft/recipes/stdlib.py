@@ -24,13 +24,3 @@ def stdlib_demo() -> RunConfig:
         objective=ObjectiveConfig(t_min=0.02, t_max=0.7),  # learns to use context sooner: docs/lab-notes.md
         train=TrainConfig(learning_rate=1e-3, batch_size=32, max_steps=600, max_minutes=4.8, save_every=200),
     )
-
-
-def stdlib_small() -> RunConfig:
-    """Train 12 M parameters for at most 90 minutes on 2 cores, to compress modules outside of the training data."""
-    return RunConfig(
-        out="runs/stdlib-small",
-        data=DataConfig(seq_len=256, vocab_size=4096),
-        model=ModelConfig(size="14m"),
-        train=TrainConfig(learning_rate=1e-3, batch_size=32, max_steps=1800, max_minutes=90.0, save_every=300),
-    )

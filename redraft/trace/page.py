@@ -27,7 +27,8 @@ def page_data(
                    "num_steps": int,
                    "events": [{"step": int, "position": int, "id": int, "text": str,
                                "confidence": float, "kind": "commit" | "revise" | "reopen"}],
-                   "watched": what `Watcher.data` returns, where a watcher is given}]}
+                   "watched": what `Watcher.data` returns, where a watcher is given,
+                   "title": name of the row, in a page that `joined` made}]}
 
     `positions` is the final canvas in order, and `text` the decoded piece of one token: it may hold newlines, or
     U+FFFD for a part of a character. Steps count from 1 to `num_steps`; step 0 is the canvas before the first.
@@ -37,6 +38,12 @@ def page_data(
     if watcher is not None:
         rows[0]["watched"] = watcher.data(num_positions=len(rows[0]["positions"]), text_of=text_of)
     return {"title": title, "settings": settings, "rows": rows}
+
+
+def joined(pages: Mapping[str, Mapping[str, Any]], *, title: str) -> dict[str, Any]:
+    """Lay the rows of several pages out as one; a row is named by the key of its page."""
+    rows = [row | {"title": name} for name, page in pages.items() for row in page["rows"]]
+    return {"title": title, "settings": {}, "rows": rows}
 
 
 def _row(trace: RowTrace, text_of: Callable[[int], str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from redraft.checkpoints import public_name
 from redraft.models.config import AdapterConfig
 
 ALL_LINEAR = "all-linear"
@@ -29,7 +30,7 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # `merge_adapter` unties them
         model.add_adapter(lora)
     if Path(model.name_or_path).is_dir():
-        lora.base_model_name_or_path = str(Path(model.name_or_path).resolve())
+        lora.base_model_name_or_path = public_name(model.name_or_path)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)

@@ -23,8 +23,8 @@ LOG_FILE = "log.jsonl"
 class ProgressLines(TrainerCallback):
     """Show steps, loss, tokens per second and the time left: a bar on a terminal, lines elsewhere."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, legend: str) -> None:
+        self.console, self.legend = console, legend
         self._begin = (0.0, 0)
         text = TextColumn("training {task.completed:.0f}/{task.total:.0f}  {task.description}")
         self._bar = Progress(text, BarColumn(), TimeRemainingColumn(compact=True), console=console, transient=True)
@@ -32,12 +32,13 @@ class ProgressLines(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._begin = (time.perf_counter(), state.global_step)
+        say(self.console, self.legend)
         if state.is_world_process_zero and self.console.is_terminal:
             self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
             self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._bar.update(self._task, completed=state.global_step)
+        self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -53,10 +54,10 @@ class ProgressLines(TrainerCallback):
             seconds_per_step = (time.perf_counter() - then) / max(state.global_step - first_step, 1)
             left = f"{(state.max_steps - state.global_step) * seconds_per_step / 60:.1f} min left"
             say(self.console, f"step {state.global_step}/{state.max_steps}  {loss_line(logs)}  {left}")
-        elif "eval_loss" in logs:
-            metrics = {name: value for name, value in logs.items() if name.startswith("eval_")}
-            words = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in metrics.items()]
-            say(self.console, f"step {state.global_step}: validation {', '.join(words)}")
+        elif "eval_loss" in logs and (state.global_step < state.max_steps or "eval_margin" in logs):
+            say(
+                self.console, f"step {state.global_step}: validation {validation_line(logs)}"
+            )  # the last one: `announce`
 
     def close(self) -> None:
         """Remove the bar from the screen."""
@@ -70,6 +71,15 @@ def loss_line(logs: dict[str, float]) -> str:
     if "skipped_steps" in logs:
         line += f"  {logs['skipped_steps']} steps skipped: gradient not finite"
     return line if logs["efficiency"] == 1 else f"{line} ({100 * logs['efficiency']:.0f} % useful)"
+
+
+def validation_line(logs: dict[str, float]) -> str:
+    """Format an evaluation: of windows of text, or of pairs of answers."""
+    if "eval_margin" in logs:
+        loss = f"loss {logs['eval_loss']:.4f} ± {logs['eval_standard_error']:.4f} nats per pair"
+        return f"{loss}, margin {logs['eval_margin']:.4f} nats, {100 * logs['eval_accuracy']:.1f} % of pairs right"
+    line = f"{logs['eval_nats_per_token']:.4f} ± {logs['eval_standard_error']:.4f} nats per token"
+    return line + (f", {logs['eval_bits_per_byte']:.3f} bits per byte" if "eval_bits_per_byte" in logs else "")
 
 
 class LogFile(TrainerCallback):
@@ -107,32 +117,25 @@ _HANG_UP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # Windows has
 
 
 class GracefulStop(TrainerCallback):
-    """Finish the step, save a checkpoint and stop: on SIGINT, SIGTERM or SIGHUP, or when the minutes are up.
+    """Finish the step, save a checkpoint and stop: on SIGINT, SIGTERM or SIGHUP.
 
     A second signal ends the process at once, but not a second SIGHUP: a terminal that closes sends several. SIGHUP
     stays ignored if it was (nohup).
     """
 
-    def __init__(self, console: Console, *, minutes: float | None = None) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.minutes = minutes
         self.received: signal.Signals | None = None
-        self._start = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._start = time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP):
             if number and not (number == _HANG_UP and signal.getsignal(number) is signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._on_signal)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        minutes = (time.monotonic() - self._start) / 60
-        is_late = self.minutes is not None and minutes > self.minutes and state.global_step < state.max_steps
-        if any_process(is_late or self.received is not None, device=args.device):
+        if any_process(self.received is not None, device=args.device):
             control.should_save = control.should_training_stop = True
-            if is_late:
-                say(self.console, f"{self.minutes:g} minutes are up at step {state.global_step} of {state.max_steps}")
 
     def restore(self) -> None:
         """Put the earlier handlers back."""

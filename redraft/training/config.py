@@ -52,7 +52,8 @@ class TrainConfig(Settings):
     epochs: Positive | None = None
     """Passes over the training windows, in place of max_steps."""
     max_minutes: Positive | None = None
-    """Time limit: a few timed steps before the start lower max_steps to fit, and the run stops when time is up."""
+    """Time limit of the whole command (preparing and evaluating included): the number of steps and the learning rate
+    follow the pace of the machine, so that the run is finished in time."""
     warmup: Fraction = 0.05
     """Fraction of the steps in which the learning rate rises from 0."""
     decay: Literal["cosine", "linear", "constant"] = "linear"
@@ -64,8 +65,8 @@ class TrainConfig(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype; auto: bfloat16 if this device multiplies faster in it."""
     compile: Literal["auto", "off"] = "auto"
-    """auto: use torch.compile if there is a compiler and the run is long enough, and flex attention on CUDA. off:
-    neither."""
+    """auto: use torch.compile if there is a compiler and it saves more time than it takes, and flex attention on CUDA.
+    off: neither."""
     gradient_checkpointing: bool = False
     """Keep one activation per layer and compute the others again in the backward pass: less memory, a third slower."""
     ema_decay: Annotated[float, Within("(0, 1)")] | None = None

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from redraft.training.ema import WeightAverage
 from redraft.training.guard import Guard
 from redraft.training.machine import runs_on_cpu
 from redraft.training.muon import MuonAdamW, layer_matrices
+from redraft.training.plan import Plan
 
 Batch = dict[str, Tensor]
 
@@ -75,6 +76,15 @@ class KeyedTrainer(Trainer):
 
     timed_steps = 8
     """Steps that are timed before a run that must fit into its minutes."""
+    closing_seconds = 5.0
+    """Time between the last step and the end of a run, without the evaluation of `final_windows`."""
+    final_windows = 0
+    """Validation windows of the evaluation at the end."""
+    eval_windows = 0
+    """Validation windows of each evaluation before."""
+    can_be_compiled = False
+    legend = "loss: mean of the steps since the line before"
+    """What the numbers of a log line are."""
 
     # The loss is divided by counts over the whole global batch; the default would divide it once more.
     loss_is_scaled_for_ga = True
@@ -97,12 +107,17 @@ class KeyedTrainer(Trainer):
         """Settings that every checkpoint records, to be compared at --resume."""
         self.tokenizer = tokenizer
         """Saved with every checkpoint, which can be loaded like a finished model."""
+        self.plan = Plan(end=train.max_steps, max_steps=train.max_steps, schedule_steps=train.max_steps)
         self._checkpoint_parent: str | None = None
         self._sampler: PassSampler | None = None
         self._global_rows = 0
         self._batches: list[Batch] = []
         self.guard = Guard(Path(config.out) / "skipped", rank=self.args.process_index)
         self.forget_counts()
+
+    def compile(self) -> None:
+        """Compile the model, where `can_be_compiled` says so."""
+        raise NotImplementedError
 
     def forget_counts(self) -> None:
         """Reset the counts of tokens and time: after a log line, and after work that is not training."""
@@ -171,6 +186,18 @@ class KeyedTrainer(Trainer):
             self.optimizer = optimizer = MuonAdamW(optimizer, layer_matrices(cast(nn.Module, self.model)))
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the learning rate of a run of `plan.schedule_steps`, read at the plan's place."""
+        if self.lr_scheduler is None:
+            plan = self.plan
+
+            def follow(rate: Callable[[float], float]) -> Callable[[int], float]:
+                return lambda step: rate(plan.place(step))
+
+            scheduler: Any = super().create_scheduler(plan.schedule_steps, optimizer)
+            scheduler.lr_lambdas = [follow(rate) for rate in scheduler.lr_lambdas]
+        return self.lr_scheduler
+
     def count(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """Count the items that the loss is divided by (any shape), real tokens, and positions."""
         raise NotImplementedError
@@ -224,7 +251,8 @@ class KeyedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _describe(self, folder: Path) -> None:
-        """Write what our checkpoints hold besides those of transformers: average, identity, tokenizer."""
+        """Write what our checkpoints hold besides those of transformers: average, plan, identity, tokenizer."""
+        self.plan.save(folder)
         if self.average:
             self.average.save(folder)
         write_whole(folder / IDENTITY_FILE, json.dumps(self.identity, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,25 +25,32 @@ from redraft.processes import process_class
 from redraft.training.adapter import num_parameters
 from redraft.training.callbacks import GracefulStop, LogFile, ProgressLines
 from redraft.training.checkpoint import check_identity, explain_disk_errors, last_whole_checkpoint, step_of, tidy
-from redraft.training.config import RECIPE_FILE, BaseRunConfig, Run, RunConfig, differences
+from redraft.training.config import DEFAULT_STEPS, RECIPE_FILE, BaseRunConfig, Run, RunConfig, differences
 from redraft.training.launch import check_division
 from redraft.training.loop import KeyedTrainer
 from redraft.training.machine import bfloat16_is_faster, keep_freed_memory, runs_on_cpu
 from redraft.training.output import lasting_output, say
-from redraft.training.pace import compile_if_it_pays, fit_to_minutes
+from redraft.training.pace import Pacer
+from redraft.training.plan import Clock
 from redraft.training.preference import PreferenceTrainer
 from redraft.training.start import build_denoiser, load_start
 from redraft.training.trainer import DiffusionTrainer, spread
 from redraft.training.verdict import RunResult, announce, divergence, draw_curve, weight_norm, worse_than_chance
 
 
-def run(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> RunResult:
-    """Train, evaluate and save. Raises ValueError for every mistake that can be known before the first step."""
+def run(
+    config: RunConfig, *, resume: bool = False, console: Console | None = None, clock: Clock | None = None
+) -> RunResult:
+    """Train, evaluate and save. Raises ValueError for every mistake that can be known before the first step.
+
+    `train.max_minutes` count from the start of `clock`, by default from this call.
+    """
+    clock = clock or Clock()
     with alone(config):
-        return _run(config, resume=resume, console=console or Console())
+        return _run(config, resume=resume, console=console or Console(), clock=clock)
 
 
-def _run(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
+def _run(config: RunConfig, *, resume: bool, console: Console, clock: Clock) -> RunResult:
     config, checkpoint = begin(config, resume=resume, console=console)
     start = load_start(config)
     data = prepare(config.data, tokenizer=None if start is None else start.tokenizer, objective=config.objective.kind)
@@ -64,9 +72,9 @@ def _run(config: RunConfig, *, resume: bool, console: Console) -> RunResult:
     say(console, f"model: {config.model.start or config.model.architecture}, {size}")
     kind = PreferenceTrainer if config.data.kind == "preference" else DiffusionTrainer
     trainer = kind(config, data, denoiser)
-    compile_if_it_pays(config.train, trainer, console)
-    result = drive(config, trainer, checkpoint=checkpoint, console=console)
-    return result if result.signal else _finish(result, trainer, data, console, config)
+    pacer = Pacer(trainer, config.train, clock=clock, console=console)
+    result = drive(config, pacer, checkpoint=checkpoint)
+    return result if result.signal else _finish(result, trainer, data, pacer, config)
 
 
 @contextmanager
@@ -100,16 +108,16 @@ def begin(config: Run, *, resume: bool, console: Console) -> tuple[Run, str | No
     return config, checkpoint
 
 
-def drive(config: Run, trainer: KeyedTrainer, *, checkpoint: str | None, console: Console) -> RunResult:
+def drive(config: Run, pacer: Pacer, *, checkpoint: str | None) -> RunResult:
     """Run the loop from its start or a checkpoint, to its end or to a signal, and say how to continue."""
-    folder, is_main = Path(config.out), trainer.is_world_process_zero()
-    progress, log = ProgressLines(console), LogFile(folder)
-    stop = GracefulStop(console, minutes=config.train.max_minutes)
-    for callback in (progress, log, stop):
+    trainer = pacer.trainer
+    folder, is_main, console = Path(config.out), trainer.is_world_process_zero(), pacer.console
+    progress, log, stop = ProgressLines(console, trainer.legend), LogFile(folder), GracefulStop(console)
+    for callback in (pacer, progress, log, stop):
         trainer.add_callback(callback)
     keep_freed_memory()
-    if config.train.max_minutes and not checkpoint:
-        config = fit_to_minutes(config, trainer, console)
+    pacer.resume(checkpoint) if checkpoint else pacer.begin()
+    config = _as_planned(config, trainer)
     trainer.accelerator.wait_for_everyone()  # all processes have checked the folder before one writes to it
     if is_main:
         with explain_disk_errors(RECIPE_FILE, folder):
@@ -119,7 +127,7 @@ def drive(config: Run, trainer: KeyedTrainer, *, checkpoint: str | None, console
     if trainer.average and checkpoint:
         trainer.average.load(Path(checkpoint))
     norm_before = weight_norm(trainer.model)
-    if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:  # stopped between its last step and its end
+    if checkpoint and step_of(checkpoint) >= trainer.plan.end:  # stopped between its last step and its end
         trainer._load_from_checkpoint(checkpoint)
         saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         trainer.state.global_step, trainer.state.epoch = saved.global_step, saved.epoch
@@ -134,10 +142,19 @@ def drive(config: Run, trainer: KeyedTrainer, *, checkpoint: str | None, console
     steps = trainer.state.global_step
     if stop.received:
         say(console, f"stopped at step {steps}. To continue: {config.resume_command}")
+        if isinstance(config, RunConfig):  # the checkpoints of latent stages are no whole models
+            say(console, f"To use it as it is: redraft sample {shlex.quote(f'{folder}/checkpoint-{steps}')} 'A prompt'")
     elif is_main:
+        with explain_disk_errors(RECIPE_FILE, folder):
+            _as_planned(config, trainer).save(folder)
         tidy(folder, step=steps, keep=config.train.max_checkpoints)
     diverged = divergence(trainer.state.log_history, norm_before=norm_before, norm=weight_norm(trainer.model))
     return RunResult(folder=folder, steps=steps, diverged=diverged, signal=stop.received)
+
+
+def _as_planned(config: Run, trainer: KeyedTrainer) -> Run:
+    """Return the configuration with the steps that the run has in its time."""
+    return replace(config, train=replace(config.train, max_steps=trainer.plan.end))
 
 
 def _with_precision(config: Run) -> Run:
@@ -168,20 +185,27 @@ def _with_saved_settings(config: Run) -> Run:
     if not path.exists():
         raise ValueError(f"{config.out} holds no run to resume. Leave out --resume to start one.")
     saved = type(config).read(path, is_whole=True)
-    train = config.train
+    train, before = config.train, saved.train
+    longer: dict[str, Any] = {}
+    if (train.max_minutes or math.inf) > (before.max_minutes or 0):  # None: no limit
+        longer["max_minutes"] = train.max_minutes
+    if train.epochs:
+        longer |= {"epochs": train.epochs, "max_steps": DEFAULT_STEPS}
+    elif train.max_steps > before.max_steps:
+        longer["max_steps"] = train.max_steps
     resolved = {  # by the data, a measurement of a step, a measurement of the machine
-        "train.epochs:": train.epochs,
-        "train.max_steps:": train.epochs or train.max_minutes,
+        "train.max_steps:": train.epochs or before.max_minutes,
         "train.precision:": train.precision == "auto",
     }
-    ignored = ("out:", *(name for name, is_resolved in resolved.items() if is_resolved))
-    changed = [change for change in differences(saved, config) if not change.startswith(ignored)]
+    allowed = [f"train.{name}:" for name in longer] + [name for name, is_known in resolved.items() if is_known]
+    changed = [change for change in differences(saved, config) if not change.startswith(("out:", *allowed))]
     if changed:
         raise ValueError(
-            f"--resume continues {config.out} as it was saved, but these settings differ: {'; '.join(changed)}. "
-            "Leave them out, or start a new run with another --out."
+            f"--resume continues {config.out} as it was saved, or for longer (a larger --train.max-steps or "
+            f"--train.max-minutes), but these settings differ: {'; '.join(changed)}. Leave them out, or start a new "
+            "run with another --out."
         )
-    return replace(saved, out=config.out)
+    return replace(saved, out=config.out, train=replace(before, **longer))
 
 
 def check_disk(config: BaseRunConfig, num_trained: int) -> None:
@@ -214,13 +238,13 @@ def _announce_data(data: PreparedData, config: RunConfig, console: Console) -> N
 
 
 def _finish(
-    result: RunResult, trainer: DiffusionTrainer, data: PreparedData, console: Console, config: RunConfig
+    result: RunResult, trainer: DiffusionTrainer, data: PreparedData, pacer: Pacer, config: RunConfig
 ) -> RunResult:
     """Save the model, evaluate on the validation windows, draw the curve."""
     save_model(trainer, result.folder)
-    measure, vocab_size = config.objective.measure, len(data.tokenizer)
-    if count := len(data.validation):
-        windows = trainer.eval_dataset = spread(data.validation, config.train.max_validation_windows or count)
+    measure, vocab_size, console = config.objective.measure, len(data.tokenizer), pacer.console
+    if len(data.validation):
+        windows = trainer.eval_dataset = spread(data.validation, pacer.affordable_windows())
         metrics = trainer.evaluate()
         if "eval_nats_per_token" in metrics:
             estimate = Estimate(
@@ -235,7 +259,7 @@ def _finish(
             result = replace(result, unigram_nats=unigram, gzip_bits_per_byte=gzip)
     if trainer.is_world_process_zero():
         draw_curve(trainer.state.log_history, config, console=console)
-        announce(result, console, measure=measure)
+        announce(result, console, measure=measure, on=trainer.describe_windows(len(data.validation)))
     return result
 
 

@@ -17,6 +17,7 @@ from redraft.data.tokenizer import token_byte_lengths
 from redraft.likelihood.problem import CleanRows, NoiseKey, Objective, problem_loss
 from redraft.models.attention import choose_attention
 from redraft.models.denoiser import Denoiser
+from redraft.models.device import can_compile
 from redraft.models.head import head_is_plain
 from redraft.training.adapter import enable_checkpointing
 from redraft.training.config import RunConfig
@@ -46,6 +47,7 @@ class DiffusionTrainer(WholeCheckpoints):
             data_collator=self._collate,
         )
         self.data_config = config.data
+        self.measure = config.objective.measure
         self.pad_token_id = data.tokenizer.pad_token_id or 0  # some have none; the segment marks padding
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         is_eager_gpu = train.compile == "off" and self.args.device.type == "cuda"  # flex attention is compiled
@@ -59,6 +61,31 @@ class DiffusionTrainer(WholeCheckpoints):
         is_deepspeed = self.accelerator.distributed_type is DistributedType.DEEPSPEED
         self._has_plain_head = not is_deepspeed and head_is_plain(model)
         self.spikes = Spikes()
+        self.final_windows = min(train.max_validation_windows or len(data.validation), len(data.validation))
+        self.eval_windows = min(limit, len(data.validation))
+        self.can_be_compiled = can_compile() and not self.is_sharded  # FSDP gathers each layer: that breaks the graph
+
+    @property
+    def legend(self) -> str:  # type: ignore[override]
+        """Name the numbers of the log lines, their units and their data."""
+        unit = "pair" if self.data_config.kind == "preference" else "token"
+        lines = [f"loss: nats per {unit} on training data under random noise, mean of the steps since the line before"]
+        if self.eval_windows:
+            rows = "pairs" if unit == "pair" else f"windows (the {self.measure}, under a fixed noise)"
+            lines.append(
+                f"validation: nats per {unit} on {self.eval_windows} unseen {rows}, ± the standard error over them"
+            )
+        return "\n".join(lines)
+
+    def describe_windows(self, total: int) -> str:
+        """Say on what the evaluation at the end was made: a part of the windows where time or settings say so."""
+        count = len(self.eval_dataset) if total else 0  # type: ignore[arg-type]
+        share = f"all {total:,}" if count == total else f"{count:,} of {total:,}"
+        return f"{share} validation windows of {self.data_config.seq_len} tokens"
+
+    def compile(self) -> None:
+        """Compile the transformer at its next forward."""
+        self.denoiser.model.base_model.compile()
 
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         return collate(rows, pad_token_id=self.pad_token_id)

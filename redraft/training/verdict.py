@@ -61,15 +61,18 @@ def worse_than_chance(validation: Estimate, *, chance: float, measure: str) -> s
     return f"its validation {measure} is {nats}; guessing at random has {chance:.4g}"
 
 
-def announce(result: RunResult, console: Console, *, measure: str = "NELBO") -> None:
-    """Print the results of a finished run, with a warning if the model is of no use."""
+def announce(result: RunResult, console: Console, *, measure: str = "NELBO", on: str = "") -> None:
+    """Print the results of a finished run `on` some data, with a warning if the model is of no use."""
     if result.validation:
         say(console, f"validation {measure}: {result.validation}")
+        say(console, f"{'':18}on {on}; ± is the standard error over windows")
     if result.validation and result.unigram_nats:
         below = 100 * (1 - result.validation.nats_per_token / result.unigram_nats)
         compared = f"the {measure} is {abs(below):.1f} % {'below' if below > 0 else 'above'}"
-        say(console, f"unigram entropy:  {result.unigram_nats:.4f} nats per token ({compared})")
+        say(console, f"unigram entropy:  {result.unigram_nats:.4f} nats per token of the same windows ({compared})")
         say(console, f"gzip -9:          {result.gzip_bits_per_byte:.3f} bits per byte on the same text")
+        eval_differs = "redraft eval --tasks perplexity:... reads each document apart: its figure differs"
+        say(console, f"{'':18}{eval_differs}")
         if not below > 0:
             say(
                 console,

@@ -9,12 +9,12 @@ import pytest
 
 import redraft.training.run  # noqa: F401  # what libraries print when they are first imported is not of a command
 from redraft.cli import main
-from redraft.cli.train import next_steps
+from redraft.cli.train import longer_command, next_steps
 from redraft.data.config import DataConfig
 from redraft.latent.config import LatentRunConfig
 from redraft.recipes import RECIPES
 from redraft.recipes.smoke import smoke
-from redraft.training.config import ObjectiveConfig, RunConfig
+from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
 
 def refused(capsys, *arguments):
@@ -175,3 +175,11 @@ def test_what_is_proposed_after_thoughts_fits_the_task_and_the_stage():
     assert stages["rollout"] == [think.replace("latent-denoiser", "latent-rollout")]
     other = next_steps(LatentRunConfig(task="composition", out="runs/c"))
     assert other[1] == "redraft train latent-denoiser --start runs/c --task composition"
+
+
+def test_the_command_that_trains_for_as_long_again_is_in_the_unit_of_the_run():
+    begin = "redraft train 'runs/a b' --resume --train."
+    steps = RunConfig(out="runs/a b")
+    minutes = RunConfig(out="runs/a b", train=TrainConfig(max_minutes=4.5))
+    assert longer_command(steps, steps=600) == f"{begin}max-steps 1200"
+    assert longer_command(minutes, steps=600) == f"{begin}max-minutes 9"

@@ -169,7 +169,8 @@ def test_a_path_that_does_not_exist_suggests_the_nearest(tmp_path):
     with pytest.raises(ValueError, match=r"no file or folder '.*corpse.txt'. Did you mean 'corpus.txt'\? Give an"):
         read(tmp_path / "corpse.txt")
     with pytest.raises(
-        ValueError, match=r"no file or folder '/no/such/place'. Give an existing path, 'stdlib' or a hub id"
+        ValueError,
+        match=r"no file or folder '/no/such/place'. Give an existing path, 'stdlib', 'site-packages' or a hub id",
     ):
         read("/no/such/place")
 

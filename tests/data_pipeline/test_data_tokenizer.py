@@ -1,5 +1,6 @@
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 from sentence_pieces import tokenizer_of
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from redraft.data.tokenizer import (
@@ -192,3 +193,24 @@ def test_a_long_document_without_a_place_to_cut_is_encoded_at_once(tokenizer, mo
     whole = encode_documents(tokenizer, [text])
     monkeypatch.setattr("redraft.data.tokenizer.LONGEST_PIECE", 500)
     assert encode_documents(tokenizer, [text]) == whole
+
+
+def test_a_text_cut_after_an_indentation_or_at_a_line_end_keeps_its_tokens():
+    code = "def f(x):\n    if x:\n        return x\n\n    return 0\n\n\nclass A:\n\tb = 1  \n    pass\n"
+    tokenizer = train_tokenizer([code * 20], vocab_size=288)
+    cuts = [*re.finditer(r"\n[ \t]*(?=\S)", code), *re.finditer(r"\S(?=\s*\n)", code)]
+    for cut in (match.end() for match in cuts):
+        [left], [right] = (encode_documents(tokenizer, [part]) for part in (code[:cut], code[cut:]))
+        assert [left + right] == encode_documents(tokenizer, [code])
+    assert len(cuts) == 13
+
+
+def test_a_tokenizer_of_an_earlier_version_loads_and_encodes_as_it_did(tmp_path):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.train_from_iterator(["a:\n    b"], trainers.BpeTrainer(special_tokens=SPECIAL, show_progress=False))
+    special = dict(zip(("pad_token", "eos_token", "mask_token"), SPECIAL, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
+    loaded = load_fast_tokenizer(tmp_path)
+    [ids] = encode_documents(loaded, ["a:\n    b"])
+    assert [loaded.decode([id]) for id in ids] == ["a", ":", "\n   ", " b"]

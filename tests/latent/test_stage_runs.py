@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from redraft.latent.tasks import find_task
 from redraft.recipes import RECIPES
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import damage
+from redraft.training.plan import Clock
 
 QUIET = Console(quiet=True)
 SMALL = {
@@ -101,7 +103,7 @@ def signalled(name, step, *arguments):
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", "rollout"])
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser", pytest.param("rollout", marks=pytest.mark.slow)])
 def test_a_stage_resumed_from_a_checkpoint_ends_bitwise_as_one_never_stopped(configs, tmp_path, stage, monkeypatch):
     config = configs[stage]
     whole = run_stage(with_train(config, tmp_path, "whole"), console=QUIET)
@@ -149,6 +151,7 @@ def test_eight_rows_at_once_equal_two_rows_four_times(configs, tmp_path, times, 
     assert_split_equals_whole(replace(configs["denoiser"], objective=ThoughtObjective(times=times)), tmp_path)
 
 
+@pytest.mark.slow
 def test_rollout_too_is_the_same_however_a_batch_is_split(configs, tmp_path):
     assert_split_equals_whole(configs["rollout"], tmp_path)
 
@@ -185,10 +188,11 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_stage(
 
 
 def test_minutes_lower_the_number_of_steps_so_that_the_learning_rate_reaches_its_end(configs, tmp_path):
-    config = with_train(configs["denoiser"], tmp_path, max_steps=10_000, max_minutes=0.02)
-    outcome = run_stage(config, console=QUIET)
-    assert 1 < outcome.steps < 10_000
-    assert json.loads((outcome.folder / "recipe.json").read_text())["train"]["max_steps"] < 10_000
+    config = with_train(configs["denoiser"], tmp_path, max_steps=10_000, max_minutes=1.0)
+    ticks = count()  # a second each time it is read
+    outcome = run_stage(config, console=QUIET, clock=Clock(now=lambda: next(ticks)))
+    assert 1 < outcome.steps < 45 < next(ticks) <= 61
+    assert json.loads((outcome.folder / "recipe.json").read_text())["train"]["max_steps"] == outcome.steps
 
 
 def test_the_first_log_line_tells_of_steps_that_trained_and_not_of_those_that_were_timed(configs, tmp_path):

@@ -128,6 +128,7 @@ def test_our_loop_takes_the_steps_of_transformers_generate(model, confident, bou
     assert confident < 0.5 or min(steps) < 20  # the adaptive stop is what ended canvases
 
 
+@pytest.mark.slow
 def test_generation_with_the_defaults_of_transformers_is_the_preset(model):
     lm = language_model(model)
     out = lm.generate(PROMPTS[1], preset="diffusion-gemma", max_new_tokens=2 * CANVAS, stop=None)

@@ -197,6 +197,7 @@ def test_another_models_head_is_left_alone_and_a_forward_inside_of_another_has_i
         assert torch.allclose(model(input_ids=ids).logits, expected[0][[7]], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_returns_the_rows_asked_for():
     model, ids = tiny_lm().model, torch.randint(0, 40, (2, 5))
     expected, compiled = whole_logits(model, ids), torch.compile(model, backend="eager")

@@ -100,6 +100,7 @@ def test_the_error_of_parallel_commits_falls_with_the_steps():
     assert errors[3] < 0.3 * errors[0]
 
 
+@pytest.mark.slow
 def test_uniform_noise_draws_from_the_joint():
     steps = 64
     model = denoiser([k / steps for k in range(steps)])

@@ -78,6 +78,7 @@ def run(lm, sampler, prompts):
 prompt = st.lists(st.integers(0, 39), min_size=1, max_size=9)  # EOS, which is the padding too, and the mask among them
 
 
+@pytest.mark.slow
 @few
 @given(chosen=choices, prompts=st.lists(prompt, min_size=1, max_size=3))
 def test_it_ends_changes_only_what_is_open_and_leaves_no_mask(lm, chosen, prompts):
@@ -104,6 +105,7 @@ def before_left(before, step):
     return len(before.tokens) != len(step.rows)
 
 
+@pytest.mark.slow
 @few
 @given(chosen=choices, prompts=st.lists(prompt, min_size=2, max_size=3, unique_by=tuple), order=st.randoms())
 def test_a_row_is_as_it_is_alone(lm, chosen, prompts, order):
@@ -135,6 +137,7 @@ def test_forwards_are_those_that_the_model_ran(lm, chosen, row, budget):
     assert forwards == [len(calls)]
 
 
+@pytest.mark.slow
 @few
 @given(chosen=choices, prompts=st.lists(prompt, min_size=1, max_size=3), copies=st.integers(1, 2))
 @pytest.mark.parametrize("shift", [False, True])

@@ -14,7 +14,7 @@ def run_together(calls):
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
-@pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize("block_size", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_threads_on_one_model_get_the_tokens_they_get_alone(block_size):
     lm = tiny_lm(block_size=block_size)
     prompts = [[5 + i] * (1 + 3 * i) for i in range(4)]  # of unlike lengths: their forwards have unlike shapes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from redraft.trace.page import page_data, render_page
+from redraft.trace.page import joined, page_data, render_page
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 HOSTILE = [
@@ -79,6 +79,14 @@ def test_hostile_strings_round_trip_through_the_embedded_json() -> None:
     for text in HOSTILE:
         trace = make_trace(["x", text], title=text)
         assert json.loads(Page(render_page(trace)).texts["script"][0]) == trace
+
+
+def test_a_joined_page_holds_the_rows_of_all_named_by_their_page() -> None:
+    pages = {"first": make_trace(["a", "b"]), "second": make_trace(["c"])}
+    whole = joined(pages, title="both")
+    assert [row["title"] for row in whole["rows"]] == ["first", "second"]
+    assert [row["num_steps"] for row in whole["rows"]] == [2, 1]
+    assert json.loads(Page(render_page(whole)).texts["script"][0]) == whole
 
 
 def test_hostile_strings_leave_the_structure_of_the_page_as_it_is() -> None:

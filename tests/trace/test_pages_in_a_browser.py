@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from redraft.trace.explain import Watcher
-from redraft.trace.page import render_page
+from redraft.trace.page import joined, render_page
 
 pytestmark = pytest.mark.real
 
@@ -130,3 +130,10 @@ def test_a_thousand_steps_of_a_thousand_tokens_stay_fluid(opened):
     print(f"median of a jump {median(times[:40]):.1f} ms, of a step {median(times[40:]):.1f} ms")
     assert median(times[:40]) < 100
     assert median(times[40:]) < 100
+
+
+def test_rows_of_a_joined_page_are_picked_by_name(opened):
+    page = opened(
+        joined({"a sudoku": a_trace(3, 4, is_watched=False), "<b>": a_trace(2, 4, is_watched=False)}, title="x")
+    )
+    assert page.locator("#row option").all_text_contents() == ["1: a sudoku", "2: <b>"]

@@ -42,7 +42,9 @@ def lines(folder, name):
     return [line[name] for line in read_log(Path(folder) / "log.jsonl") if name in line]
 
 
-@pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    "objective", [pytest.param(KINDS[k], id=k, marks=[] if k == "masked" else pytest.mark.slow) for k in KINDS]
+)
 def test_a_run_starts_at_its_reference_and_four_pairs_at_once_equal_one_pair_four_times(pairs, objective):
     pairs = with_train(replace(pairs, objective=objective), max_steps=3)
     whole = run(pairs, console=QUIET)
@@ -65,6 +67,7 @@ def test_preferences_are_learnt_and_hold_for_prompts_not_seen(pairs):
     redraft.load(out, device="cpu").generate("1?", max_new_tokens=4, steps=2)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_reference_it_began_with(pairs, tmp_path):
     start = run(with_train(replace(pairs, out=str(tmp_path / "start")), max_steps=2), console=QUIET).folder
     pairs = replace(pairs, model=ModelConfig(start=str(start)))
@@ -82,6 +85,7 @@ def test_a_stopped_run_goes_on_with_the_reference_it_began_with(pairs, tmp_path)
     assert all(torch.equal(done[i]["exp_avg"], again[i]["exp_avg"]) for i in done)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_its_own_reference_while_it_is_switched_off(pairs, tmp_path):
     start = run(with_train(replace(pairs, out=str(tmp_path / "start")), max_steps=1), console=QUIET).folder
     model, adapter = ModelConfig(start=str(start)), AdapterConfig(rank=4, targets="all-linear")

@@ -166,6 +166,7 @@ def test_a_mistake_found_by_the_processes_is_told_once(config, tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_muon_over_sharded_weights_is_refused(config):
     with launched(with_train(config, optimizer="muon"), flags=["--launch", "fsdp2", "--processes", "2"]) as process:
         output = finish(process, code=2)

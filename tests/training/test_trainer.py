@@ -1,6 +1,5 @@
 """Invariances of the training loop: how the global batch is split, where a run is killed, what is evaluated twice."""
 
-import itertools
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +26,7 @@ from redraft.recipes import RECIPES
 from redraft.training.callbacks import read_log
 from redraft.training.checkpoint import write_hashes
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
+from redraft.training.plan import Clock
 from redraft.training.run import run
 from redraft.training.trainer import DiffusionTrainer
 
@@ -306,6 +305,7 @@ def test_an_objective_of_ones_own_is_one_file(config, tmp_path, monkeypatch):
     assert RunConfig.read(outcome.folder / "recipe.json").objective == own
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_two_checkpoints_and_resumed_ends_bitwise_as_one_never_stopped(config):
     """With its average of the weights, which is killed before it takes up a step. Many more kills: test_alive.py."""
     torch.set_num_threads(1)
@@ -336,7 +336,7 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(config, number, code
 def test_evaluation_gives_the_same_number_twice_and_its_standard_error(config):
     outcome = run(config, console=QUIET)
     again = [line for line in read_log(outcome.folder / "log.jsonl") if "eval_nats_per_token" in line]
-    assert again[-2]["eval_nats_per_token"] > 0  # at the last step, over 20 windows
+    assert again[-2]["eval_nats_per_token"] > 0  # at the checkpoint before, over 20 windows
     assert again[-1]["eval_nats_per_token"] == outcome.validation.nats_per_token
     assert 0 < outcome.validation.standard_error < outcome.validation.nats_per_token
     assert outcome.validation.bits_per_byte > 0
@@ -387,18 +387,39 @@ def test_training_lowers_the_loss_and_averaged_weights_are_saved(config):
     assert any(not torch.equal(saved[name], raw[name]) for name in averaged)
 
 
-@pytest.mark.parametrize(("minutes", "measured", "steps"), [(0.25, 3, 7), (10.0, 8, 9)])
-def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measured, steps):
-    """A pass takes a second of this clock; test_pace.py has all of the arithmetic."""
-    calls, compute_loss, ticks = [], DiffusionTrainer.compute_loss, itertools.count()
-    monkeypatch.setattr(DiffusionTrainer, "compute_loss", lambda *a, **k: calls.append(1) or compute_loss(*a, **k))
-    monkeypatch.setattr("redraft.training.pace.time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    monkeypatch.setattr(
-        "redraft.training.callbacks.time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter)
-    )
-    outcome = run(with_train(config, max_steps=9, max_minutes=minutes, save_every=1000), console=QUIET)
+@pytest.mark.parametrize(("minutes", "measured", "slow", "steps"), [(0.2, 3, 1, 7), (10, 8, 1, 9), (0.2, 3, 3, 4)])
+def test_minutes_lower_the_number_of_steps(config, monkeypatch, minutes, measured, slow, steps):
+    """A pass takes a second of this clock, `slow` seconds from the third step on (test_pace.py has the arithmetic)."""
+    now, calls, compute_loss = [0.0], [], DiffusionTrainer.compute_loss
+
+    def count(*args, **settings):
+        calls.append(1)
+        now[0] += slow if len(calls) > measured + 2 else 1
+        return compute_loss(*args, **settings)
+
+    monkeypatch.setattr(DiffusionTrainer, "compute_loss", count)
+    monkeypatch.setattr(DiffusionTrainer, "closing_seconds", 0.5)
+    config = with_train(config, max_steps=9, max_minutes=minutes, save_every=1000)
+    outcome = run(config, console=QUIET, clock=Clock(now=lambda: now[0]))
     assert outcome.steps == RunConfig.read(outcome.folder / "recipe.json").train.max_steps == steps
     assert len(calls) == measured + steps
+
+
+def test_a_finished_run_is_trained_for_longer_and_a_stop_on_the_way_changes_nothing(config):
+    folder = run(config, console=QUIET).folder
+    longer = with_train(config, max_steps=12)
+    assert run(longer, resume=True, console=QUIET).steps == 12
+    weights = load_file(folder / "model.safetensors")
+    rates = [line["learning_rate"] for line in read_log(folder / "log.jsonl") if "loss" in line]
+    assert rates[6:] == rates[:6]  # the schedule again
+    for step in (10, 12):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    assert run(longer, resume=True, console=QUIET).steps == 12
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    for wrong in (config, with_train(longer, learning_rate=1.0)):
+        with pytest.raises(ValueError, match="or for longer .* but these settings differ"):
+            run(wrong, resume=True, console=QUIET)
 
 
 def mistakes(config):

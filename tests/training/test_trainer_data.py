@@ -129,7 +129,7 @@ def resumed_equals_whole(config, *, at):
     return all(torch.equal(expected[name], found[name]) for name in expected) and logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("batching", ["packed", "grouped"])
+@pytest.mark.parametrize("batching", [pytest.param("packed", marks=pytest.mark.slow), "grouped"])
 def test_a_chat_run_learns_logs_its_efficiency_and_resumes_exactly_in_a_later_pass(config, batching):
     steps = 36 if batching == "packed" else 48
     data = replace(config.data, chat=ChatConfig(batching=batching, loss_on="all"))

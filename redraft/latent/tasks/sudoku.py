@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import permutations, product
 from random import Random
 
+from redraft.data.sudoku import EMPTY, SudokuRules
 from redraft.latent.tasks.worked import WorkedExample
 
-EMPTY = "_"
+RULES = SudokuRules(size=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class Sudoku:
 
     def examples(self) -> Iterator[WorkedExample]:
         """Draw a grid and the cells that are shown."""
-        grids, random = [*_grids()], Random(self.seed)
+        solutions = sorted(RULES.solutions([0] * 16))
+        grids, random = [tuple(map(str, grid)) for grid in solutions], Random(self.seed)
         for _ in range(self.num_examples):
             grid, shown = random.choice(grids), set(random.sample(range(16), random.randint(*self.clues)))
             if self.is_unique and sum(all(other[i] == grid[i] for i in shown) for other in grids) > 1:
@@ -39,21 +40,7 @@ class Sudoku:
 
     def is_solved(self, prompt: str, answer: str) -> bool:
         """Check clues, rows, columns and boxes."""
-        clues, cells = prompt.split(), answer.split()
-        if len(cells) != 16 or any(clue not in (EMPTY, cell) for clue, cell in zip(clues, cells, strict=True)):
+        try:
+            return RULES.is_solved(RULES.read(prompt), RULES.read(answer))
+        except ValueError:
             return False
-        rows = [[(r, c) for c in range(4)] for r in range(4)]
-        columns = [[(r, c) for r in range(4)] for c in range(4)]
-        boxes = [[(r + i, c + j) for i in (0, 1) for j in (0, 1)] for r in (0, 2) for c in (0, 2)]
-        return all(sorted(cells[4 * r + c] for r, c in unit) == ["1", "2", "3", "4"] for unit in rows + columns + boxes)
-
-
-def _grids() -> Iterator[tuple[str, ...]]:
-    """Yield all 288 grids."""
-    lines = [*permutations("1234")]
-    for rows in product(lines, repeat=4):
-        columns_fit = all(len(set(column)) == 4 for column in zip(*rows, strict=True))
-        if columns_fit and all(
-            len({*rows[r][c : c + 2], *rows[r + 1][c : c + 2]}) == 4 for r in (0, 2) for c in (0, 2)
-        ):
-            yield tuple(cell for row in rows for cell in row)

@@ -1,0 +1,58 @@
+"""Checkpoints that ship with the package: at most 100 minutes on 2 cores each, from random weights."""
+
+from dataclasses import replace
+
+from redraft.data.config import DataConfig
+from redraft.models.config import ModelConfig
+from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
+
+TRAIN = TrainConfig(
+    optimizer="muon",  # docs/lab-notes.md, "Recipes of the shipped checkpoints"
+    learning_rate=2e-3,
+    batch_size=32,
+    max_steps=20_000,
+    max_minutes=95.0,
+    save_every=500,
+)
+
+
+def sudoku() -> RunConfig:
+    """Train 2.6 M parameters on sudoku grids of 9 x 9 and 4 x 4: a puzzle is a grid with masked cells."""
+    return RunConfig(
+        out="runs/sudoku",
+        data=DataConfig(kind="redraft.data.grids:prepare_grids", source="9,4", seq_len=89),
+        model=ModelConfig(size="hidden=192,layers=6,heads=6,intermediate=512", max_positions=128),
+        objective=ObjectiveConfig(t_max=0.8),  # a grid with few clues has many solutions: there is nothing to learn
+        train=replace(TRAIN, learning_rate=3e-3, max_steps=30_000, save_every=2000, weight_decay=0.01),
+    )
+
+
+def austen() -> RunConfig:
+    """Train 5.4 M parameters on Jane Austen's novels, which `python tools/austen.py austen` writes."""
+    return RunConfig(
+        out="runs/austen",
+        data=DataConfig(source="austen", seq_len=256, vocab_size=4096),
+        model=ModelConfig(size="5m,intermediate=608"),
+        train=TRAIN,
+    )
+
+
+def stdlib_small() -> RunConfig:
+    """Train 7 M parameters to compress modules of the standard library outside of the training data."""
+    return RunConfig(
+        out="runs/stdlib-small",
+        data=DataConfig(seq_len=256, vocab_size=4096),
+        model=ModelConfig(size="hidden=288,layers=6,heads=6,intermediate=736"),
+        train=TRAIN,
+    )
+
+
+def stdlib_block() -> RunConfig:
+    """Train 4.5 M parameters by block diffusion in blocks of 4: an exact cache, and texts of any length."""
+    return RunConfig(
+        out="runs/stdlib-block",
+        data=DataConfig(seq_len=256, vocab_size=4096),
+        model=ModelConfig(size="5m,layers=5,intermediate=544"),
+        objective=ObjectiveConfig(kind="block", block_size=4),
+        train=TRAIN,
+    )
