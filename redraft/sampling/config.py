@@ -93,6 +93,8 @@ class SamplingConfig(Settings):
             defaults.pop("threshold", None)  # the factor rule replaces the threshold
         if any(getattr(self, name) is not None for name in COSTS):
             defaults.pop("steps_per_block", None)
+        if "block_size" in defaults and preset.blocks != "grid":
+            defaults["block_size"] = min(defaults["block_size"], self.max_new_tokens)
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def for_infilling(self, *, num_holes: int) -> "SamplingConfig":
@@ -106,8 +108,9 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
     """Combine given settings with those saved in a checkpoint; given ones win.
 
     If a preset is given, only the saved max_new_tokens is used. If a cost is given (`COSTS`, steps_per_block), no saved
-    cost is used. A saved block size stays where it does not divide max_new_tokens: the canvas is then longer, and the
-    text is cut. Raises ValueError for a name that is no setting, and for a given block size that does not divide.
+    cost is used. A saved block size that does not divide max_new_tokens stays: the canvas is then longer, and the text
+    is cut; but no block is longer than the text. Raises ValueError for a name that is no setting, and for a given block
+    size that does not divide.
     """
     saved = saved | OLD_PRESETS.get(str(saved.get("preset")), {})
     for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
@@ -126,8 +129,12 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
         saved = {name: value for name, value in saved.items() if name not in ALL_COSTS}
     chosen = saved | given
     config = SamplingConfig(**chosen)
-    size, total = given.get("block_size"), config.max_new_tokens
-    if size is not None and total % size and preset_from_name(config.preset).blocks != "grid":
+    size, total = config.block_size, config.max_new_tokens
+    if size is None or preset_from_name(config.preset).blocks == "grid":
+        return config
+    if "block_size" not in given:
+        return replace(config, block_size=min(size, total))
+    if total % size:
         near = ", ".join(str(n) for n in sorted(sorted(_divisors(total), key=lambda n: abs(n - size))[:3]))
         raise ValueError(f"block_size must divide max_new_tokens; got {size} and {total}. Use {near}.")
     return config

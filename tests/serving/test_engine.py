@@ -290,6 +290,7 @@ def test_torch_is_not_needed_to_speak_of_requests():
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses an old name of transformers
 def test_adapters_share_the_weights_of_their_base():
     from copy import deepcopy
 

@@ -1,7 +1,9 @@
 """The whole server, with a model: whoever else is served, a client gets what `generate` gives."""
 
+import asyncio
 import json
 import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -178,3 +180,29 @@ def test_nothing_is_left_behind(server):
     assert set(statuses) == {200}
     stats = server.service.backend.engine.stats
     wait_for(lambda: not (stats()["rows_running"] or stats()["rows_waiting"] or server.service.num_open))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_a_thousand_clients_at_once_are_answered_or_told_to_come_again(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "x", "max_tokens": 8}).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    sent = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+    async def client():
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(sent)
+        answer = await reader.read()
+        writer.close()
+        return answer.split(b" ", 2)[1], b"retry-after:" in answer.lower()
+
+    async def crowd():
+        return Counter(await asyncio.gather(*(client() for _ in range(1000))))
+
+    found = asyncio.run(crowd())
+    assert set(found) <= {(b"200", False), (b"429", True)}
+    assert found[b"200", False] >= 100  # as many as may wait
+    wait_for(lambda: not server.service.num_open)
+    stats = server.service.backend.engine.stats()
+    assert (stats["rows_running"], stats["rows_waiting"]) == (0, 0)
