@@ -199,11 +199,8 @@ def read_call(endpoint: str, body: Object, *, template: str | None = None) -> Ca
     if extras.get("drafts") and not is_streamed:
         raise ApiError("drafts are events of a stream: set stream to true, too.", param="redraft.drafts")
     if given.get("echo") and given.get("logprobs") is not None:
-        raise ApiError(
-            "there are no log probabilities of a prompt's tokens: a diffusion model does not predict them one by one. "
-            "Use `redraft eval` for likelihoods, or leave echo out.",
-            param="echo",
-        )
+        problem = "a diffusion model has no log probabilities of single tokens of a prompt. Use `redraft eval`."
+        raise ApiError(problem, param="echo")
     constraint = _constraint(given, extras)
     if constraint is not None and isinstance(settings.get("stop"), tuple):
         raise ApiError("stop would cut a text that response_format or redraft constrains; leave it out.", param="stop")
@@ -347,11 +344,8 @@ def _options(given: Object, extras: Object) -> tuple[str, ...]:
         values = [False, True] if schema == {"type": "boolean"} else schema.get("enum")
         options = [json.dumps(value, ensure_ascii=False) for value in values or ()]
     if not 2 <= len(set(options)) == len(options) <= MAX_CHOICES or "" in options:
-        raise ApiError(
-            f"decide takes 2 to {MAX_CHOICES} answers, none empty or twice: choice, or a schema that is an enum or "
-            "a boolean.",
-            param="redraft.decide",
-        )
+        problem = f"decide takes 2 to {MAX_CHOICES} answers, none empty or twice: choice, or an enum or boolean schema."
+        raise ApiError(problem, param="redraft.decide")
     if given.get("n") not in (None, 1) or given.get("suffix") or given.get("logprobs") or given.get("echo"):
         raise ApiError("decide gives one answer: leave n, suffix, logprobs and echo out.", param="redraft.decide")
     return tuple(options)
@@ -518,13 +512,9 @@ class Reply:
         self.scores: list[Object] = []
         """Of a decision: each option with its probability."""
         self._text_of, self._fill = text_of, fill
-        self.head = {
-            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{id}",
-            "object": "chat.completion" if is_chat else "text_completion",
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": FINGERPRINT,
-        }
+        id, kind = f"{'chatcmpl' if is_chat else 'cmpl'}-{id}", "chat.completion" if is_chat else "text_completion"
+        now = {"created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT}
+        self.head: Object = {"id": id, "object": kind} | now
 
     @property
     def is_done(self) -> bool:
@@ -609,13 +599,9 @@ class Reply:
             "tokens_per_forward": round(new / forwards, 3) if forwards else None,
             "queue_ms": round(1000 * max(one.queue_seconds for one in usages), 1),
         }  # fmt: skip
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in firsts)},
-            "redraft": extras,
-        }
+        cached = {"cached_tokens": sum(one.cached_tokens for one in firsts)}
+        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return counts | {"prompt_tokens_details": cached, "redraft": extras}
 
     def _logprobs(self, row: Row) -> Object | None:
         """Tell the log probabilities that were not sent yet, each of the step that placed its token."""
@@ -629,12 +615,9 @@ class Reply:
         for text in texts:
             offsets.append(row.offset)
             row.offset += len(text)
-        return {
-            "tokens": texts,
-            "token_logprobs": [one.logprob for one in new],
-            "top_logprobs": [{self._text_of(id): logprob for id, logprob in one.top} for one in new],
-            "text_offset": offsets,
-        }
+        tops = [{self._text_of(id): logprob for id, logprob in one.top} for one in new]
+        logprobs = [one.logprob for one in new]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
     def _named(self, token_id: int, logprob: float) -> Object:
         text = self._text_of(token_id)

@@ -100,10 +100,8 @@ class Backend:
         segments = call.prompts[0]
         if call.endpoint == "completions":
             if settings.block_size is not None:
-                raise ApiError(
-                    "this model decodes blocks from left to right: what it fills in cannot see a suffix. Leave it out.",
-                    param="suffix",
-                )
+                problem = "this model decodes blocks from left to right: they cannot see a suffix. Leave it out."
+                raise ApiError(problem, param="suffix")
             length = api.checked("max_tokens", functools.partial(lm.sampling_config, **call.settings)).max_new_tokens
             segments = [call.prompts[0], length, call.suffix]
         ids: list[int] = []
@@ -369,12 +367,11 @@ class Service:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         if kind.lower() != "bearer" or True not in [hmac.compare_digest(given, one) for one in self._key_hashes]:
-            raise ApiError(
+            problem, headers = (
                 "a valid key is needed: send `Authorization: Bearer KEY`.",
-                status=401,
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
+                {"WWW-Authenticate": "Bearer"},
             )
+            raise ApiError(problem, status=401, code="invalid_api_key", headers=headers)
         return given.hex()
 
     def _running(self) -> Backend:
@@ -391,12 +388,8 @@ class Service:
         backend = self._running()
         chosen = backend.base if name is None else name
         if chosen not in backend.models:
-            raise ApiError(
-                f"there is no model {chosen[:200]!r}; there are {', '.join(backend.models)}.",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+            problem = f"there is no model {chosen[:200]!r}; there are {', '.join(backend.models)}."
+            raise ApiError(problem, status=404, param="model", code="model_not_found")
         return chosen, backend.models[chosen]
 
     async def _generate(self, request: HttpRequest, visit: Visit) -> Response:
