@@ -45,6 +45,8 @@ DRAFT_SECONDS = 0.1
 """Least time between two drafts of a row."""
 MAX_RETRY_SECONDS = 120
 """Longest wait that clients are told; they give up on more."""
+COUNTED = ("ticks", "committed_tokens", "cached_tokens", "undelivered")
+COUNTED_BY_BATCH = ("forwards", "prefills", "query_tokens", "padding_tokens")
 FORGETTING = 0.98
 """Weight of what was measured before, each time a row ends."""
 
@@ -229,9 +231,10 @@ class Engine:
         """Count what was done since the start, and what there is to do."""
         with self._wake:
             num_waiting = sum(len(queue) for queue in self._queues.values())
-        counts = sum((batch.counts for batch in self._batches.values()), Counter(self._counts))
-        running = {"rows_running": self._num_running(), "rows_waiting": num_waiting, "max_rows": self.max_rows}
-        return {**counts, **running}
+        ours = {name: self._counts[name] for name in COUNTED}  # by name: the thread may add others meanwhile
+        theirs = {name: sum(batch.counts[name] for batch in self._batches.values()) for name in COUNTED_BY_BATCH}
+        now = {"rows_running": self._num_running(), "rows_waiting": num_waiting, "max_rows": self.max_rows}
+        return {**ours, **theirs, **now}
 
     def _retry_after(self) -> int:
         waiting = sum(row.cost for queue in self._queues.values() for row in queue)
