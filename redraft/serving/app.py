@@ -293,8 +293,7 @@ class Service:
         self._cors_origins = cors_origins
         self.backend: Backend | None = None
         self.failure: BaseException | None = None
-        self.is_ending = False
-        self.num_open = 0
+        self.is_ending, self.num_open = False, 0
         self.metrics = Metrics(lambda: self.backend.engine.stats() if self.backend else {})
         # Constraints wait for their worker in a thread of their own, so that they hold up nobody else.
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"prepare-{kind}") for kind in ("text", "constraint")]
@@ -367,11 +366,8 @@ class Service:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         if kind.lower() != "bearer" or True not in [hmac.compare_digest(given, one) for one in self._key_hashes]:
-            problem, headers = (
-                "a valid key is needed: send `Authorization: Bearer KEY`.",
-                {"WWW-Authenticate": "Bearer"},
-            )
-            raise ApiError(problem, status=401, code="invalid_api_key", headers=headers)
+            problem, asked = "a valid key is needed: send `Authorization: Bearer KEY`.", {"WWW-Authenticate": "Bearer"}
+            raise ApiError(problem, status=401, code="invalid_api_key", headers=asked)
         return given.hex()
 
     def _running(self) -> Backend:
@@ -507,8 +503,7 @@ class Service:
     def _finish(self, flight: Flight) -> None:
         usage, seconds = flight.reply.usage(), time.monotonic() - flight.started
         self.metrics.finish(usage, seconds=seconds)
-        counts = usage["prompt_tokens"], usage["completion_tokens"]
-        log.info("%s: %d prompt tokens, %d new, %.2f s", flight.visit.id, *counts, seconds)
+        log.info("%s: %d tokens in all, %.2f s", flight.visit.id, usage["total_tokens"], seconds)
 
     def _leave(self, flight: Flight) -> None:
         if not flight.reply.is_done and self.backend is not None:
