@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "redraft"
-BUDGET = {"core": 11270, "latent": 1861, "constraints": 995, "evaluation": 1280, "serving": 1800}
+BUDGET = {"core": 11275, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1800}
 """Lines of code; core is everything that has no budget of its own."""
 SETTINGS = 140
 DOUBLED = 0

@@ -30,8 +30,9 @@ class EvalFlags(LoadingFlags, TemplateFlags):
 
     Offline tasks: countdown, sudoku, arithmetic, logic, reasoning-gym:NAME, humaneval, infill-stdlib, perplexity:SOURCE
     (stdlib, a file, a folder), thought:NAME (a task of latent thinking, for a model that writes its thoughts as words;
-    thought:NAME:direct and thought:NAME:pause for models trained on these forms) and FILE.jsonl. Any other name is a
-    task of lm-evaluation-harness. suite:NAME runs the tasks that others published for a model, with their settings:
+    thought:NAME:direct and thought:NAME:pause for models trained on these forms), grids:SIZE (sudoku puzzles of
+    4 x 4 or 9 x 9, for models trained on grids) and FILE.jsonl. Any other name is a task of lm-evaluation-harness.
+    suite:NAME runs the tasks that others published for a model, with their settings:
     llada-instruct, llada-base, dream-instruct, tiny-a2d-mdlm, tiny-a2d-bd3lm, bert-chat.
     """
 

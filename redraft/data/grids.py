@@ -52,6 +52,11 @@ def prepare_grids(config: DataConfig, *, tokenizer: Tokenizer | None, objective:
     )
 
 
+def held_out_grids(rules: SudokuRules) -> np.ndarray:
+    """Return the grids that training does not see, (count, size * size) uint8, 0 nowhere."""
+    return _grids(rules)[1] if rules.size == 4 else solved_grids(rules, NUM_VALIDATION, bases=NUM_VALIDATION, seed=1)
+
+
 def _grids(rules: SudokuRules) -> tuple[np.ndarray, np.ndarray]:
     """Return grids for training and for validation; no grid of the one is in the other."""
     count = NUM_GRIDS[rules.size]
@@ -60,10 +65,7 @@ def _grids(rules: SudokuRules) -> tuple[np.ndarray, np.ndarray]:
         is_held_out = [split_of(rules.text(grid), validation_fraction=HELD_OUT_4) == "validation" for grid in every]
         kept, held_out = every[~np.array(is_held_out)], every[is_held_out]
         return kept[np.arange(count) % len(kept)], held_out
-    return (
-        solved_grids(rules, count, bases=NUM_BASES, seed=0),
-        solved_grids(rules, NUM_VALIDATION, bases=NUM_VALIDATION, seed=1),
-    )
+    return solved_grids(rules, count, bases=NUM_BASES, seed=0), held_out_grids(rules)
 
 
 def _windows(tokenizer: Tokenizer, parts: tuple[np.ndarray, ...], longest: int) -> tuple[WindowDataset, PackingReport]:

@@ -200,6 +200,12 @@ def _infill(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Co
     return records
 
 
+def _fill(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Conditions) -> list[Record]:
+    out = lm.infill([item.prompt for item in items], trace=True, **conditions.sampling)
+    assert out.texts is not None
+    return _scored(task, items, out, out.texts)
+
+
 def _choose(lm: LanguageModel, task: Task, items: Sequence[Item], conditions: Conditions) -> list[Record]:
     questions = []
     for item in items:
@@ -257,7 +263,7 @@ def _key(task: Task, item: Item) -> int:
     return int.from_bytes(hashlib.sha256(f"{task.name}:{item.id}".encode()).digest()[:7], "big")
 
 
-WORKERS = {"generate": _generate, "infill": _infill, "choose": _choose, "perplexity": _perplexity}
+WORKERS = {"generate": _generate, "infill": _infill, "fill": _fill, "choose": _choose, "perplexity": _perplexity}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,18 +11,21 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any, ClassVar, Literal
 
+from redraft.data.sudoku import SudokuRules
 from redraft.errors import unknown_name
 from redraft.settings import Count, Settings, Within
 
-Kind = Literal["generate", "infill", "choose", "perplexity"]
+Kind = Literal["generate", "infill", "fill", "choose", "perplexity"]
 Scores = dict[str, float]
 
 GYM = {"countdown": "countdown", "sudoku": "mini_sudoku", "arithmetic": "basic_arithmetic", "logic": "knights_knaves"}
 NAMED = (*GYM, "humaneval", "infill-stdlib")
-KINDS = {"reasoning-gym": "NAME", "perplexity": "SOURCE", "thought": "NAME"}
+KINDS = {"reasoning-gym": "NAME", "perplexity": "SOURCE", "thought": "NAME", "grids": "SIZE"}
 """Prefixes of the names of other tasks, and what follows the colon after them."""
+NUM_PUZZLES = 500
 ENDS_OF_A_FUNCTION = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # Section 2 of arXiv 2107.03374
 
 
@@ -33,7 +36,7 @@ class Item:
     id: str
     kind: Kind
     prompt: str = ""
-    """The question, or the text before the hole; for perplexity the text itself."""
+    """The question; the text before the hole (infill); the text with its holes (fill); for perplexity the text."""
     suffix: str = ""
     """The text after the hole."""
     choices: tuple[str, ...] = ()
@@ -153,6 +156,33 @@ class StdlibInfill(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SudokuPuzzles(Task):
+    """Sudoku puzzles with one solution, over grids that `redraft train sudoku` holds out; the empty cells are holes."""
+
+    size: int
+
+    def items(self) -> Iterator[Item]:
+        from redraft.data.grids import held_out_grids
+
+        rules, random = SudokuRules(size=self.size), Random(0)
+        grids, cells = held_out_grids(rules).tolist(), self.size**2
+        for number in range(NUM_PUZZLES):
+            clues = random.randint(cells // 4, 5 * cells // 8)
+            puzzle = rules.puzzle(grids[number % len(grids)], clues=clues, random=random)
+            yield Item(id=str(number), kind="fill", prompt=rules.text(puzzle), answer=puzzle)
+
+    def score(self, item: Item, output: str) -> Scores:
+        rules = SudokuRules(size=self.size)
+        try:
+            return {"solved": float(rules.is_solved(item.answer, rules.read(output)))}
+        except ValueError:  # a cell that is no digit
+            return {"solved": 0.0}
+
+    def answer(self, item: Item, output: str) -> str:
+        return output
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeldOutPerplexity(Task):
     """Perplexity of whole texts of any source that `redraft train` reads; for stdlib, of the held-out modules alone."""
 
@@ -247,6 +277,10 @@ def make_task(name: str, options: TaskOptions) -> Task:
         return _gym_task(name, GYM.get(name, rest), size=options.limit or 50)
     if kind == "perplexity" and rest:
         return HeldOutPerplexity(name=name, source=rest, validation_fraction=options.validation_fraction)
+    if kind == "grids" and rest:
+        if rest not in ("4", "9"):
+            raise ValueError(f"grids are of 4 x 4 or 9 x 9 cells; got {name!r}. Use grids:4 or grids:9.")
+        return SudokuPuzzles(name=name, size=int(rest))
     if name == "infill-stdlib":
         return StdlibInfill(validation_fraction=options.validation_fraction)
     raise unknown_name("task", name, [*NAMED, *(f"{kind}:{what}" for kind, what in KINDS.items()), "FILE.jsonl"])

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sentence_pieces import KINDS, Script, scripted, text_lm_of
+from tiny import tiny_lm
 
 from redraft.cli import main
+from redraft.data.grids import grid_tokenizer
+from redraft.data.sudoku import SudokuRules
 from redraft.evaluation.run import WORKERS, Conditions, Store, run_task, summarize
 from redraft.evaluation.tasks import HumanEval, Item, JsonLines, Task, TaskOptions, make_task, take
 from redraft.likelihood.config import LikelihoodConfig
@@ -46,6 +49,29 @@ def test_holes_in_held_out_functions_are_scored_by_text_edits_and_syntax():
     assert task.score(item, item.answer) == {"exact": 1.0, "edit_similarity": 1.0, "parses": 1.0}
     assert task.score(item, "(((")["parses"] == 0.0
     assert task.score(item, item.answer + " ")["exact"] == 0.0
+
+
+def test_sudoku_puzzles_are_scored_by_the_rules_and_their_clues():
+    task = make_task("grids:4", TaskOptions())
+    items = take(task, 20)
+    rules = SudokuRules(size=4)
+    for item in items:
+        [solution] = rules.solutions(item.answer)
+        assert item.prompt == rules.text(item.answer)
+        assert task.score(item, rules.text(solution)) == {"solved": 1.0}
+        assert task.score(item, rules.text(solution[1:] + solution[:1])) == {"solved": 0.0}
+        assert task.score(item, "") == {"solved": 0.0}
+    with pytest.raises(ValueError, match="grids are of 4 x 4 or 9 x 9 cells; got 'grids:5'"):
+        make_task("grids:5", TaskOptions())
+
+
+def test_every_empty_cell_of_a_puzzle_is_a_hole(tmp_path):
+    lm = replace(tiny_lm(vocab_size=13), tokenizer=grid_tokenizer())
+    task = make_task("grids:4", TaskOptions())
+    records = run_task(lm, task, opened(tmp_path), OPTIONS, limit=3)
+    for item, record in zip(take(task, 3), records, strict=True):
+        assert record["tokens"] == item.prompt.count("_")
+        assert "_" not in record["output"]
 
 
 def write(path, *records):
