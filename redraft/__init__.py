@@ -1,4 +1,4 @@
-"""redraft: train, convert, sample and evaluate diffusion language models."""
+"""redraft: train, convert, sample, evaluate and serve diffusion language models."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

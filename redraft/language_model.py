@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from redraft.constraints.completion import CompiledConstraint
 from redraft.constraints.kinds import Constraint, constraint_key
-from redraft.constraints.token_bytes import leading_space, token_bytes
+from redraft.constraints.token_bytes import LeadingSpace, leading_space, token_bytes
 from redraft.errors import check_names
 from redraft.layouts import Layout
 from redraft.likelihood.config import LikelihoodConfig
@@ -71,6 +70,23 @@ class Generation:
     """Every decision, with trace=True."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Rows that are ready to be denoised, and how each ends: what `generate`, `infill` and a server have in common."""
+
+    config: SamplingConfig
+    rows: list[Tensor]
+    """Token ids: the prompts, or whole rows with holes. With `num_samples`, those of one prompt follow each other."""
+    canvas: Canvas
+    sampler: Sampler
+    row_keys: Int[Tensor, "batch"]
+    finish: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, str | None]]
+    """(row, its tokens, their status) -> new tokens, sequence and text, as `Generation` holds them."""
+    is_infilling: bool = False
+    dropped: str = ""
+    """What decoding puts before the new text and is not part of it."""
+
+
 def load(
     path: str | Path,
     *,
@@ -116,6 +132,7 @@ class LanguageModel:
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a text, any of them; the first is the one that a constraint ends with."""
     _compiled: dict[Any, tuple[CompiledConstraint, Any]] = field(default_factory=dict, repr=False)
+    _vocabularies: dict[Any, tuple[list[bytes | None], LeadingSpace, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> Any:
@@ -191,20 +208,66 @@ class LanguageModel:
         Raises ValueError for settings that do not fit, for prompts that do not leave room in the model's context, and,
         before the first forward, for a constraint that cannot be satisfied.
         """
-        config = self._config(settings, constraint)
-        rows = self._encode_all(prompts, config)
-        canvas, steps = self._start(rows, config, guides, logits_processor, constraint)
+        given: dict[str, Any] = {"guides": guides, "logits_processor": logits_processor, "constraint": constraint}
+        prepared = self.prepare(prompts, **given, **settings)
+        steps = self._denoise(prepared)
         if streamer is not None:
-            steps = self._feed(streamer, rows, config, steps)
+            steps = self._feed(streamer, prepared.rows, prepared.config, steps)
+        return _collect(prepared, steps, trace=trace)
+
+    def prepare(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        guides: Sequence[Guide] = (),
+        logits_processor: Sequence[Any] = (),
+        constraint: Constraint | None = None,
+        holes: bool = False,
+        **settings: Any,
+    ) -> Prepared:
+        """Make rows of prompts, as `generate` does (with `holes`: as `infill` does), without denoising them.
+
+        Raises the ValueErrors of `generate` and `infill`. It changes nothing: several threads may call it.
+        """
+        make = self._with_holes if holes else self._after_prompts
+        prepared = make(prompts, settings, guides, logits_processor, constraint)
+        if prepared.sampler.constraint is not None:
+            prepared.sampler.constraint.check(prepared.canvas)
+        return prepared
+
+    def _denoise(self, prepared: Prepared, batch: Batch | None = None) -> Iterator[Step]:
+        canvas, sampler, row_keys = prepared.canvas, prepared.sampler, prepared.row_keys
+        return denoise(self.denoiser, canvas, sampler, row_keys=row_keys, batch=batch)
+
+    def _after_prompts(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        settings: dict[str, Any],
+        guides: Sequence[Guide],
+        logits_processor: Sequence[Any],
+        constraint: Constraint | None,
+    ) -> Prepared:
+        """Lay out the new tokens behind the prompts."""
+        config = self._config(settings, constraint)
+        rows = [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
+        sampler = self._sampler(config, guides, logits_processor, constraint, rows)
         # Word pieces are decoded with a space before them; a constraint holds for the text after that space.
-        added = " " if constraint is not None and leading_space(self.tokenizer) == "added" else ""
+        added = " " if constraint is not None and self._vocabulary()[1] == "added" else ""
 
         def finish(i: int, tokens: Tensor, status: Tensor) -> tuple[Tensor, Tensor, str | None]:
             new = self.new_tokens(tokens, status, config)
             text = None if self.tokenizer is None else self.new_text(rows[i], new, config).removeprefix(added)
             return new, torch.cat([rows[i], new]), text
 
-        return _collect(canvas, steps, finish, trace=trace)
+        return Prepared(
+            config=config,
+            rows=rows,
+            canvas=self._canvas_after(rows, config.max_new_tokens, sampler),
+            sampler=sampler,
+            row_keys=self._row_keys(rows, config),
+            finish=finish,
+            dropped=added,
+        )
 
     def stream(
         self,
@@ -220,9 +283,8 @@ class LanguageModel:
 
         A `batch` that is passed to every call keeps the exact cache of a conversation between the calls.
         """
-        config = self._config(settings, constraint)
-        rows = self._encode_all(prompts, config)
-        return self._start(rows, config, guides, logits_processor, constraint, batch)[1]
+        given: dict[str, Any] = {"guides": guides, "logits_processor": logits_processor, "constraint": constraint}
+        return self._denoise(self.prepare(prompts, **given, **settings), batch)
 
     def infill(
         self,
@@ -240,6 +302,19 @@ class LanguageModel:
 
         Raises ValueError where a prompt has no hole.
         """
+        given: dict[str, Any] = {"guides": guides, "logits_processor": logits_processor, "constraint": constraint}
+        prepared = self.prepare(prompts, holes=True, **given, **settings)
+        return _collect(prepared, self._denoise(prepared), trace=trace)
+
+    def _with_holes(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        settings: dict[str, Any],
+        guides: Sequence[Guide],
+        logits_processor: Sequence[Any],
+        constraint: Constraint | None,
+    ) -> Prepared:
+        """Make noise of the holes in the prompts."""
         if isinstance(self.denoiser, EncoderDecoder):
             raise ValueError(f"{self.model.config.model_type} only continues its prompt; it cannot fill holes.")
         given = {name: None for name in FOR_A_LENGTH if name in self.saved_sampling} | settings
@@ -263,8 +338,6 @@ class LanguageModel:
         if isinstance(sampler.frontier, Blocks):  # on the grid: there is no prompt whose end could begin the blocks
             frontier = replace(sampler.frontier, size=size or sampler.frontier.size, on_grid=True)
             sampler = replace(sampler, frontier=frontier, is_grid_from_prompt=False)
-        canvas = self._build_canvas(rows, is_hole)
-        steps = denoise(self.denoiser, canvas, sampler, row_keys=self._row_keys(rows, config))
 
         def finish(i: int, tokens: Tensor, status: Tensor) -> tuple[Tensor, Tensor, str | None]:
             sequence = tokens[status != Status.PAD].cpu()
@@ -272,7 +345,15 @@ class LanguageModel:
             text = filled_text(self.tokenizer, given_prompts[i], sequence, is_hole[i]) if has_text else None
             return tokens[status == Status.COMMITTED].cpu(), sequence, text
 
-        return _collect(canvas, steps, finish, trace=trace)
+        return Prepared(
+            config=config,
+            rows=rows,
+            canvas=self._build_canvas(rows, is_hole),
+            sampler=sampler,
+            row_keys=self._row_keys(rows, config),
+            finish=finish,
+            is_infilling=True,
+        )
 
     def loglikelihood(self, context: Prompt, continuation: Prompt, **settings: Any) -> LogLikelihood:
         """Bound log p(continuation | context), in nats with its standard error. Settings: `LikelihoodConfig`.
@@ -323,8 +404,12 @@ class LanguageModel:
             )
         return row
 
-    def _encode_all(self, prompts: Prompt | Sequence[Prompt], config: SamplingConfig) -> list[Tensor]:
-        return [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
+    def _vocabulary(self) -> tuple[list[bytes | None], LeadingSpace]:
+        """Return the bytes of each token, and what decoding does with a first space: seconds of work, done once."""
+        key = (id(self.tokenizer), len(self.tokenizer))
+        if key not in self._vocabularies:  # the entry keeps the tokenizer alive, so no other one gets its id
+            self._vocabularies[key] = token_bytes(self.tokenizer), leading_space(self.tokenizer), self.tokenizer
+        return self._vocabularies[key][:2]
 
     def compile_constraint(
         self, constraint: Constraint, *, is_infilling: bool = False, is_start: bool = True
@@ -339,14 +424,14 @@ class LanguageModel:
             raise ValueError("this model has no tokenizer, so its tokens have no text to constrain; load one with it.")
         if not isinstance(constraint, Constraint):
             raise ValueError(f"a constraint must be a redraft.Regex, JsonSchema, Choice, ...; got {constraint!r:.200}.")
-        space = leading_space(self.tokenizer)
+        vocabulary, space = self._vocabulary()
         if (space == "added" and is_infilling) or (space == "stripped" and not is_start):
             space = "text"
         ends = self.eos_token_ids
         key = (constraint_key(constraint), id(self.tokenizer), len(self.tokenizer), ends, is_infilling, space)
         entry = self._compiled.get(key)
         if entry is None:
-            pieces = token_bytes(self.tokenizer)
+            pieces = list(vocabulary)
             for end in ends:  # an end token is no text
                 pieces[end : end + 1] = [None] * len(pieces[end : end + 1])
             last = None if is_infilling or not ends else ends[0]
@@ -372,9 +457,7 @@ class LanguageModel:
             for is_start in {silent.issuperset(before.tolist()) for before in befores}
         }
 
-        def completion(before: Tensor) -> CompiledConstraint:
-            return kinds[silent.issuperset(before.tolist()) if len(kinds) > 1 else next(iter(kinds))]
-
+        completion = _Completions(kinds=kinds, silent=silent)
         return TextConstraint(completion=completion, num_tokens=None if is_infilling else config.max_new_tokens)
 
     def _sampler(
@@ -391,7 +474,7 @@ class LanguageModel:
         text_constraint = None
         if constraint is not None:
             text_constraint = self._constrained(constraint, config, befores, is_infilling=is_infilling)
-        texts = None if self.tokenizer is None else partial(shown_and_raw, self.tokenizer)
+        texts = None if self.tokenizer is None else _Texts(tokenizer=self.tokenizer)
         sampler = build_sampler(config, self.denoiser.settings, eos_token_ids=self.eos_token_ids, decode=texts)
         if sampler.noise != self.process.noise:
             raise ValueError(
@@ -404,21 +487,6 @@ class LanguageModel:
             never = self.denoiser.settings.mask_token_id if sampler.noise == "mask" else None
             guides = (*guides, Processors(processors=tuple(logits_processor), never=never))
         return replace(sampler, guides=tuple(guides), constraint=text_constraint)
-
-    def _start(
-        self,
-        rows: list[Tensor],
-        config: SamplingConfig,
-        guides: Sequence[Guide],
-        logits_processor: Sequence[Any],
-        constraint: Constraint | None,
-        batch: Batch | None = None,
-    ) -> tuple[Canvas, Iterator[Step]]:
-        """Lay out the new tokens behind the prompts, and begin to denoise them."""
-        sampler = self._sampler(config, guides, logits_processor, constraint, rows)
-        canvas = self._canvas_after(rows, config.max_new_tokens, sampler)
-        keys = self._row_keys(rows, config)
-        return canvas, denoise(self.denoiser, canvas, sampler, row_keys=keys, batch=batch)
 
     def _row_keys(self, rows: list[Tensor], config: SamplingConfig) -> Int[Tensor, "batch"]:
         return row_keys(rows, seed=config.seed).to(self.denoiser.device)
@@ -464,11 +532,13 @@ class LanguageModel:
         frontier = sampler.frontier
         size, on_grid = (frontier.size, frontier.on_grid) if isinstance(frontier, Blocks) else (None, True)
         for row in rows:
-            # Only DiffusionGemma can need rounding up: the blocks of other presets divide max_new_tokens.
-            length = len(row) + (max_new_tokens if on_grid else _round_up(max_new_tokens, size))
-            self._check_length(length)
-            if on_grid:  # the last block is a whole one, unless the context ends before it; the rest is cut off later
-                length = min(_round_up(length, size), self.context_length or _round_up(length, size))
+            self._check_length(len(row) + max_new_tokens)
+            # The last block is a whole one, unless the context ends before it; the rest is cut off later.
+            start = 0 if on_grid else len(row)
+            length = start + _round_up(len(row) - start + max_new_tokens, size)
+            if self.denoiser.is_self_conditioned:  # its canvases are always whole
+                self._check_length(length)
+            length = min(length, self.context_length or length)
             whole.append(torch.cat([row, row.new_zeros(length - len(row))]))
             is_noise.append(torch.arange(length) >= len(row))
         return self._build_canvas(whole, is_noise)
@@ -486,14 +556,31 @@ class LanguageModel:
             )
 
 
-def _collect(
-    canvas: Canvas,
-    steps: Iterator[Step],
-    finish: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, str | None]],
-    *,
-    trace: bool,
-) -> Generation:
-    """Run all steps. `finish` makes of a row's tokens and status its new tokens, its whole sequence and its text."""
+# These two are no closures, so that samplers of equal settings are equal and their rows are decided together.
+@dataclass(frozen=True, kw_only=True)
+class _Texts:
+    """The texts of new tokens after those given, without special tokens and with them."""
+
+    tokenizer: Any
+
+    def __call__(self, before: Tensor, new: Tensor) -> tuple[str, str]:
+        return shown_and_raw(self.tokenizer, before, new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Completions:
+    """The constraint on a text, by whether it begins its row: after nothing, or after silent tokens alone."""
+
+    kinds: dict[bool, CompiledConstraint]
+    silent: frozenset[int]
+
+    def __call__(self, before: Tensor) -> CompiledConstraint:
+        return self.kinds[self.silent.issuperset(before.tolist()) if len(self.kinds) > 1 else next(iter(self.kinds))]
+
+
+def _collect(prepared: Prepared, steps: Iterator[Step], *, trace: bool) -> Generation:
+    """Run all steps, and finish the rows."""
+    canvas = prepared.canvas
     start, recorder = time.perf_counter(), Recorder()
     if trace:
         recorder.start(canvas)
@@ -506,7 +593,7 @@ def _collect(
             row = int(step.rows[place])
             finals[row] = (step.canvas.tokens[place], step.canvas.status[place])
             forwards[row] = int(step.num_forwards[place])
-    new, sequences, texts = zip(*(finish(i, *final) for i, final in enumerate(finals)), strict=True)
+    new, sequences, texts = zip(*(prepared.finish(i, *final) for i, final in enumerate(finals)), strict=True)
     return Generation(
         tokens=list(new),
         sequences=list(sequences),

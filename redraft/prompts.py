@@ -108,9 +108,50 @@ def encode(tokenizer: Any, prompt: Prompt, *, is_inside: bool = False) -> Int[Te
     if tokenizer is None:
         kind = "text" if isinstance(given, str) else "chat messages"
         raise ValueError(f"this model has no tokenizer, so prompts must be token ids; got {kind}.")
-    text = given if isinstance(given, str) else render_chat(tokenizer, given, for_answer=True)
-    ids = _encode_inside(tokenizer, text) if is_inside else _encode_text(tokenizer, text)
-    return torch.tensor(ids, dtype=torch.int64)
+    mark, text = "", given
+    if not isinstance(given, str):
+        given, mark = _without_special(tokenizer, given)
+        text = render_chat(tokenizer, given, for_answer=True)
+    return torch.tensor(_encode_pieces(tokenizer, text, mark, is_inside=is_inside), dtype=torch.int64)
+
+
+def encode_as_text(tokenizer: Any, text: str, *, is_inside: bool = False) -> Int[Tensor, "seq"]:
+    """Turn a text into token ids, none of them special: a special token that is spelled in the text is text."""
+    (message,), mark = _without_special(tokenizer, [{"content": text}])
+    return torch.tensor(_encode_pieces(tokenizer, message["content"], mark, is_inside=is_inside), dtype=torch.int64)
+
+
+def _without_special(tokenizer: Any, messages: Sequence[Any]) -> tuple[list[Any], str]:
+    """Break what spells a special token in the contents of messages, by a mark behind its first character.
+
+    A user could otherwise end a turn and begin another one. Return the messages and the mark, "" if none was needed.
+    Raises ValueError for a special token of one character, which cannot be broken.
+    """
+    texts = [one["content"] for one in messages if isinstance(one, Mapping) and isinstance(one.get("content"), str)]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spelled = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+    if not any(map(spelled.search, texts)):
+        return list(messages), ""
+    mark = next(chr(i) for i in range(0xE000, 0xF900) if not any(chr(i) in text for text in texts))
+
+    def broken(found: re.Match[str]) -> str:
+        if len(found[0]) == 1:
+            raise ValueError(f"a message must not hold the special token {found[0]!r}. Leave it out.")
+        return found[0][0] + mark + found[0][1:]
+
+    def rewritten(message: Any) -> Any:
+        is_text = isinstance(message, Mapping) and isinstance(message.get("content"), str)
+        return {**message, "content": spelled.sub(broken, message["content"])} if is_text else message
+
+    return [rewritten(message) for message in messages], mark
+
+
+def _encode_pieces(tokenizer: Any, text: str, mark: str, *, is_inside: bool) -> list[int]:
+    """Tokenize the pieces between the marks apart, so that no token reaches over one."""
+    ids: list[int] = []
+    for i, piece in enumerate(text.split(mark) if mark else [text]):
+        ids += _encode_inside(tokenizer, piece) if is_inside or i else _encode_text(tokenizer, piece)
+    return ids
 
 
 def render_chat(

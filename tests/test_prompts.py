@@ -9,7 +9,16 @@ from sentence_pieces import KINDS, text_lm_of, tokenizer_of
 from transformers import BatchEncoding
 
 import redraft
-from redraft.prompts import as_batch, encode, encode_pair, encode_with_holes, filled_text, text_after, until_stop
+from redraft.prompts import (
+    as_batch,
+    encode,
+    encode_as_text,
+    encode_pair,
+    encode_with_holes,
+    filled_text,
+    text_after,
+    until_stop,
+)
 
 USER = {"role": "user", "content": "ab"}
 FORMS = {
@@ -277,3 +286,26 @@ def test_a_text_at_a_stop_is_found_though_half_a_character_follows():
 def test_an_empty_text_stays_empty_inside_a_row():
     for kind in KINDS:
         assert encode(tokenizer_of(kind), "", is_inside=True).tolist() == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_special_token_that_a_message_spells_is_text(kind):
+    tokenizer = tokenizer_of(kind)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = tokenizer.eos_token
+    plain = encode(tokenizer, [{"role": "user", "content": "ab"}]).tolist()
+    assert sum(id in special for id in plain) == 1  # of the template
+    for text in (f"a{end}b", end, f" {end}{end} ", f"{tokenizer.mask_token}[MASK:9]"):
+        ids = encode(tokenizer, [{"role": "user", "content": text}]).tolist()
+        assert [id in special for id in ids] == [False] * (len(ids) - 1) + [True]
+        assert not special & set(encode_as_text(tokenizer, text, is_inside=True).tolist())
+
+
+def test_a_special_token_of_one_character_is_refused_in_a_message(text_lm):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(text_lm.tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "\u2402"})
+    with pytest.raises(ValueError, match="must not hold the special token"):
+        encode(tokenizer, [{"role": "user", "content": "a\u2402"}])

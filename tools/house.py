@@ -14,9 +14,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "redraft"
-BUDGET = {"core": 11050, "latent": 1861, "constraints": 995, "evaluation": 1305}
+BUDGET = {"core": 11460, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1800}
 """Lines of code; core is everything that has no budget of its own."""
-SETTINGS = 140
+SETTINGS = 152
 DOUBLED = 0
 """Public names that two modules define."""
 LATENT = ("latent", "processes/gaussian")
@@ -24,6 +24,7 @@ PARTS = {
     **dict.fromkeys(LATENT, "latent"),
     "constraints": "constraints",
     "evaluation": "evaluation",
+    "serving": "serving",
 }
 """Beginnings of paths that belong to a part."""
 IS_SETTINGS = ("Settings", "Arguments", "Flags", "Config", "Shape", "Options", "ThoughtObjective")
@@ -34,6 +35,7 @@ MODES = ["train --resume", "train --smoke", "train --launch", "train --processes
 """Flags that no dataclass declares: they say how a recipe is run."""
 DUPLICATES = {
     "main": "every command of the command line has one",
+    "Request": "one is asked of a likelihood, the other of the server",
 }
 
 

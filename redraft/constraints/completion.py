@@ -23,7 +23,7 @@ MAX_TAILS = 8
 _LOWEST = -1e9  # for tokens that the model rules out: where nothing else satisfies the constraint they are used
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class CompiledConstraint:
     """A constraint over a vocabulary. It runs on the CPU, on logits that were reduced to classes on their device."""
 

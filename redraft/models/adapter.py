@@ -64,6 +64,21 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
 
 
 @torch.no_grad()
+def share_weights(model: Any, base: Any) -> int:
+    """Let a model with an adapter use the weights of its base, which is loaded too; return how many bytes that frees.
+
+    Weights that differ stay apart.
+    """
+    freed, of_base = 0, dict(base.named_parameters())
+    for name, own in model.named_parameters():
+        other = of_base.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if other is not None and own.data_ptr() != other.data_ptr() and own.dtype == other.dtype and own.equal(other):
+            own.data = other.data
+            freed += other.nbytes
+    return freed
+
+
+@torch.no_grad()
 def merge_adapter(model: Any, adapter: str | Path) -> Any:
     """Add an adapter to the weights, and check that the logits are those of the model with the adapter.
 

@@ -123,6 +123,12 @@ class Slots:
             for states in pair:
                 states[to, :, :num_positions] = states[source, :, :num_positions]
 
+    def clear(self, row: int) -> None:
+        """Forget what a row holds."""
+        for pair in self.layers:
+            for states in pair:
+                states[row] = 0
+
 
 class View(Cache):
     """Some rows of the slots in one forward, as a cache of transformers that writes in place."""

@@ -1,4 +1,4 @@
-"""Damaged weights: NaN and infinity are errors when a model is loaded, and explained when its logits are NaN."""
+"""What breaks a forward: NaN and infinity, refused when a model is loaded and explained in logits; want of memory."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -76,3 +76,8 @@ def explain_nan(denoiser: Any, input_ids: Int[Tensor, "batch seq"]) -> ValueErro
         "the logits are NaN, though the model's own are finite: a guide, a logits processor or cfg_scale made them so, "
         "or left no token."
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory is full, on any device: torch has no class for the host's."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

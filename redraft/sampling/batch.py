@@ -1,16 +1,17 @@
 """A batch of rows that are denoised together: they join and leave at any forward, and none changes another."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 
 from jaxtyping import Int
 from torch import Tensor
 
 from redraft.models.denoiser import Denoiser
-from redraft.models.finite import explain_nan
+from redraft.models.finite import explain_nan, is_out_of_memory
 from redraft.sampling.canvas import Canvas
 from redraft.sampling.forward import Forward
-from redraft.sampling.rows import Rows
+from redraft.sampling.rows import Place, Rows
 from redraft.sampling.sampler import Sampler
 from redraft.sampling.step import Step, decide, no_progress
 
@@ -22,6 +23,8 @@ class Batch:
     decided together. A row gets the same tokens as if it ran alone (bitwise in float64), whichever rows join or leave.
     Keys and values of rows that left stay until their slot is needed. With an exact cache, a row that joins copies
     those of the longest prefix that it shares with any other row.
+
+    Only rows with the same `salt` share prefixes: otherwise the time that a prompt takes would tell who else sent it.
 
     Memory is reserved for `max_rows` and `max_positions`; more is allowed and costs a copy. Unused slots hold prefixes
     of rows that left. While others run, the prompts of rows that join are fed alone, up to `chunk` tokens in a tick
@@ -38,11 +41,14 @@ class Batch:
         self._forwards: dict[object, Forward] = {}
         self._steps: list[Step] = []
         self._num_joined = 0
+        self.counts: Counter[str] = Counter()
+        """Forwards, those that fed prompts alone (prefills), the positions fed (query_tokens) and the padding among
+        them (padding_tokens)."""
 
     def __len__(self) -> int:
         return sum(len(group.places) for group in self._groups + self._waiting)
 
-    def join(self, canvas: Canvas, sampler: Sampler, *, row_keys: Int[Tensor, "batch"]) -> list[int]:
+    def join(self, canvas: Canvas, sampler: Sampler, *, row_keys: Int[Tensor, "batch"], salt: str = "") -> list[int]:
         """Take in rows, and return their ids. `row_keys` seed them: equal keys and prompts give equal tokens.
 
         Raises ValueError for a cache that does not fit the model's attention, and for a constraint that a row cannot
@@ -57,6 +63,8 @@ class Batch:
         self._num_joined += len(ids)
         prior = self.denoiser.settings.mask_token_id, self.denoiser.model.config.get_text_config().vocab_size
         group = Rows(sampler, canvas, row_keys, ids=ids, prior=prior)
+        for place in group.places:
+            place.salt = salt
         if self.denoiser.is_self_conditioned:
             length = (sampler.layout or self.denoiser.settings.layout).block_size or 0
             group.predicted = group.predicted.new_zeros(len(ids), length, prior[1], dtype=self.denoiser.model.dtype)
@@ -69,59 +77,127 @@ class Batch:
         for group in [*self._groups, *self._waiting]:
             self._drop(group, [id in ids for id in group.ids.tolist()])
 
-    def tick(self) -> list[Step]:
+    def place(self, id: int) -> Place:
+        """Return the progress of a row; the batch keeps it up to date until the row leaves."""
+        groups = (*self._groups, *self._waiting)
+        return next(
+            place for rows in groups for place, own in zip(rows.places, rows.ids.tolist(), strict=True) if own == id
+        )
+
+    def suspend(self, ids: Sequence[int]) -> list[Rows]:
+        """Remove rows, and return them with all their state: after `resume` they go on as if nothing had happened."""
+        groups = [group for group in (*self._groups, *self._waiting) if set(ids) & set(group.ids.tolist())]
+        rows = [row for group in groups for row in group.split() if int(row.ids[0]) in ids]
+        self.leave(ids)
+        for row in rows:
+            place = row.places[0]
+            place.slot, place.final, place.opened = -1, 0, (-1, -1)
+        return rows
+
+    def resume(self, rows: Rows) -> None:
+        """Take in a row that was suspended; its keys and values are computed anew."""
+        self._waiting.append(rows)
+
+    def tick(self, failed: dict[int, Exception] | None = None) -> list[Step]:
         """Make one step of every row that is ready: a forward for each kind of attention and cache, if one is needed.
 
         Returns a step for each sampler; rows that are done have left. If it raises, nothing is lost: the next tick
         returns the steps that were made, and makes the others. Raises ValueError for logits that are NaN, for a policy
         that makes no progress (from a block's last step on, each step must change something), and for a budget with
         fewer forwards than canvases, if the model denoises one canvas at a time.
+
+        With `failed`, only want of memory is raised. Rows that raise anything else leave, and `failed` gets the error
+        of each by its id: where rows that share a forward or a sampler raise, each is tried by itself once.
         """
-        self._admit()
+        self._admit(failed)
         for forward in self._forwards.values():
             if groups := self._sharing(forward):
-                self._step(forward, groups)
+                try:
+                    self._step(forward, groups, failed)
+                except Exception as error:
+                    if failed is None or is_out_of_memory(error):
+                        raise
+                    self._step_alone(forward, groups, failed)
         steps, self._steps = self._steps, []
         return steps
 
-    def _step(self, forward: Forward, groups: list[Rows]) -> None:
+    def _step(self, forward: Forward, groups: list[Rows], failed: dict[int, Exception] | None) -> None:
+        """Make a step of all groups; those that have made it are removed from the list."""
         for group in groups:
             group.ask(is_every_step=not forward.is_repeatable)
         forward(groups)
-        for group in groups:
+        while groups:
+            group = groups[0]
             step, facts = decide(group)
+            groups.pop(0)
             is_done, is_stuck, is_nan, is_finished, first = facts.tolist()  # sync: the one question per step
             for row, place in enumerate(group.places):
                 place.is_finished, place.unfinished = is_finished[row] > 0, first[row]
-            error = no_progress(group, step, is_stuck.index(1)) if any(is_stuck) else None
-            error = explain_nan(self.denoiser, group.canvas.tokens) if any(is_nan) else error
+            errors = {row: no_progress(group, step, row) for row, stuck in enumerate(is_stuck) if stuck}
+            if nans := [row for row, nan in enumerate(is_nan) if nan]:
+                errors = dict.fromkeys(nans, explain_nan(self.denoiser, group.canvas.tokens[nans]))
             self._steps.append(step)
-            self._drop(group, [done > 0 for done in is_done])
-            if error is not None:
-                raise error
+            if failed is None:
+                self._drop(group, [done > 0 for done in is_done])
+                if errors:
+                    raise next(iter(errors.values()))
+                continue
+            failed |= {int(step.rows[row]): error for row, error in errors.items()}
+            self._drop(group, [done > 0 or row in errors for row, done in enumerate(is_done)], failed)
 
-    def _admit(self) -> None:
+    def _step_alone(self, forward: Forward, groups: list[Rows], failed: dict[int, Exception]) -> None:
+        """Make the step of each row by itself; those that raise leave."""
+        for group in groups:
+            singles = group.split()
+            self._groups = [other for other in self._groups if other is not group] + singles
+            try:
+                for single in singles:
+                    try:
+                        self._step(forward, [single], failed)
+                    except Exception as error:
+                        if is_out_of_memory(error):
+                            raise
+                        self._fail(single, error, failed)
+            finally:
+                present = [single for single in singles if any(single is other for other in self._groups)]
+                self._groups = [other for other in self._groups if not any(other is one for one in present[1:])]
+                for single in present[1:]:
+                    present[0].join(single)
+
+    def _admit(self, failed: dict[int, Exception] | None) -> None:
         """Move waiting rows to the running ones, the oldest first, once their prompts are fed."""
         while self._waiting:
             group = self._waiting[0]
-            group.open_blocks()
             forward = self._forward_of(group.sampler)
-            num_fed = forward.num_fed
-            if not forward.admit(group, self._sharing(forward), chunk=self.chunk):
-                return
+            num_prefills = self.counts["prefills"]
+            try:
+                group.open_blocks()
+                if not forward.admit(group, self._sharing(forward), chunk=self.chunk):
+                    return
+            except Exception as error:
+                if failed is None or is_out_of_memory(error):
+                    raise
+                self._fail(group, error, failed)
+                continue
             self._waiting.pop(0)
             others = [other for other in self._groups if other.sampler is group.sampler]
             for other in others:
                 other.join(group)
             self._groups += [] if others else [group]
-            if self.chunk is not None and forward.num_fed > num_fed:
+            if self.chunk is not None and self.counts["prefills"] > num_prefills:
                 return
 
-    def _drop(self, group: Rows, is_gone: Sequence[bool]) -> None:
+    def _fail(self, group: Rows, error: Exception, failed: dict[int, Exception]) -> None:
+        failed |= dict.fromkeys(group.ids.tolist(), error)
+        self._drop(group, [True] * len(group.places), failed)
+
+    def _drop(self, group: Rows, is_gone: Sequence[bool], failed: Container[int] = ()) -> None:
+        """Remove rows; nothing is kept of what those that failed wrote."""
         if not any(is_gone):
             return
-        remaining = [row for row, gone in enumerate(is_gone) if not gone]
-        self._forward_of(group.sampler).leave(group, [row for row, gone in enumerate(is_gone) if gone])
+        remaining, gone = ([row for row, is_it in enumerate(is_gone) if is_it is which] for which in (False, True))
+        damaged = [row for row in gone if failed and int(group.ids[row]) in failed]
+        self._forward_of(group.sampler).leave(group, gone, damaged=damaged)
         if remaining:
             group.keep(remaining)
         else:
@@ -138,7 +214,7 @@ class Batch:
         if kind not in self._forwards:
             used = {id(self._forward_of(rows.sampler)) for rows in self._groups + self._waiting}
             self._forwards = {key: forward for key, forward in self._forwards.items() if id(forward) in used}
-            self._forwards[kind] = Forward(self.denoiser, sampler, *self.size)
+            self._forwards[kind] = Forward(self.denoiser, sampler, *self.size, self.counts)
         return self._forwards[kind]
 
 

@@ -84,10 +84,6 @@ class SamplingConfig(Settings):
             if value is not None and name not in preset.defaults:
                 users = ", ".join(other for other, its in PRESETS.items() if name in its.defaults)
                 raise ValueError(f"preset {self.preset!r} has no setting {name!r}; got {value}. Use {users}.")
-        size, total = self.block_size, self.max_new_tokens
-        if preset.blocks != "grid" and size is not None and total % size:
-            near = ", ".join(str(n) for n in sorted(sorted(_divisors(total), key=lambda n: abs(n - size))[:3]))
-            raise ValueError(f"block_size must divide max_new_tokens; got {size} and {total}. Use {near}.")
 
     def resolved(self) -> "SamplingConfig":
         """Fill in the preset's defaults where nothing was given."""
@@ -98,8 +94,7 @@ class SamplingConfig(Settings):
         if any(getattr(self, name) is not None for name in COSTS):
             defaults.pop("steps_per_block", None)
         if "block_size" in defaults and preset.blocks != "grid":
-            sizes = [n for n in _divisors(self.max_new_tokens) if n <= defaults["block_size"]]
-            defaults["block_size"] = max(sizes)
+            defaults["block_size"] = min(defaults["block_size"], self.max_new_tokens)
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def for_infilling(self, *, num_holes: int) -> "SamplingConfig":
@@ -113,8 +108,9 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
     """Combine given settings with those saved in a checkpoint; given ones win.
 
     If a preset is given, only the saved max_new_tokens is used. If a cost is given (`COSTS`, steps_per_block), no saved
-    cost is used. A saved block size that does not divide max_new_tokens is lowered until it does. Raises ValueError for
-    a name that is no setting.
+    cost is used. A saved block size that does not divide max_new_tokens stays: the canvas is then longer, and the text
+    is cut; but no block is longer than the text. Raises ValueError for a name that is no setting, and for a given block
+    size that does not divide.
     """
     saved = saved | OLD_PRESETS.get(str(saved.get("preset")), {})
     for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
@@ -132,10 +128,16 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
     if set(ALL_COSTS) & set(given):
         saved = {name: value for name, value in saved.items() if name not in ALL_COSTS}
     chosen = saved | given
-    size, total = saved.get("block_size"), chosen.get("max_new_tokens", SamplingConfig.max_new_tokens)
-    if size and "block_size" not in given and isinstance(total, int) and total > 0 and total % size:
-        chosen["block_size"] = max(n for n in range(1, size) if total % n == 0)
-    return SamplingConfig(**chosen)
+    config = SamplingConfig(**chosen)
+    size, total = config.block_size, config.max_new_tokens
+    if size is None or preset_from_name(config.preset).blocks == "grid":
+        return config
+    if "block_size" not in given:
+        return replace(config, block_size=min(size, total))
+    if total % size:
+        near = ", ".join(str(n) for n in sorted(sorted(_divisors(total), key=lambda n: abs(n - size))[:3]))
+        raise ValueError(f"block_size must divide max_new_tokens; got {size} and {total}. Use {near}.")
+    return config
 
 
 COSTS = ("steps", "budget", "forwards")

@@ -1,5 +1,6 @@
 """The forward that rows of equal attention and cache share: what is fed, what is cached, when none is needed."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ class Prefix:
 
     tokens: Int[Tensor, "branches seq"]
     origin: int
+    salt: str
 
 
 class Forward:
@@ -30,7 +32,9 @@ class Forward:
     Under guidance each row is fed in two branches, one after the other: as it is, and with what was given hidden.
     """
 
-    def __init__(self, denoiser: Denoiser, sampler: Sampler, num_rows: int, num_positions: int) -> None:
+    def __init__(
+        self, denoiser: Denoiser, sampler: Sampler, num_rows: int, num_positions: int, counts: Counter[str]
+    ) -> None:
         if denoiser.is_self_conditioned and sampler.cfg_scale:
             raise ValueError(f"this model has no unconditional branch; got cfg_scale={sampler.cfg_scale}. Use 0.")
         self.denoiser, self.layout = denoiser, sampler.layout
@@ -45,8 +49,7 @@ class Forward:
         # step before: there, the last logits cannot be used again, and every step is a forward.
         self.is_exact = sampler.cache == "exact"
         self.is_repeatable = sampler.cache in ("none", "exact") and not denoiser.is_self_conditioned
-        self.num_fed = 0
-        """Forwards that fed prompts alone."""
+        self.counts = counts
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[Rows]) -> None:
@@ -65,11 +68,17 @@ class Forward:
         places = [place for group in groups for place in group.places]
         if self.planner is not None:
             places.sort(key=lambda place: place.slot)
-        logits = self.denoiser(self._query(groups, places))
+        query = self._query(groups, places)
+        logits = self.denoiser(query)
+        spans = None if query.view is None else query.view.spans
+        sizes = [place.length for place in places]
+        if spans is not None:
+            sizes = [end - start for start, end in zip(spans.starts, spans.ends, strict=True)][:: self.branches]
+        self._count("forwards", places, sizes)
         if self.planner is not None:
             self.planner.note(places)
-        sizes = [len(group.window.where) * self.branches for group in groups]
-        for group, answer in zip(groups, torch.split(logits, sizes), strict=True):
+        asked = [len(group.window.where) * self.branches for group in groups]
+        for group, answer in zip(groups, torch.split(logits, asked), strict=True):
             scale = group.sampler.cfg_scale
             group.answer(guided(*answer.chunk(2), scale=scale) if self.branches == 2 else answer)
 
@@ -148,7 +157,10 @@ class Forward:
         places, tokens = group.places, self._tokens(group).cpu()  # sync: only where rows join
         everyone = list(range(len(places)))
         if self.is_exact:
-            kinds = [(tokens[row].numpy().tobytes(), places[row].unfinished, places[row].origin) for row in everyone]
+            kinds = [
+                (tokens[row].numpy().tobytes(), places[row].unfinished, places[row].origin, places[row].salt)
+                for row in everyone
+            ]
             distinct = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
             self._seat(group, distinct, tokens, running)
             is_alone = len(distinct) == len(self.places) == len(places)
@@ -163,7 +175,7 @@ class Forward:
         prefixes: dict[int, Prefix] = {}
         for other in running if rows and self.is_exact else ():
             pairs = zip(other.places, self._tokens(other).cpu(), strict=True)
-            prefixes |= {p.slot: Prefix(theirs[:, : p.final], p.origin) for p, theirs in pairs if p.slot >= 0}
+            prefixes |= {p.slot: Prefix(theirs[:, : p.final], p.origin, p.salt) for p, theirs in pairs if p.slot >= 0}
         num_places = len(self.places) + len(rows)
         self.slots.reserve(num_places * self.branches, max((group.places[row].length for row in rows), default=0))
         for row in rows:
@@ -181,6 +193,7 @@ class Forward:
             if num_shared:
                 self._copy(best, place.slot, num_shared)
                 place.final = num_shared  # only after the copy
+                place.num_copied += num_shared
             if is_whole:
                 self.left.pop(best, None)  # the row that joins holds all of this prefix now
 
@@ -196,7 +209,8 @@ class Forward:
     def _num_shared(self, place: Place, tokens: Int[Tensor, "branches seq"], prefix: Prefix) -> int:
         """Count the positions of whole finished blocks in which a row equals a prefix."""
         assert self.planner is not None
-        length = min(prefix.tokens.shape[1], place.unfinished) if prefix.origin == place.origin else 0
+        is_alike = (prefix.origin, prefix.salt) == (place.origin, place.salt)
+        length = min(prefix.tokens.shape[1], place.unfinished) if is_alike else 0
         is_equal = (prefix.tokens[:, :length] == tokens[:, :length]).all(dim=0)
         return max(0, self.planner.floor(int(is_equal.long().cumprod(dim=0).sum()), place.origin))
 
@@ -217,21 +231,32 @@ class Forward:
         origin = tokens.new_tensor([place.origin for place in fed for _ in range(self.branches)])
         with torch.no_grad():
             self.denoiser(Query(input_ids=tokens, where=origin[:0], layout=self.layout, grid_origin=origin, view=view))
-        self.num_fed += 1
+        self._count("prefills", fed, [end - start for start, end in zip(starts, ends, strict=True)])
         for place, end in zip(fed, ends, strict=True):
             place.final = end
         return all(place.final == planner.finished(place) for place in places if place.slot >= 0)
 
-    def leave(self, group: Rows, rows: Sequence[int]) -> None:
-        """Remove rows; their keys and values stay until their slots are needed."""
+    def _count(self, kind: str, places: Sequence[Place], sizes: Sequence[int]) -> None:
+        """Count a forward that fed each row so many positions."""
+        for place, size in zip(places, sizes, strict=True):
+            place.num_fed += size
+        num_fed = sum(sizes)
+        padding = max(sizes) * len(sizes) - num_fed
+        self.counts.update({kind: 1, "query_tokens": num_fed, "padding_tokens": padding})
+
+    def leave(self, group: Rows, rows: Sequence[int], *, damaged: Sequence[int] = ()) -> None:
+        """Remove rows; their keys and values stay until their slots are needed, if they are not damaged."""
         if self.planner is None:
             return
         tokens = self._tokens(group)
         for row in rows:
             place = group.places[row]
             self.places = [other for other in self.places if other is not place]
-            if place.slot >= 0 and self.is_exact:
-                self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin)
+            if place.slot >= 0 and row in damaged:
+                for branch in range(self.branches):  # what is masked is weighted by 0, and 0 times NaN is NaN
+                    self.slots.clear(place.slot * self.branches + branch)
+            elif place.slot >= 0 and self.is_exact:
+                self.left[place.slot] = Prefix(tokens[row, :, : place.final].cpu(), place.origin, place.salt)
 
     def _close_gaps(self) -> None:
         """Move the last rows into slots that are free, so that the running rows are a contiguous part of the pool."""

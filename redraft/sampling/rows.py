@@ -1,6 +1,7 @@
 """The running rows of one sampler, and the whole state of each."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,12 @@ class Place:
     """Positions whose keys and values are final."""
     opened: tuple[int, int] = (-1, -1)
     """Open blocks as of the last forward."""
+    salt: str = ""
+    """Only rows of equal salts share keys and values."""
+    num_fed: int = 0
+    """Positions fed so far, over all forwards."""
+    num_copied: int = 0
+    """Positions whose keys and values were copied from another row."""
 
 
 class Rows:
@@ -133,6 +140,13 @@ class Rows:
         index, length = torch.tensor(rows, device=self.keys.device), max(place.length for place in self.places)
         selected = {n: v.index_select(0, index) for n, v in self._tensors().items()}
         self._set({n: v[:, :length] if v.ndim == 2 else v for n, v in selected.items()})
+
+    def split(self) -> list["Rows"]:
+        """Make rows of their own of each."""
+        singles = [copy(self) for _ in self.places]
+        for row, single in enumerate(singles):
+            single.keep([row])
+        return singles
 
     def join(self, other: "Rows") -> None:
         """Take in further rows."""

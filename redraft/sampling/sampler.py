@@ -14,7 +14,7 @@ from redraft.sampling.config import SamplingConfig, Share
 from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.guidance import Guide
 from redraft.sampling.presets import preset_from_name
-from redraft.settings import Count, NonNegative, Settings
+from redraft.settings import Count, Natural, NonNegative, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,8 @@ class Sampler(Settings):
     temperature: NonNegative = 0.0
     top_p: Share | None = None
     top_k: Count | None = None
+    num_listed: Natural = 0
+    """Likeliest tokens that a step lists for each token that it places."""
 
     @property
     def needs_all_steps(self) -> bool:

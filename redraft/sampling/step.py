@@ -8,11 +8,22 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from redraft.sampling.canvas import Canvas, Status
-from redraft.sampling.policies.candidates import DRAW_TOKEN, Candidates
+from redraft.sampling.policies.candidates import DRAW_TOKEN, Candidates, Window
 from redraft.sampling.policies.revise import Action, Kind
 from redraft.sampling.policies.unmask import best
 from redraft.sampling.propose import Proposal, propose
 from redraft.sampling.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeliest:
+    """The likeliest tokens at the positions where a step placed one, and their log-probabilities in nats."""
+
+    rows: Int[Tensor, "n"]
+    """Rows of the step, from 0."""
+    positions: Int[Tensor, "n"]
+    tokens: Int[Tensor, "n k"]
+    log_p: Float[Tensor, "n k"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,8 @@ class Step:
     kind: UInt8[Tensor, "batch width"]
     proposed: Int[Tensor, "batch width"]
     proposed_confidence: Float[Tensor, "batch width"]
+    likeliest: Likeliest | None = None
+    """With a sampler's `num_listed`."""
 
     @property
     def x_0(self) -> Int[Tensor, "batch seq"]:
@@ -108,12 +121,21 @@ def decide(rows: Rows) -> tuple[Step, Int[Tensor, "5 batch"]]:
         kind=kind,
         proposed=candidates.x_0,
         proposed_confidence=candidates.confidence,
+        likeliest=_likeliest(window, proposal, kind, sampler.num_listed) if sampler.num_listed else None,
     )
     if rows.predicted.numel():
         rows.predicted = logits.view_as(rows.predicted).to(rows.predicted.dtype)
     is_stuck, is_finished, first = rows.take(canvas, after, action.tokens)
-    is_nan = proposal.log_normaliser.isnan().any().expand_as(is_done)
-    return step, torch.stack([is_done.long(), is_stuck * ~is_done, is_nan.long(), is_finished, first])
+    is_nan = torch.zeros_like(is_stuck).index_add_(0, window.rows, proposal.log_normaliser.isnan().long())
+    return step, torch.stack([is_done.long(), is_stuck * ~is_done, is_nan, is_finished, first])
+
+
+def _likeliest(window: Window, proposal: Proposal, kind: UInt8[Tensor, "batch width"], num_listed: int) -> Likeliest:
+    placed = kind.flatten()[window.where]
+    index = ((placed == Kind.SET) | (placed == Kind.EDIT)).nonzero()[:, 0]  # sync: only for those who ask
+    log_p = proposal.logits[index].float() - proposal.log_normaliser[index, None]
+    top = log_p.topk(min(num_listed, log_p.shape[1]), dim=-1)
+    return Likeliest(rows=window.rows[index], positions=window.positions[index], tokens=top.indices, log_p=top.values)
 
 
 def _propose(rows: Rows, logits: Float[Tensor, "n vocab"], where: Int[Tensor, "n"]) -> Proposal:

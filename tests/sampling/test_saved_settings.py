@@ -67,11 +67,16 @@ def test_a_preset_that_is_named_brings_its_own_settings(folder):
         assert load(folder).sampling_config(preset=preset) == SamplingConfig(preset=preset, max_new_tokens=12)
 
 
-def test_a_saved_block_size_gives_way_to_a_length_that_it_does_not_divide(folder):
+def test_a_saved_block_size_stays_where_it_does_not_divide_the_length(folder):
     lm = load(folder)
-    assert lm.sampling_config(max_new_tokens=64).block_size == 32
-    assert lm.sampling_config(max_new_tokens=20).block_size == 20
-    assert lm.sampling_config(max_new_tokens=50).block_size == 25
+    for length, size in ((64, 32), (97, 32), (20, 20)):  # lowered until it divides, it would be 1 for 97
+        config = lm.sampling_config(max_new_tokens=length)
+        assert config.block_size == config.resolved().block_size == size
+    rows = [list(range(3, 10)), [3]]
+    out = lm.generate(rows, max_new_tokens=41, steps=41, stop=None)
+    assert [len(new) for new in out.tokens] == [41, 41]
+    longer = lm.generate(rows, max_new_tokens=64, steps=41, stop=None)  # the canvas holds two whole blocks
+    assert all(torch.equal(short, long[:41]) for short, long in zip(out.tokens, longer.tokens, strict=True))
     with pytest.raises(ValueError, match="block_size must divide max_new_tokens; got 32 and 20"):
         lm.sampling_config(max_new_tokens=20, block_size=32)
     with pytest.raises(ValueError, match="max_new_tokens must lie in .1, 1048576.; got 0"):

@@ -1,0 +1,74 @@
+"""`redraft serve`: every mistake is one line and exit code 2; a signal ends it cleanly."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from redraft.cli import _dispatch
+from redraft.cli.serve import model_name, read_keys
+
+
+def refused(capsys, *arguments):
+    assert _dispatch(["serve", *arguments]) == 2
+    out, message = capsys.readouterr()
+    assert (out, message.count("\n")) == ("", 1)
+    return message
+
+
+def test_mistakes_are_one_line(capsys, tmp_path, model_folder):
+    keys = tmp_path / "keys"
+    assert "cannot read the keys" in refused(capsys, "m", "--api-key-file", str(keys))
+    keys.write_text("# none\n\n")
+    assert "got no key" in refused(capsys, "m", "--api-key-file", str(keys))
+    keys.write_text("short\n")
+    message = refused(capsys, "m", "--api-key-file", str(keys))
+    assert "a key of 5 characters" in message
+    assert "short" not in message
+    keys.write_bytes(b"\xff\xff")
+    assert "not UTF-8" in refused(capsys, "m", "--api-key-file", str(keys))
+    assert "give --api-key-file, or --insecure" in refused(capsys, "m", "--host", "0.0.0.0")
+    assert "--adapter must be NAME=FOLDER" in refused(capsys, "m", "--adapter", "x")
+    assert "holds no adapter" in refused(capsys, "m", "--adapter", f"x={tmp_path}")
+    assert "at most 65535" in refused(capsys, "m", "--port", "70000")
+    assert "cannot listen at 203.0.113.1" in refused(capsys, "m", "--host", "203.0.113.1", "--insecure")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "Address already in use" in refused(capsys, str(model_folder), "--port", port)
+
+
+def test_what_is_found_while_the_model_loads_is_one_line_too(capsys, tmp_path, model_folder):
+    assert "nowhere" in refused(capsys, str(tmp_path / "nowhere"), "--port", "0")
+    arguments = [str(model_folder), "--port", "0", "--max-model-len", "100000"]
+    assert "max_model_len must be at most the model's context of 128 tokens" in refused(capsys, *arguments)
+
+
+def test_keys_and_names(tmp_path, monkeypatch):
+    path = tmp_path / "keys"
+    path.write_text("# mine\n  0123456789abcdef  \nfedcba9876543210\n")
+    assert len(read_keys(path)) == 2
+    assert model_name("org/name") == "org/name"
+    assert model_name(str(tmp_path)) == tmp_path.name
+
+
+@pytest.mark.slow
+def test_a_process_serves_until_a_signal(model_folder):
+    command = [sys.executable, "-m", "redraft.cli", "serve", str(model_folder), "--port", "0"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        url = server.stdout.readline().split()[-1]
+        body = json.dumps({"prompt": "a", "max_tokens": 8}).encode()
+        request = urllib.request.Request(url + "/v1/completions", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request) as response:
+            assert json.load(response)["usage"]["completion_tokens"] == 8
+        server.send_signal(signal.SIGTERM)
+        out, errors = server.communicate(timeout=60)
+    assert (server.returncode, errors) == (0, "")
+    assert "completions 200" in out
