@@ -210,7 +210,7 @@ def test_parts_of_the_loss_are_means_over_the_steps_that_have_them(configs, tmp_
     each = logged(run_stage(config, console=QUIET).folder, "stop")
     assert 0 < len(each) < 6
     config = replace(config, out=str(tmp_path / "all"))
-    monkeypatch.setattr("redraft.training.loop.log_interval", lambda max_steps: 6)
+    monkeypatch.setattr("redraft.training.pace.log_interval", lambda max_steps: 6)
     (mean,) = logged(run_stage(config, console=QUIET).folder, "stop")
     assert mean == pytest.approx(sum(each) / len(each), abs=2e-4)
 

@@ -99,7 +99,7 @@ def test_too_many_of_them_end_the_run(config, monkeypatch):
 def test_those_after_the_last_log_line_are_counted_too(config, monkeypatch):
     poison(monkeypatch, range(6))
     monkeypatch.setattr("redraft.training.guard.MAX_SKIPPED", 1)
-    monkeypatch.setattr("redraft.training.loop.log_interval", lambda steps: 10)
+    monkeypatch.setattr("redraft.training.pace.log_interval", lambda steps: 10)
     with pytest.raises(ValueError, match=r"6 steps had a gradient that is not finite, more than 1"):
         run(config, console=QUIET)
     assert not (Path(config.out) / "model.safetensors").exists()
