@@ -1,6 +1,7 @@
 """Prompts of any form become the ids that were meant, or one reason; tokens become the text that was meant."""
 
 import random
+from copy import copy
 
 import numpy as np
 import pytest

@@ -263,7 +263,8 @@ def test_many_long_texts_at_once_are_refused():
 
 
 def test_a_saved_block_size_stays_where_it_does_not_divide_the_length():
-    saved = {"preset": "sdar", "block_size": 32}
+    assert with_saved({"preset": "sdar", "block_size": 32}, {"max_new_tokens": 20}).block_size == 32  # blocks on a grid
+    saved = {"preset": "llada", "block_size": 32}
     assert with_saved(saved, {"max_new_tokens": 999_983}).block_size == 32  # a prime
     assert with_saved(saved, {"max_new_tokens": 40}).block_size == 32
     assert with_saved(saved, {"max_new_tokens": 20}).block_size == 20
