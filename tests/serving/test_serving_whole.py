@@ -123,7 +123,7 @@ def test_a_decision_tells_the_likelihood_of_each_option(lm, server):
     assert [one["standard_error"] for one in options] == [0, 0, 0]  # one token each
     best = max(options, key=lambda one: one["probability"])["text"]
     assert (answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]) == (best, "stop")
-    assert answer["usage"]["completion_tokens"] == 1
+    assert answer["usage"]["completion_tokens"] == answer["usage"]["redraft"]["forwards"] == 1
     masked = torch.cat([lm.encode([{"role": "user", "content": "which?"}]), torch.tensor([2])])
     log_p = lm.logits(masked[None])[0, -1, [lm.encode(one)[0] for one in "abc"]].log_softmax(0)
     assert [one["log_p"] for one in options] == pytest.approx(log_p.tolist(), abs=1e-5)
@@ -131,8 +131,9 @@ def test_a_decision_tells_the_likelihood_of_each_option(lm, server):
 
 def test_a_decision_between_longer_options_has_an_error(server):
     choice = ["yes, of course", "no, by no means"]
-    first, again = (decided(server, choice=choice)[1]["usage"]["redraft"]["options"] for _ in range(2))
-    assert all(one["standard_error"] > 0 for one in first)
+    first, again = (decided(server, choice=choice)[1]["usage"]["redraft"] for _ in range(2))
+    assert all(one["standard_error"] > 0 for one in first["options"])
+    assert first["forwards"] >= 1
     assert first == again
 
 
