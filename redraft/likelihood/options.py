@@ -55,9 +55,7 @@ def score_options(
     forwards: list[None] = []
     counting = denoiser.model.register_forward_hook(lambda *_: forwards.append(None))
     try:
-        nats, errors = _likelihoods(
-            denoiser, context, options, LikelihoodConfig(num_samples=num_samples, seed=seed)
-        )
+        nats, errors = _likelihoods(denoiser, context, options, LikelihoodConfig(num_samples=num_samples, seed=seed))
     finally:
         counting.remove()
     log_p = torch.tensor(nats, dtype=torch.float64).log_softmax(dim=0)
