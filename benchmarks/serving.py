@@ -1,7 +1,8 @@
 """The server under load, against offline generation, other ways to batch, and the autoregressive sibling.
 
     python benchmarks/serving.py [--parts equal closed open cpu causal] [--ways continuous static-50]
-                                 [--seconds 90] [--threads 1] [--dtype auto] [--runs runs/serving.jsonl] [--quick]
+                                 [--seconds 90] [--rounds 3] [--threads 1] [--dtype auto] [--runs runs/serving.jsonl]
+                                 [--quick]
 
 Random weights of the shape of SmolLM2-135M, converted to block-causal attention with blocks of 8. Every block takes
 the same number of steps, so the work does not depend on what the weights say; prompts and new tokens come in whole
@@ -67,7 +68,6 @@ class Setup:
     rates: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9, 1.1)
     """Arrivals, as parts of the capacity: the requests per second at the most clients."""
     max_model_len: int = 640
-    rounds: int = 3
     waves: int = 3
     """Times that every client of the equal requests asks."""
 
@@ -94,7 +94,6 @@ TINY = Setup(
     clients=(1, 4, 8),
     rates=(0.5, 1.1),
     max_model_len=64,
-    rounds=1,
     waves=2,
 )  # fmt: skip
 
@@ -184,6 +183,7 @@ class Bench:
 
     setup: Setup
     seconds: float
+    rounds: int
     threads: int
     dtype: str
     runs: Path
@@ -197,7 +197,7 @@ class Bench:
     def point(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a point, measured now if the file does not have it."""
         size = "tiny" if self.setup is TINY else "135m"
-        key = f"{name} | {size} | {self.seconds:g} s | {self.threads} threads | {self.dtype}"
+        key = f"{name} | {size} | {self.seconds:g} s, {self.rounds} rounds | {self.threads} threads | {self.dtype}"
         points = map(json.loads, self.runs.read_text().splitlines()) if self.runs.exists() else ()
         known = {point["key"]: point for point in points}
         if key not in known:
@@ -332,18 +332,19 @@ def equal(bench: Bench, ways: list[str]) -> None:
 
     As many clients as rows ask again and again; the time ends with the last answer.
     """
-    rows, waves = bench.setup.rows, bench.setup.waves
+    rows = bench.setup.rows
 
     def measure() -> dict[str, Any]:
         rates: dict[str, list[float]] = {}
-        for i in range(bench.setup.rounds + 1):
+        for i in range(bench.rounds + 1):
+            waves = bench.setup.waves if i else 1  # the first round does not count
             work = replace(bench.setup.equal, seed=i)
             for number in (rows, 1):
                 requests = requests_of(work, number)
                 seconds = [bench.offline("ours", requests) for _ in range(waves)]
                 offline = waves * sum(new for _, new in requests) / sum(seconds)
                 served = burst(bench.server("continuous"), work, count=waves * number, clients=number)
-                if i:  # the first round does not count
+                if i:
                     rates.setdefault(f"generate {number}", []).append(offline)
                     rates.setdefault(f"served {number}", []).append(served)
         return {"rates": rates}
@@ -433,7 +434,7 @@ def causal(bench: Bench, ways: list[str]) -> None:
     `continuous` is its continuous batching. Equal rows are generated offline; the mixed requests come all at once, to
     the server for ours.
     """
-    setup, rounds = bench.setup, bench.setup.rounds
+    setup, rounds = bench.setup, bench.rounds
     num_mixed = 2 * setup.rows
 
     def measure() -> dict[str, Any]:
@@ -511,6 +512,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="to batch, in part open")
     parser.add_argument("--seconds", type=float, default=90.0, help="of a rate; clients get half of it (default: 90)")
+    parser.add_argument("--rounds", type=int, help="of parts equal and causal (default: 3; with --quick, 1)")
     parser.add_argument("--threads", type=int, default=1, help="of the server and of offline generation (default: 1)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="auto: by processor")
     parser.add_argument("--runs", type=Path, help="finished points (default: runs/serving.jsonl; with --quick, none)")
@@ -522,6 +524,7 @@ def main() -> None:
         folder = Path(name)
         bench = Bench(
             setup=TINY if args.quick else FULL, threads=args.threads, dtype=dtype, folder=folder,
+            rounds=args.rounds or (1 if args.quick else 3),
             seconds=1.0 if args.quick and args.seconds == parser.get_default("seconds") else args.seconds,
             runs=args.runs or (folder / "runs.jsonl" if args.quick else Path("runs/serving.jsonl")),
         )  # fmt: skip
