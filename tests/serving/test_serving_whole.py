@@ -217,12 +217,14 @@ def test_a_thousand_clients_at_once_are_answered_or_told_to_come_again(server):
     assert (stats["rows_running"], stats["rows_waiting"]) == (0, 0)
 
 
+MANY = (2000, 8000)
 SMALL = {"prompt": "x", "max_tokens": 4, "redraft": {"steps": 1}}
 KINDS = [
     (SMALL, 200),
     (SMALL | {"stream": True, "seed": 1, "temperature": 1}, 200),
     (SMALL | {"n": 2, "logprobs": 1}, 200),
     (SMALL | {"max_tokens": 0}, 400),
+    (SMALL | {"unknown": 1}, 400),
     (SMALL | {"redraft": {"choice": ["a", "b"], "decide": True}}, 200),
 ]
 
@@ -262,9 +264,9 @@ def test_ten_thousand_requests_leave_no_slot_no_task_and_no_memory_behind(server
         numbers = iter(range(count))
         await asyncio.gather(*(client(numbers) for _ in range(16)))
 
-    asyncio.run(crowd(2000))
+    asyncio.run(crowd(MANY[0]))
     before, mib = state_of(server)
-    asyncio.run(crowd(8000))
+    asyncio.run(crowd(MANY[1]))
     after, mib_later = state_of(server)
     assert after == before
     assert not any(after["held"])
