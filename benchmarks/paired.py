@@ -31,16 +31,16 @@ def with_interval(values: list[float], spec: str = ".3f") -> str:
 
 
 class Worker:
-    """A process of one thread that runs a script with the package of a checkout, and answers line by line in JSON.
+    """A process that runs a script with the package of a checkout, and answers line by line in JSON.
 
     The first line that the script prints must be the folder of the package it imported. Raises ValueError where that
     is not the checkout's.
     """
 
-    def __init__(self, checkout: Path, script: Path, flags: list[str]) -> None:
+    def __init__(self, checkout: Path, script: Path, flags: list[str], *, threads: int = 1) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        environment = os.environ | one_thread | {"PYTHONPATH": str(checkout.resolve()), "HF_HUB_OFFLINE": "1"}
+        limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment = os.environ | limits | {"PYTHONPATH": str(checkout.resolve()), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(script.resolve()), *flags],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self.folder.name, env=environment,

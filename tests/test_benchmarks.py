@@ -4,6 +4,7 @@ import subprocess
 import sys
 import sysconfig
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,52 @@ def test_the_paragraphs_of_the_prose_benchmark_are_sentences_in_short_blocks_and
     assert all(task.is_solved(example.prompt, task.answer(list(example.blocks))) for example in examples[:50])
     assert not prose.is_prose(">>> Return the sum of what is given to the function here.")
     assert not prose.is_prose("name          what it is in a table\nother         what the other is.")
+
+
+@pytest.mark.slow
+def test_the_serving_benchmark_measures_and_remembers(tmp_path):
+    runs, parts = tmp_path / "serving.jsonl", ["equal", "closed", "open", "cpu"]
+    command = [sys.executable, str(SCRIPTS / "serving.py"), "--quick", "--runs", str(runs), "--parts", *parts]
+    for _ in range(2):  # the second time from the file
+        printed = subprocess.run([*command, "--ways", "continuous"], check=True, capture_output=True, text=True).stdout
+        assert printed.count("| continuous | ") == 2
+        assert "| everything but the engine's thread | " in printed
+        assert "| median first text at half load <= 1.5 x alone | " in printed
+    assert len(runs.read_text().splitlines()) == 1 + 3 + 2 + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["static-50", "blocks"])
+def test_other_ways_to_batch_serve_all_requests(way):
+    command = [sys.executable, str(SCRIPTS / "serving.py"), "--quick", "--parts", "open", "--ways", way]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.count(f"| {way} | ") == 2
+
+
+def test_the_load_of_the_serving_benchmark_is_the_same_each_time_and_of_whole_blocks(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    work = import_module("serving_load").Work(vocab_size=400, prompt=(16, 64), new=(8, 32), block=8, steps_per_block=4)
+    first, again = (list(islice(work.requests(), 200)) for _ in range(2))
+    assert first == again
+    assert {len(prompt) for prompt, _ in first} == set(range(16, 65, 8))
+    assert {new for _, new in first} == {8, 16, 24, 32}
+    assert all(300 <= token < 400 for prompt, _ in first for token in prompt)
+
+
+def test_the_serving_benchmark_counts_by_tokens_and_not_by_chunks(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    serving, load = import_module("serving"), import_module("serving_load")
+    outcome = load.Outcome(scheduled=0.0, chunks=[(1.0, 2), (3.0, 6), (4.0, 7)])
+    assert list(serving.token_seconds(outcome)) == [0.5] * 4 + [1.0]
+    assert serving.tokens_between(outcome, 1.0, 4.0) == 6
+    assert [serving.percentile([3.0, 1.0, 2.0], percent) for percent in (0, 50, 99)] == [1.0, 2.0, 3.0]
+
+
+def test_the_tokens_of_the_serving_benchmark_are_texts_of_their_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    tokenizer = import_module("serving").tokenizer_of(49152)
+    assert len(tokenizer) == 49152
+    assert tokenizer.mask_token_id == 2
+    texts = tokenizer.batch_decode([[i] for i in range(300, 49152)])
+    assert len(set(texts)) == len(texts)
+    assert all(text.isascii() for text in texts)

@@ -592,9 +592,9 @@ class Reply:
         usages = [row.usage for row in self.rows]
         firsts = usages[:: self.call.settings.get("num_samples", 1)]
         prompt, new = sum(one.prompt_tokens for one in firsts), sum(one.completion_tokens for one in usages)
-        forwards, extras = sum(one.forwards for one in usages), {"seed": self.call.settings["seed"]}
+        forwards, most = sum(one.forwards for one in usages), max(one.forwards for one in usages)
+        extras = {"seed": self.call.settings["seed"], "forwards": most}
         extras |= {"options": self.scores} if self.scores else {
-            "forwards": max(one.forwards for one in usages),
             "query_tokens": sum(one.query_tokens for one in usages),
             "tokens_per_forward": round(new / forwards, 3) if forwards else None,
             "queue_ms": round(1000 * max(one.queue_seconds for one in usages), 1),

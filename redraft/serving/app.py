@@ -457,19 +457,19 @@ class Service:
             if backend.max_model_len is not None and longest > backend.max_model_len:
                 raise ValueError(f"prompt and answer must have at most {backend.max_model_len} tokens; got {longest}.")
             adapter = None if name == backend.base else name
-            scores = backend.engine.decide(context, options, adapter=adapter, seed=call.settings["seed"]).result()
-            return len(context), options, scores
+            future = backend.engine.decide(context, options, adapter=adapter, seed=call.settings["seed"])
+            return len(context), options, future.result()
 
         try:
-            num, options, scores = await self.loop.run_in_executor(None, functools.partial(api.checked, None, ask))
+            num, options, found = await self.loop.run_in_executor(None, functools.partial(api.checked, None, ask))
         except Draining as draining:
             raise server_error(_STOPPED) from draining
-        best = max(range(len(scores)), key=lambda i: scores[i].log_p)
-        usage = Usage(prompt_tokens=num, completion_tokens=len(options[best]))
+        best = max(range(len(options)), key=lambda i: found.scores[i].log_p)
+        usage = Usage(prompt_tokens=num, completion_tokens=len(options[best]), forwards=found.forwards)
         reply = Reply(call, id=visit.id, model=name, num_rows=1, text_of=str)
         reply.scores = [
             {"text": text, "probability": math.exp(score.log_p)} | vars(score)
-            for text, score in zip(call.options, scores, strict=True)
+            for text, score in zip(call.options, found.scores, strict=True)
         ]
         ids = tuple(options[best].tolist())
         inbox.put([Delta(index=0, token_ids=ids, text=call.options[best], finish_reason="stop", usage=usage)])

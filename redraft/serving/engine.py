@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from redraft.language_model import LanguageModel
-from redraft.likelihood.options import OptionScore, score_options
+from redraft.likelihood.options import OptionScores, score_options
 from redraft.models.adapter import share_weights
 from redraft.models.finite import is_out_of_memory
 from redraft.prompts import shown_and_raw
@@ -195,9 +195,9 @@ class Engine:
 
     def decide(
         self, context: Tensor, options: Sequence[Tensor], *, adapter: str | None = None, seed: int = 0
-    ) -> Future[list[OptionScore]]:
+    ) -> Future[OptionScores]:
         """Score options after a context (`likelihood.options`), between two ticks. Raises Draining."""
-        future: Future[list[OptionScore]] = Future()
+        future: Future[OptionScores] = Future()
         denoiser = self.models[adapter].denoiser
         with self._wake:
             if self._end_at is not None or not self.is_alive:

@@ -21,18 +21,19 @@ def test_options_of_one_token_are_compared_exactly_in_one_forward(block_size, sh
     nats = torch.tensor([one.nats for one in loglikelihoods(lm.denoiser, requests)]).double()
     calls, call = [], type(lm.denoiser).__call__
     monkeypatch.setattr(type(lm.denoiser), "__call__", lambda self, query: calls.append(1) or call(self, query))
-    scores = score_options(lm.denoiser, CONTEXT, options)
-    assert len(calls) == 1
+    found = score_options(lm.denoiser, CONTEXT, options)
+    scores = found.scores
+    assert len(calls) == found.forwards == 1
     assert [score.log_p for score in scores] == pytest.approx(nats.log_softmax(dim=0).tolist(), abs=1e-5)
     assert [score.standard_error for score in scores] == [0, 0, 0]
 
 
 def test_longer_options_have_a_probability_and_an_error():
     lm, options = tiny_lm(scale=2.0), [torch.tensor(ids) for ids in ([8], [9, 10, 11], [12, 13])]
-    scores = score_options(lm.denoiser, CONTEXT, options, num_samples=4, seed=1)
+    scores = score_options(lm.denoiser, CONTEXT, options, num_samples=4, seed=1).scores
     assert sum(math.exp(score.log_p) for score in scores) == pytest.approx(1)
     assert all(score.standard_error > 0 for score in scores)
-    all_masks = score_options(lm.denoiser, CONTEXT, options, num_samples=64)
+    all_masks = score_options(lm.denoiser, CONTEXT, options, num_samples=64).scores
     assert [score.standard_error for score in all_masks] == [0, 0, 0]
     config = LikelihoodConfig(num_samples=64)
     exact = loglikelihoods(lm.denoiser, [Request(context=CONTEXT, continuation=one) for one in options], config)

@@ -1,10 +1,13 @@
 """The whole server, with a model: whoever else is served, a client gets what `generate` gives."""
 
 import asyncio
+import gc
 import json
+import os
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,7 +126,7 @@ def test_a_decision_tells_the_likelihood_of_each_option(lm, server):
     assert [one["standard_error"] for one in options] == [0, 0, 0]  # one token each
     best = max(options, key=lambda one: one["probability"])["text"]
     assert (answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]) == (best, "stop")
-    assert answer["usage"]["completion_tokens"] == 1
+    assert answer["usage"]["completion_tokens"] == answer["usage"]["redraft"]["forwards"] == 1
     masked = torch.cat([lm.encode([{"role": "user", "content": "which?"}]), torch.tensor([2])])
     log_p = lm.logits(masked[None])[0, -1, [lm.encode(one)[0] for one in "abc"]].log_softmax(0)
     assert [one["log_p"] for one in options] == pytest.approx(log_p.tolist(), abs=1e-5)
@@ -131,8 +134,9 @@ def test_a_decision_tells_the_likelihood_of_each_option(lm, server):
 
 def test_a_decision_between_longer_options_has_an_error(server):
     choice = ["yes, of course", "no, by no means"]
-    first, again = (decided(server, choice=choice)[1]["usage"]["redraft"]["options"] for _ in range(2))
-    assert all(one["standard_error"] > 0 for one in first)
+    first, again = (decided(server, choice=choice)[1]["usage"]["redraft"] for _ in range(2))
+    assert all(one["standard_error"] > 0 for one in first["options"])
+    assert first["forwards"] >= 1
     assert first == again
 
 
@@ -182,17 +186,21 @@ def test_nothing_is_left_behind(server):
     wait_for(lambda: not (stats()["rows_running"] or stats()["rows_waiting"] or server.service.num_open))
 
 
+async def posted(server, body):
+    """Send a request, and return the two ends of its connection."""
+    host, port = server.url.removeprefix("http://").split(":")
+    raw = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"{head}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+    return reader, writer
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_thousand_clients_at_once_are_answered_or_told_to_come_again(server):
-    host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "x", "max_tokens": 8}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    sent = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-
     async def client():
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(sent)
+        reader, writer = await posted(server, {"prompt": "x", "max_tokens": 8})
         answer = await reader.read()
         writer.close()
         return answer.split(b" ", 2)[1], b"retry-after:" in answer.lower()
@@ -206,3 +214,57 @@ def test_a_thousand_clients_at_once_are_answered_or_told_to_come_again(server):
     wait_for(lambda: not server.service.num_open)
     stats = server.service.backend.engine.stats()
     assert (stats["rows_running"], stats["rows_waiting"]) == (0, 0)
+
+
+MANY = (2000, 8000)
+SMALL = {"prompt": "x", "max_tokens": 4, "redraft": {"steps": 1}}
+KINDS = [
+    (SMALL, 200),
+    (SMALL | {"stream": True, "seed": 1, "temperature": 1}, 200),
+    (SMALL | {"n": 2, "logprobs": 1}, 200),
+    (SMALL | {"max_tokens": 0}, 400),
+    (SMALL | {"unknown": 1}, 400),
+    (SMALL | {"redraft": {"choice": ["a", "b"], "decide": True}}, 200),
+]
+
+
+def state_of(server):
+    """Wait until nobody is served, and count what would grow if something were left."""
+    engine, loop = server.service.backend.engine, server.service.loop
+    wait_for(lambda: not (server.service.num_open or engine.stats()["rows_running"] or engine.stats()["rows_waiting"]))
+    wait_for(lambda: len(asyncio.all_tasks(loop)) < 8)  # uvicorn's own, and connections that close
+    gc.collect()
+    held = [engine._queues, engine._spent, engine._cancelled, engine._calls, engine._news, *engine._running.values()]
+    batches = [len(batch) for batch in engine._batches.values()]
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "held": [*map(len, held), *batches],
+        "tasks": len(asyncio.all_tasks(loop)),
+        "files": len(list(Path("/proc/self/fd").iterdir())),
+    }, resident / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory and files are read from /proc")
+def test_ten_thousand_requests_leave_no_slot_no_task_and_no_memory_behind(server):
+    async def client(numbers):
+        for number in numbers:
+            body, status = KINDS[number % len(KINDS)]
+            reader, writer = await posted(server, body)
+            first = await reader.readline()
+            assert int(first.split()[1]) == status
+            if number % 7:  # the others go before they have the whole answer
+                await reader.read()
+            writer.close()
+
+    async def crowd(count):
+        numbers = iter(range(count))
+        await asyncio.gather(*(client(numbers) for _ in range(16)))
+
+    asyncio.run(crowd(MANY[0]))
+    before, mib = state_of(server)
+    asyncio.run(crowd(MANY[1]))
+    wait_for(lambda: state_of(server)[0] == before)  # the last connections take a moment to close
+    assert not any(before["held"])
+    assert state_of(server)[1] - mib < 16
