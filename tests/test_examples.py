@@ -1,7 +1,6 @@
 """The examples run to their end."""
 
 import runpy
-from dataclasses import replace
 from pathlib import Path
 
 from redraft.recipes import stdlib_demo
@@ -10,12 +9,14 @@ from redraft.recipes.smoke import smoke
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_the_demo_trains_fills_generates_and_says_what_to_try_next(tmp_path, monkeypatch, capsys):
+def test_the_demo_solves_trains_and_writes_one_page_of_all_of_it(tmp_path, monkeypatch, capsys):
     tiny = smoke(stdlib_demo())
-    tiny = replace(tiny, data=replace(tiny.data, seq_len=512))
     monkeypatch.setattr("redraft.recipes.stdlib_demo", lambda: tiny)
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / "demo.py"), run_name="__main__")
     printed = capsys.readouterr().out
+    assert "___2   ___2   1_42   1342\n" in printed
     assert f"redraft infill {tiny.out}" in printed
-    assert all((tmp_path / tiny.out / name).exists() for name in ("trace.html", "infill.html", "model.safetensors"))
+    page = (tmp_path / tiny.out / "demo.html").read_text()
+    names = ["sudoku 1", "sudoku 2", "sudoku 3", "text of the small model"]
+    assert all(f'"title":"{name}"' in page for name in names)

@@ -141,7 +141,6 @@ def test_ids_outside_the_vocabulary_are_refused_by_every_call(lm, call):
 
 
 def test_a_chat_template_that_fails_is_told(text_lm):
-    from copy import copy
     from dataclasses import replace
 
     tokenizer = copy(text_lm.tokenizer)
@@ -290,7 +289,7 @@ def test_an_empty_text_stays_empty_inside_a_row():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_special_token_that_a_message_spells_is_text(kind):
-    tokenizer = tokenizer_of(kind)
+    tokenizer = copy(tokenizer_of(kind))  # tests share it
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = tokenizer.eos_token

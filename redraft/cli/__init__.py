@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     if is_debugging:
         logging.getLogger("redraft").setLevel(logging.DEBUG)
     if arguments is None:
-        _prepare_process(is_debugging=is_debugging)
+        prepare_process(is_debugging=is_debugging)
     code = _dispatch(given, is_debugging=is_debugging)
     if (problem := flush_output()) and not code:
         code = EXIT_NO_READER
@@ -70,7 +70,7 @@ def _take_debug(arguments: list[str]) -> tuple[bool, list[str]]:
     return len(flags) < end, [*flags, *arguments[end:]]
 
 
-def _prepare_process(*, is_debugging: bool) -> None:
+def prepare_process(*, is_debugging: bool) -> None:
     """Refuse input that is not UTF-8, escape what a terminal cannot show, and silence libraries unless debugging."""
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from redraft.cli.parsing import parse
+from redraft.data.config import GRIDS
 from redraft.errors import unknown_name
 from redraft.latent.config import WORDS, LatentRunConfig
 from redraft.models.config import ModelConfig
@@ -101,6 +102,8 @@ def next_steps(config: RunConfig | LatentRunConfig) -> list[str]:
     if data.kind == WORDS:
         task = shlex.quote(f"thought:{data.source}")
         return [f"redraft eval {folder} --tasks {task} --batch-size 100 --out {folder}/eval"]
+    if data.kind == GRIDS:
+        return [f"redraft infill {folder} '___2 _2_1 _12_ _4__'"]
     if data.kind in ("chat", "preference"):
         return [f"redraft chat {folder}"]
     begun, holed = "'The beginning of a text like those of training'", "'A text with a [MASK:8] to fill.'"

@@ -9,6 +9,8 @@ from redraft.settings import Count, Fraction, Probability, Settings, Within
 KINDS = ("text", "chat", "preference")
 SMALLEST_VOCAB_SIZE = 256 + 3
 """Every byte and the three special tokens."""
+GRIDS = "redraft.data.grids:prepare_grids"
+"""The kind of grids of sudoku."""
 READ_BY_OWN_KINDS = ("kind", "source", "seq_len")
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from redraft.data.config import DataConfig
+from redraft.data.config import GRIDS, DataConfig
 from redraft.models.config import ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
@@ -20,7 +20,7 @@ def sudoku() -> RunConfig:
     """Train 0.8 M parameters on solved sudoku grids of 4 x 4, for minutes: a puzzle is a grid with masked cells."""
     return RunConfig(
         out="runs/sudoku",
-        data=DataConfig(kind="redraft.data.grids:prepare_grids", source="4", seq_len=19),
+        data=DataConfig(kind=GRIDS, source="4", seq_len=19),
         model=ModelConfig(size="1m,heads=4", max_positions=128),
         train=replace(TRAIN, learning_rate=3e-3, max_steps=3000, save_every=1000, weight_decay=0.01),
     )

@@ -16,11 +16,19 @@ def stdlib_tiny() -> RunConfig:
 
 
 def stdlib_demo() -> RunConfig:
-    """Train 5 M parameters for at most 5 minutes on 2 cores."""
+    """Train 2 M parameters for at most a minute and a half."""
     return RunConfig(
         out="runs/demo",
-        data=DataConfig(seq_len=256, vocab_size=4096),
-        model=ModelConfig(size="5m"),
+        data=DataConfig(seq_len=128, vocab_size=2048),
+        model=ModelConfig(size="hidden=192,layers=4,heads=3,intermediate=512", max_positions=512),
         objective=ObjectiveConfig(t_min=0.02, t_max=0.7),  # learns to use context sooner: docs/lab-notes.md
-        train=TrainConfig(learning_rate=1e-3, batch_size=32, max_steps=600, max_minutes=4.8, save_every=200),
+        train=TrainConfig(
+            optimizer="muon",
+            learning_rate=3e-3,
+            batch_size=32,
+            max_steps=1000,
+            max_minutes=1.5,
+            save_every=1000,
+            max_validation_windows=128,
+        ),
     )

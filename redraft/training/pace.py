@@ -234,7 +234,7 @@ class Pacer(TrainerCallback):
             elif end < plan.end or (end > plan.end and end - step > ROOM * (plan.end - step)):
                 plan.move_end(end, step=step)
                 state.max_steps = end
-            if abs(plan.end - self._said_end) > plan.end / 20:
+            if abs(plan.end - self._said_end) > plan.end / 4:
                 say(self.console, f"step {step}: a step takes {seconds:.2g} s now, so the run ends at step {plan.end}")
                 self._said_end = plan.end
         state.log_history[-1] |= {"minutes": round(self.minutes(), 3), "end": plan.end}

@@ -310,7 +310,7 @@ def test_the_command_builds_and_tells_mistakes_in_one_line(corpus, tokenizer, tm
     assert said.count("--data.seq-len 32") == said.count("--data.validation-fraction") == 1  # what must be the same
     assert len(prepare(DataConfig(source=str(tmp_path / "out"), seq_len=32)).train) > 10
     for arguments, message in (
-        (["bild"], "unknown command of redraft data 'bild'; known are build. Did you mean 'build'?"),
+        (["bild"], "unknown command of redraft data 'bild'; known are build, packages. Did you mean 'build'?"),
         (["build", str(corpus)], "redraft data build needs SOURCE and OUT"),
         (["build", str(corpus), str(corpus), *flags], "exists. Choose another folder or remove it"),
         (["build", str(corpus), "x", "--streaming"], "writes the whole source; got --streaming"),

@@ -262,10 +262,11 @@ def test_many_long_texts_at_once_are_refused():
     assert SamplingConfig(num_samples=32, max_new_tokens=2**17).block_size is None
 
 
-def test_a_saved_block_size_makes_way_for_a_length_without_trying_all_its_divisors():
+def test_a_saved_block_size_stays_where_it_does_not_divide_the_length():
     saved = {"preset": "sdar", "block_size": 32}
-    assert with_saved(saved, {"max_new_tokens": 999_983}).block_size == 1  # a prime
-    assert with_saved(saved, {"max_new_tokens": 40}).block_size == 20
+    assert with_saved(saved, {"max_new_tokens": 999_983}).block_size == 32  # a prime
+    assert with_saved(saved, {"max_new_tokens": 40}).block_size == 32
+    assert with_saved(saved, {"max_new_tokens": 20}).block_size == 20
     with pytest.raises(ValueError, match="max_new_tokens must lie in .1, 1048576."):
         with_saved(saved, {"max_new_tokens": 10**18 + 1})
 

@@ -118,7 +118,8 @@ def test_drafts_come_as_events_without_choices(server):
     revisions = [draft["revision"] for draft in drafts]
     assert revisions == sorted(set(revisions))
     assert drafts[-1]["start"] == 24
-    assert drafts[0]["tokens"][0][1:] == [ANSWER[drafts[0]["start"]], "draft", 0.5]
+    for draft in drafts:  # a slow reader skips some of them
+        assert [token[1:] for token in draft["tokens"]] == [[c, "draft", 0.5] for c in ANSWER[draft["start"] : 24]]
     assert joined(chunks, lambda choice: choice["delta"].get("content")) == ANSWER[:24]
 
 
