@@ -44,6 +44,7 @@ from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.policies.frontier import Blocks
 from redraft.sampling.sampler import Sampler, build_sampler
 from redraft.sampling.step import Step
+from redraft.settings import Count, check_field
 from redraft.trace.record import Recorder, RowTrace
 
 FOR_A_LENGTH = ("block_size", "steps", "steps_per_block", "forwards")
@@ -319,6 +320,7 @@ class LanguageModel:
             raise ValueError(f"{self.model.config.model_type} only continues its prompt; it cannot fill holes.")
         given = {name: None for name in FOR_A_LENGTH if name in self.saved_sampling} | settings
         size = given.get("block_size")  # blocks of holes lie on the grid, so it need not divide any length
+        check_field("block_size", size, Count | None)
         config = self._config(given | {"block_size": None}, constraint)
         mask_token_id = self.denoiser.settings.mask_token_id
         given_prompts = [prompt for prompt in as_batch(prompts) for _ in range(config.num_samples)]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MIN_KEY_CHARACTERS = 16
+GONE_SECONDS = 60
+"""A connection ends where its client's machine has acknowledged nothing, or taken nothing, for so long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(
             f"anybody could use a server at {flags.host}: give --api-key-file, or --insecure if that is meant."
         )
+    if model_name(flags.model) in adapters:
+        raise ValueError(f"--adapter {model_name(flags.model)}: that is the name of the model. Choose another one.")
     from redraft.serving.app import DrainingServer, Service
 
     listener = listen(flags.host, flags.port)
@@ -85,9 +89,8 @@ def main(arguments: list[str]) -> int:
 
 def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
     """Load the model and its adapters, start the engine, and warm it up. Raises ValueError for what does not fit."""
-    import torch
-
     from redraft.constraints.kinds import Constraint
+    from redraft.models.finite import is_out_of_memory
     from redraft.serving.app import Backend
     from redraft.serving.compiling import Compiler, LimitedConstraint
     from redraft.serving.engine import Engine
@@ -107,7 +110,9 @@ def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
         )
         engine.start()
         engine.warm_up()
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:  # that of torch for a GPU is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
         raise ValueError(
             f"{flags.model} does not fit into the memory with --max-rows {flags.max_rows}. Lower it or "
             "--max-model-len, or use --quantization."
@@ -127,7 +132,7 @@ def model_name(model: str) -> str:
 def read_keys(path: Path) -> list[bytes]:
     """Read keys, one per line, and return their SHA-256 hashes. Raises ValueError; no message holds a key."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(f"cannot read the keys in {path}: {reason}.") from error
@@ -161,10 +166,14 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(2048)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if sys.platform == "linux":  # connections inherit it: one whose client takes nothing is not kept for ever
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * GONE_SECONDS)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, GONE_SECONDS)
     except (OSError, OverflowError) as error:
         listener.close()
         reason = error.strerror or str(error) if isinstance(error, OSError) else "a port is at most 65535"
-        raise ValueError(f"cannot listen at {host}, port {port}: {reason}. Choose another --port.") from error
+        raise ValueError(f"cannot listen at {host}, port {port}: {reason}. Choose another --port or --host.") from error
     return listener
 
 

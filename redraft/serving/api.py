@@ -26,6 +26,8 @@ MAX_STOPS = 16
 MAX_PATTERN_BYTES = 4 << 10
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_SCHEMA_DEPTH = 16
+MAX_TOKEN_CHARACTERS = 32
+"""Longer texts, for each token of the context, are refused before they are tokenized: that takes seconds per MiB."""
 FINGERPRINT = f"redraft-{__version__}"
 
 
@@ -183,6 +185,22 @@ def checked(param: str | None, work: Callable[..., Any], *arguments: Any) -> Any
         raise ApiError(str(error)[:2000], param=param) from error
 
 
+def check_size(prompt: Any, limit: int | None) -> None:
+    """Refuse a text, token ids, messages or segments that cannot fit into so many tokens. Raises ApiError."""
+    if limit is None:
+        return
+    parts = (
+        [prompt] if isinstance(prompt, str) else [one["content"] if isinstance(one, dict) else one for one in prompt]
+    )
+    texts = [one for one in parts if isinstance(one, str)]
+    size, most, unit = sum(map(len, texts)), MAX_TOKEN_CHARACTERS * limit, "characters"
+    if not texts:
+        size, most, unit = len(parts), limit, "tokens"
+    if size > most:
+        problem = f"the text must have at most {most} {unit} in a context of {limit} tokens; got {size}. Shorten it."
+        raise ApiError(problem, code="context_length_exceeded")
+
+
 def read_call(endpoint: str, body: Object, *, template: str | None = None) -> Call:
     """Check a body's fields. `template`: the model's chat template, which says what roles it renders."""
     types = _TYPES[endpoint]
@@ -211,7 +229,7 @@ def read_call(endpoint: str, body: Object, *, template: str | None = None) -> Ca
         prompts=prompts,
         settings=settings,
         constraint=constraint,
-        options=_options(given, extras) if extras.get("decide") else (),
+        options=_options(given, extras, constraint, num_prompts=len(prompts)) if extras.get("decide") else (),
         suffix=given.get("suffix") if "suffix" in types else None,
         hole_ids=hole_ids,
         does_echo=bool(given.get("echo")),
@@ -335,8 +353,10 @@ def _constraint(given: Object, extras: Object) -> Constraint | None:
     return parts[0] if len(parts) == 1 else All(parts=tuple(parts)) if parts else None
 
 
-def _options(given: Object, extras: Object) -> tuple[str, ...]:
+def _options(given: Object, extras: Object, constraint: Constraint | None, *, num_prompts: int) -> tuple[str, ...]:
     """List the answers to decide between: those of `choice`, or the values of a schema that lists them."""
+    if "segments" in given or num_prompts > 1 or isinstance(constraint, All):
+        raise ApiError("decide takes one prompt and one constraint, and fills no holes.", param="redraft.decide")
     options = extras.get("choice")
     if options is None:
         schema = ((given.get("response_format") or {}).get("json_schema") or {}).get("schema")
@@ -346,8 +366,10 @@ def _options(given: Object, extras: Object) -> tuple[str, ...]:
     if not 2 <= len(set(options)) == len(options) <= MAX_CHOICES or "" in options:
         problem = f"decide takes 2 to {MAX_CHOICES} answers, none empty or twice: choice, or an enum or boolean schema."
         raise ApiError(problem, param="redraft.decide")
-    if given.get("n") not in (None, 1) or given.get("suffix") or given.get("logprobs") or given.get("echo"):
-        raise ApiError("decide gives one answer: leave n, suffix, logprobs and echo out.", param="redraft.decide")
+    others = [name for name in ("suffix", "logprobs", "echo") if given.get(name) not in (None, False, "")]
+    others += [name for name in ("drafts", "deadline_ms") if extras.get(name)]
+    if others or given.get("n") not in (None, 1):
+        raise ApiError(f"decide gives one answer: leave {', '.join(others or ['n'])} out.", param="redraft.decide")
     return tuple(options)
 
 
@@ -406,17 +428,20 @@ def _prompts(endpoint: str, given: Object, template: str | None) -> tuple[list[A
     if endpoint == "infill":
         return _segments(given["segments"])
     prompt = given["prompt"]
-    prompts = [prompt] if isinstance(prompt, str) or (prompt and _is_ids(prompt)) else prompt
-    if not prompts or not all(isinstance(one, str) or _is_ids(one) for one in prompts):
+    prompts = [prompt] if isinstance(prompt, str) or (prompt and is_ids(prompt)) else prompt
+    if not prompts or not all(isinstance(one, str) or is_ids(one) for one in prompts):
         raise ApiError("prompt must be a text, token ids, or a list of these.", param="prompt")
     if given.get("suffix") and len(prompts) > 1:
         raise ApiError(f"a suffix takes one prompt; got {len(prompts)}.", param="suffix")
     return list(prompts), ()
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**31 for one in value
+def is_ids(value: Any, limit: int = 2**31) -> bool:
+    """Tell whether a value is a list of token ids. A million of them take no time that others would notice."""
+    return (
+        isinstance(value, list)
+        and set(map(type, value)) <= {int}
+        and (not value or 0 <= min(value) <= max(value) < limit)
     )
 
 

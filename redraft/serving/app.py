@@ -32,6 +32,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from redraft.constraints.kinds import JsonSchema
 from redraft.prompts import encode_as_text, text_after
 from redraft.serving import api
 from redraft.serving.api import ApiError, Call, Reply, parse_json, read_call, read_messages, retry_later, server_error
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("redraft.serving")
 MAX_BODY_BYTES = 4 << 20
+MAX_READ_BYTES = 64 << 20
+"""Of a larger body so much is read and dropped: a client that is still sending would not see why it is refused."""
 BODY_SECONDS = 30.0
 SEND_SECONDS = 60.0
 """A client that reads nothing for so long is gone."""
@@ -87,12 +90,15 @@ class Backend:
         if constraint is not None and self.compiler is not None:
             constraint = LimitedConstraint(constraint=constraint, compiler=self.compiler)
         prompts, holes = call.prompts, call.endpoint == "infill" or bool(call.suffix)
+        for prompt in prompts:
+            api.check_size(prompt, self.max_model_len)
         if holes:
             prompts = [self._with_holes(call, lm)]
         try:
             return lm.prepare(prompts, constraint=constraint, holes=holes, **call.settings)
         except ValueError as error:
-            raise ApiError(str(error)[:2000], param=_param_of(str(error), call)) from error
+            message = str(error).replace("max_new_tokens", _length_of(call)).replace("num_samples", "n")
+            raise ApiError(message[:2000], param=_param_of(str(error), call)) from error
 
     def _with_holes(self, call: Call, lm: "LanguageModel") -> list[int]:
         """Lay out token ids and masks. A mask token that is spelled in a text is text, no hole."""
@@ -118,16 +124,21 @@ class Backend:
         return ids
 
 
+def _length_of(call: Call) -> str:
+    return "max_completion_tokens" if call.endpoint == "chat" else "max_tokens"
+
+
 def _param_of(message: str, call: Call) -> str | None:
     """Name the field that an error of the sampler is about."""
     first = message.split(" ", 1)[0]
-    length = "max_completion_tokens" if call.endpoint == "chat" else "max_tokens"
-    names = {"max_new_tokens": length, "num_samples": "n", "temperature": "temperature", "top_p": "top_p"}
+    names = {"max_new_tokens": _length_of(call), "num_samples": "n", "temperature": "temperature", "top_p": "top_p"}
     if first in call.settings and first not in names:
         return f"redraft.{first}"
     if first in names or call.constraint is None:
         return names.get(first)
-    return "constraint" if call.endpoint == "infill" else "response_format"
+    if call.endpoint == "infill":
+        return "constraint"
+    return "response_format" if isinstance(call.constraint, JsonSchema) else "redraft"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,19 +252,23 @@ async def read_body(request: HttpRequest) -> bytes:
     length = request.headers.get("content-length", "0")
     close = {"Connection": "close"}
     too_large = ApiError(f"the body must have at most {MAX_BODY_BYTES >> 20} MiB.", status=413, headers=close)
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+    if length.isdecimal() and int(length[:20]) > (MAX_BODY_BYTES if "expect" in request.headers else MAX_READ_BYTES):
         raise too_large
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in request.stream():
-                body += piece
-                if len(body) > MAX_BODY_BYTES:
+                size += len(piece)
+                if size <= MAX_BODY_BYTES:
+                    body += piece
+                elif size > MAX_READ_BYTES:
                     raise too_large
     except TimeoutError as error:
         raise ApiError(f"the body must arrive within {BODY_SECONDS:g} s.", status=408, headers=close) from error
     except ClientDisconnect as error:
         raise ClientGone from error
+    if size > MAX_BODY_BYTES:
+        raise too_large
     return bytes(body)
 
 
@@ -295,8 +310,9 @@ class Service:
         self.failure: BaseException | None = None
         self.is_ending, self.num_open = False, 0
         self.metrics = Metrics(lambda: self.backend.engine.stats() if self.backend else {})
-        # Constraints wait for their worker in a thread of their own, so that they hold up nobody else.
-        self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"prepare-{kind}") for kind in ("text", "constraint")]
+        # Constraints, and texts to tokenize only, wait in threads of their own, so that they hold up nobody else.
+        kinds = ("text", "constraint", "tokenize")
+        self._pools = [ThreadPoolExecutor(1, thread_name_prefix=f"prepare-{kind}") for kind in kinds]
         self._page, self._policy = _page()
 
     def app(self) -> Starlette:
@@ -326,7 +342,7 @@ class Service:
             yield
             self.close()
 
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route(path, _Endpoint(service=self, name=name, handler=handler), methods=[method])
                 for method, path, name, handler in routes
@@ -335,6 +351,8 @@ class Service:
             exception_handlers={HTTPException: _no_such_route},
             lifespan=lifespan,
         )
+        app.router.redirect_slashes = False  # the address would be made of the client's Host header
+        return app
 
     def _load(self) -> None:
         try:
@@ -364,7 +382,7 @@ class Service:
         if not self._key_hashes:
             return ""
         kind, _, key = request.headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        given = hashlib.sha256(key.strip(" \t").encode("latin-1")).digest()  # the bytes that came
         if kind.lower() != "bearer" or True not in [hmac.compare_digest(given, one) for one in self._key_hashes]:
             problem, asked = "a valid key is needed: send `Authorization: Bearer KEY`.", {"WWW-Authenticate": "Bearer"}
             raise ApiError(problem, status=401, code="invalid_api_key", headers=asked)
@@ -392,6 +410,9 @@ class Service:
         backend, started = self._running(), time.monotonic()
         body = parse_json(await read_body(request))
         template = getattr(backend.models[backend.base].tokenizer, "chat_template", None)
+        if visit.endpoint == "chat" and not template:
+            problem = "this model has no chat template: send the text as prompt to /v1/completions."
+            raise ApiError(problem, param="messages")
         call = read_call(visit.endpoint, body, template=template if isinstance(template, str) else None)
         name, lm = self._model(call.model)
 
@@ -451,6 +472,7 @@ class Service:
         backend, inbox = self._running(), Inbox()
 
         def ask() -> Any:
+            api.check_size(call.prompts[0], backend.max_model_len)
             context = lm.encode(call.prompts[0])
             options = [encode_as_text(lm.tokenizer, one, is_inside=len(context) > 0) for one in call.options]
             longest = len(context) + max(map(len, options))
@@ -531,7 +553,9 @@ class Service:
 
     def _card(self, name: str) -> dict[str, Any]:
         length = self._running().max_model_len
-        return {"id": name, "object": "model", "created": 0, "owned_by": "redraft", "max_model_len": length}
+        has_chat = bool(getattr(self._model(name)[1].tokenizer, "chat_template", None))
+        card = {"id": name, "object": "model", "created": 0, "owned_by": "redraft", "max_model_len": length}
+        return card | {"has_chat_template": has_chat}
 
     async def _tokenizer_info(self, request: HttpRequest, visit: Visit) -> Response:
         tokenizer = self._model(None)[1].tokenizer
@@ -550,16 +574,21 @@ class Service:
             raise ApiError("prompts get no special tokens here; set it to false.", param="add_special_tokens")
         template, prompt = getattr(lm.tokenizer, "chat_template", None), given.get("prompt")
         prompt = read_messages(given["messages"], template) if prompt is None else prompt
+        api.check_size(prompt, backend.max_model_len)
         encode = functools.partial(api.checked, None, lm.encode, prompt)
-        tokens = (await self.loop.run_in_executor(self._pools[0], encode)).tolist()
+        tokens = (await self.loop.run_in_executor(self._pools[2], encode)).tolist()
         return JSONResponse({"count": len(tokens), "max_model_len": backend.max_model_len, "tokens": tokens})
 
     async def _detokenize(self, request: HttpRequest, visit: Visit) -> Response:
-        given = api.read_fields(parse_json(await read_body(request)), {"model": str | None, "tokens": list[int]})
-        lm = self._model(given.get("model"))[1]
-        if not all(0 <= token < len(lm.tokenizer) for token in given["tokens"]):
-            raise ApiError(f"tokens must lie in [0, {len(lm.tokenizer)}).", param="tokens")
-        return JSONResponse({"prompt": str(lm.tokenizer.decode(given["tokens"]))})
+        given = api.read_fields(parse_json(await read_body(request)), {"model": str | None, "tokens": list})
+        backend, lm = self._running(), self._model(given.get("model"))[1]
+        most = MAX_BODY_BYTES if backend.max_model_len is None else api.MAX_TOKEN_CHARACTERS * backend.max_model_len
+        if len(given["tokens"]) > most:
+            raise ApiError(f"tokens must hold at most {most} ids; got {len(given['tokens'])}.", param="tokens")
+        if not api.is_ids(given["tokens"], len(lm.tokenizer)):
+            raise ApiError(f"tokens must be ids that lie in [0, {len(lm.tokenizer)}).", param="tokens")
+        text = await self.loop.run_in_executor(self._pools[2], lm.tokenizer.decode, given["tokens"])
+        return JSONResponse({"prompt": str(text)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ MAX_RETRY_SECONDS = 120
 """Longest wait that clients are told; they give up on more."""
 COUNTED = ("ticks", "committed_tokens", "cached_tokens", "undelivered")
 COUNTED_BY_BATCH = ("forwards", "prefills", "query_tokens", "padding_tokens")
+WARM_UP_PROMPT, WARM_UP_TOKENS = 2, 16
 FORGETTING = 0.98
 """Weight of what was measured before, each time a row ends."""
 
@@ -115,6 +116,11 @@ class Engine:
             raise ValueError(
                 f"max_model_len must be at most the model's context of {limit} tokens; got {max_model_len}."
             )
+        least = WARM_UP_PROMPT + (lm.denoiser.settings.block_size or WARM_UP_TOKENS)
+        if max_model_len is not None and max_model_len < least:
+            raise ValueError(
+                f"max_model_len must be at least {least}, a short prompt and a block; got {max_model_len}."
+            )
         self.max_rows, self.max_model_len, self.max_queue = max_rows, max_model_len or limit, max_queue
         self.max_logits_bytes, self.share_prefixes, self.on_tick = max_logits_bytes, share_prefixes, on_tick
         self.models: dict[str | None, LanguageModel] = {None: lm}
@@ -160,8 +166,8 @@ class Engine:
                 if deltas[-1].finish_reason is not None:
                     is_done.set()
 
-            size = lm.denoiser.settings.block_size or 16
-            prepared = lm.prepare([[0, 0]], max_new_tokens=size, block_size=None, stop=None)
+            size = lm.denoiser.settings.block_size or WARM_UP_TOKENS
+            prepared = lm.prepare([[0] * WARM_UP_PROMPT], max_new_tokens=size, block_size=None, stop=None)
             self.submit(Request(id="warm-up", prepared=prepared, deliver=deliver, adapter=adapter))
             is_done.wait()
             if deltas[-1].error is not None:

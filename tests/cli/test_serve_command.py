@@ -35,6 +35,8 @@ def test_mistakes_are_one_line(capsys, tmp_path, model_folder):
     assert "give --api-key-file, or --insecure" in refused(capsys, "m", "--host", "0.0.0.0")
     assert "--adapter must be NAME=FOLDER" in refused(capsys, "m", "--adapter", "x")
     assert "holds no adapter" in refused(capsys, "m", "--adapter", f"x={tmp_path}")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "that is the name of the model" in refused(capsys, "org/m", "--adapter", f"org/m={tmp_path}")
     assert "at most 65535" in refused(capsys, "m", "--port", "70000")
     assert "cannot listen at 203.0.113.1" in refused(capsys, "m", "--host", "203.0.113.1", "--insecure")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -46,6 +48,8 @@ def test_what_is_found_while_the_model_loads_is_one_line_too(capsys, tmp_path, m
     assert "nowhere" in refused(capsys, str(tmp_path / "nowhere"), "--port", "0")
     arguments = [str(model_folder), "--port", "0", "--max-model-len", "100000"]
     assert "max_model_len must be at most the model's context of 128 tokens" in refused(capsys, *arguments)
+    arguments[-1] = "4"
+    assert "max_model_len must be at least 18" in refused(capsys, *arguments)
 
 
 def test_keys_and_names(tmp_path, monkeypatch):

@@ -126,6 +126,21 @@ def serving(backend, **options):
         yield server
 
 
+@contextmanager
+def connected(server, body=b"", *, length=None, headers="", path="/v1/completions"):
+    """Open a connection, send a request, and yield the socket."""
+    host, port = server.url.removeprefix("http://").split(":")
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    size = headers or f"content-length: {len(data) if length is None else length}\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        client.settimeout(20)
+        client.connect((host, int(port)))
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{size}\r\n"
+        client.sendall(head.encode() + data)
+        yield client
+
+
 def wait_for(condition, seconds=20):
     ends = time.monotonic() + seconds
     while not condition():

@@ -187,7 +187,7 @@ def test_errors_of_the_sampler_name_the_field(server):
         ({"redraft": {"block_size": 7}, "max_tokens": 12}, "redraft.block_size"),
         ({"redraft": {"steps": -1}}, "redraft.steps"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": "("}}}}, "response_format"),
-        ({"redraft": {"regex": "a{50}"}, "max_tokens": 8}, "response_format"),
+        ({"redraft": {"regex": "a{50}"}, "max_tokens": 8}, "redraft"),
     ):
         status, answer, _ = call(server, "/v1/completions", {"prompt": "x"} | extras)
         assert status == 400

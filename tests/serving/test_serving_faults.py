@@ -3,37 +3,20 @@
 import hashlib
 import json
 import logging
-import socket
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_doubles import ANSWER, call, serving, started, wait_for
+from server_doubles import ANSWER, call, connected, serving, started, wait_for
 
 from redraft.serving import app
 from redraft.serving.app import Backend
 
 BODY = {"model": "tiny", "prompt": "x", "max_tokens": 60}
 KEY = "a-key-of-many-characters"
-
-
-@contextmanager
-def connected(server, body=b"", *, length=None, headers="", path="/v1/completions"):
-    """Open a connection, send a request, and yield the socket."""
-    host, port = server.url.removeprefix("http://").split(":")
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    size = headers or f"content-length: {len(data) if length is None else length}\r\n"
-    with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-        client.settimeout(20)
-        client.connect((host, int(port)))
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{size}\r\n"
-        client.sendall(head.encode() + data)
-        yield client
 
 
 def read_until(client, end):
@@ -76,6 +59,7 @@ def test_bodies_that_are_refused(server, monkeypatch):
     assert call(server, "/v1/nothing", BODY)[1]["error"]["type"] == "invalid_request_error"
     assert call(server, "/v1/completions")[0] == 405
     monkeypatch.setattr(app, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(app, "MAX_READ_BYTES", 1000)
     with connected(server, b"x" * 10, length=5000) as client:
         assert b" 413 " in client.recv(100)
     pieces = b"3e8\r\n" + b" " * 1000 + b"\r\n5\r\n     \r\n"
