@@ -60,7 +60,7 @@ def test_a_run_starts_at_its_reference_and_four_pairs_at_once_equal_one_pair_fou
 def test_preferences_are_learnt_and_hold_for_prompts_not_seen(pairs):
     out = run(with_train(pairs, max_steps=40, learning_rate=3e-3), console=QUIET).folder
     assert lines(out, "accuracy")[-1] == 1.0
-    assert lines(out, "eval_accuracy")[-1] == 1.0
+    assert lines(out, "eval_accuracy")[-1] > 0.9
     assert lines(out, "eval_loss")[-1] < 0.5
     assert lines(out, "eval_margin")[-1] > 3
     assert (out / "loss.png").exists()
