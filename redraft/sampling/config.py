@@ -27,7 +27,8 @@ class SamplingConfig(Settings):
     steps_per_block: Count | None = None
     """Denoising steps for each block, in place of steps."""
     block_size: Count | None = None
-    """Tokens per block, decoded from left to right; by default the model's own blocks, or the whole canvas at once."""
+    """Tokens per block, decoded from left to right; by default the model's own blocks, or the whole canvas at once. Of
+    sdlm and wedlm: tokens of the window; of fast-dllm-v2: tokens of a part of the model's block."""
     temperature: NonNegative | None = None
     """Temperature of the draws; 0 takes the likeliest token."""
     top_p: Share | None = None
@@ -46,6 +47,9 @@ class SamplingConfig(Settings):
     entropy_bound: NonNegative | None = None
     """Commit the tokens of lowest entropy, as long as their entropies, the largest left out, sum to at most this (nats;
     eb)."""
+    entropy_threshold: NonNegative | None = None
+    """Commit every token whose entropy, and 0.02 for each position behind the first mask, sum to less than this (nats;
+    wedlm)."""
     editing_threshold: Probability | None = None
     """Replace a draft where another token is more probable than this (llada2.1)."""
     budget: Share | None = None
@@ -136,7 +140,8 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
     chosen = saved | given
     config = SamplingConfig(**chosen)
     size, total = config.block_size, config.max_new_tokens
-    if size is None or preset_from_name(config.preset).blocks == "grid":
+    preset = preset_from_name(config.preset)
+    if size is None or preset.may_end_short or preset.blocks in ("grid", "part", "window"):
         return config
     if "block_size" not in given:
         return replace(config, block_size=min(size, total))

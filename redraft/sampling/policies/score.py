@@ -1,5 +1,6 @@
 """Scores: how confident each proposal is. The highest scores are committed first."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,11 @@ def margin(candidates: Candidates) -> Float[Tensor, "n"]:
 def negative_entropy(candidates: Candidates) -> Float[Tensor, "n"]:
     """Return minus the entropy of each distribution, in nats (`entropy` of Dream)."""
     return -candidates.proposal.entropy()
+
+
+def certainty(candidates: Candidates) -> Float[Tensor, "n"]:
+    """Return 1 - entropy / log(vocabulary), in [0, 1] (`entropy_conf` of SDLM)."""
+    return 1 - candidates.proposal.entropy() / math.log(candidates.proposal.logits.shape[-1])
 
 
 def random_order(candidates: Candidates) -> Float[Tensor, "n"]:
