@@ -25,9 +25,9 @@ class Family:
     stock: str
     """`model_type` of the transformers architecture."""
     model_types: tuple[str, ...] = ()
-    """`model_type` in its config.json; empty where that says nothing (then the class, `hub_ids` or `family=` decide)."""
+    """`model_type` in its config.json; empty where it says nothing (then the class, `hub_ids` or `family=` decide)."""
     architectures: tuple[str, ...] = ()
-    """The classes that tell them apart, where families share a `model_type`, or have that of an autoregressive model."""
+    """The classes that tell families apart which share a `model_type`, or have that of an autoregressive model."""
     hub_ids: tuple[str, ...] = ()
     """Beginnings of hub ids, lower case, for checkpoints whose config.json looks autoregressive."""
     class_name: str | None = None
