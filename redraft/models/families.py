@@ -296,7 +296,7 @@ FAMILIES = (
         weights=_ENCODER,
         mask_token_id=151662,
         block_size=32,
-        generation={"preset": "fast-dllm", "threshold": 0.9},
+        generation={"preset": "fast-dllm"},
     ),
     Family(
         name="stable-diffcoder",

@@ -32,11 +32,6 @@ def negative_entropy(candidates: Candidates) -> Float[Tensor, "n"]:
     return -candidates.proposal.entropy()
 
 
-def certainty(candidates: Candidates) -> Float[Tensor, "n"]:
-    """Return 1 - entropy / log(vocabulary), in [0, 1] (`entropy_conf` of SDLM)."""
-    return 1 - candidates.proposal.entropy() / math.log(candidates.proposal.logits.shape[-1])
-
-
 def random_order(candidates: Candidates) -> Float[Tensor, "n"]:
     """Commit in random order (random remasking, Algorithm 4 of arXiv 2502.09992).
 
@@ -59,3 +54,8 @@ class GumbelScore(Settings):
     def __call__(self, candidates: Candidates) -> Float[Tensor, "n"]:
         u = candidates.window.uniform(DRAW_ORDER).clamp(min=torch.finfo(torch.float64).tiny)
         return self.score(candidates) / self.temperature - torch.log(-torch.log(u)).float()
+
+
+def certainty(candidates: Candidates) -> Float[Tensor, "n"]:
+    """Return 1 - entropy / log(vocabulary), in [0, 1] (`entropy_conf` of SDLM)."""
+    return 1 - candidates.proposal.entropy() / math.log(candidates.proposal.logits.shape[-1])
