@@ -115,9 +115,9 @@ class Forward:
             row = group.window.rows if isinstance(index, slice) else index[group.window.rows]
             column = group.window.positions - first[row]
             where += [(row * branches + branch) * input_ids.shape[2] + column for branch in range(branches)]
-        committed = order = None
+        committed = places_in_order = None
         if self.layout.has_order:
-            order = joined([group.order() for group in groups]).repeat_interleave(branches, dim=0)
+            places_in_order = joined([group.order() for group in groups]).repeat_interleave(branches, dim=0)
         elif self.layout.context == "causal":
             committed = [place.committed(self.layout) for place in places]
         previous = None
@@ -131,7 +131,7 @@ class Forward:
             layout=self.layout,
             grid_origin=first.new_tensor([place.origin for place in places for _ in range(branches)]),
             committed=None if committed is None else first.new_tensor(committed).repeat_interleave(branches),
-            order=order,
+            order=places_in_order,
             view=view,
             previous=previous,
         )

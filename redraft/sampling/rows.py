@@ -225,8 +225,8 @@ class Rows:
         """Place each position in the order in which a layout with an order is causal."""
         length, device = self.canvas.tokens.shape[1], self.keys.device
         positions = torch.arange(length, device=device)[None]
-        numbers = [[place.committed(self.layout), place.end] for place in self.places]
-        committed, end = torch.tensor(numbers, device=device).split(1, dim=1)
+        committed = torch.tensor([[place.committed(self.layout)] for place in self.places], device=device)
+        end = torch.tensor([[place.end] for place in self.places], device=device)
         if self.layout.within == "with-last":  # a window: the last committed token and the noise that it predicts
             return torch.where((positions >= committed) & (positions < end - 1), committed, positions)
         return positions + length * (self.canvas.is_noise | (positions >= end)).long()
