@@ -95,13 +95,12 @@ class Family:
         mask = mask_token_id if mask_token_id is not None else raw.get("mask_token_id", theirs)
         saved = raw.get("diffusion")
         if saved or mask is not None:
-            saved = saved or {
+            causal = {} if self.within is None else {"context": "causal", "within": self.within}
+            saved = saved or causal | {
                 "process": self.process,
                 "shift_logits": self.shift_logits,
                 "block_size": block_size or self._block_size(raw, path),
             }
-            if self.within is not None:
-                saved |= {"context": "causal", "within": self.within}
             DiffusionSettings.from_saved(saved, mask_token_id=mask).save_to(config)
         return config
 
