@@ -99,13 +99,15 @@ def load(
     quantization: str | None = None,
     adapter: str | Path | None = None,
     family: str | None = None,
+    block_size: int | None = None,
     compile: bool = False,
 ) -> "LanguageModel":
     """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors.
 
     `redraft/NAME` loads a checkpoint that ships in this package (`redraft models` lists them). A text ends at any of
     `eos_token_id`: by default the tokenizer's EOS, the token that ends an answer in its chat template, and what
-    config.json and generation_config.json list. `compile` is for long runs with equal shapes: see `Denoiser.compiled`.
+    config.json and generation_config.json list. `block_size` says how many tokens the blocks of a checkpoint have that
+    does not say it. `compile` is for long runs with equal shapes: see `Denoiser.compiled`.
     """
     denoiser, tokenizer, raw = load_denoiser(
         path,
@@ -115,7 +117,13 @@ def load(
         quantization=quantization,
         adapter=adapter,
         family=family,
+        block_size=block_size,
     )
+    if block_size not in (None, denoiser.settings.block_size):
+        raise ValueError(
+            f"block_size is for checkpoints that do not state their blocks; got {block_size} for {path}, which has "
+            f"{denoiser.settings.block_size}. Leave it out; generate and `redraft convert` take another block_size."
+        )
     process_class(denoiser.settings.process)  # refuses an unknown name
     listed = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
     if listed is None:
@@ -162,7 +170,8 @@ class LanguageModel:
 
         Raises ValueError for names that are no settings, and for values that do not fit.
         """
-        return with_saved({"preset": self.process.default_preset} | self.saved_sampling, settings)
+        saved, has_grid = self.saved_sampling, self.denoiser.settings.block_size is not None
+        return with_saved({"preset": self.process.default_preset} | saved, settings, has_grid=has_grid)
 
     def _config(self, settings: dict[str, Any], constraint: Constraint | None) -> SamplingConfig:
         """Resolve settings; under a constraint, stop strings of the checkpoint do not count."""

@@ -4,7 +4,7 @@ A released diffusion language model is a stock architecture under other names, w
 inside transformers' own loader, tensor by tensor; no code of the checkpoint is ever run.
 """
 
-from redraft.errors import unknown_name
+from redraft.errors import import_own, unknown_name
 from redraft.models.family import Family
 from redraft.models.files import Raw
 
@@ -12,13 +12,10 @@ from redraft.models.files import Raw
 def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Family | None:
     """Find the family of a checkpoint: the one named, or by its config.json or hub id; None if it has none.
 
-    Raises ValueError for a name that is not a family.
+    A family of your own is named MODULE:NAME. Raises ValueError for a name that is not a family.
     """
     if name is not None:
-        by_name = {family.name: family for family in FAMILIES}
-        if name not in by_name:
-            raise unknown_name("family", name, by_name)
-        return by_name[name]
+        return _named(name)
     classes = set(raw.get("architectures") or ())
     of_type = [family for family in FAMILIES if raw.get("model_type") in family.model_types]
     of_type.sort(key=lambda family: any(raw.get(name, value) != value for name, value in family.fixed.items()))
@@ -26,6 +23,18 @@ def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Famil
     by_class = [family for family in FAMILIES if not family.model_types and classes & set(family.architectures)]
     of_hub = [family for family in FAMILIES if hub_id.lower().startswith(family.hub_ids)]
     return next(iter([*of_class, *of_type, *by_class, *of_hub]), None)
+
+
+def _named(name: str) -> Family:
+    if ":" in name:
+        family = import_own("family", name)
+        if not isinstance(family, Family):
+            raise ValueError(f"family {name} must be a redraft.models.family.Family; got {type(family).__name__}.")
+        return family
+    by_name = {family.name: family for family in FAMILIES}
+    if name not in by_name:
+        raise unknown_name("family", name, (*by_name, "MODULE:NAME"))
+    return by_name[name]
 
 
 def known_model_types() -> list[str]:
@@ -136,6 +145,11 @@ _LLADA2_CHAT = (
 def _of_llada2(raw: Raw) -> Raw:
     if raw["num_experts"] % raw.get("n_group", 1):
         raise ValueError(f"config.json: n_group must divide {raw['num_experts']} experts; got {raw['n_group']}.")
+    if raw.get("expert_capacity") is not None:
+        raise ValueError(
+            f"config.json: expert_capacity={raw['expert_capacity']!r} is of LLaDA2.2, which lets each block choose the "
+            "experts of its tokens. transformers has no such router: with its own, the logits would be others."
+        )
     # `sliding_window` may be set although it is switched off; the masks would use it.
     return {"norm_topk_prob": raw.get("norm_topk_prob", True), "use_qk_norm": True, "sliding_window": None}
 
@@ -162,7 +176,8 @@ def _of_nemotron(raw: Raw) -> Raw:
 # --- Blocks that only the published name tells -----------------------------------------------------------------------
 
 _SDAR = r"SDAR-[\d.]+B(-A3B)?-(Chat|Sci)"
-_SDAR_BLOCKS = {_SDAR: 4} | {rf"{_SDAR}-b{size}": size for size in (4, 8, 16, 32, 64)}
+_SDAR_BLOCKS = {_SDAR: 4, r"TraDo-[\d.]+B-(Instruct|Thinking)": 4}
+_SDAR_BLOCKS |= {rf"{_SDAR}-b{size}": size for size in (4, 8, 16, 32, 64)}
 _A2D_BLOCKS = {
     r"(?!.*(bd3lm|opdlm)).+-diffusion-mdlm-v0\.1": None,
     r"(?!.*(mdlm|opdlm)).+-diffusion-bd3lm-v0\.1": 32,

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, Literal
 
-from redraft.errors import unknown_name
+from redraft.errors import import_own, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +36,11 @@ def preset_from_name(name: str) -> Preset:
 
     Raises ValueError for an unknown name, and for an object that is no preset.
     """
-    module, _, attribute = name.partition(":")
-    if not attribute:
+    if ":" not in name:
         if name not in PRESETS:
             raise unknown_name("preset", name, (*PRESETS, "MODULE:NAME"))
         return PRESETS[name]
-    try:
-        preset = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"preset {name!r} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    preset = import_own("preset", name)
     if not isinstance(preset, Preset):
         raise ValueError(f"preset {name!r} must be a redraft.sampling.presets.Preset; got {type(preset).__name__}.")
     return preset
@@ -56,6 +51,14 @@ def _parallel(policies: Any, config: Any, **rule: Any) -> dict[str, Any]:
     if config.factor is not None:
         return {"unmask": policies.Factor(factor=config.factor)}
     return {} if config.threshold is None else {"unmask": policies.Threshold(threshold=config.threshold, **rule)}
+
+
+def _of_sdar(policies: Any, config: Any) -> dict[str, Any]:
+    """Commit tokens above a threshold, or a fixed share of the block; or else what an entropy bound accepts."""
+    if config.entropy_bound is None:
+        return _parallel(policies, config, strict=True, at_least="quota")
+    bound = policies.EntropyBound(bound=config.entropy_bound, has_all=True)
+    return {"score": policies.negative_entropy, "unmask": bound}
 
 
 def _edited(policies: Any, config: Any) -> dict[str, Any]:
@@ -148,9 +151,16 @@ PRESETS = {
         blocks="prompt",
     ),
     "sdar": Preset(
-        source="dynamic low-confidence remasking, SDAR, arXiv 2510.06303",
-        build=lambda p, c: _parallel(p, c, at_least="quota"),
-        defaults={"block_size": 4, "threshold": 0.85},
+        source="dynamic low-confidence remasking, SDAR, arXiv 2510.06303; threshold 1 is its static strategy, "
+        "entropy_bound that of JetEngine",
+        build=_of_sdar,
+        defaults={"block_size": 4, "threshold": 0.85, "entropy_bound": None},
+        blocks="grid",
+    ),
+    "sdar-sequential": Preset(
+        source="from left to right inside a block, SDAR, arXiv 2510.06303",
+        build=lambda p, _: {"score": p.leftmost, "unmask": p.fixed_quota},
+        defaults={"block_size": 4},
         blocks="grid",
     ),
     "llada2": Preset(

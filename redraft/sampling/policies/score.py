@@ -32,6 +32,11 @@ def negative_entropy(candidates: Candidates) -> Float[Tensor, "n"]:
     return -candidates.proposal.entropy()
 
 
+def leftmost(candidates: Candidates) -> Float[Tensor, "n"]:
+    """Commit from left to right (SDAR's sequential strategy)."""
+    return -candidates.window.positions.to(candidates.proposal.confidence.dtype)
+
+
 def random_order(candidates: Candidates) -> Float[Tensor, "n"]:
     """Commit in random order (random remasking, Algorithm 4 of arXiv 2502.09992).
 
