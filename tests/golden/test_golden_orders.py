@@ -206,3 +206,12 @@ def test_fast_dllm_v2_takes_the_same_steps(index, case, cache):
 def test_parts_that_do_not_divide_a_block_are_refused():
     with pytest.raises(ValueError, match="must divide the model's blocks of 8; got 3. Use 1"):
         load("fast_dllm_v2").generate([3, 4, 5], preset="fast-dllm-v2", block_size=3, max_new_tokens=9)
+
+
+@pytest.mark.parametrize("name", ["sdlm", "wedlm"])
+def test_one_token_at_a_time_they_are_autoregressive(name):
+    lm, prompt = load(name), [3, 4, 5, 6]
+    theirs = lm.model.generate(
+        torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=300, bad_words_ids=[[MASK]]
+    )
+    assert lm.generate(prompt, preset="ar", max_new_tokens=6, stop=None).sequences[0].tolist() == theirs[0].tolist()
