@@ -42,6 +42,7 @@ from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.policies.frontier import Blocks
+from redraft.sampling.policies.stop import Enough
 from redraft.sampling.sampler import Sampler, build_sampler
 from redraft.sampling.step import Step
 from redraft.settings import Count, check_field
@@ -261,6 +262,8 @@ class LanguageModel:
         config = self._config(settings, constraint)
         rows = [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
         sampler = self._sampler(config, guides, logits_processor, constraint, rows)
+        if sampler.lookahead:
+            sampler = replace(sampler, stop=Enough(num_tokens=config.max_new_tokens, otherwise=sampler.stop))
         # Word pieces are decoded with a space before them; a constraint holds for the text after that space.
         added = " " if constraint is not None and self._vocabulary()[1] == "added" else ""
 
@@ -542,11 +545,13 @@ class LanguageModel:
         whole, is_noise = [], []
         frontier = sampler.frontier
         size, on_grid = (frontier.size, frontier.on_grid) if isinstance(frontier, Blocks) else (None, True)
+        if sampler.layout is not None and sampler.layout.within in ("causal", "reordered"):
+            size = None  # noise sees no later noise, so a last block may be short
         for row in rows:
             self._check_length(len(row) + max_new_tokens)
             # The last block is a whole one, unless the context ends before it; the rest is cut off later.
             start = 0 if on_grid else len(row)
-            length = start + _round_up(len(row) - start + max_new_tokens, size)
+            length = start + _round_up(len(row) - start + max_new_tokens, size) + sampler.lookahead
             if self.denoiser.is_self_conditioned:  # its canvases are always whole
                 self._check_length(length)
             length = min(length, self.context_length or length)

@@ -14,9 +14,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "redraft"
-BUDGET = {"core": 11748, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1852}
+BUDGET = {"core": 11977, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1852}
 """Lines of code; core is everything that has no budget of its own."""
-SETTINGS = 161
+SETTINGS = 162
 DOUBLED = 0
 """Public names that two modules define."""
 LATENT = ("latent", "processes/gaussian")

@@ -18,9 +18,11 @@ def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Famil
         return _named(name)
     classes = set(raw.get("architectures") or ())
     of_type = [family for family in FAMILIES if raw.get("model_type") in family.model_types]
+    of_type.sort(key=lambda family: any(raw.get(name, value) != value for name, value in family.fixed.items()))
     of_class = [family for family in of_type if classes & set(family.architectures)]
+    by_class = [family for family in FAMILIES if not family.model_types and classes & set(family.architectures)]
     of_hub = [family for family in FAMILIES if hub_id.lower().startswith(family.hub_ids)]
-    return next(iter([*of_class, *of_type, *of_hub]), None)
+    return next(iter([*of_class, *of_type, *by_class, *of_hub]), None)
 
 
 def _named(name: str) -> Family:
@@ -157,6 +159,20 @@ def _to_llada2(config: Raw) -> Raw:
     return {"rotary_dim": int(config["head_dim"] * config["partial_rotary_factor"]), "router_dtype": "fp32"}
 
 
+# --- A causal context ------------------------------------------------------------------------------------------------
+
+_ENCODER = {r"^encoder.": r"^model.", r"^diffusion_head.": r"^lm_head."}
+
+
+def _of_nemotron(raw: Raw) -> Raw:
+    """Name the rotary settings as transformers does; without the scale of queries, its factor is 1."""
+    rope = {"rope_theta": raw.get("rope_theta", 1e6), "llama_4_scaling_beta": 0.0}
+    rope |= {"original_max_position_embeddings": raw.get("max_position_embeddings", 262144)}
+    rope |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    return {"rope_parameters": rope, "rope_scaling": None}
+
+
 # --- Blocks that only the published name tells -----------------------------------------------------------------------
 
 _SDAR = r"SDAR-[\d.]+B(-A3B)?-(Chat|Sci)"
@@ -250,7 +266,71 @@ FAMILIES = (
         eos_token_id=151645,
         block_size=32,
         shift_logits=True,
-        generation={"preset": "fast-dllm", "block_size": 32, "threshold": 0.9},
+        generation={"preset": "fast-dllm-v2", "block_size": 8, "threshold": 0.9},
+    ),
+    *(
+        Family(
+            name=name,
+            stock=stock,
+            model_types=("wedlm",),
+            fixed={"qk_norm": stock == "qwen3", "attention_bias": stock == "qwen2"},
+            block_size=32,
+            within="reordered",
+            generation={"preset": "wedlm", "block_size": 16, "entropy_threshold": 0.4},
+        )
+        for name, stock in (("wedlm-7b", "qwen2"), ("wedlm", "qwen3"))
+    ),
+    Family(
+        name="nemotron",
+        stock="ministral3",
+        model_types=("nemotron_labs_diffusion",),
+        architectures=("NemotronLabsDiffusionModel",),
+        fixed={"attention_bias": False, "mlp_bias": False},
+        computed=_of_nemotron,
+        weights=_ENCODER,
+        mask_token_id=100,
+        block_size=32,
+        within="full",
+        generation={"preset": "nemotron", "block_size": 32, "threshold": 0.9},
+    ),
+    Family(
+        name="i-dlm",
+        stock="qwen3",
+        hub_ids=("yifanyu/i-dlm-",),
+        mask_token_id=151669,
+        block_size=4,
+        shift_logits=True,
+        within="causal",
+        generation={"preset": "ar"},
+    ),
+    Family(
+        name="efficient-dlm",
+        stock="qwen3",
+        architectures=("EfficientDLM",),
+        hub_ids=("nvidia/efficient-dlm-",),
+        weights=_ENCODER,
+        mask_token_id=151662,
+        block_size=32,
+        generation={"preset": "fast-dllm"},
+    ),
+    Family(
+        name="stable-diffcoder",
+        stock="llama",
+        hub_ids=("bytedance-seed/stable-diffcoder-",),
+        block_size=4,
+        generation={"preset": "bd3lm", "block_size": 4},
+    ),
+    Family(
+        name="sdlm",
+        stock="qwen2",
+        architectures=("SDLMQwen2ForCausalLM",),
+        hub_ids=("opengvlab/sdlm",),
+        mask_token_id=151665,
+        eos_token_id=151645,
+        block_size=4,
+        shift_logits=True,
+        within="with-last",
+        generation={"preset": "sdlm", "threshold": 0.98},
     ),
     Family(
         name="rnd1",

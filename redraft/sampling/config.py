@@ -27,7 +27,8 @@ class SamplingConfig(Settings):
     steps_per_block: Count | None = None
     """Denoising steps for each block, in place of steps."""
     block_size: Count | None = None
-    """Tokens per block, decoded from left to right; by default the model's own blocks, or the whole canvas at once."""
+    """Tokens per block, decoded from left to right; by default the model's own blocks, or the whole canvas at once. Of
+    sdlm and wedlm: tokens of the window; of fast-dllm-v2: tokens of a part of the model's block."""
     temperature: NonNegative | None = None
     """Temperature of the draws; 0 takes the likeliest token."""
     top_p: Share | None = None
@@ -47,6 +48,9 @@ class SamplingConfig(Settings):
     entropy_bound: NonNegative | None = None
     """Commit the tokens of lowest entropy, as long as their entropies, the largest left out, sum to at most this (nats;
     eb). The sum of sdar includes the largest, and is below this."""
+    entropy_threshold: NonNegative | None = None
+    """Commit every token whose entropy, and 0.02 for each position behind the first mask, sum to less than this (nats;
+    wedlm)."""
     editing_threshold: Probability | None = None
     """Replace a draft where another token is more probable than this (llada2.1)."""
     budget: Share | None = None
@@ -136,8 +140,10 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any], *, has_grid: bool =
         saved = {name: value for name, value in saved.items() if name not in ALL_COSTS}
     chosen = saved | given
     config = SamplingConfig(**chosen)
-    size, total, blocks = config.block_size, config.max_new_tokens, preset_from_name(config.preset).blocks
-    if size is None or blocks == "grid" or (has_grid and blocks == "model"):
+    size, total = config.block_size, config.max_new_tokens
+    preset = preset_from_name(config.preset)
+    is_on_grid = preset.blocks in ("grid", "part", "window") or (has_grid and preset.blocks == "model")
+    if size is None or is_on_grid or preset.may_end_short:
         return config
     if "block_size" not in given:
         return replace(config, block_size=min(size, total))

@@ -375,13 +375,20 @@ MASK_IDS = {
     "sdar-moe": 151669, "fast-dllm-v2": 151665, "rnd1": 151669, "diffusion-gemma": 0, "a2d-gpt2": None,
     "a2d-llama": None, "a2d-qwen2": None, "a2d-qwen3": None, "diffullama": None, "diffugpt": None,
     "open-dcoder": None,
+    "wedlm": None, "wedlm-7b": None, "sdlm": 151665, "nemotron": 100, "i-dlm": 151669, "efficient-dlm": 151662,
+    "stable-diffcoder": None,
 }  # fmt: skip
 EOS_IDS = {
     "llada": 126081, "llada-moe": 156892, "llada2": 156892, "llada2.1": 156892, "dream": 151643, "sdar": 151643,
     "sdar-moe": 151643, "fast-dllm-v2": 151645, "rnd1": 151645,
+    "sdlm": 151645,
 }  # fmt: skip
 SHIFTED = {"dream", "fast-dllm-v2", "rnd1", "diffullama", "diffugpt", "open-dcoder"}
 BLOCKS = {"llada2": 32, "llada2.1": 32, "fast-dllm-v2": 32, "diffusion-gemma": 256}
+WITHIN = {"wedlm": "reordered", "wedlm-7b": "reordered", "sdlm": "with-last", "nemotron": "full", "i-dlm": "causal"}
+SHIFTED |= {"sdlm", "i-dlm"}
+BLOCKS |= {"wedlm": 32, "wedlm-7b": 32, "sdlm": 4, "nemotron": 32, "i-dlm": 4}
+BLOCKS |= {"efficient-dlm": 32, "stable-diffcoder": 4}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -390,6 +397,7 @@ def test_a_familys_ids_shift_and_blocks_are_the_published_ones(family):
     assert family.eos_token_id == EOS_IDS.get(family.name)
     assert family.shift_logits == (family.name in SHIFTED)
     assert family.block_size == BLOCKS.get(family.name)
+    assert family.within == WITHIN.get(family.name)
     assert family.process == ("uniform" if family.name == "diffusion-gemma" else "masked")
 
 

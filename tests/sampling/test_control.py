@@ -237,6 +237,7 @@ def test_what_does_not_fit_is_told(lm, chosen, message):
 FLOATS = {
     "temperature": "llada", "top_p": "llada", "cfg_scale": "llada", "alg_temperature": "llada", "budget": "llada",
     "threshold": "sdar", "factor": "fast-dllm", "entropy_bound": "eb", "editing_threshold": "llada2.1",
+    "entropy_threshold": "wedlm",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Scores: how confident each proposal is. The highest scores are committed first."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,3 +59,8 @@ class GumbelScore(Settings):
     def __call__(self, candidates: Candidates) -> Float[Tensor, "n"]:
         u = candidates.window.uniform(DRAW_ORDER).clamp(min=torch.finfo(torch.float64).tiny)
         return self.score(candidates) / self.temperature - torch.log(-torch.log(u)).float()
+
+
+def certainty(candidates: Candidates) -> Float[Tensor, "n"]:
+    """Return 1 - entropy / log(vocabulary), in [0, 1] (`entropy_conf` of SDLM)."""
+    return 1 - candidates.proposal.entropy() / math.log(candidates.proposal.logits.shape[-1])

@@ -134,6 +134,56 @@ class EntropyBound(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LowEntropy(Settings):
+    """Commit tokens whose entropy plus `penalty` nats per position after the first noise is below a threshold.
+
+    If none is, the lowest sum alone (WeDLM's engine, arXiv 2512.22737).
+    """
+
+    threshold: NonNegative
+    penalty: NonNegative = 0.02
+
+    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        is_open, columns = candidates.is_open_noise, candidates.window.columns
+        first = torch.where(is_open, columns, torch.iinfo(columns.dtype).max).amin(dim=1, keepdim=True)
+        adjusted = candidates.spread(candidates.proposal.entropy()) + self.penalty * (columns - first)
+        passes = is_open & (adjusted < self.threshold)
+        lowest = best(-adjusted, candidates, torch.ones_like(candidates.window.step))
+        return torch.where(passes.any(dim=1, keepdim=True), passes, lowest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertainPrefix(Settings):
+    """Commit the longest run from the first noise on whose scores are all above a threshold; at least one token.
+
+    SDLM (arXiv 2509.24007): what was committed is text without a gap.
+    """
+
+    threshold: Probability
+
+    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        is_open = candidates.is_open_noise
+        is_certain = (score > self.threshold) | ~is_open
+        return is_open & is_certain.long().cumprod(dim=1).bool() | _is_first(is_open)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstAlone:
+    """Commit the first token of a block alone, in the block's first step; the others by the rule `rest`.
+
+    It is predicted by the last token of the text, in the forward that reads that text for the cache: with an exact
+    cache it costs no forward more (Fast-dLLM v2, arXiv 2509.26328; Nemotron-Labs-Diffusion).
+    """
+
+    rest: Unmask
+
+    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        window = candidates.window
+        is_alone = window.opens_block & (window.step == 0)
+        return torch.where(is_alone[:, None], _is_first(candidates.is_open_noise), self.rest(score, candidates))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bernoulli:
     """Commit each position with probability (alpha_s - alpha_t) / (1 - alpha_t), independently: ancestral sampling.
 
@@ -151,6 +201,11 @@ class Bernoulli:
 def at_the_end(score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
     """Commit nothing before the last step, and then everything: for processes that move noise to noise."""
     return candidates.is_open_noise & candidates.window.is_last[:, None]
+
+
+def _is_first(is_open: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+    """Mark the first of each row's positions."""
+    return is_open & (is_open.long().cumsum(dim=1) == 1)
 
 
 def best(
