@@ -78,6 +78,11 @@ class Slots:
         self.layers: list[tuple[Tensor, Tensor]] = []
         """Of each layer keys and values, (rows, heads, slots, dim); made when their shapes are first seen."""
 
+    @property
+    def bytes_per_position(self) -> int:
+        """Memory of a position of one row, in all layers; 0 before the first forward."""
+        return sum(states[0, :, 0].nbytes for pair in self.layers for states in pair)
+
     def view(
         self,
         spans: SlotSpans,

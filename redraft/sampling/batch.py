@@ -48,6 +48,11 @@ class Batch:
     def __len__(self) -> int:
         return sum(len(group.places) for group in self._groups + self._waiting)
 
+    @property
+    def bytes_per_position(self) -> int:
+        """Memory of the keys and values of one position of a row, as far as forwards have shown it."""
+        return sum(forward.slots.bytes_per_position for forward in self._forwards.values())
+
     def join(self, canvas: Canvas, sampler: Sampler, *, row_keys: Int[Tensor, "batch"], salt: str = "") -> list[int]:
         """Take in rows, and return their ids. `row_keys` seed them: equal keys and prompts give equal tokens.
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.language_model import LanguageModel
+from redraft.language_model import LanguageModel, Prepared
 from redraft.likelihood.options import OptionScores, score_options
 from redraft.models.adapter import share_weights
 from redraft.models.finite import is_out_of_memory
 from redraft.prompts import shown_and_raw
-from redraft.sampling.batch import Batch
+from redraft.sampling.batch import Batch, denoise
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.policies.frontier import Blocks
 from redraft.sampling.rows import Place, Rows
@@ -166,12 +166,21 @@ class Engine:
                 if deltas[-1].finish_reason is not None:
                     is_done.set()
 
-            size = lm.denoiser.settings.block_size or WARM_UP_TOKENS
-            prepared = lm.prepare([[0] * WARM_UP_PROMPT], max_new_tokens=size, block_size=None, stop=None)
-            self.submit(Request(id="warm-up", prepared=prepared, deliver=deliver, adapter=adapter))
+            self.submit(Request(id="warm-up", prepared=_short_row(lm), deliver=deliver, adapter=adapter))
             is_done.wait()
             if deltas[-1].error is not None:
                 raise RuntimeError(f"the model cannot denoise a block: {deltas[-1].error}")
+
+    def needed_bytes(self) -> int:
+        """Measure on a short row what full batches take beside the weights: keys, values and logits."""
+        needed = 0
+        for lm in self.models.values():
+            batch, prepared, length = Batch(lm.denoiser), _short_row(lm), self.max_model_len or 0
+            for _ in denoise(lm.denoiser, prepared.canvas, prepared.sampler, row_keys=prepared.row_keys, batch=batch):
+                pass
+            needed += batch.bytes_per_position * self.max_rows * length
+        num_open, vocab_size = self.models[None].denoiser.settings.block_size or length, _vocab_size(self.models[None])
+        return needed + min(self.max_logits_bytes, self.max_rows * num_open * vocab_size * 4)
 
     def submit(self, request: Request) -> None:
         """Put a request into the queue of its key.
@@ -377,7 +386,7 @@ class Engine:
 
         Each kind of attention has slots of its own, so a row of another kind waits until these are free.
         """
-        vocab_size = self.models[row.request.adapter].model.config.get_text_config().vocab_size
+        vocab_size = _vocab_size(self.models[row.request.adapter])
         running = [other for rows in self._running.values() for other in rows.values()]
         beside = [_cache_kind(other) for other in running if other.request.adapter == row.request.adapter]
         kinds = {kind for kind in [*beside, _cache_kind(row)] if kind is not None}
@@ -573,6 +582,16 @@ class Engine:
 
     def _num_running(self) -> int:
         return sum(len(rows) for rows in self._running.values())
+
+
+def _short_row(lm: LanguageModel) -> Prepared:
+    """Prepare what every model can denoise: a short prompt and a block."""
+    size = lm.denoiser.settings.block_size or WARM_UP_TOKENS
+    return lm.prepare([[0] * WARM_UP_PROMPT], max_new_tokens=size, block_size=None, stop=None)
+
+
+def _vocab_size(lm: LanguageModel) -> int:
+    return int(lm.model.config.get_text_config().vocab_size)
 
 
 def _cache_kind(row: _Row) -> object:

@@ -52,6 +52,13 @@ def test_what_is_found_while_the_model_loads_is_one_line_too(capsys, tmp_path, m
     assert "max_model_len must be at least 18" in refused(capsys, *arguments)
 
 
+def test_more_rows_than_the_memory_holds_are_refused_before_they_are_allocated(capsys, model_folder, monkeypatch):
+    monkeypatch.setattr("redraft.models.device.free_bytes", lambda device: 2**20)
+    message = refused(capsys, str(model_folder), "--port", "0", "--max-rows", "50")
+    assert "--max-rows 50 needs 2.4 MiB for keys, values and logits" in message
+    assert "1.0 MiB are free. Lower --max-rows (to 20) or --max-model-len." in message
+
+
 def test_keys_and_names(tmp_path, monkeypatch):
     path = tmp_path / "keys"
     path.write_text("# mine\n  0123456789abcdef  \nfedcba9876543210\n")

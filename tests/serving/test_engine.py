@@ -323,6 +323,18 @@ def test_a_question_is_answered_between_ticks():
         engine.decide(context, options)
 
 
+@pytest.mark.parametrize("name", ["ids full", "ids causal"])
+def test_the_memory_of_full_batches_is_known_before_it_is_taken(name):
+    lm = model(name)
+    with running(lm, max_rows=6, max_model_len=100, adapters={"other": tiny_lm(block_size=4, seed=1)}) as engine:
+        needed = engine.needed_bytes()
+        engine.warm_up()
+        slots = [forward.slots for batch in engine._batches.values() for forward in batch._forwards.values()]
+        taken = sum(states.nbytes for one in slots for pair in one.layers for states in pair)
+        open_positions = 6 * (lm.denoiser.settings.block_size or 100)
+        assert needed == taken * 100 // 101 + open_positions * 40 * 4  # and a spare position
+
+
 def test_rows_of_other_blocks_wait_for_the_slots():
     lm = model("ids causal")
     kinds = [{"block_size": size} for size in (4, 2, 4, 2)]
