@@ -89,10 +89,10 @@ def remembered(method: str, args: argparse.Namespace, *, rate: float, steps: int
     lines = map(json.loads, args.runs.read_text().splitlines()) if args.runs.exists() else ()
     known = {line["key"]: line for line in lines}
     if key not in known:
-        begun = time.monotonic()
+        begun = time.process_time()
         curve = train(method, args, rate=rate, steps=steps, seed=seed)
         made = describe(Path(__file__).name, sys.argv[1:]).strip()
-        known[key] = {"key": key, "curve": curve, "seconds": round(time.monotonic() - begun), "made": made}
+        known[key] = {"key": key, "curve": curve, "cpu_seconds": round(time.process_time() - begun), "made": made}
         args.runs.parent.mkdir(parents=True, exist_ok=True)
         with args.runs.open("a") as file:
             file.write(json.dumps(known[key]) + "\n")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,16 +22,26 @@ class Layout:
     """Bidirectional attention (`block_size=None`), or block-causal: bidirectional inside a block, causal over blocks.
 
     Blocks lie on the absolute grid of positions: block i holds positions [i * block_size, (i + 1) * block_size).
+
+    In a causal `context`, committed text is a sequence of blocks of one token, as in an autoregressive model; only what
+    is not committed yet attends in blocks (Nemotron-Labs-Diffusion). With `within` causal, an open block is causal as
+    well, so that all attention is (I-DLM, arXiv 2604.11035).
     """
 
     block_size: int | None = None
+    context: Literal["block", "causal"] = "block"
+    within: Literal["full", "causal"] = "full"
     is_two_copy: bool = False
     """The input is [x_t ; x_0], both at the same positions: a noisy block sees itself and the clean blocks before it,
-    the clean copy sees itself block-causally (arXiv 2503.09573). All blocks are trained in one forward pass."""
+    the clean copy is committed text (arXiv 2503.09573). All blocks are trained in one forward pass."""
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size must be at least 1; got {self.block_size}. Leave it out for full attention.")
+        if self.context == "causal" and self.block_size is None:
+            raise ValueError("a causal context needs a block_size: the tokens of an open block; got None. Set it.")
+        if self.within == "causal" and self.context != "causal":
+            raise ValueError("within 'causal' needs context 'causal'; got context 'block'. Change one of them.")
 
     @classmethod
     def parse(cls, layout: "Layout | str | tuple[str, int]") -> "Layout":
@@ -42,6 +53,26 @@ class Layout:
         if isinstance(layout, tuple) and len(layout) == 2 and layout[0] == "block-causal":
             return cls(block_size=layout[1])
         raise ValueError(f'layout must be "full" or ("block-causal", block_size); got {layout!r}.')
+
+    def block_begins(
+        self, positions: Int[Tensor, "batch seq"], committed: Int[Tensor, "batch #seq"] | None = None
+    ) -> Int[Tensor, "batch seq"]:
+        """Return where the block of each position begins.
+
+        Of a causal context: positions before `committed` (by default all) are blocks of one token, and no block
+        reaches across it.
+        """
+        if self.block_size is None:
+            return torch.zeros_like(positions)
+        begins = positions - positions % self.block_size
+        if self.context == "block":
+            return begins
+        return positions if committed is None else torch.maximum(begins, torch.minimum(positions, committed))
+
+    def floor(self, position: int, origin: int) -> int:
+        """Return where the block of a position begins on a grid from `origin`."""
+        assert self.block_size is not None
+        return origin + (position - origin) // self.block_size * self.block_size
 
     def pieces(self, length: int, *, is_aligned: bool) -> tuple[Piece, ...]:
         """Cut the queries into pieces, each with every key that one of its queries sees; () where one piece is enough.
@@ -70,17 +101,22 @@ def pair_rule(
     layout: Layout,
     positions: Int[Tensor, "batch seq"],
     *,
+    committed: Int[Tensor, "batch 1"] | None = None,
     segment_ids: Int[Tensor, "batch seq"] | None = None,
     isolate_segments: bool = False,
 ) -> PairRule | None:
     """Return the rule that decides who attends to whom, in flex attention's form; None for full attention.
 
+    In a causal context, positions before `committed` are committed; by default all, and in [x_t ; x_0] all of x_0.
     `segment_ids` numbers the documents of a row from 1; 0 is padding, which nothing attends to. Segments see each other
     unless `isolate_segments`. Every position attends to itself, so that padding rows stay finite. `positions` of a
     single row are those of all rows.
     """
     length = positions.shape[1]
-    block = positions.div(layout.block_size or length, rounding_mode="floor")
+    half = length // 2
+    if layout.is_two_copy:
+        committed = (torch.arange(length, device=positions.device) >= half)[None].expand_as(positions) * length
+    begin = layout.block_begins(positions, committed)
     has_blocks = layout.block_size is not None or layout.is_two_copy
     if segment_ids is None and not has_blocks:
         return None
@@ -91,13 +127,14 @@ def pair_rule(
             of_key = segment_ids[row, key]
             is_seen = of_key == segment_ids[row, query] if isolate_segments else of_key > 0
         if has_blocks:
-            of = row if len(block) > 1 else torch.zeros_like(row)
-            later = block[of, query] - block[of, key]
+            of = row if len(begin) > 1 else torch.zeros_like(row)
+            later = begin[of, query] - begin[of, key]
             if layout.is_two_copy:
-                half = length // 2
                 is_seen = is_seen & _sees_copy(later, (query < half).long(), (key < half).long())
             else:
                 is_seen = is_seen & (later >= 0)
+            if layout.within == "causal":
+                is_seen = is_seen & (positions[of, query] >= positions[of, key])
         return is_seen | (query == key)
 
     return sees
@@ -107,11 +144,12 @@ def attention_mask(
     layout: Layout,
     positions: Int[Tensor, "batch seq"],
     *,
+    committed: Int[Tensor, "batch 1"] | None = None,
     segment_ids: Int[Tensor, "batch seq"] | None = None,
     isolate_segments: bool = False,
 ) -> Bool[Tensor, "batch 1 seq seq"] | None:
     """Build the boolean mask of `pair_rule`, which has the same arguments; None for full attention."""
-    sees = pair_rule(layout, positions, segment_ids=segment_ids, isolate_segments=isolate_segments)
+    sees = pair_rule(layout, positions, committed=committed, segment_ids=segment_ids, isolate_segments=isolate_segments)
     if sees is None:
         return None
     row, index = (torch.arange(size, device=positions.device) for size in positions.shape)
@@ -119,15 +157,19 @@ def attention_mask(
 
 
 def block_mask(
-    layout: Layout, query_positions: Int[Tensor, "batch query"], key_positions: Int[Tensor, "batch key"]
+    layout: Layout,
+    query_positions: Int[Tensor, "batch query"],
+    key_positions: Int[Tensor, "batch key"],
+    *,
+    committed: Int[Tensor, "batch 1"] | None = None,
 ) -> Bool[Tensor, "batch query key"] | None:
-    """Let a query attend to its own block and the blocks before it; None for full attention."""
+    """Let a query attend to its own block and the blocks before it, as in `pair_rule`; None for full attention."""
     if layout.block_size is None:
         return None
-    query_block, key_block = (
-        positions.div(layout.block_size, rounding_mode="floor") for positions in (query_positions, key_positions)
-    )
-    return query_block[:, :, None] >= key_block[:, None, :]
+    query, key = query_positions, key_positions
+    if layout.within == "full":
+        query, key = (layout.block_begins(positions, committed) for positions in (query, key))
+    return query[:, :, None] >= key[:, None, :]
 
 
 def two_copy_mask(

@@ -25,11 +25,25 @@ class TinyTokenizer:
 
 
 def tiny_lm(
-    *, vocab_size=40, architecture="llama", dtype=torch.float64, shift_logits=False, seed=0, scale=8.0, block_size=None
+    *,
+    vocab_size=40,
+    architecture="llama",
+    dtype=torch.float64,
+    shift_logits=False,
+    seed=0,
+    scale=8.0,
+    block_size=None,
+    within=None,
 ):
-    """Build a random model small enough for hundreds of forwards; `scale` makes its predictions differ clearly."""
+    """Build a random model small enough for hundreds of forwards; `scale` makes its predictions differ clearly.
+
+    With `within` its context is causal.
+    """
     torch.manual_seed(seed)
-    settings = DiffusionSettings(mask_token_id=2, shift_logits=shift_logits, block_size=block_size)
+    context = "block" if within is None else "causal"
+    settings = DiffusionSettings(
+        mask_token_id=2, shift_logits=shift_logits, block_size=block_size, context=context, within=within
+    )
     config = ModelConfig(
         size="hidden=32,layers=2,heads=2,intermediate=64", architecture=architecture, max_positions=128
     )

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -28,6 +28,10 @@ class ConvertFlags:
     """Read the prediction of position i from the logits at i - 1, as an autoregressive model was trained."""
     block_size: int | None = None
     """Tokens per block of block-causal attention; None for full attention."""
+    context: Literal["block", "causal"] | None = None
+    """causal: only the open block is denoised, text before it stays autoregressive (preset ar, exact likelihood)."""
+    within: Literal["full", "causal"] = "full"
+    """How an open block attends after a causal context: both ways, or causally."""
     autoregressive: bool = False
     """Keep a causal model causal, to sample and evaluate it as the baseline."""
     merge: str | None = None
@@ -58,6 +62,8 @@ def _convert(flags: ConvertFlags) -> int:
         mask_token_id=flags.mask_token_id,
         shift_logits=flags.shift_logits or None,  # None: as in the source
         block_size=flags.block_size,
+        context=flags.context,
+        within=flags.within,
         adapter=flags.merge,
         to=flags.to,
         family=flags.family,
@@ -65,6 +71,8 @@ def _convert(flags: ConvertFlags) -> int:
     )
     block_size = made.settings.block_size
     layout = "full attention" if block_size is None else f"block-causal attention, {block_size} tokens"
+    if made.settings.context == "causal":
+        layout = f"causal attention, {made.settings.within} in an open block of {block_size} tokens"
     shift = ", logits shifted" if made.settings.shift_logits else ""
     print(f"{made.folder}: {made.architecture}, {layout}{shift}")
     for note in made.notes:
@@ -80,7 +88,13 @@ def _next_step(made: "Conversion") -> str:
     is_untrained = any(note.startswith("mask token") for note in made.notes)
     if made.settings.is_autoregressive or not is_untrained:
         return f"  redraft sample {folder} 'Once upon a time'"
-    return f"  redraft train stdlib-small --model.start {folder} --data.source my_texts/ --out {folder}-trained"
+    train = f"  redraft train stdlib-small --model.start {folder} --data.source my_texts/ --out {folder}-trained"
+    if made.settings.context == "block":
+        return train
+    blocks = f"--objective.kind block --objective.block-size {made.settings.block_size} --objective.context causal"
+    return f"  redraft sample {folder} 'Once upon a time' --preset ar\n{train} {blocks} --objective.ar-weight 1" + (
+        " --objective.within causal" if made.settings.within == "causal" else ""
+    )
 
 
 def _check(flags: ConvertFlags) -> int:

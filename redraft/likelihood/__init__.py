@@ -12,6 +12,7 @@ one question share strata and orders, so their difference has a smaller variance
 few possible masks is summed over all of them. The bound of a block-causal model is the sum of its blocks' bounds, each
 given the clean blocks before it, which are run once for all samples and choices (`blocks`).
 
-An autoregressive model's likelihood is exact and takes one forward pass. A model of uniform noise is scored by the loss
-of its process, over times stratified over the samples (`estimate.process_bound`).
+The likelihood of a causal model (autoregressive, or of a causal context) is exact and takes one forward pass. A model
+of uniform noise is scored by the loss of its process, with times stratified over the samples
+(`estimate.process_bound`).
 """

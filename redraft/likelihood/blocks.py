@@ -2,7 +2,7 @@
 
 The choices of a question share blocks of context. The clean blocks form a tree, in which equal blocks after equal
 blocks are one node; a block attends to its ancestors and itself. Noised copies of blocks are concatenated in one row,
-each at the positions of its block; a copy attends to the clean blocks before it and to itself. For an autoregressive
+each at the positions of its block; a copy attends to the clean blocks before it and to itself. For a causal
 model a token is a block, and a choice is a copy of many blocks in which nothing is noised.
 """
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.likelihood.spans import MaskedSpan, Sample, tokens_per_forward
+from redraft.likelihood.spans import MaskedSpan, Sample, at_least_float32, tokens_per_forward
 from redraft.models.cache import Slots, SlotSpans
 from redraft.models.denoiser import Denoiser
 from redraft.models.query import Query
@@ -30,7 +30,7 @@ class SharedBlocks:
     """The clean blocks before the spans of a question; their keys and values are computed at the first use."""
 
     def __init__(self, denoiser: Denoiser, spans: Sequence[MaskedSpan], *, hides_context: bool) -> None:
-        size = denoiser.settings.block_size
+        size = 1 if denoiser.settings.is_causal else denoiser.settings.block_size
         assert size is not None
         self.denoiser, self.size, self.hides_context = denoiser, size, hides_context
         children: dict[tuple[int, tuple[int, ...]], int] = {}  # (block before, tokens) -> number of a block
@@ -69,18 +69,19 @@ class SharedBlocks:
         the tree, so no token may attend to a lead: it would be counted twice.
         """
         settings, num_clean = self.denoiser.settings, len(self.tokens)
+        shift = int(settings.shift_logits or settings.is_causal)
         columns: list[tuple[Tensor, ...]] = []
         where, end = [], 0
         for number, (span, sample) in enumerate(samples):
             begin = self._begin(span)
-            lead = int(settings.shift_logits and begin > 0)
+            lead = shift * (begin > 0)
             tokens = span.inputs(sample, settings, hides_context=self.hides_context)[begin - lead :]
             positions = torch.arange(begin - lead, len(span.tokens))
             parent = torch.full_like(tokens, self.parents[span])
             columns.append((tokens, positions, torch.full_like(tokens, number), parent, positions < begin))
             # The first token of a text has no left neighbour, not even under a shift: clamp lets it predict itself.
             masked = span.is_scored(sample)[begin - lead :].nonzero()[:, 0]
-            where.append(end + (masked - int(settings.shift_logits)).clamp(min=0))
+            where.append(end + (masked - shift).clamp(min=0))
             end += len(tokens)
         tokens, positions, copy, parent, is_lead = map(torch.cat, zip(*columns, strict=True))
         if num_clean and not self.slots.layers:  # the first use
@@ -90,7 +91,7 @@ class SharedBlocks:
         block = positions // self.size
         is_same_copy = (copy[:, None] == copy) & (block[:, None] >= block) & ~is_lead
         mask = torch.cat([self.is_seen[parent], is_same_copy], dim=1)
-        return self._feed(torch.cat(where), tokens, positions, mask, after=num_clean).float()
+        return at_least_float32(self._feed(torch.cat(where), tokens, positions, mask, after=num_clean))
 
     def _feed(
         self,

@@ -47,8 +47,20 @@ class ObjectiveConfig(Settings):
     """masked (MDLM, LLaDA), uniform (UDLM, Duo), block (BD3LM), ar (autoregressive), or your own as MODULE:CLASS."""
     block_size: Count | None = None
     """Tokens in a block; kind block needs it."""
+    context: Literal["block", "causal"] = "block"
+    """How the clean text before a block attends: in blocks, or causally; then the likelihood is exact, and preset ar
+    decodes token by token. Kind block."""
+    within: Literal["full", "causal"] = "full"
+    """How a noised block attends after a causal context."""
     smallest_block: Count | None = None
     """Train for several block sizes: each step draws one among this, its doubles, and block_size. Kind block."""
+    grow_steps: Count | None = None
+    """Double the blocks from smallest_block to block_size within so many steps instead of drawing their sizes."""
+    ar_weight: NonNegative = 0.0
+    """Add the autoregressive loss of the clean copy, times this, in the same forward (I-DLM: 0.2; Nemotron: 1 / 0.3).
+    Needs a causal context."""
+    plain: bool = False
+    """Weigh all noised tokens alike instead of by the bound's weights. Kinds masked and block."""
     complementary: bool = False
     """Train on each row twice, under a mask and under its complement: twice the work, less variance. Kinds masked and
     block."""
@@ -58,7 +70,8 @@ class ObjectiveConfig(Settings):
     schedule: Literal["linear", "log-linear", "cosine", "polynomial", "geometric"] = "linear"
     """Noise schedule; polynomial has power 2."""
     t_min: float = SMALLEST_T
-    """Smallest time drawn in training. A larger one avoids rows with few masked tokens and large weights."""
+    """Smallest time drawn in training. A larger one avoids rows with few masked tokens and large weights; 1 masks every
+    token (TiDAR, arXiv 2511.08923)."""
     t_max: float = 1.0
     """Largest time drawn in training. (Clipped noise: arXiv 2503.09573. Evaluation always covers (0.001, 1].)"""
     exclude_mask: bool = True
@@ -70,9 +83,10 @@ class ObjectiveConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.t_min < self.t_max <= 1:
+        if not 0 <= self.t_min <= self.t_max <= 1 or not self.t_max:
             raise ValueError(
-                f"objective.t_min and t_max must satisfy 0 <= t_min < t_max <= 1; got {self.t_min}, {self.t_max}."
+                "objective.t_min and t_max must satisfy 0 <= t_min <= t_max <= 1 and 0 < t_max; got "
+                f"{self.t_min}, {self.t_max}."
             )
         if ":" in self.kind:
             _find_class(self.kind)
@@ -86,10 +100,29 @@ class ObjectiveConfig(Settings):
         if (self.kind == "block") != (self.block_size is not None):
             advice = "Set it, e.g. to 16." if self.kind == "block" else "Use --objective.kind block, or leave it out."
             raise ValueError(f"objective.block_size goes with kind block; got {self.block_size}, {self.kind}. {advice}")
+        if self.context == "causal" and self.kind != "block":
+            raise ValueError(
+                f"objective.context causal is for kind block; got kind {self.kind}. Use --objective.kind block."
+            )
+        if self.within == "causal" and self.context != "causal":
+            raise ValueError(
+                "objective.within causal needs a causal context; got context block. Use --objective.context causal."
+            )
         if self.smallest_block is not None and self.smallest_block > (self.block_size or 0):
             raise ValueError(
                 "objective.smallest_block must be at most block_size, of kind block; got "
                 f"{self.smallest_block}, {self.block_size}."
+            )
+        if self.grow_steps is not None and self.smallest_block is None:
+            raise ValueError("objective.grow_steps needs a smallest_block to grow from; got none. Set it, e.g. to 1.")
+        if self.ar_weight and self.context != "causal":
+            raise ValueError(
+                f"objective.ar_weight needs a causal context; got {self.context}. Use --objective.context causal."
+            )
+        if self.plain and (self.kind not in ("masked", "block") or self.cart is not None):
+            raise ValueError(
+                f"objective.plain is for kinds masked and block, without cart; got {self.kind}, cart {self.cart}. "
+                "Leave it out."
             )
         if self.complementary and (self.kind not in ("masked", "block") or self.schedule != "linear"):
             raise ValueError(
@@ -140,7 +173,12 @@ class ObjectiveConfig(Settings):
         return Diffusion(
             process=process,
             block_size=self.block_size,
+            context=self.context,
+            within=self.within,
             smallest_block=self.smallest_block,
+            grow_steps=self.grow_steps,
+            ar_weight=self.ar_weight,
+            is_plain=self.plain,
             t_min=self.t_min,
             t_max=self.t_max,
             is_complementary=self.complementary,
@@ -158,6 +196,8 @@ class ObjectiveConfig(Settings):
             schedule=self.schedule,
             shift_logits=is_ar,
             block_size=1 if is_ar else self.block_size,
+            context=self.context,
+            within=self.within if self.context == "causal" else None,
         )
 
 

@@ -54,12 +54,12 @@ class LogLikelihood:
 
     nats: float
     standard_error: float
-    """Of the Monte Carlo alone; 0 where all masks were summed, and for autoregressive models."""
+    """Of the Monte Carlo alone; 0 where all masks were summed, and for causal models."""
     num_tokens: int
     forwards: int
     """Rows that went through the model, two per sample under guidance; of a block-causal model a row is a block."""
     is_greedy: bool | None = None
-    """Whether each token is the likeliest after those before it; None but for autoregressive models."""
+    """Whether each token is the likeliest after those before it; None but for causal models."""
 
 
 def rolling_requests(tokens: Int[Tensor, "n"], *, window: int, key: int = 0) -> list[Request]:
@@ -86,9 +86,9 @@ def score_questions(
     config, settings = config or LikelihoodConfig(), denoiser.settings
     has_choices = any(len(choices) > 1 for choices in questions)
     requests = list(chain(*questions))
-    if process_class(settings.process).noise != "mask":
+    if process_class(settings.process).noise != "mask" and not settings.is_causal:
         results = [process_bound(denoiser, request, config) for request in requests]
-    elif can_share(denoiser) and (has_choices or not settings.is_autoregressive):
+    elif can_share(denoiser) and (has_choices or not settings.is_causal):
         results = [one for choices in questions for one in mask_bounds(denoiser, choices, config, shares_blocks=True)]
     else:
         results = mask_bounds(denoiser, requests, config, shares_blocks=False)
@@ -102,7 +102,7 @@ def score_questions(
 def mask_bounds(
     denoiser: Denoiser, requests: Sequence[Request], config: LikelihoodConfig, *, shares_blocks: bool
 ) -> list[LogLikelihood]:
-    """Estimate the bounds of a model of masked noise, or the likelihoods of an autoregressive model.
+    """Estimate the bounds of a model of masked noise, or the likelihoods of a causal one.
 
     `shares_blocks`: run the clean blocks of all requests once (`blocks`); the results are the same.
     """
@@ -123,7 +123,7 @@ def mask_bounds(
                 standard_error=math.sqrt(sum(variance for _, variance in estimates)),
                 num_tokens=len(request.continuation),
                 forwards=sum(len(scores[span]) for span in parts) * (2 if is_guided else 1),
-                is_greedy=is_greedy if denoiser.settings.is_autoregressive else None,
+                is_greedy=is_greedy if denoiser.settings.is_causal else None,
             )
         )
     return results
@@ -132,18 +132,18 @@ def mask_bounds(
 def _spans(request: Request, denoiser: Denoiser, config: LikelihoodConfig) -> list[MaskedSpan]:
     """Cut a request into spans, each with an estimate of its own: the whole continuation, or each block of it.
 
-    An autoregressive model is asked for all tokens at once, except that a text's first token, which a mask token
+    A causal model is asked for all tokens at once, except that a text's first token, which a mask token
     predicts, is a span of its own.
     """
     tokens, start, settings = request.tokens, len(request.context), denoiser.settings
-    if settings.is_autoregressive:
+    if settings.is_causal:
         ends = [1, len(tokens)] if start == 0 and len(tokens) > 1 else [len(tokens)]
     else:
         size = settings.block_size or len(tokens)
         ends = [*range((start // size + 1) * size, len(tokens), size), len(tokens)]
     spans = []
     for begin, end in zip([start, *ends[:-1]], ends, strict=True):
-        if settings.is_autoregressive:
+        if settings.is_causal:
             masks = Masks(is_masked=torch.ones(1, end - begin, dtype=torch.bool), weight=torch.ones(1), is_exact=True)
         else:
             masks = draw_masks(end - begin, config.num_samples, key=request.key, seed=config.seed)

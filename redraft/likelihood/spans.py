@@ -33,12 +33,12 @@ class MaskedSpan:
     def inputs(self, sample: int, settings: DiffusionSettings, *, hides_context: bool) -> Int[Tensor, "seq"]:
         """Return the text under the mask of a sample, as the model gets it; guidance hides the context.
 
-        An autoregressive model gets the tokens themselves: its causal attention hides them. Only the first token of a
-        text, which has no left neighbour, is predicted from a mask token.
+        A causal model gets the tokens themselves: its causal attention hides them. Only the first token of a text,
+        which has no left neighbour, is predicted from a mask token.
         """
         positions = torch.arange(len(self.tokens))
         is_hidden = self.is_scored(sample)
-        if settings.is_autoregressive:
+        if settings.is_causal:
             is_hidden = is_hidden & (positions == 0)
         if hides_context:
             is_hidden = is_hidden | (positions < self.context_len)
@@ -52,6 +52,11 @@ class MaskedSpan:
 def tokens_per_forward(denoiser: Denoiser) -> int:
     """Bound the tokens of one forward pass."""
     return TOKENS_PER_FORWARD.get(denoiser.device.type, 16384)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Widen half precision, and keep float64."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 Sample = tuple[MaskedSpan, int]
@@ -89,4 +94,4 @@ class WholeRows:
             where=is_scored.flatten().nonzero()[:, 0].to(device),
             segment_ids=segment_ids,
         )
-        return self.denoiser(query).float()
+        return at_least_float32(self.denoiser(query))

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from redraft.models.load import (
     read_tokenizer,
     renaming_class,
 )
-from redraft.models.probe import BIDIRECTIONAL, BLOCKS, NEEDED, PADDING, Check, check_model, sequence
+from redraft.models.probe import BIDIRECTIONAL, BLOCKS, CAUSAL, NEEDED, PADDING, Check, check_model, sequence
 from redraft.models.settings import DiffusionSettings
 
 MASK_TOKEN = "<|mask|>"
@@ -60,6 +60,8 @@ def convert(
     mask_token_id: int | None = None,
     shift_logits: bool | None = None,
     block_size: int | None = None,
+    context: Literal["block", "causal"] | None = None,
+    within: Literal["full", "causal"] = "full",
     adapter: str | Path | None = None,
     to: str | None = None,
     family: str | None = None,
@@ -68,17 +70,18 @@ def convert(
 ) -> Conversion:
     """Write `source` (folder, hub id or .gguf file) to the folder `out` as a diffusion model.
 
-    An autoregressive model loses its causal mask (with a `block_size` it stays between blocks); an encoder keeps its
-    head or gets one. The mask token is `mask_token_id`, the tokenizer's own, a reserved token, a spare row of the
-    embedding, or a new row; the last three are set to the mean of the other rows. `shift_logits` keeps next-token
-    alignment. `adapter` is merged into the weights, as is a source that is an adapter. `to` writes a family's own
-    names, for the users of its code. `autoregressive` keeps a causal model causal (blocks of one token).
+    An autoregressive model loses its causal mask (with a `block_size` it stays between blocks; in a causal `context`
+    it goes in open blocks only, or, `within` causal, nowhere); an encoder keeps its head or gets one. The mask token is
+    `mask_token_id`, the tokenizer's own, a reserved token, a spare row of the embedding, or a new row; the last three
+    are set to the mean of the other rows. `shift_logits` keeps next-token alignment. `adapter` is merged into the
+    weights, as is a source that is an adapter. `to` writes a family's own names, for the users of its code.
+    `autoregressive` keeps a causal model causal (blocks of one token).
 
     Raises ValueError for a model that cannot be converted, with the reason, before anything is written.
     """
     out = Path(out)
     _check_new(out)
-    Layout(block_size=block_size)  # refuses a size that is none, before the weights are read
+    Layout(block_size=block_size, context=context or "block", within=within)  # refuses what no model can have
     written_as = None if to is None else _family_to_write(to)
     source = local_path(source)
     if adapter is None:
@@ -99,8 +102,11 @@ def convert(
         mask, note = choose_mask(model, tokenizer, mask_token_id)
         notes.append(note)
         settings = DiffusionSettings(mask_token_id=mask)
-    chosen: dict[str, Any] = {"shift_logits": shift_logits, "block_size": block_size}
-    settings = replace(settings, **{name: value for name, value in chosen.items() if value is not None})
+    asked = {"shift_logits": shift_logits, "block_size": block_size, "context": context}
+    chosen: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if context is not None:
+        chosen["within"] = within if context == "causal" else None
+    settings = replace(settings, **chosen)
     if autoregressive:
         if not is_causal:
             raise ValueError(f"{source} is not autoregressive ({type(model).__name__}); leave autoregressive out.")
@@ -143,6 +149,10 @@ def _check_claims(source: str | Path, checks: list[Check], settings: DiffusionSe
     needed = set(NEEDED) | ({BLOCKS} if settings.block_size else set())
     if settings.is_autoregressive:  # both of the others are of full attention
         needed -= {BIDIRECTIONAL, PADDING}
+    if settings.context == "causal":
+        needed |= {CAUSAL}
+    if settings.within == "causal":
+        needed -= {BIDIRECTIONAL}
     for check in checks:
         if check.claim in needed and not check.passed:
             raise ValueError(f"{source} cannot be converted: the check '{check.claim}' failed ({check.measured}).")

@@ -26,7 +26,7 @@ _STANCE = RLock()
 
 @dataclass(frozen=True)
 class Denoiser:
-    """One transformers model, called without a causal mask; several threads may call it."""
+    """One transformers model, called with masks of ours; several threads may call it."""
 
     model: Any
     settings: DiffusionSettings
@@ -97,7 +97,8 @@ class Denoiser:
         inputs["use_cache"] = False
         segments: dict[str, Any] = {"segment_ids": query.segment_ids, "isolate_segments": query.isolate_segments}
         if query.grid_origin is not None:
-            mask = attention_mask(layout, positions - query.grid_origin[:, None], **segments)
+            on_grid, committed = _on_grid(query, positions)
+            mask = attention_mask(layout, on_grid, committed=committed, **segments)
             return inputs | {"attention_mask": model_masks(self.model, mask, positions, positions)}
         if self.attention != "mask" and query.segment_ids is None:
             positions = positions[:1]  # the same in all rows, so one row's mask serves all
@@ -119,8 +120,8 @@ class Denoiser:
         # No mask is needed where every query reads every slot. A static view shows all slots of the pool, also those
         # that no row has written yet, so it always needs one.
         if mask is None and (view.is_static or not view.spans.reads_all):
-            origin = torch.zeros_like(positions[:, :1]) if query.grid_origin is None else query.grid_origin[:, None]
-            causal = block_mask(layout, positions - origin, keys - origin)
+            on_grid, committed = _on_grid(query, positions)
+            causal = block_mask(layout, on_grid, _on_grid(query, keys)[0], committed=committed)
             read = view.spans.is_read(device, view.num_keys)[:, None].expand(-1, positions.shape[1], -1)
             mask = read if causal is None else read & causal
         return model_masks(self.model, None if mask is None else mask[:, None], positions, keys)
@@ -149,19 +150,31 @@ class Denoiser:
         return (positions.repeat(1, 2) if layout.is_two_copy else positions), layout
 
     def _predictors(self, query: Query, positions: Int[Tensor, "batch query"], layout: Layout) -> Int[Tensor, "n"]:
-        """Find the fed tokens whose logits predict `where`: themselves, or their left neighbours under a shift."""
-        if not (self.settings.shift_logits if query.shift is None else query.shift):
+        """Find the fed tokens whose logits predict `where`: themselves, or their left neighbours.
+
+        Left neighbours predict under a shift, and in a causal context where they are committed.
+        """
+        shift = self.settings.shift_logits if query.shift is None else query.shift
+        is_causal = layout.context == "causal" and query.shift is None
+        if not shift and not is_causal:
             return query.where
-        position = positions.flatten()[query.where]
+        position, length = positions.flatten()[query.where], query.input_ids.shape[1]
         # The first position of a segment has no neighbour: it is predicted by its own logits.
-        has_neighbour = position > 0
-        rows = query.where - has_neighbour.to(query.where.dtype)
-        if not layout.is_two_copy or layout.block_size is None:
-            return rows
+        reads_left = has_neighbour = position > 0
+        is_first = torch.zeros_like(has_neighbour)  # of a noisy block
+        if layout.is_two_copy and layout.block_size is not None:
+            is_noisy = query.where % length < length // 2
+            is_first = has_neighbour & is_noisy & (position % layout.block_size == 0)
+            follows_committed = is_first | ~is_noisy
+        elif query.committed is not None:
+            follows_committed = position <= query.committed[query.where // length]
+        else:
+            follows_committed = has_neighbour
+        if not shift:
+            reads_left = has_neighbour & follows_committed
         # In [x_t ; x_0] the left neighbour of a noisy block is the last token of the clean block before it, which
         # stands half a row later.
-        is_first = has_neighbour & (position % layout.block_size == 0)
-        return rows + is_first.to(rows.dtype) * (query.input_ids.shape[1] // 2)
+        return query.where - reads_left.to(query.where.dtype) + is_first.to(query.where.dtype) * (length // 2)
 
     @contextmanager
     def _stance(self, view: View | None) -> Iterator[None]:
@@ -172,3 +185,12 @@ class Denoiser:
             return
         with _STANCE, torch.compiler.set_stance("force_eager") if once else nullcontext():
             yield
+
+
+def _on_grid(query: Query, positions: Int[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch seq"], Tensor | None]:
+    """Count positions, and the committed ones (B, 1), from where each row's grid of blocks begins."""
+    committed = None if query.committed is None else query.committed[:, None]
+    if query.grid_origin is None:
+        return positions, committed
+    origin = query.grid_origin[:, None]
+    return positions - origin, None if committed is None else committed - origin

@@ -146,6 +146,7 @@ class Family:
             "the architecture": (config.model_type, self.stock),
             "shift_logits": (diffusion.get("shift_logits", False), self.shift_logits),
             "block-causal attention": (bool(diffusion.get("block_size")), bool(self.block_size)),
+            "the context of a block": (diffusion.get("context", "block"), "block"),
         }
         for what, (ours, theirs) in facts.items():  # their code has these built in
             if ours != theirs:

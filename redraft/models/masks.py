@@ -34,7 +34,8 @@ def model_masks(
 ) -> Any:
     """Turn a mask (None: everything attends to everything) into the `attention_mask` of a model's forward."""
     config = model.config.get_text_config()
-    if mask is None and config.model_type in NEEDS_MASK:
+    # Without a mask, a model whose config says so is causal.
+    if mask is None and (config.model_type in NEEDS_MASK or getattr(config, "is_causal", False)):
         batch, queries = query_positions.shape
         mask = torch.ones((batch, 1, queries, key_positions.shape[1]), dtype=torch.bool, device=query_positions.device)
     masks = layer_masks(config, mask, query_positions, key_positions)
@@ -59,13 +60,16 @@ def layer_masks(
     """Combine a mask (None: everything attends to everything) with the window of each kind of layer.
 
     Returns the mask itself if no window is shorter than the row, one mask if all layers are of one kind, else
-    {kind: mask}. A window of n reaches n positions to either side, as in transformers' bidirectional masks.
+    {kind: mask}. A window of n reaches n positions to either side, as in transformers' bidirectional masks; n - 1 in a
+    model whose config is causal, as in transformers' causal masks.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None) if not kinds or WINDOW in kinds else None
     chunk = getattr(config, "attention_chunk_size", None) if not kinds or CHUNK in kinds else None
     if not kinds <= {"full_attention", WINDOW, CHUNK}:
         return mask
+    if window and getattr(config, "is_causal", False):
+        window -= 1
     if window and window >= key_positions.shape[1] - 1:
         window = None  # it reaches everywhere
     if not window and not chunk:

@@ -20,6 +20,7 @@ POSITIONS = "positions are the model's own"
 ISOLATED = "nothing leaks past the mask"
 PADDING = "padding is inert"
 BLOCKS = "blocks are causal"
+CAUSAL = "committed text is autoregressive"
 CACHED = "cached blocks equal uncached"
 NEEDED = (BIDIRECTIONAL, POSITIONS, ISOLATED, PADDING)
 """Claims that must hold for every diffusion model."""
@@ -45,7 +46,9 @@ def check_model(model: Any, settings: DiffusionSettings, *, block_size: int = 4)
     denoiser = Denoiser(model.eval(), DiffusionSettings(mask_token_id=settings.mask_token_id))
     size = settings.block_size or block_size
     ids = sequence(model, length=3 * size)
+    checks = [_measured(CAUSAL, lambda: _check_causal(model, settings, ids))] if settings.context == "causal" else []
     return [
+        *checks,
         _measured(BIDIRECTIONAL, lambda: _check_bidirectional(denoiser, ids)),
         _measured(POSITIONS, lambda: _check_positions(denoiser, ids)),
         _measured(ISOLATED, lambda: _check_isolated(denoiser, ids)),
@@ -185,6 +188,13 @@ def _check_blocks(denoiser: Denoiser, ids: Tensor, size: int) -> tuple[bool, str
     within = difference(denoiser.logits(_changed(ids, size - 1), layout=layout)[:, 0], plain[:, 0])
     passed = is_equal(later, denoiser.model) and (within > 1e-6 or size == 1)
     return passed, f"a later block moves logits by {later:.1e}, the same block by {within:.1e}"
+
+
+def _check_causal(model: Any, settings: DiffusionSettings, ids: Tensor) -> tuple[bool, str]:
+    """Call the model as plain transformers does: without an open block its logits are the denoiser's."""
+    plain = model(input_ids=ids).logits
+    moved = difference(Denoiser(model, settings).logits(ids, shift=False), plain)
+    return is_equal(moved, model), f"the context's mask moves logits by {moved:.1e}"
 
 
 def _check_cached(denoiser: Denoiser, ids: Tensor, size: int) -> tuple[bool, str]:

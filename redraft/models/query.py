@@ -38,8 +38,11 @@ class Query:
     """Who sees whom; by default the model's own."""
     grid_origin: Int[Tensor, "batch"] | None = None
     """Where each row's grid of blocks begins, if not at position 0."""
+    committed: Int[Tensor, "batch"] | None = None
+    """In a causal context, where each row's open blocks begin; by default all of a row is committed."""
     shift: bool | None = None
-    """Whether a position is predicted by its left neighbour's logits; by default as the model's settings say."""
+    """Whether a position is predicted by its left neighbour's logits; by default as the model's settings say, and in a
+    causal context wherever the left neighbour is committed."""
     view: View | None = None
     """The slots where keys and values of the fed tokens are written, and those that are read."""
     sees: Bool[Tensor, "batch query slots"] | None = None

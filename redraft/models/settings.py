@@ -1,7 +1,7 @@
 """What a checkpoint says about its own diffusion: the `diffusion` entry of config.json. No torch."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from redraft.settings import Count, Settings
 
@@ -23,6 +23,28 @@ class DiffusionSettings(Settings):
     """Position i is predicted by the logits of position i - 1, as an autoregressive model was trained to."""
     block_size: Count | None = None
     """Tokens in a block of block-causal attention; absent for full attention."""
+    context: Literal["block", "causal"] = "block"
+    """How committed text attends: in blocks, or causally; then each of its tokens predicts the next one."""
+    within: Literal["full", "causal"] | None = None
+    """How an open block attends after a causal context; absent without one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context == "causal" and self.within is None:
+            raise ValueError(
+                "config.json: diffusion.context is causal, and diffusion.within does not say how a block attends; "
+                'got None. Write "within": "full" (as Nemotron-Labs-Diffusion) or "causal" (as I-DLM) into it.'
+            )
+        if self.context == "causal" and self.block_size is None:
+            raise ValueError(
+                "config.json: diffusion.context is causal, and diffusion.block_size is absent. Write the tokens of an "
+                "open block into it."
+            )
+        if self.context == "block" and self.within is not None:
+            raise ValueError(
+                f"config.json: diffusion.within is for context causal; got within {self.within!r} and context 'block'. "
+                "Leave within out."
+            )
 
     @property
     def is_autoregressive(self) -> bool:
@@ -30,17 +52,27 @@ class DiffusionSettings(Settings):
         return self.process == "autoregressive"
 
     @property
+    def is_causal(self) -> bool:
+        """Whether committed tokens predict the next one, as plain transformers computes it: autoregressive, or more."""
+        return self.is_autoregressive or self.context == "causal"
+
+    @property
     def layout(self) -> "Layout":
         """The attention the model was trained with."""
         from redraft.layouts import Layout  # torch
 
-        return Layout(block_size=self.block_size)
+        return Layout(block_size=self.block_size, context=self.context, within=self.within or "full")
+
+    def saved(self) -> dict[str, Any]:
+        """Return the `diffusion` entry of a config.json; without a causal context it does not speak of one."""
+        names = {"context", "within"} if self.context == "block" else ()
+        return {name: value for name, value in asdict(self).items() if name not in names}
 
     def save_to(self, config: Any) -> None:
-        """Write the settings into a transformers config, and make it bidirectional unless it is autoregressive."""
-        config.diffusion = asdict(self)
+        """Write the settings into a transformers config, and make it bidirectional unless its text is causal."""
+        config.diffusion = self.saved()
         if config.get_text_config() is config:  # DiffusionGemma's two stacks say it themselves
-            config.is_causal = self.is_autoregressive
+            config.is_causal = self.is_causal
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any], **overrides: Any) -> "DiffusionSettings":

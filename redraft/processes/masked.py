@@ -71,7 +71,11 @@ class MaskedDiffusion:
         `noised` holds the same n targets as `logits` (`noised.flatten()[noised.targets()]`).
         """
         nats = self.cross_entropy(logits, noised)
-        return nats * weight(self.schedule, noised.t).to(nats.dtype)
+        return nats * self.weights(noised).to(nats.dtype)
+
+    def weights(self, noised: Noised) -> Float[Tensor, "*shape"]:
+        """Return the bound's weight of each position's time."""
+        return weight(self.schedule, noised.t)
 
     def cross_entropy(self, logits: Float[Tensor, "n vocab"], noised: Noised) -> Float[Tensor, "n"]:
         """Return -log p(x_0 | x_t) of each target in nats, without the weight of its time."""

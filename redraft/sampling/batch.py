@@ -67,11 +67,12 @@ class Batch:
         ids = list(range(self._num_joined, self._num_joined + len(row_keys)))
         self._num_joined += len(ids)
         prior = self.denoiser.settings.mask_token_id, self.denoiser.model.config.get_text_config().vocab_size
-        group = Rows(sampler, canvas, row_keys, ids=ids, prior=prior)
+        layout = sampler.layout or self.denoiser.settings.layout
+        group = Rows(sampler, canvas, row_keys, ids=ids, prior=prior, layout=layout)
         for place in group.places:
             place.salt = salt
         if self.denoiser.is_self_conditioned:
-            length = (sampler.layout or self.denoiser.settings.layout).block_size or 0
+            length = layout.block_size or 0
             group.predicted = group.predicted.new_zeros(len(ids), length, prior[1], dtype=self.denoiser.model.dtype)
         self._waiting.append(group)
         self._drop(group, group.num_left.eq(0).tolist())  # sync: a row with nothing to decide is done

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from redraft.layouts import Layout
 from redraft.models.cache import SlotSpans
 from redraft.models.denoiser import Denoiser
 from redraft.sampling.rows import Place
@@ -20,7 +21,9 @@ class Planner:
     "exact" (block-causal attention): keys and values of finished blocks are final, so each is computed once. A step
     feeds what is not final, up to the end of the open blocks. So the first step feeds the prompt with the first block,
     and the first step of every other block feeds the finished block before it once more: no forward is spent on
-    writing the cache alone.
+    writing the cache alone. In a causal context nothing waits for the end of a block: keys and values are final once
+    they were computed when all tokens up to theirs were committed. An open block that is causal as well (`within`)
+    commits them one by one.
 
     "prefix" and "dual" (full attention; Fast-dLLM, Section 3.2 of arXiv 2505.22618): keys and values outside of the
     open blocks are taken to be as they were when these opened. The first step of a block feeds everything; the others
@@ -30,13 +33,15 @@ class Planner:
     kind: Literal["exact", "prefix", "dual"]
     shift: bool
     """Whether a position's logits come from its left neighbour, which then must be fed too."""
-    block_size: int = 1
-    """Of the attention, where it is block-causal."""
+    layout: Layout
+    is_steady: bool = False
+    """Whether forwards of equal shapes are wanted, so that no token of an open block counts as final."""
 
     @classmethod
     def of(cls, sampler: Sampler, denoiser: Denoiser) -> "Planner | None":
         """Choose how keys and values are cached. Raises ValueError for a cache that the attention does not allow."""
-        size = (sampler.layout or denoiser.settings.layout).block_size
+        layout = sampler.layout or denoiser.settings.layout
+        size = layout.block_size
         if sampler.cache == "none":
             return None
         if sampler.cache == "exact" and size is None:
@@ -48,7 +53,8 @@ class Planner:
             raise ValueError(
                 f"cache {sampler.cache!r} approximates full attention, and this model is block-causal. Use 'exact'."
             )
-        return cls(kind=sampler.cache, shift=denoiser.settings.shift_logits, block_size=size or 1)
+        shift = denoiser.settings.shift_logits or layout.context == "causal"
+        return cls(kind=sampler.cache, shift=shift, layout=layout, is_steady=denoiser.is_compiled)
 
     def plan(self, places: Sequence[Place]) -> SlotSpans:
         """Lay out the next forward."""
@@ -60,15 +66,17 @@ class Planner:
         return SlotSpans(starts=starts, ends=ends, key_ends=lengths, reads_all=len(set(lengths)) == 1)
 
     def _plan_exact(self, places: Sequence[Place]) -> SlotSpans:
+        floor, size = self.layout.floor, self.layout.block_size
+        assert size is not None
         starts = [max(0, place.final - self.shift) for place in places]
-        ends = [min(place.length, self.floor(place.end - 1, place.origin) + self.block_size) for place in places]
+        ends = [min(place.length, floor(place.end - 1, place.origin) + size) for place in places]
         edges = set(zip(starts, ends, strict=True))
         in_one_block = (
-            self.floor(start, place.origin) == self.floor(end - 1, place.origin)
+            floor(start, place.origin) == floor(end - 1, place.origin)
             for start, end, place in zip(starts, ends, places, strict=True)
         )
-        is_steady = max(end - start for start, end in edges) <= 2 * self.block_size + self.shift
-        reads_all = len(edges) == 1 and all(in_one_block)
+        is_steady = max(end - start for start, end in edges) <= 2 * size + self.shift
+        reads_all = self.layout.context == "block" and len(edges) == 1 and all(in_one_block)
         return SlotSpans(starts=starts, ends=ends, key_ends=ends, reads_all=reads_all, is_steady=is_steady)
 
     def note(self, places: Sequence[Place]) -> None:
@@ -78,8 +86,10 @@ class Planner:
             place.final = self.finished(place) if self.kind == "exact" else 0
 
     def finished(self, place: Place) -> int:
-        """Count the positions of whole blocks that are decided."""
-        return max(0, self.floor(place.unfinished, place.origin))
+        """Count the positions whose keys and values are final once they are computed now."""
+        if self.layout.within == "causal" and not self.is_steady:
+            return place.unfinished
+        return place.committed(self.layout)
 
     def has_prompt(self, place: Place) -> bool:
         """Tell whether a row has a slot with all of its finished blocks."""
@@ -90,12 +100,12 @@ class Planner:
         end = self.finished(place)
         if num_tokens is None:
             return end
-        first = self.floor(place.final, place.origin) + self.block_size
-        return min(end, max(self.floor(place.final + num_tokens, place.origin), first))
+        first = self.layout.floor(place.final, place.origin) + (self.layout.block_size or 0)
+        return min(end, max(self.whole(place.final + num_tokens, place.origin), first))
 
-    def floor(self, position: int, origin: int) -> int:
-        """Return where the block of a position begins."""
-        return origin + (position - origin) // self.block_size * self.block_size
+    def whole(self, position: int, origin: int) -> int:
+        """Return the end of the last unit before a position that is computed as one: of a token, or of a block."""
+        return position if self.layout.context == "causal" else max(0, self.layout.floor(position, origin))
 
 
 def _is_filled(place: Place) -> bool:

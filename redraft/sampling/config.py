@@ -79,6 +79,12 @@ class SamplingConfig(Settings):
         if len(costs) > 1:
             raise ValueError(f"{' and '.join(costs)} each set the number of forward passes; give one of them.")
         preset = preset_from_name(self.preset)
+        for name in (*ALL_COSTS, "block_size") if preset.blocks == "token" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"preset {self.preset!r} decides one token per forward pass; got {name}={getattr(self, name)}. "
+                    "Leave it out, or use another preset."
+                )
         for name in OF_SOME_PRESETS:
             value = getattr(self, name)
             if value is not None and name not in preset.defaults:

@@ -37,7 +37,7 @@ class Forward:
     ) -> None:
         if denoiser.is_self_conditioned and sampler.cfg_scale:
             raise ValueError(f"this model has no unconditional branch; got cfg_scale={sampler.cfg_scale}. Use 0.")
-        self.denoiser, self.layout = denoiser, sampler.layout
+        self.denoiser, self.layout = denoiser, sampler.layout or denoiser.settings.layout
         self.planner = Planner.of(sampler, denoiser)
         self.branches = 2 if sampler.cfg_scale else 1
         self.slots = Slots(num_rows * self.branches, num_positions)
@@ -115,6 +115,9 @@ class Forward:
             row = group.window.rows if isinstance(index, slice) else index[group.window.rows]
             column = group.window.positions - first[row]
             where += [(row * branches + branch) * input_ids.shape[2] + column for branch in range(branches)]
+        committed = None
+        if self.layout.context == "causal":
+            committed = [place.committed(self.layout) for place in places]
         previous = None
         if self.denoiser.is_self_conditioned:
             has_previous = joined([group.step[:, None] > 0 for group in groups])[:, 0]
@@ -125,6 +128,7 @@ class Forward:
             segment_ids=segment_ids,
             layout=self.layout,
             grid_origin=first.new_tensor([place.origin for place in places for _ in range(branches)]),
+            committed=None if committed is None else first.new_tensor(committed).repeat_interleave(branches),
             view=view,
             previous=previous,
         )
@@ -240,12 +244,12 @@ class Forward:
             self.left[unused[0]] = prefix
 
     def _num_shared(self, place: Place, tokens: Int[Tensor, "branches seq"], prefix: Prefix) -> int:
-        """Count the positions of whole finished blocks in which a row equals a prefix."""
+        """Count the positions in which a row equals a prefix: of whole finished blocks, if blocks must be whole."""
         assert self.planner is not None
-        is_alike = (prefix.origin, prefix.salt) == (place.origin, place.salt)
-        length = min(prefix.tokens.shape[1], place.unfinished) if is_alike else 0
+        is_alike = prefix.salt == place.salt and (prefix.origin == place.origin or self.layout.context == "causal")
+        length = min(prefix.tokens.shape[1], self.planner.finished(place)) if is_alike else 0
         is_equal = (prefix.tokens[:, :length] == tokens[:, :length]).all(dim=0)
-        return max(0, self.planner.floor(int(is_equal.long().cumprod(dim=0).sum()), place.origin))
+        return self.planner.whole(int(is_equal.long().cumprod(dim=0).sum()), place.origin)
 
     def _feed_prompts(
         self, planner: Planner, unfed: Sequence[Place], tokens: dict[int, Tensor], chunk: int | None

@@ -18,9 +18,9 @@ class Preset:
     keep the defaults of `Sampler`: an even quota, the most confident first."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Settings that it sets where the user does not. It takes only those of `OF_SOME_PRESETS` that are listed here."""
-    blocks: Literal["model", "grid", "prompt"] = "model"
+    blocks: Literal["model", "grid", "prompt", "token"] = "model"
     """Which blocks it decodes. "model": the model's. "grid" and "prompt": its own, with block-causal attention, counted
-    from position 0 or from the end of each row's prompt."""
+    from position 0 or from the end of each row's prompt. "token": single tokens, by a model whose text is causal."""
 
 
 OF_SOME_PRESETS = ("alg_temperature", "threshold", "factor", "entropy_bound", "editing_threshold")
@@ -71,6 +71,7 @@ def _renoised(policies: Any, config: Any) -> dict[str, Any]:
 
 _DREAM = {"alg_temperature": None}
 PRESETS = {
+    "ar": Preset(source="autoregressive decoding by a model with a causal context", blocks="token"),
     "llada": Preset(source="low-confidence remasking, LLaDA, Section 2.4 of arXiv 2502.09992", defaults=_DREAM),
     "llada-random": Preset(
         source="random remasking, LLaDA, Algorithm 4 of arXiv 2502.09992", build=lambda p, _: {"score": p.random_order}

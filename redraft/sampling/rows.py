@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from redraft.layouts import Layout
 from redraft.randomness import mix, uniform
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.policies.candidates import DRAW_NOISE, Window
@@ -63,6 +64,10 @@ class Place:
     num_copied: int = 0
     """Positions whose keys and values were copied from another row."""
 
+    def committed(self, layout: Layout) -> int:
+        """Count the positions before the block that holds the first undecided one."""
+        return max(0, layout.floor(self.unfinished, self.origin))
+
 
 class Rows:
     """The state of the rows. The first dimension of each tensor is the row. A tensor that a `Step` shows is replaced,
@@ -72,11 +77,18 @@ class Rows:
     """
 
     def __init__(
-        self, sampler: Sampler, canvas: Canvas, keys: Int[Tensor, "batch"], *, ids: list[int], prior: tuple[int, int]
+        self,
+        sampler: Sampler,
+        canvas: Canvas,
+        keys: Int[Tensor, "batch"],
+        *,
+        ids: list[int],
+        prior: tuple[int, int],
+        layout: Layout,
     ) -> None:
         status, zero, never = canvas.status, torch.zeros_like(keys), torch.full_like(keys, NEVER)
         self.sampler, self.canvas, self.keys, self.ids = sampler, canvas, keys, keys.new_tensor(ids)
-        self.prior = prior
+        self.prior, self.layout = prior, layout
         """The mask token and the size of the vocabulary, of which noise is made."""
         self.block_of = sampler.frontier.blocks(status)
         self.num_steps = self._steps_per_block()
@@ -95,7 +107,8 @@ class Rows:
         self.num_forwards = zero
         """Forwards that the row took part in."""
         self.asked, self.fed = zero, self.canvas.tokens.clone()
-        """A hash of the positions that the last forward was asked for, and the tokens that it was fed."""
+        """A hash of the positions that the last forward was asked for (in a causal context, and of how many are
+        committed), and the tokens that it was fed."""
         self.logits: Tensor | None = None
         """Logits of the last forward while they are valid: for the rows and positions of the window `answered`."""
         self.answered: Window
@@ -183,6 +196,9 @@ class Rows:
         where = is_asked.flatten().nonzero()[:, 0]  # sync: how many positions are open is data
         row, column = where // is_asked.shape[1], where % is_asked.shape[1]
         self.asked_now = torch.where(is_asked, self.marks, 0).sum(dim=1)
+        if self.layout.context == "causal":  # what is committed attends otherwise, even if no token changed
+            committed = self.keys.new_tensor([place.committed(self.layout) for place in self.places])
+            self.asked_now = mix(self.asked_now + committed)
         # Tokens outside of the columns need no comparison: they were decided, so the positions asked for changed too.
         is_new = (self.asked_now != self.asked) | (self.part.tokens != self.in_columns(self.fed)).any(dim=1)
         self.is_forward = is_asked.any(dim=1) & is_new | is_every_step

@@ -1,7 +1,7 @@
 """Samplers: a combination of policies, and how tokens are drawn."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -71,9 +71,21 @@ def build_sampler(
     forwards = config.forwards
     if config.budget is not None:
         forwards = max(1, round(config.budget * config.max_new_tokens))
+    if preset.blocks == "token" and not settings.is_causal:
+        raise ValueError(
+            f"preset {config.preset!r} needs a model whose committed text is causal; this one attends "
+            f"{'in blocks' if settings.block_size else 'to everything'}. Train one with --objective.kind block "
+            "--objective.context causal, or with --objective.kind ar."
+        )
     size = config.block_size or settings.block_size or chosen.block_size
+    if preset.blocks == "token":
+        size = 1
+    if settings.context == "causal" and (size or 0) > (settings.block_size or 0):
+        raise ValueError(
+            f"block_size must be at most that of the model's training, {settings.block_size}; got {size}. Lower it."
+        )
     has_blocks = preset.blocks != "model" or settings.block_size is not None
-    layout = Layout(block_size=size if has_blocks else None)
+    layout = replace(settings.layout, block_size=size) if has_blocks else Layout()
     stop: policies.Stop = policies.filled
     if config.stop is not None and eos_token_ids:
         stop = policies.EndOfSequence(eos_token_ids=eos_token_ids)

@@ -6,7 +6,7 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def _run(config: RunConfig, *, resume: bool, console: Console, clock: Clock) -> 
     elif start is None and not denoiser.settings.is_autoregressive:
         denoiser.model.config.generation = dict(process_class(denoiser.settings.process).varied_sampling)
     if checkpoint:
-        check_identity(Path(checkpoint), {"diffusion": asdict(denoiser.settings)})
+        check_identity(Path(checkpoint), {"diffusion": denoiser.settings.saved()})
     num_trained, num_all = num_parameters(denoiser.model)
     check_disk(config, num_trained)
     size = f"trains {num_trained / 1e6:.2f} M of {num_all / 1e6:.2f} M parameters"

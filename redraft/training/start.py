@@ -44,6 +44,11 @@ def load_start(config: RunConfig) -> LanguageModel | None:
             f"{path} attends in blocks of {settings.block_size}, which kind {config.objective.kind} does not train. "
             f"Use --objective.kind block --objective.block-size {settings.block_size}, or a model without blocks."
         )
+    if settings.context == "causal" and config.objective.kind == "block" and config.objective.context == "block":
+        raise ValueError(
+            f"{path} has a causal context, which objective.context block does not train. Use "
+            f"--objective.context causal --objective.within {settings.within}."
+        )
     if lm.context_length is not None and config.data.seq_len > lm.context_length:
         raise ValueError(
             f"data.seq_len must not exceed the context of model.start; got {config.data.seq_len} and "
@@ -58,16 +63,18 @@ def load_start(config: RunConfig) -> LanguageModel | None:
 def build_denoiser(config: RunConfig, start: LanguageModel | None, *, tokenizer: Any) -> Denoiser:
     """Build the denoiser to train, with the `diffusion` settings that the checkpoint will have.
 
-    A start model keeps its mask token and logit shift, as its weights were trained for them, and its block size unless
-    the objective sets one.
+    A start model keeps its mask token and logit shift, as its weights were trained for them, and its blocks unless the
+    objective sets them.
     """
     if start is None:
         settings = config.objective.settings(require_mask_token(tokenizer))
         shape = dataclasses.replace(config.model, max_positions=config.model.max_positions or config.data.seq_len)
         return Denoiser(build_model(shape, settings, tokenizer=tokenizer), settings)
     before, objective = start.denoiser.settings, config.objective
-    size = before.block_size if objective.block_size is None else objective.block_size
-    settings = dataclasses.replace(before, schedule=objective.schedule, block_size=size)
+    settings = dataclasses.replace(before, schedule=objective.schedule)
+    if objective.kind == "block":
+        made = objective.settings(before.mask_token_id)
+        settings = dataclasses.replace(settings, block_size=made.block_size, context=made.context, within=made.within)
     settings.save_to(start.model.config)
     if config.adapter.rank:
         add_adapter(start.model, config.adapter)

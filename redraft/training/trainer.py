@@ -47,7 +47,7 @@ class DiffusionTrainer(WholeCheckpoints):
             data_collator=self._collate,
         )
         self.data_config = config.data
-        self.measure = config.objective.measure
+        self.measure, self.ar_weight = config.objective.measure, config.objective.ar_weight
         self.pad_token_id = data.tokenizer.pad_token_id or 0  # some have none; the segment marks padding
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         is_eager_gpu = train.compile == "off" and self.args.device.type == "cuda"  # flex attention is compiled
@@ -69,7 +69,10 @@ class DiffusionTrainer(WholeCheckpoints):
     def legend(self) -> str:  # type: ignore[override]
         """Name the numbers of the log lines, their units and their data."""
         unit = "pair" if self.data_config.kind == "preference" else "token"
-        lines = [f"loss: nats per {unit} on training data under random noise, mean of the steps since the line before"]
+        clean = f" + {self.ar_weight:g} times the autoregressive loss" if self.ar_weight else ""
+        lines = [
+            f"loss: nats per {unit}{clean} on training data under random noise, mean of the steps since the line before"
+        ]
         if self.eval_windows:
             rows = "pairs" if unit == "pair" else f"windows (the {self.measure}, under a fixed noise)"
             lines.append(

@@ -32,6 +32,16 @@ def test_it_says_what_it_made(source, tmp_path, capsys):
     assert said.count("  yes  ") == 6
 
 
+def test_a_causal_context_samples_at_once_and_says_how_to_train_it(source, tmp_path, capsys):
+    flags = ["--block-size", "4", "--context", "causal", "--within", "causal"]
+    assert run("convert", source, str(tmp_path / "out"), *flags) == 0
+    said = capsys.readouterr().out
+    assert "causal attention, causal in an open block of 4 tokens" in said
+    assert "yes  committed text is autoregressive" in said
+    assert "'Once upon a time' --preset ar" in said
+    assert "--objective.context causal --objective.ar-weight 1 --objective.within causal" in said
+
+
 def test_a_converted_model_can_be_checked_as_it_is(source, tmp_path, capsys):
     run("convert", source, str(tmp_path / "out"))
     capsys.readouterr()

@@ -89,6 +89,29 @@ def test_the_checkpoint_carries_its_settings(source, tmp_path):
     assert torch.equal(lm.denoiser.logits(IDS), plain.logits(IDS, layout=lm.denoiser.settings.layout))
 
 
+@pytest.mark.parametrize("within", ["full", "causal"])
+def test_with_a_causal_context_it_is_the_source_until_a_block_is_open(source, tmp_path, within):
+    made = convert(source, tmp_path / "out", mask_token_id=2, block_size=4, context="causal", within=within)
+    assert (made.settings.context, made.settings.within) == ("causal", within)
+    lm = redraft.load(tmp_path / "out", device="cpu")
+    plain, again = (AutoModelForCausalLM.from_pretrained(at).eval() for at in (source, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, plain(IDS).logits)
+        tokens = plain.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None, bad_words_ids=[[2]])
+    ours = lm.generate(IDS.tolist(), preset="ar", max_new_tokens=6, stop=None)
+    assert [row.tolist() for row in ours.tokens] == tokens[:, IDS.shape[1] :].tolist()
+    assert {"committed text is autoregressive", "positions are the model's own"} <= {
+        check.claim for check in made.checks
+    }
+
+
+def test_a_causal_context_without_blocks_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="a causal context needs a block_size"):
+        convert("nothing here", tmp_path / "out", context="causal")
+    with pytest.raises(ValueError, match="within 'causal' needs context 'causal'"):
+        convert("nothing here", tmp_path / "out", block_size=4, within="causal")
+
+
 def test_convert_is_public():
     assert redraft.convert is convert
 

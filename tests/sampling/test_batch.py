@@ -29,6 +29,11 @@ from redraft.sampling.sampler import Sampler, build_sampler
 
 MASK, NEW = 2, 12
 MODELS = ("full", "block-causal", "shifted", "encoder-decoder")
+CAUSAL = {
+    "causal context": {"within": "full"},
+    "causal context, shifted": {"within": "full", "shift_logits": True},
+    "all causal": {"within": "causal"},
+}
 WORDS = [
     None,
     None,
@@ -45,6 +50,8 @@ def load(name):
         return LanguageModel(
             denoiser=EncoderDecoder(tiny_gemma(), DiffusionSettings(mask_token_id=0, block_size=CANVAS))
         )
+    if name in CAUSAL:
+        return tiny_lm(block_size=4, **CAUSAL[name])
     return tiny_lm(block_size=None if name == "full" else 4, shift_logits=name == "shifted")
 
 
@@ -64,6 +71,9 @@ def some_sampler(rng, lm):
         )
         sampler = build_sampler(config, lm.denoiser.settings, eos_token_ids=ends)
         return replace(sampler, cache=rng.choice(["exact", "none"]))
+    if lm.denoiser.settings.is_causal and rng.random() < 0.2:
+        sampler = build_sampler(SamplingConfig(preset="ar", **settings), lm.denoiser.settings, eos_token_ids=ends)
+        return replace(sampler, cache=rng.choice(["exact", "none"]))
     settings["cfg_scale"] = rng.choice([0.0, 0.0, 0.0, 1.5])
     if rng.random() < 0.3:
         settings[rng.choice(["forwards", "steps"])] = rng.randint(1, 14)
@@ -73,7 +83,7 @@ def some_sampler(rng, lm):
         settings |= {"top_p": 0.9} if rng.random() < 0.5 else {"top_k": 5}
     in_flight = 2 if rng.random() < 0.3 else 1
     settings["block_size"] = 4
-    preset = rng.choice(sorted(PRESETS))
+    preset = rng.choice(sorted(set(PRESETS) - {"ar"}))
     config = SamplingConfig(preset=preset, **settings)
     sampler = build_sampler(config, lm.denoiser.settings, eos_token_ids=ends)
     sampler = replace(sampler, frontier=replace(sampler.frontier, in_flight=in_flight))
@@ -113,10 +123,10 @@ def alone(lm, canvas, sampler, keys, row):
     return [(*of_row(step, 0, length), int(step.num_forwards[0])) for step in steps]
 
 
-def run(seed):
+def run(seed, models=MODELS):
     """Let rows join and leave at random, compare each of their steps with what they are alone, and count the rows."""
     rng = random.Random(seed)
-    lm = load(rng.choice(MODELS))
+    lm = load(rng.choice(models))
     samplers = [some_sampler(rng, lm) for _ in range(rng.randint(1, 3))]
     batch = Batch(
         lm.denoiser,
@@ -154,6 +164,11 @@ def run(seed):
 @pytest.mark.parametrize("seed", [pytest.param(n, marks=pytest.mark.slow if n == 2 else []) for n in range(25)])
 def test_rows_that_join_and_leave_in_any_order_are_what_they_are_alone(seed):
     assert run(seed) > 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_after_a_causal_context_are_what_they_are_alone(seed):
+    assert run(seed, tuple(CAUSAL)) > 0
 
 
 @pytest.mark.slow
@@ -224,6 +239,27 @@ def test_what_a_prompt_shares_with_a_row_that_runs_or_left_is_not_fed_again(fed)
     batch.join(canvas_of(other), EXACT, row_keys=KEY)
     batch.tick()
     assert fed[0] == (1, 16)
+
+
+@pytest.mark.parametrize("name", ["causal context", "all causal"])
+def test_after_a_causal_context_any_common_beginning_is_shared(fed, name):
+    batch = Batch(load(name).denoiser)
+    prompt = list(range(3, 17))
+    batch.join(canvas_of(prompt), EXACT, row_keys=KEY)
+    batch.tick()
+    fed.clear()
+    batch.join(canvas_of([*prompt[:11], 30, 31, 32, 33, 34]), EXACT, row_keys=KEY)
+    drain(batch)
+    assert fed[0] == (1, 16 - 11)  # of 16 tokens 11 are shared, which end inside of a block
+
+
+def test_an_open_block_that_is_causal_feeds_no_decided_token_twice(fed):
+    lm = load("all causal")
+    one_by_one = replace(EXACT, score=lambda candidates: -candidates.window.positions.double())
+    fed.clear()
+    for _ in denoise(lm.denoiser, canvas_of([5] * 8, new=4), one_by_one, row_keys=KEY):
+        pass
+    assert fed == [(1, 12), (1, 5), (1, 4), (1, 3)]
 
 
 def test_conversations_take_turns_in_a_batch_with_room_for_one_more(fed):

@@ -72,6 +72,9 @@ def test_every_preset_writes_what_is_asked_for(lm, preset):
     if preset in ("duo", "diffusion-gemma"):
         of_noise = replace(lm.denoiser.settings, process="uniform")
         lm = replace(lm, denoiser=replace(lm.denoiser, settings=of_noise))
+    if preset == "ar":
+        of_causal = replace(lm.denoiser.settings, block_size=4, context="causal", within="full")
+        lm = replace(lm, denoiser=replace(lm.denoiser, settings=of_causal))
     settings = {} if is_full else {"cache": "auto"}  # approximate caches are for full attention
     out = lm.generate(
         ["the", "yes no", "12"], preset=preset, **settings, max_new_tokens=16, constraint=redraft.Regex(PATTERN)

@@ -51,10 +51,20 @@ def sampler_of(lm, *, both, unmask, edit, cache, **others):
     return Sampler(unmask=unmask, revise=both or edit, cache=fitting[cache % len(fitting)], **others)
 
 
-@pytest.fixture(scope="module", params=["full", "block-causal", "block-causal and shifted"])
+LAYOUTS = {
+    "full": {},
+    "block-causal": {"block_size": GRID},
+    "block-causal and shifted": {"block_size": GRID, "shift_logits": True},
+    "causal context": {"block_size": GRID, "within": "full"},
+    "causal context and shifted": {"block_size": GRID, "within": "full", "shift_logits": True},
+    "all causal": {"block_size": GRID, "within": "causal"},
+    "all causal and shifted": {"block_size": GRID, "within": "causal", "shift_logits": True},
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def lm(request):
-    size = None if request.param == "full" else GRID
-    return tiny_lm(block_size=size, shift_logits="shifted" in request.param)
+    return tiny_lm(**LAYOUTS[request.param])
 
 
 def start(prompts):
@@ -140,10 +150,10 @@ def test_forwards_are_those_that_the_model_ran(lm, chosen, row, budget):
 @pytest.mark.slow
 @few
 @given(chosen=choices, prompts=st.lists(prompt, min_size=1, max_size=3), copies=st.integers(1, 2))
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "full"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_the_exact_cache_changes_nothing(shift, dtype, tolerance, chosen, prompts, copies):
-    lm = tiny_lm(block_size=GRID, shift_logits=shift, dtype=dtype)
+def test_the_exact_cache_changes_nothing(layout, dtype, tolerance, chosen, prompts, copies):
+    lm = tiny_lm(**LAYOUTS[layout], dtype=dtype)
     sampler = sampler_of(lm, **chosen | {"cache": 0})
     canvas, keys = start(prompts * copies)  # equal prompts are fed once
     cached = denoise(lm.denoiser, canvas, replace(sampler, cache="exact"), row_keys=keys)

@@ -111,6 +111,22 @@ def test_block_diffusion_goes_on_from_a_start(config):
     assert (settings.block_size, settings.shift_logits) == (8, True)
 
 
+def test_a_causal_context_goes_on_from_a_start_and_is_autoregressive_in_plain_transformers(config, tmp_path):
+    objective = ObjectiveConfig(kind="block", block_size=8, context="causal")
+    run(replace(config, objective=objective, train=short(config.train)), console=QUIET)
+    lm = redraft.load(config.out, dtype=torch.float64, device="cpu")
+    settings = lm.denoiser.settings
+    assert (settings.block_size, settings.context, settings.within) == (8, "causal", "full")
+    plain = AutoModelForCausalLM.from_pretrained(config.out, dtype=torch.float64)
+    prompt, options = torch.tensor([[5, 6, 7, 8]]), {"do_sample": False, "eos_token_id": -1}
+    theirs = plain.generate(prompt, max_new_tokens=8, bad_words_ids=[[settings.mask_token_id]], **options)
+    ours = lm.generate([[5, 6, 7, 8]], preset="ar", max_new_tokens=8, stop=None)
+    assert ours.tokens[0].tolist() == theirs[0, 4:].tolist()
+    blocks = replace(objective, context="block")
+    with pytest.raises(ValueError, match=r"has a causal context, .* Use --objective.context causal --objective.within"):
+        run(replace(starting_from(config, config.out), objective=blocks, out=str(tmp_path / "next")), console=QUIET)
+
+
 def test_half_precision_is_trained_in_single_with_a_mask_token_that_its_tokenizer_does_not_know(config, tmp_path):
     half = save_autoregressive(tmp_path / "half", dtype=torch.bfloat16)
     made = redraft.convert(half, tmp_path / "converted-half", mask_token_id=303)

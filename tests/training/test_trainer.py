@@ -36,6 +36,9 @@ OBJECTIVES = {
     "uniform": ObjectiveConfig(kind="uniform"),
     "block": ObjectiveConfig(kind="block", block_size=8, t_min=0.2, t_max=0.8),
     "ar": ObjectiveConfig(kind="ar"),
+    "joint": ObjectiveConfig(
+        kind="block", block_size=8, context="causal", smallest_block=1, grow_steps=4, ar_weight=0.2, plain=True
+    ),
     "cart": ObjectiveConfig(cart=0.1),
     "complementary": ObjectiveConfig(complementary=True),
 }
@@ -516,6 +519,17 @@ def test_an_unwritable_place_and_a_full_disk_are_told_before_the_start(config, t
         (DataConfig, {"seq_len": 1}, "seq_len must lie in .2, 1048576.; got 1"),
         (ObjectiveConfig, {"kind": "blok"}, "unknown objective.kind 'blok'.*Did you mean 'block'"),
         (ObjectiveConfig, {"kind": "block"}, "block_size goes with kind block; got None, block. Set it, e.g. to 16"),
+        (ObjectiveConfig, {"context": "causal"}, "context causal is for kind block; got kind masked. Use --obj"),
+        (
+            ObjectiveConfig,
+            {"kind": "block", "block_size": 4, "within": "causal"},
+            "within causal needs a causal context",
+        ),
+        (ObjectiveConfig, {"grow_steps": 4}, "grow_steps needs a smallest_block to grow from; got none. Set it"),
+        (ObjectiveConfig, {"ar_weight": 0.2}, "ar_weight needs a causal context; got block. Use --objective.context"),
+        (ObjectiveConfig, {"kind": "uniform", "plain": True}, "plain is for kinds masked and block, without cart; got"),
+        (ObjectiveConfig, {"cart": 0.1, "plain": True}, "plain is for kinds masked and block, without cart; got"),
+        (ObjectiveConfig, {"t_min": 0.5, "t_max": 0.4}, "must satisfy 0 <= t_min <= t_max <= 1 and 0 < t_max; got"),
         (ObjectiveConfig, {"block_size": 4}, "block_size goes with kind block; got 4, masked. Use --objective.kind"),
         (ObjectiveConfig, {"kind": "block", "block_size": 0}, r"block_size must lie in \[1, 1048576\]; got 0"),
         (ObjectiveConfig, {"kind": "uniform", "complementary": True}, "complementary needs masked noise.*got uniform"),

@@ -1,6 +1,7 @@
 """Diffusion: MDLM, LLaDA (masked noise), UDLM, Duo (uniform noise), BD3LM (blocks); CART; complementary masks."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,14 +24,26 @@ class Diffusion:
 
         -log p(x_0) <= sum over blocks b of NELBO(x_0^b | x_0^(<b))
 
-    All blocks go through one forward pass of [x_t ; x_0] (`Layout.is_two_copy`); the clean copy is context only. A
+    All blocks go through one forward pass of [x_t ; x_0] (`Layout.is_two_copy`); the clean copy is context only, but in
+    a causal `context` its last token before a block predicts the block's first one, as it does when sampling. A
     block as long as the row is diffusion over the whole row; blocks of one token are an autoregressive model.
     """
 
     process: Process
     block_size: int | None = None
+    context: Literal["block", "causal"] = "block"
+    within: Literal["full", "causal"] = "full"
+    """How the clean copy attends, and a noised block after a causal one (`Layout`)."""
     smallest_block: int | None = None
     """Draw the size of each step's blocks among this, its doubles, and `block_size`: one model for all of them."""
+    grow_steps: int | None = None
+    """Go through these sizes instead, in equal parts, so that blocks have the full size from this step on (NBDiff,
+    arXiv 2512.06776)."""
+    ar_weight: float = 0.0
+    """Add the autoregressive loss of the clean copy, -log p(x_0^i | x_0^(<i)) for all but first tokens, times this
+    (I-DLM, arXiv 2604.11035; TiDAR, arXiv 2511.08923)."""
+    is_plain: bool = False
+    """Weigh all targets by 1 instead of the bound's weight. Masked noise only."""
     t_min: float = SMALLEST_T
     t_max: float = 1.0
     is_complementary: bool = False
@@ -46,13 +59,17 @@ class Diffusion:
         if self.is_complementary:
             noised = with_complement(self.process, noised, can_change=rows.is_target)
         problem = denoising_problem(self.process, noised, rows)
-        if self.cart is not None:
-            problem = self._reweighed(problem, noised, rows, p=self.cart)
-        return problem if size is None else _before_clean_copy(problem, noised, size)
+        num_noised = len(problem.row)
+        if self.cart is not None or self.is_plain or self.ar_weight:
+            problem = self._reweighed(problem, noised, rows)
+        if size is None:
+            return problem
+        layout = Layout(block_size=size, context=self.context, within=self.within, is_two_copy=True)
+        return _before_clean_copy(problem, noised, layout, num_noised=num_noised)
 
     def evaluation(self) -> "Diffusion":
         """The plain bound over all noise levels, in blocks of the full size."""
-        return Diffusion(process=self.process, block_size=self.block_size)
+        return Diffusion(process=self.process, block_size=self.block_size, context=self.context, within=self.within)
 
     def _size(self, key: NoiseKey) -> int | None:
         """Draw the block size of a step, the same for the whole global batch."""
@@ -61,17 +78,40 @@ class Diffusion:
         sizes, size = [self.block_size], self.smallest_block or self.block_size
         while size < self.block_size:
             sizes, size = [*sizes, size], 2 * size
+        if self.grow_steps is not None:
+            return sorted(sizes)[min(key.step * (len(sizes) - 1) // self.grow_steps, len(sizes) - 1)]
         return sizes[int(uniform(key.seed, key.step, 4) * len(sizes))]
 
-    def _reweighed(self, problem: Problem, noised: Noised, rows: CleanRows, *, p: float) -> Problem:
+    def _reweighed(self, problem: Problem, noised: Noised, rows: CleanRows) -> Problem:
+        """Choose the weights of the targets, and ask for all tokens of the clean copy as well if it has a weight."""
         process, copies, where = self.process, len(noised.x_t) // len(rows.x_0), problem.query.where
         assert isinstance(process, MaskedDiffusion)
-        segment_ids = rows.segment_ids.repeat(copies, 1)
-        is_clean = ~noised.is_target & (segment_ids > 0)
-        can_see = segment_ids[:, :, None] == segment_ids[:, None, :] if rows.isolate_segments else None
-        weights = cart_weights(is_clean, p=p, can_see=can_see).flatten()[where] / copies
-        targets = noised.flatten()[where]
-        return replace(problem, nats=lambda logits, part: process.cross_entropy(logits, targets[part]) * weights[part])
+        weights = torch.ones_like(noised.t) if self.is_plain else process.weights(noised)
+        if self.cart is not None:
+            segment_ids = rows.segment_ids.repeat(copies, 1)
+            is_clean = ~noised.is_target & (segment_ids > 0)
+            can_see = segment_ids[:, :, None] == segment_ids[:, None, :] if rows.isolate_segments else None
+            weights = cart_weights(is_clean, p=self.cart, can_see=can_see)
+        weights = weights.flatten()[where]
+        if self.ar_weight:
+            clean = _has_left_neighbour(rows).repeat(copies, 1).flatten().nonzero()[:, 0]  # sync: how many is data
+            where = torch.cat([where, clean])
+            weights = torch.cat([weights, weights.new_full((len(clean),), self.ar_weight)])
+        targets, weights = noised.flatten()[where], weights.float() / copies
+        return Problem(
+            query=replace(problem.query, where=where),
+            row=where // noised.x_t.shape[1] % len(rows.x_0),
+            nats=lambda logits, part: process.cross_entropy(logits, targets[part]) * weights[part],
+        )
+
+
+def _has_left_neighbour(rows: CleanRows) -> Bool[Tensor, "batch seq"]:
+    """Tell which targets have a token before them, in their document where documents are isolated."""
+    is_next = torch.zeros_like(rows.is_target)
+    is_next[:, 1:] = True
+    if rows.isolate_segments:
+        is_next[:, 1:] = rows.segment_ids[:, 1:] == rows.segment_ids[:, :-1]
+    return rows.is_target & is_next
 
 
 def _block_numbers(rows: CleanRows, size: int) -> Int[Tensor, "batch seq"]:
@@ -83,15 +123,20 @@ def _block_numbers(rows: CleanRows, size: int) -> Int[Tensor, "batch seq"]:
     return (positions % size == 0).long().cumsum(dim=1) - 1
 
 
-def _before_clean_copy(problem: Problem, noised: Noised, size: int) -> Problem:
-    """Ask the same of [x_t ; x_0], in which a noised block attends to itself and the clean blocks before it."""
+def _before_clean_copy(problem: Problem, noised: Noised, layout: Layout, *, num_noised: int) -> Problem:
+    """Ask the same of [x_t ; x_0], in which a noised block attends to itself and the clean blocks before it.
+
+    The answers after the first `num_noised` are asked of the clean copy.
+    """
     where, length, segment_ids = problem.query.where, noised.x_0.shape[1], problem.query.segment_ids
+    where = where + where // length * length
+    where[num_noised:] += length
     query = replace(
         problem.query,
         input_ids=torch.cat([noised.x_t, noised.x_0], dim=1),  # (B, 2 L)
-        where=where + where // length * length,
+        where=where,
         segment_ids=None if segment_ids is None else segment_ids.repeat(1, 2),
-        layout=Layout(block_size=size, is_two_copy=True),
+        layout=layout,
     )
     return replace(problem, query=query)
 
