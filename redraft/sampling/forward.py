@@ -170,10 +170,9 @@ class Forward:
             if not self.is_exact or self._are_in_step(planner, waiting, places, chunk):
                 return list(waiting)
             unfed = [place for place in places if place.slot >= 0 and place.final < planner.finished(place)]
-            if not unfed:
-                return list(waiting)
-            self._feed_prompts(planner, unfed, tokens, chunk)
-            if chunk is not None:
+            if unfed:
+                self._feed_prompts(planner, unfed, tokens, chunk)
+            if chunk is not None or not unfed:
                 break
         self._seat(places, tokens)
         return [group for group in waiting if all(map(planner.has_prompt, group.places))]

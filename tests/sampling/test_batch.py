@@ -333,6 +333,19 @@ def test_a_row_waits_for_another_one_that_is_fed_most_of_its_prompt(fed):
     assert sum(rows * width for rows, width in fed if width != 16) <= 3 * 4 + 3 * 4
 
 
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_a_row_that_continues_what_another_one_has_just_decided_waits_a_tick(chunk, fed):
+    batch = Batch(load("block-causal").denoiser, chunk=chunk)
+    (first,) = batch.join(canvas_of([5] * 4), EXACT, row_keys=KEY)
+    while batch.place(first).unfinished < 12:
+        (step,) = batch.tick()
+    assert batch.place(first).final < 12  # its last block is written by its next step
+    batch.join(canvas_of([*step.canvas.tokens[0, :12].tolist(), 6]), EXACT, row_keys=KEY)
+    fed.clear()
+    assert [len(batch.tick()[0].rows) for _ in range(2)] == [1, 2]
+    assert fed[1:] == [(2, 4)]  # nothing of it was fed again
+
+
 def test_rows_of_one_prompt_are_fed_once_also_when_the_first_of_them_leaves_before(fed):
     batch = Batch(load("block-causal").denoiser, chunk=4)
     batch.join(canvas_of([5]), EXACT, row_keys=KEY)
