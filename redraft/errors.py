@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
@@ -18,3 +20,12 @@ def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in valid:
             raise unknown_name(what, name, valid)
+
+
+def import_own(what: str, name: str) -> Any:
+    """Import a user's own MODULE:NAME. Raises ValueError where it is not there."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{what} {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error

@@ -42,6 +42,7 @@ from redraft.sampling.config import SamplingConfig, with_saved
 from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.policies.frontier import Blocks
+from redraft.sampling.policies.stop import Enough
 from redraft.sampling.sampler import Sampler, build_sampler
 from redraft.sampling.step import Step
 from redraft.settings import Count, check_field
@@ -98,13 +99,15 @@ def load(
     quantization: str | None = None,
     adapter: str | Path | None = None,
     family: str | None = None,
+    block_size: int | None = None,
     compile: bool = False,
 ) -> "LanguageModel":
     """Load a diffusion language model from a folder or the hub; see `models.load.load_denoiser` for the errors.
 
     `redraft/NAME` loads a checkpoint that ships in this package (`redraft models` lists them). A text ends at any of
     `eos_token_id`: by default the tokenizer's EOS, the token that ends an answer in its chat template, and what
-    config.json and generation_config.json list. `compile` is for long runs with equal shapes: see `Denoiser.compiled`.
+    config.json and generation_config.json list. `block_size` says how many tokens the blocks of a checkpoint have that
+    does not say it. `compile` is for long runs with equal shapes: see `Denoiser.compiled`.
     """
     denoiser, tokenizer, raw = load_denoiser(
         path,
@@ -114,7 +117,13 @@ def load(
         quantization=quantization,
         adapter=adapter,
         family=family,
+        block_size=block_size,
     )
+    if block_size not in (None, denoiser.settings.block_size):
+        raise ValueError(
+            f"block_size is for checkpoints that do not state their blocks; got {block_size} for {path}, which has "
+            f"{denoiser.settings.block_size}. Leave it out; generate and `redraft convert` take another block_size."
+        )
     process_class(denoiser.settings.process)  # refuses an unknown name
     listed = (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
     if listed is None:
@@ -161,7 +170,8 @@ class LanguageModel:
 
         Raises ValueError for names that are no settings, and for values that do not fit.
         """
-        return with_saved({"preset": self.process.default_preset} | self.saved_sampling, settings)
+        saved, has_grid = self.saved_sampling, self.denoiser.settings.block_size is not None
+        return with_saved({"preset": self.process.default_preset} | saved, settings, has_grid=has_grid)
 
     def _config(self, settings: dict[str, Any], constraint: Constraint | None) -> SamplingConfig:
         """Resolve settings; under a constraint, stop strings of the checkpoint do not count."""
@@ -252,6 +262,8 @@ class LanguageModel:
         config = self._config(settings, constraint)
         rows = [row for prompt in as_batch(prompts) for row in [self.encode(prompt)] * config.num_samples]
         sampler = self._sampler(config, guides, logits_processor, constraint, rows)
+        if sampler.lookahead:
+            sampler = replace(sampler, stop=Enough(num_tokens=config.max_new_tokens, otherwise=sampler.stop))
         # Word pieces are decoded with a space before them; a constraint holds for the text after that space.
         added = " " if constraint is not None and self._vocabulary()[1] == "added" else ""
 
@@ -533,11 +545,13 @@ class LanguageModel:
         whole, is_noise = [], []
         frontier = sampler.frontier
         size, on_grid = (frontier.size, frontier.on_grid) if isinstance(frontier, Blocks) else (None, True)
+        if sampler.layout is not None and sampler.layout.within in ("causal", "reordered"):
+            size = None  # noise sees no later noise, so a last block may be short
         for row in rows:
             self._check_length(len(row) + max_new_tokens)
             # The last block is a whole one, unless the context ends before it; the rest is cut off later.
             start = 0 if on_grid else len(row)
-            length = start + _round_up(len(row) - start + max_new_tokens, size)
+            length = start + _round_up(len(row) - start + max_new_tokens, size) + sampler.lookahead
             if self.denoiser.is_self_conditioned:  # its canvases are always whole
                 self._check_length(length)
             length = min(length, self.context_length or length)

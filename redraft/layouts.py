@@ -26,11 +26,15 @@ class Layout:
     In a causal `context`, committed text is a sequence of blocks of one token, as in an autoregressive model; only what
     is not committed yet attends in blocks (Nemotron-Labs-Diffusion). With `within` causal, an open block is causal as
     well, so that all attention is (I-DLM, arXiv 2604.11035).
+
+    Two kinds of `within` attend causally over another order than that of positions, which a `Query` gives: "reordered",
+    where decided tokens come before noise (WeDLM, arXiv 2512.22737), and "with-last", where the last committed token
+    belongs to the open block, which begins anywhere (SDLM, arXiv 2509.24007).
     """
 
     block_size: int | None = None
     context: Literal["block", "causal"] = "block"
-    within: Literal["full", "causal"] = "full"
+    within: Literal["full", "causal", "reordered", "with-last"] = "full"
     is_two_copy: bool = False
     """The input is [x_t ; x_0], both at the same positions: a noisy block sees itself and the clean blocks before it,
     the clean copy is committed text (arXiv 2503.09573). All blocks are trained in one forward pass."""
@@ -40,8 +44,13 @@ class Layout:
             raise ValueError(f"block_size must be at least 1; got {self.block_size}. Leave it out for full attention.")
         if self.context == "causal" and self.block_size is None:
             raise ValueError("a causal context needs a block_size: the tokens of an open block; got None. Set it.")
-        if self.within == "causal" and self.context != "causal":
-            raise ValueError("within 'causal' needs context 'causal'; got context 'block'. Change one of them.")
+        if self.within != "full" and self.context != "causal":
+            raise ValueError(f"within {self.within!r} needs context 'causal'; got context 'block'. Change one of them.")
+
+    @property
+    def has_order(self) -> bool:
+        """Whether open blocks attend over an order of their own."""
+        return self.within in ("reordered", "with-last")
 
     @classmethod
     def parse(cls, layout: "Layout | str | tuple[str, int]") -> "Layout":

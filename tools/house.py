@@ -14,9 +14,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "redraft"
-BUDGET = {"core": 11769, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1869}
+BUDGET = {"core": 12044, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1869}
 """Lines of code; core is everything that has no budget of its own."""
-SETTINGS = 161
+SETTINGS = 162
 DOUBLED = 0
 """Public names that two modules define."""
 LATENT = ("latent", "processes/gaussian")

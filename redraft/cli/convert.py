@@ -39,7 +39,8 @@ class ConvertFlags:
     to: str | None = None
     """Write the weights under a family's own names, for its code: llada, llada2, llada2.1 or dream."""
     family: str | None = None
-    """Family of a diffusion SOURCE whose config.json looks autoregressive: diffullama, diffugpt or open-dcoder."""
+    """Family of a diffusion SOURCE whose config.json looks autoregressive: diffullama, diffugpt, open-dcoder, or one of
+    your own, MODULE:NAME."""
 
 
 def main(arguments: list[str]) -> int:

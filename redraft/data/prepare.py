@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib import import_module
 from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
@@ -37,6 +36,7 @@ from redraft.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
+from redraft.errors import import_own
 
 FORMAT = 6  # of the cache: raise it when a code change makes other windows from the same settings
 SHUFFLE_BUFFER_DOCUMENTS = 1000
@@ -94,7 +94,7 @@ def prepare(config: DataConfig, *, tokenizer: Tokenizer | None = None, objective
     stale. Raises ValueError for a source that cannot be read and for a split without one whole window.
     """
     if ":" in config.kind:
-        rows: PreparedData = _import_function(config.kind)(config, tokenizer=tokenizer, objective=objective)
+        rows: PreparedData = import_own("data.kind", config.kind)(config, tokenizer=tokenizer, objective=objective)
         return rows
     if path_exists(f"{config.source}/{BUILT}"):
         return _open_built(config, tokenizer)
@@ -164,15 +164,6 @@ def _prepare_stream(config: DataConfig, tokenizer: Tokenizer | None) -> Prepared
         validation=list(islice(validation, STREAM_VALIDATION_WINDOWS)),
         tokenizer=tokenizer,
     )
-
-
-def _import_function(name: str) -> Any:
-    """Import MODULE:FUNCTION. Raises ValueError where it is not there."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"data.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
 
 
 def _cache_folder() -> Path:

@@ -1,10 +1,9 @@
 """The settings of training objectives and likelihood estimates. This module imports no torch."""
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from redraft.errors import unknown_name
+from redraft.errors import import_own, unknown_name
 from redraft.processes import PROCESSES, process_class
 from redraft.settings import Count, NonNegative, Positive, Seed, Settings, Within
 
@@ -203,11 +202,7 @@ class ObjectiveConfig(Settings):
 
 def _find_class(name: str) -> Any:
     """Import MODULE:CLASS. Raises ValueError where it cannot be imported, or is no objective."""
-    module, _, attribute = name.partition(":")
-    try:
-        objective = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"objective.kind {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    objective = import_own("objective.kind", name)
     if missing := [method for method in ("problem", "evaluation") if not hasattr(objective, method)]:
         raise ValueError(f"objective.kind {name} is not an objective: it has no {' and no '.join(missing)}.")
     return objective

@@ -137,6 +137,8 @@ class Denoiser:
     def _placed(self, query: Query) -> tuple[Int[Tensor, "batch query"], Layout]:
         """Return the positions of the fed tokens, and the layout; by default the view's and the model's."""
         layout = query.layout or self.settings.layout
+        if query.order is not None:  # of blocks that have one token, places take the place of positions
+            layout = Layout(block_size=1)
         if query.positions is not None:
             return query.positions, layout
         if query.view is not None:
@@ -189,6 +191,8 @@ class Denoiser:
 
 def _on_grid(query: Query, positions: Int[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch seq"], Tensor | None]:
     """Count positions, and the committed ones (B, 1), from where each row's grid of blocks begins."""
+    if query.order is not None:
+        return query.order.gather(1, positions.clamp(max=query.order.shape[1] - 1)), None
     committed = None if query.committed is None else query.committed[:, None]
     if query.grid_origin is None:
         return positions, committed

@@ -4,7 +4,7 @@ A released diffusion language model is a stock architecture under other names, w
 inside transformers' own loader, tensor by tensor; no code of the checkpoint is ever run.
 """
 
-from redraft.errors import unknown_name
+from redraft.errors import import_own, unknown_name
 from redraft.models.family import Family
 from redraft.models.files import Raw
 
@@ -12,18 +12,29 @@ from redraft.models.files import Raw
 def find_family(raw: Raw, *, name: str | None = None, hub_id: str = "") -> Family | None:
     """Find the family of a checkpoint: the one named, or by its config.json or hub id; None if it has none.
 
-    Raises ValueError for a name that is not a family.
+    A family of your own is named MODULE:NAME. Raises ValueError for a name that is not a family.
     """
     if name is not None:
-        by_name = {family.name: family for family in FAMILIES}
-        if name not in by_name:
-            raise unknown_name("family", name, by_name)
-        return by_name[name]
+        return _named(name)
     classes = set(raw.get("architectures") or ())
     of_type = [family for family in FAMILIES if raw.get("model_type") in family.model_types]
+    of_type.sort(key=lambda family: any(raw.get(name, value) != value for name, value in family.fixed.items()))
     of_class = [family for family in of_type if classes & set(family.architectures)]
+    by_class = [family for family in FAMILIES if not family.model_types and classes & set(family.architectures)]
     of_hub = [family for family in FAMILIES if hub_id.lower().startswith(family.hub_ids)]
-    return next(iter([*of_class, *of_type, *of_hub]), None)
+    return next(iter([*of_class, *of_type, *by_class, *of_hub]), None)
+
+
+def _named(name: str) -> Family:
+    if ":" in name:
+        family = import_own("family", name)
+        if not isinstance(family, Family):
+            raise ValueError(f"family {name} must be a redraft.models.family.Family; got {type(family).__name__}.")
+        return family
+    by_name = {family.name: family for family in FAMILIES}
+    if name not in by_name:
+        raise unknown_name("family", name, (*by_name, "MODULE:NAME"))
+    return by_name[name]
 
 
 def known_model_types() -> list[str]:
@@ -134,6 +145,11 @@ _LLADA2_CHAT = (
 def _of_llada2(raw: Raw) -> Raw:
     if raw["num_experts"] % raw.get("n_group", 1):
         raise ValueError(f"config.json: n_group must divide {raw['num_experts']} experts; got {raw['n_group']}.")
+    if raw.get("expert_capacity") is not None:
+        raise ValueError(
+            f"config.json: expert_capacity={raw['expert_capacity']!r} is of LLaDA2.2, which lets each block choose the "
+            "experts of its tokens. transformers has no such router: with its own, the logits would be others."
+        )
     # `sliding_window` may be set although it is switched off; the masks would use it.
     return {"norm_topk_prob": raw.get("norm_topk_prob", True), "use_qk_norm": True, "sliding_window": None}
 
@@ -143,10 +159,25 @@ def _to_llada2(config: Raw) -> Raw:
     return {"rotary_dim": int(config["head_dim"] * config["partial_rotary_factor"]), "router_dtype": "fp32"}
 
 
+# --- A causal context ------------------------------------------------------------------------------------------------
+
+_ENCODER = {r"^encoder.": r"^model.", r"^diffusion_head.": r"^lm_head."}
+
+
+def _of_nemotron(raw: Raw) -> Raw:
+    """Name the rotary settings as transformers does; without the scale of queries, its factor is 1."""
+    rope = {"rope_theta": raw.get("rope_theta", 1e6), "llama_4_scaling_beta": 0.0}
+    rope |= {"original_max_position_embeddings": raw.get("max_position_embeddings", 262144)}
+    rope |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    return {"rope_parameters": rope, "rope_scaling": None}
+
+
 # --- Blocks that only the published name tells -----------------------------------------------------------------------
 
 _SDAR = r"SDAR-[\d.]+B(-A3B)?-(Chat|Sci)"
-_SDAR_BLOCKS = {_SDAR: 4} | {rf"{_SDAR}-b{size}": size for size in (4, 8, 16, 32, 64)}
+_SDAR_BLOCKS = {_SDAR: 4, r"TraDo-[\d.]+B-(Instruct|Thinking)": 4}
+_SDAR_BLOCKS |= {rf"{_SDAR}-b{size}": size for size in (4, 8, 16, 32, 64)}
 _A2D_BLOCKS = {
     r"(?!.*(bd3lm|opdlm)).+-diffusion-mdlm-v0\.1": None,
     r"(?!.*(mdlm|opdlm)).+-diffusion-bd3lm-v0\.1": 32,
@@ -235,7 +266,71 @@ FAMILIES = (
         eos_token_id=151645,
         block_size=32,
         shift_logits=True,
-        generation={"preset": "fast-dllm", "block_size": 32, "threshold": 0.9},
+        generation={"preset": "fast-dllm-v2", "block_size": 8, "threshold": 0.9},
+    ),
+    *(
+        Family(
+            name=name,
+            stock=stock,
+            model_types=("wedlm",),
+            fixed={"qk_norm": stock == "qwen3", "attention_bias": stock == "qwen2"},
+            block_size=32,
+            within="reordered",
+            generation={"preset": "wedlm", "block_size": 16, "entropy_threshold": 0.4},
+        )
+        for name, stock in (("wedlm-7b", "qwen2"), ("wedlm", "qwen3"))
+    ),
+    Family(
+        name="nemotron",
+        stock="ministral3",
+        model_types=("nemotron_labs_diffusion",),
+        architectures=("NemotronLabsDiffusionModel",),
+        fixed={"attention_bias": False, "mlp_bias": False},
+        computed=_of_nemotron,
+        weights=_ENCODER,
+        mask_token_id=100,
+        block_size=32,
+        within="full",
+        generation={"preset": "nemotron", "block_size": 32, "threshold": 0.9},
+    ),
+    Family(
+        name="i-dlm",
+        stock="qwen3",
+        hub_ids=("yifanyu/i-dlm-",),
+        mask_token_id=151669,
+        block_size=4,
+        shift_logits=True,
+        within="causal",
+        generation={"preset": "ar"},
+    ),
+    Family(
+        name="efficient-dlm",
+        stock="qwen3",
+        architectures=("EfficientDLM",),
+        hub_ids=("nvidia/efficient-dlm-",),
+        weights=_ENCODER,
+        mask_token_id=151662,
+        block_size=32,
+        generation={"preset": "fast-dllm"},
+    ),
+    Family(
+        name="stable-diffcoder",
+        stock="llama",
+        hub_ids=("bytedance-seed/stable-diffcoder-",),
+        block_size=4,
+        generation={"preset": "bd3lm", "block_size": 4},
+    ),
+    Family(
+        name="sdlm",
+        stock="qwen2",
+        architectures=("SDLMQwen2ForCausalLM",),
+        hub_ids=("opengvlab/sdlm",),
+        mask_token_id=151665,
+        eos_token_id=151645,
+        block_size=4,
+        shift_logits=True,
+        within="with-last",
+        generation={"preset": "sdlm", "threshold": 0.98},
     ),
     Family(
         name="rnd1",

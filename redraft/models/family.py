@@ -12,6 +12,7 @@ from redraft.models.settings import DiffusionSettings
 _NOT_THE_MODELS = {
     "model_type", "architectures", "auto_map", "transformers_version", "diffusion", "generation", "mask_token_id",
     "block_size", "bd_size", "attn_implementation", "moe_backend", "num_diffusion_steps", "is_causal",
+    "text_mask_token_id", "causal_attn",
 }  # fmt: skip
 """Fields of config.json that describe the file, the family's sampler or its kernels."""
 
@@ -24,9 +25,9 @@ class Family:
     stock: str
     """`model_type` of the transformers architecture."""
     model_types: tuple[str, ...] = ()
-    """`model_type` in its config.json; empty where that says nothing (then `hub_ids` or `family=` decide)."""
+    """`model_type` in its config.json; empty where it says nothing (then the class, `hub_ids` or `family=` decide)."""
     architectures: tuple[str, ...] = ()
-    """Where families share a `model_type`: the classes that tell them apart."""
+    """The classes that tell families apart which share a `model_type`, or have that of an autoregressive model."""
     hub_ids: tuple[str, ...] = ()
     """Beginnings of hub ids, lower case, for checkpoints whose config.json looks autoregressive."""
     class_name: str | None = None
@@ -49,8 +50,11 @@ class Family:
     """For families whose checkpoints differ and whose config.json may not say it: regular expression of the whole
     published name -> block size. Nothing is guessed for other names."""
     shift_logits: bool = False
+    within: str | None = None
+    """How an open block attends where the context is causal; None: the context attends in blocks."""
     generation: Raw = field(default_factory=dict)
-    """Published settings of its sampler, by the names of `SamplingConfig`, which this layer does not know."""
+    """Published settings of its sampler, by the names of `SamplingConfig`, which this layer does not know. Its
+    `steps_per_block` are one for each token: a checkpoint with other blocks gets as many as these have tokens."""
     chat_template: str | None = None
     """Jinja, for a tokenizer that has none; only where every checkpoint of the family was trained on it."""
     tokenizer_class: str | None = None
@@ -74,7 +78,9 @@ class Family:
     def config(
         self, raw: Raw, *, mask_token_id: int | None = None, block_size: int | None = None, path: str | Path = ""
     ) -> Any:
-        """Build the stock config, with diffusion settings where a mask token is known. `block_size` is the user's.
+        """Build the stock config, with diffusion settings where a mask token is known.
+
+        `block_size` is the user's, for a family whose checkpoints differ in their blocks.
 
         Raises ValueError for a variant that the stock class does not compute, and where the blocks of a checkpoint
         cannot be known.
@@ -87,16 +93,22 @@ class Family:
             fields["eos_token_id"] = self.eos_token_id
         with reading(f"config.json as one of {self.name}"):
             config = AutoConfig.for_model(self.stock, **fields)
-        config.generation = raw.get("generation", dict(self.generation))
-        mask = mask_token_id if mask_token_id is not None else raw.get("mask_token_id", self.mask_token_id)
+        theirs = raw.get("text_mask_token_id", self.mask_token_id)  # SDLM's name for it
+        mask = mask_token_id if mask_token_id is not None else raw.get("mask_token_id", theirs)
         saved = raw.get("diffusion")
+        published = dict(self.generation)
         if saved or mask is not None:
-            saved = saved or {
+            causal = {} if self.within is None else {"context": "causal", "within": self.within}
+            chosen = block_size if self.published_blocks else None
+            saved = saved or causal | {
                 "process": self.process,
                 "shift_logits": self.shift_logits,
-                "block_size": block_size or self._block_size(raw, path),
+                "block_size": chosen or self._block_size(raw, path),
             }
+            if "steps_per_block" in published:
+                published["steps_per_block"] = saved.get("block_size")
             DiffusionSettings.from_saved(saved, mask_token_id=mask).save_to(config)
+        config.generation = raw.get("generation", published)
         return config
 
     def _stock_fields(self, raw: Raw) -> Raw:
@@ -134,8 +146,8 @@ class Family:
         full = " (null for full attention)" if may_be_full else ""
         raise ValueError(
             f"checkpoints of {self.name} differ in their blocks, and neither config.json (block_size) nor the name "
-            f'{names[0]!r} tells how many tokens they have. Write "block_size": N into config.json{full}, or use '
-            "`redraft convert --block-size N`."
+            f'{names[0]!r} tells how many tokens they have. Pass block_size=N to redraft.load, write "block_size": N '
+            f"into config.json{full}, or use `redraft convert --block-size N`."
         )
 
     def original_config(self, config: Any) -> Raw:

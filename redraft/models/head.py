@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +24,8 @@ RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits (n, V), which of the rows they are) -> loss of each row (n,)."""
 
 LOGITS_PER_CHUNK = 2**24
+ROWS_PER_SHAPE = 128
+"""On a CPU the head is given a multiple of so many rows, as every new shape of a product keeps 30 MB there."""
 
 
 @dataclass
@@ -123,7 +127,8 @@ def chunked_loss(
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
     # `head.forward` calls no hooks: inside of the model's forward (`_after`) they have already run.
-    return _ChunkedLoss.apply(hidden, head.forward, _chunks(head, len(hidden)), row_loss, *parameters)
+    logits_of = partial(_in_few_shapes, head.forward)
+    return _ChunkedLoss.apply(hidden, logits_of, _chunks(head, len(hidden)), row_loss, *parameters)
 
 
 def chunked_rows(head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowLoss) -> Float[Tensor, "n"]:
@@ -134,7 +139,7 @@ def chunked_rows(head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowL
     """
 
     def loss_of(rows: slice) -> Tensor:
-        return row_loss(head(hidden[rows]), rows)
+        return row_loss(_in_few_shapes(head, hidden[rows]), rows)
 
     return torch.cat([checkpoint(loss_of, rows, use_reentrant=False) for rows in _chunks(head, len(hidden))])
 
@@ -143,6 +148,13 @@ def _chunks(head: Any, num_rows: int) -> list[slice]:
     """Cut rows into chunks of at most LOGITS_PER_CHUNK logits; no rows give one empty chunk, with zero gradient."""
     size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
     return [slice(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size)]
+
+
+def _in_few_shapes(head: Callable[[Tensor], Tensor], hidden: Float[Tensor, "n dim"]) -> Float[Tensor, "n vocab"]:
+    """Call the head on a few more rows, which are zero, so that steps with other numbers of targets have its shape."""
+    if hidden.device.type != "cpu":
+        return head(hidden)
+    return head(F.pad(hidden, (0, 0, 0, -len(hidden) % ROWS_PER_SHAPE)))[: len(hidden)]
 
 
 class _ChunkedLoss(torch.autograd.Function):

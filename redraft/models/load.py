@@ -46,7 +46,8 @@ def load_denoiser(
     `quantization` is int8, int4 or nf4 (`models.quantize`). `adapter` is a LoRA of peft; `path` may be an adapter too,
     if it names its base model. If redraft trained the adapter, its diffusion settings replace those of the base.
     `family` names the family of a checkpoint whose config.json looks autoregressive (`diffullama`, `diffugpt`,
-    `open-dcoder`; see docs/models.md); `block_size` is for a checkpoint that does not state its block size.
+    `open-dcoder`, or MODULE:NAME, your own; see docs/models.md); `block_size` is for a checkpoint that does not state
+    its block size.
 
     Raises ValueError where there is no such model, its class is neither in transformers nor a family, it is
     autoregressive, weights are missing, extra, of another shape or cut short, no mask token is known or it lies outside
@@ -227,7 +228,7 @@ def _diffusion_config(path: str | Path, raw: Raw) -> Any:
         raise ValueError(
             f"{path} is autoregressive ({architecture}; its config.json has no diffusion entry). Make it a diffusion "
             f"model with `redraft convert {path} OUT` (--autoregressive keeps "
-            f"it as a baseline), or name its format by family=: {by_name}."
+            f"it as a baseline), or name its format by family=: {by_name}, or your own MODULE:NAME."
         )
     return config
 

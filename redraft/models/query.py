@@ -40,6 +40,9 @@ class Query:
     """Where each row's grid of blocks begins, if not at position 0."""
     committed: Int[Tensor, "batch"] | None = None
     """In a causal context, where each row's open blocks begin; by default all of a row is committed."""
+    order: Int[Tensor, "batch slots"] | None = None
+    """Each position's place in the order in which attention is causal; equal places see each other. In place of the
+    layout's rule."""
     shift: bool | None = None
     """Whether a position is predicted by its left neighbour's logits; by default as the model's settings say, and in a
     causal context wherever the left neighbour is committed."""

@@ -25,7 +25,7 @@ class DiffusionSettings(Settings):
     """Tokens in a block of block-causal attention; absent for full attention."""
     context: Literal["block", "causal"] = "block"
     """How committed text attends: in blocks, or causally; then each of its tokens predicts the next one."""
-    within: Literal["full", "causal"] | None = None
+    within: Literal["full", "causal", "reordered", "with-last"] | None = None
     """How an open block attends after a causal context; absent without one."""
 
     def __post_init__(self) -> None:
@@ -33,7 +33,8 @@ class DiffusionSettings(Settings):
         if self.context == "causal" and self.within is None:
             raise ValueError(
                 "config.json: diffusion.context is causal, and diffusion.within does not say how a block attends; "
-                'got None. Write "within": "full" (as Nemotron-Labs-Diffusion) or "causal" (as I-DLM) into it.'
+                'got None. Write "within": "full" (as Nemotron-Labs-Diffusion), "causal" (as I-DLM), "reordered" (as '
+                'WeDLM) or "with-last" (as SDLM) into it.'
             )
         if self.context == "causal" and self.block_size is None:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Literal
 from redraft.layouts import Layout
 from redraft.models.cache import SlotSpans
 from redraft.models.denoiser import Denoiser
+from redraft.sampling.policies.frontier import Blocks
 from redraft.sampling.rows import Place
 from redraft.sampling.sampler import Sampler
 
@@ -28,6 +29,10 @@ class Planner:
     "prefix" and "dual" (full attention; Fast-dLLM, Section 3.2 of arXiv 2505.22618): keys and values outside of the
     open blocks are taken to be as they were when these opened. The first step of a block feeds everything; the others
     feed the block and all after it ("prefix"), or the block alone ("dual").
+
+    "dual" where blocks of the layout are decoded in parts (Fast-dLLM v2, arXiv 2509.26328): all before the block is
+    exact; while the first token of a part is noise the whole block is fed, then the part alone. The whole block is fed
+    at least once after its first token was decided.
     """
 
     kind: Literal["exact", "prefix", "dual"]
@@ -49,16 +54,18 @@ class Planner:
                 "cache 'exact' needs block-causal attention, and this model attends to everything. Use 'prefix' "
                 "or 'dual' (approximate), or 'none'."
             )
-        if sampler.cache != "exact" and size is not None:
+        parts = sampler.frontier.size if isinstance(sampler.frontier, Blocks) else None
+        has_parts = layout.context == "block" and size is not None and parts is not None and parts < size
+        if sampler.cache != "exact" and size is not None and not (sampler.cache == "dual" and has_parts):
             raise ValueError(
                 f"cache {sampler.cache!r} approximates full attention, and this model is block-causal. Use 'exact'."
             )
-        shift = denoiser.settings.shift_logits or layout.context == "causal"
+        shift = (denoiser.settings.shift_logits or layout.context == "causal") and not layout.has_order
         return cls(kind=sampler.cache, shift=shift, layout=layout, is_steady=denoiser.is_compiled)
 
     def plan(self, places: Sequence[Place]) -> SlotSpans:
         """Lay out the next forward."""
-        if self.kind == "exact":
+        if self.layout.block_size is not None:
             return self._plan_exact(places)
         lengths = [place.length for place in places]
         starts = [max(0, place.start - self.shift) if _is_filled(place) else 0 for place in places]
@@ -69,21 +76,37 @@ class Planner:
         floor, size = self.layout.floor, self.layout.block_size
         assert size is not None
         starts = [max(0, place.final - self.shift) for place in places]
-        ends = [min(place.length, floor(place.end - 1, place.origin) + size) for place in places]
-        edges = set(zip(starts, ends, strict=True))
+        block_ends = [floor(place.end - 1, place.origin) + size for place in places]
+        key_ends = [
+            min(place.length, place.end if self.layout.has_order else end)
+            for place, end in zip(places, block_ends, strict=True)
+        ]
+        ends = list(key_ends)
+        for row, place in enumerate(places):
+            if self._feeds_part(place):
+                starts[row], ends[row] = place.start, place.end
+        edges = set(zip(starts, ends, key_ends, strict=True))
         in_one_block = (
             floor(start, place.origin) == floor(end - 1, place.origin)
             for start, end, place in zip(starts, ends, places, strict=True)
         )
-        is_steady = max(end - start for start, end in edges) <= 2 * size + self.shift
+        is_steady = max(end - start for start, end, _ in edges) <= 2 * size + self.shift
         reads_all = self.layout.context == "block" and len(edges) == 1 and all(in_one_block)
-        return SlotSpans(starts=starts, ends=ends, key_ends=ends, reads_all=reads_all, is_steady=is_steady)
+        return SlotSpans(starts=starts, ends=ends, key_ends=key_ends, reads_all=reads_all, is_steady=is_steady)
+
+    def _feeds_part(self, place: Place) -> bool:
+        """Tell whether the open part of a block is fed alone."""
+        block = self.layout.floor(place.start, place.origin)
+        return self.kind == "dual" and place.opened[0] >= block and place.unfinished > place.start
 
     def note(self, places: Sequence[Place]) -> None:
         """Note that the planned forward was made."""
         for place in places:
-            place.opened = (place.start, place.end)
-            place.final = self.finished(place) if self.kind == "exact" else 0
+            place.opened, place.final = (place.start, place.end), 0
+            if self.layout.block_size is not None:
+                place.final = self.finished(place)
+                if place.unfinished == place.committed(self.layout):  # the block's first token is noise
+                    place.opened = (-1, -1)
 
     def finished(self, place: Place) -> int:
         """Count the positions whose keys and values are final once they are computed now."""

@@ -27,7 +27,8 @@ class SamplingConfig(Settings):
     steps_per_block: Count | None = None
     """Denoising steps for each block, in place of steps."""
     block_size: Count | None = None
-    """Tokens per block, decoded from left to right; by default the model's own blocks, or the whole canvas at once."""
+    """Tokens per block, decoded from left to right; by default the model's own blocks, or the whole canvas at once. Of
+    sdlm and wedlm: tokens of the window; of fast-dllm-v2: tokens of a part of the model's block."""
     temperature: NonNegative | None = None
     """Temperature of the draws; 0 takes the likeliest token."""
     top_p: Share | None = None
@@ -39,13 +40,17 @@ class SamplingConfig(Settings):
     cfg_scale: float = 0.0
     """Classifier-free guidance: logits = uncond + (scale + 1) (cond - uncond); 0 for none."""
     threshold: Probability | None = None
-    """Commit every token whose probability reaches this (fast-dllm, sdar, llada2)."""
+    """Commit every token whose probability reaches this (fast-dllm), or is above it (sdar, llada2; at 1 sdar commits
+    the same number in each step)."""
     factor: Positive | None = None
     """Commit the r most probable tokens, for the largest r whose r-th probability is at least 1 - factor / (r + 1)
     (fast-dllm)."""
     entropy_bound: NonNegative | None = None
     """Commit the tokens of lowest entropy, as long as their entropies, the largest left out, sum to at most this (nats;
-    eb)."""
+    eb). The sum of sdar includes the largest, and is below this."""
+    entropy_threshold: NonNegative | None = None
+    """Commit every token whose entropy, and 0.02 for each position behind the first mask, sum to less than this (nats;
+    wedlm)."""
     editing_threshold: Probability | None = None
     """Replace a draft where another token is more probable than this (llada2.1)."""
     budget: Share | None = None
@@ -95,8 +100,8 @@ class SamplingConfig(Settings):
         """Fill in the preset's defaults where nothing was given."""
         preset = preset_from_name(self.preset)
         defaults: dict[str, Any] = {"temperature": 0.0, "cache": "auto"} | preset.defaults
-        if self.factor is not None:
-            defaults.pop("threshold", None)  # the factor rule replaces the threshold
+        if self.factor is not None or self.entropy_bound is not None:
+            defaults.pop("threshold", None)  # another rule replaces the threshold
         if any(getattr(self, name) is not None for name in COSTS):
             defaults.pop("steps_per_block", None)
         if "block_size" in defaults and preset.blocks != "grid":
@@ -110,13 +115,13 @@ class SamplingConfig(Settings):
         return replace(self, stop=None)
 
 
-def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
+def with_saved(saved: dict[str, Any], given: dict[str, Any], *, has_grid: bool = False) -> SamplingConfig:
     """Combine given settings with those saved in a checkpoint; given ones win.
 
     If a preset is given, only the saved max_new_tokens is used. If a cost is given (`COSTS`, steps_per_block), no saved
     cost is used. A saved block size that does not divide max_new_tokens stays: the canvas is then longer, and the text
-    is cut; but no block is longer than the text. Raises ValueError for a name that is no setting, and for a given block
-    size that does not divide.
+    is cut; but no block is longer than the text. On a grid, of the preset or the model (`has_grid`), any size fits.
+    Raises ValueError for a name that is no setting, and for a given block size that does not divide.
     """
     saved = saved | OLD_PRESETS.get(str(saved.get("preset")), {})
     for what, settings in (("setting", given), ("setting in config.json's generation", saved)):
@@ -136,7 +141,9 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any]) -> SamplingConfig:
     chosen = saved | given
     config = SamplingConfig(**chosen)
     size, total = config.block_size, config.max_new_tokens
-    if size is None or preset_from_name(config.preset).blocks == "grid":
+    preset = preset_from_name(config.preset)
+    is_on_grid = preset.blocks in ("grid", "part", "window") or (has_grid and preset.blocks == "model")
+    if size is None or is_on_grid or preset.may_end_short:
         return config
     if "block_size" not in given:
         return replace(config, block_size=min(size, total))

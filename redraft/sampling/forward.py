@@ -115,8 +115,10 @@ class Forward:
             row = group.window.rows if isinstance(index, slice) else index[group.window.rows]
             column = group.window.positions - first[row]
             where += [(row * branches + branch) * input_ids.shape[2] + column for branch in range(branches)]
-        committed = None
-        if self.layout.context == "causal":
+        committed = places_in_order = None
+        if self.layout.has_order:
+            places_in_order = joined([group.order() for group in groups]).repeat_interleave(branches, dim=0)
+        elif self.layout.context == "causal":
             committed = [place.committed(self.layout) for place in places]
         previous = None
         if self.denoiser.is_self_conditioned:
@@ -129,6 +131,7 @@ class Forward:
             layout=self.layout,
             grid_origin=first.new_tensor([place.origin for place in places for _ in range(branches)]),
             committed=None if committed is None else first.new_tensor(committed).repeat_interleave(branches),
+            order=places_in_order,
             view=view,
             previous=previous,
         )

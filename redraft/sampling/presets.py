@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, Literal
 
-from redraft.errors import unknown_name
+from redraft.errors import import_own, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +17,17 @@ class Preset:
     keep the defaults of `Sampler`: an even quota, the most confident first."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """Settings that it sets where the user does not. It takes only those of `OF_SOME_PRESETS` that are listed here."""
-    blocks: Literal["model", "grid", "prompt", "token"] = "model"
+    blocks: Literal["model", "grid", "prompt", "token", "part", "window"] = "model"
     """Which blocks it decodes. "model": the model's. "grid" and "prompt": its own, with block-causal attention, counted
-    from position 0 or from the end of each row's prompt. "token": single tokens, by a model whose text is causal."""
+    from position 0 or from the end of each row's prompt. "token": single tokens, by a model whose text is causal.
+    "part": parts of the model's blocks. "window": as many positions as a block has, from the first undecided one on."""
+    may_end_short: bool = False
+    """Whether its last block may have fewer tokens than the others."""
 
 
-OF_SOME_PRESETS = ("alg_temperature", "threshold", "factor", "entropy_bound", "editing_threshold")
+OF_SOME_PRESETS = (
+    "alg_temperature", "threshold", "factor", "entropy_bound", "entropy_threshold", "editing_threshold",
+)  # fmt: skip
 """Settings that a preset takes only if its defaults name them."""
 
 
@@ -32,15 +36,11 @@ def preset_from_name(name: str) -> Preset:
 
     Raises ValueError for an unknown name, and for an object that is no preset.
     """
-    module, _, attribute = name.partition(":")
-    if not attribute:
+    if ":" not in name:
         if name not in PRESETS:
             raise unknown_name("preset", name, (*PRESETS, "MODULE:NAME"))
         return PRESETS[name]
-    try:
-        preset = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"preset {name!r} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    preset = import_own("preset", name)
     if not isinstance(preset, Preset):
         raise ValueError(f"preset {name!r} must be a redraft.sampling.presets.Preset; got {type(preset).__name__}.")
     return preset
@@ -53,9 +53,27 @@ def _parallel(policies: Any, config: Any, **rule: Any) -> dict[str, Any]:
     return {} if config.threshold is None else {"unmask": policies.Threshold(threshold=config.threshold, **rule)}
 
 
+def _of_sdar(policies: Any, config: Any) -> dict[str, Any]:
+    """Commit tokens above a threshold, or a fixed share of the block; or else what an entropy bound accepts."""
+    if config.entropy_bound is None:
+        return _parallel(policies, config, strict=True, at_least="quota")
+    bound = policies.EntropyBound(bound=config.entropy_bound, has_all=True)
+    return {"score": policies.negative_entropy, "unmask": bound}
+
+
 def _edited(policies: Any, config: Any) -> dict[str, Any]:
     """Commit tokens above a threshold, and edit drafts."""
     return _parallel(policies, config, strict=True) | {"revise": policies.TokenEdit(threshold=config.editing_threshold)}
+
+
+def _first_alone(policies: Any, config: Any, **rule: Any) -> dict[str, Any]:
+    """Commit the first token of a block alone, and the others in parallel."""
+    return {"unmask": policies.FirstAlone(rest=policies.Threshold(threshold=config.threshold, **rule))}
+
+
+def _prefix(policies: Any, config: Any) -> dict[str, Any]:
+    """Commit what is certain up to the first token that is not."""
+    return {"unmask": policies.CertainPrefix(threshold=config.threshold)}
 
 
 def _both(policy: Any) -> dict[str, Any]:
@@ -90,15 +108,59 @@ PRESETS = {
         build=_parallel,
         defaults={"block_size": 32, "threshold": 0.9, "factor": None},
     ),
+    "fast-dllm-v2": Preset(
+        source="sub-blocks, each block's first token from the forward that commits the block before, arXiv 2509.26328",
+        build=lambda p, c: _first_alone(p, c, strict=True),
+        defaults={"block_size": 8, "threshold": 0.9},
+        blocks="part",
+    ),
+    "nemotron": Preset(
+        source="block diffusion after an autoregressive first token, Nemotron-Labs-Diffusion",
+        build=_first_alone,
+        defaults={"block_size": 32, "threshold": 0.9},
+        blocks="prompt",
+    ),
+    "wedlm": Preset(
+        source="sliding window, entropy with a penalty for later positions, WeDLM, arXiv 2512.22737",
+        build=lambda p, c: {"unmask": p.LowEntropy(threshold=c.entropy_threshold)},
+        defaults={"block_size": 16, "entropy_threshold": 0.4},
+        blocks="window",
+    ),
+    "wedlm-blocks": Preset(
+        source="blocks after the prompt by confidence, generate_wedlm of WeDLM, arXiv 2512.22737",
+        build=_parallel,
+        defaults={"block_size": 32, "threshold": 0.9},
+        blocks="prompt",
+        may_end_short=True,
+    ),
+    "sdlm": Preset(
+        source="longest confident prefix of a window, SDLM, arXiv 2509.24007",
+        build=_prefix,
+        defaults={"block_size": 4, "threshold": 0.98},
+        blocks="window",
+    ),
+    "sdlm-entropy": Preset(
+        source="as sdlm, confidence = 1 - entropy / log(vocabulary)",
+        build=lambda p, c: {"score": p.certainty} | _prefix(p, c),
+        defaults={"block_size": 4, "threshold": 0.98},
+        blocks="window",
+    ),
     "bd3lm": Preset(
         source="block diffusion, BD3LM, arXiv 2503.09573; surest first",
         defaults={"block_size": 8, "alg_temperature": None},
         blocks="prompt",
     ),
     "sdar": Preset(
-        source="dynamic low-confidence remasking, SDAR, arXiv 2510.06303",
-        build=lambda p, c: _parallel(p, c, at_least="quota"),
-        defaults={"block_size": 4, "threshold": 0.85},
+        source="dynamic low-confidence remasking, SDAR, arXiv 2510.06303; threshold 1 is its static strategy, "
+        "entropy_bound that of JetEngine",
+        build=_of_sdar,
+        defaults={"block_size": 4, "threshold": 0.85, "entropy_bound": None},
+        blocks="grid",
+    ),
+    "sdar-sequential": Preset(
+        source="from left to right inside a block, SDAR, arXiv 2510.06303",
+        build=lambda p, _: {"score": p.leftmost, "unmask": p.fixed_quota},
+        defaults={"block_size": 4},
         blocks="grid",
     ),
     "llada2": Preset(

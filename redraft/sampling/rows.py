@@ -66,6 +66,8 @@ class Place:
 
     def committed(self, layout: Layout) -> int:
         """Count the positions before the block that holds the first undecided one."""
+        if layout.has_order:  # its blocks begin anywhere
+            return max(0, self.unfinished - (layout.within == "with-last"))
         return max(0, layout.floor(self.unfinished, self.origin))
 
 
@@ -104,6 +106,8 @@ class Rows:
         self.block, self.last_block = never.clone(), never.clone()
         """First unfinished block, and the last one that is open."""
         self.block_size, self.step, self.since_filled = zero.clone(), zero.clone(), zero.clone()
+        self.opens_block = zero > 0
+        """Whether nothing was decided in that block when it opened, and it begins one of the layout."""
         self.num_forwards = zero
         """Forwards that the row took part in."""
         self.asked, self.fed = zero, self.canvas.tokens.clone()
@@ -214,7 +218,18 @@ class Rows:
             num_steps=self.num_steps,
             block_size=self.block_size,
             steps_since_filled=self.since_filled,
+            opens_block=self.opens_block,
         )
+
+    def order(self) -> Int[Tensor, "batch seq"]:
+        """Place each position in the order in which a layout with an order is causal."""
+        length, device = self.canvas.tokens.shape[1], self.keys.device
+        positions = torch.arange(length, device=device)[None]
+        committed = torch.tensor([[place.committed(self.layout)] for place in self.places], device=device)
+        end = torch.tensor([[place.end] for place in self.places], device=device)
+        if self.layout.within == "with-last":  # a window: the last committed token and the noise that it predicts
+            return torch.where((positions >= committed) & (positions < end - 1), committed, positions)
+        return positions + length * (self.canvas.is_noise | (positions >= end)).long()
 
     def has_answer(self) -> bool:
         """Tell whether the logits asked for are those of the last forward."""
@@ -255,11 +270,15 @@ class Rows:
         masks = (is_undecided, is_open, is_undecided & is_later)
         firsts = [torch.where(mask, positions, NEVER).amin(dim=1) for mask in masks]
         numbers = torch.stack([*ends, *firsts], dim=1).tolist()  # sync: when a block opens
+        opens_block = []
         for row, (end, last_end, unfinished, start, later) in zip(which, numbers, strict=True):
             place = self.places[row]
             place.is_finished = False
             place.unfinished, place.start, place.end = unfinished, start, end
             place.reach = max(last_end, 0 if later == NEVER else later + 1)
+            begin = self.layout.floor(start, place.origin) if self.layout.block_size else start
+            opens_block.append(unfinished == start == begin)
+        self.opens_block[pick] = torch.tensor(opens_block, device=self.keys.device)
         self.choose_columns()
 
     def choose_columns(self) -> None:

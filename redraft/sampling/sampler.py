@@ -1,5 +1,6 @@
 """Samplers: a combination of policies, and how tokens are drawn."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from redraft.sampling import policies
 from redraft.sampling.config import SamplingConfig, Share
 from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.guidance import Guide
-from redraft.sampling.presets import preset_from_name
+from redraft.sampling.presets import Preset, preset_from_name
 from redraft.settings import Count, Natural, NonNegative, Settings
 
 
@@ -50,6 +51,8 @@ class Sampler(Settings):
     temperature: NonNegative = 0.0
     top_p: Share | None = None
     top_k: Count | None = None
+    lookahead: Natural = 0
+    """Positions behind the text that its last step may look at."""
     num_listed: Natural = 0
     """Likeliest tokens that a step lists for each token that it places."""
 
@@ -71,27 +74,12 @@ def build_sampler(
     forwards = config.forwards
     if config.budget is not None:
         forwards = max(1, round(config.budget * config.max_new_tokens))
-    if preset.blocks == "token" and not settings.is_causal:
-        raise ValueError(
-            f"preset {config.preset!r} needs a model whose committed text is causal; this one attends "
-            f"{'in blocks' if settings.block_size else 'to everything'}. Train one with --objective.kind block "
-            "--objective.context causal, or with --objective.kind ar."
-        )
-    size = config.block_size or settings.block_size or chosen.block_size
-    if preset.blocks == "token":
-        size = 1
-    if settings.context == "causal" and (size or 0) > (settings.block_size or 0):
-        raise ValueError(
-            f"block_size must be at most that of the model's training, {settings.block_size}; got {size}. Lower it."
-        )
-    has_blocks = preset.blocks != "model" or settings.block_size is not None
-    layout = replace(settings.layout, block_size=size) if has_blocks else Layout()
+    frontier, layout = _blocks_and_layout(preset, config, settings)
     stop: policies.Stop = policies.filled
     if config.stop is not None and eos_token_ids:
         stop = policies.EndOfSequence(eos_token_ids=eos_token_ids)
     if isinstance(config.stop, tuple) and decode is not None:
         stop = policies.StopStrings(strings=config.stop, decode=decode, otherwise=stop)
-    frontier = policies.Blocks(size=size, on_grid=has_blocks and preset.blocks != "prompt")
     fields: dict[str, Any] = {"frontier": frontier, "score": policies.confidence} | preset.build(policies, chosen)
     if chosen.alg_temperature:
         fields["score"] = policies.GumbelScore(score=fields["score"], temperature=chosen.alg_temperature)
@@ -105,6 +93,7 @@ def build_sampler(
         stop=stop,
         cache=cache,
         layout=layout,
+        lookahead=frontier.in_flight - 1 if preset.blocks == "window" else 0,
         is_grid_from_prompt=preset.blocks == "prompt",
         cfg_scale=config.cfg_scale,
         temperature=chosen.temperature or 0.0,
@@ -112,3 +101,35 @@ def build_sampler(
         top_k=config.top_k,
         **fields,
     )
+
+
+def _blocks_and_layout(
+    preset: Preset, config: SamplingConfig, settings: DiffusionSettings
+) -> tuple[policies.Blocks, Layout]:
+    """Choose the blocks that are decoded one after the other, and the attention."""
+    default, of_model = config.resolved().block_size, settings.block_size
+    if preset.blocks == "token":
+        if not settings.is_causal:
+            raise ValueError(
+                f"preset {config.preset!r} needs a model whose committed text is causal; this one attends "
+                f"{'in blocks' if of_model else 'to everything'}. Train one with --objective.kind block "
+                "--objective.context causal, or with --objective.kind ar."
+            )
+        within = "full" if settings.layout.has_order else settings.layout.within
+        return policies.Blocks(size=1, on_grid=True), replace(settings.layout, block_size=1, within=within)
+    size = config.block_size or of_model or default
+    if settings.context == "causal" and (size or 0) > (of_model or 0):
+        raise ValueError(f"block_size must be at most that of the model's training, {of_model}; got {size}. Lower it.")
+    if preset.blocks == "window":
+        return policies.Blocks(size=1, on_grid=True, in_flight=size or 1), settings.layout
+    if preset.blocks == "part":
+        part = config.block_size or math.gcd(default or 0, of_model or 0)
+        if of_model and of_model % part:
+            raise ValueError(
+                f"block_size of preset {config.preset!r} must divide the model's blocks of {of_model}; got {part}. "
+                f"Use {math.gcd(part, of_model)}."
+            )
+        return policies.Blocks(size=part, on_grid=of_model is not None), settings.layout
+    has_blocks = preset.blocks != "model" or of_model is not None
+    layout = replace(settings.layout, block_size=size) if has_blocks else Layout()
+    return policies.Blocks(size=size, on_grid=has_blocks and preset.blocks != "prompt"), layout

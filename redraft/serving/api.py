@@ -140,7 +140,7 @@ _WITHOUT_EFFECT: Object = {
 }  # fmt: skip
 _EXTRA_SETTINGS = (
     "preset", "steps", "steps_per_block", "block_size", "threshold", "factor", "entropy_bound", "alg_temperature",
-    "top_k", "budget", "forwards", "editing_threshold",
+    "top_k", "budget", "forwards", "editing_threshold", "entropy_threshold",
 )  # fmt: skip
 """Names of `SamplingConfig` in the object `redraft`."""
 _EXTRAS: Object = {

@@ -47,7 +47,7 @@ def load_start(config: RunConfig) -> LanguageModel | None:
     if settings.context == "causal" and config.objective.kind == "block" and config.objective.context == "block":
         raise ValueError(
             f"{path} has a causal context, which objective.context block does not train. Use "
-            f"--objective.context causal --objective.within {settings.within}."
+            f"--objective.context causal --objective.within {'causal' if settings.within == 'causal' else 'full'}."
         )
     if lm.context_length is not None and config.data.seq_len > lm.context_length:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,13 @@ from redraft.sampling.presets import PRESETS
 
 DATA = Path(__file__).parent / "data"
 WEIGHTS = {"fast_dllm_llada": "llada"}
-LEFT_PADDED = {"Dream", "BD3LM"}
+ELSEWHERE = {"sdlm", "wedlm", "fast_dllm_v2"}  # test_golden_orders.py
+LEFT_PADDED = {"Dream", "BD3LM", "OPDLM bd3lm_sample"}
+UNSTATED = {"sdar_moe": 4, "a2d_qwen3_block": 4}
+"""Tokens in the blocks of families whose config.json does not say it."""
+ON_PROMPTS = {"BD3LM", "OPDLM bd3lm_sample"}
+"""Samplers whose blocks begin at each prompt's end: no history is recorded."""
+SDAR = {"low_confidence_static": {"preset": "sdar", "threshold": 1.0}, "sequential": {"preset": "sdar-sequential"}}
 DREAM = {"maskgit_plus": "dream-confidence", "topk_margin": "dream-margin", "entropy": "dream-entropy"}
 MASK = 255
 
@@ -29,6 +36,8 @@ SHORT_EDITS = replace(PRESETS["llada2.1"], build=short_edits)
 
 def cases():
     for folder in sorted(path.parent for path in DATA.glob("*/cases.json")):
+        if folder.name in ELSEWHERE:
+            continue
         for index, case in enumerate(json.loads((folder / "cases.json").read_text())):
             name = f"{folder.name}-{index}-{case['sampler'].replace(' ', '_')}"
             yield pytest.param(folder.name, index, case, id=name)
@@ -36,7 +45,7 @@ def cases():
 
 SETTINGS = (
     "max_new_tokens", "steps", "steps_per_block", "block_size", "cfg_scale", "threshold", "factor",
-    "editing_threshold",
+    "editing_threshold", "entropy_bound",
 )  # fmt: skip
 
 
@@ -51,13 +60,24 @@ def settings(case):
         name, chosen["cache"] = "fast-dllm", case["use_cache"] or "none"
         if "threshold" not in case and "factor" not in case:
             name = "llada"
+    elif "strategy" in case:
+        chosen = {"preset": "sdar"} | chosen | SDAR.get(case["strategy"], {})
+        name = chosen["preset"]
     else:
-        name = {"BD3LM": "bd3lm", "LLaDA2.0": "llada2", "LLaDA2.1": f"{__name__}:SHORT_EDITS"}[case["sampler"]]
+        names = {"LLaDA2.0": "llada2", "LLaDA2.1": f"{__name__}:SHORT_EDITS"} | dict.fromkeys(ON_PROMPTS, "bd3lm")
+        name = names[case["sampler"]]
     return chosen | {"preset": name, "stop": None, "temperature": 0.0, "top_p": None, "alg_temperature": None}
 
 
+@cache
+def load_once(family):
+    return redraft.load(
+        DATA / family, mask_token_id=MASK, block_size=UNSTATED.get(family), dtype="float32", device="cpu"
+    )
+
+
 def load(family, case):
-    lm = redraft.load(DATA / WEIGHTS.get(family, family), mask_token_id=MASK, dtype="float32", device="cpu")
+    lm = load_once(WEIGHTS.get(family, family))
     if "shift_logits" not in case:
         return lm
     of_case = replace(lm.denoiser.settings, shift_logits=case["shift_logits"])
@@ -78,7 +98,7 @@ def run(lm, case, prompts, **others):
 
 
 def of_row(case, canvas, prompts, row):
-    """Cut the padding off a reference's row."""
+    """Cut a reference's row to the text: its padding off, and what its last block holds beyond it."""
     length = len(prompts[row]) + case.get("max_new_tokens", 0)
     if case["sampler"] not in LEFT_PADDED:
         return canvas[row, :length]
@@ -93,11 +113,13 @@ def test_the_reference_is_reproduced_token_for_token(family, index, case):
     together = run(lm, case, prompts)
     for row, sequence in enumerate(together.sequences):
         assert torch.equal(sequence, of_row(case, expected, prompts, row))
-        assert torch.equal(run(lm, case, prompts[row]).sequences[0], sequence)
+        if len(prompts) > 1:
+            assert torch.equal(run(lm, case, prompts[row]).sequences[0], sequence)
 
 
 @pytest.mark.parametrize(
-    ("family", "index", "case"), [c for c in cases() if c.values[2]["sampler"] in ("BD3LM", "LLaDA2.0", "LLaDA2.1")]
+    ("family", "index", "case"),
+    [c for c in cases() if c.values[2]["sampler"] in (*ON_PROMPTS, "LLaDA2.0", "LLaDA2.1")],
 )
 def test_the_exact_cache_changes_nothing(family, index, case):
     prompts, _, _ = read(family, index)
@@ -110,20 +132,43 @@ def test_the_exact_cache_changes_nothing(family, index, case):
 
 
 @pytest.mark.parametrize(
-    ("family", "index", "case"), [c for c in cases() if c.values[2]["sampler"] not in ("BD3LM", "MDLM infill")]
+    ("family", "index", "case"),
+    [c for c in cases() if c.values[2]["sampler"] not in (*ON_PROMPTS, "MDLM infill")],
 )
 def test_the_reference_is_followed_step_by_step(family, index, case):
     prompts, _, history = read(family, index)
-    lm, steps_of = load(family, case), [0] * len(prompts)
-    for step in lm.stream(prompts, **settings(case)):
+    lm, steps_of = load(family, case), [0] * (len(prompts) + 1)
+    has_strategy = "strategy" in case  # then without a cache, and beside another row
+    rows, given = ([*prompts, prompts[0][:2]], {"cache": "none"}) if has_strategy else (prompts, {})
+    for step in lm.stream(rows, **given | settings(case)):
         for place, row in enumerate(step.rows.tolist()):
-            expected = of_row(case, history[int(step.age[0]) + 1].long(), prompts, row)
-            assert torch.equal(step.canvas.tokens[place, : len(expected)], expected)
             steps_of[row] += 1
-    for row, steps in enumerate(steps_of):
+            if row < len(prompts):
+                expected = history[steps_of[row]].long()
+                expected = expected[row] if has_strategy else of_row(case, expected, prompts, row)  # the whole blocks
+                assert torch.equal(step.canvas.tokens[place, : len(expected)], expected)
+    for row, steps in enumerate(steps_of[: len(prompts)]):
         rest = [of_row(case, canvas.long(), prompts, row) for canvas in history[steps:]]
         assert steps > 0
         assert all(torch.equal(canvas, rest[0]) for canvas in rest)  # the reference changes nothing after our last step
+
+
+@pytest.mark.parametrize(
+    ("index", "changes"),
+    [
+        (14, {"preset": "llada", "threshold": None}),  # an even share of what is left, not of the block
+        (0, {"preset": "sdar-sequential", "threshold": None}),
+        (9, {"preset": "eb"}),  # without the largest entropy in the sum
+        (2, {"threshold": 0.85}),
+    ],
+)
+def test_another_strategy_is_told_apart(index, changes):
+    case = json.loads((DATA / "sdar" / "cases.json").read_text())[index]
+    prompts, _, _ = read("sdar", index)
+    lm = load("sdar", case)
+    theirs, ours = (list(lm.stream(prompts, **settings(case) | given)) for given in ({}, changes))
+    same = [torch.equal(a.canvas.tokens, b.canvas.tokens) for a, b in zip(theirs, ours, strict=False)]
+    assert len(theirs) != len(ours) or not all(same)
 
 
 def test_another_order_of_commits_is_told_apart():

@@ -205,6 +205,8 @@ NAMES = {
     "divelab/OPDLM-8B": ("a2d-qwen3", 4),
     "hub/models--divelab--OPDLM-0.6B/snapshots/0123abc": ("a2d-qwen3", 4),
     "runs/../JetLM/SDAR-30B-A3B-Sci": ("sdar-moe", 4),
+    "Gen-Verse/TraDo-8B-Instruct": ("sdar", 4),
+    "Gen-Verse/TraDo-8B-Thinking": ("sdar", 4),
 }
 RAW = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 
@@ -227,7 +229,7 @@ def test_what_config_json_says_of_blocks_comes_before_the_name():
     [
         ("sdar", "my-model"),
         ("sdar", "runs/sdar-tuned"),
-        ("sdar", "Gen-Verse/TraDo-8B-Instruct"),
+        ("sdar", "TraDo-8B-Instruct-b16"),
         ("a2d-qwen3", "models/Qwen3-0.6B-bd3lm"),
         ("a2d-llama", "checkpoint-final"),
         ("a2d-llama", "bd3lm-from-mdlm"),
@@ -245,7 +247,8 @@ def test_what_config_json_says_of_blocks_comes_before_the_name():
     ],
 )
 def test_blocks_that_nothing_tells_are_asked_for(family, path):
-    with pytest.raises(ValueError, match=r'neither config.json .* tells .*"block_size": N .*--block-size N') as told:
+    ways = r'neither config.json .* tells .*block_size=N to redraft.load.*"block_size": N .*--block-size N'
+    with pytest.raises(ValueError, match=ways) as told:
         find_family({}, name=family).config(RAW, mask_token_id=60, path=path)
     assert Path(path).name in str(told.value)
 
@@ -290,6 +293,78 @@ def test_asked_for_blocks_are_taken_from_the_conversion(tmp_path):
     assert redraft.convert(tmp_path / "mine", tmp_path / "out", block_size=8).settings.block_size == 8
 
 
+def test_blocks_that_nothing_tells_are_given_at_loading(tmp_path):
+    checkpoint(tmp_path / "mine", Qwen3Config(**SIZES, head_dim=8), model_type="a2d-qwen3", mask_token_id=60)
+    with pytest.raises(ValueError, match="Pass block_size=N to redraft.load"):
+        redraft.load(tmp_path / "mine", device="cpu")
+    lm = redraft.load(tmp_path / "mine", block_size=8, device="cpu")
+    assert lm.denoiser.settings.block_size == 8
+    lm.model.save_pretrained(tmp_path / "saved")
+    assert redraft.load(tmp_path / "saved", device="cpu").denoiser.settings.block_size == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "stated"), [({"model_type": "rnd1"}, None), ({"diffusion": {"mask_token_id": 60, "block_size": 4}}, 4)]
+)
+def test_a_checkpoint_that_states_its_blocks_takes_no_others_at_loading(tmp_path, changes, stated):
+    kind = Qwen3MoeConfig(**SIZES, **MOE, head_dim=8)
+    checkpoint(tmp_path, kind, **{"model_type": "qwen3_moe", "mask_token_id": 60} | changes)
+    assert redraft.load(tmp_path, device="cpu").denoiser.settings.block_size == stated
+    with pytest.raises(ValueError, match=f"block_size is for checkpoints.* got 8 for .*, which has {stated}. Leave it"):
+        redraft.load(tmp_path, block_size=8, device="cpu")
+
+
+def test_published_steps_are_one_for_each_token_of_a_block():
+    for path, size in (("JetLM/SDAR-8B-Chat", 4), ("JetLM/SDAR-8B-Chat-b32", 32)):
+        config = find_family({}, name="sdar").config(RAW, mask_token_id=60, path=path)
+        assert config.generation == {"preset": "sdar", "steps_per_block": size, "temperature": 1.0}
+
+
+def test_a_family_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch):
+    source = "from redraft.models.family import Family\n\n"
+    fields = 'fields={"num_hidden_layers": "depth"}, weights={"^trunk.": "^model."}, mask_token_id=60'
+    (tmp_path / "my_families.py").write_text(f'{source}MINE = Family(name="mine", stock="qwen3", {fields})\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    stock = checkpoint(tmp_path / "theirs", Qwen3Config(**SIZES, head_dim=8), model_type="theirs")
+    raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    raw["depth"] = raw.pop("num_hidden_layers")
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(raw))
+    weights = load_file(tmp_path / "theirs" / "model.safetensors")
+    renamed = {name.replace("model.", "trunk.", 1): tensor for name, tensor in weights.items()}
+    save_file(renamed, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    with torch.no_grad():
+        expected = stock(IDS, attention_mask=torch.ones(1, 1, 12, 12, dtype=torch.bool)).logits
+    with pytest.raises(ValueError, match="unknown model_type 'theirs'"):
+        redraft.load(tmp_path / "theirs", device="cpu")
+    lm = redraft.load(tmp_path / "theirs", family="my_families:MINE", device="cpu")
+    assert torch.allclose(lm.logits(IDS), expected, atol=1e-5)
+    redraft.convert(tmp_path / "theirs", tmp_path / "ours", family="my_families:MINE")
+    assert torch.allclose(redraft.load(tmp_path / "ours", device="cpu").logits(IDS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine", "unknown family 'mine'; known are llada, .*, MODULE:NAME"),
+        ("no_such_module:MINE", "family no_such_module:MINE cannot be imported: No module named .*PYTHONPATH"),
+        ("redraft.models.families:MINE", "family redraft.models.families:MINE cannot be imported.*no attribute 'MINE'"),
+        (":MINE", "family :MINE cannot be imported: Empty module name"),
+        ("redraft.models.families:_SDAR", "must be a redraft.models.family.Family; got str"),
+    ],
+)
+def test_what_is_no_family_is_told(name, message):
+    with pytest.raises(ValueError, match=message):
+        find_family({}, name=name)
+
+
+def test_experts_chosen_by_a_block_are_refused():
+    raw = PUBLISHED["LLaDA2.0-mini"][1]
+    find_family({}, name="llada2").config(raw | {"expert_capacity": None})
+    for name in ("llada2", "llada2.1"):
+        with pytest.raises(ValueError, match="expert_capacity=64 is of LLaDA2.2, .*the logits would be others"):
+            find_family({}, name=name).config(raw | {"expert_capacity": 64})
+
+
 def test_a_block_model_under_the_name_of_a_family_of_full_attention_is_refused():
     with pytest.raises(ValueError, match="this checkpoint has block_size=32, and dream attends to everything"):
         find_family({}, name="dream").config(RAW | {"block_size": 32}, mask_token_id=60)
@@ -300,13 +375,20 @@ MASK_IDS = {
     "sdar-moe": 151669, "fast-dllm-v2": 151665, "rnd1": 151669, "diffusion-gemma": 0, "a2d-gpt2": None,
     "a2d-llama": None, "a2d-qwen2": None, "a2d-qwen3": None, "diffullama": None, "diffugpt": None,
     "open-dcoder": None,
+    "wedlm": None, "wedlm-7b": None, "sdlm": 151665, "nemotron": 100, "i-dlm": 151669, "efficient-dlm": 151662,
+    "stable-diffcoder": None,
 }  # fmt: skip
 EOS_IDS = {
     "llada": 126081, "llada-moe": 156892, "llada2": 156892, "llada2.1": 156892, "dream": 151643, "sdar": 151643,
     "sdar-moe": 151643, "fast-dllm-v2": 151645, "rnd1": 151645,
+    "sdlm": 151645,
 }  # fmt: skip
 SHIFTED = {"dream", "fast-dllm-v2", "rnd1", "diffullama", "diffugpt", "open-dcoder"}
 BLOCKS = {"llada2": 32, "llada2.1": 32, "fast-dllm-v2": 32, "diffusion-gemma": 256}
+WITHIN = {"wedlm": "reordered", "wedlm-7b": "reordered", "sdlm": "with-last", "nemotron": "full", "i-dlm": "causal"}
+SHIFTED |= {"sdlm", "i-dlm"}
+BLOCKS |= {"wedlm": 32, "wedlm-7b": 32, "sdlm": 4, "nemotron": 32, "i-dlm": 4}
+BLOCKS |= {"efficient-dlm": 32, "stable-diffcoder": 4}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -315,6 +397,7 @@ def test_a_familys_ids_shift_and_blocks_are_the_published_ones(family):
     assert family.eos_token_id == EOS_IDS.get(family.name)
     assert family.shift_logits == (family.name in SHIFTED)
     assert family.block_size == BLOCKS.get(family.name)
+    assert family.within == WITHIN.get(family.name)
     assert family.process == ("uniform" if family.name == "diffusion-gemma" else "masked")
 
 

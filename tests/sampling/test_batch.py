@@ -33,6 +33,8 @@ CAUSAL = {
     "causal context": {"within": "full"},
     "causal context, shifted": {"within": "full", "shift_logits": True},
     "all causal": {"within": "causal"},
+    "decided tokens first": {"within": "reordered"},
+    "with the last token": {"within": "with-last", "shift_logits": True},
 }
 WORDS = [
     None,

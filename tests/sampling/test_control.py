@@ -237,6 +237,7 @@ def test_what_does_not_fit_is_told(lm, chosen, message):
 FLOATS = {
     "temperature": "llada", "top_p": "llada", "cfg_scale": "llada", "alg_temperature": "llada", "budget": "llada",
     "threshold": "sdar", "factor": "fast-dllm", "entropy_bound": "eb", "editing_threshold": "llada2.1",
+    "entropy_threshold": "wedlm",
 }  # fmt: skip
 
 
@@ -265,6 +266,11 @@ def test_many_long_texts_at_once_are_refused():
 def test_a_saved_block_size_stays_where_it_does_not_divide_the_length():
     assert with_saved({"preset": "sdar", "block_size": 32}, {"max_new_tokens": 20}).block_size == 32  # blocks on a grid
     saved = {"preset": "llada", "block_size": 32}
+    for preset in ("llada", "eb"):  # blocks of the model, which lie on a grid too
+        given = {"preset": preset, "block_size": 32, "max_new_tokens": 20}
+        assert with_saved({}, given, has_grid=True).block_size == 32
+    with pytest.raises(ValueError, match="block_size must divide max_new_tokens; got 32 and 20"):
+        with_saved({}, {"preset": "bd3lm", "block_size": 32, "max_new_tokens": 20}, has_grid=True)
     assert with_saved(saved, {"max_new_tokens": 999_983}).block_size == 32  # a prime
     assert with_saved(saved, {"max_new_tokens": 40}).block_size == 32
     assert with_saved(saved, {"max_new_tokens": 20}).block_size == 20

@@ -59,6 +59,8 @@ LAYOUTS = {
     "causal context and shifted": {"block_size": GRID, "within": "full", "shift_logits": True},
     "all causal": {"block_size": GRID, "within": "causal"},
     "all causal and shifted": {"block_size": GRID, "within": "causal", "shift_logits": True},
+    "decided tokens first": {"block_size": GRID, "within": "reordered"},
+    "with the last token": {"block_size": GRID, "within": "with-last", "shift_logits": True},
 }
 
 

@@ -20,6 +20,8 @@ from redraft.sampling.policies import (
     TopK,
     Window,
     filled,
+    fixed_quota,
+    leftmost,
 )
 from redraft.sampling.policies.unmask import best
 from redraft.sampling.propose import propose
@@ -143,6 +145,20 @@ def test_a_threshold_takes_all_that_pass_it_and_at_least_one():
     assert chosen(Threshold(threshold=0.85, at_least="quota"), score, num_steps=2) == [0, 1, 1, 0]
     assert chosen(Threshold(threshold=0.5), [0.5, 0.5]) == [1, 1]
     assert chosen(Threshold(threshold=0.5, strict=True), [0.5, 0.5]) == [1, 0]
+    assert chosen(Threshold(threshold=1.0, strict=True, at_least="quota"), [1.0, 1.0, 0.9, 0.8], num_steps=4) == [
+        1,
+        0,
+        0,
+        0,
+    ]
+
+
+def test_a_fixed_quota_is_a_share_of_the_block_whatever_is_left_of_it():
+    score = [0.9, 0.5, 0.2, 0.7, 0.8]
+    assert [sum(chosen(fixed_quota, score, num_steps=3, step=step)) for step in range(4)] == [2, 2, 1, 1]
+    assert chosen(fixed_quota, score, num_steps=2, status="gggNN") == [0, 0, 0, 1, 1]
+    assert chosen(fixed_quota, score, num_steps=8, step=7, status="gNgNN") == [0, 0, 0, 0, 1]
+    assert leftmost(candidates(score)).argsort(descending=True).tolist() == [0, 1, 2, 3, 4]
 
 
 @given(score=st.lists(st.floats(0.15, 0.99), min_size=1, max_size=12), factor=st.floats(0.1, 3.0))
@@ -159,6 +175,8 @@ def test_the_entropy_bound_equals_its_definition(score, bound):
     entropy = sorted(candidates(score).proposal.entropy().tolist())
     allowed = [r for r in range(1, len(score) + 1) if sum(entropy[:r]) - max(entropy[:r]) <= bound]
     assert abs(sum(chosen(EntropyBound(bound=bound), score)) - max(allowed)) == 0
+    strict = [r for r in range(1, len(score) + 1) if sum(entropy[:r]) < bound]
+    assert sum(chosen(EntropyBound(bound=bound, has_all=True), score)) == max(strict, default=1)
 
 
 def nothing(at):

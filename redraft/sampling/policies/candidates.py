@@ -44,6 +44,8 @@ class Window:
     """Positions of the block, given ones included."""
     steps_since_filled: Int[Tensor, "batch"]
     """Steps the row has taken since its block held no noise."""
+    opens_block: Bool[Tensor, "batch"]
+    """Whether nothing was decided in the block when it opened, and it begins a block of the layout."""
 
     @property
     def is_last(self) -> Bool[Tensor, "batch"]:

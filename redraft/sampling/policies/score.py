@@ -1,5 +1,6 @@
 """Scores: how confident each proposal is. The highest scores are committed first."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,11 @@ def negative_entropy(candidates: Candidates) -> Float[Tensor, "n"]:
     return -candidates.proposal.entropy()
 
 
+def leftmost(candidates: Candidates) -> Float[Tensor, "n"]:
+    """Commit from left to right (SDAR's sequential strategy)."""
+    return -candidates.window.positions.to(candidates.proposal.confidence.dtype)
+
+
 def random_order(candidates: Candidates) -> Float[Tensor, "n"]:
     """Commit in random order (random remasking, Algorithm 4 of arXiv 2502.09992).
 
@@ -53,3 +59,8 @@ class GumbelScore(Settings):
     def __call__(self, candidates: Candidates) -> Float[Tensor, "n"]:
         u = candidates.window.uniform(DRAW_ORDER).clamp(min=torch.finfo(torch.float64).tiny)
         return self.score(candidates) / self.temperature - torch.log(-torch.log(u)).float()
+
+
+def certainty(candidates: Candidates) -> Float[Tensor, "n"]:
+    """Return 1 - entropy / log(vocabulary), in [0, 1] (`entropy_conf` of SDLM)."""
+    return 1 - candidates.proposal.entropy() / math.log(candidates.proposal.logits.shape[-1])

@@ -38,6 +38,21 @@ class EndOfSequence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Enough:
+    """A row is done when its first `num_tokens` new tokens are decided, or by another rule.
+
+    What follows them in the canvas is there for the model to look at.
+    """
+
+    num_tokens: int
+    otherwise: Stop
+
+    def __call__(self, canvas: Canvas, tail: Canvas) -> Bool[Tensor, "batch"]:
+        num_new = ((canvas.status == Status.COMMITTED) & _has_all_before(canvas)).sum(dim=1)
+        return (num_new >= self.num_tokens) | self.otherwise(canvas, tail)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StopStrings:
     """A row is done when the decided text from its first new token on holds one of the strings, or by another rule."""
 

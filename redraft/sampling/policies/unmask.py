@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redraft.sampling.policies.candidates import DRAW_UNMASK, Candidates
+from redraft.sampling.policies.candidates import DRAW_UNMASK, Candidates, Window
 from redraft.schedules import Linear, Schedule
 from redraft.settings import Count, NonNegative, Positive, Probability, Settings
 
@@ -37,6 +37,20 @@ class Quota:
         return best(score, candidates, torch.where(window.is_last, num_left, count.clamp(min=1).long()))
 
 
+def fixed_quota(score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+    """Commit block_size / steps in each step, whatever is left of the block (SDAR's static strategy).
+
+    A block whose first positions are given, or where a threshold committed more, simply ends sooner.
+    """
+    return best(score, candidates, fixed_count(candidates.window))
+
+
+def fixed_count(window: Window) -> Int[Tensor, "batch"]:
+    """Count what a step commits where a whole block is shared out over its steps, the remainder first; at least one."""
+    even, remainder = window.block_size // window.num_steps, window.block_size % window.num_steps
+    return (even + (window.step < remainder).long()).clamp(min=1)
+
+
 def committed_share(schedule: Schedule, t: Float[Tensor, "batch"], s: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
     """Return P(a token masked at t is decided at s) = (alpha_s - alpha_t) / (1 - alpha_t) (Eq. 7, arXiv 2406.07524)."""
     alpha_t, alpha_s = schedule.alpha(t), schedule.alpha(s)
@@ -58,22 +72,21 @@ class Threshold(Settings):
     """Commit tokens whose probability passes a threshold (Section 3.3 of arXiv 2505.22618).
 
     Where fewer pass than `at_least` asks for, the best ones are committed instead: one ("one", Fast-dLLM), or as many
-    as the even quota of the block ("quota": SDAR, LLaDA2).
+    as `fixed_quota` does ("quota": SDAR, LLaDA2).
     """
 
     threshold: Probability
     strict: bool = False
-    """Fast-dLLM commits at >= threshold, LLaDA2 at > threshold."""
+    """Fast-dLLM commits at >= threshold, SDAR and LLaDA2 at > threshold: at 1 they commit the quota alone."""
     at_least: Literal["one", "quota"] = "one"
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
-        window, confidence = candidates.window, candidates.confidence
+        confidence = candidates.confidence
         passes = confidence > self.threshold if self.strict else confidence >= self.threshold
         passes = passes & candidates.is_open_noise
-        minimum = torch.ones_like(window.step)
-        if self.at_least == "quota":  # the whole block evenly over its steps, the remainder first
-            even, remainder = window.block_size // window.num_steps, window.block_size % window.num_steps
-            minimum = (even + (window.step < remainder).long()).clamp(min=1)
+        minimum = fixed_count(candidates.window)
+        if self.at_least == "one":
+            minimum = torch.ones_like(minimum)
         is_enough = passes.sum(dim=1) >= minimum
         return torch.where(is_enough[:, None], passes, best(score, candidates, minimum))
 
@@ -101,17 +114,73 @@ class EntropyBound(Settings):
     """Commit the longest prefix, by ascending entropy, whose sum of entropies less the largest is at most `bound` nats.
 
     That difference bounds the mutual information of what is committed together (EB-Sampler, arXiv 2505.24857).
+
+    With `has_all` the largest counts too, and the sum is below `bound`, but one is always committed (JetEngine, SDAR).
     """
 
     bound: NonNegative
+    has_all: bool = False
 
     def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
         is_open = candidates.is_open_noise
         entropy = candidates.spread(candidates.proposal.entropy()).masked_fill(~is_open, torch.inf)
         ordered = entropy.sort(dim=1).values
         before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered[:, :-1].cumsum(dim=1)], dim=1)
-        count = (before <= self.bound).sum(dim=1)  # ascending: the sum less its largest is the sum of those before
+        passes = before <= self.bound  # ascending: the sum less its largest is the sum of those before
+        if self.has_all:
+            passes = before + ordered < self.bound
+        count = passes.sum(dim=1).clamp(min=1)
         return best(-entropy, candidates, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowEntropy(Settings):
+    """Commit tokens whose entropy plus `penalty` nats per position after the first noise is below a threshold.
+
+    If none is, the lowest sum alone (WeDLM's engine, arXiv 2512.22737).
+    """
+
+    threshold: NonNegative
+    penalty: NonNegative = 0.02
+
+    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        is_open, columns = candidates.is_open_noise, candidates.window.columns
+        first = torch.where(is_open, columns, torch.iinfo(columns.dtype).max).amin(dim=1, keepdim=True)
+        adjusted = candidates.spread(candidates.proposal.entropy()) + self.penalty * (columns - first)
+        passes = is_open & (adjusted < self.threshold)
+        lowest = best(-adjusted, candidates, torch.ones_like(candidates.window.step))
+        return torch.where(passes.any(dim=1, keepdim=True), passes, lowest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertainPrefix(Settings):
+    """Commit the longest run from the first noise on whose scores are all above a threshold; at least one token.
+
+    SDLM (arXiv 2509.24007): what was committed is text without a gap.
+    """
+
+    threshold: Probability
+
+    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        is_open = candidates.is_open_noise
+        is_certain = (score > self.threshold) | ~is_open
+        return is_open & is_certain.long().cumprod(dim=1).bool() | _is_first(is_open)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstAlone:
+    """Commit the first token of a block alone, in the block's first step; the others by the rule `rest`.
+
+    It is predicted by the last token of the text, in the forward that reads that text for the cache: with an exact
+    cache it costs no forward more (Fast-dLLM v2, arXiv 2509.26328; Nemotron-Labs-Diffusion).
+    """
+
+    rest: Unmask
+
+    def __call__(self, score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
+        window = candidates.window
+        is_alone = window.opens_block & (window.step == 0)
+        return torch.where(is_alone[:, None], _is_first(candidates.is_open_noise), self.rest(score, candidates))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +201,11 @@ class Bernoulli:
 def at_the_end(score: Float[Tensor, "batch seq"], candidates: Candidates) -> Bool[Tensor, "batch seq"]:
     """Commit nothing before the last step, and then everything: for processes that move noise to noise."""
     return candidates.is_open_noise & candidates.window.is_last[:, None]
+
+
+def _is_first(is_open: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+    """Mark the first of each row's positions."""
+    return is_open & (is_open.long().cumsum(dim=1) == 1)
 
 
 def best(
