@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "redraft"
-BUDGET = {"core": 11985, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1852}
+BUDGET = {"core": 12052, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1869}
 """Lines of code; core is everything that has no budget of its own."""
 SETTINGS = 162
 DOUBLED = 0

@@ -90,6 +90,7 @@ def main(arguments: list[str]) -> int:
 def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
     """Load the model and its adapters, start the engine, and warm it up. Raises ValueError for what does not fit."""
     from redraft.constraints.kinds import Constraint
+    from redraft.models.device import free_bytes
     from redraft.models.finite import is_out_of_memory
     from redraft.serving.app import Backend
     from redraft.serving.compiling import Compiler, LimitedConstraint
@@ -108,6 +109,7 @@ def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
             max_queue=flags.max_queue,
             adapters=models,
         )
+        check_memory(flags, engine.needed_bytes(), free_bytes(base.denoiser.device))
         engine.start()
         engine.warm_up()
     except (RuntimeError, MemoryError) as error:  # that of torch for a GPU is a RuntimeError
@@ -122,6 +124,17 @@ def open_backend(flags: ServeFlags, adapters: dict[str, str]) -> "Backend":
         with contextlib.suppress(ValueError):
             lm.compile_constraint(LimitedConstraint(constraint=Constraint(), compiler=compiler))
     return Backend(engine=engine, models=named, max_model_len=engine.max_model_len, compiler=compiler)
+
+
+def check_memory(flags: ServeFlags, needed: int, free: int | None) -> None:
+    """Raise ValueError where full batches would not fit: a machine without memory ends a process without a word."""
+    if free is not None and needed > free:
+        fitting = max(1, flags.max_rows * free // needed)
+        raise ValueError(
+            f"--max-rows {flags.max_rows} needs {needed / 2**20:,.1f} MiB for keys, values and logits beside the "
+            f"weights, and {free / 2**20:,.1f} MiB are free. Lower --max-rows (to {fitting}) "
+            "or --max-model-len."
+        )
 
 
 def model_name(model: str) -> str:

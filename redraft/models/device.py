@@ -21,6 +21,15 @@ def choose_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory that is free on a device, or that the host can free; None where nobody tells."""
+    if device.type == "cpu":
+        import psutil  # of the extra `serve`; accelerate brings it anyway
+
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
 def can_compile() -> bool:
     """Tell whether torch.compile finds what it needs: Triton on a GPU, a C++ compiler otherwise."""
     return torch.cuda.is_available() or any(shutil.which(name) for name in ("g++", "clang++", "cl"))

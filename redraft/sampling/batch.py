@@ -27,8 +27,8 @@ class Batch:
     Only rows with the same `salt` share prefixes: otherwise the time that a prompt takes would tell who else sent it.
 
     Memory is reserved for `max_rows` and `max_positions`; more is allowed and costs a copy. Unused slots hold prefixes
-    of rows that left. While others run, the prompts of rows that join are fed alone, up to `chunk` tokens in a tick
-    (None: all); these rows take no steps meanwhile.
+    of rows that left. Prompts of rows that join are fed together in a forward of their own, up to `chunk` tokens in a
+    tick while others run (None: all), or more if more rows wait than run; these rows take no steps meanwhile.
     """
 
     def __init__(
@@ -47,6 +47,11 @@ class Batch:
 
     def __len__(self) -> int:
         return sum(len(group.places) for group in self._groups + self._waiting)
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Memory of the keys and values of one position of a row, as far as forwards have shown it."""
+        return sum(forward.slots.bytes_per_position for forward in self._forwards.values())
 
     def join(self, canvas: Canvas, sampler: Sampler, *, row_keys: Int[Tensor, "batch"], salt: str = "") -> list[int]:
         """Take in rows, and return their ids. `row_keys` seed them: equal keys and prompts give equal tokens.
@@ -166,27 +171,37 @@ class Batch:
                     present[0].join(single)
 
     def _admit(self, failed: dict[int, Exception] | None) -> None:
-        """Move waiting rows to the running ones, the oldest first, once their prompts are fed."""
-        while self._waiting:
-            group = self._waiting[0]
-            forward = self._forward_of(group.sampler)
-            num_prefills = self.counts["prefills"]
+        """Move waiting rows to the running ones, once their prompts are fed."""
+        forwards = {id(forward): forward for forward in (self._forward_of(rows.sampler) for rows in self._waiting)}
+        for forward in forwards.values():
+            waiting = [group for group in self._waiting if self._forward_of(group.sampler) is forward]
             try:
-                group.open_blocks()
-                if not forward.admit(group, self._sharing(forward), chunk=self.chunk):
-                    return
+                ready = self._prepare(forward, waiting)
             except Exception as error:
                 if failed is None or is_out_of_memory(error):
                     raise
-                self._fail(group, error, failed)
-                continue
-            self._waiting.pop(0)
-            others = [other for other in self._groups if other.sampler is group.sampler]
-            for other in others:
-                other.join(group)
-            self._groups += [] if others else [group]
-            if self.chunk is not None and self.counts["prefills"] > num_prefills:
-                return
+                ready = []
+                for group in waiting:  # each by itself once
+                    try:
+                        ready += self._prepare(forward, [group])
+                    except Exception as error:
+                        if is_out_of_memory(error):
+                            raise
+                        self._fail(group, error, failed)
+            for group in ready:
+                self._waiting = [other for other in self._waiting if other is not group]
+                same = [other for other in self._groups if other.sampler is group.sampler]
+                for other in same:
+                    other.join(group)
+                self._groups += [] if same else [group]
+
+    def _prepare(self, forward: Forward, waiting: list[Rows]) -> list[Rows]:
+        """Open the first blocks of rows, and feed prompts; return the groups that are ready."""
+        for group in waiting:
+            group.open_blocks()
+        sharing = [group for group in self._groups + self._waiting if self._forward_of(group.sampler) is forward]
+        others = [group for group in sharing if not any(group is one for one in waiting)]
+        return forward.admit(waiting, others, chunk=self.chunk)
 
     def _fail(self, group: Rows, error: Exception, failed: dict[int, Exception]) -> None:
         failed |= dict.fromkeys(group.ids.tolist(), error)

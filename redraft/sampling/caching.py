@@ -114,6 +114,18 @@ class Planner:
             return place.unfinished
         return place.committed(self.layout)
 
+    def has_prompt(self, place: Place) -> bool:
+        """Tell whether a row has a slot with all of its finished blocks."""
+        return place.slot >= 0 and place.final == self.finished(place)
+
+    def next_end(self, place: Place, num_tokens: int | None) -> int:
+        """Return how far a row is once it has been fed so many tokens: whole finished blocks, and at least one."""
+        end = self.finished(place)
+        if num_tokens is None:
+            return end
+        first = self.layout.floor(place.final, place.origin) + (self.layout.block_size or 0)
+        return min(end, max(self.whole(place.final + num_tokens, place.origin), first))
+
     def whole(self, position: int, origin: int) -> int:
         """Return the end of the last unit before a position that is computed as one: of a token, or of a block."""
         return position if self.layout.context == "causal" else max(0, self.layout.floor(position, origin))

@@ -69,12 +69,12 @@ class Forward:
         if self.planner is not None:
             places.sort(key=lambda place: place.slot)
         query = self._query(groups, places)
-        logits = self.denoiser(query)
-        spans = None if query.view is None else query.view.spans
         sizes = [place.length for place in places]
-        if spans is not None:
+        if query.view is not None:
+            spans = query.view.spans
             sizes = [end - start for start, end in zip(spans.starts, spans.ends, strict=True)][:: self.branches]
-        self._count("forwards", places, sizes)
+        logits = self.denoiser(query)
+        self._count("forwards", places, sizes, query)
         if self.planner is not None:
             self.planner.note(places)
         asked = [len(group.window.where) * self.branches for group in groups]
@@ -153,46 +153,59 @@ class Forward:
             is_static=self.denoiser.is_compiled,
         )
 
-    def admit(self, group: Rows, running: Sequence[Rows], *, chunk: int | None) -> bool:
+    def admit(self, waiting: Sequence[Rows], others: Sequence[Rows], *, chunk: int | None) -> list[Rows]:
         """Give slots to rows that join, with the keys and values that other rows have of their prompts' beginnings.
 
-        The rest of the prompts is fed with the first step, or alone if other rows run or share it, up to `chunk` tokens
-        in a call. Returns whether the rows are ready.
+        What is left of the prompts is fed with the first step if these rows are alone and in step, else in a forward of
+        its own (`_feed_prompts`). Returns the groups that are ready; `others` are those that are not asked for.
         """
-        if self.planner is None:
-            return True
-        places, tokens = group.places, self._tokens(group).cpu()  # sync: only where rows join
-        everyone = list(range(len(places)))
-        if self.is_exact:
-            kinds = [
-                (tokens[row].numpy().tobytes(), places[row].unfinished, places[row].origin, places[row].salt)
-                for row in everyone
-            ]
-            distinct = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-            self._seat(group, distinct, tokens, running)
-            is_alone = len(distinct) == len(self.places) == len(places)
-            if not is_alone and not self._feed_prompts(self.planner, group, distinct, chunk):
-                return False
-        self._seat(group, everyone, tokens, [*running, group])
-        return True
+        planner = self.planner
+        if planner is None:
+            return list(waiting)
+        tokens = {
+            id(place): ids
+            for group in [*others, *waiting]
+            for place, ids in zip(group.places, self._tokens(group), strict=True)
+        }
+        places = [place for group in waiting for place in group.places]
+        while True:
+            self._seat(places, tokens)
+            if not self.is_exact or self._are_in_step(planner, waiting, places, chunk):
+                return list(waiting)
+            unfed = [place for place in places if place.slot >= 0 and place.final < planner.finished(place)]
+            if unfed:
+                self._feed_prompts(planner, unfed, tokens, chunk)
+            if chunk is not None or not unfed:
+                break
+        self._seat(places, tokens)
+        return [group for group in waiting if all(map(planner.has_prompt, group.places))]
 
-    def _seat(self, group: Rows, rows: Sequence[int], tokens: Tensor, running: Sequence[Rows]) -> None:
-        """Find a slot for rows that have none, and the longest prefix that any slot holds."""
-        rows = [row for row in rows if group.places[row].slot < 0]
-        prefixes: dict[int, Prefix] = {}
-        for other in running if rows and self.is_exact else ():
-            pairs = zip(other.places, self._tokens(other).cpu(), strict=True)
-            prefixes |= {p.slot: Prefix(theirs[:, : p.final], p.origin, p.salt) for p, theirs in pairs if p.slot >= 0}
-        num_places = len(self.places) + len(rows)
-        self.slots.reserve(num_places * self.branches, max((group.places[row].length for row in rows), default=0))
-        for row in rows:
-            place, sources = group.places[row], self.left | prefixes
+    def _are_in_step(
+        self, planner: Planner, waiting: Sequence[Rows], places: Sequence[Place], chunk: int | None
+    ) -> bool:
+        """Tell whether rows that join have the slots to themselves and, if they are of several groups, equal spans."""
+        is_alone = len(self.places) == len(places) == sum(place.slot >= 0 for place in places)
+        spans = {(place.final, planner.finished(place), place.end, place.origin) for place in places}
+        is_short = chunk is None or all(finished - final <= chunk for final, finished, _, _ in spans)
+        return is_alone and (len(waiting) == 1 or (len(spans) == 1 and is_short))
+
+    def _seat(self, places: Sequence[Place], tokens: dict[int, Tensor]) -> None:
+        """Find a slot for rows that have none, and the longest prefix that any slot holds.
+
+        A row waits where another one is being fed most of its prompt, so that it can copy that.
+        """
+        fresh = [place for place in places if place.slot < 0]
+        if not fresh:
+            return
+        num_places = len(self.places) + len(fresh)
+        self.slots.reserve(num_places * self.branches, max(place.length for place in fresh))
+        known = {key: ids.cpu() for key, ids in tokens.items()} if self.is_exact else {}  # sync: only where rows join
+        for place in fresh:
             taken = {other.slot for other in self.places}
             free = [slot for slot in range(num_places) if slot not in taken]
-            shared = {slot: self._num_shared(place, tokens[row], prefix) for slot, prefix in sources.items()}
-            best = max(shared, key=lambda slot: shared[slot], default=-1)
-            num_shared = shared.get(best, 0)
-            is_whole = num_shared > 0 and num_shared == sources[best].tokens.shape[1]
+            best, num_shared, is_whole = self._longest_prefix(place, known) if self.is_exact else (-1, 0, False)
+            if num_shared < 0:
+                continue
             place.slot = best if num_shared and best in free else free[0]
             self.places.append(place)
             if place.slot != best or not is_whole:
@@ -203,6 +216,25 @@ class Forward:
                 place.num_copied += num_shared
             if is_whole:
                 self.left.pop(best, None)  # the row that joins holds all of this prefix now
+
+    def _longest_prefix(self, place: Place, known: dict[int, Tensor]) -> tuple[int, int, bool]:
+        """Find the slot that holds most of a row's prompt, how many positions of it, and whether it holds no more.
+
+        The number is -1 if it pays to wait.
+        """
+        assert self.planner is not None
+        finished, tokens = self.planner.finished, known[id(place)]
+        sources, most = dict(self.left), 0
+        for other in self.places:
+            whole = Prefix(known[id(other)][:, : finished(other)], other.origin, other.salt)
+            sources[other.slot] = Prefix(whole.tokens[:, : other.final], other.origin, other.salt)
+            most = max(most, self._num_shared(place, tokens, whole))
+        shared = {slot: self._num_shared(place, tokens, prefix) for slot, prefix in sources.items()}
+        best = max(shared, key=lambda slot: shared[slot], default=-1)
+        num_shared = shared.get(best, 0)
+        if most > num_shared and 2 * most > finished(place):
+            return -1, -1, False
+        return best, num_shared, num_shared > 0 and num_shared == sources[best].tokens.shape[1]
 
     def _save(self, slot: int) -> None:
         """Free a slot: copy the prefix that a row left there to an unused slot, if there is any."""
@@ -221,35 +253,39 @@ class Forward:
         is_equal = (prefix.tokens[:, :length] == tokens[:, :length]).all(dim=0)
         return self.planner.whole(int(is_equal.long().cumprod(dim=0).sum()), place.origin)
 
-    def _feed_prompts(self, planner: Planner, group: Rows, rows: Sequence[int], chunk: int | None) -> bool:
-        """Write keys and values of finished blocks, and predict nothing; with a chunk, those of one row."""
-        places = group.places
-        rows = [row for row in rows if places[row].final < planner.finished(places[row])]
-        rows = rows if chunk is None else rows[:1]
-        if not rows:
-            return True
-        fed = [places[row] for row in rows]
-        starts, ends = [place.final for place in fed], [planner.finished(place) for place in fed]
-        if chunk is not None:  # at least one block
-            first = self.layout.floor(starts[0], fed[0].origin) + (self.layout.block_size or 0)
-            ends = [min(ends[0], max(planner.whole(starts[0] + chunk, fed[0].origin), first))]
+    def _feed_prompts(
+        self, planner: Planner, unfed: Sequence[Place], tokens: dict[int, Tensor], chunk: int | None
+    ) -> None:
+        """Write keys and values of finished blocks in one forward, and predict nothing.
+
+        With a chunk, the oldest row is fed up to `chunk` tokens, and with it others that need about as many. While rows
+        run, all that are fed get `chunk` tokens together; if more rows wait than run, so many times more: each row that
+        runs holds up as many rows that wait.
+        """
+        num_running = len(self.places) - len(unfed)
+        first = unfed[0] if chunk is not None else max(unfed, key=lambda place: planner.finished(place) - place.final)
+        width = planner.next_end(first, chunk) - first.final
+        fed = [place for place in unfed if 2 * (planner.next_end(place, width) - place.final) > width]
+        if chunk is not None:
+            fed = fed[: max(1, chunk * max(1, len(unfed) // max(1, num_running)) // width)]
+        starts, ends = [place.final for place in fed], [planner.next_end(place, width) for place in fed]
         view = self._view(SlotSpans(starts=starts, ends=ends, key_ends=ends, reads_all=False), fed)
-        tokens = self._tokens(group)[rows].flatten(0, 1).gather(1, view.positions)
-        origin = tokens.new_tensor([place.origin for place in fed for _ in range(self.branches)])
+        positions = view.positions.view(len(fed), self.branches, -1)
+        input_ids = torch.cat([tokens[id(place)].gather(1, at) for place, at in zip(fed, positions, strict=True)])
+        origin = input_ids.new_tensor([place.origin for place in fed for _ in range(self.branches)])
+        query = Query(input_ids=input_ids, where=origin[:0], layout=self.layout, grid_origin=origin, view=view)
         with torch.no_grad():
-            self.denoiser(Query(input_ids=tokens, where=origin[:0], layout=self.layout, grid_origin=origin, view=view))
-        self._count("prefills", fed, [end - start for start, end in zip(starts, ends, strict=True)])
+            self.denoiser(query)
+        self._count("prefills", fed, [end - start for start, end in zip(starts, ends, strict=True)], query)
         for place, end in zip(fed, ends, strict=True):
             place.final = end
-        return all(place.final == planner.finished(place) for place in places if place.slot >= 0)
 
-    def _count(self, kind: str, places: Sequence[Place], sizes: Sequence[int]) -> None:
+    def _count(self, kind: str, places: Sequence[Place], sizes: Sequence[int], query: Query) -> None:
         """Count a forward that fed each row so many positions."""
         for place, size in zip(places, sizes, strict=True):
             place.num_fed += size
-        num_fed = sum(sizes)
-        padding = max(sizes) * len(sizes) - num_fed
-        self.counts.update({kind: 1, "query_tokens": num_fed, "padding_tokens": padding})
+        padding = query.input_ids.numel() // self.branches - sum(sizes)
+        self.counts.update({kind: 1, "query_tokens": sum(sizes), "padding_tokens": padding})
 
     def leave(self, group: Rows, rows: Sequence[int], *, damaged: Sequence[int] = ()) -> None:
         """Remove rows; their keys and values stay until their slots are needed, if they are not damaged."""

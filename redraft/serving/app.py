@@ -8,7 +8,9 @@ import hmac
 import json
 import logging
 import math
+import os
 import re
+import signal
 import threading
 import time
 import traceback
@@ -55,6 +57,8 @@ REQUEST_SECONDS = 600.0
 PING_SECONDS = 15.0
 END_SECONDS = 5.0
 """What streams get to send their last events when the server ends."""
+SECOND_SECONDS = 1.0
+"""What they get after a second signal."""
 MAX_OPEN = 2048
 """Requests that are open at once, those included whose bodies are being read."""
 MAX_HEADER_BYTES = 64 << 10
@@ -669,7 +673,7 @@ def _page() -> tuple[str, str]:
 
 
 class DrainingServer(uvicorn.Server):
-    """A server that finishes what runs when it is told to end; told twice, it ends at once."""
+    """A server that finishes what runs when it is told to end; a second signal ends it at once, as any process."""
 
     def __init__(self, service: Service, *, grace: float) -> None:
         config = uvicorn.Config(
@@ -678,10 +682,20 @@ class DrainingServer(uvicorn.Server):
             timeout_graceful_shutdown=int(END_SECONDS),
         )  # fmt: skip
         super().__init__(config)
-        self.service, self.grace, self._endings = service, grace, list[asyncio.Task[None]]()
+        self.service, self.grace, self._endings, self._num_signals = service, grace, list[asyncio.Task[None]](), 0
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Begin to end. Called by Python in the main thread, so it only tells the event loop."""
+        """Begin to end. Called by Python in the main thread, so it only tells the event loop.
+
+        At the second signal, streams get a last event; then, and also where a forward takes longer, the process dies of
+        the signal, without waiting for threads.
+        """
+        if self._num_signals:
+            signal.signal(sig, signal.SIG_DFL)  # a third one ends it without the last events
+            end = threading.Timer(SECOND_SECONDS, os.kill, (os.getpid(), sig))
+            end.daemon = True
+            end.start()
+        self._num_signals += 1
         self.service.loop.call_soon_threadsafe(self.end)
 
     def end(self) -> None:
@@ -695,4 +709,4 @@ class DrainingServer(uvicorn.Server):
 
     async def _end(self, grace: float) -> None:
         await self.service.drain(grace)
-        self.should_exit = True
+        self.should_exit = self._num_signals < 2  # else the timer ends the process

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redraft.language_model import LanguageModel
+from redraft.language_model import LanguageModel, Prepared
 from redraft.likelihood.options import OptionScores, score_options
 from redraft.models.adapter import share_weights
 from redraft.models.finite import is_out_of_memory
 from redraft.prompts import shown_and_raw
-from redraft.sampling.batch import Batch
+from redraft.sampling.batch import Batch, denoise
 from redraft.sampling.canvas import Canvas, Status
 from redraft.sampling.policies.frontier import Blocks
 from redraft.sampling.rows import Place, Rows
@@ -71,8 +71,6 @@ class _Row:
     id: int = -1
     """In its batch."""
     place: Place | None = None
-    charged: float = 0.0
-    """What its key was charged, in query tokens."""
     suspended: Rows | None = None
     """Its state, while it waits for the second time."""
     new: list[int]
@@ -94,7 +92,8 @@ class Engine:
 
     `submit`, `cancel`, `drain` and `stats` may be called from any thread. `max_rows` rows run at once, `max_queue`
     requests of a key wait. While rows run, prompts are fed in pieces of `chunk` tokens. Rows are admitted first come,
-    first served within a key; between keys, the one that has had the fewest query tokens comes first. `on_tick` is
+    first served within a key. Between keys, the one that runs the fewest rows comes first, then the one whose finished
+    rows have had the fewest query tokens: a key that floods holds up another one by one row at most. `on_tick` is
     called from the engine's thread after the deliveries of each tick.
     """
 
@@ -136,7 +135,7 @@ class Engine:
         self._wake = threading.Condition()
         # Guarded by `_wake`; all else belongs to the engine's thread.
         self._queues: dict[str, deque[_Row]] = {}
-        self._spent: dict[str, float] = {}
+        self._spent: dict[str, int] = {}  # query tokens of the rows that ended, by key
         self._cancelled: set[str] = set()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._end_at: float | None = None
@@ -166,12 +165,21 @@ class Engine:
                 if deltas[-1].finish_reason is not None:
                     is_done.set()
 
-            size = lm.denoiser.settings.block_size or WARM_UP_TOKENS
-            prepared = lm.prepare([[0] * WARM_UP_PROMPT], max_new_tokens=size, block_size=None, stop=None)
-            self.submit(Request(id="warm-up", prepared=prepared, deliver=deliver, adapter=adapter))
+            self.submit(Request(id="warm-up", prepared=_short_row(lm), deliver=deliver, adapter=adapter))
             is_done.wait()
             if deltas[-1].error is not None:
                 raise RuntimeError(f"the model cannot denoise a block: {deltas[-1].error}")
+
+    def needed_bytes(self) -> int:
+        """Measure on a short row what full batches take beside the weights: keys, values and logits."""
+        needed = 0
+        for lm in self.models.values():
+            batch, prepared, length = Batch(lm.denoiser), _short_row(lm), self.max_model_len or 0
+            for _ in denoise(lm.denoiser, prepared.canvas, prepared.sampler, row_keys=prepared.row_keys, batch=batch):
+                pass
+            needed += batch.bytes_per_position * self.max_rows * length
+        num_open, vocab_size = self.models[None].denoiser.settings.block_size or length, _vocab_size(self.models[None])
+        return needed + min(self.max_logits_bytes, self.max_rows * num_open * vocab_size * 4)
 
     def submit(self, request: Request) -> None:
         """Put a request into the queue of its key.
@@ -189,7 +197,7 @@ class Engine:
             if len({id(row.request) for row in queue}) >= self.max_queue:
                 raise Full(self._retry_after())
             if request.key not in self._spent:  # a key that comes begins with the least that any other has had
-                self._spent[request.key] = min(self._spent.values(), default=0.0)
+                self._spent[request.key] = min(self._spent.values(), default=0)
             queue.extend(rows)
             self._wake.notify()
 
@@ -354,18 +362,18 @@ class Engine:
                     future.set_exception(error)
 
     def _admit(self) -> None:
-        """Let rows join while there is room: the oldest row of the key that has had the fewest query tokens first."""
+        """Let rows join while there is room: the oldest row of the key that runs the fewest and has had the least."""
         while self._num_running() < self.max_rows:
             with self._wake:
                 keys = [key for key, queue in self._queues.items() if queue]
                 if not keys:
                     return
-                key = min(keys, key=lambda key: self._spent[key])
+                running = Counter(row.request.key for rows in self._running.values() for row in rows.values())
+                key = min(keys, key=lambda key: (running[key], self._spent[key]))
                 row = self._queues[key][0]
                 if self._num_running() and not self._has_room(row):
                     return  # nobody overtakes, so every row runs at some time
                 self._queues[key].popleft()
-                self._charge(row, row.cost)
             try:
                 self._join(row)
             except Exception as error:
@@ -377,7 +385,7 @@ class Engine:
 
         Each kind of attention has slots of its own, so a row of another kind waits until these are free.
         """
-        vocab_size = self.models[row.request.adapter].model.config.get_text_config().vocab_size
+        vocab_size = _vocab_size(self.models[row.request.adapter])
         running = [other for rows in self._running.values() for other in rows.values()]
         beside = [_cache_kind(other) for other in running if other.request.adapter == row.request.adapter]
         kinds = {kind for kind in [*beside, _cache_kind(row)] if kind is not None}
@@ -557,22 +565,28 @@ class Engine:
         self._forget(row)
 
     def _forget(self, row: _Row) -> None:
-        """Charge what a row has really cost; forget its key if it has no other."""
+        """Charge what a row has cost; forget its key if it has no other."""
         key = row.request.key
         with self._wake:
-            self._charge(row, row.usage.query_tokens)
+            if key in self._spent:
+                self._spent[key] += row.usage.query_tokens
             running = (other.request.key for rows in self._running.values() for other in rows.values())
             if not self._queues.get(key) and key not in running:
                 self._queues.pop(key, None)
                 self._spent.pop(key, None)
 
-    def _charge(self, row: _Row, cost: float) -> None:
-        if row.request.key in self._spent:
-            self._spent[row.request.key] += cost - row.charged
-        row.charged = cost
-
     def _num_running(self) -> int:
         return sum(len(rows) for rows in self._running.values())
+
+
+def _short_row(lm: LanguageModel) -> Prepared:
+    """Prepare what every model can denoise: a short prompt and a block."""
+    size = lm.denoiser.settings.block_size or WARM_UP_TOKENS
+    return lm.prepare([[0] * WARM_UP_PROMPT], max_new_tokens=size, block_size=None, stop=None)
+
+
+def _vocab_size(lm: LanguageModel) -> int:
+    return int(lm.model.config.get_text_config().vocab_size)
 
 
 def _cache_kind(row: _Row) -> object:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -52,12 +53,28 @@ def test_what_is_found_while_the_model_loads_is_one_line_too(capsys, tmp_path, m
     assert "max_model_len must be at least 18" in refused(capsys, *arguments)
 
 
+def test_more_rows_than_the_memory_holds_are_refused_before_they_are_allocated(capsys, model_folder, monkeypatch):
+    monkeypatch.setattr("redraft.models.device.free_bytes", lambda device: 2**20)
+    message = refused(capsys, str(model_folder), "--port", "0", "--max-rows", "50")
+    assert "--max-rows 50 needs 2.4 MiB for keys, values and logits" in message
+    assert "1.0 MiB are free. Lower --max-rows (to 20) or --max-model-len." in message
+
+
 def test_keys_and_names(tmp_path, monkeypatch):
     path = tmp_path / "keys"
     path.write_text("# mine\n  0123456789abcdef  \nfedcba9876543210\n")
     assert len(read_keys(path)) == 2
     assert model_name("org/name") == "org/name"
     assert model_name(str(tmp_path)) == tmp_path.name
+
+
+def status(url):
+    try:
+        with urllib.request.urlopen(url) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
 
 
 @pytest.mark.slow
@@ -76,3 +93,26 @@ def test_a_process_serves_until_a_signal(model_folder):
         out, errors = server.communicate(timeout=60)
     assert (server.returncode, errors) == (0, "")
     assert "completions 200" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_process_that_drains_at_once(model_folder, second):
+    command = [sys.executable, "-m", "redraft.cli", "serve", str(model_folder), "--port", "0", "--grace", "600"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as server:
+        url = server.stdout.readline().split()[-1]
+        body = {"prompt": "a", "max_tokens": 120, "n": 128, "stream": True, "ignore_eos": True}  # takes long
+        request = urllib.request.Request(
+            url + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            assert response.readline().startswith(b"data: {")
+            server.send_signal(signal.SIGTERM)
+            while status(url + "/ready") != 503:
+                assert server.poll() is None
+            server.send_signal(second)
+            *_, last = [line for line in response if line.strip()]
+        errors = server.communicate(timeout=60)[1]
+    assert (server.returncode, errors, last.strip()) == (-second, "", b"data: [DONE]")

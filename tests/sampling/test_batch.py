@@ -284,15 +284,68 @@ def test_a_batch_that_is_given_must_be_idle_and_of_the_model():
     assert len(batch) == 1
 
 
-def test_a_tick_feeds_one_chunk_however_many_prompts_wait(fed):
+def test_prompts_that_wait_together_are_fed_in_one_forward(fed):
     batch = Batch(load("block-causal").denoiser, chunk=8)
     batch.join(canvas_of([5]), EXACT, row_keys=KEY)
     batch.tick()
     for token in (6, 7, 8):
         batch.join(canvas_of([token] * 5), EXACT, row_keys=KEY)
     fed.clear()
-    assert [len(step.rows) for step in batch.tick()] == [2]
-    assert len(fed) == 2
+    assert [len(step.rows) for step in batch.tick()] == [4]
+    assert fed == [(3, 4), (4, 4)]
+
+
+def test_a_tick_feeds_a_chunk_while_as_many_rows_run_as_wait(fed):
+    batch = Batch(load("block-causal").denoiser, chunk=8)
+    batch.join(canvas_of([3], [4], [5]), EXACT, row_keys=torch.arange(3))
+    batch.tick()
+    for token in (6, 7, 8):
+        batch.join(canvas_of([token] * 9), EXACT, row_keys=KEY)
+    fed.clear()
+    assert [len(batch.tick()[0].rows) for _ in range(3)] == [4, 5, 6]
+    assert [shape for shape in fed if shape[0] == 1] == [(1, 8), (1, 8), (1, 8)]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rows_that_wait_together_need_as_many_forwards_as_one_generate(first, fed):
+    lm, num_rows = load("block-causal"), 16
+    prompts = [[3 + i] * 12 for i in range(num_rows)]
+    for _ in denoise(lm.denoiser, canvas_of(*prompts, new=16), EXACT, row_keys=torch.arange(num_rows)):
+        pass
+    num_generate = len(fed)
+    fed.clear()
+    batch = Batch(lm.denoiser, max_rows=num_rows, chunk=16)
+    for row in range(num_rows):
+        if row == first:
+            batch.tick()  # with first = 1, a row runs already when the others come
+        batch.join(canvas_of(prompts[row], new=16), EXACT, row_keys=torch.tensor([row]))
+    drain(batch)
+    assert len(fed) == num_generate + 2 * first  # the first row's step, and the others' prompts
+    assert batch.counts["padding_tokens"] < batch.counts["query_tokens"] / 4 * first + 1
+
+
+def test_a_row_waits_for_another_one_that_is_fed_most_of_its_prompt(fed):
+    batch = Batch(load("block-causal").denoiser, chunk=16)
+    prompt = list(range(3, 19))
+    for last in (20, 21, 22):
+        batch.join(canvas_of([*prompt, last, last, last, last]), EXACT, row_keys=KEY)
+    assert [len(step.rows) for step in batch.tick()] == []
+    batch.tick()
+    assert fed[0] == (1, 16)  # then each is fed its own last block
+    assert sum(rows * width for rows, width in fed if width != 16) <= 3 * 4 + 3 * 4
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_a_row_that_continues_what_another_one_has_just_decided_waits_a_tick(chunk, fed):
+    batch = Batch(load("block-causal").denoiser, chunk=chunk)
+    (first,) = batch.join(canvas_of([5] * 4), EXACT, row_keys=KEY)
+    while batch.place(first).unfinished < 12:
+        (step,) = batch.tick()
+    assert batch.place(first).final < 12  # its last block is written by its next step
+    batch.join(canvas_of([*step.canvas.tokens[0, :12].tolist(), 6]), EXACT, row_keys=KEY)
+    fed.clear()
+    assert [len(batch.tick()[0].rows) for _ in range(2)] == [1, 2]
+    assert fed[1:] == [(2, 4)]  # nothing of it was fed again
 
 
 def test_rows_of_one_prompt_are_fed_once_also_when_the_first_of_them_leaves_before(fed):

@@ -158,6 +158,28 @@ def test_keys_take_turns_and_a_key_is_served_in_order():
     assert ends[:3] == ["b0", "b1", "b2"]  # the gate was dear, and it was a's
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("max_rows", [1, 2])
+def test_a_key_that_floods_holds_up_another_one_by_one_slot_at_most(max_rows):
+    lm, begun, came = model("ids causal"), [], []
+    prepared = lm.prepare([[5, 6]], max_new_tokens=8, stop=None)
+    with running(lm, max_rows=max_rows) as engine:
+
+        def ask(name, **more):
+            started = {"on_delta": lambda: name in begun or begun.append(name)}
+            return send(engine, prepared, id=name, key=name[0], **started, **more)
+
+        clients = [ask(f"a{i}") for i in range(3)]
+        clients.append(ask("a3", on_end=lambda: came.append((len(begun), ask("b")))))  # a slot is free now
+        clients += [ask(f"a{i}") for i in range(4, 12)]
+        for client in clients:
+            client.wait()
+        num_begun, other = came[0]
+        other.wait()
+    assert begun.index("b") - num_begun <= 1
+    assert [name for name in begun if name[0] == "a"] == [f"a{i}" for i in range(12)]
+
+
 def test_too_many_too_long_and_too_late_requests_are_refused():
     lm = model("ids causal")
     prepared = lm.prepare([[5, 6]], max_new_tokens=LONG, stop=None)
@@ -321,6 +343,18 @@ def test_a_question_is_answered_between_ticks():
         check_served(client.wait(), lm.generate([[5, 6]], max_new_tokens=12))
     with pytest.raises(Draining):
         engine.decide(context, options)
+
+
+@pytest.mark.parametrize("name", ["ids full", "ids causal"])
+def test_the_memory_of_full_batches_is_known_before_it_is_taken(name):
+    lm = model(name)
+    with running(lm, max_rows=6, max_model_len=100, adapters={"other": tiny_lm(block_size=4, seed=1)}) as engine:
+        needed = engine.needed_bytes()
+        engine.warm_up()
+        slots = [forward.slots for batch in engine._batches.values() for forward in batch._forwards.values()]
+        taken = sum(states.nbytes for one in slots for pair in one.layers for states in pair)
+        open_positions = 6 * (lm.denoiser.settings.block_size or 100)
+        assert needed == taken * 100 // 101 + open_positions * 40 * 4  # and a spare position
 
 
 def test_rows_of_other_blocks_wait_for_the_slots():

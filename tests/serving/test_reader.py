@@ -75,12 +75,13 @@ def test_characters_of_several_tokens_are_never_broken(name):
         assert EMOJI.startswith(text.removeprefix(" "))
 
 
+@pytest.mark.parametrize("stop", [(), ("\n\n\n", "Hello self able\nHello no", "a do n ' x")])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_decodes_the_new_tokens_and_few_others(name, monkeypatch):
+def test_a_step_decodes_the_new_tokens_and_few_others(name, stop, monkeypatch):
     tokenizer = tokenizer_named(name)
     texts = "a do n ' t. he s, " * 60 if name not in KINDS else "Hello self able\n" * 150
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    reader, sizes, decode = TextReader(tokenizer, []), [], type(tokenizer).decode
+    reader, sizes, decode = TextReader(tokenizer, [], stop=stop), [], type(tokenizer).decode
 
     def counted(self, token_ids, **options):
         sizes.append(len(token_ids))

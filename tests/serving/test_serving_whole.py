@@ -244,27 +244,30 @@ def state_of(server):
     }, resident / 2**20
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory and files are read from /proc")
-def test_a_thousand_requests_leave_no_slot_no_task_and_no_memory_behind(server):
+async def crowd(server, count):
+    """Send requests of all kinds, 16 at a time; some clients go before they have the whole answer."""
+
     async def client(numbers):
         for number in numbers:
             body, status = KINDS[number % len(KINDS)]
             reader, writer = await posted(server, body)
             first = await reader.readline()
             assert int(first.split()[1]) == status
-            if number % 7:  # the others go before they have the whole answer
+            if number % 7:
                 await reader.read()
             writer.close()
 
-    async def crowd(count):
-        numbers = iter(range(count))
-        await asyncio.gather(*(client(numbers) for _ in range(16)))
+    numbers = iter(range(count))
+    await asyncio.gather(*(client(numbers) for _ in range(16)))
 
-    asyncio.run(crowd(MANY[0]))
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory and files are read from /proc")
+def test_a_thousand_requests_leave_no_slot_no_task_and_no_memory_behind(server):
+    asyncio.run(crowd(server, MANY[0]))
     before, mib = state_of(server)
-    asyncio.run(crowd(MANY[1]))
+    asyncio.run(crowd(server, MANY[1]))
     wait_for(lambda: state_of(server)[0] == before)  # the last connections take a moment to close
     assert not any(before["held"])
     assert state_of(server)[1] - mib < 16
