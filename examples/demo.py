@@ -1,19 +1,24 @@
-"""The first minutes: a model that ships solves sudokus, a small one trains on real text, and one page shows it all."""
+"""The first minutes: models that ship solve and fill gaps, a small one trains on text, and one page shows it all."""
 
 import time
 from functools import partial
-from pathlib import Path
+
+from demo_training import train_and_sample
 
 import redraft
 from redraft.cli import prepare_process
 from redraft.cli.common import import_quietly
 from redraft.cli.generation import text_of
-from redraft.cli.train import longer_command, next_steps
-from redraft.recipes import stdlib_demo
 from redraft.trace.page import joined, page_data, render_page
 
 PUZZLES = ("___2 _2_1 _12_ _4__", "_1__ 4_1_ 3___ _2_3", "___2 __3_ _41_ 1___")
-config = stdlib_demo()
+GAPS = (
+    "try:\n    import yaml\nexcept[MASK:1]:\n    yaml =[MASK:1]\n\ndef is_there():\n    return yaml is not[MASK:1]\n",
+    'def load_config(path):\n    if not os.path.[MASK:1](path):\n        raise[MASK:1]("no file")\n',
+)
+PORT = {"type": "integer", "minimum": 1, "maximum": 9999}
+OBJECT = {"name": {"enum": ["spam", "eggs"]}, "port": PORT, "debug": {"type": "boolean"}}
+SCHEMA = {"type": "object", "properties": OBJECT, "required": [*OBJECT], "additionalProperties": False}
 
 
 def grids(lm, trace) -> str:
@@ -28,12 +33,10 @@ def grids(lm, trace) -> str:
 
 
 def main() -> None:
-    """Solve, train, generate, and write the page."""
+    """Solve, fill, constrain, train, and write the page."""
     prepare_process(is_debugging=False)
     import_quietly()
-    from redraft.training.run import run  # imports transformers
-
-    folder, begun, pages = Path(config.out), time.monotonic(), {}
+    begun, pages = time.monotonic(), {}
 
     def keep(name, lm, out) -> None:
         pages[name] = page_data(out.trace, title=name, settings={}, text_of=partial(text_of, lm))
@@ -45,24 +48,21 @@ def main() -> None:
         print(f"{grids(lm, out.trace[0])}\n({out.forwards[0]} forwards, {out.seconds:.2f} s)\n")
         keep(f"sudoku {number}", lm, out)
 
-    print(f"2. Training a small model on Python's standard library, at most {config.train.max_minutes} minutes:\n")
-    outcome = run(config, resume=(folder / "recipe.json").exists())
-    if outcome.signal:
-        raise SystemExit(128 + outcome.signal)
-    lm = redraft.load(folder)
-    sampling = {"preset": "llada-random", "temperature": 0.8, "top_p": 0.9, "seed": 1}  # of a model so young
-    out = lm.generate('"""Utilities for', max_new_tokens=64, trace=True, **sampling)
-    print(f'\nWhat it writes so far. It has seen text for a minute:\n\n"""Utilities for{out.texts[0]}\n')
-    keep("text of the small model", lm, out)
+    print("2. Gaps: redraft/stdlib-small fills all masks of a text, with both sides in view (written for this demo):\n")
+    lm = redraft.load("redraft/stdlib-small")
+    for number, text in enumerate(GAPS, start=1):
+        out = lm.infill(text, temperature=0.0, trace=True)
+        print(f"{text}\n  becomes, in {out.forwards[0]} forwards and {out.seconds:.2f} s:\n\n{out.texts[0]}")
+        keep(f"gaps {number}", lm, out)
+    out = lm.generate("config =", constraint=redraft.JsonSchema(SCHEMA), max_new_tokens=32, temperature=0.6, trace=True)
+    print(f"A JSON object that fits a schema, whatever the order in which its tokens are decided: {out.texts[0]}\n")
+    keep("JSON object", lm, out)
 
+    folder = train_and_sample(keep)
     page = folder / "demo.html"
     page.write_text(render_page(joined(pages, title="redraft: the demo")), encoding="utf-8")
-    print(f"3. Watch all of it form, step by step: {page}   (the loss: {folder}/loss.png)")
+    print(f"4. Watch all of it form, step by step: {page}   (the loss: {folder}/loss.png)")
     print(f"   {time.monotonic() - begun:.0f} s in all")
-    print("\nYour own text: redraft train stdlib-demo --data.source FOLDER --out runs/mine")
-    print("Longer:", longer_command(config, steps=outcome.steps))
-    print("Serve it: redraft serve", folder)
-    print("Try next:", *next_steps(config), sep="\n  ")
 
 
 if __name__ == "__main__":

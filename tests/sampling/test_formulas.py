@@ -36,6 +36,7 @@ def candidates(probability, *, status=None, tokens=None, placed=None, step=0, nu
             is_open=is_open, step=number + step, num_steps=number + num_steps, block_size=number + size,
             steps_since_filled=number, row_keys=torch.arange(rows), age=number + step, where=where,
             rows=where // size, positions=where % size, columns=torch.arange(size)[None],
+            opens_block=number == 0,
         ),
         proposal=propose(logits, never=None),
         previous=torch.full_like(tokens, -1),

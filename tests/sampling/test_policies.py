@@ -46,6 +46,7 @@ def candidates(score, *, status=None, step=0, num_steps=1, tokens=None, since_fi
             is_open=is_open, step=number + step, num_steps=number + num_steps, block_size=number + len(score),
             steps_since_filled=number + since_filled, row_keys=number, age=number + step, where=where,
             rows=torch.zeros_like(where), positions=where, columns=torch.arange(len(score))[None],
+            opens_block=number == 0,
         ),
         proposal=propose(logits, never=2),
         previous=torch.full_like(tokens, -1),
@@ -240,6 +241,7 @@ def test_a_temperature_falls_in_even_steps_and_stops_one_short_of_its_end():
         is_open=torch.ones(4, 1, dtype=torch.bool), step=step, num_steps=torch.full_like(step, 4),
         block_size=torch.ones_like(step), steps_since_filled=torch.zeros_like(step), row_keys=step, age=step,
         where=step, rows=step, positions=torch.zeros_like(step), columns=torch.zeros(1, 1, dtype=torch.int64),
+        opens_block=step == 0,
     )  # fmt: skip
     assert torch.allclose(LinearAnneal(start=0.8, end=0.4)(window), torch.tensor([0.8, 0.7, 0.6, 0.5]))
     for chosen_ in ({"start": 0.0}, {"end": -0.1}):
