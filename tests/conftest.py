@@ -12,8 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # An example may take long where others work too. Examples are the same in every run, so that a change is judged by what
 # it changes; `pytest --hypothesis-profile explore` draws new ones.
-hypothesis.settings.register_profile("any machine", deadline=None, derandomize=True)
-hypothesis.settings.register_profile("explore", deadline=None)
+SLOW_IS_NO_FAULT = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, derandomize=True, suppress_health_check=SLOW_IS_NO_FAULT
+)
+hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=SLOW_IS_NO_FAULT)
 hypothesis.settings.load_profile("any machine")
 install_import_hook("redraft", "shape_checks.checked")
 
