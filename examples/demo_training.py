@@ -27,5 +27,5 @@ def train_and_sample(keep: Callable) -> Path:
     print("Your own text: redraft train stdlib-demo --data.source FOLDER --out runs/mine")
     print("Longer:", longer_command(config, steps=outcome.steps))
     print("Serve it: redraft serve", folder)
-    print("Try next:", *next_steps(config), "", sep="\n  ")
+    print("Try next:", *next_steps(config), sep="\n  ", end="\n\n")
     return folder

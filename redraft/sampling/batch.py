@@ -67,7 +67,7 @@ class Batch:
         ids = list(range(self._num_joined, self._num_joined + len(row_keys)))
         self._num_joined += len(ids)
         prior = self.denoiser.settings.mask_token_id, self.denoiser.model.config.get_text_config().vocab_size
-        layout = sampler.layout or self.denoiser.settings.layout
+        layout = sampler.layout_on(self.denoiser.settings)
         group = Rows(sampler, canvas, row_keys, ids=ids, prior=prior, layout=layout)
         for place in group.places:
             place.salt = salt
@@ -117,7 +117,7 @@ class Batch:
         """
         self._admit(failed)
         for forward in self._forwards.values():
-            if groups := self._sharing(forward):
+            if groups := self._sharing(forward, self._groups):
                 try:
                     self._step(forward, groups, failed)
                 except Exception as error:
@@ -172,9 +172,8 @@ class Batch:
 
     def _admit(self, failed: dict[int, Exception] | None) -> None:
         """Move waiting rows to the running ones, once their prompts are fed."""
-        forwards = {id(forward): forward for forward in (self._forward_of(rows.sampler) for rows in self._waiting)}
-        for forward in forwards.values():
-            waiting = [group for group in self._waiting if self._forward_of(group.sampler) is forward]
+        for forward in dict.fromkeys(self._forward_of(group.sampler) for group in self._waiting):
+            waiting = self._sharing(forward, self._waiting)
             try:
                 ready = self._prepare(forward, waiting)
             except Exception as error:
@@ -189,7 +188,7 @@ class Batch:
                             raise
                         self._fail(group, error, failed)
             for group in ready:
-                self._waiting = [other for other in self._waiting if other is not group]
+                self._waiting.remove(group)
                 same = [other for other in self._groups if other.sampler is group.sampler]
                 for other in same:
                     other.join(group)
@@ -199,9 +198,8 @@ class Batch:
         """Open the first blocks of rows, and feed prompts; return the groups that are ready."""
         for group in waiting:
             group.open_blocks()
-        sharing = [group for group in self._groups + self._waiting if self._forward_of(group.sampler) is forward]
-        others = [group for group in sharing if not any(group is one for one in waiting)]
-        return forward.admit(waiting, others, chunk=self.chunk)
+        others = [group for group in self._groups + self._waiting if group not in waiting]
+        return forward.admit(waiting, self._sharing(forward, others), chunk=self.chunk)
 
     def _fail(self, group: Rows, error: Exception, failed: dict[int, Exception]) -> None:
         failed |= dict.fromkeys(group.ids.tolist(), error)
@@ -220,12 +218,12 @@ class Batch:
             for groups in (self._groups, self._waiting):
                 groups[:] = [other for other in groups if other is not group]
 
-    def _sharing(self, forward: Forward) -> list[Rows]:
-        return [group for group in self._groups if self._forward_of(group.sampler) is forward]
+    def _sharing(self, forward: Forward, groups: list[Rows]) -> list[Rows]:
+        return [group for group in groups if self._forward_of(group.sampler) is forward]
 
     def _forward_of(self, sampler: Sampler) -> Forward:
         """Find the forward that rows of a sampler take part in."""
-        layout = sampler.layout or self.denoiser.settings.layout
+        layout = sampler.layout_on(self.denoiser.settings)
         kind = (layout, sampler.cache, bool(sampler.cfg_scale))
         if kind not in self._forwards:
             used = {id(self._forward_of(rows.sampler)) for rows in self._groups + self._waiting}

@@ -45,7 +45,7 @@ class Planner:
     @classmethod
     def of(cls, sampler: Sampler, denoiser: Denoiser) -> "Planner | None":
         """Choose how keys and values are cached. Raises ValueError for a cache that the attention does not allow."""
-        layout = sampler.layout or denoiser.settings.layout
+        layout = sampler.layout_on(denoiser.settings)
         size = layout.block_size
         if sampler.cache == "none":
             return None

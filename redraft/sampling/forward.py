@@ -37,7 +37,7 @@ class Forward:
     ) -> None:
         if denoiser.is_self_conditioned and sampler.cfg_scale:
             raise ValueError(f"this model has no unconditional branch; got cfg_scale={sampler.cfg_scale}. Use 0.")
-        self.denoiser, self.layout = denoiser, sampler.layout or denoiser.settings.layout
+        self.denoiser, self.layout = denoiser, sampler.layout_on(denoiser.settings)
         self.planner = Planner.of(sampler, denoiser)
         self.branches = 2 if sampler.cfg_scale else 1
         self.slots = Slots(num_rows * self.branches, num_positions)
@@ -203,9 +203,10 @@ class Forward:
         for place in fresh:
             taken = {other.slot for other in self.places}
             free = [slot for slot in range(num_places) if slot not in taken]
-            best, num_shared, is_whole = self._longest_prefix(place, known) if self.is_exact else (-1, 0, False)
-            if num_shared < 0:
+            found = self._longest_prefix(place, known) if self.is_exact else (-1, 0, False)
+            if found is None:
                 continue
+            best, num_shared, is_whole = found
             place.slot = best if num_shared and best in free else free[0]
             self.places.append(place)
             if place.slot != best or not is_whole:
@@ -217,10 +218,10 @@ class Forward:
             if is_whole:
                 self.left.pop(best, None)  # the row that joins holds all of this prefix now
 
-    def _longest_prefix(self, place: Place, known: dict[int, Tensor]) -> tuple[int, int, bool]:
+    def _longest_prefix(self, place: Place, known: dict[int, Tensor]) -> tuple[int, int, bool] | None:
         """Find the slot that holds most of a row's prompt, how many positions of it, and whether it holds no more.
 
-        The number is -1 if it pays to wait.
+        None if it pays to wait.
         """
         assert self.planner is not None
         finished, tokens = self.planner.finished, known[id(place)]
@@ -233,7 +234,7 @@ class Forward:
         best = max(shared, key=lambda slot: shared[slot], default=-1)
         num_shared = shared.get(best, 0)
         if most > num_shared and 2 * most > finished(place):
-            return -1, -1, False
+            return None
         return best, num_shared, num_shared > 0 and num_shared == sources[best].tokens.shape[1]
 
     def _save(self, slot: int) -> None:

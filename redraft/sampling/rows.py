@@ -90,7 +90,8 @@ class Rows:
     ) -> None:
         status, zero, never = canvas.status, torch.zeros_like(keys), torch.full_like(keys, NEVER)
         self.sampler, self.canvas, self.keys, self.ids = sampler, canvas, keys, keys.new_tensor(ids)
-        self.prior, self.layout = prior, layout
+        self.layout = layout
+        self.prior = prior
         """The mask token and the size of the vocabulary, of which noise is made."""
         self.block_of = sampler.frontier.blocks(status)
         self.num_steps = self._steps_per_block()

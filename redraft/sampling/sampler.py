@@ -56,6 +56,10 @@ class Sampler(Settings):
     num_listed: Natural = 0
     """Likeliest tokens that a step lists for each token that it places."""
 
+    def layout_on(self, settings: DiffusionSettings) -> Layout:
+        """Return the attention of its forwards: its own, or the one that the model was trained with."""
+        return self.layout or settings.layout
+
     @property
     def needs_all_steps(self) -> bool:
         """Whether nothing in a block is final before its last step."""

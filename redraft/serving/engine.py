@@ -172,9 +172,9 @@ class Engine:
 
     def needed_bytes(self) -> int:
         """Measure on a short row what full batches take beside the weights: keys, values and logits."""
-        needed = 0
+        needed, length = 0, self.max_model_len or 0
         for lm in self.models.values():
-            batch, prepared, length = Batch(lm.denoiser), _short_row(lm), self.max_model_len or 0
+            batch, prepared = Batch(lm.denoiser), _short_row(lm)
             for _ in denoise(lm.denoiser, prepared.canvas, prepared.sampler, row_keys=prepared.row_keys, batch=batch):
                 pass
             needed += batch.bytes_per_position * self.max_rows * length

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_families import SIZES as SMALL
 from transformers import AutoModelForCausalLM, LlamaConfig, Ministral3Config, Qwen3Config
 
 import redraft
@@ -13,16 +14,7 @@ from redraft.models.families import find_family
 from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "initializer_range": 0.2,
-    "eos_token_id": 1,
-}
+SIZES = SMALL | {"eos_token_id": 1}
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 8, "beta_fast": 32.0,
     "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
