@@ -340,10 +340,15 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(config):
     assert subprocess.run(command, capture_output=True).returncode == 0
 
 
-def killed(config, how, **changes):
+def killed(config, how, *, objective=None, **changes):
     """What kills.py makes of a run with dropout and an average, over several passes."""
     model = replace(config.model, dropout=0.1)
-    config = replace(config, model=model, train=replace(config.train, ema_decay=0.9, **changes))
+    config = replace(
+        config,
+        model=model,
+        objective=objective or config.objective,
+        train=replace(config.train, ema_decay=0.9, **changes),
+    )
     recipe = Path(config.out).with_suffix(".json")
     recipe.write_text(json.dumps(asdict(config)))
     command = [sys.executable, str(Path(__file__).with_name("kills.py")), how, str(recipe)]
@@ -354,7 +359,11 @@ def killed(config, how, **changes):
 
 @pytest.mark.slow
 def test_twenty_sigkills_at_random_moments_lose_nothing_and_end_bitwise_as_a_run_never_killed(config):
-    made = killed(config, "random", max_steps=600, save_every=6, max_checkpoints=2)
+    """The joint objective of a causal context; its blocks grow while the run is killed."""
+    joint = ObjectiveConfig(
+        kind="block", block_size=8, context="causal", ar_weight=0.2, smallest_block=1, grow_steps=120
+    )  # fmt: skip
+    made = killed(config, "random", objective=joint, max_steps=600, save_every=6, max_checkpoints=2)
     assert [one["code"] for one in made["rounds"]] == [-signal.SIGKILL] * 20, made
     steps = [one["step"] for one in made["rounds"]]
     assert steps == sorted(steps)
