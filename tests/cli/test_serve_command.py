@@ -11,6 +11,7 @@ import urllib.request
 
 import pytest
 
+import redraft
 from redraft.cli import _dispatch
 from redraft.cli.serve import model_name, read_keys
 
@@ -78,9 +79,11 @@ def status(url):
 
 
 @pytest.mark.slow
-def test_a_process_serves_until_a_signal(model_folder):
-    command = [sys.executable, "-m", "redraft.cli", "serve", str(model_folder), "--port", "0"]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+@pytest.mark.parametrize("flags", [(), ("--compile",)])
+def test_a_process_serves_until_a_signal(model_folder, tmp_path, flags):
+    command = [sys.executable, "-m", "redraft.cli", "serve", str(model_folder), "--port", "0", *flags]
+    command += ["--max-rows", "2", "--max-model-len", "64"]  # few shapes to compile
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as server:
@@ -88,11 +91,14 @@ def test_a_process_serves_until_a_signal(model_folder):
         body = json.dumps({"prompt": "a", "max_tokens": 8}).encode()
         request = urllib.request.Request(url + "/v1/completions", body, {"content-type": "application/json"})
         with urllib.request.urlopen(request) as response:
-            assert json.load(response)["usage"]["completion_tokens"] == 8
+            answer = json.load(response)
         server.send_signal(signal.SIGTERM)
         out, errors = server.communicate(timeout=60)
     assert (server.returncode, errors) == (0, "")
     assert "completions 200" in out
+    assert answer["usage"]["completion_tokens"] == 8
+    offline = redraft.load(model_folder).generate(["a"], max_new_tokens=8)
+    assert answer["choices"][0]["text"] == offline.texts[0]
 
 
 @pytest.mark.slow
