@@ -131,6 +131,7 @@ def test_the_exact_cache_changes_nothing(family, index, case):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "index", "case"),
     [c for c in cases() if c.values[2]["sampler"] not in (*ON_PROMPTS, "MDLM infill")],

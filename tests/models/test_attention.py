@@ -179,6 +179,7 @@ def _flex_on_cpu(monkeypatch):
     attention._register()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.usefixtures("_flex_on_cpu")
 @pytest.mark.parametrize(("family", "model"), list(models()), ids=lambda value: value if isinstance(value, str) else "")

@@ -49,7 +49,7 @@ def lm(request, tokenizer):
 
 @few
 @given(chosen=choices)
-@pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.parametrize("block_size", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_every_combination_of_policies_keeps_to_the_constraint(block_size, chosen):
     lm = tiny_lm(block_size=block_size)
     compiled = redraft.Regex(PATTERN).compile(VOCAB, eos_token_id=1)

@@ -64,7 +64,12 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+FAST = ("full", "block-causal and shifted", "causal context", "with the last token")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in LAYOUTS]
+)
 def lm(request):
     return tiny_lm(**LAYOUTS[request.param])
 

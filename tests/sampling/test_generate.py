@@ -32,7 +32,7 @@ def tokens(lm, prompts, **chosen):
     return [row.tolist() for row in lm.generate(prompts, max_new_tokens=12, **chosen).tokens]
 
 
-@few
+@settings(few, max_examples=6)
 @given(prompts=st.lists(prompt, min_size=2, max_size=4), chosen=choices, order=st.randoms())
 def test_a_rows_tokens_do_not_depend_on_its_batch(lm, prompts, chosen, order):
     alone = [tokens(lm, [row], **chosen)[0] for row in prompts]
@@ -143,7 +143,7 @@ def test_a_row_that_has_ended_is_cut_behind_its_eos():
     lm = tiny_lm(seed=3)
     ended = [
         (row, forwards)
-        for seed in range(30)
+        for seed in range(10)
         for out in [lm.generate([[5]], max_new_tokens=16, temperature=2.0, block_size=1, seed=seed)]
         for row, forwards in zip(out.tokens, out.forwards, strict=True)
         if 1 in row

@@ -58,7 +58,10 @@ def some_request(data, name):
     return prompt, chosen
 
 
-@pytest.mark.parametrize("name", KINDS)
+FAST = ("ids full", "text causal")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in KINDS])
 @settings(max_examples=10, phases=[Phase.generate])  # an example takes long, so none is made smaller
 @given(data=st.data())
 def test_served_is_generated_whatever_joins_and_leaves(name, data):
@@ -274,6 +277,7 @@ def sizes(engine):
     return [len(one) for one in state] + [len(batch), len(engine._cancelled)], kept, slots
 
 
+@pytest.mark.slow
 def test_nothing_leaks_after_many_requests():
     lm = model("ids causal")
     with running(lm, max_rows=4, max_queue=8) as engine:

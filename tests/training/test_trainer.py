@@ -166,7 +166,9 @@ def on_conversations(config):
     )
 
 
-@pytest.mark.parametrize("data", [None, over_passes, on_conversations])
+@pytest.mark.parametrize(
+    "data", [None, *(pytest.param(d, marks=pytest.mark.slow) for d in (over_passes, on_conversations))]
+)
 def test_eight_rows_at_once_equal_one_row_eight_times(config, data):
     config = data(config) if data else config
     whole = run(config, console=QUIET)
@@ -215,7 +217,9 @@ def test_loss_and_gradients_of_a_step_do_not_depend_on_how_the_batch_is_split(co
     assert any((unequal[name] - expected[name]).abs().max() > 1e-3 for name in expected)
 
 
-@every_objective
+@pytest.mark.parametrize(
+    "objective", [pytest.param(o, id=n, marks=[] if n == "joint" else pytest.mark.slow) for n, o in OBJECTIVES.items()]
+)
 def test_every_objective_resumes_bitwise_however_its_batch_is_split_and_its_checkpoint_says_what_it_is(
     config, objective
 ):
@@ -241,6 +245,7 @@ def test_every_objective_resumes_bitwise_however_its_batch_is_split_and_its_chec
         run(replace(config, objective=other), resume=True, console=QUIET)
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_resumes_bitwise_and_its_optimizer_cannot_be_changed_on_the_way(config):
     plain = run(replace(config, out=config.out + "-adamw"), console=QUIET).folder
     config = with_train(config, optimizer="muon", accumulation=2, batch_size=4)
@@ -326,6 +331,7 @@ def test_a_run_killed_between_two_checkpoints_and_resumed_ends_bitwise_as_one_ne
     assert losses(config.out) == losses(config.out + "-whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(config, number, code):
     with launched(with_train(config, max_steps=100_000, save_every=50_000)) as process:
