@@ -1,6 +1,7 @@
 """The public API: a loaded diffusion language model that generates, infills and streams."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +69,8 @@ class Generation:
     forwards: list[int]
     """Forward passes that each row took part in; a step whose input did not change needs none."""
     seconds: float
+    accepted: list[list[int]] | None = None
+    """Of each row that speculates, in how many forwards 0, 1, 2, ... drafts were accepted."""
     trace: list[RowTrace] | None = None
     """Every decision, with trace=True."""
 
@@ -602,9 +605,13 @@ def _collect(prepared: Prepared, steps: Iterator[Step], *, trace: bool) -> Gener
         recorder.start(canvas)
     finals = list(zip(canvas.tokens, canvas.status, strict=True))
     forwards = [0] * len(finals)
+    accepted: list[Counter[int]] = [Counter() for _ in finals]
     for step in steps:
         if trace:
             recorder.add(step)
+        if step.num_accepted is not None:
+            for row, number in zip(step.rows.tolist(), step.num_accepted.tolist(), strict=True):
+                accepted[row][number] += 1
         for place in step.is_done.nonzero()[:, 0].tolist():  # sync: results leave the device here
             row = int(step.rows[place])
             finals[row] = (step.canvas.tokens[place], step.canvas.status[place])
@@ -616,6 +623,7 @@ def _collect(prepared: Prepared, steps: Iterator[Step], *, trace: bool) -> Gener
         texts=None if None in texts else list(texts),
         forwards=forwards,
         seconds=time.perf_counter() - start,
+        accepted=[[one[n] for n in range(max(one) + 1)] for one in accepted] if any(accepted) else None,
         trace=recorder.traces() if trace else None,
     )
 

@@ -10,6 +10,7 @@ from torch import nn
 from redraft.checkpoints import local_path
 from redraft.models.files import Raw, check_raw, first_line, read_json, reading
 from redraft.models.finite import check_finite
+from redraft.models.gate import add_gate, check_base, is_gated_folder, lora_settings
 from redraft.models.probe import difference, is_equal, sequence
 
 
@@ -40,14 +41,20 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    has_gate = is_gated_folder(adapter)
     with reading(f"an adapter from {adapter}"):
-        settings = PeftConfig.from_pretrained(str(adapter))
+        if has_gate:
+            settings = lora_settings(adapter)
+        else:
+            settings = PeftConfig.from_pretrained(str(adapter))
         weights = load_peft_weights(str(adapter), device="cpu")
     check_finite(adapter, weights.items())
     widest = max((max(weight.shape, default=0) for weight in weights.values()), default=0)
     for rank in (getattr(settings, "r", 0), *getattr(settings, "rank_pattern", {}).values()):
         if isinstance(rank, int) and rank > widest:  # before memory is taken
             raise ValueError(f"the adapter {adapter} has rank {rank}, and its weights have {widest} rows at most.")
+    if has_gate:
+        check_base(adapter, model)
     settings.inference_mode = True
     try:
         with warnings.catch_warnings():
@@ -60,6 +67,8 @@ def attach_adapter(model: Any, adapter: str | Path) -> Any:
     if missing or result.unexpected_keys:
         names = [*missing, *result.unexpected_keys]
         raise ValueError(f"the adapter {adapter} does not fit this model: {len(names)} weights, first {names[0]}.")
+    if has_gate:
+        add_gate(wrapped.get_base_model())
     return wrapped
 
 
@@ -84,6 +93,11 @@ def merge_adapter(model: Any, adapter: str | Path) -> Any:
 
     Raises ValueError where the weights have no place for it (biases of an architecture without them).
     """
+    if is_gated_folder(adapter):
+        raise ValueError(
+            f"the adapter {adapter} has a gate: merged, it would act on all tokens. Load it over its base instead: "
+            f"redraft.load({str(adapter)!r})."
+        )
     wrapped, ids = attach_adapter(model, adapter).eval(), sequence(model, length=12)
     laid_over = wrapped(input_ids=ids).logits
     untie(model)

@@ -104,3 +104,11 @@ class AdapterConfig(Settings):
     targets: str = "auto"
     """Linear layers to adapt: names by commas (q_proj,v_proj), all-linear (all but the head), or auto (peft's for the
     architecture, else all-linear)."""
+    gate: bool = False
+    """Let the adapter act on the tokens of open blocks alone: the text of an autoregressive model.start then stays what
+    it is, and the adapter learns to draft it (preset speculate)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate and not self.rank:
+            raise ValueError("adapter.gate needs an adapter; got adapter.rank 0. Set the rank.")

@@ -15,6 +15,7 @@ from redraft.layouts import Layout, attention_mask, block_mask, segment_position
 from redraft.models.attention import Attention, flex_mask
 from redraft.models.cache import View
 from redraft.models.device import can_compile
+from redraft.models.gate import OPEN, is_gated
 from redraft.models.head import AtHead, RowLoss, select_head_rows
 from redraft.models.masks import first_position, layer_masks, model_masks
 from redraft.models.query import Query
@@ -130,6 +131,8 @@ class Denoiser:
         """Return the logits, or what takes their place, and what was computed at the head."""
         positions, layout = self._placed(query)
         inputs = self._inputs(query, positions, layout)
+        if is_gated(self.model):
+            inputs[OPEN] = _open_tokens(query, positions, layout)
         rows = self._predictors(query, positions, layout)
         with self._stance(query.view), select_head_rows(self.model, rows, **how) as at_head:
             return (self.model if wrapped is None else wrapped)(**inputs).logits, at_head
@@ -187,6 +190,17 @@ class Denoiser:
             return
         with _STANCE, torch.compiler.set_stance("force_eager") if once else nullcontext():
             yield
+
+
+def _open_tokens(query: Query, positions: Int[Tensor, "batch query"], layout: Layout) -> Int[Tensor, "n"]:
+    """Find what a gated adapter acts on, in the flattened input: what is not committed, or the noisy copy."""
+    is_open = query.is_open
+    if is_open is None and query.committed is not None:
+        is_open = positions >= query.committed[:, None]
+    elif is_open is None:
+        is_noisy = torch.arange(positions.shape[1], device=positions.device) < positions.shape[1] // 2
+        is_open = (is_noisy & layout.is_two_copy).expand(query.input_ids.shape)
+    return is_open.flatten().nonzero()[:, 0]  # sync: how many tokens are open is data
 
 
 def _on_grid(query: Query, positions: Int[Tensor, "batch seq"]) -> tuple[Int[Tensor, "batch seq"], Tensor | None]:

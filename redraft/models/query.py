@@ -40,6 +40,8 @@ class Query:
     """Where each row's grid of blocks begins, if not at position 0."""
     committed: Int[Tensor, "batch"] | None = None
     """In a causal context, where each row's open blocks begin; by default all of a row is committed."""
+    is_open: Bool[Tensor, "batch query"] | None = None
+    """Which fed tokens a gated adapter acts on; by default those that are not committed, and the noisy copy."""
     order: Int[Tensor, "batch slots"] | None = None
     """Each position's place in the order in which attention is causal; equal places see each other. In place of the
     layout's rule."""

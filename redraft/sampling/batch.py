@@ -13,7 +13,8 @@ from redraft.sampling.canvas import Canvas
 from redraft.sampling.forward import Forward
 from redraft.sampling.rows import Place, Rows
 from redraft.sampling.sampler import Sampler
-from redraft.sampling.step import Step, decide, no_progress
+from redraft.sampling.speculate import SpeculatingForward
+from redraft.sampling.step import Step, no_progress
 
 
 class Batch:
@@ -134,11 +135,12 @@ class Batch:
         forward(groups)
         while groups:
             group = groups[0]
-            step, facts = decide(group)
+            step, facts = forward.decide(group)
             groups.pop(0)
-            is_done, is_stuck, is_nan, is_finished, first = facts.tolist()  # sync: the one question per step
+            is_done, is_stuck, is_nan, is_finished, first, accepted = facts.tolist()  # sync: the one question per step
             for row, place in enumerate(group.places):
                 place.is_finished, place.unfinished = is_finished[row] > 0, first[row]
+                place.num_accepted = accepted[row]
             errors = {row: no_progress(group, step, row) for row, stuck in enumerate(is_stuck) if stuck}
             if nans := [row for row, nan in enumerate(is_nan) if nan]:
                 errors = dict.fromkeys(nans, explain_nan(self.denoiser, group.canvas.tokens[nans]))
@@ -224,11 +226,12 @@ class Batch:
     def _forward_of(self, sampler: Sampler) -> Forward:
         """Find the forward that rows of a sampler take part in."""
         layout = sampler.layout_on(self.denoiser.settings)
-        kind = (layout, sampler.cache, bool(sampler.cfg_scale))
+        kind = (layout, sampler.cache, bool(sampler.cfg_scale), sampler.speculation)
         if kind not in self._forwards:
             used = {id(self._forward_of(rows.sampler)) for rows in self._groups + self._waiting}
             self._forwards = {key: forward for key, forward in self._forwards.items() if id(forward) in used}
-            self._forwards[kind] = Forward(self.denoiser, sampler, *self.size, self.counts)
+            make = Forward if sampler.speculation is None else SpeculatingForward
+            self._forwards[kind] = make(self.denoiser, sampler, *self.size, self.counts)
         return self._forwards[kind]
 
 

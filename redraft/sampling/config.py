@@ -84,11 +84,12 @@ class SamplingConfig(Settings):
         if len(costs) > 1:
             raise ValueError(f"{' and '.join(costs)} each set the number of forward passes; give one of them.")
         preset = preset_from_name(self.preset)
-        for name in (*ALL_COSTS, "block_size") if preset.blocks == "token" else ():
+        unused = () if preset.blocks != "token" else ALL_COSTS if preset.drafts else (*ALL_COSTS, "block_size")
+        for name in unused:
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"preset {self.preset!r} decides one token per forward pass; got {name}={getattr(self, name)}. "
-                    "Leave it out, or use another preset."
+                    f"preset {self.preset!r} decides the next token in each forward pass; got {name}="
+                    f"{getattr(self, name)}. Leave it out, or use another preset."
                 )
         for name in OF_SOME_PRESETS:
             value = getattr(self, name)
@@ -142,7 +143,7 @@ def with_saved(saved: dict[str, Any], given: dict[str, Any], *, has_grid: bool =
     config = SamplingConfig(**chosen)
     size, total = config.block_size, config.max_new_tokens
     preset = preset_from_name(config.preset)
-    is_on_grid = preset.blocks in ("grid", "part", "window") or (has_grid and preset.blocks == "model")
+    is_on_grid = preset.blocks in ("grid", "part", "window", "token") or (has_grid and preset.blocks == "model")
     if size is None or is_on_grid or preset.may_end_short:
         return config
     if "block_size" not in given:

@@ -15,6 +15,7 @@ from redraft.sampling.caching import Planner
 from redraft.sampling.guidance import guided, unconditional
 from redraft.sampling.rows import Place, Rows
 from redraft.sampling.sampler import Sampler
+from redraft.sampling.step import Step, decide
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,23 @@ class Forward:
     """
 
     def __init__(
-        self, denoiser: Denoiser, sampler: Sampler, num_rows: int, num_positions: int, counts: Counter[str]
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        num_rows: int,
+        num_positions: int,
+        counts: Counter[str],
+        *,
+        num_scratch: int = 0,
     ) -> None:
         if denoiser.is_self_conditioned and sampler.cfg_scale:
             raise ValueError(f"this model has no unconditional branch; got cfg_scale={sampler.cfg_scale}. Use 0.")
         self.denoiser, self.layout = denoiser, sampler.layout_on(denoiser.settings)
         self.planner = Planner.of(sampler, denoiser)
         self.branches = 2 if sampler.cfg_scale else 1
-        self.slots = Slots(num_rows * self.branches, num_positions)
+        self.num_scratch = num_scratch
+        """Slots of each row behind its positions, for keys and values that no later forward reads."""
+        self.slots = Slots(num_rows * self.branches, num_positions + num_scratch)
         self.places: list[Place] = []
         """Rows that have a slot."""
         self.left: dict[int, Prefix] = {}
@@ -81,6 +91,10 @@ class Forward:
         for group, answer in zip(groups, torch.split(logits, asked), strict=True):
             scale = group.sampler.cfg_scale
             group.answer(guided(*answer.chunk(2), scale=scale) if self.branches == 2 else answer)
+
+    def decide(self, group: Rows) -> tuple[Step, Int[Tensor, "6 batch"]]:
+        """Turn the logits of a group into its next step."""
+        return decide(group)
 
     def _query(self, groups: Sequence[Rows], places: list[Place]) -> Query:
         """Lay the rows of all groups out in the order of `places`."""
@@ -198,7 +212,7 @@ class Forward:
         if not fresh:
             return
         num_places = len(self.places) + len(fresh)
-        self.slots.reserve(num_places * self.branches, max(place.length for place in fresh))
+        self.slots.reserve(num_places * self.branches, max(place.length for place in fresh) + self.num_scratch)
         known = {key: ids.cpu() for key, ids in tokens.items()} if self.is_exact else {}  # sync: only where rows join
         for place in fresh:
             taken = {other.slot for other in self.places}

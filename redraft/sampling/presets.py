@@ -21,6 +21,8 @@ class Preset:
     """Which blocks it decodes. "model": the model's. "grid" and "prompt": its own, with block-causal attention, counted
     from position 0 or from the end of each row's prompt. "token": single tokens, by a model whose text is causal.
     "part": parts of the model's blocks. "window": as many positions as a block has, from the first undecided one on."""
+    drafts: Literal["every", "ahead", "lookup"] | None = None
+    """Where the drafts come from that its tokens are foretold by (`sampler.Speculation`); block_size of them."""
     may_end_short: bool = False
     """Whether its last block may have fewer tokens than the others."""
 
@@ -90,6 +92,24 @@ def _renoised(policies: Any, config: Any) -> dict[str, Any]:
 _DREAM = {"alg_temperature": None}
 PRESETS = {
     "ar": Preset(source="autoregressive decoding by a model with a causal context", blocks="token"),
+    "speculate": Preset(
+        source="preset ar, token for token, with drafts of the model's own that it checks, as arXiv 2507.11851",
+        defaults={"block_size": 4},
+        blocks="token",
+        drafts="every",
+    ),
+    "speculate-ahead": Preset(
+        source="as speculate, with fewer masks: the next drafts are made beside the check, I-DLM, arXiv 2604.11035",
+        defaults={"block_size": 4},
+        blocks="token",
+        drafts="ahead",
+    ),
+    "lookup": Preset(
+        source="preset ar, token for token, with drafts from the text itself: prompt lookup decoding",
+        defaults={"block_size": 8},
+        blocks="token",
+        drafts="lookup",
+    ),
     "llada": Preset(source="low-confidence remasking, LLaDA, Section 2.4 of arXiv 2502.09992", defaults=_DREAM),
     "llada-random": Preset(
         source="random remasking, LLaDA, Algorithm 4 of arXiv 2502.09992", build=lambda p, _: {"score": p.random_order}

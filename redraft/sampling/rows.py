@@ -59,6 +59,8 @@ class Place:
     """Open blocks as of the last forward."""
     salt: str = ""
     """Only rows of equal salts share keys and values."""
+    num_accepted: int = 0
+    """Drafts that the last step accepted, if the row speculates."""
     num_fed: int = 0
     """Positions fed so far, over all forwards."""
     num_copied: int = 0
@@ -328,6 +330,15 @@ class Rows:
         is_undecided = part.is_noise | part.is_draft
         block, first = (torch.where(is_undecided, v, NEVER).amin(dim=1) for v in (self.blocks, self.columns))
         return torch.stack([is_stuck.long(), (block != self.block).long(), first])
+
+    def advance(self, canvas: Canvas, part: Canvas, num_decided: Int[Tensor, "batch"]) -> Int[Tensor, "batch"]:
+        """Store the canvas of a step that decided several tokens in a row, as so many steps of one would have.
+
+        Returns each row's first undecided position.
+        """
+        self.canvas, self.part, self.age, self.step = canvas, part, self.age + num_decided, self.step + 1
+        self.num_left = self._count_decisions()
+        return torch.where(part.is_noise | part.is_draft, self.columns, NEVER).amin(dim=1)
 
     def noise(self, age: Int[Tensor, "batch"], columns: Int[Tensor, "#batch width"]) -> Int[Tensor, "batch width"]:
         """Draw a noise token for every column."""

@@ -19,6 +19,26 @@ from redraft.settings import Count, Natural, NonNegative, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speculation(Settings):
+    """How a causal model drafts the tokens that it then checks (`sampling.speculate`)."""
+
+    num_drafts: Count
+    source: Literal["every", "ahead", "lookup"] = "every"
+    """every: masks after each number of drafts that may be accepted. ahead: masks after all drafts; where some were not
+    accepted, the next round has none. lookup: what stood after the last tokens when they occurred before."""
+
+    @property
+    def num_groups(self) -> int:
+        """Places from which masks draft."""
+        return {"every": self.num_drafts + 1, "ahead": 1, "lookup": 0}[self.source]
+
+    @property
+    def num_asked(self) -> int:
+        """Positions of a row that the head predicts in a forward: a run, then the drafts from each place."""
+        return 1 + self.num_drafts + self.num_groups * self.num_drafts
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampler(Settings):
     """A combination of policies, and how tokens are drawn."""
 
@@ -53,6 +73,8 @@ class Sampler(Settings):
     top_k: Count | None = None
     lookahead: Natural = 0
     """Positions behind the text that its last step may look at."""
+    speculation: Speculation | None = None
+    """Decide several tokens of a causal model in one forward: those that its own drafts foretold."""
     num_listed: Natural = 0
     """Likeliest tokens that a step lists for each token that it places."""
 
@@ -97,6 +119,7 @@ def build_sampler(
         stop=stop,
         cache=cache,
         layout=layout,
+        speculation=_speculation(preset, config, settings),
         lookahead=frontier.in_flight - 1 if preset.blocks == "window" else 0,
         is_grid_from_prompt=preset.blocks == "prompt",
         cfg_scale=config.cfg_scale,
@@ -105,6 +128,22 @@ def build_sampler(
         top_k=config.top_k,
         **fields,
     )
+
+
+def _speculation(preset: Preset, config: SamplingConfig, settings: DiffusionSettings) -> Speculation | None:
+    """Choose how many tokens are drafted. Raises ValueError for more than the model was trained to denoise together."""
+    if preset.drafts is None:
+        return None
+    num_drafts, block_size = config.resolved().block_size or 1, settings.block_size or 1
+    most = num_drafts if preset.drafts == "lookup" else block_size - 1  # the first of a block is the text's own
+    if num_drafts > most:
+        if config.block_size is not None:
+            raise ValueError(
+                f"this model drafts at most {most} tokens (blocks of {block_size} in training); got block_size "
+                f"{num_drafts}. Lower it."
+            )
+        num_drafts = max(most, 1)
+    return Speculation(num_drafts=num_drafts, source=preset.drafts)
 
 
 def _blocks_and_layout(
@@ -120,7 +159,11 @@ def _blocks_and_layout(
                 "--objective.context causal, or with --objective.kind ar."
             )
         within = "full" if settings.layout.has_order else settings.layout.within
-        return policies.Blocks(size=1, on_grid=True), replace(settings.layout, block_size=1, within=within)
+        speculation = _speculation(preset, config, settings)
+        # What a round may decide and draft is open.
+        in_flight = 1 if speculation is None else 2 * speculation.num_drafts + 1
+        layout = replace(settings.layout, block_size=1, within=within)
+        return policies.Blocks(size=1, on_grid=True, in_flight=in_flight), layout
     size = config.block_size or of_model or default
     if settings.context == "causal" and (size or 0) > (of_model or 0):
         raise ValueError(f"block_size must be at most that of the model's training, {of_model}; got {size}. Lower it.")

@@ -47,6 +47,8 @@ class Step:
     proposed_confidence: Float[Tensor, "batch width"]
     likeliest: Likeliest | None = None
     """With a sampler's `num_listed`."""
+    num_accepted: Int[Tensor, "batch"] | None = None
+    """Drafts of each row that its own next tokens agreed with, if it speculates."""
 
     @property
     def x_0(self) -> Int[Tensor, "batch seq"]:
@@ -82,11 +84,11 @@ class Step:
         return part if self.at is None else elsewhere.scatter(1, self.at, part)
 
 
-def decide(rows: Rows) -> tuple[Step, Int[Tensor, "5 batch"]]:
+def decide(rows: Rows) -> tuple[Step, Int[Tensor, "6 batch"]]:
     """Turn logits into a step; where a policy raises, the rows are as they were.
 
-    The tensor holds for each row: is it done, is it stuck, are logits NaN, is its block finished, and its first
-    undecided position. One tensor, so that the caller waits for the device once.
+    The tensor holds for each row: is it done, is it stuck, are logits NaN, is its block finished, its first undecided
+    position, and how many drafts were accepted. One tensor, so that the caller waits for the device once.
     """
     sampler, window, logits, before = rows.sampler, rows.window, rows.logits_asked_for(), rows.part
     if sampler.guides:
@@ -96,7 +98,7 @@ def decide(rows: Rows) -> tuple[Step, Int[Tensor, "5 batch"]]:
         logits = guide(logits, rows.canvas, where)
     if sampler.anneal is not None:
         logits = logits / sampler.anneal(window)[window.rows, None]
-    proposal = _propose(rows, logits, where)
+    proposal = propose_tokens(rows, logits, u=window.uniform(DRAW_TOKEN), canvas=rows.canvas, where=where)
     candidates = Candidates(canvas=before, window=window, proposal=proposal, previous=rows.in_columns(rows.previous))
     score = candidates.spread(sampler.score(candidates))
     is_set = sampler.unmask(score, candidates) & candidates.is_open_noise
@@ -127,7 +129,7 @@ def decide(rows: Rows) -> tuple[Step, Int[Tensor, "5 batch"]]:
         rows.predicted = logits.view_as(rows.predicted).to(rows.predicted.dtype)
     is_stuck, is_finished, first = rows.take(canvas, after, action.tokens)
     is_nan = torch.zeros_like(is_stuck).index_add_(0, window.rows, proposal.log_normaliser.isnan().long())
-    return step, torch.stack([is_done.long(), is_stuck * ~is_done, is_nan, is_finished, first])
+    return step, torch.stack([is_done.long(), is_stuck * ~is_done, is_nan, is_finished, first, torch.zeros_like(first)])
 
 
 def _likeliest(window: Window, proposal: Proposal, kind: UInt8[Tensor, "batch width"], num_listed: int) -> Likeliest:
@@ -138,15 +140,23 @@ def _likeliest(window: Window, proposal: Proposal, kind: UInt8[Tensor, "batch wi
     return Likeliest(rows=window.rows[index], positions=window.positions[index], tokens=top.indices, log_p=top.values)
 
 
-def _propose(rows: Rows, logits: Float[Tensor, "n vocab"], where: Int[Tensor, "n"]) -> Proposal:
+def propose_tokens(
+    rows: Rows,
+    logits: Float[Tensor, "n vocab"],
+    *,
+    u: Float[Tensor, "n"],
+    canvas: Canvas | None = None,
+    where: Int[Tensor, "n"] | None = None,
+) -> Proposal:
+    """Propose tokens with the rows' sampler, at `where` of a canvas that their constraint sees (None: without it)."""
     sampler = rows.sampler
     never = rows.prior[0] if sampler.noise == "mask" else None
-    u = rows.window.uniform(DRAW_TOKEN) if sampler.temperature else None
-    draw: dict[str, Any] = {"u": u, "temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
-    if sampler.constraint is None:
+    draw: dict[str, Any] = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
+    draw["u"] = u if sampler.temperature else None
+    if sampler.constraint is None or canvas is None or where is None:
         return propose(logits, never=never, **draw)
     plain = propose(logits, never=never)
-    return sampler.constraint(plain, rows.canvas, where, with_best=sampler.noise == "uniform", **draw)
+    return sampler.constraint(plain, canvas, where, with_best=sampler.noise == "uniform", **draw)
 
 
 def _revised(rows: Rows, action: Action, candidates: Candidates) -> tuple[Canvas, UInt8[Tensor, "batch width"], Action]:

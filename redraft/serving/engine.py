@@ -269,7 +269,9 @@ class Engine:
         rows = []
         for index, (prompt, length) in enumerate(zip(prepared.rows, lengths, strict=True)):
             frontier, num_open, reader = sampler.frontier, num_noise[index], None
-            if isinstance(frontier, Blocks) and frontier.size is not None and sampler.forwards is None:
+            if sampler.speculation is not None:
+                num_open = sampler.speculation.num_asked
+            elif isinstance(frontier, Blocks) and frontier.size is not None and sampler.forwards is None:
                 num_open = min(num_open, frontier.size * frontier.in_flight)
             if lm.tokenizer is not None and not prepared.is_infilling:
                 stop = config.stop if isinstance(config.stop, tuple) else ()

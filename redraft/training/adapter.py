@@ -9,6 +9,7 @@ from torch import nn
 
 from redraft.checkpoints import public_name
 from redraft.models.config import AdapterConfig
+from redraft.models.gate import add_gate
 
 ALL_LINEAR = "all-linear"
 
@@ -29,6 +30,8 @@ def add_adapter(model: Any, config: AdapterConfig) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # `merge_adapter` unties them
         model.add_adapter(lora)
+    if config.gate:
+        add_gate(model)
     if Path(model.name_or_path).is_dir():
         lora.base_model_name_or_path = public_name(model.name_or_path)
     for parameter in model.parameters():

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from redraft.models.gate import is_gated, mark_gated
 from redraft.models.load import load_weights
 from redraft.training.adapter import has_adapter, read_adapter
 from redraft.training.loop import KeyedTrainer
@@ -47,7 +48,10 @@ class WholeCheckpoints(KeyedTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if has_adapter(self.model) and self.args.should_save:  # its diffusion settings may differ from its base's
-            cast(Any, self.model).config.save_pretrained(output_dir or self.args.output_dir)
+            folder = output_dir or self.args.output_dir
+            cast(Any, self.model).config.save_pretrained(folder)
+            if is_gated(self.model):
+                mark_gated(cast(str, folder), self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if has_adapter(self.model):

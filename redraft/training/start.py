@@ -76,6 +76,11 @@ def build_denoiser(config: RunConfig, start: LanguageModel | None, *, tokenizer:
         made = objective.settings(before.mask_token_id)
         settings = dataclasses.replace(settings, block_size=made.block_size, context=made.context, within=made.within)
     settings.save_to(start.model.config)
+    if config.adapter.gate and settings.context != "causal":
+        raise ValueError(
+            f"adapter.gate needs a causal context, whose text the base keeps; {config.model.start} has none. Convert "
+            "an autoregressive model with redraft convert --context causal, and train with --objective.context causal."
+        )
     if config.adapter.rank:
         add_adapter(start.model, config.adapter)
     return Denoiser(start.model, settings)

@@ -215,7 +215,7 @@ def test_preset_ar_on_a_model_without_a_causal_context_names_the_training_that_g
 
 @pytest.mark.parametrize("setting", [{"steps": 4}, {"forwards": 2}, {"block_size": 4}, {"budget": 0.5}])
 def test_preset_ar_has_no_number_of_steps(setting):
-    with pytest.raises(ValueError, match="decides one token per forward pass; got"):
+    with pytest.raises(ValueError, match="decides the next token in each forward pass; got"):
         SamplingConfig(preset="ar", **setting)
 
 

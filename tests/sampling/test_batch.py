@@ -73,9 +73,11 @@ def some_sampler(rng, lm):
         )
         sampler = build_sampler(config, lm.denoiser.settings, eos_token_ids=ends)
         return replace(sampler, cache=rng.choice(["exact", "none"]))
-    if lm.denoiser.settings.is_causal and rng.random() < 0.2:
-        sampler = build_sampler(SamplingConfig(preset="ar", **settings), lm.denoiser.settings, eos_token_ids=ends)
-        return replace(sampler, cache=rng.choice(["exact", "none"]))
+    if lm.denoiser.settings.is_causal and rng.random() < 0.4:
+        drafts = ("lookup",) if lm.denoiser.settings.layout.has_order else ("lookup", "speculate", "speculate-ahead")
+        config = SamplingConfig(preset=rng.choice(["ar", "ar", *drafts]), **settings)
+        sampler = build_sampler(config, lm.denoiser.settings, eos_token_ids=ends)
+        return sampler if sampler.speculation else replace(sampler, cache=rng.choice(["exact", "none"]))
     settings["cfg_scale"] = rng.choice([0.0, 0.0, 0.0, 1.5])
     if rng.random() < 0.3:
         settings[rng.choice(["forwards", "steps"])] = rng.randint(1, 14)
@@ -85,7 +87,7 @@ def some_sampler(rng, lm):
         settings |= {"top_p": 0.9} if rng.random() < 0.5 else {"top_k": 5}
     in_flight = 2 if rng.random() < 0.3 else 1
     settings["block_size"] = 4
-    preset = rng.choice(sorted(set(PRESETS) - {"ar"}))
+    preset = rng.choice(sorted(name for name, preset in PRESETS.items() if preset.blocks != "token"))
     config = SamplingConfig(preset=preset, **settings)
     sampler = build_sampler(config, lm.denoiser.settings, eos_token_ids=ends)
     sampler = replace(sampler, frontier=replace(sampler.frontier, in_flight=in_flight))
@@ -118,11 +120,11 @@ def of_row(step, place, length):
 
 
 def alone(lm, canvas, sampler, keys, row):
-    """Return a row's canvas after each of its steps, and its number of forwards by then."""
+    """Return a row's canvas after each of its steps, and its number of forwards by then; by the row's age."""
     length = int((canvas.status[row] != 4).sum())
     one = build_canvas([canvas.tokens[row, :length]], [canvas.is_noise[row, :length]], noise_token_id=MASK)
     steps = denoise(lm.denoiser, one, sampler, row_keys=keys[row : row + 1])
-    return [(*of_row(step, 0, length), int(step.num_forwards[0])) for step in steps]
+    return {int(step.age[0]): (*of_row(step, 0, length), int(step.num_forwards[0])) for step in steps}
 
 
 def run(seed, models=MODELS):
@@ -157,7 +159,7 @@ def run(seed, models=MODELS):
                 age, trajectory = int(step.age[place]), expected[id]
                 length = len(trajectory[age][0])
                 assert (*of_row(step, place, length), int(step.num_forwards[place])) == trajectory[age]
-                assert bool(step.is_done[place]) == (age == len(trajectory) - 1)
+                assert bool(step.is_done[place]) == (age == max(trajectory))
                 running -= {id} if step.is_done[place] else set()
         assert len(batch) == len(running)
     return len(expected)
@@ -177,12 +179,12 @@ def test_rows_after_a_causal_context_are_what_they_are_alone(seed):
 
 @pytest.mark.slow
 def test_thousands_of_rows_that_join_and_leave_are_what_they_are_alone():
-    script = "import test_batch as t; print(sum(t.run(seed) for seed in range(1000, 1600)))"
+    script = "import test_batch as t; print(sum(t.run(seed) for seed in range(1000, 1300)))"
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}  # apart: checks of shapes take most of the time
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
-    assert int(done.stdout) > 4000
+    assert int(done.stdout) > 2000
 
 
 def canvas_of(*prompts, new=NEW):

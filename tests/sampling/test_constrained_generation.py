@@ -72,7 +72,7 @@ def test_every_preset_writes_what_is_asked_for(lm, preset):
     if preset in ("duo", "diffusion-gemma"):
         of_noise = replace(lm.denoiser.settings, process="uniform")
         lm = replace(lm, denoiser=replace(lm.denoiser, settings=of_noise))
-    if preset == "ar":
+    if PRESETS[preset].blocks == "token":
         of_causal = replace(lm.denoiser.settings, block_size=4, context="causal", within="full")
         lm = replace(lm, denoiser=replace(lm.denoiser, settings=of_causal))
     settings = {} if is_full else {"cache": "auto"}  # approximate caches are for full attention

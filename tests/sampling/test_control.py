@@ -321,7 +321,7 @@ def test_every_preset_fills_every_position(name, blocks):
         lm = uniform_lm()
     else:
         lm = tiny_lm() if name.startswith("fast") else blocks
-        lm = tiny_lm(block_size=4, within="full") if name == "ar" else lm
+        lm = tiny_lm(block_size=4, within="full") if PRESETS[name].blocks == "token" else lm
     config = lm.sampling_config(preset=name, max_new_tokens=8, stop=None)
     sampler = build_sampler(config, lm.denoiser.settings)
     canvas = lm._canvas_after([torch.tensor(PROMPT)], 8, sampler)
