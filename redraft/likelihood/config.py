@@ -58,6 +58,9 @@ class ObjectiveConfig(Settings):
     ar_weight: NonNegative = 0.0
     """Add the autoregressive loss of the clean copy, times this, in the same forward (I-DLM: 0.2; Nemotron: 1 / 0.3).
     Needs a causal context."""
+    distill: bool = False
+    """Learn the model's own distribution of each token, as the clean copy predicts it, in place of the token of the
+    text: forward KL. Needs a causal context; for drafts that the same model checks (preset speculate)."""
     plain: bool = False
     """Weigh all noised tokens alike instead of by the bound's weights. Kinds masked and block."""
     complementary: bool = False
@@ -118,6 +121,11 @@ class ObjectiveConfig(Settings):
             raise ValueError(
                 f"objective.ar_weight needs a causal context; got {self.context}. Use --objective.context causal."
             )
+        if self.distill and (self.context != "causal" or self.ar_weight):
+            raise ValueError(
+                "objective.distill needs a causal context, and no ar_weight; got context "
+                f"{self.context}, ar_weight {self.ar_weight:g}. The clean copy teaches, so it does not learn."
+            )
         if self.plain and (self.kind not in ("masked", "block") or self.cart is not None):
             raise ValueError(
                 f"objective.plain is for kinds masked and block, without cart; got {self.kind}, cart {self.cart}. "
@@ -177,6 +185,7 @@ class ObjectiveConfig(Settings):
             smallest_block=self.smallest_block,
             grow_steps=self.grow_steps,
             ar_weight=self.ar_weight,
+            is_distilled=self.distill,
             is_plain=self.plain,
             t_min=self.t_min,
             t_max=self.t_max,

@@ -145,8 +145,11 @@ def chunked_rows(head: nn.Module, hidden: Float[Tensor, "n dim"], row_loss: RowL
 
 
 def _chunks(head: Any, num_rows: int) -> list[slice]:
-    """Cut rows into chunks of at most LOGITS_PER_CHUNK logits; no rows give one empty chunk, with zero gradient."""
-    size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+    """Cut rows into chunks of at most LOGITS_PER_CHUNK logits; no rows give one empty chunk, with zero gradient.
+
+    Pairs of rows stay together: a loss may compare two predictions.
+    """
+    size = max(2, LOGITS_PER_CHUNK // head.weight.shape[0] // 2 * 2)
     return [slice(start, min(start + size, num_rows)) for start in range(0, max(num_rows, 1), size)]
 
 

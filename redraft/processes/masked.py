@@ -79,11 +79,22 @@ class MaskedDiffusion:
 
     def cross_entropy(self, logits: Float[Tensor, "n vocab"], noised: Noised) -> Float[Tensor, "n"]:
         """Return -log p(x_0 | x_t) of each target in nats, without the weight of its time."""
+        return F.cross_entropy(self._without_mask(logits, -torch.inf), noised.x_0, reduction="none")
+
+    def divergence(self, p: Float[Tensor, "n vocab"], q: Float[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
+        """Return KL(p || q) of two predictions, given as logits; nats."""
+        log_p, log_q = (
+            self._without_mask(logits, -1e9).log_softmax(dim=-1) for logits in (p, q)
+        )  # -inf less -inf: NaN
+        return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+    def _without_mask(self, logits: Float[Tensor, "n vocab"], value: float) -> Float[Tensor, "n vocab"]:
+        """Give the mask token this logit if its probability is 0; float32."""
         logits = logits.float()
-        if self.exclude_mask:
-            is_mask = torch.arange(logits.shape[-1], device=logits.device) == self.mask_token_id
-            logits = logits.masked_fill(is_mask, -torch.inf)
-        return F.cross_entropy(logits, noised.x_0, reduction="none")
+        if not self.exclude_mask:
+            return logits
+        is_mask = torch.arange(logits.shape[-1], device=logits.device) == self.mask_token_id
+        return logits.masked_fill(is_mask, value)
 
     def prior(self, u: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Return pure noise: mask tokens everywhere, whatever `u` is."""

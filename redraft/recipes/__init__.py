@@ -14,6 +14,7 @@ _ALL: tuple[Callable[[], BaseRunConfig], ...] = (
     shipped.austen,
     shipped.stdlib_small,
     shipped.stdlib_block,
+    shipped.a2d_speculate,
     published.llada_sft,
     published.dream_sft,
     published.a2d_mdlm,

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from redraft.data.config import GRIDS, DataConfig
-from redraft.models.config import ModelConfig
+from redraft.models.config import AdapterConfig, ModelConfig
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 
 TRAIN = TrainConfig(
@@ -54,4 +54,18 @@ def stdlib_block() -> RunConfig:
         model=ModelConfig(size="5m,layers=5,intermediate=544"),
         objective=ObjectiveConfig(kind="block", block_size=4),
         train=TRAIN,
+    )
+
+
+def a2d_speculate() -> RunConfig:
+    """Teach an autoregressive model to draft its own text, which stays what it is: a gated adapter on --model.start."""
+    return RunConfig(
+        out="runs/a2d-speculate",
+        data=DataConfig(seq_len=256),
+        model=ModelConfig(start="models/causal"),
+        adapter=AdapterConfig(rank=32, alpha=32.0, gate=True, targets="all-linear"),
+        objective=ObjectiveConfig(
+            kind="block", block_size=5, context="causal", within="causal", t_min=1.0, distill=True
+        ),
+        train=TrainConfig(learning_rate=1e-3, batch_size=8, max_steps=20_000, max_minutes=95.0, weight_decay=0.0),
     )

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from redraft.latent.config import LatentRunConfig
-from redraft.models.config import ModelConfig
+from redraft.models.config import AdapterConfig, ModelConfig
 from redraft.training.config import RunConfig, TrainConfig
 
 SEQ_LEN = 128
@@ -12,7 +12,8 @@ CONVERSATIONS = Path(__file__).with_name("smoke.jsonl")  # 64 sums: read where t
 
 
 def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
-    """Shrink a run; objective, packing, EOS policy, decay and EMA stay. Random weights replace a start model.
+    """Shrink a run; objective, packing, EOS policy, decay and EMA stay. Random weights replace a start model
+    and an adapter over it.
 
     What a start model brings besides weights is lost too: its tokenizer, and Dream's shift of the logits.
     """
@@ -42,7 +43,8 @@ def smoke(config: RunConfig | LatentRunConfig) -> RunConfig | LatentRunConfig:
         size="hidden=32,layers=2,heads=2,intermediate=64",
         dropout=config.model.dropout,
     )
-    return replace(config, out=f"{config.out}-smoke", data=data, model=shape, train=_few_steps(config.train))
+    train = _few_steps(config.train)
+    return replace(config, out=f"{config.out}-smoke", data=data, model=shape, adapter=AdapterConfig(), train=train)
 
 
 def _few_steps(train: TrainConfig) -> TrainConfig:

@@ -233,3 +233,34 @@ def test_gradients_reach_the_model_through_both_copies():
     total, _ = problem_loss(denoiser, Diffusion(process=MASKED, block_size=3).problem(rows, key()), num_rows=BATCH)
     total.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in denoiser.model.parameters())
+
+
+def test_drafts_are_distilled_from_the_models_own_text():
+    """KL between what a causal forward predicts and what a forward of each noised block does; the first is fixed."""
+    lm = tiny_lm(block_size=4, within="causal", shift_logits=True)
+    process = MaskedDiffusion(mask_token_id=2)
+    objective = Diffusion(
+        process=process, block_size=4, context="causal", within="causal", t_min=1.0, is_distilled=True
+    )
+    ids = torch.randint(3, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+    rows = CleanRows(
+        x_0=ids, segment_ids=torch.ones_like(ids), is_target=torch.ones_like(ids).bool(), has_padding=False
+    )
+    key = NoiseKey(seed=0, step=0, rows=torch.arange(2), total_rows=2)
+    total, nats = problem_loss(lm.denoiser, objective.problem(rows, key), num_rows=2)
+    expected = torch.zeros(2, dtype=torch.float64)
+    for row in range(2):
+        p = lm.denoiser.logits(ids[row : row + 1])[0]  # shifted: position i predicted by i - 1
+        for start in (0, 4, 8):
+            noised = ids[row : row + 1, : start + 4].clone()
+            noised[:, start:] = 2
+            q = lm.denoiser.logits(noised, committed=torch.tensor([start]))[0]
+            for position in range(start + 1, start + 4):
+                expected[row] += process.divergence(p[position : position + 1], q[position : position + 1])[0].detach()
+    torch.testing.assert_close(nats.double(), expected, atol=1e-4, rtol=1e-4)
+    assert float(total.detach()) == pytest.approx(float(expected.sum()), rel=1e-4)
+    logits = torch.randn(4, 40, requires_grad=True)
+    problem = objective.problem(rows, key)
+    problem.nats(logits, slice(0, 4)).sum().backward()
+    assert (logits.grad[1::2] == 0).all()
+    assert (logits.grad[::2].abs().sum(dim=-1) > 0).all()

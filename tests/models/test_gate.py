@@ -21,7 +21,7 @@ from redraft.training.adapter import add_adapter, enable_checkpointing
 from redraft.training.config import ObjectiveConfig, RunConfig, TrainConfig
 from redraft.training.run import run
 
-JOINT = ObjectiveConfig(kind="block", block_size=4, context="causal", within="causal", t_min=1.0, plain=True)
+DRAFTS = ObjectiveConfig(kind="block", block_size=4, context="causal", within="causal", t_min=1.0, distill=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def config(tmp_path_factory, base):
         data=DataConfig(source=str(corpus), seq_len=32, validation_fraction=0.2),
         model=ModelConfig(start=str(base)),
         adapter=AdapterConfig(rank=4, gate=True, targets="all-linear"),
-        objective=JOINT,
+        objective=DRAFTS,
         train=TrainConfig(
             batch_size=4, max_steps=6, save_every=3, precision="float32", compile="off", learning_rate=1e-2,
             max_validation_windows=4,
@@ -138,7 +138,7 @@ def test_gradients_with_activation_checkpointing_equal_those_without(config, bas
         if is_checkpointed:
             enable_checkpointing(lm.model)
         ids = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(1))
-        objective = JOINT.build(mask_token_id=2, vocab_size=97)
+        objective = DRAFTS.build(mask_token_id=2, vocab_size=97)
         rows = CleanRows(x_0=ids, segment_ids=torch.ones_like(ids), is_target=torch.ones_like(ids).bool())
         key = NoiseKey(seed=0, step=0, rows=torch.arange(2), total_rows=2)
         problem_loss(lm.denoiser, objective.problem(rows, key), num_rows=2)[0].backward()

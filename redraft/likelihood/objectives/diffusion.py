@@ -42,6 +42,9 @@ class Diffusion:
     ar_weight: float = 0.0
     """Add the autoregressive loss of the clean copy, -log p(x_0^i | x_0^(<i)) for all but first tokens, times this
     (I-DLM, arXiv 2604.11035; TiDAR, arXiv 2511.08923)."""
+    is_distilled: bool = False
+    """Minimise KL(p || q) in place of the cross-entropy with the text, where p is what the clean copy predicts, without
+    gradient, and q what the noised block does: the model learns to draft its own text (arXiv 2507.11851)."""
     is_plain: bool = False
     """Weigh all targets by 1 instead of the bound's weight. Masked noise only."""
     t_min: float = SMALLEST_T
@@ -65,7 +68,8 @@ class Diffusion:
         if size is None:
             return problem
         layout = Layout(block_size=size, context=self.context, within=self.within, is_two_copy=True)
-        return _before_clean_copy(problem, noised, layout, num_noised=num_noised)
+        problem = _before_clean_copy(problem, noised, layout, num_noised=num_noised)
+        return problem if not self.is_distilled or block is None else _distilled(self.process, problem, block)
 
     def evaluation(self) -> "Diffusion":
         """The plain bound over all noise levels, in blocks of the full size."""
@@ -139,6 +143,30 @@ def _before_clean_copy(problem: Problem, noised: Noised, layout: Layout, *, num_
         layout=layout,
     )
     return replace(problem, query=query)
+
+
+def _distilled(process: Process, problem: Problem, block: Int[Tensor, "batch seq"]) -> Problem:
+    """Ask for each noised token in the clean copy too, right after it, and compare the two predictions.
+
+    The first token of a block is predicted by the clean copy alone, so there is nothing to learn.
+    """
+    assert isinstance(process, MaskedDiffusion)
+    is_first = torch.ones_like(block, dtype=torch.bool)
+    is_first[:, 1:] = block[:, 1:] != block[:, :-1]
+    length, where = block.shape[1], problem.query.where
+    kept = (~is_first[where // (2 * length), where % length]).nonzero()[:, 0]  # sync: how many is data
+    where = where[kept]
+
+    def nats(logits: Float[Tensor, "n vocab"], part: slice) -> Float[Tensor, "n"]:
+        noised, clean = logits.view(-1, 2, logits.shape[1]).unbind(dim=1)
+        divergence = process.divergence(clean.detach(), noised)
+        return torch.stack([divergence, torch.zeros_like(divergence)], dim=1).flatten()
+
+    return Problem(
+        query=replace(problem.query, where=torch.stack([where, where + length], dim=1).flatten()),
+        row=problem.row[kept].repeat_interleave(2),
+        nats=nats,
+    )
 
 
 def cart_weights(
