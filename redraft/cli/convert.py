@@ -89,13 +89,12 @@ def _next_step(made: "Conversion") -> str:
     is_untrained = any(note.startswith("mask token") for note in made.notes)
     if made.settings.is_autoregressive or not is_untrained:
         return f"  redraft sample {folder} 'Once upon a time'"
-    train = f"  redraft train stdlib-small --model.start {folder} --data.source my_texts/ --out {folder}-trained"
+    recipe = "stdlib-small" if made.settings.context == "block" else "a2d-speculate"
+    train = f"  redraft train {recipe} --model.start {folder} --data.source my_texts/ --out {folder}-trained"
     if made.settings.context == "block":
         return train
-    blocks = f"--objective.kind block --objective.block-size {made.settings.block_size} --objective.context causal"
-    return f"  redraft sample {folder} 'Once upon a time' --preset ar\n{train} {blocks} --objective.ar-weight 1" + (
-        " --objective.within causal" if made.settings.within == "causal" else ""
-    )
+    blocks = f"--objective.block-size {made.settings.block_size} --objective.within {made.settings.within}"
+    return f"  redraft sample {folder} 'Once upon a time' --preset ar\n{train} {blocks}"
 
 
 def _check(flags: ConvertFlags) -> int:

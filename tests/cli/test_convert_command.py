@@ -39,7 +39,8 @@ def test_a_causal_context_samples_at_once_and_says_how_to_train_it(source, tmp_p
     assert "causal attention, causal in an open block of 4 tokens" in said
     assert "yes  committed text is autoregressive" in said
     assert "'Once upon a time' --preset ar" in said
-    assert "--objective.context causal --objective.ar-weight 1 --objective.within causal" in said
+    assert "redraft train a2d-speculate --model.start" in said
+    assert "--objective.block-size 4 --objective.within causal" in said
 
 
 def test_a_converted_model_can_be_checked_as_it_is(source, tmp_path, capsys):
