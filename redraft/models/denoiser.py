@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from inspect import signature
 from threading import RLock
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from redraft.models.attention import Attention, flex_mask
 from redraft.models.cache import View
 from redraft.models.device import can_compile
 from redraft.models.gate import OPEN, is_gated
-from redraft.models.head import AtHead, RowLoss, select_head_rows
+from redraft.models.head import AtHead, RowLoss, head_is_plain, select_head_rows
 from redraft.models.masks import first_position, layer_masks, model_masks
 from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
@@ -51,6 +52,11 @@ class Denoiser:
             )
         self.model.base_model.compile(dynamic=False)
         return replace(self, is_compiled=True)
+
+    @cached_property
+    def has_plain_head(self) -> bool:
+        """Whether logits are the head's own output, so that it may be called on some of `hidden` alone."""
+        return head_is_plain(self.model)
 
     @property
     def can_append(self) -> bool:

@@ -117,7 +117,8 @@ class Rows:
         """A hash of the positions that the last forward was asked for (in a causal context, and of how many are
         committed), and the tokens that it was fed."""
         self.logits: Tensor | None = None
-        """Logits of the last forward while they are valid: for the rows and positions of the window `answered`."""
+        """Logits of the last forward while they are valid: for the rows and positions of the window `answered`. Of rows
+        that speculate, what enters the head."""
         self.answered: Window
         self.left: Tensor | None = None
         """Forwards that each row has left; None without a limit."""

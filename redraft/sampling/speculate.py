@@ -14,7 +14,7 @@ Sources: Leviathan et al., arXiv 2211.17192 (verification); arXiv 2507.11851 and
 every acceptance in one forward); I-DLM, arXiv 2604.11035 (masks after all drafts).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from redraft.models.cache import SlotSpans
 from redraft.models.denoiser import Denoiser
+from redraft.models.head import output_embeddings
 from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
 from redraft.randomness import uniform
@@ -35,6 +36,9 @@ from redraft.sampling.propose import Proposal
 from redraft.sampling.rows import Place, Rows
 from redraft.sampling.sampler import Sampler, Speculation
 from redraft.sampling.step import Likeliest, Step, propose_tokens
+
+Head = Callable[[Float[Tensor, "batch n dim"]], Float[Tensor, "batch n vocab"]]
+"""What makes logits of hidden states; or what leaves logits as they are."""
 
 
 class SpeculatingForward(Forward):
@@ -50,10 +54,14 @@ class SpeculatingForward(Forward):
         self.round = Round.of(sampler.speculation, denoiser.settings)
         super().__init__(denoiser, sampler, *sizes, num_scratch=self.round.num_fed)
         self.is_repeatable = False  # each round feeds other tokens
+        self.head: Head | None = output_embeddings(denoiser.model) if denoiser.has_plain_head else None
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[Rows]) -> None:
-        """Give each group the logits of its round, `Speculation.num_asked` of each row."""
+        """Give each group what its round asked for, `Speculation.num_asked` of each row.
+
+        That is what enters the head, where it can be called later: drafts are read from one group of masks alone.
+        """
         places = [place for group in groups for place in group.places]
         for place in places:
             if place.opened[0] >= 0:  # of the round before: what was accepted had been fed as text
@@ -62,16 +70,18 @@ class SpeculatingForward(Forward):
         places.sort(key=lambda place: place.slot)
         self._catch_up(groups, places)
         query = self._query_of(groups, places)
-        logits = self.denoiser(query).view(len(places), self.round.speculation.num_asked, -1)
+        asked = self.denoiser(query) if self.head is None else self.denoiser.hidden(query)
+        asked = asked.view(len(places), self.round.speculation.num_asked, -1)
         self._count("forwards", places, [self.round.num_fed] * len(places), query)
         for place in places:
             place.opened = (place.unfinished, place.unfinished + self.round.num_drafts)
         for group, index in zip(groups, _indexes(groups, places), strict=True):
-            group.answer(logits[index].flatten(0, 1))
+            group.answer(asked[index].flatten(0, 1))
 
+    @torch.no_grad()
     def decide(self, group: Rows) -> tuple[Step, Int[Tensor, "6 batch"]]:
         """Decide the run of tokens that the drafts allow, and draft the next ones."""
-        return decide_run(group, self.round)
+        return decide_run(group, self.round, self.head or (lambda logits: logits))
 
     def _are_in_step(self, *args: Any) -> bool:
         return False  # prompts are fed before the first round: then all rounds have one shape
@@ -243,25 +253,25 @@ class Run:
         )
 
 
-def decide_run(rows: Rows, fed: Round) -> tuple[Step, Int[Tensor, "6 batch"]]:
-    """Decide the accepted drafts and the token after them, and place the next drafts.
+def decide_run(rows: Rows, fed: Round, head: Head) -> tuple[Step, Int[Tensor, "6 batch"]]:
+    """Decide the accepted drafts and the token after them, and place the next drafts; `head` gives logits.
 
     The facts are those of `step.decide`; the last is the number of accepted drafts.
     """
     assert rows.logits is not None
     k, before, sampler = fed.num_drafts, rows.canvas, rows.sampler
-    logits = rows.logits.view(len(before.tokens), fed.speculation.num_asked, -1)
+    asked = rows.logits.view(len(before.tokens), fed.speculation.num_asked, -1)
     first = rows.keys.new_tensor([place.unfinished for place in rows.places])
     run = Run.of(before, first, k + 1)
     blank = before.reopen(before.is_draft, torch.full_like(before.tokens, rows.prior[0]))  # as preset `ar` sees it
-    proposal = _propose_run(rows, blank, run, logits[:, : k + 1])
+    proposal = _propose_run(rows, blank, run, head(asked[:, : k + 1]))
     x_0, confidence = (values.view(run.tokens.shape) for values in (proposal.x_0, proposal.confidence))
     agrees = run.is_draft & (x_0 == run.tokens) & (first > 0)[:, None]
     num_accepted = agrees[:, :k].long().cumprod(dim=1).sum(dim=1)
     is_set = run.is_open & (torch.arange(k + 1, device=first.device) <= num_accepted[:, None])
     after = run.place(blank, is_set, x_0, confidence, status=Status.COMMITTED)
     drafts = Run.of(after, first + num_accepted + 1, k)
-    tokens, sure, is_drafted = _draft(rows, fed, after, drafts, logits[:, k + 1 :], num_accepted)
+    tokens, sure, is_drafted = _draft(rows, fed, after, drafts, asked[:, k + 1 :], head, num_accepted)
     canvas = drafts.place(after, is_drafted & drafts.is_open, tokens, sure, status=Status.DRAFT)
     tail = canvas if rows.at is None else canvas.columns(rows.at)
     kind = _kinds(rows.part, tail)
@@ -324,7 +334,8 @@ def _draft(
     fed: Round,
     after: Canvas,
     run: Run,
-    logits: Float[Tensor, "batch drafts vocab"],
+    asked: Float[Tensor, "batch drafts dim"],
+    head: Head,
     num_accepted: Int[Tensor, "batch"],
 ) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"], Bool[Tensor, "batch k"]]:
     """Draft the tokens after a run: (tokens, their probabilities, which there are).
@@ -338,7 +349,7 @@ def _draft(
     stands = fed.accepted(rows.canvas.is_draft.any(dim=1)) == num_accepted[:, None]  # (B, groups)
     numbers = torch.arange(k, device=num_accepted.device)
     index = stands.long().argmax(dim=1)[:, None] * k + numbers
-    chosen = logits.gather(1, index[:, :, None].expand(-1, -1, logits.shape[2]))
+    chosen = head(asked.gather(1, index[:, :, None].expand(-1, -1, asked.shape[2])))
     u = uniform(rows.keys[:, None], (rows.age + num_accepted + 1)[:, None] + numbers, run.positions, DRAW_TOKEN)
     proposal = propose_tokens(rows, chosen.flatten(0, 1), u=u.flatten())
     has_drafts = stands.any(dim=1, keepdim=True).expand(size)
