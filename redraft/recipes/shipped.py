@@ -47,12 +47,12 @@ def stdlib_small() -> RunConfig:
 
 
 def stdlib_block() -> RunConfig:
-    """Train 4.5 M parameters by block diffusion in blocks of 4: an exact cache, and texts of any length."""
+    """Train 4.5 M parameters to write code token by token, in blocks of 4, and speculating: with a causal context."""
     return RunConfig(
         out="runs/stdlib-block",
         data=DataConfig(seq_len=256, vocab_size=4096),
         model=ModelConfig(size="5m,layers=5,intermediate=544"),
-        objective=ObjectiveConfig(kind="block", block_size=4),
+        objective=ObjectiveConfig(kind="block", block_size=4, context="causal", ar_weight=1.0),  # docs/lab-notes.md
         train=TRAIN,
     )
 

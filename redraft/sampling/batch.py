@@ -44,7 +44,7 @@ class Batch:
         self._num_joined = 0
         self.counts: Counter[str] = Counter()
         """Forwards, those that fed prompts alone (prefills), the positions fed (query_tokens) and the padding among
-        them (padding_tokens)."""
+        them (padding_tokens); of rows that speculate, places for drafts and those accepted (accepted_drafts)."""
 
     def __len__(self) -> int:
         return sum(len(group.places) for group in self._groups + self._waiting)
@@ -141,6 +141,9 @@ class Batch:
             for row, place in enumerate(group.places):
                 place.is_finished, place.unfinished = is_finished[row] > 0, first[row]
                 place.num_accepted = accepted[row]
+            if group.sampler.speculation is not None:
+                num_drafts = group.sampler.speculation.num_drafts * len(accepted)
+                self.counts.update({"drafts": num_drafts, "accepted_drafts": sum(accepted)})
             errors = {row: no_progress(group, step, row) for row, stuck in enumerate(is_stuck) if stuck}
             if nans := [row for row, nan in enumerate(is_nan) if nan]:
                 errors = dict.fromkeys(nans, explain_nan(self.denoiser, group.canvas.tokens[nans]))

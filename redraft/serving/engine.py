@@ -46,7 +46,7 @@ DRAFT_SECONDS = 0.1
 MAX_RETRY_SECONDS = 120
 """Longest wait that clients are told; they give up on more."""
 COUNTED = ("ticks", "committed_tokens", "cached_tokens", "undelivered")
-COUNTED_BY_BATCH = ("forwards", "prefills", "query_tokens", "padding_tokens")
+COUNTED_BY_BATCH = ("forwards", "prefills", "query_tokens", "padding_tokens", "drafts", "accepted_drafts")
 WARM_UP_PROMPT, WARM_UP_TOKENS = 2, 16
 FORGETTING = 0.98
 """Weight of what was measured before, each time a row ends."""
