@@ -12,10 +12,11 @@ from redraft.cli.generation import text_of
 from redraft.trace.page import joined, page_data, render_page
 
 PUZZLES = ("___2 _2_1 _12_ _4__", "_1__ 4_1_ 3___ _2_3", "___2 __3_ _41_ 1___")
-GAPS = (
-    "try:\n    import yaml\nexcept[MASK:1]:\n    yaml =[MASK:1]\n\ndef is_there():\n    return yaml is not[MASK:1]\n",
-    'def load_config(path):\n    if not os.path.[MASK:1](path):\n        raise[MASK:1]("no file")\n',
-)
+GAPS = {
+    '"You are very[MASK:1]," said Elizabeth, "but I cannot[MASK:1] you."\n': "austen",
+    "try:\n    import yaml\nexcept[MASK:1]:\n    yaml =[MASK:1]\nis_there = yaml is not[MASK:1]\n": "stdlib-small",
+    'if not os.path.[MASK:1](path):\n    raise[MASK:1]("no file")\n': "stdlib-small",
+}
 PORT = {"type": "integer", "minimum": 1, "maximum": 9999}
 OBJECT = {"name": {"enum": ["spam", "eggs"]}, "port": PORT, "debug": {"type": "boolean"}}
 SCHEMA = {"type": "object", "properties": OBJECT, "required": [*OBJECT], "additionalProperties": False}
@@ -48,20 +49,19 @@ def main() -> None:
         print(f"{grids(lm, out.trace[0])}\n({out.forwards[0]} forwards, {out.seconds:.2f} s)\n")
         keep(f"sudoku {number}", lm, out)
 
-    print("2. Gaps: redraft/stdlib-small fills all masks of a text, with both sides in view (written for this demo):\n")
-    lm = redraft.load("redraft/stdlib-small")
-    for number, text in enumerate(GAPS, start=1):
+    print("2. Gaps: models fill all masks of a text, with both sides in view (texts written for this demo):\n")
+    for number, (text, name) in enumerate(GAPS.items(), start=1):
+        lm = redraft.load(f"redraft/{name}")
         out = lm.infill(text, temperature=0.0, trace=True)
-        print(f"{text}\n  becomes, in {out.forwards[0]} forwards and {out.seconds:.2f} s:\n\n{out.texts[0]}")
+        print(f"redraft/{name}:\n{text}\n  in {out.forwards[0]} forwards, {out.seconds:.2f} s:\n\n{out.texts[0]}")
         keep(f"gaps {number}", lm, out)
     out = lm.generate("config =", constraint=redraft.JsonSchema(SCHEMA), max_new_tokens=32, temperature=0.6, trace=True)
     print(f"A JSON object that fits a schema, whatever the order in which its tokens are decided: {out.texts[0]}\n")
     keep("JSON object", lm, out)
 
     folder = train_and_sample(keep)
-    page = folder / "demo.html"
-    page.write_text(render_page(joined(pages, title="redraft: the demo")), encoding="utf-8")
-    print(f"4. Watch all of it form, step by step: {page}   (the loss: {folder}/loss.png)")
+    (folder / "demo.html").write_text(render_page(joined(pages, title="redraft: the demo")), encoding="utf-8")
+    print(f"4. Watch all of it form, step by step: {folder}/demo.html   (the loss: {folder}/loss.png)")
     print(f"   {time.monotonic() - begun:.0f} s in all")
 
 

@@ -52,7 +52,7 @@ def stdlib_block() -> RunConfig:
         out="runs/stdlib-block",
         data=DataConfig(seq_len=256, vocab_size=4096),
         model=ModelConfig(size="5m,layers=5,intermediate=544"),
-        objective=ObjectiveConfig(kind="block", block_size=4, context="causal", ar_weight=1.0),  # docs/lab-notes.md
+        objective=ObjectiveConfig(kind="block", block_size=4, context="causal", ar_weight=3.3),  # docs/lab-notes.md
         train=TRAIN,
     )
 
