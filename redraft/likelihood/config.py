@@ -121,10 +121,10 @@ class ObjectiveConfig(Settings):
             raise ValueError(
                 f"objective.ar_weight needs a causal context; got {self.context}. Use --objective.context causal."
             )
-        if self.distill and (self.context != "causal" or self.ar_weight):
+        if self.distill and (self.context != "causal" or self.ar_weight or self.complementary):
             raise ValueError(
-                "objective.distill needs a causal context, and no ar_weight; got context "
-                f"{self.context}, ar_weight {self.ar_weight:g}. The clean copy teaches, so it does not learn."
+                "objective.distill needs a causal context, without ar_weight and complementary; got context "
+                f"{self.context}, ar_weight {self.ar_weight:g}, complementary {self.complementary}. Change them."
             )
         if self.plain and (self.kind not in ("masked", "block") or self.cart is not None):
             raise ValueError(

@@ -202,7 +202,7 @@ def _open_tokens(query: Query, positions: Int[Tensor, "batch query"], layout: La
     """Find what a gated adapter acts on, in the flattened input: what is not committed, or the noisy copy."""
     is_open = query.is_open
     if is_open is None and query.committed is not None:
-        is_open = positions >= query.committed[:, None]
+        is_open = (positions >= query.committed[:, None]) & (layout.block_size != 1)  # token by token nothing is open
     elif is_open is None:
         is_noisy = torch.arange(positions.shape[1], device=positions.device) < positions.shape[1] // 2
         is_open = (is_noisy & layout.is_two_copy).expand(query.input_ids.shape)

@@ -259,6 +259,9 @@ def test_drafts_are_distilled_from_the_models_own_text():
                 expected[row] += process.divergence(p[position : position + 1], q[position : position + 1])[0].detach()
     torch.testing.assert_close(nats.double(), expected, atol=1e-4, rtol=1e-4)
     assert float(total.detach()) == pytest.approx(float(expected.sum()), rel=1e-4)
+    alone = replace(rows, is_target=torch.arange(12).expand(2, -1) == 8)  # the first of a block: nothing to learn
+    total, _ = problem_loss(lm.denoiser, objective.problem(alone, key), num_rows=2)
+    assert float(total.detach()) == 0
     logits = torch.randn(4, 40, requires_grad=True)
     problem = objective.problem(rows, key)
     problem.nats(logits, slice(0, 4)).sum().backward()

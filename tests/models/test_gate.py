@@ -91,8 +91,10 @@ def test_a_gate_changes_drafts_and_no_text(preset):
     plain = tiny_lm(block_size=5, within="causal", shift_logits=True)
     lm = gated(tiny_lm(block_size=5, within="causal", shift_logits=True))
     chosen = {"max_new_tokens": 24, "temperature": 0.5, "stop": None}
-    prompts = [[5, 6, 7], [8]]
+    prompts = [[5, 6, 7], [8], []]
     expected = plain.generate(prompts, preset="ar", **chosen)
+    ar = lm.generate(prompts, preset="ar", **chosen)
+    assert [row.tolist() for row in ar.tokens] == [row.tolist() for row in expected.tokens]
     for other in (plain, lm):
         out = other.generate(prompts, preset=preset, **chosen)
         assert [row.tolist() for row in out.tokens] == [row.tolist() for row in expected.tokens]

@@ -108,7 +108,7 @@ def test_rows_that_join_and_leave_change_no_other(seed):
     assert done == len(chosen)
 
 
-def test_a_suspended_row_goes_on():
+def test_a_suspended_row_goes_on_where_others_joined_meanwhile():
     lm = MODELS["full"]
     prepared = lm.prepare([PROMPTS[0]], preset="speculate", max_new_tokens=12, stop=None)
     batch = Batch(lm.denoiser)
@@ -116,9 +116,13 @@ def test_a_suspended_row_goes_on():
     for _ in range(3):
         (step,) = batch.tick()
     (row,) = batch.suspend(ids)
+    other = lm.prepare([PROMPTS[1]], preset="ar", max_new_tokens=12, stop=None)
+    batch.join(other.canvas, other.sampler, row_keys=other.row_keys)
+    batch.tick()
     batch.resume(row)
     while len(batch):
-        (step,) = batch.tick()
+        for one in batch.tick():
+            step = one if ids[0] in one.rows.tolist() else step
     new, *_ = prepared.finish(0, step.canvas.tokens[0], step.canvas.status[0])
     assert [new.tolist()] == tokens(lm, [PROMPTS[0]], preset="ar")
 

@@ -158,8 +158,7 @@ def _distilled(process: Process, problem: Problem, block: Int[Tensor, "batch seq
     where = where[kept]
 
     def nats(logits: Float[Tensor, "n vocab"], part: slice) -> Float[Tensor, "n"]:
-        noised, clean = logits.view(-1, 2, logits.shape[1]).unbind(dim=1)
-        divergence = process.divergence(clean.detach(), noised)
+        divergence = process.divergence(logits[1::2].detach(), logits[::2])
         return torch.stack([divergence, torch.zeros_like(divergence)], dim=1).flatten()
 
     return Problem(
