@@ -7,6 +7,7 @@ would apply it to every token.
 
 import json
 import threading
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +58,36 @@ def add_gate(model: Any) -> None:
     """Let the adapter that a model has act on open tokens alone. Raises ValueError for an architecture without one."""
     from peft.tuners.lora import LoraLayer
 
-    gate, layers = Gate(), [module for module in model.modules() if isinstance(module, LoraLayer)]
-    attentions = [module for name, module in model.named_modules() if name.endswith(".self_attn")]
-    if not attentions or not layers:
+    gate, adapted = Gate(), {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    attentions = {name: module for name, module in model.named_modules() if name.endswith(".self_attn")}
+    decoders = [(model, *_parents(model, name)) for name in attentions]
+    if not attentions or not all(map(_takes_more, {module for parents in decoders for module in parents})):
         raise ValueError(
-            f"a gated adapter needs a decoder with self_attn layers; {model.config.model_type} has none. Leave "
-            "adapter.gate out."
+            f"a gated adapter needs a decoder that tells its self_attn layers which tokens are open; "
+            f"{model.config.model_type} does not. Leave adapter.gate out."
         )
-    for attention in attentions:
+    layers = tuple(name.removesuffix("self_attn") for name in attentions)
+    if outside := [name for name in adapted if not name.startswith(layers)]:
+        raise ValueError(
+            f"a gated adapter acts inside of decoder layers; {outside[0]} lies outside. Name other adapter.targets."
+        )
+    for attention in attentions.values():
         attention.register_forward_pre_hook(gate.note, with_kwargs=True)
-    for layer in layers:
+    for layer in adapted.values():
         for name in layer.lora_A:
             layer.lora_A[name].register_forward_pre_hook(gate.pick)
             layer.lora_B[name].register_forward_hook(gate.put)
     model.is_gated = True
+
+
+def _parents(model: Any, name: str) -> list[nn.Module]:
+    """Return what an attention module is called by, and itself: the body, the layer, the module."""
+    return [model.base_model, model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)]
+
+
+def _takes_more(module: nn.Module) -> bool:
+    """Tell whether a module passes on what it does not know."""
+    return any(each.kind is each.VAR_KEYWORD for each in signature(type(module).forward).parameters.values())
 
 
 def is_gated(model: Any) -> bool:
@@ -100,18 +117,27 @@ def lora_settings(adapter: str | Path) -> Any:
 
 
 def check_base(adapter: str | Path, model: Any) -> None:
-    """Raise ValueError where a gated adapter was trained over other weights: drafts would not fit the text."""
-    if read_json(Path(adapter) / "adapter_config.json").get(BASE) != fingerprint(model):
+    """Raise ValueError where a gated adapter was trained over other weights: drafts would not fit the text.
+
+    Weights that were quantised, in training or now, cannot be compared.
+    """
+    before, now = read_json(Path(adapter) / "adapter_config.json").get(BASE), fingerprint(model)
+    if before is not None and now is not None and before != now:
         raise ValueError(
             f"the adapter {adapter} was trained over other weights than those of this model. Load its base."
         )
 
 
 @torch.no_grad()
-def fingerprint(model: Any) -> str:
-    """Hash some numbers of each weight, in bfloat16: the same for whatever precision a model is loaded in."""
+def fingerprint(model: Any) -> str | None:
+    """Hash some numbers of each weight, in bfloat16: the same for whatever float a model is loaded in.
+
+    None for quantised weights.
+    """
     import hashlib
 
+    if getattr(model, "is_quantized", False):
+        return None
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if ".lora_" in name or not weight.is_floating_point():

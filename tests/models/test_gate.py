@@ -179,3 +179,9 @@ def test_a_gate_needs_a_model_with_text_of_its_own(config, model_folder, tmp_pat
         run(wrong, console=Console(quiet=True))
     with pytest.raises(ValueError, match="adapter.gate needs an adapter; got adapter.rank 0"):
         AdapterConfig(gate=True)
+    lm = tiny_lm(block_size=4, within="causal", shift_logits=True)
+    lm.model.model.embed_out = torch.nn.Linear(32, 32)
+    with pytest.raises(ValueError, match="acts inside of decoder layers; model.embed_out lies outside"):
+        gated(lm)
+    with pytest.raises(ValueError, match="needs a decoder that tells its self_attn layers"):
+        gated(tiny_lm(architecture="modernbert"))
