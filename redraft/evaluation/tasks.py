@@ -63,6 +63,10 @@ class Task(ABC):
         return None
 
 
+STDLIB_HELD_OUT = 0.05
+"""Share of the standard library that recipes hold out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(Settings):
     """Options of tasks."""
@@ -72,8 +76,9 @@ class TaskOptions(Settings):
     """Items of each task; by default all (50 where they are generated)."""
     allow_code: bool = False
     """Run generated code, in a sandbox."""
-    validation_fraction: Annotated[float, Within("(0, 1]")] = 0.05
-    """The data.validation_fraction of the training run, for the tasks on stdlib."""
+    validation_fraction: Annotated[float, Within("(0, 1]")] | None = None
+    """The data.validation_fraction of the training run: perplexity is of the documents that it held out. By default 0.05
+    for the tasks on stdlib; another source is scored whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +135,11 @@ class HumanEval(Task):
 class StdlibInfill(Task):
     """A line missing in the middle of a held-out function of the standard library; the hole has the true length."""
 
-    validation_fraction: float
+    validation_fraction: float | None
     name: str = "infill-stdlib"
 
     def items(self) -> Iterator[Item]:
-        for document in _held_out_modules(self.validation_fraction):
+        for document in _held_out("stdlib", self.validation_fraction):
             for function in _functions(document):
                 lines = function.splitlines(keepends=True)
                 middle = len(lines) // 2
@@ -184,17 +189,13 @@ class SudokuPuzzles(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutPerplexity(Task):
-    """Perplexity of whole texts of any source that `redraft train` reads; for stdlib, of the held-out modules alone."""
+    """Perplexity of whole texts of any source that `redraft train` reads, or of those that it held out."""
 
     source: str
-    validation_fraction: float
+    validation_fraction: float | None
 
     def items(self) -> Iterator[Item]:
-        from redraft.data.sources import read_documents
-
-        is_stdlib = self.source == "stdlib"
-        documents = _held_out_modules(self.validation_fraction) if is_stdlib else read_documents(self.source)
-        for i, document in enumerate(documents):
+        for i, document in enumerate(_held_out(self.source, self.validation_fraction)):
             yield Item(id=str(i), kind="perplexity", prompt=document)
 
 
@@ -323,11 +324,13 @@ def take(task: Task, limit: int | None) -> list[Item]:
     return items
 
 
-def _held_out_modules(validation_fraction: float) -> Iterator[str]:
+def _held_out(source: str, validation_fraction: float | None) -> Iterator[str]:
+    """Read the documents that a training run holds out; all of a source other than stdlib where no share is given."""
     from redraft.data.sources import read_documents, split_of
 
-    for document in read_documents("stdlib"):
-        if split_of(document, validation_fraction=validation_fraction) == "validation":
+    share = STDLIB_HELD_OUT if validation_fraction is None and source == "stdlib" else validation_fraction
+    for document in read_documents(source):
+        if share is None or split_of(document, validation_fraction=share) == "validation":
             yield document
 
 
