@@ -44,6 +44,7 @@ from redraft.sampling.constrain import TextConstraint
 from redraft.sampling.guidance import Guide, Processors
 from redraft.sampling.policies.frontier import Blocks
 from redraft.sampling.policies.stop import Enough
+from redraft.sampling.presets import preset_from_name
 from redraft.sampling.sampler import Sampler, build_sampler
 from redraft.sampling.step import Step
 from redraft.settings import Count, check_field
@@ -337,6 +338,8 @@ class LanguageModel:
         size = given.get("block_size")  # blocks of holes lie on the grid, so it need not divide any length
         check_field("block_size", size, Count | None)
         config = self._config(given | {"block_size": None}, constraint)
+        if preset_from_name(config.preset).blocks == "token":  # a number of drafts, if anything
+            config, size = self._config(given, constraint), None
         mask_token_id = self.denoiser.settings.mask_token_id
         given_prompts = [prompt for prompt in as_batch(prompts) for _ in range(config.num_samples)]
         encoded = [encode_with_holes(self.tokenizer, prompt, mask_token_id=mask_token_id) for prompt in given_prompts]

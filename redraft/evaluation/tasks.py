@@ -77,8 +77,8 @@ class TaskOptions(Settings):
     allow_code: bool = False
     """Run generated code, in a sandbox."""
     validation_fraction: Annotated[float, Within("(0, 1]")] | None = None
-    """The data.validation_fraction of the training run: perplexity is of the documents that it held out. By default 0.05
-    for the tasks on stdlib; another source is scored whole."""
+    """The data.validation_fraction of the training run: perplexity is of the documents that it held out. By default
+    0.05 for the tasks on stdlib; another source is scored whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

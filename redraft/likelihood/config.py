@@ -121,10 +121,10 @@ class ObjectiveConfig(Settings):
             raise ValueError(
                 f"objective.ar_weight needs a causal context; got {self.context}. Use --objective.context causal."
             )
-        if self.distill and (self.context != "causal" or self.ar_weight or self.complementary):
+        if self.distill and (self.context != "causal" or self.ar_weight or self.complementary or self.plain):
             raise ValueError(
-                "objective.distill needs a causal context, without ar_weight and complementary; got context "
-                f"{self.context}, ar_weight {self.ar_weight:g}, complementary {self.complementary}. Change them."
+                "objective.distill needs a causal context, without ar_weight, complementary and plain; got context "
+                f"{self.context}, ar_weight {self.ar_weight:g}, complementary {self.complementary}, plain {self.plain}."
             )
         if self.plain and (self.kind not in ("masked", "block") or self.cart is not None):
             raise ValueError(

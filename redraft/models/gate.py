@@ -7,7 +7,6 @@ would apply it to every token.
 
 import json
 import threading
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,13 @@ class Gate:
 
     def __init__(self) -> None:
         self._local = threading.local()
+        self.heard = 0
+        """How often an attention module was told which tokens are open."""
 
     def note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Before an attention module: note which tokens are open."""
         self._local.tokens = kwargs.get(OPEN)
+        self.heard += OPEN in kwargs
 
     def pick(self, module: nn.Module, args: tuple[Float[Tensor, "batch seq dim"]]) -> Tensor:
         """Before the first matrix of an adapter: keep the open tokens alone."""
@@ -54,18 +56,20 @@ class Gate:
         return torch.zeros(0, dtype=torch.int64, device=device) if tokens is None else tokens
 
 
+_NO_GATE = (
+    "has no self_attn layers that are told which tokens are open, which a gated adapter needs. Leave adapter.gate out."
+)
+
+
+@torch.no_grad()
 def add_gate(model: Any) -> None:
     """Let the adapter that a model has act on open tokens alone. Raises ValueError for an architecture without one."""
     from peft.tuners.lora import LoraLayer
 
     gate, adapted = Gate(), {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     attentions = {name: module for name, module in model.named_modules() if name.endswith(".self_attn")}
-    decoders = [(model, *_parents(model, name)) for name in attentions]
-    if not attentions or not all(map(_takes_more, {module for parents in decoders for module in parents})):
-        raise ValueError(
-            f"a gated adapter needs a decoder that tells its self_attn layers which tokens are open; "
-            f"{model.config.model_type} does not. Leave adapter.gate out."
-        )
+    if not attentions:
+        raise ValueError(f"{model.config.model_type} {_NO_GATE}")
     layers = tuple(name.removesuffix("self_attn") for name in attentions)
     if outside := [name for name in adapted if not name.startswith(layers)]:
         raise ValueError(
@@ -78,16 +82,14 @@ def add_gate(model: Any) -> None:
             layer.lora_A[name].register_forward_pre_hook(gate.pick)
             layer.lora_B[name].register_forward_hook(gate.put)
     model.is_gated = True
-
-
-def _parents(model: Any, name: str) -> list[nn.Module]:
-    """Return what an attention module is called by, and itself: the body, the layer, the module."""
-    return [model.base_model, model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)]
-
-
-def _takes_more(module: nn.Module) -> bool:
-    """Tell whether a module passes on what it does not know."""
-    return any(each.kind is each.VAR_KEYWORD for each in signature(type(module).forward).parameters.values())
+    # Whether layers pass on what they are given is only seen when they run.
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        model(input_ids=ids, **{OPEN: ids[0]})
+    except TypeError:
+        gate.heard = 0
+    if gate.heard < len(attentions):
+        raise ValueError(f"{model.config.model_type} {_NO_GATE}")
 
 
 def is_gated(model: Any) -> bool:
@@ -130,13 +132,13 @@ def check_base(adapter: str | Path, model: Any) -> None:
 
 @torch.no_grad()
 def fingerprint(model: Any) -> str | None:
-    """Hash some numbers of each weight, in bfloat16: the same for whatever float a model is loaded in.
+    """Hash some numbers of each weight, in bfloat16: the same in float64, float32 and bfloat16.
 
-    None for quantised weights.
+    None for quantised weights, and for float16, which rounds otherwise.
     """
     import hashlib
 
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) or model.dtype == torch.float16:
         return None
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):

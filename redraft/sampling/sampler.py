@@ -131,19 +131,30 @@ def build_sampler(
 
 
 def _speculation(preset: Preset, config: SamplingConfig, settings: DiffusionSettings) -> Speculation | None:
-    """Choose how many tokens are drafted. Raises ValueError for more than the model was trained to denoise together."""
+    """Choose how many tokens are drafted. Raises ValueError for a model that cannot draft so many, or at all."""
     if preset.drafts is None:
         return None
+    if config.cfg_scale or config.cache not in (None, "auto", "exact"):
+        raise ValueError(
+            f"preset {config.preset!r} needs the exact cache and no guidance; got cache={config.cache!r} and "
+            f"cfg_scale={config.cfg_scale}. Leave them out."
+        )
     num_drafts, block_size = config.resolved().block_size or 1, settings.block_size or 1
-    most = num_drafts if preset.drafts == "lookup" else block_size - 1  # the first of a block is the text's own
-    if num_drafts > most:
-        if config.block_size is not None:
-            raise ValueError(
-                f"this model drafts at most {most} tokens (blocks of {block_size} in training); got block_size "
-                f"{num_drafts}. Lower it."
-            )
-        num_drafts = max(most, 1)
-    return Speculation(num_drafts=num_drafts, source=preset.drafts)
+    if preset.drafts == "lookup":
+        return Speculation(num_drafts=num_drafts, source="lookup")
+    most = block_size - 1  # the first token of a block is the text's own
+    if settings.is_autoregressive or settings.layout.has_order or most < 1:
+        raise ValueError(
+            f"preset {config.preset!r} needs a model that drafts blocks after a causal context, within full or causal; "
+            "this one does not. Use preset 'lookup', whose drafts come from the text itself, or train one with "
+            "--objective.kind block --objective.context causal."
+        )
+    if num_drafts > most and config.block_size is not None:
+        raise ValueError(
+            f"this model drafts at most {most} tokens (blocks of {block_size} in training); got block_size "
+            f"{num_drafts}. Lower it."
+        )
+    return Speculation(num_drafts=min(num_drafts, most), source=preset.drafts)
 
 
 def _blocks_and_layout(

@@ -46,11 +46,6 @@ class SpeculatingForward(Forward):
 
     def __init__(self, denoiser: Denoiser, sampler: Sampler, *sizes: Any) -> None:
         assert sampler.speculation is not None
-        if sampler.cache != "exact" or sampler.cfg_scale:
-            raise ValueError(
-                f"speculation needs the exact cache and no guidance; got cache={sampler.cache!r} and "
-                f"cfg_scale={sampler.cfg_scale}. Leave them out."
-            )
         self.round = Round.of(sampler.speculation, denoiser.settings)
         super().__init__(denoiser, sampler, *sizes, num_scratch=self.round.num_fed)
         self.is_repeatable = False  # each round feeds other tokens
@@ -66,6 +61,7 @@ class SpeculatingForward(Forward):
         for place in places:
             if place.opened[0] >= 0:  # of the round before: what was accepted had been fed as text
                 place.final, place.opened = place.opened[0] + place.num_accepted, (-1, -1)
+                place.num_accepted = 0  # until this round is decided, if it is
         self._close_gaps()
         places.sort(key=lambda place: place.slot)
         self._catch_up(groups, places)
@@ -149,13 +145,7 @@ class Round:
 
     @classmethod
     def of(cls, speculation: Speculation, settings: DiffusionSettings) -> "Round":
-        """Lay out the rounds of a model. Raises ValueError for one that cannot draft."""
-        if speculation.num_groups and (settings.is_autoregressive or settings.layout.has_order):
-            raise ValueError(
-                "speculation by masks needs a model that drafts after a causal context, within full or causal; this "
-                "one does not. Use preset 'lookup', whose drafts come from the text itself, or train one with "
-                "--objective.kind block --objective.context causal."
-            )
+        """Lay out the rounds of a model."""
         return cls(
             speculation=speculation,
             shift=settings.shift_logits,

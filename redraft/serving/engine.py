@@ -494,6 +494,8 @@ class Engine:
     def _end_early(self, row: _Row) -> None:
         """Finish a row with what is decided."""
         canvas = row.canvas if row.suspended is None else row.suspended.canvas
+        mask = self.models[row.request.adapter].denoiser.settings.mask_token_id
+        canvas = canvas.reopen(canvas.is_draft, torch.full_like(canvas.tokens, mask))  # drafts may still change
         end = canvas.tokens.shape[1] if row.request.prepared.is_infilling else row.start + len(row.new)
         tokens, status, confidence = (part[0, :end].cpu() for part in (canvas.tokens, canvas.status, canvas.confidence))
         self._finish(row, tokens, status, confidence, is_late=True)
@@ -594,7 +596,9 @@ def _vocab_size(lm: LanguageModel) -> int:
 def _cache_kind(row: _Row) -> object:
     """Name the slots that a row needs; None without a cache."""
     sampler = row.sampler
-    return None if sampler.cache == "none" else (sampler.layout, sampler.cache, bool(sampler.cfg_scale))
+    return None if sampler.cache == "none" else (
+        sampler.layout, sampler.cache, bool(sampler.cfg_scale), sampler.speculation,
+    )  # fmt: skip
 
 
 def _is_late(row: _Row, now: float) -> bool:

@@ -138,4 +138,4 @@ def test_no_step_waits_for_the_device_once_more(lm, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or tolist(self))
     steps = list(lm.stream([3, 4, 5], max_new_tokens=4, steps=4, stop=None))
     assert len(steps) == 4
-    assert reads.count(torch.Size([5, 1])) == len(steps)  # done, stuck, NaN, block finished, first undecided position
+    assert reads.count(torch.Size([6, 1])) == len(steps)  # done, stuck, NaN, block finished, first undecided, accepted

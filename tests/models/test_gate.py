@@ -183,5 +183,5 @@ def test_a_gate_needs_a_model_with_text_of_its_own(config, model_folder, tmp_pat
     lm.model.model.embed_out = torch.nn.Linear(32, 32)
     with pytest.raises(ValueError, match="acts inside of decoder layers; model.embed_out lies outside"):
         gated(lm)
-    with pytest.raises(ValueError, match="needs a decoder that tells its self_attn layers"):
+    with pytest.raises(ValueError, match="has no self_attn layers that are told"):
         gated(tiny_lm(architecture="modernbert"))

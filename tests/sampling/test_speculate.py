@@ -185,7 +185,7 @@ def test_an_autoregressive_model_looks_up_and_does_not_draft():
     lm = tiny_lm(block_size=1, shift_logits=True)
     lm = replace(lm, denoiser=replace(lm.denoiser, settings=replace(lm.denoiser.settings, process="autoregressive")))
     assert tokens(lm, PROMPTS, preset="lookup") == tokens(lm, PROMPTS, preset="ar")
-    with pytest.raises(ValueError, match="speculation by masks needs a model that drafts after a causal context"):
+    with pytest.raises(ValueError, match="needs a model that drafts blocks after a causal context"):
         tokens(lm, PROMPTS, preset="speculate")
 
 
@@ -193,15 +193,55 @@ def test_what_does_not_fit_is_told():
     lm = MODELS["full"]
     with pytest.raises(ValueError, match="drafts at most 4 tokens .blocks of 5 in training.; got block_size 5"):
         tokens(lm, [[5]], preset="speculate", block_size=5)
-    with pytest.raises(ValueError, match="speculation needs the exact cache and no guidance; got cache='none'"):
+    with pytest.raises(ValueError, match="needs the exact cache and no guidance; got cache='none'"):
         tokens(lm, [[5]], preset="speculate", cache="none")
-    with pytest.raises(ValueError, match="and no guidance; got cache='exact' and cfg_scale=1.0"):
+    with pytest.raises(ValueError, match="and no guidance; got cache=None and cfg_scale=1.0"):
         tokens(lm, [[5]], preset="lookup", cfg_scale=1.0)
     with pytest.raises(ValueError, match="'speculate' decides the next token in each forward pass; got steps=4"):
         tokens(lm, [[5]], preset="speculate", steps=4)
     with pytest.raises(ValueError, match="preset 'speculate' needs a model whose committed text is causal"):
         tokens(tiny_lm(block_size=4), [[5]], preset="speculate")
     reordered = tiny_lm(block_size=4, within="reordered")
-    with pytest.raises(ValueError, match="speculation by masks needs a model"):
+    with pytest.raises(ValueError, match="needs a model that drafts blocks"):
         tokens(reordered, [[5]], preset="speculate")
     assert tokens(reordered, PROMPTS, preset="lookup") == tokens(reordered, PROMPTS, preset="ar")
+
+
+def test_infilling_drafts_as_many_tokens_as_it_is_told():
+    lm = MODELS["causal"]
+    row = torch.tensor([5, 6, 2, 2, 2, 2, 2, 2, 7])
+    assert lm.prepare([row], holes=True, preset="speculate", block_size=2).sampler.speculation.num_drafts == 2
+    with pytest.raises(ValueError, match="drafts at most 4 tokens"):
+        lm.infill([row], preset="speculate", block_size=9)
+    with pytest.raises(ValueError, match="'ar' decides the next token in each forward pass; got block_size=2"):
+        lm.infill([row], preset="ar", block_size=2)
+
+
+def test_a_round_that_is_decided_again_after_an_error_leaves_no_wrong_prefix():
+    """A guide fails once; a row that joins after the first one left copies its keys and values."""
+    lm, fails = MODELS["causal"], [True]
+
+    def guide(logits, canvas, where):
+        if int((canvas.status == Status.COMMITTED).sum()) > 4 and fails:
+            fails.clear()
+            raise RuntimeError("once")
+        return logits
+
+    prepared = lm.prepare([PROMPTS[0]], preset="lookup", max_new_tokens=12, stop=None, guides=[guide])
+    batch = Batch(lm.denoiser, max_rows=1)
+    (id,) = batch.join(prepared.canvas, prepared.sampler, row_keys=prepared.row_keys)
+    place = batch.place(id)
+    while fails:
+        try:
+            (step,) = batch.tick()
+        except RuntimeError:
+            batch.tick()
+    assert place.final <= place.unfinished - 1
+    text = step.canvas.tokens[0, : place.unfinished].tolist()
+    batch.leave([id])
+    other = lm.prepare([text], preset="lookup", max_new_tokens=12, stop=None)
+    batch.join(other.canvas, other.sampler, row_keys=other.row_keys)
+    while len(batch):
+        (step,) = batch.tick()
+    new, *_ = other.finish(0, step.canvas.tokens[0], step.canvas.status[0])
+    assert [new.tolist()] == tokens(lm, [text], preset="ar")
