@@ -93,6 +93,8 @@ def _next_step(made: "Conversion") -> str:
     train = f"  redraft train {recipe} --model.start {folder} --data.source my_texts/ --out {folder}-trained"
     if made.settings.context == "block":
         return train
+    if made.settings.layout.has_order:  # no training keeps its order
+        return f"  redraft sample {folder} 'Once upon a time' --preset ar"
     blocks = f"--objective.block-size {made.settings.block_size} --objective.within {made.settings.within}"
     return f"  redraft sample {folder} 'Once upon a time' --preset ar\n{train} {blocks}"
 
