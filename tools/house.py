@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "redraft"
-BUDGET = {"core": 12614, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1875}
+BUDGET = {"core": 12620, "latent": 1861, "constraints": 995, "evaluation": 1305, "serving": 1871}
 """Lines of code; core is everything that has no budget of its own."""
 SETTINGS = 164
 DOUBLED = 0

@@ -39,9 +39,8 @@ def main(arguments: list[str]) -> int:
     mode, flags = _take_mode(flags)
     default = smoke(_find(name)) if mode.smoke else _find(name)
     if isinstance(default, RunConfig) and re.search(r"--model\.start[ =](?!None)", " ".join(flags)):
-        default = replace(
-            default, model=ModelConfig(start=default.model.start)
-        )  # drop the recipe's shape; a shape given as flags is an error
+        without_shape = ModelConfig(start=default.model.start)  # a shape given as flags is an error
+        default = replace(default, model=without_shape)
     if "-h" in flags or "--help" in flags:
         print(f"{default_doc(name)}\n\n{MODES}\n")
     config: Any = parse(type(default), flags, command=f"train {name}", default=default)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from redraft.folders import write_whole
 from redraft.models.files import read_json
 
 PEFT_TYPE = "REDRAFT_GATED_LORA"
@@ -106,8 +107,8 @@ def is_gated_folder(adapter: str | Path) -> bool:
 def mark_gated(folder: str | Path, model: Any) -> None:
     """Write into a saved adapter that it is gated, and over which weights."""
     file = Path(folder) / "adapter_config.json"
-    saved = json.loads(file.read_text()) | {"peft_type": PEFT_TYPE, BASE: fingerprint(model)}
-    file.write_text(json.dumps(saved, indent=2) + "\n")
+    saved = read_json(file) | {"peft_type": PEFT_TYPE, BASE: fingerprint(model)}
+    write_whole(file, json.dumps(saved, indent=2) + "\n")
 
 
 def lora_settings(adapter: str | Path) -> Any:

@@ -106,9 +106,8 @@ def output_embeddings(model: Any) -> nn.Module:
 def head_is_plain(model: Any) -> bool:
     """Tell whether the logits are the output embedding's own, so that `chunked_loss` may call it by itself."""
     rows = torch.arange(8, device=next(model.parameters()).device)
-    ids = (
-        (rows + 1)[None] * (model.config.get_text_config().vocab_size - 1) // 8
-    )  # all different, as some embeddings may be all zero
+    last = model.config.get_text_config().vocab_size - 1
+    ids = (rows + 1)[None] * last // 8  # all different, as some embeddings may be all zero
     is_training = model.training
     model.eval()
     with select_head_rows(model, rows, is_skipped=True) as at_head:

@@ -226,15 +226,12 @@ class Batch:
     def _sharing(self, forward: Forward, groups: list[Rows]) -> list[Rows]:
         return [group for group in groups if self._forward_of(group.sampler) is forward]
 
-    def _kind_of(self, sampler: Sampler) -> object:
-        layout = sampler.layout_on(self.denoiser.settings)
-        return layout, sampler.cache, bool(sampler.cfg_scale), sampler.speculation
-
     def _forward_of(self, sampler: Sampler) -> Forward:
         """Find the forward that rows of a sampler take part in."""
-        kind = self._kind_of(sampler)
+        settings = self.denoiser.settings
+        kind = sampler.kind_on(settings)
         if kind not in self._forwards:
-            used = {self._kind_of(rows.sampler) for rows in self._groups + self._waiting}
+            used = {rows.sampler.kind_on(settings) for rows in self._groups + self._waiting}
             self._forwards = {key: forward for key, forward in self._forwards.items() if key in used}
             make = Forward if sampler.speculation is None else SpeculatingForward
             self._forwards[kind] = make(self.denoiser, sampler, *self.size, self.counts)

@@ -99,10 +99,8 @@ class Forward:
     def _query(self, groups: Sequence[Rows], places: list[Place]) -> Query:
         """Lay the rows of all groups out in the order of `places`."""
         device, branches = groups[0].keys.device, self.branches
-        order = {id(place): row for row, place in enumerate(places)}
-        numbers = [[order[id(place)] for place in group.places] for group in groups]
-        is_whole = len(groups) == 1 and numbers[0] == list(range(len(places)))
-        indexes = [slice(None) if is_whole else torch.tensor(rows, device=device) for rows in numbers]
+        indexes = rows_among(groups, places)
+        is_whole = isinstance(indexes[0], slice)
 
         def joined(parts: list[Tensor]) -> Tensor:
             """Lay tensors (rows of a group, ...) out; narrower ones are padded with 0."""
@@ -156,6 +154,12 @@ class Forward:
             return canvas.tokens[:, None]
         return torch.stack([canvas.tokens, unconditional(canvas, group.prior[0])], dim=1)
 
+    def _tokens_of(self, groups: Sequence[Rows]) -> dict[int, Int[Tensor, "branches seq"]]:
+        """List the tokens of each row by the id of its place."""
+        return {
+            id(place): ids for group in groups for place, ids in zip(group.places, self._tokens(group), strict=True)
+        }
+
     def _view(self, spans: SlotSpans, places: Sequence[Place]) -> View:
         slots = [place.slot * self.branches + branch for place in places for branch in range(self.branches)]
         is_run = slots == list(range(slots[0], slots[0] + len(slots)))
@@ -176,11 +180,7 @@ class Forward:
         planner = self.planner
         if planner is None:
             return list(waiting)
-        tokens = {
-            id(place): ids
-            for group in [*others, *waiting]
-            for place, ids in zip(group.places, self._tokens(group), strict=True)
-        }
+        tokens = self._tokens_of([*others, *waiting])
         places = [place for group in waiting for place in group.places]
         while True:
             self._seat(places, tokens)
@@ -329,3 +329,12 @@ class Forward:
     def _copy(self, source: int, to: int, num_positions: int) -> None:
         for branch in range(self.branches if source != to else 0):
             self.slots.copy(source * self.branches + branch, to * self.branches + branch, num_positions)
+
+
+def rows_among(groups: Sequence[Rows], places: Sequence[Place]) -> list[slice | Tensor]:
+    """Find the rows of each group among the places; a slice where one group has them all, in their order."""
+    order = {id(place): row for row, place in enumerate(places)}
+    numbers = [[order[id(place)] for place in group.places] for group in groups]
+    if len(groups) == 1 and numbers[0] == list(range(len(places))):
+        return [slice(None)]
+    return [torch.tensor(rows, device=groups[0].keys.device) for rows in numbers]

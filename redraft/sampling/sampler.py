@@ -82,6 +82,10 @@ class Sampler(Settings):
         """Return the attention of its forwards: its own, or the one that the model was trained with."""
         return self.layout or settings.layout
 
+    def kind_on(self, settings: DiffusionSettings) -> object:
+        """Name what rows have in common that share forwards and slots."""
+        return self.layout_on(settings), self.cache, bool(self.cfg_scale), self.speculation
+
     @property
     def needs_all_steps(self) -> bool:
         """Whether nothing in a block is final before its last step."""

@@ -29,13 +29,13 @@ from redraft.models.query import Query
 from redraft.models.settings import DiffusionSettings
 from redraft.randomness import uniform
 from redraft.sampling.canvas import Canvas, Status
-from redraft.sampling.forward import Forward
+from redraft.sampling.forward import Forward, rows_among
 from redraft.sampling.policies.candidates import DRAW_TOKEN
 from redraft.sampling.policies.revise import Kind
 from redraft.sampling.propose import Proposal
 from redraft.sampling.rows import Place, Rows
 from redraft.sampling.sampler import Sampler, Speculation
-from redraft.sampling.step import Likeliest, Step, propose_tokens
+from redraft.sampling.step import Likeliest, Step, likeliest_of, propose_tokens
 
 Head = Callable[[Float[Tensor, "batch n dim"]], Float[Tensor, "batch n vocab"]]
 """What makes logits of hidden states; or what leaves logits as they are."""
@@ -65,13 +65,14 @@ class SpeculatingForward(Forward):
         self._close_gaps()
         places.sort(key=lambda place: place.slot)
         self._catch_up(groups, places)
-        query = self._query_of(groups, places)
+        indexes = rows_among(groups, places)
+        query = self._query_of(groups, places, indexes)
         asked = self.denoiser(query) if self.head is None else self.denoiser.hidden(query)
         asked = asked.view(len(places), self.round.speculation.num_asked, -1)
         self._count("forwards", places, [self.round.num_fed] * len(places), query)
         for place in places:
             place.opened = (place.unfinished, place.unfinished + self.round.num_drafts)
-        for group, index in zip(groups, _indexes(groups, places), strict=True):
+        for group, index in zip(groups, indexes, strict=True):
             group.answer(asked[index].flatten(0, 1))
 
     @torch.no_grad()
@@ -85,13 +86,10 @@ class SpeculatingForward(Forward):
     def _catch_up(self, groups: Sequence[Rows], places: Sequence[Place]) -> None:
         """Feed what lies before the token that begins a round: text that was given behind a hole."""
         assert self.planner is not None
-        tokens = {
-            id(place): ids for group in groups for place, ids in zip(group.places, self._tokens(group), strict=True)
-        }
         while behind := [place for place in places if place.final < place.unfinished - 1]:
-            self._feed_prompts(self.planner, behind, tokens, None)
+            self._feed_prompts(self.planner, behind, self._tokens_of(groups), None)
 
-    def _query_of(self, groups: Sequence[Rows], places: Sequence[Place]) -> Query:
+    def _query_of(self, groups: Sequence[Rows], places: Sequence[Place], indexes: Sequence[slice | Tensor]) -> Query:
         """Lay out what a round feeds, in the order of `places`."""
         each, device = self.round, groups[0].keys.device
         starts = [max(place.unfinished - 1, 0) for place in places]
@@ -104,7 +102,7 @@ class SpeculatingForward(Forward):
         text = start + torch.arange(each.num_drafts + 1, device=device)
         input_ids = torch.full((len(places), each.num_fed), groups[0].prior[0], device=device)
         has_drafts = torch.zeros(len(places), dtype=torch.bool, device=device)
-        for group, index in zip(groups, _indexes(groups, places), strict=True):
+        for group, index in zip(groups, indexes, strict=True):
             last = group.canvas.tokens.shape[1] - 1
             input_ids[index, : text.shape[1]] = group.canvas.tokens.gather(1, text[index].clamp(max=last))
             has_drafts[index] = group.canvas.is_draft.any(dim=1)
@@ -125,12 +123,6 @@ class SpeculatingForward(Forward):
             sees=(slots < 0)[:, None] | is_fed[:, None] & rule,
             slot_positions=torch.where(is_fed, positions.gather(1, number), slots + start),
         )
-
-
-def _indexes(groups: Sequence[Rows], places: Sequence[Place]) -> list[Int[Tensor, "rows"]]:
-    """Find the rows of each group among the places."""
-    order = {id(place): row for row, place in enumerate(places)}
-    return [torch.tensor([order[id(p)] for p in group.places], device=group.keys.device) for group in groups]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,7 +371,5 @@ def _kinds(before: Canvas, after: Canvas) -> UInt8[Tensor, "batch seq"]:
 
 def _likeliest(run: Run, is_set: Bool[Tensor, "batch n"], proposal: Proposal, num_listed: int) -> Likeliest:
     index = is_set.flatten().nonzero()[:, 0]  # sync: only for those who ask
-    log_p = proposal.logits[index].float() - proposal.log_normaliser[index, None]
-    top = log_p.topk(min(num_listed, log_p.shape[1]), dim=-1)
-    positions = run.positions.flatten()[index]
-    return Likeliest(rows=index // is_set.shape[1], positions=positions, tokens=top.indices, log_p=top.values)
+    rows = torch.arange(len(is_set), device=is_set.device)[:, None].expand_as(is_set).flatten()
+    return likeliest_of(proposal, index, rows=rows, positions=run.positions.flatten(), num_listed=num_listed)

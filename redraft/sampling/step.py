@@ -98,7 +98,8 @@ def decide(rows: Rows) -> tuple[Step, Int[Tensor, "6 batch"]]:
         logits = guide(logits, rows.canvas, where)
     if sampler.anneal is not None:
         logits = logits / sampler.anneal(window)[window.rows, None]
-    proposal = propose_tokens(rows, logits, u=window.uniform(DRAW_TOKEN), canvas=rows.canvas, where=where)
+    u = window.uniform(DRAW_TOKEN) if sampler.temperature else None
+    proposal = propose_tokens(rows, logits, u=u, canvas=rows.canvas, where=where)
     candidates = Candidates(canvas=before, window=window, proposal=proposal, previous=rows.in_columns(rows.previous))
     score = candidates.spread(sampler.score(candidates))
     is_set = sampler.unmask(score, candidates) & candidates.is_open_noise
@@ -135,16 +136,28 @@ def decide(rows: Rows) -> tuple[Step, Int[Tensor, "6 batch"]]:
 def _likeliest(window: Window, proposal: Proposal, kind: UInt8[Tensor, "batch width"], num_listed: int) -> Likeliest:
     placed = kind.flatten()[window.where]
     index = ((placed == Kind.SET) | (placed == Kind.EDIT)).nonzero()[:, 0]  # sync: only for those who ask
+    return likeliest_of(proposal, index, rows=window.rows, positions=window.positions, num_listed=num_listed)
+
+
+def likeliest_of(
+    proposal: Proposal,
+    index: Int[Tensor, "m"],
+    *,
+    rows: Int[Tensor, "n"],
+    positions: Int[Tensor, "n"],
+    num_listed: int,
+) -> Likeliest:
+    """List the likeliest tokens of some of the n proposals, which stand at these rows and positions."""
     log_p = proposal.logits[index].float() - proposal.log_normaliser[index, None]
     top = log_p.topk(min(num_listed, log_p.shape[1]), dim=-1)
-    return Likeliest(rows=window.rows[index], positions=window.positions[index], tokens=top.indices, log_p=top.values)
+    return Likeliest(rows=rows[index], positions=positions[index], tokens=top.indices, log_p=top.values)
 
 
 def propose_tokens(
     rows: Rows,
     logits: Float[Tensor, "n vocab"],
     *,
-    u: Float[Tensor, "n"],
+    u: Float[Tensor, "n"] | None,
     canvas: Canvas | None = None,
     where: Int[Tensor, "n"] | None = None,
 ) -> Proposal:

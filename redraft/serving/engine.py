@@ -387,12 +387,13 @@ class Engine:
 
         Each kind of attention has slots of its own, so a row of another kind waits until these are free.
         """
-        vocab_size = _vocab_size(self.models[row.request.adapter])
+        lm = self.models[row.request.adapter]
         running = [other for rows in self._running.values() for other in rows.values()]
-        beside = [_cache_kind(other) for other in running if other.request.adapter == row.request.adapter]
-        kinds = {kind for kind in [*beside, _cache_kind(row)] if kind is not None}
+        beside = [other.sampler for other in running if other.request.adapter == row.request.adapter]
+        with_slots = [sampler for sampler in [row.sampler, *beside] if sampler.cache != "none"]
+        kinds = {sampler.kind_on(lm.denoiser.settings) for sampler in with_slots}
         num_open = sum(other.num_open for other in [row, *running])
-        return num_open * vocab_size * 4 <= self.max_logits_bytes and len(kinds) <= 1
+        return num_open * _vocab_size(lm) * 4 <= self.max_logits_bytes and len(kinds) <= 1
 
     def _join(self, row: _Row) -> None:
         batch, running = self._batches[row.request.adapter], self._running[row.request.adapter]
@@ -591,14 +592,6 @@ def _short_row(lm: LanguageModel) -> Prepared:
 
 def _vocab_size(lm: LanguageModel) -> int:
     return int(lm.model.config.get_text_config().vocab_size)
-
-
-def _cache_kind(row: _Row) -> object:
-    """Name the slots that a row needs; None without a cache."""
-    sampler = row.sampler
-    return None if sampler.cache == "none" else (
-        sampler.layout, sampler.cache, bool(sampler.cfg_scale), sampler.speculation,
-    )  # fmt: skip
 
 
 def _is_late(row: _Row, now: float) -> bool:

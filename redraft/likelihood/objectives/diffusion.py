@@ -65,11 +65,11 @@ class Diffusion:
         num_noised = len(problem.row)
         if self.cart is not None or self.is_plain or self.ar_weight:
             problem = self._reweighed(problem, noised, rows)
-        if size is None:
+        if size is None or block is None:
             return problem
         layout = Layout(block_size=size, context=self.context, within=self.within, is_two_copy=True)
         problem = _before_clean_copy(problem, noised, layout, num_noised=num_noised)
-        return problem if not self.is_distilled or block is None else _distilled(self.process, problem, block)
+        return _distilled(self.process, problem, block) if self.is_distilled else problem
 
     def evaluation(self) -> "Diffusion":
         """The plain bound over all noise levels, in blocks of the full size."""
